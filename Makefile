@@ -1,0 +1,39 @@
+# Every target does its own set-up and can be run again at any time.
+VENV := .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+.PHONY: setup demo test lint protos bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "==> virtual environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "==> pinned dependencies (CPU torch; some minutes the first time)"
+	@$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt "setuptools>=77" wheel torch
+	@$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	@touch $(STAMP)
+	@echo "==> ready"
+
+demo: setup
+	@$(BIN)/python examples/demo.py
+
+test: setup
+	@$(BIN)/python -m pytest
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports
+	@$(BIN)/mypy
+
+protos: setup
+	@$(BIN)/python -m grpc_tools.protoc --proto_path=protos --python_out=. --pyi_out=. --grpc_python_out=. protos/moeserve/v1/*.proto
+
+bench: setup
+	@$(BIN)/python benchmarks/bench_forward.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

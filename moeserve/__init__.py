@@ -1,0 +1,95 @@
+"""moeserve: the experts of Mixture-of-Experts models, served as a fleet of their own."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moeserve.background import BackgroundService, serve
+    from moeserve.client import AsyncClient, Client, connect_experts
+    from moeserve.config import GatingConfig, ServiceConfig, load_config
+    from moeserve.errors import (
+        Cancelled,
+        CheckpointError,
+        ConfigError,
+        DeadlineExceeded,
+        ExpertUnavailable,
+        InvalidRequest,
+        MoEServeError,
+        Overloaded,
+        PermissionDenied,
+        Unauthenticated,
+        UnknownLayer,
+    )
+    from moeserve.gating import Routing, route
+    from moeserve.layer import MoELayer
+    from moeserve.output import ForwardOutput
+
+#: public name -> module; loaded on first use, so a client never pays for the engine
+_HOME = {
+    "serve": "moeserve.background",
+    "BackgroundService": "moeserve.background",
+    "Client": "moeserve.client",
+    "AsyncClient": "moeserve.client",
+    "connect_experts": "moeserve.client",
+    "GatingConfig": "moeserve.config",
+    "ServiceConfig": "moeserve.config",
+    "load_config": "moeserve.config",
+    "Routing": "moeserve.gating",
+    "route": "moeserve.gating",
+    "MoELayer": "moeserve.layer",
+    "ForwardOutput": "moeserve.output",
+    **dict.fromkeys(
+        (
+            "Cancelled",
+            "CheckpointError",
+            "ConfigError",
+            "DeadlineExceeded",
+            "ExpertUnavailable",
+            "InvalidRequest",
+            "MoEServeError",
+            "Overloaded",
+            "PermissionDenied",
+            "Unauthenticated",
+            "UnknownLayer",
+        ),
+        "moeserve.errors",
+    ),
+}
+
+__all__ = [
+    "AsyncClient",
+    "BackgroundService",
+    "Cancelled",
+    "CheckpointError",
+    "Client",
+    "ConfigError",
+    "DeadlineExceeded",
+    "ExpertUnavailable",
+    "ForwardOutput",
+    "GatingConfig",
+    "InvalidRequest",
+    "MoELayer",
+    "MoEServeError",
+    "Overloaded",
+    "PermissionDenied",
+    "Routing",
+    "ServiceConfig",
+    "Unauthenticated",
+    "UnknownLayer",
+    "connect_experts",
+    "load_config",
+    "route",
+    "serve",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'moeserve' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,70 @@
+"""A service in a thread of this program: for notebooks, tests and scripts."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from moeserve.config import ServiceConfig, load_config
+from moeserve.service import Progress, Service, log
+
+
+class BackgroundService:
+    """`with serve(...) as service: Client(service.target)`; stops what it started on the way out."""
+
+    def __init__(self, config: ServiceConfig, progress: Progress) -> None:
+        self._service = Service(config, progress)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="moeserve", daemon=True)
+
+    @property
+    def target(self) -> str:
+        """host:port of the gRPC service."""
+        return self._service.target
+
+    @property
+    def metrics_target(self) -> str:
+        """host:port of the Prometheus endpoint."""
+        return self._service.metrics_target
+
+    def start(self) -> None:
+        """Blocks until the service is ready. Raises what `Service.start` raises."""
+        self._thread.start()
+        try:
+            asyncio.run_coroutine_threadsafe(self._service.start(), self._loop).result()
+        except BaseException:
+            self._end_thread()
+            raise
+
+    def stop(self) -> None:
+        """Drain, then stop everything; idempotent."""
+        if self._thread.is_alive():
+            asyncio.run_coroutine_threadsafe(self._service.stop(), self._loop).result()
+            self._end_thread()
+
+    def _end_thread(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+
+def serve(source: str | Path | Mapping[str, Any] | ServiceConfig, progress: Progress = log.info) -> BackgroundService:
+    """Start a service from a TOML file, a checkpoint folder or a mapping, in this process; blocks until it is ready.
+
+    Starts a local Ray if this process is not connected to one. Use as a context manager or call `stop`.
+    Raises ConfigError and its kin with one sentence.
+    """
+    config = source if isinstance(source, ServiceConfig) else load_config(source)
+    service = BackgroundService(config, progress)
+    service.start()
+    return service

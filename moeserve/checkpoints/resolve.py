@@ -1,0 +1,77 @@
+"""Service configuration -> the layers to serve, every open question answered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from moeserve.checkpoints.huggingface import HuggingFaceLayer, huggingface_layers
+from moeserve.checkpoints.seeded import SeededLayer
+from moeserve.checkpoints.source import LayerSource
+from moeserve.config import GatingConfig, LayerConfig, LayerSpec, ServiceConfig
+from moeserve.errors import ConfigError
+
+
+def layer_sources(config: ServiceConfig) -> list[LayerSource]:
+    """The served layers in order. Raises ConfigError or CheckpointError with one sentence; reads no weights."""
+    sources: list[LayerSource] = []
+    if config.model.checkpoint is None:
+        sources.extend(_seeded(index, layer, config) for index, layer in enumerate(config.layers))
+    else:
+        found = huggingface_layers(config.model.checkpoint, config.model.dtype)
+        sources.extend(_overlaid(source, config.layers) for source in _wanted(found, config.model.layers))
+        _reject_unknown_names(config.layers, [source.spec.name for source in sources])
+    for source in sources:
+        if source.spec.gating.top_k > source.spec.num_experts:
+            raise ConfigError(
+                f"layer {source.spec.name}: gating.top_k is {source.spec.gating.top_k}, but it has {source.spec.num_experts} experts"
+            )
+    return sources
+
+
+def _seeded(index: int, layer: LayerConfig, config: ServiceConfig) -> SeededLayer:
+    assert layer.hidden_size and layer.intermediate_size and layer.num_experts, "checked by ServiceConfig"
+    spec = LayerSpec(
+        name=layer.name or f"layers.{index}",
+        hidden_size=layer.hidden_size,
+        intermediate_size=layer.intermediate_size,
+        num_experts=layer.num_experts,
+        activation=layer.activation,
+        bias=layer.bias,
+        dtype=config.model.dtype or "float32",
+        gating=layer.gating,
+    )
+    return SeededLayer(spec, layer.seed)
+
+
+def _wanted(found: Sequence[HuggingFaceLayer], wanted: Sequence[int | str] | None) -> list[HuggingFaceLayer]:
+    if wanted is None:
+        return list(found)
+    by_name = {source.spec.name: source for source in found}
+    for layer in wanted:
+        if layer not in by_name and layer not in range(len(found)):
+            raise ConfigError(f"model.layers: the checkpoint has no MoE layer {layer!r}; it has 0..{len(found) - 1}: {', '.join(by_name)}")
+    return [source for index, source in enumerate(found) if index in wanted or source.spec.name in wanted]
+
+
+def _overlaid(source: HuggingFaceLayer, changes: Sequence[LayerConfig]) -> HuggingFaceLayer:
+    """Settings that were written down win over what the checkpoint says; those of a nameless entry apply to every layer."""
+    gating: dict[str, Any] = source.spec.gating.model_dump()
+    for change in changes:
+        if change.name is None or change.name == source.spec.name:
+            _reject_sizes(change, source.spec)
+            gating.update(change.gating.model_dump(exclude_unset=True))
+    return replace(source, spec=replace(source.spec, gating=GatingConfig.model_validate(gating)))
+
+
+def _reject_sizes(change: LayerConfig, spec: LayerSpec) -> None:
+    fixed = change.model_fields_set - {"name", "gating"}
+    if fixed:
+        raise ConfigError(f"layers.{sorted(fixed)[0]} cannot be set for {spec.name}: the checkpoint decides it; only gating can be changed")
+
+
+def _reject_unknown_names(changes: Sequence[LayerConfig], names: Sequence[str]) -> None:
+    for change in changes:
+        if change.name is not None and change.name not in names:
+            raise ConfigError(f"layers.name {change.name!r} is not a served layer; served: {', '.join(names)}")

@@ -1,0 +1,61 @@
+"""Every scalar key of the configuration as a flag and an environment variable: --num-hosts, MOESERVE_NUM_HOSTS."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+
+from moeserve.config import ServiceConfig
+
+_TABLES = ("server", "model", "placement", "batching", "resilience", "observability", "ray")
+Overrides = dict[str, dict[str, Any]]
+
+
+def with_config_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command that takes `overrides` one option per scalar key; what is set by flag or environment arrives there."""
+
+    def wrapped(**arguments: Any) -> None:
+        overrides: Overrides = {}
+        for table, key, _ in _scalars():
+            value = arguments.pop(key)
+            if value is not None:
+                overrides.setdefault(table, {})[key] = value
+        command(**arguments, overrides=overrides)
+
+    own = [parameter for parameter in inspect.signature(command, eval_str=True).parameters.values() if parameter.name != "overrides"]
+    options = [_option(table, key, kind) for table, key, kind in _scalars()]
+    wrapped.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *options)}
+    wrapped.__doc__ = command.__doc__
+    return wrapped
+
+
+def _scalars() -> Iterator[tuple[str, str, type]]:
+    for table in _TABLES:
+        model = ServiceConfig.model_fields[table].annotation
+        assert model is not None
+        for key, field in model.model_fields.items():
+            kind = _scalar_type(field.annotation)
+            if kind is not None:
+                yield table, key, kind
+
+
+def _scalar_type(annotation: Any) -> type | None:
+    if get_origin(annotation) in (Union, types.UnionType):
+        annotation = next(part for part in get_args(annotation) if part is not type(None))
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) is Literal:
+        return str
+    return annotation if annotation in (int, float, bool, str, Path) else None
+
+
+def _option(table: str, key: str, kind: type) -> inspect.Parameter:
+    flag = "--" + key.replace("_", "-")
+    option = typer.Option(flag, envvar=f"MOESERVE_{key.upper()}", help=f"{table}.{key}", show_default=False, rich_help_panel=f"[{table}]")
+    return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])

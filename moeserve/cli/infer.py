@@ -1,0 +1,55 @@
+"""`moeserve infer`: one call from the shell."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from moeserve.client import TLS, Client
+from moeserve.errors import ConfigError
+
+
+def infer(
+    target: Annotated[str, typer.Argument(help="host:port of the service.")],
+    layer: Annotated[str, typer.Option(help="Position of the layer (0 = the first MoE layer) or its name.")],
+    input: Annotated[Path, typer.Option(help="safetensors file with hidden_states [T, H], optionally used_token, topk_ids, topk_weights.")],
+    output: Annotated[Path, typer.Option(help="safetensors file to write: hidden_states, requested, processed, dropped, dropped_tokens.")],
+    return_routing: Annotated[bool, typer.Option("--return-routing", help="Also write topk_ids and topk_weights.")] = False,
+    token_file: Annotated[Path | None, typer.Option(envvar="MOESERVE_TOKEN_FILE", help="File holding the bearer token.")] = None,
+    tls_ca: Annotated[
+        Path | None, typer.Option(envvar="MOESERVE_TLS_CA", help="Certificate authority of the service; turns TLS on.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 30.0,
+) -> None:
+    """Send one token batch from a file through one layer and write the answer to a file."""
+    try:
+        tensors = load_file(input)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{input} is not a readable safetensors file: {error}") from None
+    if "hidden_states" not in tensors:
+        raise ConfigError(f"{input} has no tensor hidden_states; it has: {', '.join(sorted(tensors)) or 'none'}")
+    known = {name: tensors.get(name) for name in ("used_token", "topk_ids", "topk_weights")}
+    with Client(target, token=_read_token(token_file), tls=TLS(ca=tls_ca) if tls_ca else None, timeout=timeout) as client:
+        started = time.perf_counter()
+        out = client.forward(
+            tensors["hidden_states"], layer=int(layer) if layer.isdigit() else layer, return_routing=return_routing, **known
+        )
+        elapsed_ms = (time.perf_counter() - started) * 1000
+    names = ("hidden_states", "requested", "processed", "dropped", "dropped_tokens", "topk_ids", "topk_weights")
+    answer = {name: getattr(out, name) for name in names if getattr(out, name) is not None}
+    save_file(answer, output)
+    typer.echo(f"{len(out.hidden_states)} tokens in {elapsed_ms:.1f} ms, {int(out.dropped.sum())} choices dropped -> {output}")
+
+
+def _read_token(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(f"token file {path} cannot be read: {error.strerror}") from None

@@ -1,0 +1,121 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from moeserve.client.answers import LayerInfo, Sent, decode_answer, encode_request, output_of, read_layers, read_stats
+from moeserve.client.connection import CHANNEL_OPTIONS, SERVICE_NAME, TLS, call_metadata, channel_credentials
+from moeserve.client.failures import to_error
+from moeserve.errors import DeadlineExceeded, ExpertUnavailable
+from moeserve.output import ForwardOutput
+from moeserve.stats import ServiceStats
+from moeserve.v1 import moe_service_pb2 as pb
+from moeserve.v1 import moe_service_pb2_grpc as pb_grpc
+from moeserve.wire import WireRequest, WireResponse
+
+
+class Client:
+    """One connection to a service at `target` ("host:port"); safe to share between threads.
+
+    token    sent as a bearer token with every call
+    tls      None = in the clear, True = the system's authorities, or the files to use
+    timeout  seconds a call may take unless it says otherwise
+
+    Every call raises the MoEServeError the service raised, with its sentence; ExpertUnavailable also when the service
+    cannot be reached (after a few tries), DeadlineExceeded when no answer came in time.
+    """
+
+    def __init__(self, target: str, token: str | None = None, tls: TLS | bool | None = None, timeout: float = 30.0) -> None:
+        self._target = target
+        self._timeout_s = timeout
+        self._metadata = call_metadata(token)
+        credentials = channel_credentials(tls)
+        if credentials is None:
+            self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
+        # Without (de)serializers: tensors go through our own codec.
+        self._forward: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(f"/{SERVICE_NAME}/Forward")
+        self._forward_stream: grpc.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(f"/{SERVICE_NAME}/ForwardStream")
+        self._service = pb_grpc.MoEServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        layer: int | str = 0,
+        used_token: torch.Tensor | None = None,
+        topk_ids: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        return_routing: bool = False,
+        model: str | None = None,
+        timeout: float | None = None,
+    ) -> ForwardOutput:
+        """hidden_states [T, H] float32, float16 or bfloat16 through one MoE layer; the answer is on the same device.
+
+        layer        position among the served MoE layers, or name
+        used_token   [T] bool; false = not routed, its output is zeros
+        topk_ids     [T, K] int and topk_weights [T, K] float: the caller has routed already, the gate is skipped
+        """
+        request = WireRequest(hidden_states, layer, used_token, topk_ids, topk_weights, return_routing, model=model or "")
+        data = self._call(self._forward, encode_request(request), timeout)
+        return output_of(decode_answer(data, hidden_states.device))
+
+    def forward_stream(self, requests: Iterable[WireRequest], timeout: float | None = None) -> Iterator[WireResponse]:
+        """Many requests over one call; answers come as they finish, so give each request a `request_id`.
+
+        A request that fails is answered by its error, the others go on. `requests` is consumed in another thread while answers
+        are read; what it raises is raised here after the answers to what it gave before. `timeout` is for the whole stream.
+        Answers are on the device of the first request.
+        """
+        timeout_s = self._timeout_s if timeout is None else timeout
+        sent = Sent()
+        call = self._forward_stream(sent.encoded(requests), timeout=timeout_s, metadata=self._metadata)
+        try:
+            for data in call:
+                yield decode_answer(data, sent.device)
+        except grpc.RpcError as failure:
+            raise to_error(failure, self._target, timeout_s) from None
+        finally:
+            call.cancel()
+        sent.raise_error()
+
+    def layers(self, timeout: float | None = None) -> list[LayerInfo]:
+        """The served MoE layers, in model order."""
+        return read_layers(self._call(self._service.ListLayers, pb.ListLayersRequest(), timeout))
+
+    def stats(self, timeout: float | None = None) -> ServiceStats:
+        """Counts since the service started."""
+        return read_stats(self._call(self._service.GetStats, pb.GetStatsRequest(), timeout))
+
+    def ready(self, timeout: float | None = None) -> bool:
+        """Whether the service can be reached and every layer is served; asked once, without waiting for it."""
+        try:
+            answer = self._call(self._health.Check, health_pb2.HealthCheckRequest(), timeout)
+        except (ExpertUnavailable, DeadlineExceeded):
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def close(self) -> None:
+        """Ends the connection; calls still running raise Cancelled."""
+        self._channel.close()
+
+    def _call(self, method: Callable[..., Any], message: Any, timeout: float | None) -> Any:
+        timeout_s = self._timeout_s if timeout is None else timeout
+        try:
+            return method(message, timeout=timeout_s, metadata=self._metadata)
+        except grpc.RpcError as failure:
+            raise to_error(failure, self._target, timeout_s) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,45 @@
+"""gRPC failures -> the error the server raised, or one sentence on why there was no answer."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import grpc
+from google.rpc import error_details_pb2 as details
+from google.rpc import status_pb2
+from grpc_status import rpc_status
+
+from moeserve.errors import Cancelled, DeadlineExceeded, ExpertUnavailable, FieldViolation, InvalidRequest, MoEServeError, from_status
+
+_SERVER_DOMAIN: Final = "moeserve"
+
+
+def to_error(failure: grpc.RpcError, target: str, timeout_s: float) -> MoEServeError:
+    """The MoEServeError to raise for `failure` of a call to `target`."""
+    call: Any = failure  # every RpcError of a call is that call, which the types do not say
+    code, sentence = call.code(), call.details() or "no reason was given"
+    status = rpc_status.from_call(call)
+    if status is not None and _is_ours(status):
+        return _rebuilt(code, status)
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return ExpertUnavailable(f"{target} is unavailable: {sentence}")
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded(f"no answer from {target} within {timeout_s:g} s")
+    if code is grpc.StatusCode.CANCELLED:
+        return Cancelled(f"the call to {target} was cancelled")
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in sentence:
+        return InvalidRequest(f"the message is too large: {sentence}")
+    return from_status(code, sentence)
+
+
+def _is_ours(status: status_pb2.Status) -> bool:
+    info = details.ErrorInfo()
+    return any(detail.Unpack(info) and info.domain == _SERVER_DOMAIN for detail in status.details)
+
+
+def _rebuilt(code: grpc.StatusCode, status: status_pb2.Status) -> MoEServeError:
+    error = from_status(code, status.message)
+    bad_request = details.BadRequest()
+    if isinstance(error, InvalidRequest) and any(detail.Unpack(bad_request) for detail in status.details):
+        error.violations = tuple(FieldViolation(found.field, found.description) for found in bad_request.field_violations)
+    return error

@@ -1,0 +1,88 @@
+"""The host actor: a thin Ray shell around the host's loop."""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+import torch
+
+from moeserve.checkpoints import layer_sources
+from moeserve.config import ServiceConfig
+from moeserve.experts import ExpertBank
+from moeserve.host import HostLoop
+from moeserve.placement import Placement
+from moeserve.stats import HostInfo
+from moeserve.transport import listen
+
+
+@dataclass(frozen=True)
+class HostOrder:
+    """Everything a host needs to know to come up, again and again: who it is, what it holds, where its socket goes."""
+
+    name: str
+    number: int
+    config: ServiceConfig
+    placement: Placement
+    socket_dir: Path
+
+
+@ray.remote
+class ExpertHost:
+    """Holds the physical experts that the placement gives to host `order.number`, of every layer.
+
+    Ray starts it again when it dies; each incarnation loads its experts anew and listens at an endpoint of its own.
+    """
+
+    def __init__(self, order: HostOrder) -> None:
+        self._order = order
+        self._info: HostInfo | None = None
+        self._loop: HostLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> HostInfo:
+        """Load the experts and listen, once per incarnation. Raises ConfigError."""
+        if self._info is None:
+            self._info = self._start()
+        return self._info
+
+    def stop(self) -> None:
+        """Finish the pass that is running and remove the socket."""
+        if self._loop is not None and self._thread is not None:
+            self._loop.stop()
+            self._thread.join()
+
+    def _start(self) -> HostInfo:
+        order = self._order
+        granted = ray.get_runtime_context().get_assigned_resources()
+        torch.set_num_threads(max(1, int(granted.get("CPU", 1))))
+        # With no GPU granted Ray leaves all of them visible, so what counts is the grant.
+        has_gpu = bool(granted.get("GPU", 0))
+        device = torch.device("cuda" if has_gpu and torch.cuda.is_available() else "cpu")
+        banks = _load(order, device)
+        listener = listen(f"unix:{order.socket_dir / order.name}-{os.getpid()}.sock")
+        self._loop = HostLoop(banks, listener)
+        self._thread = threading.Thread(target=self._loop.run, name="expert-host", daemon=True)
+        self._thread.start()
+        return HostInfo(
+            name=order.name,
+            endpoint=listener.endpoints[0],
+            node=ray.get_runtime_context().get_node_id(),
+            pid=os.getpid(),
+            device=str(device),
+            cuda_visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES", "") if has_gpu else "",
+            num_threads=torch.get_num_threads(),
+            weights_bytes=sum(bank.weights.nbytes for bank in banks.values()),
+        )
+
+
+def _load(order: HostOrder, device: torch.device) -> dict[int, ExpertBank]:
+    banks = {}
+    for number, (source, layer) in enumerate(zip(layer_sources(order.config), order.placement.layers, strict=True)):
+        held = layer.experts_on(order.number)
+        if held:
+            banks[number] = ExpertBank(source.experts(held).to(device), source.spec.activation)
+    return banks

@@ -1,0 +1,98 @@
+"""A placement's hosts as Ray actors: started side by side, found again after a restart, stopped together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+
+from moeserve.cluster.expert_host import ExpertHost, HostOrder
+from moeserve.config import PlacementConfig, ServiceConfig
+from moeserve.errors import ConfigError, ExpertUnavailable
+from moeserve.placement import Placement
+from moeserve.stats import HostInfo
+
+log = logging.getLogger(__name__)
+
+_RETRY_S = 0.1
+_STOP_TIMEOUT_S = 5.0
+
+
+class Fleet:
+    """All hosts of one placement."""
+
+    def __init__(self, config: ServiceConfig, placement: Placement) -> None:
+        self._config = config
+        self._placement = placement
+        self._actors: list[ActorHandle[ExpertHost]] = []
+        self.names = [f"host-{number}" for number in range(placement.num_hosts)]
+
+    def start(self, socket_dir: Path) -> None:
+        """Ask Ray for every host at once. Their sockets go into `socket_dir`, a private folder.
+
+        Raises ConfigError when the cluster cannot hold them.
+        """
+        check_resources(self._config.placement)
+        wanted = self._config.placement
+        host = ExpertHost.options(  # type: ignore[attr-defined]
+            num_cpus=wanted.cpus_per_host, num_gpus=wanted.gpus_per_host, max_restarts=-1, max_task_retries=0
+        )
+        for number, name in enumerate(self.names):
+            self._actors.append(host.remote(HostOrder(name, number, self._config, self._placement, socket_dir)))
+
+    async def wait(self, on_ready: Callable[[HostInfo], None]) -> None:
+        """Until every host is ready; `on_ready` tells of each. Raises what a host raised, for example CheckpointError."""
+        waiting = [asyncio.ensure_future(self.find(number)) for number in range(len(self._actors))]
+        try:
+            for next_ready in asyncio.as_completed(waiting):
+                on_ready(await next_ready)
+        finally:
+            for future in waiting:
+                future.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+
+    async def find(self, number: int) -> HostInfo:
+        """The present incarnation of a host, once it is ready; while Ray restarts it, waits.
+
+        Raises ExpertUnavailable when Ray has given the host up, or what the host raised.
+        """
+        while True:
+            try:
+                info: HostInfo = await self._actors[number].start.remote()
+                return info
+            except ActorUnavailableError:
+                await asyncio.sleep(_RETRY_S)
+            except RayActorError as error:
+                raise ExpertUnavailable(f"{self.names[number]} is gone for good: {str(error).splitlines()[0]}") from None
+            except RayTaskError as error:
+                raise error.cause from None
+
+    async def stop(self) -> None:
+        """Stop the hosts, whatever state they are in."""
+        stops: list[Any] = [actor.stop.remote() for actor in self._actors]
+        if stops:
+            await asyncio.to_thread(ray.wait, stops, num_returns=len(stops), timeout=_STOP_TIMEOUT_S)
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors.clear()
+
+
+def check_resources(placement: PlacementConfig) -> None:
+    """Raises ConfigError unless the live nodes can hold all hosts; Ray itself would wait for ever."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for resource, key, each in (("CPU", "cpus_per_host", placement.cpus_per_host), ("GPU", "gpus_per_host", placement.gpus_per_host)):
+        if not each:
+            continue
+        room = sum(int(node.get(resource, 0) / each + 1e-9) for node in nodes)
+        if room < placement.num_hosts:
+            there = " + ".join(f"{node.get(resource, 0):g}" for node in nodes)
+            raise ConfigError(
+                f"placement.num_hosts is {placement.num_hosts} and each takes placement.{key} = {each:g}, "
+                f"but the cluster has {there} {resource}s: room for {room} hosts"
+            )

@@ -1,0 +1,79 @@
+"""TOML file, checkpoint folder or mapping -> ServiceConfig, with errors that name the full key."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from moeserve.config.service import ServiceConfig
+from moeserve.errors import ConfigError
+
+Overrides = Mapping[str, Mapping[str, Any]]
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: Overrides | None = None) -> ServiceConfig:
+    """The configuration of `source`: a TOML file, a checkpoint folder, or a mapping of the same shape as the TOML.
+
+    `overrides` (table -> key -> value) win over the file. Relative paths in a file count from the file's folder.
+    Raises ConfigError naming the dotted key, the value and what is allowed.
+    """
+    where, data = _read(source)
+    for table, values in (overrides or {}).items():
+        given = data.get(table, {})
+        data[table] = {**given, **values} if isinstance(given, Mapping) else given
+    try:
+        return ServiceConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_sentence(error)}") from None
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    if isinstance(source, Mapping):
+        return "configuration", dict(source)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return str(path), {"model": {"checkpoint": path.resolve()}}
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist: give a TOML file or a checkpoint folder") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} is not a readable TOML file: {error}") from None
+    return str(path), _absolute_paths(data, path.resolve().parent)
+
+
+def _absolute_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    for table, keys in (("model", ("checkpoint",)), ("server", ("tls_cert", "tls_key", "client_ca", "auth_token_file"))):
+        for key in keys:
+            value = data.get(table, {}).get(key) if isinstance(data.get(table), dict) else None
+            if isinstance(value, str):
+                data[table][key] = folder / Path(value).expanduser()
+    return data
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"{key} is not a key of the configuration (got {first['input']!r}); allowed here: {_allowed(first['loc'])}"
+    if first["type"] == "value_error":
+        return first["msg"].removeprefix("Value error, ")  # names its keys itself
+    more = f"; {error.error_count() - 1} more" if error.error_count() > 1 else ""
+    return f"{key}: {first['msg']} (got {first['input']!r}){more}"
+
+
+def _allowed(loc: tuple[int | str, ...]) -> str:
+    fields = ServiceConfig.model_fields
+    for part in loc[:-1]:
+        if isinstance(part, str) and part in fields:
+            fields = _table_of(fields[part].annotation)
+    return ", ".join(fields)
+
+
+def _table_of(annotation: Any) -> dict[str, Any]:
+    table = annotation.__args__[0] if hasattr(annotation, "__args__") else annotation
+    return dict(getattr(table, "model_fields", {}))

@@ -1,0 +1,166 @@
+"""The service's configuration, one model per TOML table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from moeserve.config.gating import GatingConfig
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+Activation = Literal["swiglu", "geglu", "gelu", "relu"]
+Port = Annotated[int, Field(ge=0, le=65535)]
+File = Annotated[Path, Field(strict=False)]
+
+
+def _position_or_name(value: Any) -> Any:
+    if type(value) not in (int, str):
+        raise ValueError(f"model.layers must hold positions or names of MoE layers (got {value!r})")
+    return value
+
+
+LayerKey = Annotated[int | str, BeforeValidator(_position_or_name)]
+
+
+class Table(BaseModel):
+    """A TOML table: unknown keys, values of another type and numbers that are not finite are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ServerConfig(Table):
+    """[server]: where it listens, who may call, and how much."""
+
+    host: str = "127.0.0.1"
+    #: 0 = any free port
+    port: Port = 50051
+    metrics_port: Port = 9464
+    tls_cert: File | None = None
+    tls_key: File | None = None
+    #: certificate authority of the clients; set = clients must present a certificate (mutual TLS)
+    client_ca: File | None = None
+    #: file holding the bearer token that clients must send
+    auth_token_file: File | None = None
+    #: serve a non-loopback address without TLS and token
+    insecure: bool = False
+    max_message_bytes: int = Field(default=256 * 2**20, ge=2**16)
+    max_tokens_per_request: int = Field(default=65536, ge=1)
+    #: tokens admitted and not yet answered; the rest is refused at once
+    max_queued_tokens: int = Field(default=262144, ge=1)
+    #: how long running requests may take to finish after SIGTERM
+    drain_timeout_s: float = Field(default=30.0, ge=0)
+
+    @model_validator(mode="after")
+    def _tls_is_complete(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("server.tls_cert and server.tls_key must be given together")
+        if self.client_ca is not None and self.tls_cert is None:
+            raise ValueError("server.client_ca needs server.tls_cert and server.tls_key")
+        return self
+
+
+class ModelConfig(Table):
+    """[model]: the checkpoint folder, or just a name for layers built from configuration."""
+
+    #: name clients see; default: the checkpoint folder's name
+    name: str | None = None
+    checkpoint: File | None = None
+    #: element type the experts are held in; unset = as stored
+    dtype: Dtype | None = None
+    #: which MoE layers of the checkpoint to serve, by position or name; unset = all
+    layers: Annotated[tuple[LayerKey, ...], Field(strict=False, min_length=1)] | None = None
+
+
+class LayerConfig(Table):
+    """[[layers]]: a seeded random layer, or, beside [model] checkpoint, what to change in the layer of that name (no name = all)."""
+
+    name: str | None = None
+    hidden_size: int | None = Field(default=None, ge=1)
+    intermediate_size: int | None = Field(default=None, ge=1)
+    num_experts: int | None = Field(default=None, ge=1)
+    activation: Activation = "swiglu"
+    bias: bool = False
+    seed: int = 0
+    gating: GatingConfig = GatingConfig()
+
+
+class PlacementConfig(Table):
+    """[placement]: how many hosts, and what each is given."""
+
+    num_hosts: int = Field(default=1, ge=1)
+    gpus_per_host: float = Field(default=0, ge=0)
+    cpus_per_host: float = Field(default=1, ge=0)
+    #: which experts share a host: neighbours in id, or dealt out in turn
+    strategy: Literal["contiguous", "round_robin"] = "contiguous"
+
+
+class BatchingConfig(Table):
+    """[batching]: how concurrent requests are joined."""
+
+    max_batch_tokens: int = Field(default=8192, ge=1)
+    #: while the hosts are busy, how long a batch that is not full may wait for company
+    max_batch_wait_ms: float = Field(default=0, ge=0)
+
+
+class ResilienceConfig(Table):
+    """[resilience]: what happens when a host dies or hangs."""
+
+    #: retry = wait for the host within the deadline and send its rows again; fail = UNAVAILABLE at once
+    on_expert_failure: Literal["retry", "fail"] = "retry"
+    #: deadline of a request that brings none
+    request_timeout_s: float = Field(default=60.0, gt=0)
+
+
+class ObservabilityConfig(Table):
+    """[observability]: how much detail the metrics carry."""
+
+    #: per-expert series: none, the 32 busiest of each layer, or all
+    expert_detail: Literal["off", "top", "full"] = "full"
+
+
+class RayConfig(Table):
+    """[ray]: the cluster to join; unset = a local one, started and stopped by the service."""
+
+    address: str | None = None
+    #: logical resources of a local Ray; unset = what the hosts ask for
+    num_cpus: int | None = Field(default=None, ge=1)
+    num_gpus: int | None = Field(default=None, ge=0)
+
+
+class ServiceConfig(Table):
+    """Everything `moeserve serve` needs."""
+
+    server: ServerConfig = ServerConfig()
+    model: ModelConfig = ModelConfig()
+    layers: Annotated[tuple[LayerConfig, ...], Field(strict=False)] = ()
+    placement: PlacementConfig = PlacementConfig()
+    batching: BatchingConfig = BatchingConfig()
+    resilience: ResilienceConfig = ResilienceConfig()
+    observability: ObservabilityConfig = ObservabilityConfig()
+    ray: RayConfig = RayConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_table_means_every_layer(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("layers"), dict):
+            return {**data, "layers": [data["layers"]]}
+        return data
+
+    @model_validator(mode="after")
+    def _layers_are_complete(self) -> Self:
+        if self.model.checkpoint is not None:
+            return self
+        if self.model.layers is not None:
+            raise ValueError("model.layers needs model.checkpoint: it says which of the checkpoint's layers to serve")
+        if not self.layers:
+            raise ValueError("nothing to serve: give [model] checkpoint or at least one [[layers]]")
+        for index, layer in enumerate(self.layers):
+            for key in ("hidden_size", "intermediate_size", "num_experts"):
+                if getattr(layer, key) is None:
+                    raise ValueError(f"layers.{index}.{key} is required for a layer without a checkpoint")
+        names = [layer.name or f"layers.{index}" for index, layer in enumerate(self.layers)]
+        if len(set(names)) != len(names):
+            raise ValueError(f"layer names must differ, got {names}")
+        return self

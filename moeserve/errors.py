@@ -1,0 +1,104 @@
+"""What can go wrong for a user; each class owns its gRPC status, and client and server raise the same class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import grpc
+
+
+@dataclass(frozen=True)
+class FieldViolation:
+    """One field of a request that is wrong: dotted path and one sentence."""
+
+    field: str
+    description: str
+
+
+class MoEServeError(Exception):
+    """Base of every error a user can meet; the message is one clear sentence."""
+
+    code = grpc.StatusCode.INTERNAL
+
+
+class ConfigError(MoEServeError):
+    """The configuration or a checkpoint cannot be used; commands exit with 2."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint file is missing, truncated, corrupted or of an unknown kind."""
+
+
+class InvalidRequest(MoEServeError):
+    """The request itself is wrong: shape, dtype, size or values."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+
+    def __init__(self, message: str, field: str = "") -> None:
+        super().__init__(message)
+        self.violations: Sequence[FieldViolation] = (FieldViolation(field, message),) if field else ()
+
+
+class UnknownLayer(MoEServeError):
+    """No such layer (or model) is served."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+
+class Overloaded(MoEServeError):
+    """The queued-token budget is spent; try again later."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class ExpertUnavailable(MoEServeError):
+    """Experts this request needs have no live host, or the service is starting or draining."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
+class DeadlineExceeded(MoEServeError):
+    """The deadline passed before the answer was ready."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class Cancelled(MoEServeError):
+    """The caller cancelled the request."""
+
+    code = grpc.StatusCode.CANCELLED
+
+
+class Unauthenticated(MoEServeError):
+    """The bearer token is missing or wrong."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class PermissionDenied(MoEServeError):
+    """The caller is known but may not do this."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+
+_BY_CODE = {
+    cls.code: cls
+    for cls in (
+        InvalidRequest,
+        UnknownLayer,
+        Overloaded,
+        ExpertUnavailable,
+        DeadlineExceeded,
+        Cancelled,
+        Unauthenticated,
+        PermissionDenied,
+    )
+}
+
+
+def from_status(code: grpc.StatusCode, message: str) -> MoEServeError:
+    """The error a server raised, rebuilt on the client from its gRPC status."""
+    return _BY_CODE.get(code, MoEServeError)(message)

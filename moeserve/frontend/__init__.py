@@ -1,0 +1,6 @@
+"""One batch end to end: admission, batching, the forward pass, what happens when a host dies."""
+
+from moeserve.frontend.frontend import Frontend
+from moeserve.frontend.link import HostLink
+
+__all__ = ["Frontend", "HostLink"]

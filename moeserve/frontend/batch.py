@@ -1,0 +1,86 @@
+"""Requests that are run together.
+
+T tokens of all requests, H hidden size, K choices per token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from moeserve.output import ForwardOutput
+from moeserve.request import LayerRequest
+
+
+@dataclass(eq=False)
+class Pending:
+    """One admitted request and the future its caller waits for; `deadline` is a monotonic time in seconds."""
+
+    request: LayerRequest
+    deadline: float
+    answer: asyncio.Future[ForwardOutput]
+    admitted_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def join_key(self) -> int:
+        """Only requests of the same key can be run together: all routed by the gate (0), or all by callers with the same K."""
+        return 0 if self.request.topk_ids is None else self.request.topk_ids.shape[1]
+
+
+class Batch:
+    """At least one request; tensors are joined on first use. A single request is never copied."""
+
+    def __init__(self, members: Sequence[Pending]) -> None:
+        self.members = members
+        self.sizes = [member.request.num_tokens for member in members]
+        self.deadline = max(member.deadline for member in members)
+
+    @cached_property
+    def hidden_states(self) -> torch.Tensor:
+        """[T, H]: the members' dtype, float32 where they differ."""
+        parts = [member.request.hidden_states for member in self.members]
+        if len({part.dtype for part in parts}) > 1:
+            parts = [part.float() for part in parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @cached_property
+    def used_token(self) -> torch.Tensor | None:
+        """[T] bool; None when every token is used."""
+        masks = [member.request.used_token for member in self.members]
+        if all(mask is None for mask in masks):
+            return None
+        return torch.cat(
+            [torch.ones(size, dtype=torch.bool) if mask is None else mask for mask, size in zip(masks, self.sizes, strict=True)]
+        )
+
+    @cached_property
+    def topk_ids(self) -> torch.Tensor | None:
+        """[T, K] int64 when the callers routed."""
+        parts = [member.request.topk_ids.long() for member in self.members if member.request.topk_ids is not None]
+        return torch.cat(parts) if parts else None
+
+    @cached_property
+    def topk_weights(self) -> torch.Tensor | None:
+        """[T, K] float32 when the callers routed."""
+        parts = [member.request.topk_weights.float() for member in self.members if member.request.topk_weights is not None]
+        return torch.cat(parts) if parts else None
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether nobody waits for an answer any more."""
+        return all(member.answer.done() for member in self.members)
+
+    def fail(self, error: Exception) -> None:
+        """Everybody who still waits gets `error`."""
+        for member in self.members:
+            if not member.answer.done():
+                member.answer.set_exception(error)

@@ -1,0 +1,132 @@
+"""Admission and joining: who gets in, and with whom."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+from moeserve.config import BatchingConfig
+from moeserve.errors import InvalidRequest, MoEServeError, Overloaded
+from moeserve.frontend.batch import Batch, Pending
+from moeserve.output import ForwardOutput
+from moeserve.request import LayerRequest
+
+log = logging.getLogger(__name__)
+
+# One batch on the hosts and one on its way: the hosts never wait for the frontend, and what waits grows into larger batches.
+_MAX_IN_FLIGHT = 2
+
+
+class TokenBudget:
+    """Tokens admitted and not yet answered, over all layers; past the limit the rest is refused at once, never queued silently."""
+
+    def __init__(self, max_tokens: int, on_change: Callable[[float], None]) -> None:
+        self._max_tokens = max_tokens
+        self._on_change = on_change
+        self.tokens = 0
+
+    def take(self, tokens: int) -> None:
+        """Raises Overloaded when `tokens` more do not fit."""
+        if self.tokens + tokens > self._max_tokens:
+            raise Overloaded(
+                f"{self.tokens} tokens are queued and {tokens} more exceed server.max_queued_tokens = {self._max_tokens}; try again"
+            )
+        self.tokens += tokens
+        self._on_change(self.tokens)
+
+    def give_back(self, tokens: int) -> None:
+        """The tokens were answered, failed or given up."""
+        self.tokens -= tokens
+        self._on_change(self.tokens)
+
+
+class Batcher:
+    """Joins waiting requests of one layer up to `max_batch_tokens`; never waits while the hosts have nothing of it to do."""
+
+    def __init__(self, run: Callable[[Batch], Awaitable[None]], config: BatchingConfig, budget: TokenBudget) -> None:
+        self._run = run
+        self._config = config
+        self._budget = budget
+        self._waiting: deque[Pending] = deque()
+        self._in_flight: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def submit(self, request: LayerRequest, deadline: float) -> asyncio.Future[ForwardOutput]:
+        """Admit a request. Raises Overloaded. Cancelling the future gives the request up."""
+        tokens = request.num_tokens
+        self._budget.take(tokens)
+        answer: asyncio.Future[ForwardOutput] = asyncio.get_running_loop().create_future()
+        answer.add_done_callback(lambda _: self._budget.give_back(tokens))
+        self._waiting.append(Pending(request, deadline, answer))
+        self._pump()
+        return answer
+
+    def _pump(self) -> None:
+        while self._waiting and len(self._in_flight) < _MAX_IN_FLIGHT and not self._should_wait():
+            members = self._take()
+            if members:
+                self._launch(Batch(members))
+
+    def _should_wait(self) -> bool:
+        """While the hosts are busy anyway, a batch that is not full may wait for company."""
+        wait_s = self._config.max_batch_wait_ms / 1000
+        if not wait_s or not self._in_flight:
+            return False
+        if sum(pending.request.num_tokens for pending in self._waiting) >= self._config.max_batch_tokens:
+            return False
+        loop = asyncio.get_running_loop()
+        ready_at = self._waiting[0].admitted_at + wait_s
+        if loop.time() >= ready_at:
+            return False
+        if self._timer is None or self._timer.cancelled() or self._timer.when() <= loop.time():
+            self._timer = loop.call_at(ready_at, self._pump)
+        return True
+
+    def _take(self) -> list[Pending]:
+        """The oldest request and, in order, those that can join it; requests given up meanwhile are forgotten."""
+        members: list[Pending] = []
+        tokens = 0
+        while self._waiting:
+            head = self._waiting[0]
+            if not head.answer.done():
+                full = tokens + head.request.num_tokens > self._config.max_batch_tokens
+                if members and (full or head.join_key != members[0].join_key):
+                    break
+                members.append(head)
+                tokens += head.request.num_tokens
+            self._waiting.popleft()
+        return members
+
+    def _launch(self, batch: Batch) -> None:
+        task = asyncio.get_running_loop().create_task(self._guarded(batch))
+        self._in_flight.add(task)
+
+        def give_up(_: asyncio.Future[ForwardOutput]) -> None:
+            if batch.is_abandoned:
+                task.cancel()
+
+        def finished(_: asyncio.Task[None]) -> None:
+            self._in_flight.discard(task)
+            self._pump()
+
+        for member in batch.members:
+            member.answer.add_done_callback(give_up)
+        task.add_done_callback(finished)
+
+    async def _guarded(self, batch: Batch) -> None:
+        try:
+            await self._run(batch)
+        except InvalidRequest as error:
+            # Only the tensors of one member can be at fault; run alone, the others are not disturbed by it.
+            if len(batch.members) == 1:
+                batch.fail(error)
+            for member in batch.members if len(batch.members) > 1 else ():
+                await self._guarded(Batch([member]))
+        except MoEServeError as error:
+            batch.fail(error)
+        except Exception as error:  # whatever it was, the callers must not hang and the next batch must run
+            log.exception("a batch failed")
+            batch.fail(MoEServeError(f"the service failed to run the batch: {type(error).__name__}"))
+        assert batch.is_abandoned, "a batch ended without an answer for every request"

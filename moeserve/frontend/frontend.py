@@ -1,0 +1,122 @@
+"""The engine behind the gRPC service: one batcher and one forward pass per layer, one link per host."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from moeserve.checkpoints import LayerSource
+from moeserve.config import ServiceConfig
+from moeserve.errors import DeadlineExceeded
+from moeserve.frontend.batcher import Batcher, TokenBudget
+from moeserve.frontend.compute import Compute
+from moeserve.frontend.forward import Forward
+from moeserve.frontend.link import HostLink, Resolve
+from moeserve.gating import Router
+from moeserve.metrics import Metrics
+from moeserve.output import ForwardOutput
+from moeserve.placement import Placement
+from moeserve.request import LayerRequest
+from moeserve.stats import HostStats, LayerStats, ServiceStats
+
+OnHealth = Callable[[int, bool], None]
+
+
+class Frontend:
+    """Takes requests for any served layer and answers them with the hosts' help.
+
+    `hosts` are the placement's hosts in order: a name, and how to find the host's present incarnation.
+    `on_health` is told, whenever it may have changed, of every layer (by number) whether each of its experts has a live copy.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[LayerSource],
+        placement: Placement,
+        hosts: Sequence[tuple[str, Resolve]],
+        config: ServiceConfig,
+        metrics: Metrics,
+        model: str,
+        on_health: OnHealth,
+    ) -> None:
+        self.model = model
+        self.layers = [source.spec for source in sources]
+        self._placement = placement
+        self._metrics = metrics
+        self._on_health = on_health
+        self._timeout_s = config.resilience.request_timeout_s
+        self._links = [HostLink(name, resolve, metrics, self._hosts_changed) for name, resolve in hosts]
+        self._budget = TokenBudget(config.server.max_queued_tokens, metrics.queue_tokens.set)
+        self._compute = Compute()
+        self._batchers = [
+            Batcher(
+                Forward(
+                    layer,
+                    source.spec,
+                    Router(source.gate(), source.spec.gating),
+                    placement,
+                    self._links,
+                    config.resilience,
+                    metrics,
+                    self._compute,
+                ).run,
+                config.batching,
+                self._budget,
+            )
+            for layer, source in enumerate(sources)
+        ]
+
+    async def start(self) -> None:
+        """Connect to every host."""
+        await asyncio.gather(*(link.start() for link in self._links))
+
+    async def close(self) -> None:
+        """Let go of the hosts; requests that are still running fail."""
+        await asyncio.gather(*(link.close() for link in self._links))
+        self._compute.close()
+
+    async def forward(self, layer: int, request: LayerRequest) -> ForwardOutput:
+        """One validated request. Raises Overloaded, ExpertUnavailable, DeadlineExceeded; cancelling the task gives it up."""
+        deadline = time.monotonic() + self._timeout_s if request.deadline is None else request.deadline
+        if deadline <= time.monotonic():
+            raise DeadlineExceeded("the deadline had passed when the request arrived")
+        answer = self._batchers[layer].submit(request, deadline)
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await answer
+        except TimeoutError:
+            raise DeadlineExceeded(f"layer {self.layers[layer].name} did not answer before the deadline") from None
+
+    def stats(self) -> ServiceStats:
+        """Counts since the start and the state of the hosts."""
+        counts = self._metrics.experts
+        layers = [
+            LayerStats(spec.name, counts.tokens[index], counts.processed[index].clone(), counts.dropped[index].clone())
+            for index, spec in enumerate(self.layers)
+        ]
+        hosts = [_host_stats(link) for link in self._links]
+        return ServiceStats(epoch=self._placement.epoch, layers=layers, hosts=hosts, queue_tokens=self._budget.tokens)
+
+    def _hosts_changed(self) -> None:
+        up = torch.tensor([link.channel is not None for link in self._links])
+        for index, layer in enumerate(self._placement.layers):
+            live = torch.zeros_like(self._metrics.experts.live_copies[index])
+            live.index_add_(0, layer.logical_of_physical, up[layer.host_of_physical].long())
+            self._metrics.experts.live_copies[index] = live
+            self._on_health(index, bool((live > 0).all()))
+
+
+def _host_stats(link: HostLink) -> HostStats:
+    info = link.info
+    return HostStats(
+        name=link.name,
+        up=link.channel is not None,
+        restarts=link.restarts,
+        node=info.node if info else "",
+        device=info.device if info else "",
+        cuda_visible_devices=info.cuda_visible_devices if info else "",
+        weights_bytes=info.weights_bytes if info else 0,
+    )

@@ -1,0 +1,86 @@
+"""The frontend's hold on one host: connected, or waiting for the host to come back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from moeserve.errors import MoEServeError
+from moeserve.metrics import Metrics
+from moeserve.stats import HostInfo
+from moeserve.transport import Channel, connect
+
+log = logging.getLogger(__name__)
+
+_RETRY_S = 0.5
+
+Resolve = Callable[[], Awaitable[HostInfo]]
+
+
+class HostLink:
+    """Keeps a channel to one host; when the host dies it asks `resolve` where the next incarnation is, and connects to that."""
+
+    def __init__(self, name: str, resolve: Resolve, metrics: Metrics, on_change: Callable[[], None]) -> None:
+        self.name = name
+        self.info: HostInfo | None = None
+        self.restarts = 0
+        self._resolve = resolve
+        self._on_change = on_change
+        self._up = metrics.host_up.labels(name)
+        self._restarts = metrics.host_restarts
+        self._channel: Channel | None = None
+        self._connected = asyncio.Event()
+        self._keeper: asyncio.Task[None] | None = None
+        self.queue_tokens = metrics.host_queue_tokens.labels(name)
+
+    @property
+    def channel(self) -> Channel | None:
+        """None while the host is down."""
+        return self._channel
+
+    async def start(self) -> None:
+        """Connect for the first time and stay connected until `close`."""
+        await self._connect()
+        self._keeper = asyncio.create_task(self._keep())
+
+    async def connected(self) -> Channel:
+        """The channel, once there is one."""
+        while self._channel is None:
+            await self._connected.wait()
+        return self._channel
+
+    async def close(self) -> None:
+        """Let go of the host."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+        if self._channel is not None:
+            await self._channel.close()
+
+    async def _keep(self) -> None:
+        while True:
+            assert self._channel is not None
+            await self._channel.closed.wait()
+            log.warning("host %s is gone; waiting for Ray to restart it", self.name)
+            self._channel = None
+            self._set_up(False)
+            await self._connect()
+            self.restarts += 1
+            self._restarts.inc()
+            log.info("host %s is back", self.name)
+
+    async def _connect(self) -> None:
+        while self._channel is None:
+            try:
+                self.info = await self._resolve()
+                self._channel = await connect(self.info.endpoint)
+            except MoEServeError as error:
+                # It died again before it was reached, or cannot come up at present: whoever needs it has a deadline of his own.
+                log.warning("host %s cannot be reached: %s", self.name, error)
+                await asyncio.sleep(_RETRY_S)
+        self._set_up(True)
+
+    def _set_up(self, up: bool) -> None:
+        self._up.set(up)
+        (self._connected.set if up else self._connected.clear)()
+        self._on_change()

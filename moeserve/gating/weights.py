@@ -1,0 +1,44 @@
+"""Scores of the chosen experts -> combine weights. T tokens, K choices per token.
+
+none       w_k = g_k, the raw probability: Switch, ColossalAI
+pre_drop   w_k = g_k / sum over the K choices: GShard g1 / (g1 + g2) (arXiv 2006.16668), Mixtral, Qwen `norm_topk_prob`
+post_drop  w_k = g_k / max(sum over the choices that were not dropped, eps): DeepSpeed top-2 and top-k; a lone survivor gets 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def none(topk_scores: Tensor, kept: Tensor) -> Tensor:
+    return topk_scores * kept
+
+
+def pre_drop(topk_scores: Tensor, kept: Tensor) -> Tensor:
+    return none(topk_scores / topk_scores.sum(dim=1, keepdim=True), kept)
+
+
+def post_drop(topk_scores: Tensor, kept: Tensor) -> Tensor:
+    survivors = none(topk_scores, kept)
+    return survivors / survivors.sum(dim=1, keepdim=True).clamp(min=EPS)
+
+
+#: value of `renormalize` -> (topk_scores [T, K], kept [T, K] bool) -> weights [T, K], 0 where not kept
+RENORMALIZE: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"none": none, "pre_drop": pre_drop, "post_drop": post_drop}
+
+
+def keep_total(topk_weights: Tensor, kept: Tensor) -> Tensor:
+    """Weights the caller gave, 0 where not kept; survivors take over what was dropped of their token.
+
+    topk_weights [T, K] float32; kept [T, K] bool. A token's weights still add up to what the caller gave it, whatever the scale.
+    Survivors that add up to no more than eps stay as they are.
+    """
+    survivors = none(topk_weights, kept)
+    total = survivors.sum(dim=1, keepdim=True)
+    share = topk_weights.sum(dim=1, keepdim=True) / total
+    return torch.where(total > EPS, survivors * share, survivors)

@@ -1,0 +1,15 @@
+"""Router z-loss: mean over tokens of logsumexp(x)^2, large when logits are: Zoph et al. 2022, ST-MoE (arXiv 2202.08906, eq. 5).
+
+T tokens, E experts, R requests.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moeserve.gating.segments import Segments
+
+
+def z_loss(router_logits: Tensor, requests: Segments) -> Tensor:
+    """[T, E] float32 -> [R] float32, 0 for a request without used tokens."""
+    return requests.sum(router_logits.logsumexp(dim=1).square()) / requests.used_tokens.clamp(min=1)

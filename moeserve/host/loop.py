@@ -1,0 +1,95 @@
+"""What an expert host does all day.
+
+R rows, N (row, expert) pairs, H hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from moeserve.errors import InvalidRequest, MoEServeError
+from moeserve.experts import ExpertBank
+from moeserve.transport import Listener, Work
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 1.0
+
+
+class HostLoop:
+    """Takes work from a listener and answers it with the experts of `banks` (layer number -> bank) until stopped.
+
+    All work that is waiting for one layer, from whichever frontend, is computed in one pass (continuous merging as in EaaS,
+    arXiv 2509.17863): an expert's weights are read once for all of it.
+    """
+
+    def __init__(self, banks: Mapping[int, ExpertBank], listener: Listener) -> None:
+        self._banks = banks
+        self._listener = listener
+        self._stopping = False
+
+    def run(self) -> None:
+        """Blocks until `stop`; a piece of work that fails is answered with an error and harms no other."""
+        while not self._stopping:
+            waiting: defaultdict[int, list[Work]] = defaultdict(list)
+            for work in self._listener.poll(_POLL_S):
+                waiting[work.layer].append(work)
+            for layer, works in waiting.items():
+                self._serve(layer, works)
+        self._listener.close()
+
+    def stop(self) -> None:
+        """From any thread: finish the pass that is running, then return from `run`."""
+        self._stopping = True
+        self._listener.wake()
+
+    def _serve(self, layer: int, works: Sequence[Work]) -> None:
+        bank = self._banks.get(layer)
+        valid = []
+        for work in works:
+            try:
+                _check(work, layer, bank)
+                valid.append(work)
+            except InvalidRequest as error:
+                work.fail(error)
+        if bank is None or not valid:
+            return
+        try:
+            _compute(bank, valid)
+        except Exception as error:  # a failing kernel must not end the host: the callers are told
+            log.exception("layer %d failed", layer)
+            for work in valid:
+                work.fail(MoEServeError(f"the expert host failed to compute layer {layer}: {type(error).__name__}"))
+
+
+def _check(work: Work, layer: int, bank: ExpertBank | None) -> None:
+    """What the transport cannot know: which experts and widths there are here."""
+    if bank is None:
+        raise InvalidRequest(f"this host holds no experts of layer {layer}")
+    if work.hidden_states.shape[1] != bank.hidden_size:
+        raise InvalidRequest(f"rows of layer {layer} are {bank.hidden_size} wide, got {work.hidden_states.shape[1]}")
+    if int(work.slots[-1]) >= bank.num_experts:
+        raise InvalidRequest(f"a pair names expert slot {int(work.slots[-1])} of layer {layer}; this host has 0..{bank.num_experts - 1}")
+
+
+def _compute(bank: ExpertBank, works: Sequence[Work]) -> None:
+    if len(works) == 1:
+        work = works[0]
+        bank.run(work.hidden_states, work.row_index, work.slots, work.weights, out=work.reply_buffer())
+        work.reply()
+        return
+    sizes = [len(work.hidden_states) for work in works]
+    offsets = torch.tensor([0, *sizes[:-1]]).cumsum(0)
+    row_index = torch.cat([work.row_index + offset for work, offset in zip(works, offsets.tolist(), strict=True)])
+    slots, order = torch.cat([work.slots for work in works]).sort(stable=True)
+    weights = torch.cat([work.weights for work in works])[order]
+    hidden_states = torch.cat([work.hidden_states.to(bank.dtype) for work in works])
+    out = torch.empty(len(hidden_states), hidden_states.shape[1])
+    bank.run(hidden_states, row_index[order], slots, weights, out=out)
+    for work, part in zip(works, out.split(sizes), strict=True):
+        work.reply_buffer().copy_(part)
+        work.reply()

@@ -1,0 +1,138 @@
+"""One MoE layer in one process: gate, experts, combine. No Ray, no sockets; the reference everything is measured against.
+
+T tokens, H hidden size, I intermediate size, E experts, K choices per token.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from moeserve.checkpoints import LayerSource, layer_sources
+from moeserve.config import Activation, GatingConfig, LayerSpec, load_config
+from moeserve.dispatch import combine, permute, plan
+from moeserve.errors import ConfigError, UnknownLayer
+from moeserve.experts import ExpertBank
+from moeserve.gating import BatchRouting, Router, Routing, apply_choices
+from moeserve.output import ForwardOutput
+from moeserve.placement import LayerPlacement
+from moeserve.request import LayerRequest, validate
+from moeserve.tensors import FLOAT_DTYPES, dtype_name
+
+_MAX_TOKENS = 2**24
+
+
+class MoELayer:
+    """A layer of random weights (the same seed gives the same weights here and in a service), or one of a checkpoint.
+
+    Raises ConfigError for impossible sizes or gating.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        activation: Activation = "swiglu",
+        bias: bool = False,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        gating: GatingConfig | None = None,
+    ) -> None:
+        layer = {
+            "hidden_size": hidden_size,
+            "intermediate_size": intermediate_size,
+            "num_experts": num_experts,
+            "activation": activation,
+            "bias": bias,
+            "seed": seed,
+            "gating": gating or GatingConfig(),
+        }
+        self._load(layer_sources(load_config({"model": {"dtype": _dtype_key(dtype)}, "layers": [layer]}))[0])
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | Path, layer: int | str = 0, dtype: torch.dtype | None = None, gating: GatingConfig | None = None
+    ) -> MoELayer:
+        """MoE layer `layer` (position among the MoE layers, or name) of a checkpoint folder; `gating` changes the settings it names.
+
+        Raises CheckpointError, or UnknownLayer when there is no such layer.
+        """
+        model = {"checkpoint": Path(path), "dtype": None if dtype is None else _dtype_key(dtype)}
+        sources = layer_sources(load_config({"model": model, "layers": [{"gating": gating}] if gating else []}))
+        by_key = {key: source for index, source in enumerate(sources) for key in (index, source.spec.name)}
+        if layer not in by_key:
+            raise UnknownLayer(f"{path} has no MoE layer {layer!r}; it has 0..{len(sources) - 1}: {[s.spec.name for s in sources]}")
+        self = cls.__new__(cls)
+        self._load(by_key[layer])
+        return self
+
+    def _load(self, source: LayerSource) -> None:
+        spec = source.spec
+        everyone = range(spec.num_experts)
+        self.spec: LayerSpec = spec
+        self.router = Router(source.gate(), spec.gating)
+        self.bank = ExpertBank(source.experts(everyone), spec.activation)
+        self._placement = LayerPlacement(1, torch.tensor(everyone), torch.zeros(spec.num_experts, dtype=torch.int64))
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[T, H] -> [T, H], same dtype."""
+        return self.run(hidden_states).hidden_states
+
+    @torch.inference_mode()
+    def run(
+        self,
+        hidden_states: torch.Tensor,
+        used_token: torch.Tensor | None = None,
+        topk_ids: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        return_routing: bool = False,
+    ) -> ForwardOutput:
+        """One request; arguments and answer as in `Client.forward`. Raises InvalidRequest."""
+        request = LayerRequest(hidden_states, used_token, topk_ids, topk_weights, return_routing)
+        validate(request, self.spec, _MAX_TOKENS)
+        routing = route_batch(self.router, hidden_states, [request.num_tokens], used_token, topk_ids, topk_weights)
+        answers = []
+        for work in plan(routing.topk_ids, routing.topk_weights, routing.kept, self._placement):
+            partial = torch.empty(len(work.rows), self.spec.hidden_size)
+            self.bank.run(permute(hidden_states, work.rows), work.row_index, work.slots, work.weights, out=partial)
+            answers.append((work.rows, partial))
+        total = combine(answers, request.num_tokens, self.spec.hidden_size)
+        return to_output(routing.request(0), total.to(hidden_states.dtype), return_routing)
+
+
+def route_batch(
+    router: Router,
+    hidden_states: torch.Tensor,
+    request_sizes: list[int],
+    used_token: torch.Tensor | None,
+    topk_ids: torch.Tensor | None,
+    topk_weights: torch.Tensor | None,
+) -> BatchRouting:
+    """Route the joined tokens of several requests [T, H]: by the layer's own gate, or as the callers did (topk_* [T, K])."""
+    if topk_ids is None or topk_weights is None:
+        return router(hidden_states, request_sizes, used_token)
+    return apply_choices(topk_ids, topk_weights, router.num_experts, router.gating, request_sizes, used_token)
+
+
+def to_output(routing: Routing, hidden_states: torch.Tensor, return_routing: bool) -> ForwardOutput:
+    """What the caller of one request gets to see."""
+    return ForwardOutput(
+        hidden_states=hidden_states,
+        requested=routing.requested,
+        processed=routing.processed,
+        dropped=routing.dropped,
+        dropped_tokens=routing.dropped_tokens,
+        aux_loss=routing.aux_loss,
+        z_loss=routing.z_loss,
+        topk_ids=routing.topk_ids if return_routing else None,
+        topk_weights=routing.topk_weights if return_routing else None,
+    )
+
+
+def _dtype_key(dtype: torch.dtype) -> str:
+    if dtype not in FLOAT_DTYPES.values():
+        raise ConfigError(f"dtype {dtype_name(dtype)} is not supported; allowed: {', '.join(FLOAT_DTYPES)}")
+    return dtype_name(dtype)

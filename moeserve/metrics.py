@@ -1,0 +1,104 @@
+"""Every Prometheus object, declared once. Counted in the frontend, so counters survive the death of a host.
+
+E experts of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from moeserve.config import LayerSpec
+
+ExpertDetail = Literal["off", "top", "full"]
+Stage = Literal["queue", "route", "dispatch", "experts", "combine"]
+
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_TOKENS = tuple(2**power for power in range(0, 17, 2))
+_TOP_EXPERTS = 32
+
+
+class ExpertCounts(Collector):
+    """Tokens of every layer and expert since the start: one vector addition per batch, turned into series when scraped."""
+
+    def __init__(self, specs: Sequence[LayerSpec], detail: ExpertDetail) -> None:
+        self._names = [spec.name for spec in specs]
+        self._detail = detail
+        self.tokens = [0] * len(specs)
+        self.processed = [torch.zeros(spec.num_experts, dtype=torch.int64) for spec in specs]
+        self.dropped = [torch.zeros(spec.num_experts, dtype=torch.int64) for spec in specs]
+        #: [E] per layer: copies on a host that can be reached
+        self.live_copies = [torch.zeros(spec.num_experts, dtype=torch.int64) for spec in specs]
+
+    def add(self, layer: int, tokens: int, processed: torch.Tensor, dropped: torch.Tensor) -> None:
+        """`tokens` used tokens were answered; processed [E] and dropped [E] int64 (token, expert) pairs."""
+        self.tokens[layer] += tokens
+        self.processed[layer] += processed
+        self.dropped[layer] += dropped
+
+    def collect(self) -> Iterable[Metric]:
+        tokens = CounterMetricFamily("moeserve_tokens", "Used tokens answered", labels=["layer"])
+        processed = CounterMetricFamily("moeserve_expert_tokens", "Computed (token, expert) pairs", labels=["layer", "expert"])
+        dropped = CounterMetricFamily(
+            "moeserve_expert_dropped_tokens", "(token, expert) pairs not computed", labels=["layer", "expert", "reason"]
+        )
+        copies = GaugeMetricFamily("moeserve_expert_copies", "Copies of an expert", labels=["layer", "expert", "state"])
+        balance = GaugeMetricFamily("moeserve_expert_balancedness_ratio", "Mean / max of an expert's demand", labels=["layer"])
+        for layer, name in enumerate(self._names):
+            tokens.add_metric([name], self.tokens[layer])
+            done, lost = self.processed[layer], self.dropped[layer]
+            for expert in self._shown(done + lost):
+                processed.add_metric([name, str(expert)], int(done[expert]))
+                dropped.add_metric([name, str(expert), "capacity"], int(lost[expert]))
+                copies.add_metric([name, str(expert), "live"], int(self.live_copies[layer][expert]))
+            demand = (done + lost).double()
+            balance.add_metric([name], float(demand.mean() / demand.max()) if demand.max() else 1.0)
+        return [tokens, processed, dropped, copies, balance]
+
+    def _shown(self, demand: torch.Tensor) -> list[int]:
+        if self._detail == "off":
+            return []
+        count = len(demand) if self._detail == "full" else min(_TOP_EXPERTS, len(demand))
+        return sorted(demand.topk(count).indices.tolist())
+
+
+class Metrics:
+    """The service's metrics in a registry of their own, so several services can live in one process."""
+
+    def __init__(self, specs: Sequence[LayerSpec], detail: ExpertDetail = "full") -> None:
+        self.registry = CollectorRegistry()
+        self.experts = ExpertCounts(specs, detail)
+        self.registry.register(self.experts)
+        self.requests = self._counter("moeserve_requests", "Calls answered", "method", "code")
+        self.request_duration = self._histogram("moeserve_request_duration_seconds", "Duration of a call", _SECONDS, "method")
+        self.stage_duration = self._histogram("moeserve_stage_duration_seconds", "Duration of a stage of a batch", _SECONDS, "stage")
+        self.batch_tokens = self._histogram("moeserve_batch_tokens", "Tokens run together", _TOKENS)
+        self.queue_tokens = self._gauge("moeserve_queue_tokens", "Tokens admitted and not yet answered")
+        self.host_up = self._gauge("moeserve_host_up", "1 while the frontend is connected to the host", "host")
+        self.host_queue_tokens = self._gauge("moeserve_host_queue_tokens", "Rows sent to a host and not yet answered", "host")
+        self.host_restarts = self._counter("moeserve_host_restarts", "Times a host came back as a new process")
+        self.expert_retries = self._counter("moeserve_expert_retries", "Messages sent to a host again", "reason")
+        self.aux_loss = self._gauge("moeserve_aux_loss", "Load-balancing loss of the latest request", "layer")
+
+    def observe_call(self, method: str, code: str, seconds: float) -> None:
+        """One gRPC call was answered."""
+        self.requests.labels(method, code).inc()
+        self.request_duration.labels(method).observe(seconds)
+
+    def observe_stage(self, stage: Stage, seconds: float) -> None:
+        """One stage of one batch took `seconds`."""
+        self.stage_duration.labels(stage).observe(seconds)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(name, text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(name, text, labels, buckets=buckets, registry=self.registry)

@@ -1,0 +1,73 @@
+"""Logical experts (the model's) -> physical experts (one copy on one host) -> hosts.
+
+E logical experts, P physical experts (P = E while every expert has one copy), D hosts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from moeserve.config import LayerSpec, PlacementConfig
+from moeserve.errors import ConfigError
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPlacement:
+    """One layer's physical experts, ordered by host; immutable.
+
+    logical_of_physical [P] int64: which expert each is a copy of
+    host_of_physical    [P] int64, ascending: the host it lives on
+    """
+
+    num_hosts: int
+    logical_of_physical: torch.Tensor
+    host_of_physical: torch.Tensor
+
+    @cached_property
+    def slot_of_physical(self) -> torch.Tensor:
+        """[P] int64: index among the experts of its host."""
+        first = torch.searchsorted(self.host_of_physical, self.host_of_physical)
+        return torch.arange(len(self.host_of_physical)) - first
+
+    @cached_property
+    def physical_of_logical(self) -> torch.Tensor:
+        """[E] int64: the copy that serves each expert."""
+        return self.logical_of_physical.argsort()
+
+    def experts_on(self, host: int) -> list[int]:
+        """Logical ids of the experts `host` holds, in slot order."""
+        return [int(expert) for expert in self.logical_of_physical[self.host_of_physical == host]]
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """All layers at one moment; a change is a new placement with a higher epoch."""
+
+    epoch: int
+    num_hosts: int
+    layers: tuple[LayerPlacement, ...]
+
+
+def plan_placement(specs: Sequence[LayerSpec], config: PlacementConfig, epoch: int = 1) -> Placement:
+    """Spread every layer's experts over the hosts as evenly as numbers allow.
+
+    Raises ConfigError when a host would be left without any expert.
+    """
+    most = max(spec.num_experts for spec in specs)
+    if config.num_hosts > most:
+        raise ConfigError(f"placement.num_hosts is {config.num_hosts}, but no layer has more than {most} experts to share out")
+    return Placement(epoch, config.num_hosts, tuple(_plan_layer(spec.num_experts, config) for spec in specs))
+
+
+def _plan_layer(num_experts: int, config: PlacementConfig) -> LayerPlacement:
+    experts = torch.arange(num_experts)
+    if config.strategy == "round_robin":
+        host_of_logical = experts % config.num_hosts
+    else:
+        host_of_logical = experts * config.num_hosts // num_experts
+    host_of_physical, logical_of_physical = host_of_logical.sort(stable=True)
+    return LayerPlacement(config.num_hosts, logical_of_physical, host_of_physical)

@@ -1,0 +1,112 @@
+"""One token batch for one layer, and the only place where it is checked.
+
+T tokens, H hidden size, E experts, K choices per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+from moeserve.config import LayerSpec
+from moeserve.errors import InvalidRequest
+from moeserve.tensors import FLOAT_DTYPES, dtype_name
+
+_FLOATS = FLOAT_DTYPES.values()
+
+
+@dataclass(frozen=True)
+class LayerRequest:
+    """hidden_states [T, H] float; used_token [T] bool; topk_ids [T, K] int and topk_weights [T, K] float when the caller routed.
+
+    `deadline` is a time on this machine's monotonic clock, in seconds.
+    """
+
+    hidden_states: torch.Tensor
+    used_token: torch.Tensor | None = None
+    topk_ids: torch.Tensor | None = None
+    topk_weights: torch.Tensor | None = None
+    return_routing: bool = False
+    deadline: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.hidden_states.shape[0]
+
+    @property
+    def is_routed(self) -> bool:
+        return self.topk_ids is not None
+
+
+def validate(request: LayerRequest, spec: LayerSpec, max_tokens: int) -> None:
+    """Raises InvalidRequest, naming the field, unless the layer can run `request` as it is."""
+    hidden_states = request.hidden_states
+    _require_dtype(hidden_states, _FLOATS, "hidden_states")
+    if hidden_states.dim() != 2 or hidden_states.shape[1] != spec.hidden_size:
+        raise InvalidRequest(
+            f"hidden_states has shape {list(hidden_states.shape)}; layer {spec.name} takes [tokens, {spec.hidden_size}]",
+            "hidden_states",
+        )
+    if request.num_tokens > max_tokens:
+        raise InvalidRequest(
+            f"hidden_states has {request.num_tokens} tokens; at most {max_tokens} are allowed in one request", "hidden_states"
+        )
+    used_token = request.used_token
+    if used_token is not None and (used_token.dtype != torch.bool or list(used_token.shape) != [request.num_tokens]):
+        raise InvalidRequest(
+            f"used_token must be bool of shape [{request.num_tokens}], got {dtype_name(used_token.dtype)} {list(used_token.shape)}",
+            "used_token",
+        )
+    _require_finite(hidden_states, "hidden_states")
+    _validate_choices(request, spec)
+
+
+def _validate_choices(request: LayerRequest, spec: LayerSpec) -> None:
+    topk_ids, topk_weights = request.topk_ids, request.topk_weights
+    if topk_ids is None and topk_weights is None:
+        return
+    if topk_ids is None or topk_weights is None:
+        missing = "topk_ids" if topk_ids is None else "topk_weights"
+        raise InvalidRequest(f"topk_ids and topk_weights must be given together; {missing} is not given", missing)
+    _require_dtype(topk_ids, (torch.int64, torch.int32), "topk_ids")
+    _require_dtype(topk_weights, _FLOATS, "topk_weights")
+    num_tokens, num_experts = request.num_tokens, spec.num_experts
+    top_k = topk_ids.shape[1] if topk_ids.dim() == 2 else 0
+    if topk_ids.dim() != 2 or topk_ids.shape[0] != num_tokens or not 1 <= top_k <= num_experts or topk_weights.shape != topk_ids.shape:
+        raise InvalidRequest(
+            f"topk_ids and topk_weights must both be [{num_tokens}, K] with K in 1..{num_experts}, "
+            f"got {list(topk_ids.shape)} and {list(topk_weights.shape)}",
+            "topk_ids",
+        )
+    if not num_tokens:
+        return
+    bad = (topk_ids < 0) | (topk_ids >= num_experts)
+    if bad.any():
+        token, choice = bad.nonzero()[0].tolist()
+        raise InvalidRequest(
+            f"topk_ids[{token}, {choice}] is {int(topk_ids[token, choice])}; layer {spec.name} has experts 0..{num_experts - 1}",
+            "topk_ids",
+        )
+    ordered = topk_ids.sort(dim=1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
+    if twice.any():
+        raise InvalidRequest(f"topk_ids[{int(twice.nonzero()[0])}] names an expert twice", "topk_ids")
+    _require_finite(topk_weights, "topk_weights")
+
+
+def _require_dtype(tensor: torch.Tensor, allowed: Collection[torch.dtype], field: str) -> None:
+    if tensor.dtype not in allowed:
+        raise InvalidRequest(f"{field} is {dtype_name(tensor.dtype)}; allowed: {', '.join(map(dtype_name, allowed))}", field)
+
+
+def _require_finite(tensor: torch.Tensor, field: str) -> None:
+    # The extremes are NaN if any element is: one pass and no [T, H] mask when all is well, which is nearly always.
+    if not tensor.numel():
+        return
+    low, high = torch.aminmax(tensor)
+    if torch.isfinite(low) and torch.isfinite(high):
+        return
+    token = int((~torch.isfinite(tensor)).any(dim=1).nonzero()[0])
+    raise InvalidRequest(f"{field} of token {token} is not finite (NaN or Inf)", field)

@@ -1,0 +1,9 @@
+"""gRPC in front of an engine; the engine itself is only a protocol here."""
+
+from moeserve.server.allocator import keep_large_blocks
+from moeserve.server.boundary import Observe
+from moeserve.server.engine import Engine
+from moeserve.server.grpc_server import GrpcServer
+from moeserve.server.security import check_exposure
+
+__all__ = ["Engine", "GrpcServer", "Observe", "check_exposure", "keep_large_blocks"]

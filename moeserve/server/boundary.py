@@ -1,0 +1,141 @@
+"""What every call passes on its way in and out: the token, the drain gate, errors -> status, observation.
+
+Handlers behind it return answers or raise MoEServeError and know nothing of the rest. Health checks do not pass here: a
+probe needs no token, is answered while draining, and is not traffic.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import inspect
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import aclosing
+from typing import Any, Final, Never
+
+import grpc
+
+from moeserve.errors import ExpertUnavailable, MoEServeError, Unauthenticated
+from moeserve.server.status import as_user_error, to_status
+
+#: method, name of the status code, seconds
+Observe = Callable[[str, str, float], None]
+Handler = grpc.RpcMethodHandler[Any, Any]
+Context = grpc.aio.ServicerContext[Any, Any]
+Behavior = Callable[[Any, Context], Any]
+
+_HEALTH: Final = "/grpc.health.v1.Health/"
+_BEHAVIORS: Final = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+
+
+class Boundary(grpc.aio.ServerInterceptor):
+    """One per server. Set `draining` when no new work may start; `idle()` then waits for what has started.
+
+    A stream that ends well is not observed as a whole: it may live for days, and its service observes every message.
+    """
+
+    def __init__(self, token: str | None, observe: Observe) -> None:
+        self.draining = asyncio.Event()
+        self._token = None if token is None else token.encode()
+        self._observe = observe
+        self._guarded: dict[str, Handler] = {}
+        self._running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def idle(self) -> None:
+        """Returns once no call is running."""
+        await self._idle.wait()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """The handler of the call, guarded; or, for a call that is not let in, one that refuses before anything is read."""
+        method = handler_call_details.method
+        handler = await continuation(handler_call_details)
+        if handler is None or method.startswith(_HEALTH):
+            return handler
+        refusal = self._refusal(handler_call_details.invocation_metadata)
+        if refusal is not None:
+            return grpc.stream_stream_rpc_method_handler(self._guard(method, _refuse(refusal)))
+        if method not in self._guarded:
+            self._guarded[method] = _GuardedHandler(handler, lambda inner: self._guard(method, inner))
+        return self._guarded[method]
+
+    def _refusal(self, metadata: Iterable[tuple[str, str | bytes]]) -> MoEServeError | None:
+        if self._token is not None and not _carries(metadata, self._token):
+            return Unauthenticated("the bearer token is missing or wrong; send it as metadata: authorization: Bearer TOKEN")
+        if self.draining.is_set():
+            return ExpertUnavailable("the service is draining and takes no new requests")
+        return None
+
+    def _guard(self, method: str, inner: Behavior) -> Behavior:
+        async def guarded(request: Any, context: Context) -> Any:
+            code, start = grpc.StatusCode.OK, time.perf_counter()
+            self._running += 1
+            self._idle.clear()
+            try:
+                return await _run(inner, request, context)
+            except grpc.aio.AbortError:
+                code = context.code()
+                raise
+            except (Exception, asyncio.CancelledError) as error:
+                if _caller_left(error):
+                    code = grpc.StatusCode.CANCELLED
+                    raise
+                known = as_user_error(error, method)
+                code = known.code
+                await context.abort_with_status(to_status(known))
+            finally:
+                self._ended(method, code, time.perf_counter() - start)
+
+        return guarded
+
+    def _ended(self, method: str, code: grpc.StatusCode, seconds: float) -> None:
+        self._observe(method.rpartition("/")[2], code.name, seconds)
+        self._running -= 1
+        if not self._running:
+            self._idle.set()
+
+
+class _GuardedHandler(grpc.RpcMethodHandler[Any, Any]):
+    def __init__(self, handler: Handler, guard: Callable[[Behavior], Behavior]) -> None:
+        self.request_streaming, self.response_streaming = handler.request_streaming, handler.response_streaming
+        self.request_deserializer, self.response_serializer = handler.request_deserializer, handler.response_serializer
+        for kind in _BEHAVIORS:
+            inner = getattr(handler, kind)
+            setattr(self, kind, None if inner is None else guard(inner))
+
+
+async def _run(inner: Behavior, request: Any, context: Context) -> Any:
+    answer = inner(request, context)
+    if not inspect.isasyncgen(answer):
+        return await answer
+    async with aclosing(answer):
+        async for message in answer:
+            await context.write(message)
+    return None
+
+
+def _refuse(error: MoEServeError) -> Behavior:
+    async def refuse(_request: Any, _context: Context) -> Never:
+        raise error
+
+    return refuse
+
+
+def _caller_left(error: BaseException) -> bool:
+    """Whether the call was cancelled from outside; a CancelledError out of something it awaited is just a bug."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
+
+
+def _carries(metadata: Iterable[tuple[str, str | bytes]], token: bytes) -> bool:
+    for key, value in metadata:
+        if key == "authorization":
+            scheme, _, given = (value if isinstance(value, str) else value.decode("latin-1")).partition(" ")
+            return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token)
+    return False

@@ -1,0 +1,33 @@
+"""What the gRPC room needs from whatever runs the batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from moeserve.config import LayerSpec
+from moeserve.output import ForwardOutput
+from moeserve.request import LayerRequest
+from moeserve.stats import ServiceStats
+
+
+class Engine(Protocol):
+    """Runs validated requests. Its model and layers never change."""
+
+    @property
+    def model(self) -> str:
+        """The name clients may ask for."""
+        ...
+
+    @property
+    def layers(self) -> Sequence[LayerSpec]:
+        """In model order."""
+        ...
+
+    async def forward(self, layer: int, request: LayerRequest) -> ForwardOutput:
+        """One batch of at least one token through layer number `layer`; raises MoEServeError; cancelled like any task."""
+        ...
+
+    def stats(self) -> ServiceStats:
+        """A snapshot, at once; its layers are those of `layers`, in the same order."""
+        ...

@@ -1,0 +1,91 @@
+"""The gRPC server: what is registered on it, where it listens, how it starts and ends."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+import grpc
+from grpc_health.v1 import health
+from grpc_reflection.v1alpha import reflection
+
+from moeserve.config import ServerConfig
+from moeserve.errors import ConfigError
+from moeserve.server.boundary import Boundary, Observe
+from moeserve.server.engine import Engine
+from moeserve.server.health import Health
+from moeserve.server.security import check_exposure, read_token, server_credentials
+from moeserve.server.service import SERVICE_NAME, MoEService
+
+#: after the last call has ended: for its answer to leave, and before watchers of the health service are cut off
+_FLUSH_S: Final = 1.0
+
+
+class GrpcServer:
+    """Serves `engine` as `config` says. Health is NOT_SERVING until `set_serving` was called for every layer.
+
+    `observe` is called for every call with method, status code and seconds. Raises ConfigError for a configuration that is
+    refused: exposed without protection, unreadable files. To be made and used inside one event loop.
+    """
+
+    def __init__(self, engine: Engine, config: ServerConfig, observe: Observe) -> None:
+        check_exposure(config)
+        self._config = config
+        self._layers = [spec.name for spec in engine.layers]
+        self._health = Health(self._layers)
+        self._credentials = server_credentials(config)
+        self._boundary = Boundary(read_token(config), observe)
+        self._server = grpc.aio.server(interceptors=[self._boundary], options=_options(config))
+        service = MoEService(engine, config.max_tokens_per_request, observe, self._boundary.draining)
+        self._server.add_generic_rpc_handlers((service.handlers(),))
+        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+
+    async def start(self) -> int:
+        """Listens; returns the port. Raises ConfigError when the address cannot be had."""
+        await self._health.add_to(self._server)
+        host, port = self._config.host, self._config.port
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            if self._credentials is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, self._credentials)
+        except RuntimeError:
+            raise ConfigError(f"cannot listen on {address}: the port is in use, or the address is not one of this machine") from None
+        await self._server.start()
+        return port
+
+    def set_serving(self, layer: int, serving: bool) -> None:
+        """What the health service says of a layer; the service as a whole is SERVING while every layer is."""
+        self._health.set_serving(self._layers[layer], serving)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Ends the service: NOT_SERVING, new calls refused with UNAVAILABLE, running ones may finish; then it stops.
+
+        Calls still running after `timeout_s` are cancelled.
+        """
+        await self._health.drain()
+        self._boundary.draining.set()
+        try:
+            await asyncio.wait_for(self._boundary.idle(), timeout_s)
+        except TimeoutError:
+            await self._server.stop(None)
+        else:
+            await self._server.stop(_FLUSH_S)
+
+    async def stop(self) -> None:
+        """Ends the service now and cancels what is running; does nothing after `drain`."""
+        await self._server.stop(None)
+
+
+def _options(config: ServerConfig) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.max_send_message_length", config.max_message_bytes),
+        # Two servers on one port would share its connections at random; the second one must fail instead.
+        ("grpc.so_reuseport", 0),
+        # Notices a client whose machine vanished, and lets clients do the same to us.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ]

@@ -1,0 +1,44 @@
+"""The standard health service: every layer by its name, and the service as a whole."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio
+
+from moeserve.server.service import SERVICE_NAME
+
+
+class Health:
+    """A layer is NOT_SERVING until told otherwise; "" and the service's name are SERVING while every layer is."""
+
+    def __init__(self, layers: Iterable[str]) -> None:
+        self._layers = dict.fromkeys(layers, False)
+        self._servicer = aio.HealthServicer()
+        self._publishing: set[asyncio.Task[None]] = set()
+
+    async def add_to(self, server: grpc.aio.Server) -> None:
+        """Registers the service; to be called before the server starts."""
+        await self._publish()
+        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
+
+    def set_serving(self, layer: str, serving: bool) -> None:
+        """The state of one layer; whoever watches it, or the whole, is told."""
+        assert layer in self._layers, f"{layer} is not a served layer"
+        self._layers[layer] = serving
+        task = asyncio.get_running_loop().create_task(self._publish())
+        self._publishing.add(task)
+        task.add_done_callback(self._publishing.discard)
+
+    async def drain(self) -> None:
+        """Everything is NOT_SERVING from now on, whatever is set later."""
+        await self._servicer.enter_graceful_shutdown()
+
+    async def _publish(self) -> None:
+        everything = all(self._layers.values())
+        for name, serving in {"": everything, SERVICE_NAME: everything, **self._layers}.items():
+            status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+            await self._servicer.set(name, status)

@@ -1,0 +1,70 @@
+"""Who may reach the service and call it: exposure, TLS, the bearer token."""
+
+from __future__ import annotations
+
+import ipaddress
+import ssl
+from pathlib import Path
+
+import grpc
+
+from moeserve.config import ServerConfig
+from moeserve.errors import ConfigError
+
+
+def check_exposure(config: ServerConfig) -> None:
+    """Raises ConfigError when other machines could reach a service that does not encrypt or does not ask who calls.
+
+    Callers are known by their token or, with client_ca, by their certificate.
+    """
+    knows_callers = config.auth_token_file is not None or config.client_ca is not None
+    if config.insecure or _is_loopback(config.host) or (config.tls_cert is not None and knows_callers):
+        return
+    raise ConfigError(
+        f"server.host {config.host} can be reached from other machines: set server.tls_cert, server.tls_key and "
+        "server.auth_token_file, or server.insecure = true to serve anyone in the clear"
+    )
+
+
+def read_token(config: ServerConfig) -> str | None:
+    """The bearer token, None when callers need none. Raises ConfigError naming the file."""
+    path = config.auth_token_file
+    if path is None:
+        return None
+    token = _read(path, "server.auth_token_file").decode("utf-8", errors="replace").strip()
+    if not token or not token.isascii() or not token.isprintable():
+        raise ConfigError(f"server.auth_token_file {path} must hold one line of printable ASCII, the token")
+    return token
+
+
+def server_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
+    """TLS, mutual with client_ca; None without tls_cert. Raises ConfigError naming the file that cannot be used."""
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    cert, key = _read(config.tls_cert, "server.tls_cert"), _read(config.tls_key, "server.tls_key")
+    ca = None if config.client_ca is None else _read(config.client_ca, "server.client_ca")
+    # gRPC would accept any bytes here and then fail to listen without saying why.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(config.tls_cert, config.tls_key)
+    except ssl.SSLError as error:
+        raise ConfigError(f"server.tls_cert {config.tls_cert} and server.tls_key {config.tls_key} do not make a pair: {error}") from None
+    try:
+        context.load_verify_locations(config.client_ca) if config.client_ca else None
+    except ssl.SSLError as error:
+        raise ConfigError(f"server.client_ca {config.client_ca} is not a PEM certificate: {error}") from None
+    return grpc.ssl_server_credentials([(key, cert)], ca, require_client_auth=ca is not None)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _read(path: Path, key: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{key} {path} cannot be read: {error.strerror}") from None

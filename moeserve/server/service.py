@@ -1,0 +1,128 @@
+"""`moeserve.v1.MoEService`: bytes in, a validated request to the engine, bytes out.
+
+T tokens, H hidden size, E experts, K choices per token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any, Final
+
+import grpc
+import torch
+
+from moeserve.config import LayerSpec
+from moeserve.errors import ExpertUnavailable
+from moeserve.output import ForwardOutput
+from moeserve.request import LayerRequest, validate
+from moeserve.server.boundary import Context, Observe
+from moeserve.server.catalog import Catalog, describe_stats
+from moeserve.server.engine import Engine
+from moeserve.server.status import as_user_error
+from moeserve.server.stream import answer_all
+from moeserve.v1 import moe_service_pb2 as pb
+from moeserve.wire import WireRequest, decode_forward_request, encode_forward_response, request_id_of
+
+SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["MoEService"].full_name
+#: requests of one stream that run at once; further ones are not read
+MAX_STREAM_REQUESTS: Final = 64
+
+
+class MoEService:
+    """Handlers that raise MoEServeError; a `Boundary` around them turns that into a status.
+
+    Forward messages arrive and leave as raw bytes: a deserializer inside gRPC could only fail with INTERNAL.
+    """
+
+    def __init__(self, engine: Engine, max_tokens: int, observe: Observe, draining: asyncio.Event) -> None:
+        self._engine = engine
+        self._catalog = Catalog(engine.model, engine.layers)
+        self._max_tokens = max_tokens
+        self._observe = observe
+        self._draining = draining
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """To add to a server."""
+        return grpc.method_handlers_generic_handler(
+            SERVICE_NAME,
+            {
+                "Forward": grpc.unary_unary_rpc_method_handler(self.forward),
+                "ForwardStream": grpc.stream_stream_rpc_method_handler(self.forward_stream),
+                "ListLayers": grpc.unary_unary_rpc_method_handler(
+                    self.list_layers, pb.ListLayersRequest.FromString, pb.ListLayersResponse.SerializeToString
+                ),
+                "GetStats": grpc.unary_unary_rpc_method_handler(
+                    self.get_stats, pb.GetStatsRequest.FromString, pb.GetStatsResponse.SerializeToString
+                ),
+            },
+        )
+
+    async def forward(self, message: bytes, context: Context) -> bytes:
+        """One `ForwardRequest` -> one `ForwardResponse`."""
+        request = decode_forward_request(message)
+        return encode_forward_response(request.request_id, await self._run(request, context))
+
+    async def forward_stream(self, _messages: Any, context: Context) -> None:
+        """Requests run side by side, answers leave as they finish; a request that fails is answered by its error.
+
+        When the service drains, what was read is still answered, then the stream ends with UNAVAILABLE.
+        """
+        if not await answer_all(context, lambda message: self._answer(message, context), self._draining, MAX_STREAM_REQUESTS):
+            raise ExpertUnavailable("the service is draining; requests of this stream without an answer were not run")
+
+    async def list_layers(self, _request: pb.ListLayersRequest, _context: Context) -> pb.ListLayersResponse:
+        """The served layers, in model order."""
+        return self._catalog.describe()
+
+    async def get_stats(self, _request: pb.GetStatsRequest, _context: Context) -> pb.GetStatsResponse:
+        """The engine's counts, now."""
+        return describe_stats(self._engine.stats())
+
+    async def _answer(self, message: bytes, context: Context) -> bytes:
+        code, start = grpc.StatusCode.OK, time.perf_counter()
+        try:
+            request = decode_forward_request(message)
+            return encode_forward_response(request.request_id, await self._run(request, context))
+        except asyncio.CancelledError:
+            code = grpc.StatusCode.CANCELLED
+            raise
+        except Exception as error:
+            known = as_user_error(error, "ForwardStream")
+            code = known.code
+            return encode_forward_response(request_id_of(message), known)
+        finally:
+            self._observe("ForwardStream", code.name, time.perf_counter() - start)
+
+    async def _run(self, wire: WireRequest, context: Context) -> ForwardOutput:
+        layer = self._catalog.resolve(wire.model, wire.layer)
+        spec = self._catalog.layers[layer]
+        remaining_s = context.time_remaining()
+        request = LayerRequest(
+            hidden_states=wire.hidden_states,
+            used_token=wire.used_token,
+            topk_ids=wire.topk_ids,
+            topk_weights=wire.topk_weights,
+            return_routing=wire.return_routing,
+            deadline=None if remaining_s is None else time.monotonic() + remaining_s,
+        )
+        validate(request, spec, self._max_tokens)
+        if not request.num_tokens:
+            return _empty_output(request, spec)
+        return await self._engine.forward(layer, request)
+
+
+def _empty_output(request: LayerRequest, spec: LayerSpec) -> ForwardOutput:
+    counts = torch.zeros(spec.num_experts, dtype=torch.int64)
+    top_k = spec.gating.top_k if request.topk_ids is None else request.topk_ids.shape[1]
+    return ForwardOutput(
+        hidden_states=request.hidden_states,
+        requested=counts,
+        processed=counts,
+        dropped=counts,
+        dropped_tokens=torch.zeros(0, dtype=torch.bool),
+        aux_loss=0.0,
+        z_loss=0.0,
+        topk_ids=torch.zeros(0, top_k, dtype=torch.int64) if request.return_routing else None,
+        topk_weights=torch.zeros(0, top_k) if request.return_routing else None,
+    )

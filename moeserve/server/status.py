@@ -1,0 +1,58 @@
+"""Errors -> gRPC statuses with the details of the `google.rpc` error model."""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2 as details
+from google.rpc import status_pb2
+from grpc_status import rpc_status
+
+from moeserve.errors import InvalidRequest, MoEServeError, Overloaded
+
+_DOMAIN: Final = "moeserve"
+# The sentence travels up to three times in the trailing metadata, which peers limit to 8 KiB.
+_MAX_MESSAGE_CHARS: Final = 1000
+_RETRY_DELAY_MS: Final = 100
+
+_log: Final = logging.getLogger(__name__)
+
+
+def as_user_error(error: BaseException, method: str) -> MoEServeError:
+    """`error` if a user can act on it; anything else is ours: logged with its traceback, and told without details."""
+    if isinstance(error, MoEServeError):
+        return error
+    _log.error("%s failed", method, exc_info=error)
+    return MoEServeError("internal error; the server's log says more")
+
+
+def to_status(error: MoEServeError) -> grpc.Status:
+    """The status that tells `error` to any gRPC client: code, sentence, and what to fix or when to try again."""
+    status = status_pb2.Status(code=error.code.value[0], message=_cut(str(error)))
+    for detail in _details(error):
+        status.details.add().Pack(detail)
+    answer: grpc.Status = rpc_status.to_status(status)
+    return answer
+
+
+def _details(error: MoEServeError) -> list[Message]:
+    found: list[Message] = [details.ErrorInfo(reason=type(error).__name__, domain=_DOMAIN)]
+    if isinstance(error, InvalidRequest) and error.violations:
+        violations = [
+            details.BadRequest.FieldViolation(field=violation.field, description=_cut(violation.description))
+            for violation in error.violations
+        ]
+        found.append(details.BadRequest(field_violations=violations))
+    if isinstance(error, Overloaded):
+        violation = details.QuotaFailure.Violation(subject="queued tokens", description=_cut(str(error)))
+        found.append(details.QuotaFailure(violations=[violation]))
+        found.append(details.RetryInfo(retry_delay=Duration(nanos=_RETRY_DELAY_MS * 1_000_000)))
+    return found
+
+
+def _cut(sentence: str) -> str:
+    return sentence if len(sentence) <= _MAX_MESSAGE_CHARS else sentence[:_MAX_MESSAGE_CHARS] + "…"

@@ -1,0 +1,119 @@
+"""The whole service put together: configuration -> Ray hosts, frontend, gRPC and metrics; started in order, stopped in reverse."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from functools import partial
+
+from prometheus_client import start_http_server
+
+from moeserve.checkpoints import layer_sources
+from moeserve.cluster import Fleet, RayRuntime
+from moeserve.config import ServiceConfig
+from moeserve.errors import ConfigError
+from moeserve.frontend import Frontend
+from moeserve.metrics import Metrics
+from moeserve.placement import plan_placement
+from moeserve.server import GrpcServer
+from moeserve.stats import HostInfo
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str], None]
+
+
+class Service:
+    """One service in this process: `start` it, use `target`, `stop` it. `progress` is told, in words, how the start goes."""
+
+    def __init__(self, config: ServiceConfig, progress: Progress = log.info) -> None:
+        self._config = config
+        self._progress = progress
+        self._running = AsyncExitStack()
+        self._server: GrpcServer | None = None
+        self.hosts: list[HostInfo] = []
+        #: host:port of the gRPC service, and of the metrics endpoint
+        self.target = ""
+        self.metrics_target = ""
+
+    async def start(self) -> None:
+        """Until every host is ready and health says SERVING. What was started is stopped again when something fails.
+
+        Raises ConfigError (wrong settings, files, ports or resources) or what a host raised.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self._running.aclose()
+            raise
+
+    async def stop(self) -> None:
+        """Refuse new requests, finish the running ones (at most server.drain_timeout_s), then stop everything."""
+        await self._drain()
+        await self._running.aclose()
+
+    async def _start(self) -> None:
+        config = self._config
+        sources = layer_sources(config)
+        specs = [source.spec for source in sources]
+        placement = plan_placement(specs, config.placement)
+        metrics = Metrics(specs, config.observability.expert_detail)
+        runtime = RayRuntime(config.ray, config.placement)
+        fleet = Fleet(config, placement)
+        hosts = [(name, partial(fleet.find, number)) for number, name in enumerate(fleet.names)]
+        frontend = Frontend(sources, placement, hosts, config, metrics, _model_name(config), self._health_changed)
+
+        self._progress("starting Ray" if config.ray.address is None else f"joining Ray at {config.ray.address}")
+        self._running.callback(runtime.stop)
+        runtime.start()
+
+        # The ports come before the weights: whoever probes them is told that the service is starting.
+        self._server = GrpcServer(frontend, config.server, metrics.observe_call)
+        self._running.push_async_callback(self._drain)
+        self.target = f"{config.server.host}:{await self._server.start()}"
+        self.metrics_target = f"{config.server.host}:{self._start_metrics(metrics)}"
+
+        self._progress(f"loading {sum(spec.num_experts for spec in specs)} experts of {len(specs)} layers on {len(fleet.names)} hosts")
+        self._running.push_async_callback(fleet.stop)
+        fleet.start(runtime.private_dir)
+        await fleet.wait(self._host_ready)
+        self._running.push_async_callback(frontend.close)
+        await frontend.start()
+
+    def _start_metrics(self, metrics: Metrics) -> int:
+        address = (self._config.server.host, self._config.server.metrics_port)
+        try:
+            server, thread = start_http_server(address[1], addr=address[0], registry=metrics.registry)
+        except OSError as error:
+            raise ConfigError(f"server.metrics_port: {address[0]}:{address[1]} cannot be listened on: {error.strerror}") from None
+
+        def stop() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        self._running.callback(stop)
+        return server.server_port
+
+    def _host_ready(self, info: HostInfo) -> None:
+        self.hosts.append(info)
+        gpus = f", CUDA_VISIBLE_DEVICES={info.cuda_visible_devices}" if info.cuda_visible_devices else ""
+        self._progress(
+            f"{info.name} ready on {info.device}{gpus}: {info.weights_bytes / 2**20:.1f} MiB, {info.num_threads} threads, pid {info.pid} "
+            f"({len(self.hosts)} of {self._config.placement.num_hosts})"
+        )
+
+    def _health_changed(self, layer: int, healthy: bool) -> None:
+        assert self._server is not None
+        self._server.set_serving(layer, healthy)
+
+    async def _drain(self) -> None:
+        if self._server is not None:
+            await self._server.drain(self._config.server.drain_timeout_s)
+
+
+def _model_name(config: ServiceConfig) -> str:
+    if config.model.name is not None:
+        return config.model.name
+    return config.model.checkpoint.name if config.model.checkpoint is not None else "moe"

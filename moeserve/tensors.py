@@ -1,0 +1,62 @@
+"""Tensors <-> raw little-endian bytes, and the one table of dtypes that may cross a process boundary."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from math import prod
+
+import torch
+
+from moeserve.errors import InvalidRequest
+
+assert sys.byteorder == "little", "moeserve sends raw little-endian tensors and runs on little-endian machines only"
+
+# A received tensor is a read-only view of the message; nothing here writes to it, so torch's warning says nothing new.
+warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+
+#: name in configuration -> torch dtype, for activations and weights
+FLOAT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+#: number of the protobuf enum `moeserve.v1.DType` -> torch dtype
+WIRE_DTYPES = {
+    1: torch.float32,
+    2: torch.float16,
+    3: torch.bfloat16,
+    4: torch.int64,
+    5: torch.int32,
+    6: torch.bool,
+}
+WIRE_NUMBERS = {dtype: number for number, dtype in WIRE_DTYPES.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.bfloat16` -> "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def nbytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    """Bytes of a dense tensor."""
+    return prod(shape) * dtype.itemsize
+
+
+def view(data: bytes | bytearray | memoryview, shape: Sequence[int], dtype: torch.dtype, what: str = "tensor") -> torch.Tensor:
+    """A tensor over `data` without a copy; it must not be written to unless `data` is writable.
+
+    Raises InvalidRequest when the shape is not one of non-negative sizes or does not match the number of bytes.
+    """
+    if any(size < 0 for size in shape) or nbytes(shape, dtype) != len(data):
+        raise InvalidRequest(
+            f"{what} has {len(data)} bytes, but shape {list(shape)} of {dtype_name(dtype)} does not take exactly that many",
+            field=what,
+        )
+    if not len(data):
+        return torch.empty(list(shape), dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).view(list(shape))
+
+
+def raw(tensor: torch.Tensor) -> memoryview:
+    """The bytes of `tensor` without a copy when it is contiguous and on the CPU."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

@@ -1,0 +1,83 @@
+"""Bytes between a frontend (asyncio) and expert hosts (a blocking loop): one interface whatever carries them.
+
+`unix:/path` shared memory on one node · `tcp://address:port` across nodes · `local:name` within one process.
+"""
+
+from __future__ import annotations
+
+from moeserve.errors import ConfigError
+from moeserve.transport.channel import Channel, ChannelClosed, Lease, Partial
+from moeserve.transport.keys import FrontendKeys, HostKeys, KeyPair
+from moeserve.transport.listener import Listener, Poller, Source
+from moeserve.transport.local import LocalSource, connect_local
+from moeserve.transport.memory import Limits
+from moeserve.transport.shm_channel import connect_unix
+from moeserve.transport.shm_source import ShmSource
+from moeserve.transport.tcp_channel import connect_tcp
+from moeserve.transport.tcp_source import TcpSource
+from moeserve.transport.wire import WorkShape
+from moeserve.transport.work import Work
+
+__all__ = [
+    "Channel",
+    "ChannelClosed",
+    "FrontendKeys",
+    "HostKeys",
+    "KeyPair",
+    "Lease",
+    "Limits",
+    "Listener",
+    "Partial",
+    "Work",
+    "WorkShape",
+    "connect",
+    "listen",
+]
+
+_DEFAULT_LIMITS = Limits()
+
+
+async def connect(endpoint: str, *, limits: Limits = _DEFAULT_LIMITS, keys: FrontendKeys | None = None, timeout_s: float = 5.0) -> Channel:
+    """A channel to the host at `endpoint`; `keys` are used over TCP only.
+
+    Raises ChannelClosed when no host agrees to talk within `timeout_s`.
+    """
+    if endpoint.startswith("unix:"):
+        return await connect_unix(endpoint, limits, timeout_s)
+    if endpoint.startswith("local:"):
+        return await connect_local(endpoint, limits, timeout_s)
+    if endpoint.startswith("tcp://"):
+        return await connect_tcp(endpoint, limits, timeout_s, keys)
+    raise _unknown(endpoint)
+
+
+def listen(*endpoints: str, limits: Limits = _DEFAULT_LIMITS, keys: HostKeys | None = None) -> Listener:
+    """One host's listener on all `endpoints`; with `keys`, TCP admits the listed frontends only.
+
+    Raises ConfigError when it cannot or may not listen at one of them.
+    """
+    poller, arrived = Poller(), list[Work]()
+    sources: list[Source] = []
+    try:
+        for endpoint in endpoints:
+            sources.append(_source(endpoint, limits, poller, arrived, keys))
+    except BaseException:
+        for source in sources:
+            source.close()
+        poller.close()
+        raise
+    return Listener(poller, sources, arrived)
+
+
+def _source(endpoint: str, limits: Limits, poller: Poller, arrived: list[Work], keys: HostKeys | None) -> Source:
+    if endpoint.startswith("unix:"):
+        return ShmSource(endpoint, limits, poller, arrived)
+    if endpoint.startswith("local:"):
+        return LocalSource(endpoint, limits, poller, arrived)
+    if endpoint.startswith("tcp://"):
+        return TcpSource(endpoint, limits, poller, arrived, keys)
+    raise _unknown(endpoint)
+
+
+def _unknown(endpoint: str) -> ConfigError:
+    return ConfigError(f"{endpoint} is not an endpoint: use unix:/path, tcp://address:port or local:name")

@@ -1,0 +1,234 @@
+"""The frontend's end: one channel per host, used from one asyncio loop.
+
+R rows, H hidden size, N (token, expert) pairs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from moeserve.errors import ExpertUnavailable, InvalidRequest
+from moeserve.transport.memory import Arena, Block, Limits
+from moeserve.transport.wire import (
+    VERSION,
+    Kind,
+    Layout,
+    MalformedMessage,
+    Memory,
+    Note,
+    WorkHeader,
+    WorkShape,
+    layout_of,
+    pack_note,
+    pack_work,
+    sections,
+    unpack_note,
+)
+
+
+class ChannelClosed(ExpertUnavailable):
+    """The host at the other end is gone, or this end was closed; connect anew to where the host now is."""
+
+
+class Lease:
+    """Memory for one message, to be filled in before `send`: views of what the host will read, so filling is the only copy.
+
+    hidden_states [R, H] of the shape's dtype, row_index [N] int32 in 0..R-1, slots [N] int32 ascending, weights [N] float32.
+    `send` takes them away. A lease that is not sent gives its memory back when it is dropped.
+    """
+
+    __slots__ = ("block", "hidden_states", "layout", "row_index", "shape", "slots", "weights")
+
+    def __init__(self, shape: WorkShape, layout: Layout, block: Block) -> None:
+        self.shape = shape
+        self.layout = layout
+        self.block = block
+        self.hidden_states, self.row_index, self.slots, self.weights = sections(block.memory, shape, layout)
+
+    def take(self) -> Block:
+        """Leaves the lease empty, so that nobody writes to what the host reads."""
+        block = self.block
+        del self.block, self.hidden_states, self.row_index, self.slots, self.weights
+        return block
+
+
+class Partial:
+    """A host's answer. tensor [R, H] float32: for every row sent, the weighted sum over its experts on that host; read only."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def release(self) -> None:
+        """Drops the tensor; its memory is used again once no view of it is left."""
+        del self.tensor
+
+
+class PartialFuture(asyncio.Future[Partial]):
+    """An answer to come. Cancelling it, also by a timeout, tells the host; the memory stays lent until the host has answered."""
+
+    def __init__(self, work_id: int, on_cancel: Callable[[int], None], loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop=loop)
+        self._work_id = work_id
+        self._on_cancel = on_cancel
+
+    def cancel(self, msg: object = None) -> bool:
+        if not super().cancel(msg):
+            return False
+        self._on_cancel(self._work_id)
+        return True
+
+
+class Sent(NamedTuple):
+    """What the channel keeps of a message until the host has answered it."""
+
+    future: PartialFuture
+    shape: WorkShape
+    layout: Layout
+    block: Block
+
+
+class Channel(ABC):
+    """Sends rows to one host. Only `lease` may be called from other threads."""
+
+    def __init__(self, endpoint: str, arena: Arena, limits: Limits) -> None:
+        self.endpoint = endpoint
+        self.closed = asyncio.Event()
+        self._arena = arena
+        self._max_message_bytes = limits.max_message_bytes
+        self._loop = asyncio.get_running_loop()
+        self._ids = itertools.count(1)
+        self._unanswered: dict[int, Sent] = {}
+        self._welcomed: asyncio.Future[None] = self._loop.create_future()
+        self._on_close: list[Callable[[], None]] = []
+        self._reason = ""
+
+    def lease(self, shape: WorkShape) -> Lease:
+        """Memory for a message of this shape and its answer.
+
+        Raises InvalidRequest when it is larger than max_message_bytes, Overloaded when messages in flight fill the pool.
+        """
+        layout = layout_of(shape)
+        if layout.total_bytes > self._max_message_bytes:
+            raise InvalidRequest(
+                f"{shape.rows} rows and {shape.pairs} pairs take {layout.total_bytes} bytes; "
+                f"max_message_bytes of the channel to {self.endpoint} is {self._max_message_bytes}"
+            )
+        return Lease(shape, layout, self._arena.lend(self._block_bytes(layout)))
+
+    def send(self, lease: Lease, *, layer: int, epoch: int, timeout_s: float) -> asyncio.Future[Partial]:
+        """Sends a filled lease, which is not to be written to afterwards; never blocks.
+
+        The future raises ChannelClosed as soon as the host is gone, or the error the host answered with. A host that hangs is
+        found by the caller's own timeout only: cancel the future then, as `asyncio.wait_for` does.
+        `timeout_s` is how long the host has until it may drop the work unanswered: with DeadlineExceeded.
+        """
+        work_id = next(self._ids)
+        future = PartialFuture(work_id, self._cancelled, self._loop)
+        if self.closed.is_set():
+            future.set_exception(ChannelClosed(self._reason))
+            return future
+        sent = Sent(future, lease.shape, lease.layout, lease.take())
+        header = WorkHeader(work_id, layer, epoch, max(0, int(timeout_s * 1e6)), sent.shape, sent.block.offset)
+        self._unanswered[work_id] = sent
+        self._transmit(pack_work(header), sent)
+        return future
+
+    def cancel(self, future: asyncio.Future[Partial]) -> None:
+        """Nobody waits for this answer any more; same as `future.cancel()`."""
+        future.cancel()
+
+    def on_close(self, callback: Callable[[], None]) -> None:
+        """Has the loop call `callback` when the channel closes, whoever closes it; soon if it has."""
+        if self.closed.is_set():
+            self._loop.call_soon(callback)
+        else:
+            self._on_close.append(callback)
+
+    async def close(self) -> None:
+        """Hangs up; answers still to come raise ChannelClosed."""
+        self._die(f"the channel to {self.endpoint} was closed")
+
+    async def open(self, timeout_s: float) -> None:
+        """Waits until the host has agreed to talk. Raises ChannelClosed when it does not."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._welcomed
+        except TimeoutError:
+            self._die(f"no host answered at {self.endpoint} within {timeout_s:g} s")
+            raise ChannelClosed(self._reason) from None
+        except asyncio.CancelledError:
+            await self.close()
+            raise
+
+    @abstractmethod
+    def _block_bytes(self, layout: Layout) -> int:
+        """How much of a message's layout needs memory here."""
+
+    @abstractmethod
+    def _transmit(self, packet: bytes, sent: Sent | None) -> None:
+        """Sends or queues; calls `_die` when the host is gone."""
+
+    @abstractmethod
+    def _partial(self, sent: Sent, body: Memory | None) -> torch.Tensor:
+        """The answer to `sent`. Raises MalformedMessage when `body` does not fit."""
+
+    @abstractmethod
+    def _hang_up(self) -> None:
+        """Lets go of the connection."""
+
+    def _take_in(self, packet: bytes, body: Memory | None) -> None:
+        """One packet from the host."""
+        try:
+            note = unpack_note(packet)
+            if note.kind is Kind.REPLY or note.kind is Kind.ERROR:
+                self._answer(note, body)
+            elif note.kind is Kind.GOODBYE:
+                self._die(f"the host at {self.endpoint} hung up: {note.sentence}")
+            elif note.kind is Kind.WELCOME and note.code == VERSION and not self._welcomed.done():
+                self._max_message_bytes = min(self._max_message_bytes, note.value)
+                self._welcomed.set_result(None)
+            else:
+                raise MalformedMessage(f"a host does not send {note.kind.name} here")
+        except MalformedMessage as error:
+            self._die(f"the host at {self.endpoint} broke the protocol: {error}")
+
+    def _answer(self, note: Note, body: Memory | None) -> None:
+        sent = self._unanswered.get(note.value)
+        if sent is None:
+            raise MalformedMessage(f"answer to unknown id {note.value}")
+        future = sent.future
+        if note.kind is Kind.ERROR:
+            error = note.error()
+            if not future.done():
+                future.set_exception(error)
+        else:
+            tensor = self._partial(sent, body)
+            if not future.done():
+                future.set_result(Partial(tensor))
+        del self._unanswered[note.value]
+
+    def _cancelled(self, work_id: int) -> None:
+        if not self.closed.is_set():
+            self._transmit(pack_note(Kind.CANCEL, value=work_id), None)
+
+    def _die(self, reason: str) -> None:
+        if self.closed.is_set():
+            return
+        self._reason = reason
+        self.closed.set()
+        self._hang_up()
+        waiting: list[asyncio.Future[Any]] = [self._welcomed, *(sent.future for sent in self._unanswered.values())]
+        self._unanswered.clear()
+        for future in waiting:
+            if not future.done():
+                future.set_exception(ChannelClosed(reason))
+        for callback in self._on_close:
+            self._loop.call_soon(callback)

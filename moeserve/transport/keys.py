@@ -1,0 +1,59 @@
+"""CURVE keys for TCP: who may talk to whom (ZeroMQ RFC 26), and the host's doorman (ZAP, RFC 27)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import zmq
+from zmq.utils import z85
+
+from moeserve.transport.readiness import has_message
+
+_ZAP_ENDPOINT = "inproc://zeromq.zap.01"
+
+
+@dataclass(frozen=True)
+class KeyPair:
+    """One party's keys, each 40 characters of Z85."""
+
+    public: str
+    secret: str = field(repr=False)
+
+    @classmethod
+    def generate(cls) -> KeyPair:
+        public, secret = zmq.curve_keypair()
+        return cls(public.decode(), secret.decode())
+
+
+@dataclass(frozen=True)
+class HostKeys:
+    """A host's own keys and the public keys of the frontends that may connect."""
+
+    own: KeyPair
+    frontends: frozenset[str]
+
+
+@dataclass(frozen=True)
+class FrontendKeys:
+    """A frontend's own keys and the public key of the host it connects to."""
+
+    own: KeyPair
+    host: str
+
+
+class Doorman:
+    """Tells libzmq which public keys may connect to the sockets of `context`; to be made before they are bound."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: HostKeys) -> None:
+        self._allowed = {z85.decode(key) for key in keys.frontends}
+        self.socket = context.socket(zmq.REP)
+        self.socket.linger = 0
+        self.socket.bind(_ZAP_ENDPOINT)
+
+    def answer(self) -> None:
+        """Answers every question that waits; never blocks."""
+        while has_message(self.socket):
+            version, request_id, _domain, _address, _identity, mechanism, *credentials = self.socket.recv_multipart()
+            allowed = mechanism == b"CURVE" and len(credentials) == 1 and credentials[0] in self._allowed
+            status, text = (b"200", b"OK") if allowed else (b"400", b"unknown key")
+            self.socket.send_multipart([version, request_id, status, text, b"", b""])

@@ -1,0 +1,95 @@
+"""The host's end: one blocking wait for all frontends, whatever they come over."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from moeserve.transport.work import Work
+
+OnEvents = Callable[[int], object]
+
+
+class Poller:
+    """Calls `on_events(event mask)` of every file descriptor that is ready."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._on_events: dict[int, OnEvents] = {}
+
+    def add(self, fd: int, on_events: OnEvents) -> None:
+        self._on_events[fd] = on_events
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def watch_writable(self, fd: int, wanted: bool) -> None:
+        self._epoll.modify(fd, select.EPOLLIN | (select.EPOLLOUT if wanted else 0))
+
+    def remove(self, fd: int) -> None:
+        """To be called before `fd` is closed."""
+        del self._on_events[fd]
+        self._epoll.unregister(fd)
+
+    def wait(self, timeout_s: float) -> None:
+        for fd, mask in self._epoll.poll(timeout_s):
+            # An earlier callback of this round may have removed it.
+            if fd in self._on_events:
+                self._on_events[fd](mask)
+
+    def close(self) -> None:
+        self._epoll.close()
+
+
+class Source(Protocol):
+    """One endpoint: accepts frontends and turns their messages into `Work`."""
+
+    endpoint: str
+
+    def catch_up(self) -> None:
+        """Takes in what arrived without leaving its file descriptor readable."""
+
+    def close(self) -> None: ...
+
+
+class Listener:
+    """All endpoints of one host. Everything but `wake` belongs to one thread at a time."""
+
+    def __init__(self, poller: Poller, sources: Sequence[Source], arrived: list[Work]) -> None:
+        self.endpoints = tuple(source.endpoint for source in sources)
+        self._poller = poller
+        self._sources = sources
+        self._arrived = arrived
+        self._wake_lock = threading.Lock()
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        poller.add(self._wake_fd, lambda _: os.eventfd_read(self._wake_fd))
+
+    def poll(self, timeout_s: float) -> list[Work]:
+        """All work that has arrived from all frontends; waits up to `timeout_s` for the first. May be empty before that.
+
+        Work that was cancelled or whose deadline has passed is answered here and not returned.
+        """
+        for source in self._sources:
+            source.catch_up()
+        self._poller.wait(0 if self._arrived else timeout_s)
+        arrived = self._arrived.copy()
+        self._arrived.clear()
+        return [work for work in arrived if work.is_wanted()]
+
+    def wake(self) -> None:
+        """Makes the running or next `poll` return; from any thread, also after `close`."""
+        with self._wake_lock:
+            if self._wake_fd >= 0:
+                os.eventfd_write(self._wake_fd, 1)
+
+    def close(self) -> None:
+        """Hangs up on all frontends and leaves nothing behind; unanswered work fails there. A second time it does nothing."""
+        with self._wake_lock:
+            if self._wake_fd < 0:
+                return
+            os.close(self._wake_fd)
+            self._wake_fd = -1
+        for source in self._sources:
+            source.close()
+        self._poller.close()

@@ -1,0 +1,139 @@
+"""One stretch of memory per channel, lent out in blocks, and how two processes come to share it.
+
+An arena is mapped once at its full size; pages exist from the first touch on, so an idle arena costs address space only.
+Blocks have power-of-two size classes with a free list each, last returned first lent, so a steady load stays on warm pages.
+Splitting and merging is Knowlton's buddy system (1965), merging only when nothing else fits.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import threading
+import weakref
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from moeserve.errors import ConfigError, Overloaded
+from moeserve.transport.wire import MalformedMessage
+
+_SMALLEST_ORDER = 12  # one page
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """max_message_bytes: request and reply of one message together. max_pool_bytes: all messages in flight on one channel.
+
+    Raises ConfigError unless the pool is a power of two and holds at least one message.
+    """
+
+    max_message_bytes: int = 512 * 2**20
+    max_pool_bytes: int = 2**30
+
+    def __post_init__(self) -> None:
+        if self.max_pool_bytes < 1 << _SMALLEST_ORDER or self.max_pool_bytes & (self.max_pool_bytes - 1):
+            raise ConfigError(f"max_pool_bytes must be a power of two and at least {1 << _SMALLEST_ORDER}, got {self.max_pool_bytes}")
+        if not 0 < self.max_message_bytes <= self.max_pool_bytes:
+            raise ConfigError(f"max_message_bytes must be in 1..{self.max_pool_bytes} (max_pool_bytes), got {self.max_message_bytes}")
+
+
+class Block(NamedTuple):
+    """Bytes `offset` to `offset + len(memory)` of an arena; they are lent until nothing refers to `memory` any more."""
+
+    offset: int
+    memory: memoryview
+
+
+class Arena:
+    """Lends blocks of `memory`, whose size is a power of two; safe to use from several threads.
+
+    A block comes back by itself when its memoryview and every tensor over it are gone, so memory in use is never lent twice.
+    """
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self._memory = memoryview(memory)
+        self._lock = threading.Lock()
+        self._lent: dict[int, tuple[int, weakref.ref[memoryview]]] = {}
+        # A block may die in any thread, even inside `lend` through the garbage collector: append is atomic and takes no lock.
+        self._returned: deque[int] = deque()
+        self._free: list[list[int]] = [[] for _ in range(len(memory).bit_length())]
+        self._free[-1].append(0)
+
+    @classmethod
+    def private(cls, nbytes: int) -> Arena:
+        """An arena only this process sees."""
+        return cls(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+    def lend(self, nbytes: int) -> Block:
+        """A block of `nbytes`. Raises Overloaded when what is lent already leaves no room for it."""
+        order = max(_SMALLEST_ORDER, (nbytes - 1).bit_length())
+        with self._lock:
+            self._take_back()
+            offset = self._find(order)
+            if offset is None:
+                self._merge()
+                offset = self._find(order)
+            if offset is None:
+                raise Overloaded(f"no room for a message of {nbytes} bytes beside those in flight; the pool has {len(self._memory)}")
+            memory = self._memory[offset : offset + nbytes]
+            returned = self._returned
+            self._lent[offset] = order, weakref.ref(memory, lambda _: returned.append(offset))
+        return Block(offset, memory)
+
+    @property
+    def lent_blocks(self) -> int:
+        """How many blocks somebody still refers to."""
+        with self._lock:
+            self._take_back()
+            return len(self._lent)
+
+    def _take_back(self) -> None:
+        while self._returned:
+            offset = self._returned.popleft()
+            order, _ = self._lent.pop(offset)
+            self._free[order].append(offset)
+
+    def _find(self, order: int) -> int | None:
+        for larger in range(order, len(self._free)):
+            if self._free[larger]:
+                offset = self._free[larger].pop()
+                for half in range(order, larger):
+                    self._free[half].append(offset + (1 << half))
+                return offset
+        return None
+
+    def _merge(self) -> None:
+        for order in range(_SMALLEST_ORDER, len(self._free) - 1):
+            lonely: set[int] = set()
+            for offset in self._free[order]:
+                buddy = offset ^ 1 << order
+                if buddy in lonely:
+                    lonely.remove(buddy)
+                    self._free[order + 1].append(min(offset, buddy))
+                else:
+                    lonely.add(offset)
+            self._free[order] = list(lonely)
+
+
+def create_shared(nbytes: int) -> tuple[int, mmap.mmap]:
+    """A file descriptor to hand to another process, and the memory behind it. No name, no file, no /dev/shm mount; its size is final."""
+    fd = os.memfd_create("moeserve", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, nbytes)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return fd, mmap.mmap(fd, nbytes)
+
+
+def map_shared(fd: int, nbytes: int) -> mmap.mmap:
+    """The memory behind a descriptor that another process sent.
+
+    Raises MalformedMessage unless it has exactly `nbytes` for ever: a memory file that shrinks kills whoever reads past its end.
+    """
+    try:
+        sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+        if not sealed or os.fstat(fd).st_size != nbytes:
+            raise MalformedMessage("shared memory is not sealed or not of the announced size")
+        return mmap.mmap(fd, nbytes)
+    except (OSError, ValueError) as error:
+        raise MalformedMessage(f"shared memory cannot be mapped: {error}") from None

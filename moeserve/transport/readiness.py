@@ -1,0 +1,16 @@
+"""When a ZeroMQ socket has a message.
+
+libzmq's file descriptor signals that something changed, once, and not that a message waits; sending may swallow the signal.
+So whoever waits on the descriptor asks here before the first wait and again after each send.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import zmq
+
+
+def has_message(sock: zmq.Socket[Any]) -> bool:
+    """Whether `sock` can be read from right now; asking also lets libzmq take in what its own thread has received."""
+    return bool(int(sock.getsockopt(zmq.EVENTS)) & zmq.POLLIN)

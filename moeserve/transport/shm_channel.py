@@ -1,0 +1,100 @@
+"""The frontend's end of shared memory: rows are written straight into an arena that the host has mapped."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+
+import torch
+
+from moeserve.transport.channel import Channel, ChannelClosed, Sent
+from moeserve.transport.memory import Arena, Limits, create_shared
+from moeserve.transport.packets import PacketSocket, is_same_user
+from moeserve.transport.wire import VERSION, Kind, Layout, Memory, pack_note, partial
+
+
+class ShmChannel(Channel):
+    """Talks over a connected SOCK_SEQPACKET socket; one packet rings the bell, no row goes through the kernel."""
+
+    def __init__(self, endpoint: str, sock: socket.socket, limits: Limits) -> None:
+        fd, memory = create_shared(limits.max_pool_bytes)
+        try:
+            super().__init__(endpoint, Arena(memory), limits)
+            self._packets = PacketSocket(sock, self._watch_writable)
+            socket.send_fds(sock, [pack_note(Kind.HELLO, code=VERSION, value=limits.max_pool_bytes)], [fd])
+        finally:
+            os.close(fd)
+        self._loop.add_reader(sock.fileno(), self._on_readable)
+
+    def _block_bytes(self, layout: Layout) -> int:
+        return layout.total_bytes
+
+    def _transmit(self, packet: bytes, sent: Sent | None) -> None:
+        try:
+            self._packets.send(packet)
+        except OSError:
+            self._lost()
+
+    def _partial(self, sent: Sent, body: Memory | None) -> torch.Tensor:
+        return partial(sent.block.memory, sent.shape, sent.layout.reply)
+
+    def _hang_up(self) -> None:
+        self._loop.remove_reader(self._packets.fileno())
+        self._loop.remove_writer(self._packets.fileno())
+        self._packets.close()
+
+    def _on_readable(self) -> None:
+        try:
+            for packet in self._packets.receive():
+                self._take_in(packet, None)
+                if self.closed.is_set() or not self._unanswered:
+                    return  # nothing more to expect: saves asking the socket in vain
+        except OSError:
+            self._lost()
+
+    def _watch_writable(self, wanted: bool) -> None:
+        if wanted:
+            self._loop.add_writer(self._packets.fileno(), self._on_writable)
+        else:
+            self._loop.remove_writer(self._packets.fileno())
+
+    def _on_writable(self) -> None:
+        try:
+            self._packets.flush()
+        except OSError:
+            self._lost()
+
+    def _lost(self) -> None:
+        self._die(f"the host at {self.endpoint} is gone")
+
+
+async def connect_unix(endpoint: str, limits: Limits, timeout_s: float) -> ShmChannel:
+    """A channel to the host at `unix:/path`. Raises ChannelClosed when nobody of this user listens there."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await _dial(sock, endpoint)
+        channel = ShmChannel(endpoint, sock, limits)
+    except TimeoutError:
+        sock.close()
+        raise ChannelClosed(f"no host accepted a connection at {endpoint} within {timeout_s:g} s") from None
+    except BaseException:
+        sock.close()
+        raise
+    await channel.open(timeout_s)
+    return channel
+
+
+async def _dial(sock: socket.socket, endpoint: str) -> None:
+    while True:
+        try:
+            sock.connect(endpoint.removeprefix("unix:"))
+            break
+        except BlockingIOError:
+            # The host's queue of connections is full; a unix socket has no way to wait for room in it.
+            await asyncio.sleep(0.005)
+        except OSError as error:
+            raise ChannelClosed(f"no host listens at {endpoint}: {error.strerror}") from None
+    if not is_same_user(sock):
+        raise ChannelClosed(f"the host at {endpoint} belongs to another user")

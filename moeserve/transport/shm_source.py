@@ -1,0 +1,146 @@
+"""The host's end of shared memory: a unix socket as the doorbell, rows and answers in the frontend's arena."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import select
+import socket
+from functools import partial as bind
+from pathlib import Path
+
+import torch
+
+from moeserve.transport.listener import Poller
+from moeserve.transport.memory import Limits, map_shared
+from moeserve.transport.packets import PacketSocket, is_same_user, listen_on
+from moeserve.transport.peer import Peer
+from moeserve.transport.wire import Layout, MalformedMessage, Memory, Note, WorkHeader, layout_of, partial, unpack_note
+from moeserve.transport.work import Work
+
+_log = logging.getLogger(__name__)
+
+
+class ShmSource:
+    """Listens at `unix:/path`; the path lies in a private folder and is removed on close.
+
+    Raises ConfigError when the path cannot be used.
+    """
+
+    def __init__(self, endpoint: str, limits: Limits, poller: Poller, arrived: list[Work]) -> None:
+        self.endpoint = endpoint
+        self._path = Path(endpoint.removeprefix("unix:"))
+        self._listening = listen_on(self._path)
+        self._poller = poller
+        self._peers = ShmPeers(endpoint, limits, poller, arrived)
+        poller.add(self._listening.fileno(), lambda _: self._accept())
+
+    def catch_up(self) -> None:
+        """Nothing to do: its file descriptors stay readable until they are read."""
+
+    def close(self) -> None:
+        self._poller.remove(self._listening.fileno())
+        self._listening.close()
+        self._path.unlink(missing_ok=True)
+        self._peers.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listening.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                _log.warning("cannot accept a frontend at %s: %s", self.endpoint, error)
+                return
+            self._peers.add(sock)
+
+
+class ShmPeers:
+    """The connected frontends of one endpoint."""
+
+    def __init__(self, endpoint: str, limits: Limits, poller: Poller, arrived: list[Work]) -> None:
+        self._endpoint = endpoint
+        self._limits = limits
+        self._poller = poller
+        self._arrived = arrived
+        self._peers: set[ShmPeer] = set()
+
+    def add(self, sock: socket.socket) -> None:
+        """Takes over a connected socket, unless it comes from another user."""
+        if not is_same_user(sock):
+            _log.warning("hung up on a frontend at %s: it belongs to another user", self._endpoint)
+            sock.close()
+            return
+        self._peers.add(ShmPeer(self._endpoint, self._limits, self._arrived, sock, self._poller, self._peers))
+
+    def close(self) -> None:
+        for peer in list(self._peers):
+            peer.hang_up()
+
+
+class ShmPeer(Peer):
+    """One frontend and its arena."""
+
+    def __init__(
+        self, endpoint: str, limits: Limits, arrived: list[Work], sock: socket.socket, poller: Poller, peers: set[ShmPeer]
+    ) -> None:
+        super().__init__(endpoint, limits, arrived)
+        self._poller = poller
+        self._peers = peers
+        self._packets = PacketSocket(sock, bind(poller.watch_writable, sock.fileno()))
+        self._arena: mmap.mmap | None = None
+        poller.add(sock.fileno(), self._on_events)
+
+    def reply_buffer(self, work: Work) -> torch.Tensor:
+        assert self._arena is not None
+        return partial(self._arena, work.header.shape, work.header.offset + layout_of(work.header.shape).reply)
+
+    def hang_up(self) -> None:
+        self.lose()
+        self._peers.discard(self)
+        self._poller.remove(self._packets.fileno())
+        self._packets.close()
+
+    def _on_events(self, mask: int) -> None:
+        try:
+            if mask & select.EPOLLOUT:
+                self._packets.flush()
+            if self._arena is None:
+                self._greet()
+            for packet in self._packets.receive():
+                self.take_in(packet, None)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.hang_up()
+        except MalformedMessage as error:
+            self.refuse(str(error))
+            if not self._is_gone:
+                self.hang_up()
+
+    def _greet(self) -> None:
+        packet, fd = self._packets.receive_with_fd()
+        try:
+            self._arena = self._map(unpack_note(packet), fd)
+        finally:
+            os.close(fd)
+        self.greet(packet)
+
+    def _map(self, hello: Note, fd: int) -> mmap.mmap:
+        if not 0 < hello.value <= self._limits.max_pool_bytes:
+            raise MalformedMessage(f"pool of {hello.value} bytes; at most {self._limits.max_pool_bytes} are allowed")
+        return map_shared(fd, hello.value)
+
+    def _place(self, header: WorkHeader, layout: Layout, body: Memory | None) -> tuple[Memory, int]:
+        assert self._arena is not None
+        if header.offset % mmap.PAGESIZE or header.offset + layout.total_bytes > len(self._arena):
+            raise MalformedMessage(f"block at {header.offset} of {layout.total_bytes} bytes does not lie in the shared arena")
+        return self._arena, header.offset
+
+    def _transmit(self, packet: bytes, partial: torch.Tensor | None) -> None:
+        try:
+            self._packets.send(packet)
+        except OSError:
+            self.hang_up()

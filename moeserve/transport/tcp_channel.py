@@ -1,0 +1,104 @@
+"""The frontend's end of TCP: a ZeroMQ DEALER on the asyncio loop, frames without a copy, a monitor that sees the host die."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import torch
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from moeserve.errors import ConfigError
+from moeserve.transport.channel import Channel, Sent
+from moeserve.transport.keys import FrontendKeys
+from moeserve.transport.memory import Arena, Limits
+from moeserve.transport.readiness import has_message
+from moeserve.transport.wire import VERSION, Kind, Layout, MalformedMessage, Memory, evenly, pack_note, partial
+
+_GOODBYE_LINGER_MS = 100
+_ENDS = {
+    zmq.EVENT_DISCONNECTED: "is gone",
+    zmq.EVENT_CLOSED: "cannot be reached",
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "does not know this frontend's key",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "does not use the keys this frontend expects",
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "hung up during the handshake: the keys do not fit",
+}
+
+
+class TcpChannel(Channel):
+    """Talks to `tcp://address:port`, encrypted and authenticated when keys are given."""
+
+    def __init__(self, endpoint: str, limits: Limits, keys: FrontendKeys | None) -> None:
+        super().__init__(endpoint, Arena.private(limits.max_pool_bytes), limits)
+        self._socket = _dealer(limits, keys)
+        self._monitor = self._socket.get_monitor_socket(sum(_ENDS))
+        self._monitor.linger = 0
+        self._loop.add_reader(self._socket.FD, self._on_readable)
+        self._loop.add_reader(self._monitor.FD, self._on_monitor)
+        try:
+            self._socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self._hang_up()
+            raise ConfigError(f"{endpoint} is not an address to connect to: {error.strerror}") from None
+        self._on_monitor()  # a socket never asked whether it has a message does not signal its first one
+        self._transmit(pack_note(Kind.HELLO, code=VERSION), None)
+
+    def _block_bytes(self, layout: Layout) -> int:
+        return layout.request_bytes
+
+    def _transmit(self, packet: bytes, sent: Sent | None) -> None:
+        frames: list[bytes | memoryview] = [packet] if sent is None else [packet, sent.block.memory]
+        try:
+            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+        except zmq.ZMQError:
+            self._die(f"the host at {self.endpoint} is gone")
+            return
+        if has_message(self._socket):
+            self._loop.call_soon(self._on_readable)
+
+    def _partial(self, sent: Sent, body: Memory | None) -> torch.Tensor:
+        if body is None or len(body) != sent.shape.rows * sent.shape.hidden_size * 4:
+            raise MalformedMessage(f"reply of {len(body or b'')} bytes does not fit the rows sent")
+        return partial(body, sent.shape, 0)
+
+    def _hang_up(self) -> None:
+        self._loop.remove_reader(self._socket.FD)
+        self._loop.remove_reader(self._monitor.FD)
+        self._socket.disable_monitor()
+        self._monitor.close()
+        # A ROUTER does not notice that a frontend leaves unless it is told; it cannot be told when it left first.
+        with suppress(zmq.ZMQError):
+            self._socket.send(pack_note(Kind.GOODBYE), zmq.NOBLOCK)
+        self._socket.close(_GOODBYE_LINGER_MS)
+
+    def _on_readable(self) -> None:
+        while not self.closed.is_set() and has_message(self._socket):
+            frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            self._take_in(frames[0].bytes, evenly(frames[1].buffer) if len(frames) > 1 else None)
+
+    def _on_monitor(self) -> None:
+        while not self.closed.is_set() and has_message(self._monitor):
+            event = zmq.Event(recv_monitor_message(self._monitor)["event"])
+            # What the host still said before it left comes first, above all why it hung up.
+            self._on_readable()
+            self._die(f"the host at {self.endpoint} {_ENDS[event]}")
+
+
+def _dealer(limits: Limits, keys: FrontendKeys | None) -> zmq.Socket[Any]:
+    dealer: zmq.Socket[Any] = zmq.Context.instance().socket(zmq.DEALER)
+    dealer.reconnect_ivl = -1
+    dealer.sndhwm = 0
+    dealer.maxmsgsize = limits.max_message_bytes
+    if keys is not None:
+        dealer.curve_publickey = keys.own.public.encode()
+        dealer.curve_secretkey = keys.own.secret.encode()
+        dealer.curve_serverkey = keys.host.encode()
+    return dealer
+
+
+async def connect_tcp(endpoint: str, limits: Limits, timeout_s: float, keys: FrontendKeys | None) -> TcpChannel:
+    """A channel to the host at `tcp://address:port`. Raises ChannelClosed when it cannot be reached or refuses these keys."""
+    channel = TcpChannel(endpoint, limits, keys)
+    await channel.open(timeout_s)
+    return channel

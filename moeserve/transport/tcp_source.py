@@ -1,0 +1,149 @@
+"""The host's end of TCP: one ZeroMQ ROUTER for all frontends on other nodes.
+
+A ROUTER cannot hang up on one frontend: a refused one is told GOODBYE and ignored from then on.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Any
+
+import torch
+import zmq
+
+from moeserve.errors import ConfigError
+from moeserve.tensors import raw
+from moeserve.transport.keys import Doorman, HostKeys
+from moeserve.transport.listener import Poller
+from moeserve.transport.memory import Arena, Limits
+from moeserve.transport.peer import Peer
+from moeserve.transport.readiness import has_message
+from moeserve.transport.wire import Kind, Layout, MalformedMessage, Memory, WorkHeader, evenly, kind_of, partial
+from moeserve.transport.work import Work
+
+_LINGER_MS = 200
+
+
+class TcpSource:
+    """Listens at `tcp://address:port`, port 0 = any free one; without keys only on a loopback address.
+
+    Raises ConfigError when it may not or cannot listen there.
+    """
+
+    def __init__(self, endpoint: str, limits: Limits, poller: Poller, arrived: list[Work], keys: HostKeys | None) -> None:
+        if keys is None and not _is_loopback(endpoint):
+            raise ConfigError(f"{endpoint} is not a loopback address: listening there needs CURVE keys")
+        self._limits = limits
+        self._poller = poller
+        self._arrived = arrived
+        self._context = zmq.Context()
+        self._doorman = Doorman(self._context, keys) if keys is not None else None
+        self._router = self._bind(endpoint, keys)
+        self.endpoint = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.replies = Arena.private(limits.max_pool_bytes)
+        self._peers: dict[bytes, TcpPeer] = {}
+        for sock in self._sockets():
+            poller.add(sock.FD, lambda _: self.catch_up())
+
+    def catch_up(self) -> None:
+        if self._doorman is not None:
+            self._doorman.answer()
+        while has_message(self._router):
+            identity, *frames = self._router.recv_multipart(copy=False)
+            self._take_in(identity.bytes, frames)
+
+    def send(self, identity: bytes, packet: bytes, body: memoryview | None) -> None:
+        """Never blocks; a frontend that is gone is forgotten."""
+        try:
+            self._router.send_multipart([identity, packet] if body is None else [identity, packet, body], zmq.NOBLOCK, copy=False)
+        except zmq.ZMQError:
+            self._forget(identity)
+
+    def close(self) -> None:
+        for sock in self._sockets():
+            self._poller.remove(sock.FD)
+            sock.close()
+        for peer in self._peers.values():
+            peer.lose()
+        self._context.term()
+
+    def _sockets(self) -> list[Any]:
+        return [self._router] if self._doorman is None else [self._router, self._doorman.socket]
+
+    def _bind(self, endpoint: str, keys: HostKeys | None) -> Any:
+        router = self._context.socket(zmq.ROUTER)
+        router.linger = _LINGER_MS
+        router.router_mandatory = True
+        router.sndhwm = 0
+        router.maxmsgsize = self._limits.max_message_bytes
+        if keys is not None:
+            router.curve_server = True
+            router.curve_secretkey = keys.own.secret.encode()
+            router.zap_domain = b"moeserve"
+        try:
+            router.bind(endpoint)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise ConfigError(f"cannot listen on {endpoint}: {error.strerror}") from None
+        return router
+
+    def _take_in(self, identity: bytes, frames: list[zmq.Frame]) -> None:
+        peer = self._peers.get(identity)
+        known = peer is not None
+        peer = peer or TcpPeer(self, identity, self._limits, self._arrived)
+        if peer.is_refused:
+            return
+        try:
+            if len(frames) not in (1, 2):
+                raise MalformedMessage(f"message of {len(frames)} frames")
+            packet = frames[0].bytes
+            if kind_of(packet) is Kind.GOODBYE:
+                self._forget(identity)
+            elif known:
+                peer.take_in(packet, evenly(frames[1].buffer) if len(frames) == 2 else None)
+            else:
+                peer.greet(packet)
+                self._peers[identity] = peer
+        except MalformedMessage as error:
+            peer.refuse(str(error))
+
+    def _forget(self, identity: bytes) -> None:
+        peer = self._peers.pop(identity, None)
+        if peer is not None:
+            peer.lose()
+
+
+class TcpPeer(Peer):
+    """One frontend, known by the identity the ROUTER gave its connection."""
+
+    def __init__(self, source: TcpSource, identity: bytes, limits: Limits, arrived: list[Work]) -> None:
+        super().__init__(source.endpoint, limits, arrived)
+        self._source = source
+        self._identity = identity
+        self.is_refused = False
+
+    def refuse(self, reason: str) -> None:
+        super().refuse(reason)
+        self.is_refused = True
+        self.lose()
+
+    def reply_buffer(self, work: Work) -> torch.Tensor:
+        shape = work.header.shape
+        block = self._source.replies.lend(shape.rows * shape.hidden_size * 4)
+        return partial(block.memory, shape, 0)
+
+    def _place(self, header: WorkHeader, layout: Layout, body: Memory | None) -> tuple[Memory, int]:
+        if body is None or len(body) != layout.request_bytes:
+            raise MalformedMessage(f"work of {layout.request_bytes} bytes came with {len(body or b'')}")
+        return body, 0
+
+    def _transmit(self, packet: bytes, partial: torch.Tensor | None) -> None:
+        self._source.send(self._identity, packet, None if partial is None else raw(partial))
+
+
+def _is_loopback(endpoint: str) -> bool:
+    address = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False

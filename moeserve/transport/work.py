@@ -1,0 +1,80 @@
+"""One message as the host sees it, and the way its answer goes back.
+
+R rows, H hidden size, N (token, expert) pairs.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+import torch
+
+from moeserve.errors import Cancelled, DeadlineExceeded, MoEServeError
+from moeserve.transport.wire import Sections, WorkHeader
+
+
+class Answerer(Protocol):
+    """The connection a work came over."""
+
+    def reply_buffer(self, work: Work) -> torch.Tensor: ...
+
+    def reply(self, work: Work, partial: torch.Tensor) -> None: ...
+
+    def fail(self, work: Work, error: MoEServeError) -> None: ...
+
+
+class Work:
+    """Rows for the experts of one layer. Answer each exactly once, with `reply` or `fail`, also when it was cancelled.
+
+    hidden_states [R, H]  float32, float16 or bfloat16
+    row_index     [N]     int32, the row each (token, expert) pair reads, in 0..R-1
+    slots         [N]     int32, the expert slot of each pair, ascending; that they exist is for the host to check
+    weights       [N]     float32
+    All are views of the message, valid until the answer.
+
+    `deadline` is a time on this machine's monotonic clock, in seconds. To be used by the thread that polls.
+    """
+
+    def __init__(self, header: WorkHeader, request: Sections, answerer: Answerer) -> None:
+        self.id = header.id
+        self.epoch = header.epoch
+        self.layer = header.layer
+        self.header = header
+        self.hidden_states, self.row_index, self.slots, self.weights = request
+        self.deadline = time.monotonic() + header.timeout_us / 1e6
+        self.is_cancelled = False
+        self._answerer = answerer
+        self._partial: torch.Tensor | None = None
+        self._answered = False
+
+    @property
+    def is_expired(self) -> bool:
+        return time.monotonic() >= self.deadline
+
+    def reply_buffer(self) -> torch.Tensor:
+        """Where to write the answer: [R, H] float32, not zeroed. Raises Overloaded when replies under way fill the pool."""
+        if self._partial is None:
+            self._partial = self._answerer.reply_buffer(self)
+        return self._partial
+
+    def reply(self) -> None:
+        """Sends what was written to `reply_buffer()`; never blocks, and does nothing when the frontend is gone."""
+        assert self._partial is not None and not self._answered, "reply() follows reply_buffer(), once"
+        self._answered = True
+        self._answerer.reply(self, self._partial)
+        self._partial = None
+
+    def fail(self, error: MoEServeError) -> None:
+        """The frontend's future raises the same class with the same sentence."""
+        assert not self._answered, "a work is answered once"
+        self._answered = True
+        self._answerer.fail(self, error)
+
+    def is_wanted(self) -> bool:
+        """False, and answered, when nobody waits for it any more."""
+        if self.is_cancelled:
+            self.fail(Cancelled("the frontend cancelled this work"))
+        elif self.is_expired:
+            self.fail(DeadlineExceeded("the deadline passed before the host could begin"))
+        return not self._answered

@@ -1,0 +1,146 @@
+from moeserve.v1 import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ForwardRequest(_message.Message):
+    __slots__ = ("request_id", "model", "layer_index", "layer_name", "hidden_states", "used_token", "topk_ids", "topk_weights", "return_routing")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    LAYER_INDEX_FIELD_NUMBER: _ClassVar[int]
+    LAYER_NAME_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_STATES_FIELD_NUMBER: _ClassVar[int]
+    USED_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    TOPK_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOPK_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    RETURN_ROUTING_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    model: str
+    layer_index: int
+    layer_name: str
+    hidden_states: _tensor_pb2.Tensor
+    used_token: _tensor_pb2.Tensor
+    topk_ids: _tensor_pb2.Tensor
+    topk_weights: _tensor_pb2.Tensor
+    return_routing: bool
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., layer_index: _Optional[int] = ..., layer_name: _Optional[str] = ..., hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., used_token: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., return_routing: _Optional[bool] = ...) -> None: ...
+
+class ForwardResponse(_message.Message):
+    __slots__ = ("request_id", "hidden_states", "requested", "processed", "dropped", "aux_loss", "z_loss", "dropped_tokens", "topk_ids", "topk_weights", "error")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_STATES_FIELD_NUMBER: _ClassVar[int]
+    REQUESTED_FIELD_NUMBER: _ClassVar[int]
+    PROCESSED_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    AUX_LOSS_FIELD_NUMBER: _ClassVar[int]
+    Z_LOSS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOPK_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOPK_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    hidden_states: _tensor_pb2.Tensor
+    requested: _tensor_pb2.Tensor
+    processed: _tensor_pb2.Tensor
+    dropped: _tensor_pb2.Tensor
+    aux_loss: float
+    z_loss: float
+    dropped_tokens: _tensor_pb2.Tensor
+    topk_ids: _tensor_pb2.Tensor
+    topk_weights: _tensor_pb2.Tensor
+    error: Error
+    def __init__(self, request_id: _Optional[str] = ..., hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., requested: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., processed: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., dropped: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., aux_loss: _Optional[float] = ..., z_loss: _Optional[float] = ..., dropped_tokens: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+
+class Error(_message.Message):
+    __slots__ = ("code", "message")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    message: str
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+
+class ListLayersRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListLayersResponse(_message.Message):
+    __slots__ = ("model", "layers")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    layers: _containers.RepeatedCompositeFieldContainer[LayerInfo]
+    def __init__(self, model: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[LayerInfo, _Mapping]]] = ...) -> None: ...
+
+class LayerInfo(_message.Message):
+    __slots__ = ("index", "name", "hidden_size", "intermediate_size", "num_experts", "top_k", "activation", "dtype", "capacity_factor")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    INTERMEDIATE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATION_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_FACTOR_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+    activation: str
+    dtype: _tensor_pb2.DType
+    capacity_factor: float
+    def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ..., hidden_size: _Optional[int] = ..., intermediate_size: _Optional[int] = ..., num_experts: _Optional[int] = ..., top_k: _Optional[int] = ..., activation: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., capacity_factor: _Optional[float] = ...) -> None: ...
+
+class GetStatsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStatsResponse(_message.Message):
+    __slots__ = ("epoch", "layers", "hosts", "queue_tokens")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    HOSTS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    layers: _containers.RepeatedCompositeFieldContainer[LayerStats]
+    hosts: _containers.RepeatedCompositeFieldContainer[HostStats]
+    queue_tokens: int
+    def __init__(self, epoch: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerStats, _Mapping]]] = ..., hosts: _Optional[_Iterable[_Union[HostStats, _Mapping]]] = ..., queue_tokens: _Optional[int] = ...) -> None: ...
+
+class LayerStats(_message.Message):
+    __slots__ = ("index", "name", "tokens", "processed", "dropped")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROCESSED_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    name: str
+    tokens: int
+    processed: _containers.RepeatedScalarFieldContainer[int]
+    dropped: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ..., tokens: _Optional[int] = ..., processed: _Optional[_Iterable[int]] = ..., dropped: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class HostStats(_message.Message):
+    __slots__ = ("name", "up", "restarts", "node", "device", "cuda_visible_devices", "weights_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    UP_FIELD_NUMBER: _ClassVar[int]
+    RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    CUDA_VISIBLE_DEVICES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    up: bool
+    restarts: int
+    node: str
+    device: str
+    cuda_visible_devices: str
+    weights_bytes: int
+    def __init__(self, name: _Optional[str] = ..., up: _Optional[bool] = ..., restarts: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., cuda_visible_devices: _Optional[str] = ..., weights_bytes: _Optional[int] = ...) -> None: ...

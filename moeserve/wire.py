@@ -1,0 +1,247 @@
+"""Forward messages <-> bytes in the protobuf wire format, without handing tensor data to protobuf.
+
+protobuf copies a large `bytes` field about as slowly as a socket moves it. Here decoding a large message cuts `Tensor.data` out of the
+message as a view and lets protobuf parse the few bytes that remain; encoding lets protobuf write the small fields and
+appends every tensor field once more with only `data` in it, which any protobuf parser merges. The bytes on the wire are
+ordinary `moeserve.v1` messages in both directions.
+
+T tokens, H hidden size, K choices per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Final, TypeVar
+
+import grpc
+import torch
+from google.protobuf.message import DecodeError, Message
+
+from moeserve.errors import InvalidRequest, MoEServeError, from_status
+from moeserve.output import ForwardOutput
+from moeserve.tensors import WIRE_DTYPES, WIRE_NUMBERS, dtype_name, raw, view
+from moeserve.v1 import moe_service_pb2 as pb
+from moeserve.v1 import tensor_pb2
+
+M = TypeVar("M", bound=Message)
+
+# Bounds on what a stranger may make us parse; our own messages have at most 11 fields and 200 bytes beside tensor data and names.
+_MAX_FIELDS: Final = 64
+_MAX_SMALL_BYTES: Final = 64 * 1024
+_MAX_DIMS: Final = 8
+_MAX_ELEMENTS: Final = 2**48
+
+_VARINT, _LENGTH = 0, 2
+_FIXED_SIZES: Final = {1: 8, 5: 4}
+_NOT_A_MESSAGE: Final = "the message is truncated or not a message of this service"
+_DATA_KEY: Final = bytes([tensor_pb2.Tensor.DATA_FIELD_NUMBER << 3 | _LENGTH])
+_STATUS_BY_NUMBER: Final = {code.value[0]: code for code in grpc.StatusCode}
+_TENSOR_FIELDS: Final[Mapping[type[Message], Mapping[int, str]]] = {
+    kind: {field.number: field.name for field in kind.DESCRIPTOR.fields if field.message_type is tensor_pb2.Tensor.DESCRIPTOR}
+    for kind in (pb.ForwardRequest, pb.ForwardResponse)
+}
+
+
+@dataclass(frozen=True)
+class WireRequest:
+    """One forward request as a client states it; tensors as in `LayerRequest`.
+
+    `request_id` comes back unchanged; `model` "" = the one the service serves; `layer` None = the client said none.
+    """
+
+    hidden_states: torch.Tensor
+    layer: int | str | None = 0
+    used_token: torch.Tensor | None = None
+    topk_ids: torch.Tensor | None = None
+    topk_weights: torch.Tensor | None = None
+    return_routing: bool = False
+    request_id: str = ""
+    model: str = ""
+
+
+@dataclass(frozen=True)
+class WireResponse:
+    """The answer to the request of the same `request_id`: either what came out, or why nothing did."""
+
+    request_id: str
+    result: ForwardOutput | MoEServeError
+
+
+def encode_forward_request(request: WireRequest) -> bytes:
+    """A `moeserve.v1.ForwardRequest`. Raises InvalidRequest for a dtype the wire does not know or a negative layer."""
+    small = pb.ForwardRequest(request_id=request.request_id, model=request.model, return_routing=request.return_routing)
+    if isinstance(request.layer, str):
+        small.layer_name = request.layer
+    elif request.layer is not None:
+        if not 0 <= request.layer < 2**32:
+            raise InvalidRequest(f"layer is {request.layer}; layers count from 0", "layer")
+        small.layer_index = request.layer
+    weights = request.topk_weights
+    tensors = {
+        "hidden_states": request.hidden_states,
+        "used_token": request.used_token,
+        "topk_ids": request.topk_ids,
+        "topk_weights": weights.float() if weights is not None and weights.is_floating_point() else weights,
+    }
+    return _encode(small, tensors)
+
+
+def decode_forward_request(data: bytes) -> WireRequest:
+    """The request in `data`; its tensors are read-only views of `data`. Raises InvalidRequest for anything else."""
+    small, tensors = _decode(pb.ForwardRequest, data)
+    if "hidden_states" not in tensors:
+        raise InvalidRequest("hidden_states is missing", "hidden_states")
+    layer: int | str | None = None
+    if small.HasField("layer_index"):
+        layer = small.layer_index
+    elif small.HasField("layer_name"):
+        layer = small.layer_name
+    return WireRequest(layer=layer, return_routing=small.return_routing, request_id=small.request_id, model=small.model, **tensors)
+
+
+def request_id_of(data: bytes) -> str:
+    """The request_id of a request that may be wrong in every other way; "" when it cannot be told."""
+    try:
+        return _parse(pb.ForwardRequest, data)[0].request_id
+    except InvalidRequest:
+        return ""
+
+
+def encode_forward_response(request_id: str, result: ForwardOutput | MoEServeError) -> bytes:
+    """A `moeserve.v1.ForwardResponse`."""
+    if isinstance(result, MoEServeError):
+        error = pb.Error(code=result.code.value[0], message=str(result))
+        return pb.ForwardResponse(request_id=request_id, error=error).SerializeToString()
+    small = pb.ForwardResponse(request_id=request_id, aux_loss=result.aux_loss, z_loss=result.z_loss)
+    return _encode(small, {name: getattr(result, name) for name in _TENSOR_FIELDS[pb.ForwardResponse].values()})
+
+
+def decode_forward_response(data: bytes) -> WireResponse:
+    """The answer in `data`; its tensors are views of `data`. Raises MoEServeError when `data` is not an answer."""
+    try:
+        small, tensors = _decode(pb.ForwardResponse, data)
+        if small.HasField("error"):
+            code = _STATUS_BY_NUMBER.get(small.error.code, grpc.StatusCode.UNKNOWN)
+            return WireResponse(small.request_id, from_status(code, small.error.message))
+        missing = {"hidden_states", "requested", "processed", "dropped", "dropped_tokens"} - tensors.keys()
+        if missing:
+            raise InvalidRequest(f"it has no {', '.join(sorted(missing))}")
+    except InvalidRequest as error:
+        raise MoEServeError(f"the server's answer cannot be read: {error}") from None
+    return WireResponse(small.request_id, ForwardOutput(aux_loss=small.aux_loss, z_loss=small.z_loss, **tensors))
+
+
+def _encode(small: Message, tensors: Mapping[str, torch.Tensor | None]) -> bytes:
+    parts: list[bytes | memoryview] = []
+    for number, name in _TENSOR_FIELDS[type(small)].items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            continue
+        if tensor.dtype not in WIRE_NUMBERS:
+            raise InvalidRequest(f"{name} is {dtype_name(tensor.dtype)}, which cannot be sent", name)
+        stated = getattr(small, name)
+        stated.dtype = WIRE_NUMBERS[tensor.dtype]
+        stated.shape.extend(tensor.shape)
+        data = raw(tensor)
+        head = _DATA_KEY + _varint(len(data))
+        parts += (_key(number), _varint(len(head) + len(data)), head, data)
+    return b"".join((small.SerializeToString(), *parts))
+
+
+def _decode(kind: type[M], message: bytes) -> tuple[M, dict[str, torch.Tensor]]:
+    small, data = _parse(kind, message)
+    tensors = {}
+    for number, name in _TENSOR_FIELDS[kind].items():
+        if small.HasField(name):
+            stated = getattr(small, name)
+            tensors[name] = _tensor(stated, data.get(number, stated.data), name)
+    return small, tensors
+
+
+def _parse(kind: type[M], message: bytes) -> tuple[M, dict[int, memoryview]]:
+    # A small message is copied sooner than it is split.
+    small_bytes, data = (message, {}) if len(message) <= _MAX_SMALL_BYTES else _split(message, _TENSOR_FIELDS[kind])
+    try:
+        return kind.FromString(small_bytes), data
+    except DecodeError as error:
+        raise InvalidRequest(f"not a {kind.DESCRIPTOR.full_name} message: {error}") from None
+
+
+def _tensor(stated: tensor_pb2.Tensor, data: bytes | memoryview, name: str) -> torch.Tensor:
+    dtype, shape = WIRE_DTYPES.get(stated.dtype), list(stated.shape)
+    if dtype is None:
+        raise InvalidRequest(f"{name} has dtype number {stated.dtype}; allowed: {', '.join(map(dtype_name, WIRE_NUMBERS))}", name)
+    if len(shape) > _MAX_DIMS or prod(max(size, 1) for size in shape[:_MAX_DIMS]) > _MAX_ELEMENTS:
+        raise InvalidRequest(f"{name} has {len(shape)} dimensions or a size beyond any message", name)
+    return view(data, shape, dtype, name)
+
+
+def _split(message: bytes, tensor_fields: Container[int]) -> tuple[bytes, dict[int, memoryview]]:
+    """The message without the data of its tensors, and that data by field number (the last one where there are several)."""
+    whole = memoryview(message)
+    small: list[bytes | memoryview] = []
+    data: dict[int, memoryview] = {}
+    for key, start, body, end in _fields(message, 0, len(message)):
+        number = key >> 3
+        if key & 7 != _LENGTH or number not in tensor_fields:
+            small.append(whole[start:end])
+            continue
+        rest: list[memoryview] = []
+        for inner_key, inner_start, inner_body, inner_end in _fields(message, body, end):
+            if inner_key == _DATA_KEY[0]:
+                data[number] = whole[inner_body:inner_end]
+            else:
+                rest.append(whole[inner_start:inner_end])
+        small += (_key(number), _varint(sum(map(len, rest))), *rest)
+    if sum(map(len, small)) > _MAX_SMALL_BYTES:
+        raise InvalidRequest(f"the message has more than {_MAX_SMALL_BYTES} bytes beside tensor data")
+    return b"".join(small), data
+
+
+def _fields(message: bytes, position: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """Key, and start, start of the body and end of each field in `message[position:end]`."""
+    for _ in range(_MAX_FIELDS):
+        if position == end:
+            return
+        start = position
+        key, position = _read_varint(message, position, 5)
+        wire_type = key & 7
+        body = position
+        if wire_type == _LENGTH:
+            size, body = _read_varint(message, position, 5)
+            position = body + size
+        elif wire_type == _VARINT:
+            position = _read_varint(message, position, 10)[1]
+        else:
+            position += _FIXED_SIZES.get(wire_type, len(message))
+        if position > end:
+            break
+        yield key, start, body, position
+    raise InvalidRequest(_NOT_A_MESSAGE)
+
+
+def _read_varint(message: bytes, position: int, max_bytes: int) -> tuple[int, int]:
+    """The number at `position`, and where it ends."""
+    value = shift = 0
+    for byte in message[position : position + max_bytes]:
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7
+    raise InvalidRequest(_NOT_A_MESSAGE)
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _key(number: int) -> bytes:
+    return _varint(number << 3 | _LENGTH)

@@ -1,0 +1,116 @@
+"""What holds for every routing, whatever the knobs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moeserve.config import GatingConfig
+from moeserve.gating import Routing, apply_choices, route, route_requests
+
+from .cases import Case, cases
+
+TENSORS = [field.name for field in dataclasses.fields(Routing) if field.type == "Tensor"]
+
+
+def assert_same(left: Routing, right: Routing) -> None:
+    for name in TENSORS:
+        assert torch.equal(getattr(left, name), getattr(right, name)), name
+    assert left.capacity == right.capacity
+    assert left.aux_loss == pytest.approx(right.aux_loss, rel=1e-6)
+    assert left.z_loss == pytest.approx(right.z_loss, rel=1e-6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_every_choice_is_counted_once(case: Case) -> None:
+    got = route_requests(case.router_logits, case.gating, case.sizes, case.used_token)
+    used = torch.tensor(case.used, dtype=torch.bool)
+    assert torch.equal(got.processed + got.dropped, got.requested)
+    assert (got.dropped >= 0).all()
+    assert got.used_tokens.tolist() == [int(part.sum()) for part in torch.split(used, case.sizes)]
+    assert torch.equal(got.requested.sum(dim=1), got.used_tokens * case.gating.top_k)
+    assert got.processed.sum() == got.kept.sum()
+    assert not got.kept[~used].any()
+    assert not got.topk_weights[~got.kept].any()
+    assert torch.equal(got.dropped_tokens, used & ~got.kept.all(dim=1))
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_capacity_is_never_exceeded_and_never_wasted(case: Case) -> None:
+    got = route_requests(case.router_logits, case.gating, case.sizes, case.used_token)
+    if got.capacity[0] is None:
+        assert not got.dropped.any()
+    elif case.gating.capacity_scope == "batch":
+        assert torch.equal(got.processed.sum(0), got.requested.sum(0).clamp(max=got.capacity[0]))
+    else:
+        assert torch.equal(got.processed, got.requested.minimum(torch.tensor(got.capacity)[:, None]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases(scopes=("request",)))
+def test_a_request_is_answered_the_same_in_any_company(case: Case) -> None:
+    batch = route_requests(case.router_logits, case.gating, case.sizes, case.used_token)
+    used_parts = [None] * len(case.sizes) if case.used_token is None else torch.split(case.used_token, case.sizes)
+    for index, (logits, used_token) in enumerate(zip(torch.split(case.router_logits, case.sizes), used_parts, strict=True)):
+        assert_same(batch.request(index), route(logits, case.gating, used_token))
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(scopes=("request",)))
+def test_choices_are_admitted_the_same_in_any_company(case: Case) -> None:
+    top_k, num_experts = case.gating.top_k, case.num_experts
+    topk_ids = case.router_logits.argsort(dim=1)[:, :top_k]
+    topk_weights = case.router_logits[:, :top_k].abs()
+    batch = apply_choices(topk_ids, topk_weights, num_experts, case.gating, case.sizes, case.used_token)
+    start = 0
+    for index, size in enumerate(case.sizes):
+        tokens = slice(start, start + size)
+        used_token = None if case.used_token is None else case.used_token[tokens]
+        alone = apply_choices(topk_ids[tokens], topk_weights[tokens], num_experts, case.gating, [size], used_token)
+        assert_same(batch.request(index), alone.request(0))
+        start += size
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(), st.integers(0, 2**32))
+def test_renaming_the_experts_renames_the_answer(case: Case, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    router_logits = torch.randn(case.router_logits.shape, generator=generator)  # no ties: they go by the name
+    old_name = torch.randperm(case.num_experts, generator=generator)
+    got = route_requests(router_logits, case.gating, case.sizes, case.used_token)
+    renamed = route_requests(router_logits[:, old_name], case.gating, case.sizes, case.used_token)
+    assert torch.equal(old_name[renamed.topk_ids], got.topk_ids)
+    assert torch.equal(renamed.kept, got.kept)
+    assert torch.equal(renamed.processed, got.processed[:, old_name])
+    torch.testing.assert_close(renamed.topk_weights, got.topk_weights)
+    torch.testing.assert_close(renamed.aux_loss, got.aux_loss)
+
+
+@settings(max_examples=50, deadline=None)
+@given(cases())
+def test_the_same_input_gives_the_same_bits(case: Case) -> None:
+    first, second = (route(case.router_logits, case.gating, case.used_token) for _ in range(2))
+    assert_same(first, second)
+    assert (first.aux_loss, first.z_loss) == (second.aux_loss, second.z_loss)
+
+
+@settings(max_examples=50, deadline=None)
+@given(cases())
+def test_inputs_are_left_alone(case: Case) -> None:
+    before = case.router_logits.clone()
+    route_requests(case.router_logits, case.gating, case.sizes, case.used_token)
+    assert torch.equal(case.router_logits, before)
+
+
+def test_unused_tokens_take_no_room() -> None:
+    router_logits = torch.tensor([[2.0, 1.0], [2.0, 1.0], [2.0, 1.0], [2.0, 1.0]])
+    gating = GatingConfig(top_k=1, capacity_factor=1.0)
+    got = route(router_logits, gating, torch.tensor([False, True, False, True]))
+    assert got.capacity == 2  # of all four tokens
+    assert got.kept.tolist() == [[False], [True], [False], [True]]
