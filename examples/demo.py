@@ -108,9 +108,9 @@ def generate_and_compare(tokenizer: Any, local: Any, remote: Any, inputs: Any) -
 
 def show_load(client: moeserve.Client) -> None:
     for layer in client.stats().layers:
-        most = max(layer.processed)
-        bars = "  ".join(f"{bar(count / most)} {count:4d}" for count in layer.processed)
-        console.print(f"{layer.name:20} {bars}   dropped {sum(layer.dropped)}")
+        counts = layer.processed.tolist()
+        bars = "  ".join(f"{bar(count / max(counts))} {count:4d}" for count in counts)
+        console.print(f"{layer.name:20} {bars}   dropped {int(layer.dropped.sum())}")
 
 
 def compare_gates(client: moeserve.Client, local: Any, sequence: torch.Tensor) -> None:
@@ -150,9 +150,9 @@ def show_drops(service: moeserve.BackgroundService, client: moeserve.Client, rem
         remote(sequence)
     layers = client.stats().layers
     for layer in layers:
-        demand = sum(layer.processed) + sum(layer.dropped)
-        console.print(f"{layer.name:20} {layer.tokens} tokens, {sum(layer.dropped)} of {demand} choices dropped")
-    dropped = sum(sum(layer.dropped) for layer in layers)
+        dropped = int(layer.dropped.sum())
+        console.print(f"{layer.name:20} {layer.tokens} tokens, {dropped} of {dropped + int(layer.processed.sum())} choices dropped")
+    dropped = sum(int(layer.dropped.sum()) for layer in layers)
     with urllib.request.urlopen(f"http://{service.metrics_target}/metrics") as page:
         families = text_string_to_metric_families(page.read().decode())
     samples = [sample for family in families for sample in family.samples]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 
@@ -106,7 +107,7 @@ def _require_finite(tensor: torch.Tensor, field: str) -> None:
     if not tensor.numel():
         return
     low, high = torch.aminmax(tensor)
-    if torch.isfinite(low) and torch.isfinite(high):
+    if isfinite(low) and isfinite(high):
         return
     token = int((~torch.isfinite(tensor)).any(dim=1).nonzero()[0])
     raise InvalidRequest(f"{field} of token {token} is not finite (NaN or Inf)", field)

@@ -16,7 +16,7 @@ from moeserve.errors import ConfigError
 from moeserve.frontend import Frontend
 from moeserve.metrics import Metrics
 from moeserve.placement import plan_placement
-from moeserve.server import GrpcServer
+from moeserve.server import GrpcServer, check_exposure
 from moeserve.stats import HostInfo
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class Service:
 
     async def _start(self) -> None:
         config = self._config
+        check_exposure(config.server)
         sources = layer_sources(config)
         specs = [source.spec for source in sources]
         placement = plan_placement(specs, config.placement)

@@ -46,7 +46,9 @@ def view(data: bytes | bytearray | memoryview, shape: Sequence[int], dtype: torc
 
     Raises InvalidRequest when the shape is not one of non-negative sizes or does not match the number of bytes.
     """
-    if any(size < 0 for size in shape) or nbytes(shape, dtype) != len(data):
+    # A shape with a zero in it takes no bytes, but torch still has to count its elements without that zero.
+    is_countable = prod(max(size, 1) for size in shape) < 2**60
+    if any(size < 0 for size in shape) or not is_countable or nbytes(shape, dtype) != len(data):
         raise InvalidRequest(
             f"{what} has {len(data)} bytes, but shape {list(shape)} of {dtype_name(dtype)} does not take exactly that many",
             field=what,
@@ -58,5 +60,8 @@ def view(data: bytes | bytearray | memoryview, shape: Sequence[int], dtype: torc
 
 def raw(tensor: torch.Tensor) -> memoryview:
     """The bytes of `tensor` without a copy when it is contiguous and on the CPU."""
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    dense = tensor.detach().cpu().contiguous()
+    if not dense.numel():
+        return memoryview(b"")
+    # numpy has no bfloat16.
+    return (dense.view(torch.int16) if dense.dtype is torch.bfloat16 else dense).numpy().data.cast("B")

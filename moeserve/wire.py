@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Final, TypeVar
 
 import grpc
@@ -31,7 +30,8 @@ M = TypeVar("M", bound=Message)
 _MAX_FIELDS: Final = 64
 _MAX_SMALL_BYTES: Final = 64 * 1024
 _MAX_DIMS: Final = 8
-_MAX_ELEMENTS: Final = 2**48
+# Up to here protobuf's copies cost less than doing without them.
+_SMALL_TENSOR_BYTES: Final = 16 * 1024
 
 _VARINT, _LENGTH = 0, 2
 _FIXED_SIZES: Final = {1: 8, 5: 4}
@@ -145,6 +145,9 @@ def _encode(small: Message, tensors: Mapping[str, torch.Tensor | None]) -> bytes
         stated.dtype = WIRE_NUMBERS[tensor.dtype]
         stated.shape.extend(tensor.shape)
         data = raw(tensor)
+        if len(data) <= _SMALL_TENSOR_BYTES:
+            stated.data = data.tobytes()
+            continue
         head = _DATA_KEY + _varint(len(data))
         parts += (_key(number), _varint(len(head) + len(data)), head, data)
     return b"".join((small.SerializeToString(), *parts))
@@ -173,8 +176,8 @@ def _tensor(stated: tensor_pb2.Tensor, data: bytes | memoryview, name: str) -> t
     dtype, shape = WIRE_DTYPES.get(stated.dtype), list(stated.shape)
     if dtype is None:
         raise InvalidRequest(f"{name} has dtype number {stated.dtype}; allowed: {', '.join(map(dtype_name, WIRE_NUMBERS))}", name)
-    if len(shape) > _MAX_DIMS or prod(max(size, 1) for size in shape[:_MAX_DIMS]) > _MAX_ELEMENTS:
-        raise InvalidRequest(f"{name} has {len(shape)} dimensions or a size beyond any message", name)
+    if len(shape) > _MAX_DIMS:
+        raise InvalidRequest(f"{name} has {len(shape)} dimensions; at most {_MAX_DIMS} are allowed", name)
     return view(data, shape, dtype, name)
 
 

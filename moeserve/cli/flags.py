@@ -31,7 +31,7 @@ def with_config_flags(command: Callable[..., None]) -> Callable[..., None]:
     options = [_option(table, key, kind) for table, key, kind in _scalars()]
     wrapped.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
     wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *options)}
-    wrapped.__doc__ = command.__doc__
+    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
     return wrapped
 
 

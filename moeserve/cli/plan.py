@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -23,17 +24,23 @@ def plan(
     specs = [layer.spec for layer in layer_sources(config)]
     placement = plan_placement(specs, config.placement)
 
-    layers = Table(title=f"{len(specs)} MoE layers", title_justify="left")
-    for column in ("layer", "name", "H", "I", "experts", "top-k", "activation", "dtype", "capacity factor"):
-        layers.add_column(column)
+    layers = Table("", "layer", title=f"{len(specs)} MoE layers", title_justify="left", box=SIMPLE_HEAD)
+    for column in ("H x I", "experts", "type", "capacity"):
+        layers.add_column(column, justify="right", no_wrap=True)
     for number, spec in enumerate(specs):
         factor = spec.gating.capacity_factor
-        sizes = (spec.hidden_size, spec.intermediate_size, spec.num_experts, spec.gating.top_k)
-        layers.add_row(str(number), spec.name, *map(str, sizes), spec.activation, spec.dtype, "none" if factor is None else f"{factor:g}")
+        layers.add_row(
+            str(number),
+            spec.name,
+            f"{spec.hidden_size} x {spec.intermediate_size}",
+            f"{spec.num_experts}, top {spec.gating.top_k}",
+            f"{spec.activation} {spec.dtype}",
+            "unlimited" if factor is None else f"factor {factor:g}",
+        )
 
-    hosts = Table(title=f"{placement.num_hosts} hosts", title_justify="left")
-    for column in ("host", "GPUs", "CPUs", "experts", "expected load", "weights", "of layer 0"):
-        hosts.add_column(column)
+    hosts = Table("host", title=f"{placement.num_hosts} hosts", title_justify="left", box=SIMPLE_HEAD)
+    for column in ("GPUs", "CPUs", "experts", "expected load", "weights", "of layer 0"):
+        hosts.add_column(column, justify="right")
     for number in range(placement.num_hosts):
         held = [layer.experts_on(number) for layer in placement.layers]
         share = sum(len(experts) / spec.num_experts for experts, spec in zip(held, specs, strict=True)) / len(specs)

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from moeserve.errors import ConfigError
 log = logging.getLogger(__name__)
 
 _OBJECT_STORE_BYTES = 80 * 2**20  # tensors do not travel through Ray; this is about the least it accepts
+_KNOCK_TIMEOUT_S = 5.0
 
 
 class RayRuntime:
@@ -56,6 +58,7 @@ class RayRuntime:
 
     def _join(self, address: str) -> None:
         self._setenv("RAY_USAGE_STATS_ENABLED", "0")
+        _knock(address)
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
@@ -93,6 +96,17 @@ class RayRuntime:
     def _setenv(self, name: str, value: str) -> None:
         self._previous_environment.setdefault(name, os.environ.get(name))
         os.environ[name] = value
+
+
+def _knock(address: str) -> None:
+    """Ray itself tries for minutes and then ends the process."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto" and the like: Ray finds out at once
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConfigError(f"no Ray cluster answers at {address}: {error.strerror or error}") from None
 
 
 def _set(name: str, value: str | None) -> None:

@@ -147,7 +147,7 @@ class Forward:
         for index, output in outputs:
             answer = batch.members[index].answer
             if not answer.done():
-                tokens = int(output.requested.sum()) // routing.topk_ids.shape[1]
+                tokens = int(routing.used_tokens[index])
                 self._metrics.experts.add(self.layer, tokens, output.processed, output.dropped)
                 self._aux_loss.set(output.aux_loss)
                 answer.set_result(output)

@@ -60,14 +60,16 @@ def plan_placement(specs: Sequence[LayerSpec], config: PlacementConfig, epoch: i
     most = max(spec.num_experts for spec in specs)
     if config.num_hosts > most:
         raise ConfigError(f"placement.num_hosts is {config.num_hosts}, but no layer has more than {most} experts to share out")
-    return Placement(epoch, config.num_hosts, tuple(_plan_layer(spec.num_experts, config) for spec in specs))
+    return Placement(epoch, config.num_hosts, tuple(_plan_layer(layer, spec.num_experts, config) for layer, spec in enumerate(specs)))
 
 
-def _plan_layer(num_experts: int, config: PlacementConfig) -> LayerPlacement:
+def _plan_layer(layer: int, num_experts: int, config: PlacementConfig) -> LayerPlacement:
     experts = torch.arange(num_experts)
     if config.strategy == "round_robin":
         host_of_logical = experts % config.num_hosts
     else:
         host_of_logical = experts * config.num_hosts // num_experts
+    # Each layer starts at another host, or the first ones would get every odd expert.
+    host_of_logical = (host_of_logical + layer) % config.num_hosts
     host_of_physical, logical_of_physical = host_of_logical.sort(stable=True)
     return LayerPlacement(config.num_hosts, logical_of_physical, host_of_physical)

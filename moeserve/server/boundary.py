@@ -12,7 +12,7 @@ import inspect
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import aclosing
-from typing import Any, Final, Never
+from typing import Any, Final, Never, TypeAlias
 
 import grpc
 
@@ -21,8 +21,9 @@ from moeserve.server.status import as_user_error, to_status
 
 #: method, name of the status code, seconds
 Observe = Callable[[str, str, float], None]
-Handler = grpc.RpcMethodHandler[Any, Any]
-Context = grpc.aio.ServicerContext[Any, Any]
+# In quotes: generic only in the stubs.
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Behavior = Callable[[Any, Context], Any]
 
 _HEALTH: Final = "/grpc.health.v1.Health/"
@@ -62,7 +63,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         if refusal is not None:
             return grpc.stream_stream_rpc_method_handler(self._guard(method, _refuse(refusal)))
         if method not in self._guarded:
-            self._guarded[method] = _GuardedHandler(handler, lambda inner: self._guard(method, inner))
+            self._guarded[method] = _GuardedHandler(handler, lambda inner: self._guard(method, inner, handler.response_streaming))
         return self._guarded[method]
 
     def _refusal(self, metadata: Iterable[tuple[str, str | bytes]]) -> MoEServeError | None:
@@ -72,7 +73,7 @@ class Boundary(grpc.aio.ServerInterceptor):
             return ExpertUnavailable("the service is draining and takes no new requests")
         return None
 
-    def _guard(self, method: str, inner: Behavior) -> Behavior:
+    def _guard(self, method: str, inner: Behavior, is_stream: bool = False) -> Behavior:
         async def guarded(request: Any, context: Context) -> Any:
             code, start = grpc.StatusCode.OK, time.perf_counter()
             self._running += 1
@@ -90,18 +91,16 @@ class Boundary(grpc.aio.ServerInterceptor):
                 code = known.code
                 await context.abort_with_status(to_status(known))
             finally:
-                self._ended(method, code, time.perf_counter() - start)
+                if not (is_stream and code is grpc.StatusCode.OK):
+                    self._observe(method.rpartition("/")[2], code.name, time.perf_counter() - start)
+                self._running -= 1
+                if not self._running:
+                    self._idle.set()
 
         return guarded
 
-    def _ended(self, method: str, code: grpc.StatusCode, seconds: float) -> None:
-        self._observe(method.rpartition("/")[2], code.name, seconds)
-        self._running -= 1
-        if not self._running:
-            self._idle.set()
 
-
-class _GuardedHandler(grpc.RpcMethodHandler[Any, Any]):
+class _GuardedHandler(grpc.RpcMethodHandler):  # type: ignore[type-arg]
     def __init__(self, handler: Handler, guard: Callable[[Behavior], Behavior]) -> None:
         self.request_streaming, self.response_streaming = handler.request_streaming, handler.response_streaming
         self.request_deserializer, self.response_serializer = handler.request_deserializer, handler.response_serializer

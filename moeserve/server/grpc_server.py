@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import socket
 from typing import Final
 
 import grpc
@@ -46,12 +48,14 @@ class GrpcServer:
         host, port = self._config.host, self._config.port
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
+            await _require_free(host, port)
             if self._credentials is None:
                 port = self._server.add_insecure_port(address)
             else:
                 port = self._server.add_secure_port(address, self._credentials)
-        except RuntimeError:
-            raise ConfigError(f"cannot listen on {address}: the port is in use, or the address is not one of this machine") from None
+        except (OSError, RuntimeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise ConfigError(f"server.host, server.port: cannot listen on {address}: {reason}") from None
         await self._server.start()
         return port
 
@@ -76,6 +80,19 @@ class GrpcServer:
     async def stop(self) -> None:
         """Ends the service now and cancels what is running; does nothing after `drain`."""
         await self._server.stop(None)
+
+
+async def _require_free(host: str, port: int) -> None:
+    """gRPC is content with one of the addresses of a name, and does not tell why it got none."""
+    for family, _, _, _, address in await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+            except OSError as error:
+                # A name may stand for an address of a protocol that this machine does not speak.
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
 
 
 def _options(config: ServerConfig) -> list[tuple[str, int]]:

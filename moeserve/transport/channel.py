@@ -115,6 +115,7 @@ class Channel(ABC):
 
         Raises InvalidRequest when it is larger than max_message_bytes, Overloaded when messages in flight fill the pool.
         """
+        assert shape.rows > 0 and shape.hidden_size > 0 and shape.pairs > 0, "a host without rows is not sent anything"
         layout = layout_of(shape)
         if layout.total_bytes > self._max_message_bytes:
             raise InvalidRequest(

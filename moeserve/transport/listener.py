@@ -75,7 +75,7 @@ class Listener:
         self._poller.wait(0 if self._arrived else timeout_s)
         arrived = self._arrived.copy()
         self._arrived.clear()
-        return [work for work in arrived if work.is_wanted()]
+        return [work for work in arrived if not work.drop_if_late()]
 
     def wake(self) -> None:
         """Makes the running or next `poll` return; from any thread, also after `close`."""

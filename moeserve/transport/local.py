@@ -10,7 +10,7 @@ from moeserve.errors import ConfigError
 from moeserve.transport.channel import ChannelClosed
 from moeserve.transport.listener import Poller
 from moeserve.transport.memory import Limits
-from moeserve.transport.shm_channel import ShmChannel
+from moeserve.transport.shm_channel import ShmChannel, talk
 from moeserve.transport.shm_source import ShmPeers
 from moeserve.transport.work import Work
 
@@ -60,6 +60,4 @@ async def connect_local(endpoint: str, limits: Limits, timeout_s: float) -> ShmC
     source = _sources.get(endpoint)
     if source is None:
         raise ChannelClosed(f"no host listens at {endpoint}")
-    channel = ShmChannel(endpoint, source.dial(), limits)
-    await channel.open(timeout_s)
-    return channel
+    return await talk(endpoint, source.dial(), limits, timeout_s)

@@ -82,13 +82,6 @@ class Arena:
             self._lent[offset] = order, weakref.ref(memory, lambda _: returned.append(offset))
         return Block(offset, memory)
 
-    @property
-    def lent_blocks(self) -> int:
-        """How many blocks somebody still refers to."""
-        with self._lock:
-            self._take_back()
-            return len(self._lent)
-
     def _take_back(self) -> None:
         while self._returned:
             offset = self._returned.popleft()

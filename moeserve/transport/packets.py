@@ -7,7 +7,8 @@ import socket
 import stat
 import struct
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from moeserve.errors import ConfigError
@@ -18,16 +19,17 @@ _UCRED = struct.Struct("iII")
 
 
 class PacketSocket:
-    """Sends small packets in order; what the socket cannot take now waits here.
+    """Sends small packets in order; what the socket cannot take now waits here until its owner calls `flush`."""
 
-    `want_write(True)` asks the owner to call `flush` when the socket is writable, `want_write(False)` ends that.
-    """
-
-    def __init__(self, sock: socket.socket, want_write: Callable[[bool], None]) -> None:
+    def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._waiting: deque[bytes] = deque()
-        self._want_write = want_write
+
+    @property
+    def is_full(self) -> bool:
+        """Whether packets wait for the socket to become writable."""
+        return bool(self._waiting)
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -41,17 +43,13 @@ class PacketSocket:
             self._sock.send(packet)
         except BlockingIOError:
             self._waiting.append(packet)
-            self._want_write(True)
 
     def flush(self) -> None:
         """Sends what waits, as far as the socket takes it. Raises OSError when the peer is gone."""
-        try:
+        with suppress(BlockingIOError):
             while self._waiting:
                 self._sock.send(self._waiting[0])
                 self._waiting.popleft()
-        except BlockingIOError:
-            return
-        self._want_write(False)
 
     def receive(self) -> Iterator[bytes]:
         """Every packet that has arrived. Raises OSError when the peer is gone."""

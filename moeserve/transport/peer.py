@@ -38,7 +38,7 @@ class Peer(ABC):
         self._limits = limits
         self._arrived = arrived
         self._unanswered: dict[int, Work] = {}
-        self._is_gone = False
+        self.is_gone = False
 
     @abstractmethod
     def reply_buffer(self, work: Work) -> torch.Tensor:
@@ -60,7 +60,7 @@ class Peer(ABC):
 
     def _finish(self, work: Work, packet: bytes, partial: torch.Tensor | None) -> None:
         self._unanswered.pop(work.id, None)
-        if not self._is_gone:
+        if not self.is_gone:
             self._transmit(packet, partial)
 
     def take_in(self, packet: bytes, body: Memory | None) -> None:
@@ -102,7 +102,7 @@ class Peer(ABC):
 
     def lose(self) -> None:
         """Nobody waits for the answers any more; memory stays mapped while works refer to it."""
-        self._is_gone = True
+        self.is_gone = True
         for work in self._unanswered.values():
             work.is_cancelled = True
         self._unanswered.clear()

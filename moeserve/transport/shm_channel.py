@@ -21,7 +21,7 @@ class ShmChannel(Channel):
         fd, memory = create_shared(limits.max_pool_bytes)
         try:
             super().__init__(endpoint, Arena(memory), limits)
-            self._packets = PacketSocket(sock, self._watch_writable)
+            self._packets = PacketSocket(sock)
             socket.send_fds(sock, [pack_note(Kind.HELLO, code=VERSION, value=limits.max_pool_bytes)], [fd])
         finally:
             os.close(fd)
@@ -35,6 +35,9 @@ class ShmChannel(Channel):
             self._packets.send(packet)
         except OSError:
             self._lost()
+            return
+        if self._packets.is_full:
+            self._loop.add_writer(self._packets.fileno(), self._on_writable)
 
     def _partial(self, sent: Sent, body: Memory | None) -> torch.Tensor:
         return partial(sent.block.memory, sent.shape, sent.layout.reply)
@@ -53,17 +56,14 @@ class ShmChannel(Channel):
         except OSError:
             self._lost()
 
-    def _watch_writable(self, wanted: bool) -> None:
-        if wanted:
-            self._loop.add_writer(self._packets.fileno(), self._on_writable)
-        else:
-            self._loop.remove_writer(self._packets.fileno())
-
     def _on_writable(self) -> None:
         try:
             self._packets.flush()
         except OSError:
             self._lost()
+            return
+        if not self._packets.is_full:
+            self._loop.remove_writer(self._packets.fileno())
 
     def _lost(self) -> None:
         self._die(f"the host at {self.endpoint} is gone")
@@ -75,13 +75,22 @@ async def connect_unix(endpoint: str, limits: Limits, timeout_s: float) -> ShmCh
     try:
         async with asyncio.timeout(timeout_s):
             await _dial(sock, endpoint)
-        channel = ShmChannel(endpoint, sock, limits)
     except TimeoutError:
         sock.close()
         raise ChannelClosed(f"no host accepted a connection at {endpoint} within {timeout_s:g} s") from None
     except BaseException:
         sock.close()
         raise
+    return await talk(endpoint, sock, limits, timeout_s)
+
+
+async def talk(endpoint: str, sock: socket.socket, limits: Limits, timeout_s: float) -> ShmChannel:
+    """An open channel over a connected socket. Raises ChannelClosed when the host at its other end does not agree to talk."""
+    try:
+        channel = ShmChannel(endpoint, sock, limits)
+    except OSError as error:
+        sock.close()
+        raise ChannelClosed(f"cannot talk to the host at {endpoint}: {error.strerror}") from None
     await channel.open(timeout_s)
     return channel
 

@@ -7,7 +7,6 @@ import mmap
 import os
 import select
 import socket
-from functools import partial as bind
 from pathlib import Path
 
 import torch
@@ -89,7 +88,7 @@ class ShmPeer(Peer):
         super().__init__(endpoint, limits, arrived)
         self._poller = poller
         self._peers = peers
-        self._packets = PacketSocket(sock, bind(poller.watch_writable, sock.fileno()))
+        self._packets = PacketSocket(sock)
         self._arena: mmap.mmap | None = None
         poller.add(sock.fileno(), self._on_events)
 
@@ -98,6 +97,8 @@ class ShmPeer(Peer):
         return partial(self._arena, work.header.shape, work.header.offset + layout_of(work.header.shape).reply)
 
     def hang_up(self) -> None:
+        if self.is_gone:
+            return
         self.lose()
         self._peers.discard(self)
         self._poller.remove(self._packets.fileno())
@@ -107,18 +108,20 @@ class ShmPeer(Peer):
         try:
             if mask & select.EPOLLOUT:
                 self._packets.flush()
+                self._poller.watch_writable(self._packets.fileno(), self._packets.is_full)
             if self._arena is None:
                 self._greet()
             for packet in self._packets.receive():
                 self.take_in(packet, None)
+                if self.is_gone:
+                    return
         except BlockingIOError:
             return
         except OSError:
             self.hang_up()
         except MalformedMessage as error:
             self.refuse(str(error))
-            if not self._is_gone:
-                self.hang_up()
+            self.hang_up()
 
     def _greet(self) -> None:
         packet, fd = self._packets.receive_with_fd()
@@ -144,3 +147,6 @@ class ShmPeer(Peer):
             self._packets.send(packet)
         except OSError:
             self.hang_up()
+            return
+        if self._packets.is_full:
+            self._poller.watch_writable(self._packets.fileno(), True)

@@ -14,7 +14,7 @@ from moeserve.transport.channel import Channel, Sent
 from moeserve.transport.keys import FrontendKeys
 from moeserve.transport.memory import Arena, Limits
 from moeserve.transport.readiness import has_message
-from moeserve.transport.wire import VERSION, Kind, Layout, MalformedMessage, Memory, evenly, pack_note, partial
+from moeserve.transport.wire import VERSION, Kind, Layout, MalformedMessage, Memory, aligned, pack_note, partial
 
 _GOODBYE_LINGER_MS = 100
 _ENDS = {
@@ -75,7 +75,7 @@ class TcpChannel(Channel):
     def _on_readable(self) -> None:
         while not self.closed.is_set() and has_message(self._socket):
             frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            self._take_in(frames[0].bytes, evenly(frames[1].buffer) if len(frames) > 1 else None)
+            self._take_in(frames[0].bytes, aligned(frames[1].buffer) if len(frames) > 1 else None)
 
     def _on_monitor(self) -> None:
         while not self.closed.is_set() and has_message(self._monitor):

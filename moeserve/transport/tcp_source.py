@@ -18,7 +18,7 @@ from moeserve.transport.listener import Poller
 from moeserve.transport.memory import Arena, Limits
 from moeserve.transport.peer import Peer
 from moeserve.transport.readiness import has_message
-from moeserve.transport.wire import Kind, Layout, MalformedMessage, Memory, WorkHeader, evenly, kind_of, partial
+from moeserve.transport.wire import Kind, Layout, MalformedMessage, Memory, WorkHeader, aligned, kind_of, partial
 from moeserve.transport.work import Work
 
 _LINGER_MS = 200
@@ -100,7 +100,7 @@ class TcpSource:
             if kind_of(packet) is Kind.GOODBYE:
                 self._forget(identity)
             elif known:
-                peer.take_in(packet, evenly(frames[1].buffer) if len(frames) == 2 else None)
+                peer.take_in(packet, aligned(frames[1].buffer) if len(frames) == 2 else None)
             else:
                 peer.greet(packet)
                 self._peers[identity] = peer

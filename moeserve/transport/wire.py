@@ -117,11 +117,11 @@ class Note(NamedTuple):
 def layout_of(shape: WorkShape) -> Layout:
     """Offsets and sizes of the sections of a message of this shape."""
     numel = shape.rows * shape.hidden_size
-    row_index = _aligned(numel * shape.dtype.itemsize)
-    slots = row_index + _aligned(shape.pairs * 4)
-    weights = slots + _aligned(shape.pairs * 4)
+    row_index = _rounded_up(numel * shape.dtype.itemsize)
+    slots = row_index + _rounded_up(shape.pairs * 4)
+    weights = slots + _rounded_up(shape.pairs * 4)
     request_bytes = weights + shape.pairs * 4
-    reply = _aligned(request_bytes)
+    reply = _rounded_up(request_bytes)
     return Layout(row_index, slots, weights, request_bytes, reply, reply + numel * 4)
 
 
@@ -142,7 +142,7 @@ def partial(memory: Memory, shape: WorkShape, offset: int) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.float32, count=count, offset=offset).view(shape.rows, shape.hidden_size)
 
 
-def evenly(memory: memoryview) -> memoryview:
+def aligned(memory: memoryview) -> memoryview:
     """`memory`, or a copy where its elements would start at odd addresses, as in small messages that libzmq received together."""
     address = np.frombuffer(memory, dtype=np.uint8).ctypes.data if len(memory) else 0
     return memoryview(bytearray(memory)) if address % 4 else memory
@@ -172,7 +172,6 @@ def kind_of(packet: bytes) -> Kind:
 
 def pack_work(header: WorkHeader) -> bytes:
     shape = header.shape
-    assert shape.rows > 0 and shape.hidden_size > 0 and shape.pairs > 0, "a host without rows is not sent anything"
     number = WIRE_NUMBERS[shape.dtype]
     sizes = (shape.rows, shape.hidden_size, shape.pairs)
     return _WORK.pack(Kind.WORK, number, header.layer, header.id, header.epoch, header.timeout_us, *sizes, header.offset)
@@ -210,5 +209,5 @@ def unpack_note(packet: bytes) -> Note:
     return Note(kind, code, value, packet[_NOTE.size :].decode(errors="replace"))
 
 
-def _aligned(nbytes: int) -> int:
+def _rounded_up(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

@@ -71,10 +71,10 @@ class Work:
         self._answered = True
         self._answerer.fail(self, error)
 
-    def is_wanted(self) -> bool:
-        """False, and answered, when nobody waits for it any more."""
+    def drop_if_late(self) -> bool:
+        """Answers it, and returns True, when nobody waits for it any more."""
         if self.is_cancelled:
             self.fail(Cancelled("the frontend cancelled this work"))
         elif self.is_expired:
             self.fail(DeadlineExceeded("the deadline passed before the host could begin"))
-        return not self._answered
+        return self._answered

@@ -41,8 +41,8 @@ def route(logits: Matrix, scores: Matrix, num_experts: int, gating: GatingConfig
         survivors = [score if is_kept else 0.0 for score, is_kept in zip(topk_scores[t], kept, strict=True)]
         divisor = {"none": 1.0, "pre_drop": sum(topk_scores[t]), "post_drop": max(sum(survivors), EPS)}[gating.renormalize]
         answer.topk_weights[t] = [gating.routed_scaling_factor * score / divisor for score in survivors]
-    for r, tokens in enumerate(_tokens_of(sizes)):
-        tokens = [t for t in tokens if used[t]]
+    for r, all_tokens in enumerate(_tokens_of(sizes)):
+        tokens = [t for t in all_tokens if used[t]]
         if tokens:
             answer.aux_loss[r] = _switch(scores, topk_ids, tokens, num_experts, gating)
             answer.z_loss[r] = _mean([math.log(sum(math.exp(x) for x in logits[t])) ** 2 for t in tokens]) * gating.z_loss_weight

@@ -11,7 +11,7 @@ import torch
 from moeserve.config import GatingConfig
 from moeserve.config.gating import DropPolicy
 from moeserve.errors import ConfigError, InvalidRequest
-from moeserve.gating import apply_choices, route, route_requests
+from moeserve.gating import Router, apply_choices, route, route_requests
 from moeserve.gating.aux_loss import AUX_LOSSES
 from moeserve.gating.capacity import CAPACITY_RULES, CAPACITY_SCOPES, ceil
 from moeserve.gating.drop import DROP_POLICIES
@@ -158,3 +158,11 @@ def test_shapes_that_do_not_fit() -> None:
     for used_token in (torch.ones(2), torch.ones(3, dtype=torch.bool)):
         with pytest.raises(InvalidRequest, match=r"used_token must be bool of shape \[2\]"):
             route(torch.zeros(2, 4), GatingConfig(), used_token)
+
+
+def test_the_router_works_in_float32_whatever_comes_in() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden_states, gate = (torch.randn(size, 16, generator=generator).bfloat16() for size in (6, 4))
+    got = Router(gate, GatingConfig())(hidden_states, [6], None)
+    router_logits = (hidden_states.double() @ gate.double().t()).float()
+    torch.testing.assert_close(got.request(0).dense(), route(router_logits, GatingConfig()).dense())

@@ -25,7 +25,7 @@ def assert_same(left: Routing, right: Routing) -> None:
     assert left.z_loss == pytest.approx(right.z_loss, rel=1e-6)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(cases())
 def test_every_choice_is_counted_once(case: Case) -> None:
     got = route_requests(case.router_logits, case.gating, case.sizes, case.used_token)
@@ -40,7 +40,7 @@ def test_every_choice_is_counted_once(case: Case) -> None:
     assert torch.equal(got.dropped_tokens, used & ~got.kept.all(dim=1))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(cases())
 def test_capacity_is_never_exceeded_and_never_wasted(case: Case) -> None:
     got = route_requests(case.router_logits, case.gating, case.sizes, case.used_token)
@@ -52,7 +52,7 @@ def test_capacity_is_never_exceeded_and_never_wasted(case: Case) -> None:
         assert torch.equal(got.processed, got.requested.minimum(torch.tensor(got.capacity)[:, None]))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(cases(scopes=("request",)))
 def test_a_request_is_answered_the_same_in_any_company(case: Case) -> None:
     batch = route_requests(case.router_logits, case.gating, case.sizes, case.used_token)

@@ -1,0 +1,84 @@
+"""What the command line says without starting anything: plans, checks, and one sentence per mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from moeserve.cli.app import main
+
+LAYER = "[[layers]]\nhidden_size = 16\nintermediate_size = 8\nnum_experts = 4\n"
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    code = main(list(argv))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_plan_of_a_checkpoint(capsys: pytest.CaptureFixture[str], tiny_moe: Path) -> None:
+    code, out, _ = run(capsys, "plan", str(tiny_moe), "--num-hosts", "3")
+    assert code == 0
+    assert "model.layers.3.mlp" in out and "host-2" in out and "3 hosts" in out
+
+
+def test_environment_loses_to_flags_and_wins_over_the_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "service.toml"
+    file.write_text(LAYER + "[placement]\nnum_hosts = 1\n")
+    assert "1 hosts" in run(capsys, "plan", str(file))[1]
+    monkeypatch.setenv("MOESERVE_NUM_HOSTS", "2")
+    assert "2 hosts" in run(capsys, "plan", str(file))[1]
+    assert "4 hosts" in run(capsys, "plan", str(file), "--num-hosts", "4")[1]
+
+
+def test_config_check(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "service.toml"
+    file.write_text(LAYER)
+    assert run(capsys, "config", "check", str(file))[:2] == (0, f"{file}: ok, 1 MoE layers on 1 hosts\n")
+
+
+@pytest.mark.parametrize(
+    ("toml", "sentence"),
+    [
+        ("", "nothing to serve"),
+        ("[servr]\n", "servr is not a key"),
+        (LAYER + "[server]\nport = 'x'\n", "server.port: Input should be a valid integer (got 'x')"),
+        (LAYER + "[layers.gating]\ntop_k = 5\n", "gating.top_k is 5, but it has 4 experts"),
+        (LAYER + "[placement]\nnum_hosts = 5\n", "num_hosts is 5, but no layer has more than 4 experts"),
+        (LAYER + "[server]\nhost = '0.0.0.0'\n", "server.host 0.0.0.0 can be reached from other machines"),
+        ("[model]\ncheckpoint = 'nowhere'\n", "nowhere does not exist"),
+        ("[model\n", "not a readable TOML file"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_2(capsys: pytest.CaptureFixture[str], tmp_path: Path, toml: str, sentence: str) -> None:
+    file = tmp_path / "service.toml"
+    file.write_text(toml)
+    for verb in (("config", "check"), ("serve",)):
+        code, out, err = run(capsys, *verb, str(file))
+        assert (code, out) == (2, "")
+        assert sentence in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_usage_mistakes_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "serve")[0] == 2
+    assert run(capsys, "serve", "x.toml", "--port", "many")[0] == 2
+    assert run(capsys, "no-such-verb")[0] == 2
+    code, _, err = run(capsys, "serve", "no-such-file.toml")
+    assert code == 2 and "no-such-file.toml does not exist" in err
+
+
+def test_infer_says_what_is_wrong_with_its_input(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    output = str(tmp_path / "y.safetensors")
+    missing = run(capsys, "infer", "127.0.0.1:1", "--layer", "0", "--input", str(tmp_path / "x"), "--output", output)
+    assert missing[0] == 2 and "is not a readable safetensors file" in missing[2]
+    save_file({"x": torch.zeros(1)}, tmp_path / "x")
+    unnamed = run(capsys, "infer", "127.0.0.1:1", "--layer", "0", "--input", str(tmp_path / "x"), "--output", output)
+    assert unnamed[0] == 2 and "has no tensor hidden_states; it has: x" in unnamed[2]
+    save_file({"hidden_states": torch.zeros(1, 4)}, tmp_path / "x")
+    unreachable = run(capsys, "infer", "127.0.0.1:1", "--layer", "0", "--input", str(tmp_path / "x"), "--output", output, "--timeout", "2")
+    assert unreachable[0] == 1 and "127.0.0.1:1" in unreachable[2]

@@ -1,0 +1,96 @@
+"""`moeserve serve` as a user runs it: a process of its own, with a Ray of its own."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moeserve import Client, ExpertUnavailable, MoELayer
+from moeserve.cli.app import main
+
+pytestmark = pytest.mark.ray
+
+
+def moeserve(*argv: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", "from moeserve.cli.app import entry; entry()", *argv]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def read_until(process: subprocess.Popen[str], pattern: str) -> re.Match[str]:
+    assert process.stderr is not None
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if match := re.search(pattern, line):
+            return match
+    raise AssertionError(f"{pattern} never came, but:\n{''.join(seen)}")
+
+
+@pytest.fixture(scope="module")
+def running(tiny_moe: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    process = moeserve("serve", str(tiny_moe), "--port", "0", "--metrics-port", "0", "--num-hosts", "2", "--dtype", "float32")
+    yield process, read_until(process, r"^ready (127\.0\.0\.1:\d+)$")[1]
+    process.kill()
+    process.communicate()
+
+
+def test_infer_against_it(running: tuple[subprocess.Popen[str], str], tiny_moe: Path, tmp_path: Path) -> None:
+    _, target = running
+    layer = MoELayer.from_checkpoint(tiny_moe, 2, dtype=torch.float32)
+    hidden_states = torch.randn(5, layer.spec.hidden_size)
+    save_file({"hidden_states": hidden_states}, tmp_path / "x.safetensors")
+    for name in ("2", "model.layers.2.mlp"):
+        files = ("--input", str(tmp_path / "x.safetensors"), "--output", str(tmp_path / "y.safetensors"))
+        assert main(["infer", target, "--layer", name, "--return-routing", *files]) == 0
+        answer = load_file(tmp_path / "y.safetensors")
+        torch.testing.assert_close(answer["hidden_states"], layer(hidden_states), rtol=1e-5, atol=1e-6)
+        assert answer["requested"].sum() == 10 and answer["topk_ids"].shape == (5, 2)
+
+
+def test_a_port_in_use_is_said_in_one_sentence(running: tuple[subprocess.Popen[str], str], tiny_moe: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        second = moeserve("serve", str(tiny_moe), "--port", port, "--metrics-port", "0")
+        _, err = second.communicate(timeout=120)
+    assert second.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{port}: the port is in use" in err.splitlines()[-1]
+
+
+def test_a_ray_that_does_not_answer(tiny_moe: Path) -> None:
+    process = moeserve("serve", str(tiny_moe), "--address", "127.0.0.1:1", "--port", "0", "--metrics-port", "0")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert err.splitlines()[-1].startswith("error: no Ray cluster answers at 127.0.0.1:1")
+
+
+def test_sigterm_drains(running: tuple[subprocess.Popen[str], str]) -> None:
+    """The last test of this module: what runs when SIGTERM comes is answered, later requests are refused, and the exit code is 0."""
+    process, target = running
+    hidden_states = torch.randn(60_000, 128)
+
+    def slow() -> int:
+        with Client(target, timeout=60.0) as client:
+            return len(client.forward(hidden_states, layer=0).hidden_states)
+
+    with ThreadPoolExecutor() as pool, Client(target) as client:
+        assert client.ready()
+        waiting = pool.submit(slow)
+        while client.stats().queue_tokens == 0:
+            assert not waiting.done()
+        process.send_signal(signal.SIGTERM)
+        read_until(process, "draining")
+        with pytest.raises(ExpertUnavailable):
+            while True:
+                client.forward(hidden_states[:1], layer=0)
+        assert waiting.result() == 60_000
+    assert process.wait(timeout=60) == 0

@@ -1,0 +1,141 @@
+"""Hosts as real Ray actors: pinned, found, killed, back again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
+
+from moeserve import BackgroundService, Client, MoELayer
+from tests.cluster.conftest import NUM_HOSTS
+
+pytestmark = pytest.mark.ray
+
+
+def processes() -> dict[str, list[int]]:
+    """Names of this session's processes that Ray named, with their ids."""
+    found: dict[str, list[int]] = {}
+    for line in subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines():
+        pid, _, name = line.strip().partition(" ")
+        if name.startswith("ray::"):
+            found.setdefault(name.split(".")[0].split(" ")[0], []).append(int(pid))
+    return found
+
+
+def metric(service: BackgroundService, name: str, **labels: str) -> float:
+    with urllib.request.urlopen(f"http://{service.metrics_target}/metrics") as page:
+        families = text_string_to_metric_families(page.read().decode())
+    return sum(s.value for f in families for s in f.samples if s.name == name and labels.items() <= s.labels.items())
+
+
+def test_every_host_is_pinned_to_a_gpu_of_its_own(service: BackgroundService) -> None:
+    with Client(service.target) as client:
+        hosts = client.stats().hosts
+    assert len(hosts) == NUM_HOSTS
+    assert sorted(host.cuda_visible_devices for host in hosts) == [str(gpu) for gpu in range(NUM_HOSTS)]
+    assert all(host.up and host.weights_bytes > 0 for host in hosts)
+    assert len(processes()["ray::ExpertHost"]) == NUM_HOSTS
+
+
+@pytest.mark.parametrize("layer", range(4))
+def test_answers_equal_the_layer_in_one_process(service: BackgroundService, tiny_moe: Path, layer: int) -> None:
+    local = MoELayer.from_checkpoint(tiny_moe, layer, dtype=torch.float32)
+    hidden_states = torch.randn(100, local.spec.hidden_size)
+    with Client(service.target) as client:
+        out = client.forward(hidden_states, layer=layer)
+    torch.testing.assert_close(out.hidden_states, local(hidden_states), rtol=1e-5, atol=1e-6)
+
+
+def test_only_loopback_addresses_listen(service: BackgroundService) -> None:
+    """Nobody outside this machine can reach Ray, the hosts, gRPC or the metrics."""
+    mine = {os.getpid(), *descendants(os.getpid())}
+    listening = subprocess.run(["ss", "-H", "-ltnp"], capture_output=True, text=True, check=True).stdout.splitlines()
+    ours = [line for line in listening if any(f"pid={pid}," in line for pid in mine)]
+    assert len(ours) >= 3, "Ray, gRPC and metrics listen somewhere"
+    exposed = [line for line in ours if not line.split()[3].startswith(("127.0.0.1:", "[::1]:", "[::ffff:127.0.0.1]:"))]
+    assert not exposed
+
+
+def descendants(pid: int) -> set[int]:
+    children: dict[int, list[int]] = {}
+    for line in subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.splitlines():
+        child, parent = map(int, line.split())
+        children.setdefault(parent, []).append(child)
+    found: set[int] = set()
+    todo = [pid]
+    while todo:
+        for child in children.get(todo.pop(), []):
+            found.add(child)
+            todo.append(child)
+    return found
+
+
+def test_sockets_and_token_are_private(service: BackgroundService) -> None:
+    folders = [path for path in Path("/tmp").glob("moeserve-*") if list(path.glob("*.sock"))]
+    assert folders
+    for folder in folders:
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert all(path.stat().st_mode & 0o077 == 0 for path in folder.iterdir())
+
+
+def test_a_killed_host_loses_nobodys_request_and_comes_back(service: BackgroundService, tiny_moe: Path) -> None:
+    """kill -9 under load from 4 clients: every request is answered, and answered right, without anybody's help."""
+    local = MoELayer.from_checkpoint(tiny_moe, 1, dtype=torch.float32)
+    hidden_states = torch.randn(8, local.spec.hidden_size)
+    expected = local(hidden_states)
+    restarts = metric(service, "moeserve_host_restarts_total")
+    killed, recovered = threading.Event(), threading.Event()
+    victim = processes()["ray::ExpertHost"][0]
+
+    def load() -> int:
+        answered = 0
+        with Client(service.target, timeout=60.0) as client:
+            while not recovered.is_set():
+                torch.testing.assert_close(client.forward(hidden_states, layer=1).hidden_states, expected, rtol=1e-5, atol=1e-6)
+                answered += 1
+                if answered == 20:
+                    killed.wait(30)
+        return answered
+
+    def kill() -> None:
+        os.kill(victim, signal.SIGKILL)
+        killed.set()
+        wait_until(lambda: metric(service, "moeserve_host_restarts_total") == restarts + 1)
+        recovered.set()
+
+    with ThreadPoolExecutor() as pool:
+        loads = [pool.submit(load) for _ in range(4)]
+        pool.submit(kill).result(timeout=90)
+        assert all(future.result(timeout=90) >= 20 for future in loads)
+    assert metric(service, "moeserve_host_up") == NUM_HOSTS
+    assert victim not in processes()["ray::ExpertHost"]
+
+
+def test_health_says_so_while_a_host_is_away(service: BackgroundService) -> None:
+    with grpc.insecure_channel(service.target) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        states = health.Watch(health_pb2.HealthCheckRequest(service="model.layers.2.mlp"), timeout=60)
+        assert next(states).status == health_pb2.HealthCheckResponse.SERVING
+        os.kill(processes()["ray::ExpertHost"][-1], signal.SIGKILL)
+        assert next(states).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert next(states).status == health_pb2.HealthCheckResponse.SERVING
+        assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+
+
+def wait_until(condition) -> None:
+    tick = threading.Event()
+    for _ in range(600):
+        if condition():
+            return
+        tick.wait(0.1)
+    raise AssertionError("the condition did not come true within 60 s")

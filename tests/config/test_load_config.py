@@ -1,0 +1,213 @@
+"""Reading a configuration: what is taken, and the one sentence that says what is wrong."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moeserve import ConfigError, GatingConfig, load_config
+
+LAYER = {"hidden_size": 8, "intermediate_size": 16, "num_experts": 4}
+
+
+def refusal(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(source, overrides)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "service.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("mapping", "parts"),
+    [
+        ({"servr": {}}, ["servr is not a key", "allowed here: server, model, layers"]),
+        ({"server": {"prt": 1}}, ["server.prt is not a key", "got 1", "host, port"]),
+        ({"layers": [{**LAYER, "hiden_size": 8}]}, ["layers.0.hiden_size is not a key", "got 8", "hidden_size"]),
+        ({"layers": [LAYER, {**LAYER, "gating": {"topk": 2}}]}, ["layers.1.gating.topk is not a key", "got 2", "top_k, scoring_func"]),
+        ({"placement": {"strategie": "x"}}, ["placement.strategie is not a key", "num_hosts", "strategy"]),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_keys_that_exist(mapping: dict[str, Any], parts: list[str]) -> None:
+    sentence = refusal({"layers": [LAYER], **mapping})
+    assert all(part in sentence for part in parts), sentence
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value", "allowed"),
+    [
+        ("server", "port", "50051", "integer"),
+        ("server", "port", 1.0, "integer"),
+        ("server", "port", True, "integer"),
+        ("server", "insecure", 1, "boolean"),
+        ("server", "host", 127, "string"),
+        ("server", "tls_cert", 3, "path"),
+        ("model", "layers", 3, "tuple"),
+        ("batching", "max_batch_wait_ms", "1", "number"),
+        ("resilience", "request_timeout_s", True, "number"),
+        ("ray", "num_cpus", "two", "integer"),
+        # the right type, but not one of the values
+        ("server", "port", 70000, "less than or equal to 65535"),
+        ("server", "metrics_port", -1, "greater than or equal to 0"),
+        ("server", "max_queued_tokens", 0, "greater than or equal to 1"),
+        ("model", "dtype", "float8", "'float32', 'float16' or 'bfloat16'"),
+        ("model", "layers", [], "at least 1 item"),
+        ("placement", "num_hosts", 0, "greater than or equal to 1"),
+        ("placement", "strategy", "scattered", "'contiguous' or 'round_robin'"),
+        ("resilience", "on_expert_failure", "ignore", "'retry' or 'fail'"),
+        ("resilience", "request_timeout_s", 0, "greater than 0"),
+        ("resilience", "request_timeout_s", float("inf"), "finite"),
+        ("placement", "cpus_per_host", float("inf"), "finite"),
+        ("observability", "expert_detail", "some", "'off', 'top' or 'full'"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key_and_what_is_allowed(table: str, key: str, value: object, allowed: str) -> None:
+    sentence = refusal({"layers": [LAYER], table: {key: value}})
+    assert f"{table}.{key}: " in sentence
+    assert repr(value) in sentence
+    assert allowed in sentence
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("top_k", "2", "integer"),
+        ("top_k", 0, "greater than or equal to 1"),
+        ("drop_tokens", "yes", "boolean"),
+        ("capacity_factor", 0, "greater than 0"),
+        ("capacity_factor", float("nan"), "finite"),
+        ("min_capacity", -1, "greater than or equal to 0"),
+        ("renormalize", "sometimes", "'none', 'pre_drop' or 'post_drop'"),
+        ("drop_policy", "worst", "'position', 'choice_major' or 'probs'"),
+        ("scoring_func", "tanh", "'softmax'"),
+    ],
+)
+def test_gating_is_as_strict_as_the_other_tables(key: str, value: object, allowed: str) -> None:
+    sentence = refusal({"layers": [{**LAYER, "gating": {key: value}}]})
+    assert f"layers.0.gating.{key}: " in sentence
+    assert repr(value) in sentence
+    assert allowed in sentence
+
+
+@pytest.mark.parametrize("size", ["hidden_size", "intermediate_size", "num_experts"])
+def test_a_layer_without_a_checkpoint_needs_every_size(size: str) -> None:
+    layer = {key: value for key, value in LAYER.items() if key != size}
+    assert f"layers.1.{size} is required" in refusal({"layers": [LAYER, layer]})
+    assert f"layers.0.{size}: " in refusal({"layers": [{**LAYER, size: 0}]})
+
+
+def test_impossible_combinations_are_refused() -> None:
+    assert "nothing to serve" in refusal({})
+    assert "server.tls_cert and server.tls_key must be given together" in refusal({"layers": [LAYER], "server": {"tls_cert": "a"}})
+    assert "server.tls_cert and server.tls_key must be given together" in refusal({"layers": [LAYER], "server": {"tls_key": "a"}})
+    assert "server.client_ca needs server.tls_cert" in refusal({"layers": [LAYER], "server": {"client_ca": "a"}})
+    assert "model.layers needs model.checkpoint" in refusal({"layers": [LAYER], "model": {"layers": [0]}})
+    assert "layer names must differ, got ['a', 'a']" in refusal({"layers": [{**LAYER, "name": "a"}, {**LAYER, "name": "a"}]})
+    assert "layer names must differ" in refusal({"layers": [LAYER, {**LAYER, "name": "layers.0"}]})
+
+
+@pytest.mark.parametrize("layer", [1.5, True, None])
+def test_layers_of_a_checkpoint_are_named_or_numbered(layer: object) -> None:
+    assert f"model.layers must hold positions or names of MoE layers (got {layer!r})" in refusal(
+        {"model": {"checkpoint": "x", "layers": [0, "model.layers.1.mlp", layer]}}
+    )
+
+
+def test_several_mistakes_are_counted() -> None:
+    assert "; 2 more" in refusal({"layers": [LAYER], "server": {"port": "a", "host": 1, "insecure": "b"}})
+
+
+def test_defaults_are_local_dropless_and_modest() -> None:
+    config = load_config({"layers": [LAYER]})
+    assert (config.server.host, config.server.port, config.server.metrics_port) == ("127.0.0.1", 50051, 9464)
+    assert (config.placement.num_hosts, config.placement.gpus_per_host) == (1, 0)
+    assert config.resilience.on_expert_failure == "retry"
+    assert config.layers[0].gating == GatingConfig()
+    assert config.layers[0].gating.capacity_factor is None
+
+
+def test_a_mapping_is_left_as_it_was() -> None:
+    source = {"server": {"port": 1}, "layers": [LAYER]}
+    assert load_config(source, {"server": {"port": 2}}).server.port == 2
+    assert source == {"server": {"port": 1}, "layers": [LAYER]}
+
+
+def test_overrides_win_over_the_file_and_leave_the_rest(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        """
+        [server]
+        port = 1
+        host = "127.0.0.2"
+        [[layers]]
+        hidden_size = 8
+        intermediate_size = 16
+        num_experts = 4
+        """,
+    )
+    config = load_config(path, {"server": {"port": 0}, "placement": {"num_hosts": 2}})
+    assert (config.server.port, config.server.host, config.placement.num_hosts) == (0, "127.0.0.2", 2)
+    assert "server.port: " in refusal(path, {"server": {"port": "any"}})
+
+
+def test_an_override_of_what_is_no_table_is_refused() -> None:
+    assert "server: " in refusal({"layers": [LAYER], "server": 5}, {"server": {"port": 1}})
+
+
+def test_paths_in_a_file_count_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of/someone")
+    path = written(
+        tmp_path,
+        """
+        [model]
+        checkpoint = "../models/mixtral"
+        [server]
+        tls_cert = "tls/cert.pem"
+        tls_key = "/etc/key.pem"
+        client_ca = "~/ca.pem"
+        auth_token_file = "token"
+        """,
+    )
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    for source in (path, str(path), os.path.relpath(path)):
+        config = load_config(source)
+        assert config.model.checkpoint == tmp_path / "../models/mixtral"
+        assert config.server.tls_cert == tmp_path / "tls/cert.pem"
+        assert config.server.tls_key == Path("/etc/key.pem")
+        assert config.server.client_ca == Path("/home/of/someone/ca.pem")
+        assert config.server.auth_token_file == tmp_path / "token"
+
+
+def test_a_folder_is_a_checkpoint(tmp_path: Path) -> None:
+    config = load_config(str(tmp_path), {"model": {"dtype": "bfloat16"}})
+    assert (config.model.checkpoint, config.model.dtype) == (tmp_path, "bfloat16")
+
+
+def test_one_layers_table_speaks_of_every_layer(tmp_path: Path) -> None:
+    path = written(tmp_path, '[model]\ncheckpoint = "m"\n[layers.gating]\ncapacity_factor = 1.25\n')
+    (layer,) = load_config(path).layers
+    assert layer.name is None
+    assert layer.gating == GatingConfig(capacity_factor=1.25)
+
+
+def test_errors_of_a_file_begin_with_its_path(tmp_path: Path) -> None:
+    assert refusal(written(tmp_path, "[server]\nprt = 1")).startswith(f"{tmp_path}/service.toml: server.prt")
+
+
+def test_a_file_that_is_missing_or_not_toml_is_refused(tmp_path: Path) -> None:
+    assert f"{tmp_path}/none.toml does not exist" in refusal(tmp_path / "none.toml")
+    assert "is not a readable TOML file" in refusal(written(tmp_path, "[server\nport = 1"))
+    (tmp_path / "weights.bin").write_bytes(b"\xff\xfe\x00")
+    assert "is not a readable TOML file" in refusal(tmp_path / "weights.bin")

@@ -1,0 +1,57 @@
+"""What every test starts from: two threads, and no Ray unless it is marked `ray`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+# Threads that spin while they wait make tiny matmuls ten times slower on a busy machine; read when torch is loaded.
+os.environ["OMP_WAIT_POLICY"] = "passive"
+
+import torch
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def no_ray(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`ray.init` raises unless the test is marked `ray`; tests that do not need Ray do not load it for this either."""
+    is_allowed = request.node.get_closest_marker("ray") is not None
+    is_loaded = "ray" in sys.modules
+    if is_loaded and not is_allowed:
+        monkeypatch.setattr("ray.init", _refuse)
+    yield
+    if not is_loaded and not is_allowed and "ray" in sys.modules:
+        assert not sys.modules["ray"].is_initialized(), "only a test marked `ray` may start Ray"
+
+
+def _refuse(*args: object, **kwargs: object) -> NoReturn:
+    raise AssertionError("only a test marked `ray` may start Ray")
+
+
+@pytest.fixture(scope="session")
+def tiny_moe() -> Path:
+    """The checkpoint that ships with the project: Mixtral, 4 layers of 8 experts, bfloat16."""
+    return REPOSITORY / "examples" / "tiny-moe"
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One Ray for the whole session, with eight logical GPUs; a service started meanwhile uses it."""
+    from moeserve.cluster import RayRuntime
+    from moeserve.config import PlacementConfig, RayConfig
+
+    runtime = RayRuntime(RayConfig(num_cpus=8, num_gpus=8), PlacementConfig())
+    runtime.start()
+    yield
+    runtime.stop()

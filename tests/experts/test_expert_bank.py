@@ -1,0 +1,167 @@
+"""The grouped pass against every expert on every row, added up pair by pair, in float64.
+
+R rows, N (row, expert) pairs, H hidden size, I intermediate size, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moeserve.config import Activation
+from moeserve.experts import ExpertBank, ExpertWeights, is_gated
+from moeserve.experts.grouped import _NARROW_ROWS, expert_by_expert, ragged
+
+HIDDEN_SIZE, INTERMEDIATE_SIZE = 16, 24
+ACTIVATIONS: tuple[Activation, ...] = ("swiglu", "geglu", "gelu", "relu")
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+#: pairs per expert: one pair; idle experts; both sides of the narrow path; every expert busy; many
+COUNTS = [
+    (1,),
+    (0, 0, 1, 0),
+    (_NARROW_ROWS, _NARROW_ROWS + 1, 0, 1),
+    (3, 1, 4, 1, 5, 9, 2, 6),
+    (300, 0, 200),
+]
+
+
+def some_weights(num_experts: int, activation: Activation, bias: bool, dtype: torch.dtype) -> ExpertWeights:
+    generator = torch.Generator().manual_seed(num_experts)
+    projected = INTERMEDIATE_SIZE * (2 if is_gated(activation) else 1)
+
+    def draw(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator) / math.sqrt(shape[-1])).to(dtype)
+
+    return ExpertWeights(
+        gate_up_proj=draw(num_experts, projected, HIDDEN_SIZE),
+        down_proj=draw(num_experts, HIDDEN_SIZE, INTERMEDIATE_SIZE),
+        gate_up_bias=draw(num_experts, projected) if bias else None,
+        down_bias=draw(num_experts, HIDDEN_SIZE) if bias else None,
+    )
+
+
+def some_work(counts: tuple[int, ...], num_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden_states [R, H], row_index [N], slots [N], weights [N]; a row may be read by any number of pairs, or by none."""
+    generator = torch.Generator().manual_seed(sum(counts))
+    hidden_states = torch.randn(num_rows, HIDDEN_SIZE, generator=generator).to(dtype)
+    row_index = torch.randint(num_rows, (sum(counts),), generator=generator)
+    slots = torch.repeat_interleave(torch.tensor(counts))
+    return hidden_states, row_index, slots, torch.rand(sum(counts), generator=generator)
+
+
+def every_answer(weights: ExpertWeights, activation: Activation, x: Tensor) -> Tensor:
+    """x [R, H] float64 -> [E, R, H] float64: every expert's answer to every row, from the definition of the activation."""
+    hidden = torch.einsum("egh,rh->erg", weights.gate_up_proj.double(), x)
+    if weights.gate_up_bias is not None:
+        hidden = hidden + weights.gate_up_bias.double()[:, None]
+    gate, up = hidden[..., :INTERMEDIATE_SIZE], hidden[..., INTERMEDIATE_SIZE:]
+    gaussian = gate * (1 + torch.erf(gate / math.sqrt(2))) / 2
+    hidden = {
+        "swiglu": lambda: gate / (1 + torch.exp(-gate)) * up,
+        "geglu": lambda: gaussian * up,
+        "gelu": lambda: gaussian,
+        "relu": lambda: gate.clamp(min=0),
+    }[activation]()
+    answers = torch.einsum("ehi,eri->erh", weights.down_proj.double(), hidden)
+    return answers if weights.down_bias is None else answers + weights.down_bias.double()[:, None]
+
+
+def expected(weights: ExpertWeights, activation: Activation, work: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    hidden_states, row_index, slots, pair_weights = work
+    share = [[0.0] * len(hidden_states) for _ in range(weights.num_experts)]
+    for row, slot, weight in zip(row_index.tolist(), slots.tolist(), pair_weights.tolist(), strict=True):
+        share[slot][row] += weight
+    answers = every_answer(weights, activation, hidden_states.double())
+    return torch.einsum("er,erh->rh", torch.tensor(share, dtype=torch.float64), answers)
+
+
+def assert_close(ours: Tensor, oracle: Tensor, dtype: torch.dtype) -> None:
+    assert ours.dtype == torch.float32
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(ours.double(), oracle, rtol=tolerance, atol=tolerance * oracle.abs().max().item())
+
+
+def run(bank: ExpertBank, work: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    out = torch.full(work[0].shape, float("nan"))
+    bank.run(*work, out=out)
+    return out
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_bank_adds_up_what_its_experts_say(
+    activation: Activation, bias: bool, dtype: torch.dtype, counts: tuple[int, ...], device: str
+) -> None:
+    weights = some_weights(len(counts), activation, bias, dtype)
+    work = some_work(counts, num_rows=70, dtype=dtype)
+    bank = ExpertBank(weights.to(torch.device(device)), activation)
+    assert_close(run(bank, work), expected(weights, activation, work), dtype)
+
+
+@pytest.mark.parametrize("grouped", [expert_by_expert, ragged])
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_both_ways_to_group_agree_with_the_oracle_and_add_to_what_is_there(
+    activation: Activation, bias: bool, dtype: torch.dtype, counts: tuple[int, ...], grouped: Callable[..., None]
+) -> None:
+    weights = some_weights(len(counts), activation, bias, dtype)
+    hidden_states, row_index, _, pair_weights = work = some_work(counts, num_rows=70, dtype=dtype)
+    out = torch.ones(hidden_states.shape)
+    grouped(weights, activation, hidden_states, row_index, torch.tensor(counts), pair_weights, out)
+    assert_close(out - 1, expected(weights, activation, work), dtype)
+
+
+@given(
+    counts=st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(any),
+    num_rows=st.integers(1, 8),
+    activation=st.sampled_from(ACTIVATIONS),
+    bias=st.booleans(),
+)
+@settings(deadline=None, max_examples=50)
+def test_any_share_of_pairs_and_rows(counts: list[int], num_rows: int, activation: Activation, bias: bool) -> None:
+    weights = some_weights(len(counts), activation, bias, torch.float32)
+    work = some_work(tuple(counts), num_rows, torch.float32)
+    assert_close(run(ExpertBank(weights, activation), work), expected(weights, activation, work), torch.float32)
+
+
+def test_rows_without_a_pair_are_zero() -> None:
+    bank = ExpertBank(some_weights(2, "swiglu", True, torch.float32), "swiglu")
+    hidden_states = torch.randn(3, HIDDEN_SIZE)
+    out = run(bank, (hidden_states, torch.tensor([1]), torch.tensor([0]), torch.ones(1)))
+    assert out[[0, 2]].eq(0).all()
+    assert out[1].ne(0).any()
+
+
+@pytest.mark.parametrize("activation_dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_rows_of_another_dtype_are_cast_to_that_of_the_weights(dtype: torch.dtype, activation_dtype: torch.dtype) -> None:
+    weights = some_weights(4, "swiglu", False, dtype)
+    hidden_states, *pairs = some_work((2, 0, 3, 1), num_rows=5, dtype=activation_dtype)
+    bank = ExpertBank(weights, "swiglu")
+    assert torch.equal(run(bank, (hidden_states, *pairs)), run(bank, (hidden_states.to(dtype), *pairs)))
+
+
+def test_the_same_work_gives_the_same_bits() -> None:
+    bank = ExpertBank(some_weights(3, "geglu", True, torch.bfloat16), "geglu")
+    work = some_work((300, 0, 200), num_rows=70, dtype=torch.bfloat16)
+    assert torch.equal(run(bank, work), run(bank, work))
+
+
+def test_weights_know_their_number_and_size() -> None:
+    weights = some_weights(3, "relu", True, torch.float16)
+    assert weights.num_experts == 3
+    elements = 3 * (2 * HIDDEN_SIZE * INTERMEDIATE_SIZE + INTERMEDIATE_SIZE + HIDDEN_SIZE)
+    assert weights.nbytes == weights.to(torch.device("cpu")).nbytes == 2 * elements

@@ -1,0 +1,117 @@
+"""A host goes away under way: who is answered, who waits, who is told."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from moeserve.errors import DeadlineExceeded, ExpertUnavailable
+from moeserve.output import ForwardOutput
+from moeserve.request import LayerRequest
+from tests.harness import CHANNELS, Kind, ServiceHarness
+
+LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 4, "gating": {"top_k": 1}}
+
+
+def config(**resilience: object) -> dict[str, object]:
+    return {"layers": [LAYER], "placement": {"num_hosts": 2}, "resilience": resilience}
+
+
+def routed_to(expert: int, tokens: int = 2) -> LayerRequest:
+    """Rows for one expert only: 0 and 1 live on host-0, 2 and 3 on host-1."""
+    ids = torch.full((tokens, 1), expert)
+    return LayerRequest(torch.randn(tokens, 16), topk_ids=ids, topk_weights=torch.ones(tokens, 1))
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def gone(service: ServiceHarness, number: int) -> None:
+    await until(lambda: service.frontend.stats().hosts[number].up is False)
+
+
+@pytest.mark.parametrize("kind", CHANNELS)
+def test_rows_of_a_lost_host_wait_for_it_and_the_rest_is_answered_at_once(kind: Kind, tmp_path: Path) -> None:
+    with ServiceHarness(config(), kind, tmp_path) as service, ThreadPoolExecutor() as pool:
+        service.hosts[1].stop()
+        service.call(gone(service, 1))
+        assert service.metrics.registry.get_sample_value("moeserve_host_up", {"host": "host-1"}) == 0
+
+        def send(request: LayerRequest) -> ForwardOutput:
+            return service.call(service.frontend.forward(0, request))
+
+        waiting = pool.submit(send, routed_to(3))
+        service.call(until(lambda: service.frontend.stats().queue_tokens == 2))
+        for _ in range(5):
+            assert send(routed_to(0)).processed.tolist() == [2, 0, 0, 0]
+        assert not waiting.done()
+        service.hosts[1].start()
+        assert waiting.result(timeout=20).processed.tolist() == [0, 0, 0, 2]
+        sample = service.metrics.registry.get_sample_value
+        assert sample("moeserve_host_restarts_total") == 1
+        assert sample("moeserve_host_up", {"host": "host-1"}) == 1
+        assert sample("moeserve_expert_retries_total", {"reason": "host_lost"}) >= 1
+
+
+def test_requests_of_one_batch_are_told_apart(tmp_path: Path) -> None:
+    """Two requests are joined; one of them needs the lost host, the other does not and must not wait for it."""
+    with ServiceHarness(config(), "local", tmp_path) as service:
+
+        async def both() -> tuple[asyncio.Task[ForwardOutput], asyncio.Task[ForwardOutput]]:
+            # The first two keep the pipeline busy, so that the last two are joined.
+            fillers = [asyncio.ensure_future(service.frontend.forward(0, routed_to(0))) for _ in range(2)]
+            lost = asyncio.ensure_future(service.frontend.forward(0, routed_to(2)))
+            well = asyncio.ensure_future(service.frontend.forward(0, routed_to(1)))
+            await asyncio.gather(*fillers, well)
+            return lost, well
+
+        service.hosts[1].stop()
+        service.call(gone(service, 1))
+        lost, well = service.call(both())
+        assert well.result().processed.tolist() == [0, 2, 0, 0]
+        assert not lost.done()
+        service.hosts[1].start()
+
+        async def finish() -> ForwardOutput:
+            return await lost
+
+        assert service.call(finish()).processed.tolist() == [0, 0, 2, 0]
+
+
+def test_policy_fail_answers_at_once(tmp_path: Path) -> None:
+    with ServiceHarness(config(on_expert_failure="fail"), "shm", tmp_path) as service:
+        service.hosts[1].stop()
+        service.call(gone(service, 1))
+        with pytest.raises(ExpertUnavailable, match="lost with host-1"):
+            service.call(service.frontend.forward(0, routed_to(3)))
+        assert service.call(service.frontend.forward(0, routed_to(0))).processed.sum() == 2
+
+
+def test_a_host_that_stays_away_ends_in_an_error_at_the_deadline(tmp_path: Path) -> None:
+    with ServiceHarness(config(request_timeout_s=0.3), "shm", tmp_path) as service:
+        service.hosts[1].stop()
+        service.call(gone(service, 1))
+        with pytest.raises((ExpertUnavailable, DeadlineExceeded)):
+            service.call(service.frontend.forward(0, routed_to(3)))
+        assert service.call(service.frontend.forward(0, routed_to(1))).processed.sum() == 2
+
+
+def test_a_layer_without_all_its_experts_is_not_serving(tmp_path: Path) -> None:
+    with ServiceHarness(config(), "local", tmp_path) as service:
+        reported: list[bool] = []
+        service.frontend._on_health = lambda layer, healthy: reported.append(healthy)
+        service.hosts[0].stop()
+        service.call(gone(service, 0))
+        assert reported == [False]
+        live = {"layer": "layers.0", "expert": "0", "state": "live"}
+        assert service.metrics.registry.get_sample_value("moeserve_expert_copies", live) == 0
+        service.hosts[0].start()
+        service.call(until(lambda: reported == [False, True]))
+        assert service.metrics.registry.get_sample_value("moeserve_expert_copies", live) == 1

@@ -1,0 +1,95 @@
+"""Where experts go: each to exactly one host, evenly, and known to the byte beforehand.
+
+E experts, D hosts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moeserve import ConfigError, load_config
+from moeserve.checkpoints import layer_sources
+from moeserve.config import GatingConfig, LayerSpec, PlacementConfig
+from moeserve.placement import expert_bytes, host_bytes, plan_placement
+
+STRATEGIES = st.sampled_from(["contiguous", "round_robin"])
+
+
+def spec_of(num_experts: int) -> LayerSpec:
+    return LayerSpec(f"layer of {num_experts}", 4, 4, num_experts, "swiglu", False, "float32", GatingConfig())
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> tuple[list[int], PlacementConfig]:
+    experts = draw(st.lists(st.integers(1, 40), min_size=1, max_size=4))
+    return experts, PlacementConfig(num_hosts=draw(st.integers(1, max(experts))), strategy=draw(STRATEGIES))
+
+
+@given(plan=plans())
+@settings(deadline=None)
+def test_every_expert_lives_on_exactly_one_host_and_hosts_are_even(plan: tuple[list[int], PlacementConfig]) -> None:
+    experts, config = plan
+    placement = plan_placement([spec_of(number) for number in experts], config)
+    assert (placement.epoch, placement.num_hosts) == (1, config.num_hosts)
+    for num_experts, layer in zip(experts, placement.layers, strict=True):
+        held = [layer.experts_on(host) for host in range(config.num_hosts)]
+        assert sorted(expert for host in held for expert in host) == list(range(num_experts))
+        sizes = [len(host) for host in held]
+        assert max(sizes) - min(sizes) <= 1
+    assert all(any(layer.experts_on(host) for layer in placement.layers) for host in range(config.num_hosts))
+
+
+@given(plan=plans())
+@settings(deadline=None)
+def test_numbers_lead_back_and_forth(plan: tuple[list[int], PlacementConfig]) -> None:
+    experts, config = plan
+    for num_experts, layer in zip(experts, plan_placement([spec_of(number) for number in experts], config).layers, strict=True):
+        assert layer.host_of_physical.diff().ge(0).all()
+        assert torch.equal(layer.logical_of_physical[layer.physical_of_logical], torch.arange(num_experts))
+        for expert in range(num_experts):
+            physical = layer.physical_of_logical[expert]
+            host, slot = int(layer.host_of_physical[physical]), int(layer.slot_of_physical[physical])
+            assert layer.experts_on(host)[slot] == expert
+
+
+def test_strategies_keep_neighbours_together_or_deal_them_out() -> None:
+    def held(strategy: str) -> list[list[int]]:
+        layer = plan_placement([spec_of(7)], PlacementConfig(num_hosts=3, strategy=strategy)).layers[0]
+        return [layer.experts_on(host) for host in range(3)]
+
+    assert held("contiguous") == [[0, 1, 2], [3, 4], [5, 6]]
+    assert held("round_robin") == [[0, 3, 6], [1, 4], [2, 5]]
+
+
+def test_more_hosts_than_experts_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"placement\.num_hosts is 9, but no layer has more than 8 experts"):
+        plan_placement([spec_of(8), spec_of(2)], PlacementConfig(num_hosts=9))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu", "relu"])
+def test_a_host_holds_as_many_bytes_as_was_said(activation: str, bias: bool, dtype: str) -> None:
+    layers = [
+        {"hidden_size": 5, "intermediate_size": 3, "num_experts": number, "activation": activation, "bias": bias} for number in (7, 2)
+    ]
+    sources = layer_sources(load_config({"model": {"dtype": dtype}, "layers": layers}))
+    specs = [source.spec for source in sources]
+    placement = plan_placement(specs, PlacementConfig(num_hosts=3))
+    for host in range(3):
+        held = [source.experts(layer.experts_on(host)).nbytes for source, layer in zip(sources, placement.layers, strict=True)]
+        assert host_bytes(specs, placement, host) == sum(held)
+    assert expert_bytes(specs[0]) == sources[0].experts([0]).nbytes
+
+
+def test_a_checkpoint_too(tiny_moe: Path) -> None:
+    sources = layer_sources(load_config(tiny_moe))
+    specs = [source.spec for source in sources]
+    placement = plan_placement(specs, PlacementConfig(num_hosts=3, strategy="round_robin"))
+    held = sum(source.experts(layer.experts_on(2)).nbytes for source, layer in zip(sources, placement.layers, strict=True))
+    assert host_bytes(specs, placement, 2) == held

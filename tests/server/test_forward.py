@@ -1,0 +1,273 @@
+"""The unary calls, seen by a client that is generated code and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Callable
+
+import grpc
+import pytest
+import torch
+from google.rpc import error_details_pb2 as details
+from grpc_status import rpc_status
+
+from moeserve import errors
+from moeserve.v1 import moe_service_pb2 as pb
+from moeserve.v1 import tensor_pb2
+
+from .conftest import Running
+from .engine import EXPERTS, HIDDEN
+from .messages import request, tensor, tokens, value
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+
+
+async def refused(running: Running, message: pb.ForwardRequest) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await running.stub.Forward(message)
+    return caught.value
+
+
+def detail(error: grpc.aio.AioRpcError, kind: type) -> object:
+    status = rpc_status.from_call(error)
+    assert status is not None
+    found = kind()
+    assert any(packed.Unpack(found) for packed in status.details), status
+    return found
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("layer", "added"), [(0, 0), (1, 1), ("model.layers.3.mlp", 0), ("model.layers.5.mlp", 1)])
+async def test_a_batch_comes_back_from_the_layer_it_named(running: Running, dtype: torch.dtype, layer: int | str, added: int) -> None:
+    answer = await running.stub.Forward(request(tokens(dtype=dtype), layer, request_id="7"))
+    assert torch.equal(value(answer.hidden_states), tokens(dtype=dtype) + added)
+    assert value(answer.hidden_states).dtype == dtype
+    assert (answer.request_id, answer.aux_loss, answer.z_loss) == ("7", 0.5, 0.25)
+    assert value(answer.requested).tolist() == [1, 2, 3, 4]
+    assert value(answer.processed).tolist() == [0, 1, 2, 3]
+    assert value(answer.dropped).tolist() == [1, 1, 1, 1]
+    assert not answer.HasField("topk_ids")
+    assert running.observed == [("Forward", "OK")]
+
+
+async def test_everything_a_request_says_reaches_the_engine(running: Running) -> None:
+    used_token, ids, weights = torch.tensor([True, False, True]), torch.tensor([[0, 1], [2, 3], [3, 0]]), torch.rand(3, 2)
+    message = request(model="tiny", used_token=tensor(used_token), topk_ids=tensor(ids), topk_weights=tensor(weights), return_routing=True)
+    answer = await running.stub.Forward(message)
+    assert value(answer.topk_ids).shape == (3, 2)
+    (got,) = running.engine.requests
+    assert torch.equal(got.hidden_states, tokens())
+    assert got.used_token is not None
+    assert torch.equal(got.used_token, used_token)
+    assert got.topk_ids is not None
+    assert torch.equal(got.topk_ids, ids)
+    assert got.topk_weights is not None
+    assert torch.equal(got.topk_weights, weights)
+    assert got.return_routing
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+async def test_an_empty_batch_is_answered_without_the_engine(running: Running, dtype: torch.dtype) -> None:
+    answer = await running.stub.Forward(request(tokens(0, dtype), return_routing=True))
+    assert (list(answer.hidden_states.shape), list(answer.topk_ids.shape)) == ([0, HIDDEN], [0, 2])
+    assert value(answer.processed).tolist() == [0] * EXPERTS
+    assert running.engine.requests == []
+
+
+async def test_the_deadline_reaches_the_engine(running: Running) -> None:
+    await running.stub.Forward(request(), timeout=20)
+    deadline = running.engine.requests[0].deadline
+    assert deadline is not None
+    assert 0 < deadline - time.monotonic() < 21
+    await running.stub.Forward(request())
+    assert running.engine.requests[1].deadline is None
+
+
+async def test_a_caller_that_leaves_cancels_the_work(running: Running) -> None:
+    running.engine.gate.clear()
+    call = running.stub.Forward(request())
+    waiting = asyncio.ensure_future(call)
+    await running.engine.until(started=1)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await running.engine.until(cancelled=1)
+    assert await running.observed.until(1) == [("Forward", "CANCELLED")]
+
+
+async def test_a_deadline_that_passes_cancels_the_work(running: Running) -> None:
+    running.engine.gate.clear()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await running.stub.Forward(request(), timeout=0.3)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await running.engine.until(started=1, cancelled=1)
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        errors.InvalidRequest("no"),
+        errors.UnknownLayer("no"),
+        errors.Overloaded("no"),
+        errors.ExpertUnavailable("no"),
+        errors.DeadlineExceeded("no"),
+        errors.Cancelled("no"),
+        errors.PermissionDenied("no"),
+        errors.MoEServeError("no"),
+    ],
+)
+async def test_every_error_keeps_its_status_and_sentence(running: Running, raised: errors.MoEServeError) -> None:
+    running.engine.error = raised
+    error = await refused(running, request())
+    assert (error.code(), error.details()) == (raised.code, "no")
+    info = detail(error, details.ErrorInfo)
+    assert isinstance(info, details.ErrorInfo)
+    assert (info.reason, info.domain) == (type(raised).__name__, "moeserve")
+    assert running.observed == [("Forward", raised.code.name)]
+
+
+async def test_overload_says_when_to_try_again(running: Running) -> None:
+    running.engine.error = errors.Overloaded("the queue is full")
+    error = await refused(running, request())
+    retry, quota = detail(error, details.RetryInfo), detail(error, details.QuotaFailure)
+    assert isinstance(retry, details.RetryInfo)
+    assert retry.retry_delay.ToMilliseconds() > 0
+    assert isinstance(quota, details.QuotaFailure)
+    assert quota.violations[0].description == "the queue is full"
+
+
+@pytest.mark.parametrize("raised", [ZeroDivisionError("secret"), asyncio.CancelledError("inside")])
+async def test_our_own_mistakes_are_logged_and_told_without_details(
+    running: Running, raised: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    running.engine.error = raised
+    with caplog.at_level(logging.ERROR, "moeserve"):
+        error = await refused(running, request())
+    assert (error.code(), error.details()) == (grpc.StatusCode.INTERNAL, "internal error; the server's log says more")
+    assert [record.exc_info[1] for record in caplog.records if record.exc_info] == [raised]
+    assert running.observed == [("Forward", "INTERNAL")]
+
+
+def nan_at(token: int) -> torch.Tensor:
+    hidden_states = tokens()
+    hidden_states[token, 3] = float("nan")
+    return hidden_states
+
+
+IDS, WEIGHTS = torch.tensor([[0, 1], [2, 3], [3, 0]]), torch.ones(3, 2)
+
+
+def routed(ids: torch.Tensor = IDS, weights: torch.Tensor = WEIGHTS) -> pb.ForwardRequest:
+    return request(topk_ids=tensor(ids), topk_weights=tensor(weights))
+
+
+INVALID: dict[str, tuple[Callable[[], pb.ForwardRequest], str, str]] = {
+    "no tensor": (lambda: pb.ForwardRequest(layer_index=0), "hidden_states", "missing"),
+    "no dtype": (lambda: pb.ForwardRequest(layer_index=0, hidden_states=tensor_pb2.Tensor(shape=[0, 16])), "hidden_states", "dtype"),
+    "integers": (lambda: request(torch.zeros(3, HIDDEN, dtype=torch.int64)), "hidden_states", "int64"),
+    "bytes missing": (
+        lambda: pb.ForwardRequest(layer_index=0, hidden_states=tensor_pb2.Tensor(dtype=1, shape=[3, HIDDEN], data=b"123")),
+        "hidden_states",
+        "3 bytes",
+    ),
+    "one dimension": (lambda: request(torch.zeros(HIDDEN)), "hidden_states", r"\[16\]"),
+    "three dimensions": (lambda: request(torch.zeros(1, 3, HIDDEN)), "hidden_states", r"\[1, 3, 16\]"),
+    "wrong hidden size": (lambda: request(torch.zeros(3, HIDDEN + 1)), "hidden_states", r"\[tokens, 16\]"),
+    "too many tokens": (lambda: request(torch.zeros(65, HIDDEN)), "hidden_states", "at most 64"),
+    "NaN": (lambda: request(nan_at(2)), "hidden_states", "token 2"),
+    "Inf": (lambda: request(nan_at(1).nan_to_num(float("inf"))), "hidden_states", "token 1"),
+    "no layer": (lambda: request(layer=None), "layer", "no layer"),
+    "used_token of floats": (lambda: request(used_token=tensor(torch.ones(3))), "used_token", "bool"),
+    "used_token too long": (lambda: request(used_token=tensor(torch.ones(4, dtype=torch.bool))), "used_token", r"\[3\]"),
+    "ids alone": (lambda: request(topk_ids=tensor(IDS)), "topk_weights", "together"),
+    "weights alone": (lambda: request(topk_weights=tensor(WEIGHTS)), "topk_ids", "together"),
+    "float ids": (lambda: routed(ids=IDS.float()), "topk_ids", "float32"),
+    "ids too few": (lambda: routed(IDS[:2], WEIGHTS[:2]), "topk_ids", r"\[2, 2\]"),
+    "no choice": (lambda: routed(IDS[:, :0], WEIGHTS[:, :0]), "topk_ids", r"\[3, 0\]"),
+    "more choices than experts": (lambda: routed(torch.zeros(3, 5, dtype=torch.int64), torch.ones(3, 5)), "topk_ids", r"\[3, 5\]"),
+    "weights of another shape": (lambda: routed(weights=torch.ones(3, 1)), "topk_ids", r"\[3, 1\]"),
+    "no such expert": (lambda: routed(ids=IDS + 1), "topk_ids", "is 4"),
+    "negative expert": (lambda: routed(ids=IDS - 1), "topk_ids", "is -1"),
+    "an expert twice": (lambda: routed(ids=torch.tensor([[0, 1], [2, 2], [3, 0]])), "topk_ids", r"topk_ids\[1\]"),
+    "a weight of NaN": (lambda: routed(weights=torch.full((3, 2), float("nan"))), "topk_weights", "token 0"),
+}
+
+
+@pytest.mark.parametrize("case", INVALID)
+async def test_an_invalid_request_is_refused_naming_the_field(running: Running, case: str) -> None:
+    make, field, sentence = INVALID[case]
+    error = await refused(running, make())
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    bad_request = detail(error, details.BadRequest)
+    assert isinstance(bad_request, details.BadRequest)
+    (violation,) = bad_request.field_violations
+    assert violation.field == field
+    assert re.search(sentence, violation.description)
+    assert violation.description == error.details()
+    assert running.engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("message", "sentence"),
+    [
+        (request(layer=2), "there is no layer 2; served: 0..1 (model.layers.3.mlp, model.layers.5.mlp)"),
+        (request(layer=2**32 - 1), "there is no layer 4294967295; served: 0..1 (model.layers.3.mlp, model.layers.5.mlp)"),
+        (request(layer="lm_head"), "there is no layer 'lm_head'; served: model.layers.3.mlp, model.layers.5.mlp"),
+        (request(layer=""), "there is no layer ''; served: model.layers.3.mlp, model.layers.5.mlp"),
+        (request(model="huge"), "model 'huge' is not served; this service serves 'tiny'"),
+    ],
+)
+async def test_an_unknown_layer_says_what_there_is(running: Running, message: pb.ForwardRequest, sentence: str) -> None:
+    error = await refused(running, message)
+    assert (error.code(), error.details()) == (grpc.StatusCode.NOT_FOUND, sentence)
+
+
+async def test_a_sentence_never_outgrows_the_metadata(running: Running) -> None:
+    running.engine.error = errors.InvalidRequest("long " * 10_000, "hidden_states")
+    error = await refused(running, request())
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_bytes_that_are_no_message_are_an_invalid_request(running: Running) -> None:
+    call = running.channel.unary_unary("/moeserve.v1.MoEService/Forward")
+    for data in (b"\xff\xff\xff", b"\x2a\xff\xff\xff\xff\x0f" + bytes(70_000)):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(data)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_message_over_the_limit_is_refused_and_the_next_one_served(running: Running) -> None:
+    message = request()
+    message.used_token.CopyFrom(tensor_pb2.Tensor(dtype=6, data=bytes(2**20)))
+    error = await refused(running, message)
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert (await running.stub.Forward(request())).hidden_states.shape == [3, HIDDEN]
+
+
+async def test_layers_and_counts_are_described(running: Running) -> None:
+    listed = await running.stub.ListLayers(pb.ListLayersRequest())
+    assert listed.model == "tiny"
+    first, second = listed.layers
+    assert (first.index, first.name, first.hidden_size, first.num_experts, first.top_k) == (0, "model.layers.3.mlp", HIDDEN, EXPERTS, 2)
+    assert (first.activation, first.dtype, first.HasField("capacity_factor")) == ("swiglu", tensor_pb2.D_TYPE_BFLOAT16, False)
+    assert (second.index, second.capacity_factor) == (1, 1.5)
+
+    stats = await running.stub.GetStats(pb.GetStatsRequest())
+    assert (stats.epoch, stats.queue_tokens) == (3, 11)
+    assert [(layer.index, layer.tokens, list(layer.processed), list(layer.dropped)) for layer in stats.layers] == [
+        (0, 7, [0, 1, 2, 3], [1, 2, 3, 4]),
+        (1, 7, [0, 1, 2, 3], [1, 2, 3, 4]),
+    ]
+    (host,) = stats.hosts
+    assert (host.name, host.up, host.restarts, host.node, host.device) == ("host-0", True, 2, "node-a", "cuda:0")
+    assert (host.cuda_visible_devices, host.weights_bytes) == ("1", 4096)
+
+
+async def test_an_unknown_method_is_unimplemented_and_unobserved(running: Running) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await running.channel.unary_unary("/moeserve.v1.MoEService/Nothing")(b"")
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert running.observed == []

@@ -1,0 +1,58 @@
+"""Where a host may listen, and what is left there."""
+
+from __future__ import annotations
+
+import socket
+import stat
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from moeserve.errors import ConfigError
+from moeserve.transport import connect, listen
+
+
+def test_the_socket_is_private_and_goes_with_the_listener(tmp_path: Path) -> None:
+    path = tmp_path / "host.sock"
+    listener = listen(f"unix:{path}")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    listener.close()
+    listener.close()
+    assert not path.exists()
+
+
+def test_a_stale_socket_is_replaced_and_a_file_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "host.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stale:
+        stale.bind(str(path))
+    listen(f"unix:{path}").close()
+    path.write_text("precious")
+    with pytest.raises(ConfigError, match="not a socket"):
+        listen(f"unix:{path}")
+    assert path.read_text() == "precious"
+
+
+def test_the_folder_must_be_private_and_the_path_short(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="107 bytes"):
+        listen(f"unix:{tmp_path}/{'x' * 107}")
+    with pytest.raises(ConfigError, match="0700"):
+        listen(f"unix:{tmp_path}/missing/host.sock")
+    tmp_path.chmod(0o750)
+    with pytest.raises(ConfigError, match="0700"):
+        listen(f"unix:{tmp_path}/host.sock")
+
+
+def test_addresses_that_make_no_sense_are_named(tmp_path: Path) -> None:
+    for endpoint in ("udp://127.0.0.1:1", "tcp://0.0.0.0:0", "tcp://127.0.0.1:port", "tcp://some.host:0"):
+        with pytest.raises(ConfigError, match=endpoint):
+            listen(f"unix:{tmp_path}/host.sock", endpoint)
+        assert list(tmp_path.iterdir()) == []
+    with closing(listen("local:twice")), pytest.raises(ConfigError, match="local:twice"):
+        listen("local:twice")
+
+
+async def test_a_channel_to_an_address_that_makes_no_sense_is_refused() -> None:
+    for endpoint in ("udp://127.0.0.1:1", "tcp://127.0.0.1:port"):
+        with pytest.raises(ConfigError, match=endpoint):
+            await connect(endpoint)
