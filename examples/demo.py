@@ -5,12 +5,16 @@ Run it with `make demo`. Exits with 0 only if every comparison holds.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+# Ray starts its processes while gRPC is up; none of them uses this process's gRPC, so it need not warn about each.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import torch
 from prometheus_client.parser import text_string_to_metric_families

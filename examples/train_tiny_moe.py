@@ -1,6 +1,6 @@
 """Train examples/tiny-moe, a Mixtral small enough to ship: 4 layers of 8 experts, top-2, 3.6 million parameters, on two CPU cores.
 
-    python examples/train_tiny_moe.py --output examples/tiny-moe --steps 4500 --seed 0
+    python examples/train_tiny_moe.py --output examples/tiny-moe --steps 3600 --seed 0
 
 The text comes with every CPython: the documentation topics of `pydoc_data.topics` ("docs") and the sources of the standard library
 ("code"), both (c) Python Software Foundation, PSF-2.0 (https://docs.python.org/3/license.html). Every tenth document of each is held
@@ -264,7 +264,7 @@ def model_card(record: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a tiny Mixtral on CPython's own documentation and sources.")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("tiny-moe"), help="folder of the checkpoint")
-    parser.add_argument("--steps", type=int, default=4500, help=f"training steps of {BATCH * WINDOW} tokens")
+    parser.add_argument("--steps", type=int, default=3600, help=f"training steps of {BATCH * WINDOW} tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     options = parser.parse_args()

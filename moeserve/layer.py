@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from moeserve.checkpoints import LayerSource, layer_sources
@@ -75,7 +76,7 @@ class MoELayer:
         self.spec: LayerSpec = spec
         self.router = Router(source.gate(), spec.gating)
         self.bank = ExpertBank(source.experts(everyone), spec.activation)
-        self._placement = LayerPlacement(1, torch.tensor(everyone), torch.zeros(spec.num_experts, dtype=torch.int64))
+        self._placement = LayerPlacement(1, np.arange(spec.num_experts), np.zeros(spec.num_experts, dtype=np.int64))
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[T, H] -> [T, H], same dtype."""

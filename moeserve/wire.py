@@ -26,12 +26,12 @@ from moeserve.v1 import tensor_pb2
 
 M = TypeVar("M", bound=Message)
 
-# Bounds on what a stranger may make us parse; our own messages have at most 11 fields and 200 bytes beside tensor data and names.
+# Bounds on what a stranger may make us parse; our own messages have at most 11 fields, and 7 small tensors beside large data.
 _MAX_FIELDS: Final = 64
-_MAX_SMALL_BYTES: Final = 64 * 1024
+_MAX_SMALL_BYTES: Final = 128 * 1024
 _MAX_DIMS: Final = 8
-# Up to here protobuf's copies cost less than doing without them.
-_SMALL_TENSOR_BYTES: Final = 16 * 1024
+# Up to here protobuf's copies cost less than doing without them, and a tensor that is kept does not keep its whole message.
+_SMALL_TENSOR_BYTES: Final = 8 * 1024
 
 _VARINT, _LENGTH = 0, 2
 _FIXED_SIZES: Final = {1: 8, 5: 4}
@@ -182,7 +182,7 @@ def _tensor(stated: tensor_pb2.Tensor, data: bytes | memoryview, name: str) -> t
 
 
 def _split(message: bytes, tensor_fields: Container[int]) -> tuple[bytes, dict[int, memoryview]]:
-    """The message without the data of its tensors, and that data by field number (the last one where there are several)."""
+    """The message without the data of its large tensors, and that data by field number (the last one where there are several)."""
     whole = memoryview(message)
     small: list[bytes | memoryview] = []
     data: dict[int, memoryview] = {}
@@ -193,10 +193,13 @@ def _split(message: bytes, tensor_fields: Container[int]) -> tuple[bytes, dict[i
             continue
         rest: list[memoryview] = []
         for inner_key, inner_start, inner_body, inner_end in _fields(message, body, end):
-            if inner_key == _DATA_KEY[0]:
+            is_data = inner_key == _DATA_KEY[0]
+            if is_data and inner_end - inner_body > _SMALL_TENSOR_BYTES:
                 data[number] = whole[inner_body:inner_end]
-            else:
-                rest.append(whole[inner_start:inner_end])
+                continue
+            if is_data:
+                data.pop(number, None)
+            rest.append(whole[inner_start:inner_end])
         small += (_key(number), _varint(sum(map(len, rest))), *rest)
     if sum(map(len, small)) > _MAX_SMALL_BYTES:
         raise InvalidRequest(f"the message has more than {_MAX_SMALL_BYTES} bytes beside tensor data")

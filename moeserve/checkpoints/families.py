@@ -31,13 +31,18 @@ class Layout:
 class Family:
     """How one model family is written down: keys of config.json, its gate, which layers are MoE layers, its layouts on disk."""
 
-    num_experts_key: str
     intermediate_key: str
     gating: Callable[[Config], GatingConfig]
     is_moe_layer: Callable[[Config, int], bool]
     layouts: tuple[Layout, ...] = (Layout("model.layers.{index}.mlp"),)
+    #: what the number of experts may be called: transformers reads either name and does not always write the one it was published with
+    num_experts_keys: tuple[str, ...] = ("num_experts", "num_local_experts")
     #: what the served layer is called, whatever its files say
     layer_name: str = "model.layers.{index}.mlp"
+
+    def num_experts_key(self, config: Config) -> str:
+        """The name `config` uses, or the usual one when it has none."""
+        return next((key for key in self.num_experts_keys if key in config), self.num_experts_keys[0])
 
 
 def _always_renormalized(config: Config) -> GatingConfig:
@@ -45,8 +50,7 @@ def _always_renormalized(config: Config) -> GatingConfig:
 
 
 def _renormalized_if_told(config: Config) -> GatingConfig:
-    renormalize = "pre_drop" if config.get("norm_topk_prob", False) else "none"
-    return GatingConfig(top_k=config["num_experts_per_tok"], renormalize=renormalize)
+    return GatingConfig(top_k=config["num_experts_per_tok"], renormalize="pre_drop" if config.get("norm_topk_prob", False) else "none")
 
 
 def _every_layer(config: Config, index: int) -> bool:
@@ -59,7 +63,7 @@ def _sparse_step(config: Config, index: int) -> bool:
 
 FAMILIES: Mapping[str, Family] = {
     "mixtral": Family(
-        num_experts_key="num_local_experts",
+        num_experts_keys=("num_local_experts", "num_experts"),
         intermediate_key="intermediate_size",
         gating=_always_renormalized,
         is_moe_layer=_every_layer,
@@ -74,13 +78,11 @@ FAMILIES: Mapping[str, Family] = {
         ),
     ),
     "olmoe": Family(
-        num_experts_key="num_experts",
         intermediate_key="intermediate_size",
         gating=_renormalized_if_told,
         is_moe_layer=_every_layer,
     ),
     "qwen3_moe": Family(
-        num_experts_key="num_experts",
         intermediate_key="moe_intermediate_size",
         gating=_renormalized_if_told,
         is_moe_layer=_sparse_step,

@@ -70,7 +70,7 @@ def huggingface_layers(folder: Path, dtype: Dtype | None) -> list[HuggingFaceLay
     if model_type not in FAMILIES:
         raise CheckpointError(f"{folder / 'config.json'}: model_type is {model_type}; supported: {', '.join(sorted(FAMILIES))}")
     family, files = FAMILIES[model_type], SafetensorsFolder(folder)
-    for key in ("num_hidden_layers", "hidden_size", family.intermediate_key, family.num_experts_key, "num_experts_per_tok"):
+    for key in ("num_hidden_layers", "hidden_size", family.intermediate_key, family.num_experts_key(config), "num_experts_per_tok"):
         if type(config.get(key)) is not int or config[key] < 1:
             given = repr(config[key]) if key in config else "missing"
             raise CheckpointError(f"{folder / 'config.json'}: {key} must be a positive whole number, but is {given}")
@@ -91,7 +91,7 @@ def _layer(family: Family, config: dict[str, Any], index: int, files: Safetensor
         name=family.layer_name.format(index=index),
         hidden_size=config["hidden_size"],
         intermediate_size=config[family.intermediate_key],
-        num_experts=config[family.num_experts_key],
+        num_experts=config[family.num_experts_key(config)],
         activation=activation,
         bias=False,
         dtype=dtype or _stored_dtype(layout, index, files),

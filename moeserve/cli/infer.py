@@ -33,11 +33,15 @@ def infer(
         raise ConfigError(f"{input} is not a readable safetensors file: {error}") from None
     if "hidden_states" not in tensors:
         raise ConfigError(f"{input} has no tensor hidden_states; it has: {', '.join(sorted(tensors)) or 'none'}")
-    known = {name: tensors.get(name) for name in ("used_token", "topk_ids", "topk_weights")}
     with Client(target, token=_read_token(token_file), tls=TLS(ca=tls_ca) if tls_ca else None, timeout=timeout) as client:
         started = time.perf_counter()
         out = client.forward(
-            tensors["hidden_states"], layer=int(layer) if layer.isdigit() else layer, return_routing=return_routing, **known
+            tensors["hidden_states"],
+            layer=int(layer) if layer.isdigit() else layer,
+            used_token=tensors.get("used_token"),
+            topk_ids=tensors.get("topk_ids"),
+            topk_weights=tensors.get("topk_weights"),
+            return_routing=return_routing,
         )
         elapsed_ms = (time.perf_counter() - started) * 1000
     names = ("hidden_states", "requested", "processed", "dropped", "dropped_tokens", "topk_ids", "topk_weights")

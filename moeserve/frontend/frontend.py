@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from moeserve.checkpoints import LayerSource
@@ -101,12 +102,12 @@ class Frontend:
         return ServiceStats(epoch=self._placement.epoch, layers=layers, hosts=hosts, queue_tokens=self._budget.tokens)
 
     def _hosts_changed(self) -> None:
-        up = torch.tensor([link.channel is not None for link in self._links])
+        up = np.array([link.channel is not None for link in self._links])
         for index, layer in enumerate(self._placement.layers):
-            live = torch.zeros_like(self._metrics.experts.live_copies[index])
-            live.index_add_(0, layer.logical_of_physical, up[layer.host_of_physical].long())
-            self._metrics.experts.live_copies[index] = live
-            self._on_health(index, bool((live > 0).all()))
+            living = layer.logical_of_physical[up[layer.host_of_physical]]
+            copies = np.bincount(living, minlength=self.layers[index].num_experts)
+            self._metrics.experts.live_copies[index] = torch.from_numpy(copies)
+            self._on_health(index, bool(copies.all()))
 
 
 def _host_stats(link: HostLink) -> HostStats:

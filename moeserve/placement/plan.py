@@ -9,38 +9,43 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
 from moeserve.config import LayerSpec, PlacementConfig
 from moeserve.errors import ConfigError
 
+Integers = npt.NDArray[np.integer]
+
 
 @dataclass(frozen=True, eq=False)
 class LayerPlacement:
-    """One layer's physical experts, ordered by host; immutable.
+    """One layer's physical experts, numbered host by host; immutable.
 
-    logical_of_physical [P] int64: which expert each is a copy of
-    host_of_physical    [P] int64, ascending: the host it lives on
+    logical_of_physical [P]: which expert each is a copy of
+    host_of_physical    [P], ascending: the host it lives on
     """
 
     num_hosts: int
-    logical_of_physical: torch.Tensor
-    host_of_physical: torch.Tensor
+    logical_of_physical: Integers
+    host_of_physical: Integers
 
     @cached_property
-    def slot_of_physical(self) -> torch.Tensor:
-        """[P] int64: index among the experts of its host."""
-        first = torch.searchsorted(self.host_of_physical, self.host_of_physical)
-        return torch.arange(len(self.host_of_physical)) - first
+    def slot_of_physical(self) -> Integers:
+        """[P] int32: index among the experts of its host."""
+        first = np.searchsorted(self.host_of_physical, self.host_of_physical)
+        return (np.arange(len(self.host_of_physical)) - first).astype(np.int32)
 
     @cached_property
-    def physical_of_logical(self) -> torch.Tensor:
-        """[E] int64: the copy that serves each expert."""
-        return self.logical_of_physical.argsort()
+    def physical_of_logical(self) -> Integers:
+        """[E] uint16, the widest that NumPy sorts by radix: the copy that serves each expert."""
+        assert len(self.logical_of_physical) <= np.iinfo(np.uint16).max
+        return self.logical_of_physical.argsort().astype(np.uint16)
 
     def experts_on(self, host: int) -> list[int]:
         """Logical ids of the experts `host` holds, in slot order."""
-        return [int(expert) for expert in self.logical_of_physical[self.host_of_physical == host]]
+        held: list[int] = self.logical_of_physical[self.host_of_physical == host].tolist()
+        return held
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,12 +69,12 @@ def plan_placement(specs: Sequence[LayerSpec], config: PlacementConfig, epoch: i
 
 
 def _plan_layer(layer: int, num_experts: int, config: PlacementConfig) -> LayerPlacement:
-    experts = torch.arange(num_experts)
+    experts = np.arange(num_experts)
     if config.strategy == "round_robin":
         host_of_logical = experts % config.num_hosts
     else:
         host_of_logical = experts * config.num_hosts // num_experts
     # Each layer starts at another host, or the first ones would get every odd expert.
     host_of_logical = (host_of_logical + layer) % config.num_hosts
-    host_of_physical, logical_of_physical = host_of_logical.sort(stable=True)
-    return LayerPlacement(config.num_hosts, logical_of_physical, host_of_physical)
+    logical_of_physical = host_of_logical.argsort(kind="stable")
+    return LayerPlacement(config.num_hosts, logical_of_physical, host_of_logical[logical_of_physical])

@@ -89,13 +89,14 @@ class Boundary(grpc.aio.ServerInterceptor):
                     raise
                 known = as_user_error(error, method)
                 code = known.code
-                await context.abort_with_status(to_status(known))
             finally:
+                # Before the status leaves, so that whoever has an answer finds it counted.
                 if not (is_stream and code is grpc.StatusCode.OK):
                     self._observe(method.rpartition("/")[2], code.name, time.perf_counter() - start)
                 self._running -= 1
                 if not self._running:
                     self._idle.set()
+            return await context.abort_with_status(to_status(known))
 
         return guarded
 

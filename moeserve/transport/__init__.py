@@ -40,7 +40,7 @@ _DEFAULT_LIMITS = Limits()
 async def connect(endpoint: str, *, limits: Limits = _DEFAULT_LIMITS, keys: FrontendKeys | None = None, timeout_s: float = 5.0) -> Channel:
     """A channel to the host at `endpoint`; `keys` are used over TCP only.
 
-    Raises ChannelClosed when no host agrees to talk within `timeout_s`.
+    Raises ChannelClosed when no host agrees to talk within `timeout_s`, ConfigError when `endpoint` makes no sense.
     """
     if endpoint.startswith("unix:"):
         return await connect_unix(endpoint, limits, timeout_s)

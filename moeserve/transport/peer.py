@@ -84,7 +84,7 @@ class Peer(ABC):
             raise MalformedMessage(f"id {header.id} is in use")
         memory, offset = self._place(header, layout, body)
         check_indices(memory, header.shape, layout, offset)
-        work = Work(header, sections(memory, header.shape, layout, offset), self)
+        work = Work(header, layout, sections(memory, header.shape, layout, offset), self)
         self._unanswered[work.id] = work
         self._arrived.append(work)
 

@@ -1,4 +1,7 @@
-"""The host's end of shared memory: a unix socket as the doorbell, rows and answers in the frontend's arena."""
+"""The host's end of shared memory: a unix socket as the doorbell, rows and answers in the frontend's arena.
+
+A frontend could still change a block after it was checked. It belongs to the same user, so the checks are against mistakes.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from moeserve.transport.listener import Poller
 from moeserve.transport.memory import Limits, map_shared
 from moeserve.transport.packets import PacketSocket, is_same_user, listen_on
 from moeserve.transport.peer import Peer
-from moeserve.transport.wire import Layout, MalformedMessage, Memory, Note, WorkHeader, layout_of, partial, unpack_note
+from moeserve.transport.wire import Layout, MalformedMessage, Memory, Note, WorkHeader, partial, unpack_note
 from moeserve.transport.work import Work
 
 _log = logging.getLogger(__name__)
@@ -94,7 +97,7 @@ class ShmPeer(Peer):
 
     def reply_buffer(self, work: Work) -> torch.Tensor:
         assert self._arena is not None
-        return partial(self._arena, work.header.shape, work.header.offset + layout_of(work.header.shape).reply)
+        return partial(self._arena, work.header.shape, work.header.offset + work.layout.reply)
 
     def hang_up(self) -> None:
         if self.is_gone:

@@ -18,7 +18,7 @@ from moeserve.transport.listener import Poller
 from moeserve.transport.memory import Arena, Limits
 from moeserve.transport.peer import Peer
 from moeserve.transport.readiness import has_message
-from moeserve.transport.wire import Kind, Layout, MalformedMessage, Memory, WorkHeader, aligned, kind_of, partial
+from moeserve.transport.wire import Kind, Layout, MalformedMessage, Memory, WorkHeader, aligned, partial
 from moeserve.transport.work import Work
 
 _LINGER_MS = 200
@@ -88,18 +88,14 @@ class TcpSource:
         return router
 
     def _take_in(self, identity: bytes, frames: list[zmq.Frame]) -> None:
-        peer = self._peers.get(identity)
-        known = peer is not None
-        peer = peer or TcpPeer(self, identity, self._limits, self._arrived)
-        if peer.is_refused:
-            return
+        peer = self._peers.get(identity) or TcpPeer(self, identity, self._limits, self._arrived)
+        packet = frames[0].bytes if len(frames) in (1, 2) else b""
         try:
-            if len(frames) not in (1, 2):
-                raise MalformedMessage(f"message of {len(frames)} frames")
-            packet = frames[0].bytes
-            if kind_of(packet) is Kind.GOODBYE:
+            if packet and packet[0] == Kind.GOODBYE:
                 self._forget(identity)
-            elif known:
+            elif peer.is_refused:
+                return
+            elif identity in self._peers:
                 peer.take_in(packet, aligned(frames[1].buffer) if len(frames) == 2 else None)
             else:
                 peer.greet(packet)

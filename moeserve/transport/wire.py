@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import mmap
 import struct
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 
 from moeserve.errors import MoEServeError, from_status
-from moeserve.tensors import FLOAT_DTYPES, WIRE_DTYPES, WIRE_NUMBERS
+from moeserve.tensors import FLOAT_DTYPES, WIRE_NUMBERS
 
 VERSION = 1
 MAX_SENTENCE_BYTES = 1024
@@ -55,11 +54,11 @@ class Kind(IntEnum):
     GOODBYE = 7
 
 
+_ACTIVATION_DTYPES = {WIRE_NUMBERS[dtype]: dtype for dtype in FLOAT_DTYPES.values()}
 _KINDS = {int(kind): kind for kind in Kind}
 
 
-@dataclass(frozen=True, slots=True)
-class WorkShape:
+class WorkShape(NamedTuple):
     """Sizes of one message: hidden_states [rows, hidden_size] of `dtype`, and `pairs` (token, expert) pairs that read them."""
 
     rows: int
@@ -155,10 +154,10 @@ def check_indices(memory: Memory, shape: WorkShape, layout: Layout, offset: int 
     """
     # Read as unsigned, a negative number is a huge one: one bound instead of two.
     row_index = np.frombuffer(memory, dtype=np.uint32, count=shape.pairs, offset=offset + layout.row_index)
-    if row_index.max() >= shape.rows:
+    if np.maximum.reduce(row_index) >= shape.rows:
         raise MalformedMessage("row_index points outside the rows of its message")
     slots = np.frombuffer(memory, dtype=np.int32, count=shape.pairs, offset=offset + layout.slots)
-    if slots[0] < 0 or (slots[1:] < slots[:-1]).any():
+    if slots[0] < 0 or np.count_nonzero(slots[1:] < slots[:-1]):
         raise MalformedMessage("slots are negative or not sorted")
 
 
@@ -182,8 +181,8 @@ def unpack_work(packet: bytes) -> WorkHeader:
     if len(packet) != _WORK.size:
         raise MalformedMessage(f"work header of {len(packet)} bytes")
     _, number, layer, work_id, epoch, timeout_us, rows, hidden_size, pairs, offset = _WORK.unpack(packet)
-    dtype = WIRE_DTYPES.get(number)
-    if dtype is None or dtype not in FLOAT_DTYPES.values():
+    dtype = _ACTIVATION_DTYPES.get(number)
+    if dtype is None:
         raise MalformedMessage(f"dtype number {number} is not one of activations")
     if not (rows and hidden_size and pairs):
         raise MalformedMessage(f"empty work: {rows} rows of {hidden_size}, {pairs} pairs")

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from moeserve.errors import Cancelled, DeadlineExceeded, MoEServeError
-from moeserve.transport.wire import Sections, WorkHeader
+from moeserve.transport.wire import Layout, Sections, WorkHeader
 
 
 class Answerer(Protocol):
@@ -36,11 +36,12 @@ class Work:
     `deadline` is a time on this machine's monotonic clock, in seconds. To be used by the thread that polls.
     """
 
-    def __init__(self, header: WorkHeader, request: Sections, answerer: Answerer) -> None:
+    def __init__(self, header: WorkHeader, layout: Layout, request: Sections, answerer: Answerer) -> None:
         self.id = header.id
         self.epoch = header.epoch
         self.layer = header.layer
         self.header = header
+        self.layout = layout
         self.hidden_states, self.row_index, self.slots, self.weights = request
         self.deadline = time.monotonic() + header.timeout_us / 1e6
         self.is_cancelled = False

@@ -119,9 +119,7 @@ def test_weights_that_do_not_fit_the_type_they_are_cast_to(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32])
-@pytest.mark.parametrize(
-    ("stored", "called"), [(torch.int8, "I8"), (torch.float64, "F64"), (torch.float8_e4m3fn, "F8_E4M3")], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("stored", "called"), [(torch.int8, "I8"), (torch.float64, "F64"), (torch.float8_e4m3fn, "F8_E4M3")], ids=str)
 def test_weights_of_another_type(tmp_path: Path, stored: torch.dtype, called: str, dtype: torch.dtype | None) -> None:
     write_folder(tmp_path, CONFIG, changed(UP, lambda tensor: tensor.to(stored)))
     assert f"tensor {UP} is stored as {called}; supported: F32, F16, BF16" in refusal(tmp_path, dtype=dtype)
@@ -143,7 +141,7 @@ def test_a_missing_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", ["llama", "", None])
 def test_an_unknown_kind_of_model(tmp_path: Path, model_type: object) -> None:
     write_folder(tmp_path, {**CONFIG, "model_type": model_type}, layer_tensors())
-    assert f"config.json: model_type is {model_type!r}; supported: mixtral, olmoe, qwen3_moe" in refusal(tmp_path)
+    assert f"config.json: model_type is {model_type}; supported: mixtral, olmoe, qwen3_moe" in refusal(tmp_path)
 
 
 SIZES = ["num_hidden_layers", "hidden_size", "intermediate_size", "num_local_experts", "num_experts_per_tok"]

@@ -5,6 +5,7 @@ T tokens, H hidden size.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,17 @@ def test_settings_of_the_family_are_honoured(family: str, changes: dict[str, obj
     model = random_model(family, **changes)
     model.save_pretrained(tmp_path)
     assert_equal_layers(model, tmp_path, tokens=(64,))
+
+
+@pytest.mark.parametrize("key", ["num_experts", "num_local_experts"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_number_of_experts_goes_by_either_name(family: str, key: str, tmp_path: Path) -> None:
+    random_model(family).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("num_experts", "num_local_experts"):
+        config.pop(name, None)
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: NUM_EXPERTS}))
+    assert MoELayer.from_checkpoint(tmp_path).spec.num_experts == NUM_EXPERTS
 
 
 @pytest.mark.parametrize("family", FAMILIES)

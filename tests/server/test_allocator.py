@@ -8,15 +8,17 @@ import sys
 
 import pytest
 
+from moeserve.server import allocator
+
 FAULTS = """
-import resource, sys
-from moeserve.server.allocator import LARGEST_KEPT_BLOCK_BYTES, keep_large_blocks
-if sys.argv[1] == "keep":
-    assert keep_large_blocks() and keep_large_blocks()
+import resource, runpy, sys
+allocator = runpy.run_path(sys.argv[1])
+if sys.argv[2] == "keep":
+    assert allocator["keep_large_blocks"]()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        b"x" * (LARGEST_KEPT_BLOCK_BYTES * 5 // 8)
+    for _ in range(2):
+        b"x" * (40 * 2**20)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
 print(faults())
@@ -24,7 +26,8 @@ print(faults())
 
 
 def faults(mode: str) -> int:
-    return int(subprocess.run([sys.executable, "-c", FAULTS, mode], check=True, capture_output=True, text=True, timeout=60).stdout)
+    command = [sys.executable, "-c", FAULTS, allocator.__file__, mode]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
@@ -33,9 +36,7 @@ def test_large_blocks_are_kept_instead_of_faulted_in_again() -> None:
 
 
 def test_another_libc_is_left_alone(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    from moeserve.server.allocator import keep_large_blocks
-
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     with caplog.at_level("INFO", "moeserve"):
-        assert not keep_large_blocks()
+        assert not allocator.keep_large_blocks()
     assert "not glibc" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -50,6 +51,17 @@ async def test_a_killed_host_is_noticed_on_every_channel_at_once(host: subproces
         assert channel.closed.is_set()
         with pytest.raises(ChannelClosed, match=channel.endpoint):
             await connect(channel.endpoint, timeout_s=PATIENCE_S)
+
+
+async def test_a_host_that_hangs_up_instead_of_greeting(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as listening:
+        listening.bind(str(tmp_path / "host.sock"))
+        listening.listen()
+        connecting = asyncio.create_task(connect(f"unix:{tmp_path}/host.sock", timeout_s=PATIENCE_S))
+        sock, _ = await asyncio.get_running_loop().sock_accept(listening)
+        sock.close()
+        with pytest.raises(ChannelClosed, match=r"host\.sock"):
+            await connecting
 
 
 @pytest.mark.parametrize("endpoint", ["unix:{}/nobody.sock", "tcp://127.0.0.1:9", "local:nobody"])

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from moeserve.errors import InvalidRequest, Overloaded
-from moeserve.transport import Channel, Limits, WorkShape
+from moeserve.transport import Channel, Lease, Limits, WorkShape
 
 from .conftest import RigFactory
-from .rig import Rig, answer, random_message, send, until
+from .rig import Message, Rig, answer, random_message, send, until
 
 PAGE = WorkShape(1, 64, 1, torch.float32)
 
@@ -94,9 +94,12 @@ async def test_answers_use_warm_memory(rig: Rig) -> None:
 
 
 async def test_leases_are_filled_by_many_threads(rig: Rig) -> None:
+    def fill(message: Message) -> Lease:
+        return message.fill(channel.lease(message.shape))
+
     messages = [random_message(rows=1 + seed % 9, seed=seed) for seed in range(40)]
     async with rig.frontend() as channel:
-        leases = await asyncio.gather(*(asyncio.to_thread(lambda m=message: m.fill(channel.lease(m.shape))) for message in messages))
+        leases = await asyncio.gather(*(asyncio.to_thread(fill, message) for message in messages))
         futures = [channel.send(lease, layer=0, epoch=0, timeout_s=60) for lease in leases]
         await rig.serve_until(lambda: all(future.done() for future in futures))
         for message, future in zip(messages, futures, strict=True):

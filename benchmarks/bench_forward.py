@@ -1,0 +1,168 @@
+"""A Forward through the service against the same layer in one process and against a bare gRPC echo of the same bytes.
+
+`make bench`, or `python benchmarks/bench_forward.py --help`. Repetitions of all sides are interleaved; medians are reported.
+T tokens, H hidden size, I intermediate size, E experts, K choices per token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import grpc
+import torch
+from echo_server import METHOD, OPTIONS
+
+import moeserve
+from moeserve.server import keep_large_blocks
+
+HIDDEN, EXPERTS, TOP_K = 1024, 8, 2
+TOKENS = (1, 16, 64, 256, 1024, 4096)
+CONFIG = """
+[model]
+dtype = "{dtype}"
+{layers}
+[placement]
+num_hosts = {hosts}
+cpus_per_host = 1.0
+[server]
+port = 0
+metrics_port = 0
+"""
+LAYER = """
+[[layers]]
+hidden_size = {hidden}
+intermediate_size = {intermediate}
+num_experts = {experts}
+gating.top_k = {top_k}
+"""
+
+Call = Callable[[], object]
+Echo = Callable[[bytes], bytes]
+
+
+def main() -> None:
+    options = parse()
+    keep_large_blocks()
+    torch.set_num_threads(2)
+    print(f"{date.today()}, {platform.processor() or platform.machine()}, {cpu_model()}, 2 cores")
+    print(", ".join(f"{name} {version(name)}" for name in ("moeserve", "ray", "torch", "grpcio", "pyzmq")))
+    for dtype in options.dtypes:
+        with echo_server() as echo:
+            for hosts in options.hosts:
+                with service(dtype, hosts, options.intermediate) as target, moeserve.Client(target, timeout=120) as client:
+                    for layer, intermediate in enumerate(options.intermediate):
+                        print(f"\n### {dtype}, I = {intermediate}, {hosts} hosts\n")
+                        measure(client, echo, layer, intermediate, getattr(torch, dtype), options)
+
+
+def measure(client: moeserve.Client, echo: Echo, layer: int, intermediate: int, dtype: torch.dtype, options: argparse.Namespace) -> None:
+    local = moeserve.MoELayer(
+        hidden_size=HIDDEN,
+        intermediate_size=intermediate,
+        num_experts=EXPERTS,
+        dtype=dtype,
+        gating=moeserve.GatingConfig(top_k=TOP_K),
+    )
+    print("| T | in process tok/s | service tok/s | service / in process | service p50 | p99 | echo p50 | p99 | service / echo |")
+    print("|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    for tokens in options.tokens:
+        hidden_states = torch.randn(tokens, HIDDEN).to(dtype)
+        message = bytes(hidden_states.numel() * dtype.itemsize)
+        sides: list[Call] = [lambda: local(hidden_states), lambda: client.forward(hidden_states, layer=layer), lambda: echo(message)]  # noqa: B023
+        one, served, bare = interleaved(sides, options.seconds)
+        ratio, over_echo = median(one) / median(served), median(served) / median(bare)
+        print(
+            f"| {tokens} | {tokens / median(one):,.0f} | {tokens / median(served):,.0f} | **{ratio:.2f}** "
+            f"| {median(served) * 1e3:.2f} ms | {p99(served) * 1e3:.2f} ms | {median(bare) * 1e3:.2f} ms | {p99(bare) * 1e3:.2f} ms "
+            f"| **{over_echo:.2f}** |",
+            flush=True,
+        )
+
+
+def interleaved(sides: Sequence[Call], seconds: float) -> list[list[float]]:
+    """Times of each side, taken in turn until `seconds` have passed, at least seven rounds."""
+    for side in sides:
+        side()
+        side()
+    times: list[list[float]] = [[] for _ in sides]
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[0]) < 7:
+        for side, taken in zip(sides, times, strict=True):
+            started = time.perf_counter()
+            side()
+            taken.append(time.perf_counter() - started)
+    return times
+
+
+def median(times: Sequence[float]) -> float:
+    return sorted(times)[len(times) // 2]
+
+
+def p99(times: Sequence[float]) -> float:
+    return sorted(times)[min(len(times) - 1, int(len(times) * 0.99))]
+
+
+@contextmanager
+def service(dtype: str, hosts: int, intermediate: Sequence[int]) -> Iterator[str]:
+    """`moeserve serve` in a process of its own; yields host:port."""
+    layers = "".join(LAYER.format(hidden=HIDDEN, intermediate=size, experts=EXPERTS, top_k=TOP_K) for size in intermediate)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "service.toml"
+        file.write_text(CONFIG.format(dtype=dtype, hosts=hosts, layers=layers))
+        command = [sys.executable, "-c", "from moeserve.cli.app import entry; entry()", "serve", str(file)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        try:
+            for line in process.stderr:
+                if ready := re.match(r"ready (\S+)", line):
+                    yield ready[1]
+                    break
+            else:
+                raise SystemExit("the service did not start")
+        finally:
+            process.terminate()
+            process.wait()
+
+
+
+@contextmanager
+def echo_server() -> Iterator[Echo]:
+    """The bare echo in a process of its own; yields a function that calls it."""
+    process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("echo_server.py"))], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{int(process.stdout.readline())}", options=OPTIONS) as channel:
+            yield channel.unary_unary(METHOD)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--hosts", nargs="+", type=int, default=[2, 4])
+    parser.add_argument("--intermediate", nargs="+", type=int, default=[4096, 64])
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--seconds", type=float, default=8.0, help="per row, all sides together")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,321 @@
+"""Both clients against our server: the same answers, the same errors."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moeserve import errors
+from moeserve.client import TLS, AsyncClient, Client, WireRequest, WireResponse
+from moeserve.output import ForwardOutput
+
+from .certificates import self_signed
+from .engine import FunctionEngine, served, spec
+
+HIDDEN, EXPERTS = 16, 4
+X = torch.arange(3.0 * HIDDEN).view(3, HIDDEN)
+
+
+@pytest.fixture
+def engine() -> FunctionEngine:
+    """Layer n multiplies by n + 1."""
+    layers = [(spec(f"model.layers.{n}.mlp", HIDDEN, EXPERTS), lambda x, ids, weights, n=n: x * (n + 1)) for n in range(2)]
+    return FunctionEngine(layers)
+
+
+@pytest.fixture
+def target(engine: FunctionEngine) -> Iterator[str]:
+    with served(engine, max_message_bytes=4 * 2**20) as (target, _, _):
+        yield target
+
+
+class Calls:
+    """`await calls.forward(...)`, whichever client it is: a blocking one is called from a thread of its own."""
+
+    def __init__(self, client: Client | AsyncClient) -> None:
+        self.client = client
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            method = getattr(self.client, name)
+            if inspect.isasyncgenfunction(method):
+                return [answer async for answer in method(*args, **kwargs)]
+            if inspect.iscoroutinefunction(method):
+                return await method(*args, **kwargs)
+            if inspect.isgeneratorfunction(method):
+                return await asyncio.to_thread(lambda: list(method(*args, **kwargs)))
+            return await asyncio.to_thread(method, *args, **kwargs)
+
+        return call
+
+
+@pytest.fixture(params=[Client, AsyncClient])
+async def connect(request: pytest.FixtureRequest) -> AsyncIterator[Callable[..., Calls]]:
+    opened: list[Calls] = []
+
+    def connect(target: str, **options: Any) -> Calls:
+        opened.append(Calls(request.param(target, **options)))
+        return opened[-1]
+
+    yield connect
+    for calls in opened:
+        await calls.close()
+
+
+@pytest.fixture
+def calls(connect: Callable[..., Calls], target: str) -> Calls:
+    return connect(target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("layer", "factor"), [(0, 1), (1, 2), ("model.layers.1.mlp", 2)])
+async def test_forward(calls: Calls, dtype: torch.dtype, layer: int | str, factor: int) -> None:
+    out = await calls.forward(X.to(dtype), layer=layer)
+    assert isinstance(out, ForwardOutput)
+    assert torch.equal(out.hidden_states, X.to(dtype) * factor)
+    assert out.hidden_states.dtype == dtype
+    assert out.requested.tolist() == out.processed.tolist() == [3, 3, 0, 0]
+    assert (out.dropped.tolist(), out.dropped_tokens.tolist()) == ([0] * 4, [False] * 3)
+    assert (out.aux_loss, out.z_loss, out.topk_ids, out.topk_weights) == (0.5, 0.25, None, None)
+
+
+async def test_everything_said_arrives(calls: Calls, engine: FunctionEngine) -> None:
+    used_token, ids, weights = torch.tensor([True, False, True]), torch.tensor([[0, 1], [2, 3], [3, 0]]), torch.rand(3, 2)
+    out = await calls.forward(X, used_token=used_token, topk_ids=ids, topk_weights=weights.bfloat16(), return_routing=True, model="tiny")
+    assert torch.equal(out.topk_ids, ids)
+    assert torch.equal(out.topk_weights, weights.bfloat16().float())
+    ((_, request),) = engine.requests
+    assert request.used_token is not None
+    assert torch.equal(request.used_token, used_token)
+    assert request.deadline is not None
+
+
+async def test_large_and_empty_and_strided_batches(calls: Calls) -> None:
+    large = torch.randn(HIDDEN, 20_000).T
+    assert torch.equal((await calls.forward(large)).hidden_states, large)
+    empty = await calls.forward(X[:0])
+    assert (empty.hidden_states.shape, empty.processed.tolist()) == ((0, HIDDEN), [0] * EXPERTS)
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        errors.InvalidRequest("no", "hidden_states"),
+        errors.UnknownLayer("no"),
+        errors.Overloaded("no"),
+        errors.ExpertUnavailable("no"),
+        errors.DeadlineExceeded("no"),
+        errors.Cancelled("no"),
+        errors.PermissionDenied("no"),
+        errors.MoEServeError("no"),
+    ],
+)
+async def test_the_error_of_the_server_is_raised(calls: Calls, engine: FunctionEngine, raised: errors.MoEServeError) -> None:
+    engine.errors = [raised] * 4
+    with pytest.raises(errors.MoEServeError, match=r"^no$") as caught:
+        await calls.forward(X)
+    assert type(caught.value) is type(raised)
+    assert getattr(caught.value, "violations", None) == getattr(raised, "violations", None)
+
+
+async def test_unknown_layers_and_invalid_requests(calls: Calls) -> None:
+    with pytest.raises(errors.UnknownLayer, match=r"there is no layer 2; served: 0\.\.1 \(model\.layers\.0\.mlp, model\.layers\.1\.mlp\)"):
+        await calls.forward(X, layer=2)
+    with pytest.raises(errors.UnknownLayer, match="model 'huge' is not served"):
+        await calls.forward(X, model="huge")
+    with pytest.raises(errors.InvalidRequest, match=r"takes \[tokens, 16\]") as caught:
+        await calls.forward(torch.zeros(3, 5))
+    assert [violation.field for violation in caught.value.violations] == ["hidden_states"]
+    with pytest.raises(errors.InvalidRequest, match="larger than max"):
+        await calls.forward(torch.zeros(2**17, HIDDEN))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"hidden_states": [[1.0]]}, "hidden_states must be a torch.Tensor, got list"),
+        ({"hidden_states": None}, "hidden_states must be a torch.Tensor, got NoneType"),
+        ({"hidden_states": torch.zeros(1, 4, dtype=torch.float64)}, "hidden_states is float64; allowed: float32, float16, bfloat16"),
+        ({"hidden_states": torch.zeros(1, 4, dtype=torch.int64)}, "hidden_states is int64"),
+        ({"used_token": [True]}, "used_token must be a torch.Tensor, got list"),
+        ({"topk_ids": torch.zeros(3, 2, dtype=torch.int16)}, "topk_ids is int16, which cannot be sent"),
+        ({"layer": -1}, "layer is -1; layers count from 0"),
+        ({"layer": 1.5}, "layer must be a position or a name, got float"),
+    ],
+)
+async def test_what_no_service_takes_is_refused_without_one(
+    connect: Callable[..., Calls], arguments: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(errors.InvalidRequest, match=sentence):
+        await connect("127.0.0.1:1").forward(**{"hidden_states": X, **arguments})
+
+
+async def test_a_service_that_is_not_there_is_named(connect: Callable[..., Calls]) -> None:
+    calls = connect("127.0.0.1:1")
+    for call in (calls.forward(X), calls.layers(), calls.stats(), calls.forward_stream([WireRequest(X)])):
+        with pytest.raises(errors.ExpertUnavailable, match=r"127\.0\.0\.1:1 is unavailable: .*refused"):
+            await call
+    assert not await calls.ready()
+
+
+@pytest.mark.parametrize("per_call", [True, False])
+async def test_a_call_takes_no_longer_than_its_timeout(
+    connect: Callable[..., Calls], target: str, engine: FunctionEngine, per_call: bool
+) -> None:
+    engine.gate.clear()
+    calls = connect(target, timeout=60 if per_call else 0.3)
+    with pytest.raises(errors.DeadlineExceeded, match=rf"no answer from {target} within 0\.3 s"):
+        await calls.forward(X, timeout=0.3 if per_call else None)
+    assert await asyncio.to_thread(engine.cancelled.wait, 10)
+
+
+async def test_unavailable_is_tried_again(calls: Calls, engine: FunctionEngine) -> None:
+    engine.errors = [errors.ExpertUnavailable("a host died")] * 3
+    large = torch.randn(2**14, HIDDEN)
+    assert torch.equal((await calls.forward(large)).hidden_states, large)
+    assert len(engine.requests) == 4
+
+
+async def test_nothing_else_is_tried_again(calls: Calls, engine: FunctionEngine) -> None:
+    engine.errors = [errors.Overloaded("full")]
+    with pytest.raises(errors.Overloaded):
+        await calls.forward(X)
+    assert len(engine.requests) == 1
+
+
+async def test_layers_stats_ready(engine: FunctionEngine, connect: Callable[..., Calls]) -> None:
+    with served(engine) as (target, server, loop):
+        calls = connect(target)
+        first, second = await calls.layers()
+        assert (first.index, first.name, first.hidden_size, first.intermediate_size) == (0, "model.layers.0.mlp", HIDDEN, 32)
+        assert (first.num_experts, first.top_k, first.activation, first.dtype) == (EXPERTS, 2, "swiglu", "bfloat16")
+        assert (second.index, second.capacity_factor) == (1, 1.25)
+
+        stats, truth = await calls.stats(), engine.stats()
+        assert (stats.epoch, stats.queue_tokens, stats.hosts) == (truth.epoch, truth.queue_tokens, truth.hosts)
+        for got, expected in zip(stats.layers, truth.layers, strict=True):
+            assert (got.name, got.tokens) == (expected.name, expected.tokens)
+            assert torch.equal(got.processed, expected.processed)
+            assert torch.equal(got.dropped, expected.dropped)
+
+        assert not await calls.ready()
+        for layer in range(2):
+            loop.call_soon_threadsafe(server.set_serving, layer, True)
+        async with asyncio.timeout(10):
+            while not await calls.ready():
+                pass
+
+
+async def test_a_stream_answers_each_request(calls: Calls) -> None:
+    requests = [WireRequest(X * n, layer=n % 2, request_id=str(n)) for n in range(6)]
+    requests.insert(3, WireRequest(X, layer="nothing", request_id="bad"))
+    answers: dict[str, WireResponse] = {answer.request_id: answer for answer in await calls.forward_stream(requests)}
+    bad = answers.pop("bad").result
+    assert isinstance(bad, errors.UnknownLayer)
+    assert {name: answer.result.hidden_states.tolist() for name, answer in answers.items()} == {
+        str(n): (X * n * (n % 2 + 1)).tolist() for n in range(6)
+    }
+
+
+async def test_what_the_requests_of_a_stream_raise_is_raised(calls: Calls) -> None:
+    def requests() -> Iterator[WireRequest]:
+        yield WireRequest(X)
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        await calls.forward_stream(requests())
+    with pytest.raises(errors.InvalidRequest, match="int64"):
+        await calls.forward_stream([WireRequest(X), WireRequest(X.long())])
+
+
+async def test_a_stream_takes_no_longer_than_its_timeout(calls: Calls, engine: FunctionEngine, target: str) -> None:
+    engine.gate.clear()
+    with pytest.raises(errors.DeadlineExceeded, match=rf"no answer from {target} within 0\.3 s"):
+        await calls.forward_stream([WireRequest(X)], timeout=0.3)
+    assert await asyncio.to_thread(engine.cancelled.wait, 10)
+
+
+async def test_requests_of_a_stream_may_be_asynchronous(target: str) -> None:
+    async def requests() -> AsyncIterator[WireRequest]:
+        for n in range(3):
+            yield WireRequest(X, request_id=str(n))
+
+    async with AsyncClient(target) as client:
+        assert {answer.request_id async for answer in client.forward_stream(requests())} == {"0", "1", "2"}
+
+
+def test_leaving_a_stream_cancels_the_rest(target: str, engine: FunctionEngine) -> None:
+    def requests() -> Iterator[WireRequest]:
+        yield WireRequest(X[:0], request_id="first")
+        engine.gate.clear()
+        yield WireRequest(X, request_id="second")
+
+    with Client(target) as client:
+        stream = client.forward_stream(requests())
+        assert next(stream).request_id == "first"
+        assert engine.started.wait(10)
+        stream.close()
+        assert engine.cancelled.wait(10)
+
+
+async def test_cancelling_a_call_cancels_the_work(target: str, engine: FunctionEngine) -> None:
+    engine.gate.clear()
+    async with AsyncClient(target) as client:
+        task = asyncio.create_task(client.forward(X))
+        assert await asyncio.to_thread(engine.started.wait, 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await asyncio.to_thread(engine.cancelled.wait, 10)
+
+
+async def test_token_and_mutual_tls(tmp_path: Path, engine: FunctionEngine, connect: Callable[..., Calls]) -> None:
+    (tmp_path / "token").write_text("secret\n")
+    (server_cert, server_key), (client_cert, client_key) = (self_signed(tmp_path, name) for name in ("server", "client"))
+    config = {"tls_cert": server_cert, "tls_key": server_key, "client_ca": client_cert, "auth_token_file": tmp_path / "token"}
+    known = TLS(ca=server_cert, cert=client_cert, key=client_key)
+    with served(engine, **config) as (target, _, _):
+        assert torch.equal((await connect(target, token="secret", tls=known).forward(X)).hidden_states, X)
+        for token in (None, "guess"):
+            with pytest.raises(errors.Unauthenticated, match="bearer token is missing or wrong"):
+                await connect(target, token=token, tls=known).forward(X)
+        for tls in (None, True, TLS(ca=server_cert), TLS(ca=client_cert, cert=client_cert, key=client_key)):
+            with pytest.raises(errors.ExpertUnavailable, match=f"{target} is unavailable"):
+                await connect(target, token="secret", tls=tls).forward(X)
+
+
+def test_tls_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    for kind in (Client, AsyncClient):
+        with pytest.raises(errors.ConfigError, match=f"TLS file {tmp_path / 'ca.pem'} cannot be read"):
+            kind("127.0.0.1:1", tls=TLS(ca=tmp_path / "ca.pem"))
+        with pytest.raises(errors.ConfigError, match="cert and key must be given together"):
+            kind("127.0.0.1:1", tls=TLS(cert=tmp_path / "cert.pem"))
+
+
+def test_a_client_never_loads_the_engine() -> None:
+    script = "import sys, moeserve; moeserve.Client, moeserve.AsyncClient; print(*sys.modules)"
+    loaded = set(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=60).stdout.split())
+    engine = {
+        "ray",
+        "transformers",
+        "pydantic",
+        "zmq",
+        *(f"moeserve.{room}" for room in ("config", "server", "gating", "frontend", "request")),
+    }
+    assert not loaded & engine
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+async def test_the_answer_is_where_the_question_was(calls: Calls) -> None:
+    out = await calls.forward(X.cuda(), return_routing=True)
+    assert {value.device.type for value in vars(out).values() if isinstance(value, torch.Tensor)} == {"cuda"}
+    (answer,) = await calls.forward_stream([WireRequest(X.cuda())])
+    assert answer.result.hidden_states.is_cuda

@@ -1,0 +1,40 @@
+"""The documents say what the code does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moeserve.config import GatingConfig, LayerConfig, ServiceConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+def keys() -> list[str]:
+    tables = [field.annotation for name, field in ServiceConfig.model_fields.items() if name != "layers"]
+    models = [*tables, LayerConfig, GatingConfig]
+    return sorted({key for model in models for key in model.model_fields} - {"gating"})
+
+
+@pytest.mark.parametrize("key", keys())
+def test_every_key_is_documented(key: str) -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    assert f"`{key}`" in text or f".{key}`" in text
+
+
+def test_the_architecture_fits_on_a_page_and_names_every_room() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    assert text.count("\n") < 80
+    for path in (ROOT / "moeserve").iterdir():
+        if path.name not in ("__init__.py", "__pycache__", "py.typed"):
+            assert f"`{path.name}/`" in text or f"`{path.name}`" in text, path.name
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    import re
+
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page.name}: {link}"

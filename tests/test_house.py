@@ -1,0 +1,118 @@
+"""The laws of the house that a machine can check."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import moeserve
+
+REPOSITORY = Path(__file__).parents[1]
+PACKAGE = REPOSITORY / "moeserve"
+GENERATED = PACKAGE / "v1"
+PUBLIC_NAMES = {
+    "AsyncClient",
+    "BackgroundService",
+    "Cancelled",
+    "CheckpointError",
+    "Client",
+    "ConfigError",
+    "DeadlineExceeded",
+    "ExpertUnavailable",
+    "ForwardOutput",
+    "GatingConfig",
+    "InvalidRequest",
+    "MoELayer",
+    "MoEServeError",
+    "Overloaded",
+    "PermissionDenied",
+    "Routing",
+    "ServiceConfig",
+    "Unauthenticated",
+    "UnknownLayer",
+    "connect_experts",
+    "load_config",
+    "route",
+    "serve",
+}
+ENGINE_ROOMS = ("frontend", "host", "gating", "experts", "checkpoints", "transport")
+ENGINE = ("ray", "zmq", *(f"moeserve.{room}" for room in ENGINE_ROOMS))
+
+
+def written_code() -> list[Path]:
+    """Every Python file of the project but the generated ones."""
+    paths = (path for folder in ("moeserve", "tests", "examples", "benchmarks") for path in (REPOSITORY / folder).rglob("*.py"))
+    return sorted(path for path in paths if GENERATED not in path.parents)
+
+
+def loaded_by(statements: str) -> set[str]:
+    """The modules that a fresh Python has loaded after `import moeserve` and the given statements."""
+    return set(run(sys.executable, "-c", f"import moeserve; {statements}; import sys; print(*sys.modules)").split())
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Every module that the file names in an import, wherever the import stands."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_imports_go_down_only() -> None:
+    run(str(Path(sys.executable).with_name("lint-imports")), "--no-cache")
+
+
+def test_only_the_cluster_imports_ray() -> None:
+    who = {path for path in PACKAGE.rglob("*.py") if any(name.split(".")[0] == "ray" for name in imported(path))}
+    assert who
+    assert {path.parent for path in who} == {PACKAGE / "cluster"}
+
+
+def test_public_names_are_pinned() -> None:
+    assert set(moeserve.__all__) == PUBLIC_NAMES
+    assert sorted(moeserve.__all__) == dir(moeserve)
+    for name in PUBLIC_NAMES:
+        assert getattr(moeserve, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'Clyent'"):
+        moeserve.Clyent  # noqa: B018
+
+
+def test_a_client_never_pays_for_the_engine() -> None:
+    loaded = loaded_by("moeserve.Client; moeserve.ForwardOutput")
+    assert "moeserve.client" in loaded
+    assert not {name for name in loaded if name.startswith(ENGINE)}
+
+
+def test_a_layer_in_this_process_needs_neither_ray_nor_sockets() -> None:
+    loaded = loaded_by("moeserve.MoELayer; moeserve.route")
+    assert "moeserve.layer" in loaded
+    assert not {"ray", "zmq", "moeserve.transport", "moeserve.client"} & loaded
+
+
+def test_the_installed_version_is_the_one_written_down() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert importlib.metadata.version("moeserve") == project["version"]
+
+
+def test_files_and_functions_are_short() -> None:
+    long = [path for path in written_code() if len(path.read_text().splitlines()) > 300]
+    for path in written_code():
+        if PACKAGE in path.parents:
+            functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+            bodies = {function: (function.end_lineno or 0) - function.body[0].lineno + 1 for function in functions}
+            long += [path / function.name for function, lines in bodies.items() if lines > 40]
+    assert not long

@@ -1,0 +1,118 @@
+"""What a scraper reads: names, labels and values, through Prometheus' own parser."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from moeserve.config import GatingConfig, LayerSpec
+from moeserve.metrics import ExpertDetail, Metrics, Stage
+
+NUM_EXPERTS = 40
+SPECS = [LayerSpec(f"layers.{index}", 8, 8, NUM_EXPERTS, "swiglu", False, "float32", GatingConfig()) for index in range(2)]
+Labels = tuple[tuple[str, str], ...]
+
+
+def scraped(metrics: Metrics) -> dict[str, dict[Labels, float]]:
+    """Series name -> its labels, sorted -> value."""
+    series: dict[str, dict[Labels, float]] = {}
+    for family in text_string_to_metric_families(generate_latest(metrics.registry).decode()):
+        for sample in family.samples:
+            series.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value
+    return series
+
+
+def busy(detail: ExpertDetail) -> Metrics:
+    """Layer 0: expert e computed e + 1 pairs and dropped 1; layer 1: nothing yet. One of everything else."""
+    metrics = Metrics(SPECS, detail)
+    metrics.experts.add(0, 7, torch.arange(NUM_EXPERTS) + 1, torch.zeros(NUM_EXPERTS, dtype=torch.int64))
+    metrics.experts.add(0, 5, torch.zeros(NUM_EXPERTS, dtype=torch.int64), torch.ones(NUM_EXPERTS, dtype=torch.int64))
+    metrics.experts.live_copies[0] += 1
+    metrics.observe_call("Forward", "OK", 0.02)
+    for stage in get_args(Stage):
+        metrics.observe_stage(stage, 0.001)
+    metrics.batch_tokens.observe(12)
+    metrics.queue_tokens.set(3)
+    metrics.host_up.labels("host-0").set(1)
+    metrics.host_queue_tokens.labels("host-0").set(4)
+    metrics.host_restarts.inc()
+    metrics.expert_retries.labels("host_lost").inc()
+    metrics.aux_loss.labels("layers.0").set(1.5)
+    return metrics
+
+
+def test_names_and_labels_are_the_documented_ones() -> None:
+    documented = {
+        "moeserve_requests_total": {"method", "code"},
+        "moeserve_request_duration_seconds_count": {"method"},
+        "moeserve_tokens_total": {"layer"},
+        "moeserve_expert_tokens_total": {"layer", "expert"},
+        "moeserve_expert_dropped_tokens_total": {"layer", "expert", "reason"},
+        "moeserve_stage_duration_seconds_count": {"stage"},
+        "moeserve_batch_tokens_count": set(),
+        "moeserve_queue_tokens": set(),
+        "moeserve_expert_copies": {"layer", "expert", "state"},
+        "moeserve_expert_balancedness_ratio": {"layer"},
+        "moeserve_host_up": {"host"},
+        "moeserve_host_queue_tokens": {"host"},
+        "moeserve_host_restarts_total": set(),
+        "moeserve_expert_retries_total": {"reason"},
+        "moeserve_aux_loss": {"layer"},
+    }
+    series = scraped(busy("full"))
+    assert {name: {label for label, _ in next(iter(series[name]))} for name in documented} == documented
+    beside = {name for name in series if not name.endswith(("_bucket", "_sum", "_created"))}
+    assert beside == set(documented)
+
+
+def test_stages_are_the_steps_of_a_batch() -> None:
+    stages = {dict(labels)["stage"] for labels in scraped(busy("full"))["moeserve_stage_duration_seconds_count"]}
+    assert stages == {"queue", "route", "dispatch", "experts", "combine"}
+
+
+def test_every_token_and_pair_is_counted() -> None:
+    series = scraped(busy("full"))
+    assert series["moeserve_tokens_total"] == {(("layer", "layers.0"),): 12, (("layer", "layers.1"),): 0}
+    for expert in range(NUM_EXPERTS):
+        labels = (("expert", str(expert)), ("layer", "layers.0"))
+        assert series["moeserve_expert_tokens_total"][labels] == expert + 1
+        assert series["moeserve_expert_dropped_tokens_total"][(*labels, ("reason", "capacity"))] == 1
+        assert series["moeserve_expert_copies"][(*labels, ("state", "live"))] == 1
+
+
+@pytest.mark.parametrize(
+    ("detail", "shown"),
+    [("off", set()), ("top", set(range(NUM_EXPERTS - 32, NUM_EXPERTS))), ("full", set(range(NUM_EXPERTS)))],
+)
+def test_detail_bounds_the_series_of_a_layer_to_its_busiest_experts(detail: ExpertDetail, shown: set[int]) -> None:
+    series = scraped(busy(detail))
+    for name in ("moeserve_expert_tokens_total", "moeserve_expert_dropped_tokens_total", "moeserve_expert_copies"):
+        of_layer = [dict(labels) for labels in series.get(name, {})]
+        assert {int(labels["expert"]) for labels in of_layer if labels["layer"] == "layers.0"} == shown
+        assert len(of_layer) == 2 * len(shown)
+    assert len(series["moeserve_tokens_total"]) == 2
+
+
+def test_balancedness_is_mean_over_max_of_the_demand() -> None:
+    ratio = scraped(busy("off"))["moeserve_expert_balancedness_ratio"]
+    demand = [expert + 2 for expert in range(NUM_EXPERTS)]
+    assert ratio[(("layer", "layers.0"),)] == pytest.approx(sum(demand) / NUM_EXPERTS / max(demand))
+    assert ratio[(("layer", "layers.1"),)] == 1
+
+
+def test_calls_and_stages_are_timed() -> None:
+    series = scraped(busy("off"))
+    assert series["moeserve_requests_total"] == {(("code", "OK"), ("method", "Forward")): 1}
+    assert series["moeserve_request_duration_seconds_sum"][(("method", "Forward"),)] == pytest.approx(0.02)
+    assert series["moeserve_stage_duration_seconds_sum"][(("stage", "experts"),)] == pytest.approx(0.001)
+
+
+def test_two_services_in_one_process_count_apart() -> None:
+    one, other = Metrics(SPECS), Metrics(SPECS)
+    one.host_restarts.inc()
+    assert scraped(one)["moeserve_host_restarts_total"] == {(): 1}
+    assert scraped(other)["moeserve_host_restarts_total"] == {(): 0}

@@ -1,0 +1,104 @@
+"""Every mistake a caller can make is refused with the field's name and one sentence.
+
+T = 3 tokens, H = 4, E = 5 experts, K = 2 choices.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moeserve import InvalidRequest
+from moeserve.config import GatingConfig, LayerSpec
+from moeserve.request import LayerRequest, validate
+
+SPEC = LayerSpec("blocks.0", 4, 6, 5, "swiglu", False, "float32", GatingConfig())
+GOOD: dict[str, Tensor] = {
+    "hidden_states": torch.ones(3, 4),
+    "used_token": torch.tensor([True, False, True]),
+    "topk_ids": torch.tensor([[0, 4], [1, 2], [3, 0]]),
+    "topk_weights": torch.full((3, 2), 0.5),
+}
+NAN, INF = float("nan"), float("inf")
+
+
+def spoilt(field: str, index: tuple[int, int], value: float) -> Tensor:
+    tensor = GOOD[field].clone()
+    tensor[index] = value
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("hidden_states", torch.ones(3, 4, dtype=torch.float64), "hidden_states is float64; allowed: float32, float16, bfloat16"),
+        ("hidden_states", torch.ones(3, 4, dtype=torch.int64), "hidden_states is int64; allowed: float32, float16, bfloat16"),
+        ("hidden_states", torch.ones(3, 5), "hidden_states has shape [3, 5]; layer blocks.0 takes [tokens, 4]"),
+        ("hidden_states", torch.ones(4), "hidden_states has shape [4]; layer blocks.0 takes [tokens, 4]"),
+        ("hidden_states", torch.ones(1, 3, 4), "hidden_states has shape [1, 3, 4]; layer blocks.0 takes [tokens, 4]"),
+        ("hidden_states", torch.ones(()), "hidden_states has shape []; layer blocks.0 takes [tokens, 4]"),
+        ("hidden_states", torch.ones(8, 4), "hidden_states has 8 tokens; at most 7 are allowed in one request"),
+        ("hidden_states", spoilt("hidden_states", (2, 3), NAN), "hidden_states of token 2 is not finite (NaN or Inf)"),
+        ("hidden_states", spoilt("hidden_states", (0, 0), INF), "hidden_states of token 0 is not finite (NaN or Inf)"),
+        ("hidden_states", spoilt("hidden_states", (1, 0), -INF).half(), "hidden_states of token 1 is not finite (NaN or Inf)"),
+        ("hidden_states", spoilt("hidden_states", (1, 0), NAN).bfloat16(), "hidden_states of token 1 is not finite (NaN or Inf)"),
+        ("used_token", torch.ones(3), "used_token must be bool of shape [3], got float32 [3]"),
+        ("used_token", torch.ones(2, dtype=torch.bool), "used_token must be bool of shape [3], got bool [2]"),
+        ("used_token", torch.ones(3, 1, dtype=torch.bool), "used_token must be bool of shape [3], got bool [3, 1]"),
+        ("topk_ids", None, "topk_ids and topk_weights must be given together; topk_ids is not given"),
+        ("topk_weights", None, "topk_ids and topk_weights must be given together; topk_weights is not given"),
+        ("topk_ids", GOOD["topk_ids"].float(), "topk_ids is float32; allowed: int64, int32"),
+        ("topk_ids", GOOD["topk_ids"].short(), "topk_ids is int16; allowed: int64, int32"),
+        ("topk_weights", GOOD["topk_weights"].double(), "topk_weights is float64; allowed: float32, float16, bfloat16"),
+        ("topk_weights", GOOD["topk_ids"], "topk_weights is int64; allowed: float32, float16, bfloat16"),
+        ("topk_ids", torch.zeros(2, 2, dtype=torch.int64), "must both be [3, K] with K in 1..5, got [2, 2] and [3, 2]"),
+        ("topk_ids", torch.zeros(3, dtype=torch.int64), "must both be [3, K] with K in 1..5, got [3] and [3, 2]"),
+        ("topk_ids", torch.zeros(3, 0, dtype=torch.int64), "must both be [3, K] with K in 1..5, got [3, 0] and [3, 2]"),
+        ("topk_ids", torch.zeros(3, 6, dtype=torch.int64), "must both be [3, K] with K in 1..5, got [3, 6] and [3, 2]"),
+        ("topk_ids", torch.zeros(3, 1, dtype=torch.int64), "must both be [3, K] with K in 1..5, got [3, 1] and [3, 2]"),
+        ("topk_ids", spoilt("topk_ids", (1, 1), 5), "topk_ids[1, 1] is 5; layer blocks.0 has experts 0..4"),
+        ("topk_ids", spoilt("topk_ids", (2, 0), -1), "topk_ids[2, 0] is -1; layer blocks.0 has experts 0..4"),
+        ("topk_ids", spoilt("topk_ids", (1, 1), 1).int(), "topk_ids[1] names an expert twice"),
+        ("topk_weights", spoilt("topk_weights", (2, 1), NAN), "topk_weights of token 2 is not finite (NaN or Inf)"),
+        ("topk_weights", spoilt("topk_weights", (0, 1), INF).half(), "topk_weights of token 0 is not finite (NaN or Inf)"),
+    ],
+)
+def test_a_wrong_field_is_named(field: str, value: Tensor | None, sentence: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        validate(LayerRequest(**GOOD | {field: value}), SPEC, max_tokens=7)
+    assert sentence in str(caught.value)
+    (violation,) = caught.value.violations
+    assert (violation.field, violation.description) == (field, str(caught.value))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"used_token": None},
+        {"topk_ids": None, "topk_weights": None},
+        {"topk_ids": GOOD["topk_ids"].int(), "topk_weights": GOOD["topk_weights"].bfloat16()},
+        {"topk_weights": torch.zeros(3, 2)},
+        {"topk_weights": -GOOD["topk_weights"]},
+        {"hidden_states": torch.ones(3, 8)[:, ::2]},
+        {"hidden_states": torch.full((3, 4), 65504.0).half()},
+        {"topk_ids": torch.arange(5).repeat(3, 1), "topk_weights": torch.ones(3, 5)},
+    ],
+)
+def test_a_request_that_is_right_passes(changes: dict[str, Any]) -> None:
+    validate(LayerRequest(**GOOD | changes), SPEC, max_tokens=3)
+
+
+def test_no_tokens_are_a_request_too() -> None:
+    none = LayerRequest(torch.ones(0, 4), torch.ones(0, dtype=torch.bool), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2))
+    validate(none, SPEC, max_tokens=1)
+    assert none.num_tokens == 0
+
+
+def test_a_request_knows_who_routed() -> None:
+    assert LayerRequest(**GOOD).is_routed
+    assert not LayerRequest(GOOD["hidden_states"]).is_routed
+    assert LayerRequest(GOOD["hidden_states"]).num_tokens == 3
