@@ -60,8 +60,7 @@ def view(data: bytes | bytearray | memoryview, shape: Sequence[int], dtype: torc
 
 def raw(tensor: torch.Tensor) -> memoryview:
     """The bytes of `tensor` without a copy when it is contiguous and on the CPU."""
-    dense = tensor.detach().cpu().contiguous()
-    if not dense.numel():
-        return memoryview(b"")
+    dense = tensor.contiguous()
     # numpy has no bfloat16.
-    return (dense.view(torch.int16) if dense.dtype is torch.bfloat16 else dense).numpy().data.cast("B")
+    array = (dense.view(torch.int16) if dense.dtype is torch.bfloat16 else dense).numpy(force=True)
+    return array.data.cast("B") if array.size else memoryview(b"")

@@ -74,6 +74,11 @@ def test_a_wrong_field_is_named(field: str, value: Tensor | None, sentence: str)
     assert (violation.field, violation.description) == (field, str(caught.value))
 
 
+def test_more_choices_than_experts_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match=r"must both be \[3, K\] with K in 1\.\.5, got \[3, 6\] and \[3, 6\]"):
+        validate(LayerRequest(**GOOD | {"topk_ids": torch.arange(6).repeat(3, 1), "topk_weights": torch.ones(3, 6)}), SPEC, max_tokens=7)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import torch
 
@@ -56,14 +57,8 @@ class HostLoop:
                 valid.append(work)
             except InvalidRequest as error:
                 work.fail(error)
-        if bank is None or not valid:
-            return
-        try:
-            _compute(bank, valid)
-        except Exception as error:  # a failing kernel must not end the host: the callers are told
-            log.exception("layer %d failed", layer)
-            for work in valid:
-                work.fail(MoEServeError(f"the expert host failed to compute layer {layer}: {type(error).__name__}"))
+        if bank is not None and valid:
+            _answer(bank, valid)
 
 
 def _check(work: Work, layer: int, bank: ExpertBank | None) -> None:
@@ -76,20 +71,41 @@ def _check(work: Work, layer: int, bank: ExpertBank | None) -> None:
         raise InvalidRequest(f"a pair names expert slot {int(work.slots[-1])} of layer {layer}; this host has 0..{bank.num_experts - 1}")
 
 
-def _compute(bank: ExpertBank, works: Sequence[Work]) -> None:
-    if len(works) == 1:
-        work = works[0]
-        bank.run(work.hidden_states, work.row_index, work.slots, work.weights, out=work.reply_buffer())
-        work.reply()
+def _answer(bank: ExpertBank, works: Sequence[Work]) -> None:
+    try:
+        if len(works) == 1:
+            bank.run(works[0].hidden_states, works[0].row_index, works[0].slots, works[0].weights, out=works[0].reply_buffer())
+            parts: Sequence[torch.Tensor] = [works[0].reply_buffer()]
+        else:
+            parts = _merged(bank, works)
+    except Exception as error:  # a failing kernel must not end the host: the callers are told
+        log.exception("layer %d failed", works[0].layer)
+        for work in works:
+            work.fail(_as_user_error(error, work.layer))
         return
+    for work, part in zip(works, parts, strict=True):
+        try:
+            if len(works) > 1:
+                work.reply_buffer().copy_(part)
+            work.reply()
+        except MoEServeError as error:
+            work.fail(error)
+
+
+def _merged(bank: ExpertBank, works: Sequence[Work]) -> Sequence[torch.Tensor]:
+    """One pass over the rows of all works laid end to end; the answers [R, H] of each."""
     sizes = [len(work.hidden_states) for work in works]
-    offsets = torch.tensor([0, *sizes[:-1]]).cumsum(0)
-    row_index = torch.cat([work.row_index + offset for work, offset in zip(works, offsets.tolist(), strict=True)])
+    starts = [0, *accumulate(sizes)]
+    row_index = torch.cat([work.row_index + start for work, start in zip(works, starts, strict=False)])
     slots, order = torch.cat([work.slots for work in works]).sort(stable=True)
     weights = torch.cat([work.weights for work in works])[order]
     hidden_states = torch.cat([work.hidden_states.to(bank.dtype) for work in works])
-    out = torch.empty(len(hidden_states), hidden_states.shape[1])
+    out = torch.empty(len(hidden_states), bank.hidden_size)
     bank.run(hidden_states, row_index[order], slots, weights, out=out)
-    for work, part in zip(works, out.split(sizes), strict=True):
-        work.reply_buffer().copy_(part)
-        work.reply()
+    return out.split(sizes)
+
+
+def _as_user_error(error: Exception, layer: int) -> MoEServeError:
+    if isinstance(error, MoEServeError):
+        return error
+    return MoEServeError(f"the expert host failed to compute layer {layer}: {type(error).__name__}")

@@ -38,9 +38,8 @@ class LayerPlacement:
 
     @cached_property
     def physical_of_logical(self) -> Integers:
-        """[E] uint16, the widest that NumPy sorts by radix: the copy that serves each expert."""
-        assert len(self.logical_of_physical) <= np.iinfo(np.uint16).max
-        return self.logical_of_physical.argsort().astype(np.uint16)
+        """[E], of the narrowest type, because NumPy sorts numbers of up to 16 bits by radix: the copy that serves each expert."""
+        return self.logical_of_physical.argsort().astype(np.min_scalar_type(len(self.logical_of_physical)))
 
     def experts_on(self, host: int) -> list[int]:
         """Logical ids of the experts `host` holds, in slot order."""

@@ -19,6 +19,9 @@ from moeserve.request import LayerRequest
 from moeserve.server import GrpcServer
 from moeserve.stats import HostStats, LayerStats, ServiceStats
 
+HIDDEN, EXPERTS = 16, 4
+X = torch.arange(3.0 * HIDDEN).view(3, HIDDEN)
+
 #: hidden_states [T, H], topk_ids [T, K], topk_weights [T, K] -> [T, H]
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 

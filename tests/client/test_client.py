@@ -3,76 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from moeserve import errors
-from moeserve.client import TLS, AsyncClient, Client, WireRequest, WireResponse
+from moeserve.client import AsyncClient, WireRequest
 from moeserve.output import ForwardOutput
 
-from .certificates import self_signed
-from .engine import FunctionEngine, served, spec
-
-HIDDEN, EXPERTS = 16, 4
-X = torch.arange(3.0 * HIDDEN).view(3, HIDDEN)
-
-
-@pytest.fixture
-def engine() -> FunctionEngine:
-    """Layer n multiplies by n + 1."""
-    layers = [(spec(f"model.layers.{n}.mlp", HIDDEN, EXPERTS), lambda x, ids, weights, n=n: x * (n + 1)) for n in range(2)]
-    return FunctionEngine(layers)
-
-
-@pytest.fixture
-def target(engine: FunctionEngine) -> Iterator[str]:
-    with served(engine, max_message_bytes=4 * 2**20) as (target, _, _):
-        yield target
-
-
-class Calls:
-    """`await calls.forward(...)`, whichever client it is: a blocking one is called from a thread of its own."""
-
-    def __init__(self, client: Client | AsyncClient) -> None:
-        self.client = client
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        async def call(*args: Any, **kwargs: Any) -> Any:
-            method = getattr(self.client, name)
-            if inspect.isasyncgenfunction(method):
-                return [answer async for answer in method(*args, **kwargs)]
-            if inspect.iscoroutinefunction(method):
-                return await method(*args, **kwargs)
-            if inspect.isgeneratorfunction(method):
-                return await asyncio.to_thread(lambda: list(method(*args, **kwargs)))
-            return await asyncio.to_thread(method, *args, **kwargs)
-
-        return call
-
-
-@pytest.fixture(params=[Client, AsyncClient])
-async def connect(request: pytest.FixtureRequest) -> AsyncIterator[Callable[..., Calls]]:
-    opened: list[Calls] = []
-
-    def connect(target: str, **options: Any) -> Calls:
-        opened.append(Calls(request.param(target, **options)))
-        return opened[-1]
-
-    yield connect
-    for calls in opened:
-        await calls.close()
-
-
-@pytest.fixture
-def calls(connect: Callable[..., Calls], target: str) -> Calls:
-    return connect(target)
+from .conftest import Calls
+from .engine import EXPERTS, HIDDEN, FunctionEngine, X, served
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -214,58 +158,6 @@ async def test_layers_stats_ready(engine: FunctionEngine, connect: Callable[...,
                 pass
 
 
-async def test_a_stream_answers_each_request(calls: Calls) -> None:
-    requests = [WireRequest(X * n, layer=n % 2, request_id=str(n)) for n in range(6)]
-    requests.insert(3, WireRequest(X, layer="nothing", request_id="bad"))
-    answers: dict[str, WireResponse] = {answer.request_id: answer for answer in await calls.forward_stream(requests)}
-    bad = answers.pop("bad").result
-    assert isinstance(bad, errors.UnknownLayer)
-    assert {name: answer.result.hidden_states.tolist() for name, answer in answers.items()} == {
-        str(n): (X * n * (n % 2 + 1)).tolist() for n in range(6)
-    }
-
-
-async def test_what_the_requests_of_a_stream_raise_is_raised(calls: Calls) -> None:
-    def requests() -> Iterator[WireRequest]:
-        yield WireRequest(X)
-        raise ZeroDivisionError("mine")
-
-    with pytest.raises(ZeroDivisionError, match="mine"):
-        await calls.forward_stream(requests())
-    with pytest.raises(errors.InvalidRequest, match="int64"):
-        await calls.forward_stream([WireRequest(X), WireRequest(X.long())])
-
-
-async def test_a_stream_takes_no_longer_than_its_timeout(calls: Calls, engine: FunctionEngine, target: str) -> None:
-    engine.gate.clear()
-    with pytest.raises(errors.DeadlineExceeded, match=rf"no answer from {target} within 0\.3 s"):
-        await calls.forward_stream([WireRequest(X)], timeout=0.3)
-    assert await asyncio.to_thread(engine.cancelled.wait, 10)
-
-
-async def test_requests_of_a_stream_may_be_asynchronous(target: str) -> None:
-    async def requests() -> AsyncIterator[WireRequest]:
-        for n in range(3):
-            yield WireRequest(X, request_id=str(n))
-
-    async with AsyncClient(target) as client:
-        assert {answer.request_id async for answer in client.forward_stream(requests())} == {"0", "1", "2"}
-
-
-def test_leaving_a_stream_cancels_the_rest(target: str, engine: FunctionEngine) -> None:
-    def requests() -> Iterator[WireRequest]:
-        yield WireRequest(X[:0], request_id="first")
-        engine.gate.clear()
-        yield WireRequest(X, request_id="second")
-
-    with Client(target) as client:
-        stream = client.forward_stream(requests())
-        assert next(stream).request_id == "first"
-        assert engine.started.wait(10)
-        stream.close()
-        assert engine.cancelled.wait(10)
-
-
 async def test_cancelling_a_call_cancels_the_work(target: str, engine: FunctionEngine) -> None:
     engine.gate.clear()
     async with AsyncClient(target) as client:
@@ -275,29 +167,6 @@ async def test_cancelling_a_call_cancels_the_work(target: str, engine: FunctionE
         with pytest.raises(asyncio.CancelledError):
             await task
         assert await asyncio.to_thread(engine.cancelled.wait, 10)
-
-
-async def test_token_and_mutual_tls(tmp_path: Path, engine: FunctionEngine, connect: Callable[..., Calls]) -> None:
-    (tmp_path / "token").write_text("secret\n")
-    (server_cert, server_key), (client_cert, client_key) = (self_signed(tmp_path, name) for name in ("server", "client"))
-    config = {"tls_cert": server_cert, "tls_key": server_key, "client_ca": client_cert, "auth_token_file": tmp_path / "token"}
-    known = TLS(ca=server_cert, cert=client_cert, key=client_key)
-    with served(engine, **config) as (target, _, _):
-        assert torch.equal((await connect(target, token="secret", tls=known).forward(X)).hidden_states, X)
-        for token in (None, "guess"):
-            with pytest.raises(errors.Unauthenticated, match="bearer token is missing or wrong"):
-                await connect(target, token=token, tls=known).forward(X)
-        for tls in (None, True, TLS(ca=server_cert), TLS(ca=client_cert, cert=client_cert, key=client_key)):
-            with pytest.raises(errors.ExpertUnavailable, match=f"{target} is unavailable"):
-                await connect(target, token="secret", tls=tls).forward(X)
-
-
-def test_tls_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
-    for kind in (Client, AsyncClient):
-        with pytest.raises(errors.ConfigError, match=f"TLS file {tmp_path / 'ca.pem'} cannot be read"):
-            kind("127.0.0.1:1", tls=TLS(ca=tmp_path / "ca.pem"))
-        with pytest.raises(errors.ConfigError, match="cert and key must be given together"):
-            kind("127.0.0.1:1", tls=TLS(cert=tmp_path / "cert.pem"))
 
 
 def test_a_client_never_loads_the_engine() -> None:

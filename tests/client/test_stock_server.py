@@ -12,16 +12,12 @@ import torch
 
 from moeserve import errors
 from moeserve.client import AsyncClient, Client, WireRequest
-from moeserve.tensors import WIRE_NUMBERS, raw
 from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1 import moe_service_pb2_grpc as pb_grpc
-from moeserve.v1 import tensor_pb2
+
+from ..server.messages import tensor
 
 X = torch.randn(700, 64, generator=torch.Generator().manual_seed(0))
-
-
-def tensor(value: torch.Tensor) -> tensor_pb2.Tensor:
-    return tensor_pb2.Tensor(dtype=WIRE_NUMBERS[value.dtype], shape=value.shape, data=raw(value).tobytes())
 
 
 def echo(request: pb.ForwardRequest) -> pb.ForwardResponse:

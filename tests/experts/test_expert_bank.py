@@ -33,25 +33,34 @@ COUNTS = [
 ]
 
 
-def some_weights(num_experts: int, activation: Activation, bias: bool, dtype: torch.dtype) -> ExpertWeights:
+def some_weights(
+    num_experts: int,
+    activation: Activation,
+    bias: bool,
+    dtype: torch.dtype,
+    hidden_size: int = HIDDEN_SIZE,
+    intermediate_size: int = INTERMEDIATE_SIZE,
+) -> ExpertWeights:
     generator = torch.Generator().manual_seed(num_experts)
-    projected = INTERMEDIATE_SIZE * (2 if is_gated(activation) else 1)
+    projected = intermediate_size * (2 if is_gated(activation) else 1)
 
     def draw(*shape: int) -> Tensor:
         return (torch.randn(shape, generator=generator) / math.sqrt(shape[-1])).to(dtype)
 
     return ExpertWeights(
-        gate_up_proj=draw(num_experts, projected, HIDDEN_SIZE),
-        down_proj=draw(num_experts, HIDDEN_SIZE, INTERMEDIATE_SIZE),
+        gate_up_proj=draw(num_experts, projected, hidden_size),
+        down_proj=draw(num_experts, hidden_size, intermediate_size),
         gate_up_bias=draw(num_experts, projected) if bias else None,
-        down_bias=draw(num_experts, HIDDEN_SIZE) if bias else None,
+        down_bias=draw(num_experts, hidden_size) if bias else None,
     )
 
 
-def some_work(counts: tuple[int, ...], num_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def some_work(
+    counts: tuple[int, ...], num_rows: int, dtype: torch.dtype, hidden_size: int = HIDDEN_SIZE
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """hidden_states [R, H], row_index [N], slots [N], weights [N]; a row may be read by any number of pairs, or by none."""
     generator = torch.Generator().manual_seed(sum(counts))
-    hidden_states = torch.randn(num_rows, HIDDEN_SIZE, generator=generator).to(dtype)
+    hidden_states = torch.randn(num_rows, hidden_size, generator=generator).to(dtype)
     row_index = torch.randint(num_rows, (sum(counts),), generator=generator)
     slots = torch.repeat_interleave(torch.tensor(counts))
     return hidden_states, row_index, slots, torch.rand(sum(counts), generator=generator)
@@ -62,7 +71,8 @@ def every_answer(weights: ExpertWeights, activation: Activation, x: Tensor) -> T
     hidden = torch.einsum("egh,rh->erg", weights.gate_up_proj.double(), x)
     if weights.gate_up_bias is not None:
         hidden = hidden + weights.gate_up_bias.double()[:, None]
-    gate, up = hidden[..., :INTERMEDIATE_SIZE], hidden[..., INTERMEDIATE_SIZE:]
+    intermediate_size = weights.down_proj.shape[2]
+    gate, up = hidden[..., :intermediate_size], hidden[..., intermediate_size:]
     gaussian = gate * (1 + torch.erf(gate / math.sqrt(2))) / 2
     hidden = {
         "swiglu": lambda: gate / (1 + torch.exp(-gate)) * up,
@@ -107,6 +117,14 @@ def test_a_bank_adds_up_what_its_experts_say(
     work = some_work(counts, num_rows=70, dtype=dtype)
     bank = ExpertBank(weights.to(torch.device(device)), activation)
     assert_close(run(bank, work), expected(weights, activation, work), dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(7, 5), (16, 20), (12, 24)])
+def test_sizes_need_not_be_round(hidden_size: int, intermediate_size: int, device: str) -> None:
+    weights = some_weights(3, "swiglu", True, torch.bfloat16, hidden_size, intermediate_size)
+    work = some_work((3, 0, 70), 10, torch.bfloat16, hidden_size)
+    assert_close(run(ExpertBank(weights.to(torch.device(device)), "swiglu"), work), expected(weights, "swiglu", work), torch.bfloat16)
 
 
 @pytest.mark.parametrize("grouped", [expert_by_expert, ragged])

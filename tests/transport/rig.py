@@ -73,7 +73,7 @@ class Rig:
     async def frontend(self, limits: Limits | None = None) -> AsyncIterator[Channel]:
         connecting = asyncio.create_task(connect(self.endpoint, limits=limits or self._limits, keys=self._keys, timeout_s=PATIENCE_S))
         while not connecting.done():
-            assert await self._poll() == []
+            assert await self.poll() == []
         channel = await connecting
         try:
             yield channel
@@ -85,7 +85,7 @@ class Rig:
         works: list[Work] = []
         async with asyncio.timeout(PATIENCE_S):
             while len(works) < count:
-                works += await self._poll()
+                works += await self.poll()
         assert len(works) == count
         return works
 
@@ -93,7 +93,7 @@ class Rig:
         """Answers everything that arrives until `condition` holds."""
         async with asyncio.timeout(PATIENCE_S):
             while not condition():
-                for work in await self._poll():
+                for work in await self.poll():
                     answer(work)
 
     async def forward(self, channel: Channel, message: Message) -> Partial:
@@ -101,7 +101,7 @@ class Rig:
         await self.serve_until(future.done)
         return await future
 
-    async def _poll(self) -> list[Work]:
+    async def poll(self) -> list[Work]:
         return await asyncio.to_thread(self.listener.poll, 0.01)
 
 

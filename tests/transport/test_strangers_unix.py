@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from moeserve.errors import Cancelled
 from moeserve.transport import ChannelClosed, Limits, WorkShape, listen
 from moeserve.transport.memory import create_shared
-from moeserve.transport.wire import VERSION, Kind, WorkHeader, kind_of, pack_note, pack_work
+from moeserve.transport.wire import VERSION, Kind, WorkHeader, kind_of, pack_note, pack_work, unpack_note
 
 from .rig import Rig, random_message
 
@@ -102,6 +103,16 @@ def test_an_id_is_used_once_at_a_time(unix_rig: Rig, caplog: pytest.LogCaptureFi
     sock.send(work(work_id=7))
     assert_hung_up(unix_rig, sock, caplog)
     assert first.is_cancelled
+
+
+def test_work_and_its_cancellation_in_one_go_never_reach_the_host(unix_rig: Rig) -> None:
+    sock = raw_frontend(unix_rig)
+    sock.send(work(work_id=7))
+    sock.send(pack_note(Kind.CANCEL, value=7))
+    assert unix_rig.listener.poll(0) == []
+    answer = unpack_note(sock.recv(2000))
+    assert answer.value == 7 and isinstance(answer.error(), Cancelled)
+    sock.close()
 
 
 def test_cancelling_what_is_not_there_is_harmless(unix_rig: Rig) -> None:

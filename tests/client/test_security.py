@@ -1,0 +1,40 @@
+"""Tokens and certificates, with both clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from moeserve import errors
+from moeserve.client import TLS, AsyncClient, Client
+
+from ..server.certificates import Authority
+from .conftest import Calls
+from .engine import FunctionEngine, X, served
+
+
+async def test_token_and_mutual_tls(tmp_path: Path, engine: FunctionEngine, connect: Callable[..., Calls]) -> None:
+    (tmp_path / "token").write_text("secret\n")
+    ours, theirs = Authority(tmp_path, "ours"), Authority(tmp_path, "theirs")
+    (cert, key), (client_cert, client_key), (their_cert, their_key) = ours.sign("server"), ours.sign("client"), theirs.sign("stranger")
+    config = {"tls_cert": cert, "tls_key": key, "client_ca": ours.certificate, "auth_token_file": tmp_path / "token"}
+    known = TLS(ca=ours.certificate, cert=client_cert, key=client_key)
+    with served(engine, **config) as (target, _, _):
+        assert torch.equal((await connect(target, token="secret", tls=known).forward(X)).hidden_states, X)
+        for token in (None, "guess"):
+            with pytest.raises(errors.Unauthenticated, match="bearer token is missing or wrong"):
+                await connect(target, token=token, tls=known).forward(X)
+        for tls in (None, True, TLS(ca=ours.certificate), TLS(ca=ours.certificate, cert=their_cert, key=their_key)):
+            with pytest.raises(errors.ExpertUnavailable, match=f"{target} is unavailable"):
+                await connect(target, token="secret", tls=tls).forward(X)
+
+
+def test_tls_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    for kind in (Client, AsyncClient):
+        with pytest.raises(errors.ConfigError, match=f"TLS file {tmp_path / 'ca.pem'} cannot be read"):
+            kind("127.0.0.1:1", tls=TLS(ca=tmp_path / "ca.pem"))
+        with pytest.raises(errors.ConfigError, match="cert and key must be given together"):
+            kind("127.0.0.1:1", tls=TLS(cert=tmp_path / "cert.pem"))

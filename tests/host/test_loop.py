@@ -1,0 +1,124 @@
+"""The host's loop over a real channel: merging, refusing, surviving."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from moeserve.errors import InvalidRequest, MoEServeError
+from moeserve.experts import ExpertBank, ExpertWeights
+from moeserve.host import HostLoop
+from moeserve.transport import Channel, Partial, WorkShape, connect, listen
+
+HIDDEN, HELD = 8, 3
+
+
+def weights() -> ExpertWeights:
+    generator = torch.Generator().manual_seed(0)
+    return ExpertWeights(torch.randn(HELD, 8, HIDDEN, generator=generator), torch.randn(HELD, HIDDEN, 4, generator=generator))
+
+
+class CountingBank(ExpertBank):
+    """Counts passes; holds the first one until told to go on, so that work piles up behind it; fails on request."""
+
+    def __init__(self) -> None:
+        super().__init__(weights(), "swiglu")
+        self.passes: list[int] = []
+        self.go = threading.Event()
+        self.error: Exception | None = None
+
+    def run(self, hidden_states, row_index, slots, weights, out) -> None:
+        self.passes.append(len(hidden_states))
+        assert self.go.wait(30)
+        if self.error is not None:
+            raise self.error
+        super().run(hidden_states, row_index, slots, weights, out)
+
+
+@pytest.fixture
+def bank() -> CountingBank:
+    return CountingBank()
+
+
+@pytest.fixture
+def endpoint(bank: CountingBank, tmp_path: Path) -> Iterator[str]:
+    listener = listen(f"unix:{tmp_path}/host.sock")
+    loop = HostLoop({5: bank}, listener)
+    thread = threading.Thread(target=loop.run)
+    thread.start()
+    yield listener.endpoints[0]
+    bank.go.set()
+    loop.stop()
+    thread.join()
+
+
+def send(channel: Channel, rows: int, slots: list[int], layer: int = 5, width: int = HIDDEN) -> asyncio.Future[Partial]:
+    lease = channel.lease(WorkShape(rows, width, len(slots), torch.float32))
+    lease.hidden_states.copy_(torch.arange(rows * width).view(rows, width) / 10)
+    lease.row_index.copy_(torch.arange(len(slots)) % rows)
+    lease.slots.copy_(torch.tensor(slots))
+    lease.weights.fill_(0.5)
+    return channel.send(lease, layer=layer, epoch=1, timeout_s=30)
+
+
+def expected(rows: int, slots: list[int]) -> torch.Tensor:
+    hidden_states = torch.arange(rows * HIDDEN).view(rows, HIDDEN) / 10
+    out = torch.empty(rows, HIDDEN)
+    pair_weights = torch.full((len(slots),), 0.5)
+    ExpertBank(weights(), "swiglu").run(hidden_states, torch.arange(len(slots)) % rows, torch.tensor(slots), pair_weights, out)
+    return out
+
+
+async def test_what_waits_from_all_frontends_is_computed_in_one_pass(bank: CountingBank, endpoint: str) -> None:
+    one, two = await connect(endpoint), await connect(endpoint)
+    first = send(one, 2, [0, 1])
+    async with asyncio.timeout(10):
+        while not bank.passes:
+            await asyncio.sleep(0.001)
+    later = [send(one, 1, [2]), send(two, 3, [0, 0, 1, 2]), send(two, 2, [1, 1])]
+    # The host reads its sockets when the pass is over, so the three have arrived by then.
+    await asyncio.sleep(0)
+    bank.go.set()
+    torch.testing.assert_close((await first).tensor, expected(2, [0, 1]))
+    for future, case in zip(later, ((1, [2]), (3, [0, 0, 1, 2]), (2, [1, 1])), strict=True):
+        torch.testing.assert_close((await future).tensor, expected(*case))
+    assert bank.passes == [2, 6]
+    await one.close()
+    await two.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"slots": [0, 3]}, "names expert slot 3 of layer 5; this host has 0..2"),
+        ({"slots": [0], "layer": 4}, "holds no experts of layer 4"),
+        ({"slots": [0], "width": 6}, "rows of layer 5 are 8 wide, got 6"),
+    ],
+)
+async def test_work_that_does_not_fit_is_refused_and_harms_no_other(bank: CountingBank, endpoint: str, arguments, sentence: str) -> None:
+    channel = await connect(endpoint)
+    bank.go.set()
+    bad, good = send(channel, 2, **arguments), send(channel, 2, [0, 2])
+    with pytest.raises(InvalidRequest, match=sentence):
+        await bad
+    torch.testing.assert_close((await good).tensor, expected(2, [0, 2]))
+    await channel.close()
+
+
+async def test_a_failing_pass_is_told_to_the_callers_and_the_host_lives_on(
+    bank: CountingBank, endpoint: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    channel = await connect(endpoint)
+    bank.error = ZeroDivisionError()
+    bank.go.set()
+    failing = [send(channel, 2, [0]) for _ in range(3)]
+    for answer in await asyncio.gather(*failing, return_exceptions=True):
+        assert isinstance(answer, MoEServeError) and "failed to compute layer 5: ZeroDivisionError" in str(answer)
+    bank.error = None
+    torch.testing.assert_close((await send(channel, 1, [1])).tensor, expected(1, [1]))
+    await channel.close()
