@@ -94,29 +94,32 @@ def test_a_killed_host_loses_nobodys_request_and_comes_back(service: BackgroundS
     hidden_states = torch.randn(8, local.spec.hidden_size)
     expected = local(hidden_states)
     restarts = metric(service, "moeserve_host_restarts_total")
-    killed, recovered = threading.Event(), threading.Event()
     victim = processes()["ray::ExpertHost"][0]
+    warm, recovered = threading.Barrier(5, timeout=60), threading.Event()
 
-    def load() -> int:
-        answered = 0
+    def load() -> None:
         with Client(service.target, timeout=60.0) as client:
-            while not recovered.is_set():
-                torch.testing.assert_close(client.forward(hidden_states, layer=1).hidden_states, expected, rtol=1e-5, atol=1e-6)
-                answered += 1
-                if answered == 20:
-                    killed.wait(30)
-        return answered
 
-    def kill() -> None:
-        os.kill(victim, signal.SIGKILL)
-        killed.set()
-        wait_until(lambda: metric(service, "moeserve_host_restarts_total") == restarts + 1)
-        recovered.set()
+            def ask(times: int) -> None:
+                for _ in range(times):
+                    torch.testing.assert_close(client.forward(hidden_states, layer=1).hidden_states, expected, rtol=1e-5, atol=1e-6)
+
+            ask(20)
+            warm.wait()
+            while not recovered.is_set():
+                ask(1)
+            ask(20)
 
     with ThreadPoolExecutor() as pool:
         loads = [pool.submit(load) for _ in range(4)]
-        pool.submit(kill).result(timeout=90)
-        assert all(future.result(timeout=90) >= 20 for future in loads)
+        warm.wait()
+        os.kill(victim, signal.SIGKILL)
+        try:
+            wait_until(lambda: metric(service, "moeserve_host_restarts_total") == restarts + 1)
+        finally:
+            recovered.set()
+        for future in loads:
+            future.result(timeout=90)
     assert metric(service, "moeserve_host_up") == NUM_HOSTS
     assert victim not in processes()["ray::ExpertHost"]
 
