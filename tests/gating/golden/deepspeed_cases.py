@@ -45,7 +45,7 @@ def all_cases() -> Iterator[Case]:
         ("top1", 1, "position", False),
         ("top1", 1, "position", True),
         ("top2", 2, "position", False),
-        *(("topk", k, policy, False) for k in (1, 2, 3, 4) for policy in ("probs", "position")),  # type: ignore[misc]
+        *(("topk", k, policy, False) for k in (1, 2, 3, 4) for policy in ("probs", "position")),
     ]
     for (gate, top_k, policy, unused), (tokens, experts), spread in product(gates, SHAPES, SPREADS):
         for factor, least, drop in product(FACTORS, LEAST, (True, False)):

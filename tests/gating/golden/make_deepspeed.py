@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from deepspeed.moe.sharded_moe import top1gating, top2gating, topkgating
 
-sys.path.insert(0, str(Path(__file__).parent))
-from deepspeed_cases import GOLDEN, Case, all_cases, logits_of, used_token_of
+sys.path.insert(0, str(Path(__file__).parents[3]))
+from tests.gating.golden.deepspeed_cases import GOLDEN, Case, all_cases, logits_of, used_token_of
 
 
 def answer(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
