@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moeserve.config import GatingConfig
@@ -25,10 +26,16 @@ def best(scores: Tensor) -> Tensor:
 
 
 def top2_sum(scores: Tensor) -> Tensor:
-    # Twice the largest is a third of the time of topk.
-    largest, where = scores.max(dim=2, keepdim=True)
-    second = scores.scatter(2, where, -torch.inf).amax(dim=2)
-    return largest[:, :, 0] + second
+    # A knock-out tournament of halves: first and second of each pair, then of the winners. topk takes many times as long.
+    size = scores.shape[2]
+    if size & (size - 1):
+        scores = F.pad(scores, (0, (1 << size.bit_length()) - size), value=-torch.inf)
+    left, right = scores.chunk(2, dim=2)
+    first, second = torch.maximum(left, right), torch.minimum(left, right)
+    while first.shape[2] > 1:
+        (left, right), seconds = first.chunk(2, dim=2), second.chunk(2, dim=2)
+        first, second = torch.maximum(left, right), torch.maximum(torch.minimum(left, right), torch.maximum(*seconds))
+    return (first + second)[:, :, 0]
 
 
 #: value of `group_score` -> scores [T, G, N] -> [T, G]

@@ -195,7 +195,7 @@ def _probabilities(scores: Tensor, gating: GatingConfig) -> Tensor:
     """[T, E] float32, rows of sum 1: what losses take scores for. DeepSeek-V3 (arXiv 2412.19437, eq. 19) does it to its sigmoids too."""
     if gating.scoring_func in PROBABILITIES or gating.aux_loss == "none":
         return scores
-    return scores / (scores.sum(dim=1, keepdim=True) + PRE_DROP_EPS)
+    return scores * (scores.sum(dim=1, keepdim=True) + PRE_DROP_EPS).reciprocal()
 
 
 def _require_finite(router_logits: Tensor, requests: Segments) -> None:
