@@ -31,9 +31,9 @@ def none(probabilities: Tensor, routing: BatchRouting, requests: Segments) -> Te
 
 
 def switch(probabilities: Tensor, routing: BatchRouting, requests: Segments) -> Tensor:
-    sum_of_products = (routing.requested * requests.sum(probabilities)).sum(dim=1)
-    choices = routing.requested.sum(dim=1).clamp(min=1)
-    return sum_of_products / (choices * requests.used_tokens.clamp(min=1)) * requests.num_experts
+    requested = routing.requested.float()
+    sum_of_products = (requested * requests.mean(probabilities)).sum(dim=1)
+    return sum_of_products / requested.sum(dim=1).clamp(min=1) * requests.num_experts
 
 
 def first_choices(probabilities: Tensor, routing: BatchRouting, requests: Segments) -> Tensor:

@@ -114,10 +114,14 @@ def route_requests(
     weights = RENORMALIZE[gating.renormalize](selection.topk_scores, admitted.kept, gating.renormalize_eps)
     return replace(
         admitted,
-        topk_weights=weights * gating.routed_scaling_factor,
-        aux_loss=AUX_LOSSES[gating.aux_loss](_probabilities(selection.scores, gating), admitted, requests) * gating.aux_loss_weight,
-        z_loss=z_loss(gate.router_logits, requests) * gating.z_loss_weight,
+        topk_weights=_scaled(weights, gating.routed_scaling_factor),
+        aux_loss=_scaled(AUX_LOSSES[gating.aux_loss](_probabilities(selection.scores, gating), admitted, requests), gating.aux_loss_weight),
+        z_loss=_scaled(z_loss(gate.router_logits, requests), gating.z_loss_weight),
     )
+
+
+def _scaled(values: Tensor, factor: float) -> Tensor:
+    return values if factor == 1 else values * factor
 
 
 def apply_choices(
@@ -158,7 +162,8 @@ def _admit(selection: Selection, gating: GatingConfig, requests: Segments, chanc
     limit = capacity(gating, requests.sizes, requests.num_experts, topk_ids.shape[1])
     groups = requests.divided(CAPACITY_SCOPES[gating.capacity_scope](requests.sizes, gating).sizes)
     kept = chosen = requests.chosen(topk_ids) if selection.chosen is None else selection.chosen
-    processed = requested = requests.count(topk_ids, chosen)
+    is_everything_chosen = selection.chosen is None and requests.used_token is None
+    processed = requested = requests.count(topk_ids, None if is_everything_chosen else chosen)
     if selection.kept is not None:
         kept = selection.kept
         processed = requests.count(topk_ids, kept)

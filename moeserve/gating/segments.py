@@ -55,12 +55,26 @@ class Segments:
 
     def cells(self, topk_ids: Tensor) -> Tensor:
         """[T * K] int64: the cell of each choice, segment * E + expert."""
+        if len(self.sizes) == 1:
+            return topk_ids.flatten()
         return torch.add(topk_ids, self.ids[:, None], alpha=self.num_experts).flatten()
 
-    def count(self, topk_ids: Tensor, mask: Tensor) -> Tensor:
-        """[S, E] int64: how many choices fall on each cell, of those where mask [T, K] is true."""
+    def count(self, topk_ids: Tensor, mask: Tensor | None) -> Tensor:
+        """[S, E] int64: how many choices fall on each cell, of those where mask [T, K] is true; None = of all."""
+        if mask is None:
+            return torch.bincount(self.cells(topk_ids), minlength=self.num_cells).view(-1, self.num_experts)
         counts = self._lengths.new_zeros(self.num_cells)
         return counts.scatter_add_(0, self.cells(topk_ids), mask.flatten().long()).view(-1, self.num_experts)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """[T, N] float32 -> [S, N]: mean over the used tokens of each segment, 0 where there are none."""
+        return self.sum(values) / self._divisors
+
+    @cached_property
+    def _divisors(self) -> Tensor:
+        if self.used_token is None:
+            return torch.tensor([[max(size, 1)] for size in self.sizes], dtype=torch.float32, device=self._lengths.device)
+        return self.used_tokens.clamp(min=1).float()[:, None]
 
     def sum(self, values: Tensor) -> Tensor:
         """[T, ...] float32 -> [S, ...]: sum over the used tokens of each segment, in token order.

@@ -12,4 +12,7 @@ from moeserve.gating.segments import Segments
 
 def z_loss(router_logits: Tensor, requests: Segments) -> Tensor:
     """[T, E] float32 -> [R] float32, 0 for a request without used tokens."""
-    return requests.sum(router_logits.logsumexp(dim=1).square()) / requests.used_tokens.clamp(min=1)
+    # x - log_softmax(x) is the logsumexp in every column, by a kernel that is one call instead of eight.
+    first = slice(0, 1)
+    logsumexp = router_logits[:, first] - router_logits.log_softmax(dim=1)[:, first]
+    return requests.mean(logsumexp.square()).squeeze(1)
