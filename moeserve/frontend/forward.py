@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -18,7 +19,7 @@ from moeserve.errors import ExpertUnavailable
 from moeserve.frontend.batch import Batch
 from moeserve.frontend.compute import Compute
 from moeserve.frontend.link import HostLink
-from moeserve.gating import BatchRouting, Router
+from moeserve.gating import BatchRouting, Router, Routing
 from moeserve.layer import route_batch, to_output
 from moeserve.metrics import Metrics
 from moeserve.output import ForwardOutput
@@ -33,6 +34,14 @@ class _Message:
     work: HostWork
     channel: Channel | None
     lease: Lease | None
+
+
+class _Sent(NamedTuple):
+    """A message under way; `at` is when it left."""
+
+    work: HostWork
+    answer: asyncio.Future[Partial]
+    at: float
 
 
 class Forward:
@@ -68,11 +77,15 @@ class Forward:
         size = batch.num_tokens * self.spec.hidden_size
         partials: dict[int, Partial] = {}
         routing, works, messages = await self._compute(size, self._prepare, batch)
-        lost = await self._exchange(batch, messages, partials)
+        sent = self._send_all(batch, messages)
+        # The hosts are at work: counts and losses, which nobody needs before the answer, cost nothing now.
+        routings = await self._compute(size, _by_request, routing)
+        lost = await self._collect(sent, partials)
+        lost += [message.work for message in messages if message.channel is None]
         if lost:
-            await self._answer(batch, routing, works, partials, _untouched(batch, lost))
+            await self._answer(batch, routings, works, partials, _untouched(batch, lost))
             await self._retry(batch, lost, partials)
-        await self._answer(batch, routing, works, partials, range(len(batch.members)))
+        await self._answer(batch, routings, works, partials, range(len(batch.members)))
 
     def _prepare(self, batch: Batch) -> tuple[BatchRouting, list[HostWork], list[_Message]]:
         started = time.perf_counter()
@@ -100,30 +113,34 @@ class Forward:
         lease.weights.copy_(work.weights)
         return _Message(work, channel, lease)
 
-    async def _exchange(self, batch: Batch, messages: Sequence[_Message], partials: dict[int, Partial]) -> list[HostWork]:
-        """Send everything, collect the answers by host; returns the work whose host is down or died."""
-        started = time.perf_counter()
-        lost = [message.work for message in messages if message.channel is None]
-        sent = [(message, self._send(message, batch.deadline)) for message in messages if message.channel is not None]
-        try:
-            for message, future in sent:
-                try:
-                    partials[message.work.host] = await future
-                except ChannelClosed:
-                    lost.append(message.work)
-        finally:
-            for message, future in sent:
-                self._links[message.work.host].queue_tokens.dec(len(message.work.rows))
-                future.cancel()  # tells the host, unless the answer is here
-        self._metrics.observe_stage("experts", time.perf_counter() - started)
-        return lost
+    def _send_all(self, batch: Batch, messages: Sequence[_Message]) -> list[_Sent]:
+        """Every message whose host is up, all in flight; they are settled by `_collect`."""
+        timeout_s = max(0.0, batch.deadline - time.monotonic())
+        sent = []
+        for message in messages:
+            if message.channel is not None and message.lease is not None:
+                self._links[message.work.host].queue_tokens.inc(len(message.work.rows))
+                epoch = self._placement.epoch
+                future = message.channel.send(message.lease, layer=self.layer, epoch=epoch, timeout_s=timeout_s)
+                sent.append(_Sent(message.work, future, time.perf_counter()))
+        return sent
 
-    def _send(self, message: _Message, deadline: float) -> asyncio.Future[Partial]:
-        assert message.channel is not None and message.lease is not None
-        self._links[message.work.host].queue_tokens.inc(len(message.work.rows))
-        return message.channel.send(
-            message.lease, layer=self.layer, epoch=self._placement.epoch, timeout_s=max(0.0, deadline - time.monotonic())
-        )
+    async def _collect(self, sent: Sequence[_Sent], partials: dict[int, Partial]) -> list[HostWork]:
+        """The answers by host; returns the work whose host died."""
+        lost = []
+        try:
+            for one in sent:
+                try:
+                    partials[one.work.host] = await one.answer
+                except ChannelClosed:
+                    lost.append(one.work)
+        finally:
+            for one in sent:
+                self._links[one.work.host].queue_tokens.dec(len(one.work.rows))
+                one.answer.cancel()  # tells the host, unless the answer is here
+        if sent:
+            self._metrics.observe_stage("experts", time.perf_counter() - sent[0].at)
+        return lost
 
     async def _retry(self, batch: Batch, lost: list[HostWork], partials: dict[int, Partial]) -> None:
         """Wait for the hosts to come back and ask them again, until the deadline."""
@@ -136,27 +153,29 @@ class Forward:
                     self._metrics.expert_retries.labels("host_lost").inc(len(lost))
                     for work in lost:
                         await self._links[work.host].connected()
-                    lost = await self._exchange(batch, [self._write(batch, work) for work in lost], partials)
+                    messages = [self._write(batch, work) for work in lost]
+                    down = [message.work for message in messages if message.channel is None]
+                    lost = down + await self._collect(self._send_all(batch, messages), partials)
         except TimeoutError:
             raise ExpertUnavailable(f"experts of layer {self.spec.name} on {names} did not come back before the deadline") from None
 
     async def _answer(
-        self, batch: Batch, routing: BatchRouting, works: Sequence[HostWork], partials: dict[int, Partial], members: Sequence[int]
+        self, batch: Batch, routings: Sequence[Routing], works: Sequence[HostWork], partials: dict[int, Partial], members: Sequence[int]
     ) -> None:
         started = time.perf_counter()
         size = batch.num_tokens * self.spec.hidden_size
-        outputs = await self._compute(size, self._outputs, batch, routing, works, partials, members)
+        outputs = await self._compute(size, self._outputs, batch, routings, works, partials, members)
         for index, output in outputs:
             answer = batch.members[index].answer
             if not answer.done():
-                tokens = int(routing.used_tokens[index])
+                tokens = routings[index].used_tokens
                 self._metrics.experts.add(self.layer, tokens, output.processed, output.dropped)
                 self._aux_loss.set(output.aux_loss)
                 answer.set_result(output)
         self._metrics.observe_stage("combine", time.perf_counter() - started)
 
     def _outputs(
-        self, batch: Batch, routing: BatchRouting, works: Sequence[HostWork], partials: dict[int, Partial], members: Sequence[int]
+        self, batch: Batch, routings: Sequence[Routing], works: Sequence[HostWork], partials: dict[int, Partial], members: Sequence[int]
     ) -> list[tuple[int, ForwardOutput]]:
         answers = [(work.rows, partials[work.host].tensor) for work in works if work.host in partials]
         rows = combine(answers, batch.num_tokens, self.spec.hidden_size).split(batch.sizes)
@@ -164,8 +183,12 @@ class Forward:
         for index in members:
             request = batch.members[index].request
             hidden_states = rows[index].to(request.hidden_states.dtype)
-            outputs.append((index, to_output(routing.request(index), hidden_states, request.return_routing)))
+            outputs.append((index, to_output(routings[index], hidden_states, request.return_routing)))
         return outputs
+
+
+def _by_request(routing: BatchRouting) -> list[Routing]:
+    return [routing.request(index) for index in range(len(routing.request_sizes))]
 
 
 def _untouched(batch: Batch, lost: Sequence[HostWork]) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -115,9 +116,20 @@ def route_requests(
     return replace(
         admitted,
         topk_weights=_scaled(weights, gating.routed_scaling_factor),
-        aux_loss=_scaled(AUX_LOSSES[gating.aux_loss](_probabilities(selection.scores, gating), admitted, requests), gating.aux_loss_weight),
-        z_loss=_scaled(z_loss(gate.router_logits, requests), gating.z_loss_weight),
+        measure=partial(_losses, selection.scores, gate.router_logits, gating, requests),
     )
+
+
+def _losses(
+    scores: Tensor, router_logits: Tensor, gating: GatingConfig, requests: Segments, routing: BatchRouting
+) -> tuple[Tensor, Tensor]:
+    aux_loss = AUX_LOSSES[gating.aux_loss](_probabilities(scores, gating), routing, requests)
+    return _scaled(aux_loss, gating.aux_loss_weight), _scaled(z_loss(router_logits, requests), gating.z_loss_weight)
+
+
+def _no_losses(routing: BatchRouting) -> tuple[Tensor, Tensor]:
+    nothing = routing.topk_weights.new_zeros(len(routing.request_sizes))
+    return nothing, nothing
 
 
 def _scaled(values: Tensor, factor: float) -> Tensor:
@@ -170,7 +182,6 @@ def _admit(selection: Selection, gating: GatingConfig, requests: Segments, chanc
     elif limit is not None and limit.can_overflow:
         kept = keep(topk_ids, chosen, DROP_POLICIES[gating.drop_policy](topk_scores, chance), groups, limit.limits)
         processed = requests.count(topk_ids, kept)
-    no_loss = topk_scores.new_zeros(len(requests.sizes))
     return BatchRouting(
         request_sizes=requests.sizes,
         used_tokens=requests.used_tokens,
@@ -183,8 +194,7 @@ def _admit(selection: Selection, gating: GatingConfig, requests: Segments, chanc
         processed=processed,
         dropped=requested - processed,
         capacity=(None,) * len(requests.sizes) if limit is None else limit.of_request,
-        aux_loss=no_loss,
-        z_loss=no_loss,
+        measure=_no_losses,
         groups=groups,
         is_choice_major=gating.drop_policy == "choice_major" or gating.routing == "mindformers",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -32,6 +33,7 @@ class Routing:
     slots          [T, K]  int64, the row of the choice among those its expert takes from the capacity group, -1 where not kept
     requested, processed, dropped  [E] int64: demand before drops, (token, expert) pairs kept, and their difference
     capacity       rows an expert may take from the request's capacity group, None = no limit
+    used_tokens    how many of the tokens are used
     aux_loss, z_loss  telemetry
     """
 
@@ -43,6 +45,7 @@ class Routing:
     processed: Tensor
     dropped: Tensor
     capacity: int | None
+    used_tokens: int
     aux_loss: float
     z_loss: float
     batch: BatchRouting
@@ -70,6 +73,7 @@ class BatchRouting:
 
     request_sizes in tokens; used_tokens [R] int64, how many of them are used
     chosen  [T, K] bool, what was asked for: kept plus dropped
+    measure computes the losses, when they are asked for: nobody waits for telemetry before the experts have their rows
     groups  the tokens by capacity group; is_choice_major: whether first choices have the first slots
     """
 
@@ -84,10 +88,22 @@ class BatchRouting:
     processed: Tensor
     dropped: Tensor
     capacity: tuple[int | None, ...]
-    aux_loss: Tensor
-    z_loss: Tensor
+    measure: Callable[[BatchRouting], tuple[Tensor, Tensor]]
     groups: Segments
     is_choice_major: bool
+
+    @cached_property
+    def losses(self) -> tuple[Tensor, Tensor]:
+        """aux_loss and z_loss, [R] float32 each."""
+        return self.measure(self)
+
+    @property
+    def aux_loss(self) -> Tensor:
+        return self.losses[0]
+
+    @property
+    def z_loss(self) -> Tensor:
+        return self.losses[1]
 
     @cached_property
     def slots(self) -> Tensor:
@@ -106,6 +122,7 @@ class BatchRouting:
             processed=self.processed[index],
             dropped=self.dropped[index],
             capacity=self.capacity[index],
+            used_tokens=int(self.used_tokens[index]),
             aux_loss=self.aux_loss[index].item(),
             z_loss=self.z_loss[index].item(),
             batch=self,
