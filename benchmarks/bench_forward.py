@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import grpc
 import torch
@@ -135,7 +136,6 @@ def service(dtype: str, hosts: int, intermediate: Sequence[int]) -> Iterator[str
             process.wait()
 
 
-
 @contextmanager
 def echo_server() -> Iterator[Echo]:
     """The bare echo in a process of its own; yields a function that calls it."""
@@ -143,7 +143,8 @@ def echo_server() -> Iterator[Echo]:
     assert process.stdout is not None
     try:
         with grpc.insecure_channel(f"127.0.0.1:{int(process.stdout.readline())}", options=OPTIONS) as channel:
-            yield channel.unary_unary(METHOD)
+            call: Any = channel.unary_unary(METHOD)
+            yield call
     finally:
         process.terminate()
         process.wait()
