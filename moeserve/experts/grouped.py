@@ -48,12 +48,14 @@ def _wide_expert(weights: ExpertWeights, expert: int, activation: Activation, ro
 
 def _narrow_expert(weights: ExpertWeights, expert: int, activation: Activation, rows: torch.Tensor) -> torch.Tensor:
     """As `_wide_expert`, computed as the transpose: [H, n] in, [H, n] out, turned back at the end."""
-    projected = weights.gate_up_proj[expert] @ rows.t()
+    # One row as a vector: the matrix-vector kernel reads bfloat16 weights almost twice as fast.
+    columns, bias_shape = (rows[0], (-1,)) if len(rows) == 1 else (rows.t(), (-1, 1))
+    projected = weights.gate_up_proj[expert] @ columns
     if weights.gate_up_bias is not None:
-        projected += weights.gate_up_bias[expert][:, None]
+        projected += weights.gate_up_bias[expert].view(bias_shape)
     answer = weights.down_proj[expert] @ activate(projected, activation, dim=0)
     if weights.down_bias is not None:
-        answer += weights.down_bias[expert][:, None]
+        answer += weights.down_bias[expert].view(bias_shape)
     return torch.empty(rows.shape, dtype=torch.float32, device=rows.device).copy_(answer.t())
 
 
