@@ -30,6 +30,8 @@ from moeserve.server import keep_large_blocks
 HIDDEN, EXPERTS, TOP_K = 1024, 8, 2
 # OpenMP's threads spin for some milliseconds after their work; the next side must not pay for that.
 _REST_S = 0.02
+_BURST_S = 0.1
+_LEAST_ROUNDS = 5
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 CONFIG = """
 [model]
@@ -94,18 +96,20 @@ def measure(client: moeserve.Client, echo: Echo, layer: int, intermediate: int, 
 
 
 def interleaved(sides: Sequence[Call], seconds: float) -> list[list[float]]:
-    """Times of each side, taken in turn until `seconds` have passed, at least seven rounds."""
+    """Times of each side, in bursts taken in turn until `seconds` have passed, at least five each; the first call of a burst warms up."""
     for side in sides:
         side()
-        side()
     times: list[list[float]] = [[] for _ in sides]
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[0]) < 7:
+    end, rounds = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end or rounds < _LEAST_ROUNDS:
+        rounds += 1
         for side, taken in zip(sides, times, strict=True):
             time.sleep(_REST_S)
-            started = time.perf_counter()
             side()
-            taken.append(time.perf_counter() - started)
+            burst_end = time.perf_counter() + _BURST_S
+            while (started := time.perf_counter()) < burst_end:
+                side()
+                taken.append(time.perf_counter() - started)
     return times
 
 
