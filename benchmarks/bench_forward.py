@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import grpc
 import torch
@@ -27,6 +28,10 @@ import moeserve
 from moeserve.server import keep_large_blocks
 
 HIDDEN, EXPERTS, TOP_K = 1024, 8, 2
+# OpenMP's threads spin for some milliseconds after their work; the next side must not pay for that.
+_REST_S = 0.02
+_BURST_S = 0.1
+_LEAST_ROUNDS = 5
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 CONFIG = """
 [model]
@@ -91,17 +96,20 @@ def measure(client: moeserve.Client, echo: Echo, layer: int, intermediate: int, 
 
 
 def interleaved(sides: Sequence[Call], seconds: float) -> list[list[float]]:
-    """Times of each side, taken in turn until `seconds` have passed, at least seven rounds."""
+    """Times of each side, in bursts taken in turn until `seconds` have passed, at least five each; the first call of a burst warms up."""
     for side in sides:
         side()
-        side()
     times: list[list[float]] = [[] for _ in sides]
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[0]) < 7:
+    end, rounds = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end or rounds < _LEAST_ROUNDS:
+        rounds += 1
         for side, taken in zip(sides, times, strict=True):
-            started = time.perf_counter()
+            time.sleep(_REST_S)
             side()
-            taken.append(time.perf_counter() - started)
+            burst_end = time.perf_counter() + _BURST_S
+            while (started := time.perf_counter()) < burst_end:
+                side()
+                taken.append(time.perf_counter() - started)
     return times
 
 
@@ -142,7 +150,8 @@ def echo_server() -> Iterator[Echo]:
     assert process.stdout is not None
     try:
         with grpc.insecure_channel(f"127.0.0.1:{int(process.stdout.readline())}", options=OPTIONS) as channel:
-            yield channel.unary_unary(METHOD)
+            call: Any = channel.unary_unary(METHOD)
+            yield call
     finally:
         process.terminate()
         process.wait()

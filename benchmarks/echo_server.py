@@ -15,11 +15,11 @@ OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_leng
 class Echo(grpc.GenericRpcHandler):
     """Identity serializers: protobuf has no part in it."""
 
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:  # type: ignore[type-arg]
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes] | None:
         async def echo(request: bytes, context: object) -> bytes:
             return request
 
-        return grpc.unary_unary_rpc_method_handler(echo)  # type: ignore[arg-type]
+        return grpc.unary_unary_rpc_method_handler(echo)
 
 
 async def main() -> None:

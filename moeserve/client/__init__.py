@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import wrapt
+
 from moeserve.client.answers import LayerInfo
 from moeserve.client.async_client import AsyncClient
 from moeserve.client.client import Client
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
     from moeserve.client.hf import connect_experts
 
 __all__ = ["TLS", "AsyncClient", "Client", "LayerInfo", "WireRequest", "WireResponse", "connect_experts"]
+
+# transformers takes seconds to import: "moeserve" becomes known to it when somebody else does, at once if that has happened.
+wrapt.register_post_import_hook(lambda _: import_module("moeserve.client.hf"), "transformers.integrations.moe")
 
 
 def __getattr__(name: str) -> Any:

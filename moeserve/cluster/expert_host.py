@@ -58,14 +58,15 @@ class ExpertHost:
     def _start(self) -> HostInfo:
         order = self._order
         granted = ray.get_runtime_context().get_assigned_resources()
-        torch.set_num_threads(max(1, int(granted.get("CPU", 1))))
+        num_threads = max(1, int(granted.get("CPU", 1)))
+        torch.set_num_threads(num_threads)
         # With no GPU granted Ray leaves all of them visible, so what counts is the grant.
         has_gpu = bool(granted.get("GPU", 0))
         device = torch.device("cuda" if has_gpu and torch.cuda.is_available() else "cpu")
         banks = _load(order, device)
         listener = listen(f"unix:{order.socket_dir / order.name}-{os.getpid()}.sock")
         self._loop = HostLoop(banks, listener)
-        self._thread = threading.Thread(target=self._loop.run, name="expert-host", daemon=True)
+        self._thread = threading.Thread(target=_run, args=(self._loop, num_threads), name="expert-host", daemon=True)
         self._thread.start()
         return HostInfo(
             name=order.name,
@@ -74,9 +75,16 @@ class ExpertHost:
             pid=os.getpid(),
             device=str(device),
             cuda_visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES", "") if has_gpu else "",
-            num_threads=torch.get_num_threads(),
+            num_threads=num_threads,
             weights_bytes=sum(bank.weights.nbytes for bank in banks.values()),
         )
+
+
+def _run(loop: HostLoop, num_threads: int) -> None:
+    # OpenMP keeps this setting per thread, and the math libraries below torch ask OpenMP: without it every matmul of this
+    # thread would be spread over all cores of the machine.
+    torch.set_num_threads(num_threads)
+    loop.run()
 
 
 def _load(order: HostOrder, device: torch.device) -> dict[int, ExpertBank]:

@@ -70,13 +70,16 @@ class HostLink:
             log.info("host %s is back", self.name)
 
     async def _connect(self) -> None:
+        said = ""
         while self._channel is None:
             try:
                 self.info = await self._resolve()
                 self._channel = await connect(self.info.endpoint)
             except MoEServeError as error:
                 # It died again before it was reached, or cannot come up at present: whoever needs it has a deadline of his own.
-                log.warning("host %s cannot be reached: %s", self.name, error)
+                if str(error) != said:
+                    log.warning("host %s cannot be reached: %s", self.name, error)
+                said = str(error)
                 await asyncio.sleep(_RETRY_S)
         self._set_up(True)
 

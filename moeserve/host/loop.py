@@ -102,7 +102,8 @@ def _merged(bank: ExpertBank, works: Sequence[Work]) -> Sequence[torch.Tensor]:
     hidden_states = torch.cat([work.hidden_states.to(bank.dtype) for work in works])
     out = torch.empty(len(hidden_states), bank.hidden_size)
     bank.run(hidden_states, row_index[order], slots, weights, out=out)
-    return out.split(sizes)
+    parts: Sequence[torch.Tensor] = out.split(sizes)
+    return parts
 
 
 def _as_user_error(error: Exception, layer: int) -> MoEServeError:

@@ -73,13 +73,14 @@ class GrpcServer:
         try:
             await asyncio.wait_for(self._boundary.idle(), timeout_s)
         except TimeoutError:
-            await self._server.stop(None)
+            await self.stop()
         else:
             await self._server.stop(_FLUSH_S)
 
     async def stop(self) -> None:
         """Ends the service now and cancels what is running; does nothing after `drain`."""
         await self._server.stop(None)
+        await self._boundary.idle()
 
 
 async def _require_free(host: str, port: int) -> None:

@@ -63,7 +63,7 @@ def test_a_port_in_use_is_said_in_one_sentence(running: tuple[subprocess.Popen[s
         second = moeserve("serve", str(tiny_moe), "--port", port, "--metrics-port", "0")
         _, err = second.communicate(timeout=120)
     assert second.returncode == 2
-    assert f"cannot listen on 127.0.0.1:{port}: the port is in use" in err.splitlines()[-1]
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in err.splitlines()[-1]
 
 
 def test_a_ray_that_does_not_answer(tiny_moe: Path) -> None:

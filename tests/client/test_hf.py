@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -205,3 +207,9 @@ def test_a_service_of_another_model_is_refused(remote: PreTrainedModel, layers: 
 def test_a_service_that_is_not_there_is_named(remote: PreTrainedModel) -> None:
     with pytest.raises(moeserve.ExpertUnavailable, match=r"127\.0\.0\.1:1 is unavailable"):
         connect_experts(remote, "127.0.0.1:1")
+
+
+@pytest.mark.parametrize("order", ["import moeserve.client; import transformers", "import transformers; import moeserve.client"])
+def test_the_implementation_is_known_as_soon_as_both_are_imported(order: str) -> None:
+    program = f"{order}; from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS; assert 'moeserve' in ALL_EXPERTS_FUNCTIONS"
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -138,7 +138,7 @@ def test_both_ways_to_group_agree_with_the_oracle_and_add_to_what_is_there(
     weights = some_weights(len(counts), activation, bias, dtype)
     hidden_states, row_index, _, pair_weights = work = some_work(counts, num_rows=70, dtype=dtype)
     out = torch.ones(hidden_states.shape)
-    grouped(weights, activation, hidden_states, row_index, torch.tensor(counts), pair_weights, out)
+    grouped(weights, activation, hidden_states, row_index, counts, pair_weights, out)
     assert_close(out - 1, expected(weights, activation, work), dtype)
 
 

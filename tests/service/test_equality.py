@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moeserve import Client, MoELayer
-from tests.harness import CHANNELS, Kind, ServiceHarness
+from tests.harness import CHANNELS, ServiceHarness
 
 TOKENS = (0, 1, 3, 64, 1000)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -62,7 +61,9 @@ def test_counters_add_up_to_what_was_answered(service: ServiceHarness) -> None:
         label = {"layer": f"layers.{layer}"}
         assert sample("moeserve_tokens_total", label) == used
         processed = [sample("moeserve_expert_tokens_total", {**label, "expert": str(e)}) for e in range(EXPERTS)]
-        dropped = [sample("moeserve_expert_dropped_tokens_total", {**label, "expert": str(e), "reason": "capacity"}) for e in range(EXPERTS)]
+        dropped = [
+            sample("moeserve_expert_dropped_tokens_total", {**label, "expert": str(e), "reason": "capacity"}) for e in range(EXPERTS)
+        ]
         assert processed == sum(answer[2] for answer in mine).tolist()
         assert dropped == sum(answer[3] for answer in mine).tolist()
         assert sum(processed) + sum(dropped) == TOP_K * used

@@ -111,5 +111,5 @@ def send(channel: Channel, message: Message, *, layer: int = 0, epoch: int = 0, 
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE_S):
-        while not condition():  # noqa: ASYNC110 - what is waited for happens in libzmq's thread
+        while not condition():
             await asyncio.sleep(0.001)
