@@ -21,12 +21,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 import moeserve
 from moeserve.client import connect_experts
 
 CHECKPOINT = Path(__file__).parent / "tiny-moe"
-PROMPT = "The import statement"
+PROMPT = "def __init__(self, other)"
 NEW_TOKENS = 64
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
@@ -37,6 +38,7 @@ failures: list[str] = []
 def main() -> int:
     started = time.perf_counter()
     torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     local = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
     remote = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32, experts_implementation="moeserve")

@@ -1,8 +1,8 @@
 """What grpcurl does, in Python: explore and call a service through reflection, without its .proto files or generated code.
 
-    python examples/reflect.py 127.0.0.1:50051                                          # services and methods
-    python examples/reflect.py 127.0.0.1:50051 moeserve.v1.MoEService/ListLayers        # call one, with JSON in and out
-    python examples/reflect.py 127.0.0.1:50051 grpc.health.v1.Health/Check '{"service": "model.layers.0.mlp"}'
+python examples/reflect.py 127.0.0.1:50051                                          # services and methods
+python examples/reflect.py 127.0.0.1:50051 moeserve.v1.MoEService/ListLayers        # call one, with JSON in and out
+python examples/reflect.py 127.0.0.1:50051 grpc.health.v1.Health/Check '{"service": "model.layers.0.mlp"}'
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ I(expert; token id): mutual information in nats, what the chosen expert tells ab
 |--:|--:|--:|--:|--:|---|---|
 {layers}
 
-Greedy continuations:
+Greedy continuations, which at this size soon repeat themselves:
 
 {samples}
 """
