@@ -51,10 +51,10 @@ def select_in_groups(scores: Tensor, gating: GatingConfig) -> Tensor:
     assert num_groups is not None and topk_groups is not None
     num_tokens, num_experts = scores.shape
     _check(num_experts, gating)
-    by_group = scores.view(num_tokens, num_groups, -1)
+    size = num_experts // num_groups
+    by_group = scores.view(num_tokens, num_groups, size)
     # In ascending order, so that the lowest expert still comes first among equals.
     groups = select_top_k(GROUP_SCORES[gating.group_score](by_group), topk_groups).sort(dim=1).values
-    size = num_experts // num_groups
     rows = groups + torch.arange(num_tokens, device=groups.device)[:, None] * num_groups
     candidates = by_group.flatten(0, 1)[rows].flatten(1)
     picked = select_top_k(candidates, gating.top_k)
