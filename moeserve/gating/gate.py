@@ -180,7 +180,7 @@ def _admit(selection: Selection, gating: GatingConfig, requests: Segments, chanc
         kept = selection.kept
         processed = requests.count(topk_ids, kept)
     elif limit is not None and limit.can_overflow:
-        kept = keep(topk_ids, chosen, DROP_POLICIES[gating.drop_policy](topk_scores, chance), groups, limit.limits)
+        kept = keep(topk_ids, chosen, DROP_POLICIES[gating.drop_policy](topk_scores, chance), groups, limit.room)
         processed = requests.count(topk_ids, kept)
     return BatchRouting(
         request_sizes=requests.sizes,
