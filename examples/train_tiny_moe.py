@@ -122,7 +122,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, clean_up_tokenization_spaces=False)  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, clean_up_tokenization_spaces=False)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:

@@ -18,6 +18,7 @@ from moeserve.metrics import Metrics
 from moeserve.placement import plan_placement
 from moeserve.server import GrpcServer, check_exposure
 from moeserve.stats import HostInfo
+from moeserve.transport import KeyPair
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +62,9 @@ class Service:
         placement = plan_placement(specs, config.placement)
         metrics = Metrics(specs, config.observability.expert_detail)
         runtime = RayRuntime(config.ray, config.placement)
-        fleet = Fleet(config, placement)
+        fleet, keys = Fleet(config, placement), KeyPair.generate()
         hosts = [(name, partial(fleet.find, number)) for number, name in enumerate(fleet.names)]
-        frontend = Frontend(sources, placement, hosts, config, metrics, _model_name(config), self._health_changed)
+        frontend = Frontend(sources, placement, hosts, config, metrics, _model_name(config), self._health_changed, keys)
 
         self._progress("starting Ray" if config.ray.address is None else f"joining Ray at {config.ray.address}")
         self._running.callback(runtime.stop)
@@ -77,7 +78,7 @@ class Service:
 
         self._progress(f"loading {sum(spec.num_experts for spec in specs)} experts of {len(specs)} layers on {len(fleet.names)} hosts")
         self._running.push_async_callback(fleet.stop)
-        fleet.start(runtime.private_dir)
+        fleet.start(runtime.private_dir, keys.public)
         await fleet.wait(self._host_ready)
         self._running.push_async_callback(frontend.close)
         await frontend.start()
@@ -100,9 +101,10 @@ class Service:
     def _host_ready(self, info: HostInfo) -> None:
         self.hosts.append(info)
         gpus = f", CUDA_VISIBLE_DEVICES={info.cuda_visible_devices}" if info.cuda_visible_devices else ""
+        channel = info.endpoint.partition(":")[0]
         self._progress(
-            f"{info.name} ready on {info.device}{gpus}: {info.weights_bytes / 2**20:.1f} MiB, {info.num_threads} threads, pid {info.pid} "
-            f"({len(self.hosts)} of {self._config.placement.num_hosts})"
+            f"{info.name} ready on {info.device}{gpus}: {info.weights_bytes / 2**20:.1f} MiB, {info.num_threads} threads, "
+            f"reached over {channel}, pid {info.pid} ({len(self.hosts)} of {self._config.placement.num_hosts})"
         )
 
     def _health_changed(self, layer: int, healthy: bool) -> None:

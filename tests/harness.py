@@ -18,7 +18,7 @@ from moeserve.metrics import Metrics
 from moeserve.placement import plan_placement
 from moeserve.server import GrpcServer
 from moeserve.stats import HostInfo
-from moeserve.transport import listen
+from moeserve.transport import KeyPair, listen
 
 Result = TypeVar("Result")
 Kind = Literal["local", "shm", "tcp"]
@@ -55,7 +55,7 @@ class ThreadedHost:
 
     async def find(self) -> HostInfo:
         await self._up.wait()
-        return HostInfo(f"host-{self.number}", self.endpoint, "this-node", 0, "cpu", "", 1, 0)
+        return HostInfo(f"host-{self.number}", self.endpoint, "", "this-node", 0, "cpu", "", 1, 0)
 
 
 class ServiceHarness:
@@ -101,7 +101,10 @@ class ServiceHarness:
             }
             self.hosts.append(ThreadedHost(number, self._kind, self._folder, banks))
         found = [(f"host-{host.number}", host.find) for host in self.hosts]
-        self.frontend = Frontend(self.sources, self.placement, found, self.config, self.metrics, "model", self._on_health)
+        keys = KeyPair.generate()
+        self.frontend = Frontend(
+            self.sources, self.placement, found, self.config, self.metrics, "model", self._on_health, KeyPair.generate()
+        )
         self.server = GrpcServer(self.frontend, self.config.server, self.metrics.observe_call)
         self.target = f"127.0.0.1:{await self.server.start()}"
         await self.frontend.start()

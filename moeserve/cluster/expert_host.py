@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+import ray.util
 import torch
 
 from moeserve.checkpoints import layer_sources
@@ -16,18 +17,27 @@ from moeserve.experts import ExpertBank
 from moeserve.host import HostLoop
 from moeserve.placement import Placement
 from moeserve.stats import HostInfo
-from moeserve.transport import listen
+from moeserve.transport import HostKeys, KeyPair, listen
 
 
 @dataclass(frozen=True)
 class HostOrder:
-    """Everything a host needs to know to come up, again and again: who it is, what it holds, where its socket goes."""
+    """Everything a host needs to know to come up, again and again: who it is, what it holds, whom it works for."""
 
     name: str
     number: int
     config: ServiceConfig
     placement: Placement
+    frontend: FrontendAddress
+
+
+@dataclass(frozen=True)
+class FrontendAddress:
+    """The Ray node of the frontend, a folder for sockets there, and the public key it shows to hosts on other nodes."""
+
+    node: str
     socket_dir: Path
+    public_key: str
 
 
 @ray.remote
@@ -64,13 +74,15 @@ class ExpertHost:
         has_gpu = bool(granted.get("GPU", 0))
         device = torch.device("cuda" if has_gpu and torch.cuda.is_available() else "cpu")
         banks = _load(order, device)
-        listener = listen(f"unix:{order.socket_dir / order.name}-{os.getpid()}.sock")
+        keys = KeyPair.generate()
+        listener = listen(_endpoint(order), keys=HostKeys(keys, frozenset({order.frontend.public_key})))
         self._loop = HostLoop(banks, listener)
         self._thread = threading.Thread(target=_run, args=(self._loop, num_threads), name="expert-host", daemon=True)
         self._thread.start()
         return HostInfo(
             name=order.name,
             endpoint=listener.endpoints[0],
+            public_key=keys.public,
             node=ray.get_runtime_context().get_node_id(),
             pid=os.getpid(),
             device=str(device),
@@ -78,6 +90,13 @@ class ExpertHost:
             num_threads=num_threads,
             weights_bytes=sum(bank.weights.nbytes for bank in banks.values()),
         )
+
+
+def _endpoint(order: HostOrder) -> str:
+    """Shared memory beside the frontend, encrypted TCP from anywhere else."""
+    if ray.get_runtime_context().get_node_id() == order.frontend.node:
+        return f"unix:{order.frontend.socket_dir / order.name}-{os.getpid()}.sock"
+    return f"tcp://{ray.util.get_node_ip_address()}:0"
 
 
 def _run(loop: HostLoop, num_threads: int) -> None:

@@ -12,7 +12,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
-from moeserve.cluster.expert_host import ExpertHost, HostOrder
+from moeserve.cluster.expert_host import ExpertHost, FrontendAddress, HostOrder
 from moeserve.config import PlacementConfig, ServiceConfig
 from moeserve.errors import ConfigError, ExpertUnavailable
 from moeserve.placement import Placement
@@ -33,18 +33,24 @@ class Fleet:
         self._actors: list[ActorHandle[ExpertHost]] = []
         self.names = [f"host-{number}" for number in range(placement.num_hosts)]
 
-    def start(self, socket_dir: Path) -> None:
-        """Ask Ray for every host at once. Their sockets go into `socket_dir`, a private folder.
+    def start(self, socket_dir: Path, frontend_key: str) -> None:
+        """Ask Ray for every host at once, spread over the nodes.
 
+        Hosts on this node put their sockets into `socket_dir`, a private folder; others admit the frontend by its public key.
         Raises ConfigError when the cluster cannot hold them.
         """
         check_resources(self._config.placement)
         wanted = self._config.placement
         host = ExpertHost.options(  # type: ignore[attr-defined]
-            num_cpus=wanted.cpus_per_host, num_gpus=wanted.gpus_per_host, max_restarts=-1, max_task_retries=0
+            num_cpus=wanted.cpus_per_host,
+            num_gpus=wanted.gpus_per_host,
+            scheduling_strategy="SPREAD",
+            max_restarts=-1,
+            max_task_retries=0,
         )
+        frontend = FrontendAddress(ray.get_runtime_context().get_node_id(), socket_dir, frontend_key)
         for number, name in enumerate(self.names):
-            self._actors.append(host.remote(HostOrder(name, number, self._config, self._placement, socket_dir)))
+            self._actors.append(host.remote(HostOrder(name, number, self._config, self._placement, frontend)))
 
     async def wait(self, on_ready: Callable[[HostInfo], None]) -> None:
         """Until every host is ready; `on_ready` tells of each. Raises what a host raised, for example CheckpointError."""

@@ -22,6 +22,7 @@ from moeserve.output import ForwardOutput
 from moeserve.placement import Placement
 from moeserve.request import LayerRequest
 from moeserve.stats import HostStats, LayerStats, ServiceStats
+from moeserve.transport import KeyPair
 
 OnHealth = Callable[[int, bool], None]
 
@@ -29,7 +30,8 @@ OnHealth = Callable[[int, bool], None]
 class Frontend:
     """Takes requests for any served layer and answers them with the hosts' help.
 
-    `hosts` are the placement's hosts in order: a name, and how to find the host's present incarnation.
+    `hosts` are the placement's hosts in order: a name, and how to find the host's present incarnation; `keys` are shown to those on
+    other nodes.
     `on_health` is told, whenever it may have changed, of every layer (by number) whether each of its experts has a live copy.
     """
 
@@ -42,6 +44,7 @@ class Frontend:
         metrics: Metrics,
         model: str,
         on_health: OnHealth,
+        keys: KeyPair,
     ) -> None:
         self.model = model
         self.layers = [source.spec for source in sources]
@@ -49,7 +52,7 @@ class Frontend:
         self._metrics = metrics
         self._on_health = on_health
         self._timeout_s = config.resilience.request_timeout_s
-        self._links = [HostLink(name, resolve, metrics, self._hosts_changed) for name, resolve in hosts]
+        self._links = [HostLink(name, resolve, keys, metrics, self._hosts_changed) for name, resolve in hosts]
         self._budget = TokenBudget(config.server.max_queued_tokens, metrics.queue_tokens.set)
         self._compute = Compute()
         self._batchers = [

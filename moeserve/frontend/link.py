@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from moeserve.errors import MoEServeError
 from moeserve.metrics import Metrics
 from moeserve.stats import HostInfo
-from moeserve.transport import Channel, connect
+from moeserve.transport import Channel, FrontendKeys, KeyPair, connect
 
 log = logging.getLogger(__name__)
 
@@ -21,11 +21,12 @@ Resolve = Callable[[], Awaitable[HostInfo]]
 class HostLink:
     """Keeps a channel to one host; when the host dies it asks `resolve` where the next incarnation is, and connects to that."""
 
-    def __init__(self, name: str, resolve: Resolve, metrics: Metrics, on_change: Callable[[], None]) -> None:
+    def __init__(self, name: str, resolve: Resolve, keys: KeyPair, metrics: Metrics, on_change: Callable[[], None]) -> None:
         self.name = name
         self.info: HostInfo | None = None
         self.restarts = 0
         self._resolve = resolve
+        self._keys = keys
         self._on_change = on_change
         self._up = metrics.host_up.labels(name)
         self._restarts = metrics.host_restarts
@@ -74,7 +75,8 @@ class HostLink:
         while self._channel is None:
             try:
                 self.info = await self._resolve()
-                self._channel = await connect(self.info.endpoint)
+                keys = FrontendKeys(self._keys, self.info.public_key) if self.info.public_key else None
+                self._channel = await connect(self.info.endpoint, keys=keys)
             except MoEServeError as error:
                 # It died again before it was reached, or cannot come up at present: whoever needs it has a deadline of his own.
                 if str(error) != said:
