@@ -101,7 +101,6 @@ class ServiceHarness:
             }
             self.hosts.append(ThreadedHost(number, self._kind, self._folder, banks))
         found = [(f"host-{host.number}", host.find) for host in self.hosts]
-        keys = KeyPair.generate()
         self.frontend = Frontend(
             self.sources, self.placement, found, self.config, self.metrics, "model", self._on_health, KeyPair.generate()
         )
