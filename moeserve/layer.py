@@ -90,11 +90,12 @@ class MoELayer:
         topk_ids: torch.Tensor | None = None,
         topk_weights: torch.Tensor | None = None,
         return_routing: bool = False,
+        token_ids: torch.Tensor | None = None,
     ) -> ForwardOutput:
-        """One request; arguments and answer as in `Client.forward`. Raises InvalidRequest."""
-        request = LayerRequest(hidden_states, used_token, topk_ids, topk_weights, return_routing)
+        """One request; arguments and answer as in `Client.forward`. token_ids [T] int, for layers that hash them. Raises InvalidRequest."""
+        request = LayerRequest(hidden_states, used_token, topk_ids, topk_weights, return_routing, token_ids=token_ids)
         validate(request, self.spec, _MAX_TOKENS)
-        routing = route_batch(self.router, hidden_states, [request.num_tokens], used_token, topk_ids, topk_weights)
+        routing = route_batch(self.router, hidden_states, [request.num_tokens], used_token, topk_ids, topk_weights, token_ids)
         answers = []
         for work in plan(routing.topk_ids, routing.topk_weights, routing.kept, self._placement):
             partial = torch.empty(len(work.rows), self.spec.hidden_size)
@@ -111,10 +112,14 @@ def route_batch(
     used_token: torch.Tensor | None,
     topk_ids: torch.Tensor | None,
     topk_weights: torch.Tensor | None,
+    token_ids: torch.Tensor | None,
 ) -> BatchRouting:
-    """Route the joined tokens of several requests [T, H]: by the layer's own gate, or as the callers did (topk_* [T, K])."""
+    """Route the joined tokens of several requests [T, H]: by the layer's own gate, or as the callers did (topk_* [T, K]).
+
+    token_ids [T] int, where the gate needs them.
+    """
     if topk_ids is None or topk_weights is None:
-        return router(hidden_states, request_sizes, used_token)
+        return router(hidden_states, request_sizes, used_token, token_ids)
     return apply_choices(topk_ids, topk_weights, router.num_experts, router.gating, request_sizes, used_token)
 
 

@@ -20,7 +20,8 @@ _FLOATS = FLOAT_DTYPES.values()
 
 @dataclass(frozen=True)
 class LayerRequest:
-    """hidden_states [T, H] float; used_token [T] bool; topk_ids [T, K] int and topk_weights [T, K] float when the caller routed.
+    """hidden_states [T, H] float; used_token [T] bool; topk_ids [T, K] int and topk_weights [T, K] float when the caller routed;
+    token_ids [T] int, 0..2^32-1, for layers that route by their hash.
 
     `deadline` is a time on this machine's monotonic clock, in seconds.
     """
@@ -31,6 +32,7 @@ class LayerRequest:
     topk_weights: torch.Tensor | None = None
     return_routing: bool = False
     deadline: float | None = None
+    token_ids: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -62,6 +64,7 @@ def validate(request: LayerRequest, spec: LayerSpec, max_tokens: int) -> None:
         )
     _require_finite(hidden_states, "hidden_states")
     _validate_choices(request, spec)
+    _validate_token_ids(request, spec)
 
 
 def _validate_choices(request: LayerRequest, spec: LayerSpec) -> None:
@@ -95,6 +98,21 @@ def _validate_choices(request: LayerRequest, spec: LayerSpec) -> None:
     if twice.any():
         raise InvalidRequest(f"topk_ids[{int(twice.nonzero()[0])}] names an expert twice", "topk_ids")
     _require_finite(topk_weights, "topk_weights")
+
+
+def _validate_token_ids(request: LayerRequest, spec: LayerSpec) -> None:
+    token_ids = request.token_ids
+    if token_ids is None:
+        if spec.gating.routing == "hash" and not request.is_routed:
+            raise InvalidRequest(f"token_ids is required: layer {spec.name} routes by the hash of the token id", "token_ids")
+        return
+    _require_dtype(token_ids, (torch.int64, torch.int32), "token_ids")
+    if list(token_ids.shape) != [request.num_tokens]:
+        raise InvalidRequest(f"token_ids has shape {list(token_ids.shape)}; expected [{request.num_tokens}]", "token_ids")
+    bad = (token_ids < 0) | (token_ids >= 2**32)
+    if bad.any():
+        token = int(bad.nonzero()[0])
+        raise InvalidRequest(f"token_ids[{token}] is {int(token_ids[token])}; allowed: 0..{2**32 - 1}", "token_ids")
 
 
 def _require_dtype(tensor: torch.Tensor, allowed: Collection[torch.dtype], field: str) -> None:

@@ -27,9 +27,10 @@ class Pending:
     admitted_at: float = field(default_factory=time.monotonic)
 
     @property
-    def join_key(self) -> int:
-        """Only requests of the same key can be run together: all routed by the gate (0), or all by callers with the same K."""
-        return 0 if self.request.topk_ids is None else self.request.topk_ids.shape[1]
+    def join_key(self) -> tuple[int, bool]:
+        """Only requests of the same key can be run together: routed by the gate (0) or by callers with the same K; with token ids or not."""
+        top_k = 0 if self.request.topk_ids is None else self.request.topk_ids.shape[1]
+        return top_k, self.request.token_ids is not None
 
 
 class Batch:
@@ -68,6 +69,12 @@ class Batch:
     def topk_weights(self) -> torch.Tensor | None:
         """[T, K] float32 when the callers routed."""
         parts = [member.request.topk_weights.float() for member in self.members if member.request.topk_weights is not None]
+        return torch.cat(parts) if parts else None
+
+    @cached_property
+    def token_ids(self) -> torch.Tensor | None:
+        """[T] int64 when the callers sent them."""
+        parts = [member.request.token_ids.long() for member in self.members if member.request.token_ids is not None]
         return torch.cat(parts) if parts else None
 
     @property

@@ -78,7 +78,9 @@ class Forward:
         started = time.perf_counter()
         self._metrics.observe_stage("queue", time.monotonic() - batch.members[0].admitted_at)
         self._metrics.batch_tokens.observe(batch.num_tokens)
-        routing = route_batch(self._router, batch.hidden_states, batch.sizes, batch.used_token, batch.topk_ids, batch.topk_weights)
+        routing = route_batch(
+            self._router, batch.hidden_states, batch.sizes, batch.used_token, batch.topk_ids, batch.topk_weights, batch.token_ids
+        )
         works = plan(routing.topk_ids, routing.topk_weights, routing.kept, self._placement.layers[self.layer])
         routed = time.perf_counter()
         messages = [self._write(batch, work) for work in works]

@@ -1,7 +1,20 @@
 """Which experts a token goes to, with what weight, and which of those choices an expert has room for; pure torch."""
 
 from moeserve.gating.gate import apply_choices, route, route_requests
+from moeserve.gating.gate_input import GateInput, Selection
 from moeserve.gating.router import Router
-from moeserve.gating.routing import BatchRouting, Routing
+from moeserve.gating.routing import BatchRouting, Drop, Routing
+from moeserve.gating.routings.plugin import RoutingPlugin
 
-__all__ = ["BatchRouting", "Router", "Routing", "apply_choices", "route", "route_requests"]
+__all__ = [
+    "BatchRouting",
+    "Drop",
+    "GateInput",
+    "Router",
+    "Routing",
+    "RoutingPlugin",
+    "Selection",
+    "apply_choices",
+    "route",
+    "route_requests",
+]

@@ -1,6 +1,6 @@
 """The gate, from router logits to routing: scores, selection, capacity, weights, losses.
 
-T tokens, E experts, K choices per token, R requests.
+T tokens, H hidden size, E experts, K choices per token, R requests.
 """
 
 from __future__ import annotations
@@ -15,51 +15,108 @@ from torch import Tensor
 from moeserve.config import GatingConfig
 from moeserve.errors import ConfigError, InvalidRequest
 from moeserve.gating.aux_loss import AUX_LOSSES
-from moeserve.gating.capacity import capacity
+from moeserve.gating.capacity import CAPACITY_SCOPES, capacity
+from moeserve.gating.chance import Chance
 from moeserve.gating.drop import DROP_POLICIES, keep
+from moeserve.gating.gate_input import GateInput, Selection
+from moeserve.gating.noise import shake_logits
 from moeserve.gating.routing import BatchRouting, Routing
-from moeserve.gating.scoring import SCORING
+from moeserve.gating.routings import routing_of
+from moeserve.gating.scoring import PROBABILITIES
 from moeserve.gating.segments import Segments
-from moeserve.gating.selection import select_top_k
-from moeserve.gating.weights import RENORMALIZE, keep_total
+from moeserve.gating.weights import PRE_DROP_EPS, RENORMALIZE, keep_total
 from moeserve.gating.z_loss import z_loss
 
 
-def route(router_logits: Tensor, gating: GatingConfig, used_token: Tensor | None = None) -> Routing:
+def route(
+    router_logits: Tensor,
+    gating: GatingConfig,
+    used_token: Tensor | None = None,
+    token_ids: Tensor | None = None,
+    hidden_states: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    *,
+    score_correction_bias: Tensor | None = None,
+    centroids: Tensor | None = None,
+) -> Routing:
     """Routes the tokens of one request.
 
-    router_logits [T, E] of any real dtype, computed on in float32; used_token [T] bool, None = every token is used.
-    Raises ConfigError when `gating.top_k` exceeds E, InvalidRequest when a tensor has the wrong shape or a logit is NaN or Inf.
+    router_logits          [T, E] of any real dtype, computed on in float32
+    used_token             [T]    bool, None = every token is used
+    token_ids              [T]    int, 0..2^32-1; for routing = "hash"
+    hidden_states          [T, H] float; for routing = "similarity"
+    generator              random numbers come from it instead of `gating.seed`
+    score_correction_bias  [E]    float, added to the scores for selection only
+    centroids              [E, H] float; for routing = "similarity"
+
+    Jitter acts in front of the gate, hence not here: see Router. Raises ConfigError when `gating` does not fit the layer, InvalidRequest
+    when a tensor is missing or has the wrong shape, or a logit is NaN or Inf.
     """
     if router_logits.dim() != 2:
         raise InvalidRequest(f"router_logits must be [tokens, experts], got {list(router_logits.shape)}", "router_logits")
-    num_tokens = router_logits.shape[0]
+    num_tokens, num_experts = router_logits.shape
     if used_token is not None and (used_token.dtype != torch.bool or list(used_token.shape) != [num_tokens]):
         raise InvalidRequest(
             f"used_token must be bool of shape [{num_tokens}], got {used_token.dtype} {list(used_token.shape)}", "used_token"
         )
-    return route_requests(router_logits, gating, [num_tokens], used_token).request(0)
+    if token_ids is not None and (token_ids.is_floating_point() or list(token_ids.shape) != [num_tokens]):
+        raise InvalidRequest(f"token_ids must be int of shape [{num_tokens}], got {token_ids.dtype} {list(token_ids.shape)}", "token_ids")
+    if hidden_states is not None and (hidden_states.dim() != 2 or hidden_states.shape[0] != num_tokens):
+        raise InvalidRequest(f"hidden_states must be [{num_tokens}, hidden size], got {list(hidden_states.shape)}", "hidden_states")
+    check_layer_tensors(num_experts, score_correction_bias, centroids)
+    return route_requests(
+        router_logits,
+        gating,
+        [num_tokens],
+        used_token,
+        Chance([num_tokens], router_logits.device, gating.seed, generator),
+        token_ids=token_ids,
+        hidden_states=hidden_states,
+        score_correction_bias=score_correction_bias,
+        centroids=centroids,
+    ).request(0)
 
 
-def route_requests(router_logits: Tensor, gating: GatingConfig, request_sizes: Sequence[int], used_token: Tensor | None) -> BatchRouting:
+def route_requests(
+    router_logits: Tensor,
+    gating: GatingConfig,
+    request_sizes: Sequence[int],
+    used_token: Tensor | None,
+    chance: Chance | None = None,
+    *,
+    token_ids: Tensor | None = None,
+    hidden_states: Tensor | None = None,
+    score_correction_bias: Tensor | None = None,
+    centroids: Tensor | None = None,
+) -> BatchRouting:
     """Routes several requests laid end to end; `request_sizes` [R] in tokens, some may be 0. Everything else as in `route`."""
-    num_experts, top_k = router_logits.shape[1], gating.top_k
-    if top_k > num_experts:
-        raise ConfigError(f"top_k is {top_k} but the layer has {num_experts} experts")
+    num_experts = router_logits.shape[1]
+    if gating.top_k > num_experts:
+        raise ConfigError(f"top_k is {gating.top_k} but the layer has {num_experts} experts")
     router_logits = router_logits.float()
     requests = Segments(request_sizes, used_token, num_experts, router_logits.device)
     assert requests.num_tokens == router_logits.shape[0]
     _require_finite(router_logits, requests)
 
-    scores = SCORING[gating.scoring_func](router_logits)
-    topk_ids = select_top_k(scores, top_k)
-    topk_scores = scores.gather(1, topk_ids)
-    admitted = _admit(topk_ids, topk_scores, gating, requests)
+    chance = chance or Chance(requests.sizes, router_logits.device, gating.seed, None)
+    gate = GateInput(
+        gating,
+        shake_logits(router_logits, gating, chance),
+        requests,
+        chance,
+        None if token_ids is None else token_ids.long(),
+        None if hidden_states is None else hidden_states.float(),
+        None if score_correction_bias is None else score_correction_bias.float(),
+        None if centroids is None else centroids.float(),
+    )
+    selection = routing_of(gating)(gate)
+    admitted = _admit(selection, gating, requests, chance)
+    weights = RENORMALIZE[gating.renormalize](selection.topk_scores, admitted.kept, gating.renormalize_eps)
     return replace(
         admitted,
-        topk_weights=RENORMALIZE[gating.renormalize](topk_scores, admitted.kept) * gating.routed_scaling_factor,
-        aux_loss=AUX_LOSSES[gating.aux_loss](scores, topk_ids, admitted.requested, requests) * gating.aux_loss_weight,
-        z_loss=z_loss(router_logits, requests) * gating.z_loss_weight,
+        topk_weights=weights * gating.routed_scaling_factor,
+        aux_loss=AUX_LOSSES[gating.aux_loss](_probabilities(selection.scores, gating), admitted, requests) * gating.aux_loss_weight,
+        z_loss=z_loss(gate.router_logits, requests) * gating.z_loss_weight,
     )
 
 
@@ -80,20 +137,33 @@ def apply_choices(
     assert topk_ids.shape == topk_weights.shape
     assert topk_ids.shape[0] == requests.num_tokens
     topk_ids, topk_weights = topk_ids.long(), topk_weights.float()
-    admitted = _admit(topk_ids, topk_weights, gating, requests)
+    chance = Chance(requests.sizes, topk_ids.device, gating.seed, None)
+    admitted = _admit(Selection(topk_weights, topk_ids, topk_weights), gating, requests, chance)
     if gating.renormalize == "post_drop":
         return replace(admitted, topk_weights=keep_total(topk_weights, admitted.kept))
     return admitted
 
 
-def _admit(topk_ids: Tensor, topk_scores: Tensor, gating: GatingConfig, requests: Segments) -> BatchRouting:
+def check_layer_tensors(num_experts: int, score_correction_bias: Tensor | None, centroids: Tensor | None) -> None:
+    """Raises ConfigError unless what a layer owns fits its experts."""
+    if score_correction_bias is not None and list(score_correction_bias.shape) != [num_experts]:
+        raise ConfigError(f"score_correction_bias must be [{num_experts}], one value per expert, got {list(score_correction_bias.shape)}")
+    if centroids is not None and (centroids.dim() != 2 or centroids.shape[0] != num_experts):
+        raise ConfigError(f"centroids must be [{num_experts}, hidden size], one row per expert, got {list(centroids.shape)}")
+
+
+def _admit(selection: Selection, gating: GatingConfig, requests: Segments, chance: Chance) -> BatchRouting:
     """What the experts have room for, with the scores as weights and without losses."""
+    topk_ids, topk_scores = selection.topk_ids, selection.topk_scores
     limit = capacity(gating, requests.sizes, requests.num_experts, topk_ids.shape[1])
-    kept = chosen = requests.chosen(topk_ids)
+    groups = requests.divided(CAPACITY_SCOPES[gating.capacity_scope](requests.sizes, gating).sizes)
+    kept = chosen = requests.chosen(topk_ids) if selection.chosen is None else selection.chosen
     processed = requested = requests.count(topk_ids, chosen)
-    if limit is not None and limit.can_overflow:
-        groups = Segments(limit.group_sizes, requests.used_token, requests.num_experts, topk_ids.device)
-        kept = keep(topk_ids, chosen, DROP_POLICIES[gating.drop_policy](topk_scores), groups, limit.limits)
+    if selection.kept is not None:
+        kept = selection.kept
+        processed = requests.count(topk_ids, kept)
+    elif limit is not None and limit.can_overflow:
+        kept = keep(topk_ids, chosen, DROP_POLICIES[gating.drop_policy](topk_scores, chance), groups, limit.limits)
         processed = requests.count(topk_ids, kept)
     no_loss = topk_scores.new_zeros(len(requests.sizes))
     return BatchRouting(
@@ -101,15 +171,31 @@ def _admit(topk_ids: Tensor, topk_scores: Tensor, gating: GatingConfig, requests
         used_tokens=requests.used_tokens,
         topk_ids=topk_ids,
         topk_weights=topk_scores * kept,
+        chosen=chosen,
         kept=kept,
-        dropped_tokens=(kept != chosen).any(dim=1),
+        dropped_tokens=(kept != chosen).any(dim=1) if selection.chosen is None else _left_out(kept, requests),
         requested=requested,
         processed=processed,
         dropped=requested - processed,
         capacity=(None,) * len(requests.sizes) if limit is None else limit.of_request,
         aux_loss=no_loss,
         z_loss=no_loss,
+        groups=groups,
+        is_choice_major=gating.drop_policy == "choice_major" or gating.routing == "mindformers",
     )
+
+
+def _left_out(kept: Tensor, requests: Segments) -> Tensor:
+    """[T] bool: used tokens that no expert took."""
+    taken = kept.any(dim=1)
+    return ~taken if requests.used_token is None else requests.used_token & ~taken
+
+
+def _probabilities(scores: Tensor, gating: GatingConfig) -> Tensor:
+    """[T, E] float32, rows of sum 1: what losses take scores for. DeepSeek-V3 (arXiv 2412.19437, eq. 19) does it to its sigmoids too."""
+    if gating.scoring_func in PROBABILITIES or gating.aux_loss == "none":
+        return scores
+    return scores / (scores.sum(dim=1, keepdim=True) + PRE_DROP_EPS)
 
 
 def _require_finite(router_logits: Tensor, requests: Segments) -> None:

@@ -8,21 +8,62 @@ import torch
 import torch.nn.functional as F
 
 from moeserve.config import GatingConfig
-from moeserve.gating.gate import route_requests
+from moeserve.gating.chance import Chance
+from moeserve.gating.gate import check_layer_tensors, route_requests
+from moeserve.gating.noise import shake_hidden_states
 from moeserve.gating.routing import BatchRouting
+from moeserve.gating.routings import routing_of
 
 
 class Router:
-    """The gate of one layer: router logits = hidden_states @ gate^T in float32, then routing."""
+    """The gate of one layer: router logits = hidden_states @ gate^T + bias in float32, then routing.
 
-    def __init__(self, gate: torch.Tensor, gating: GatingConfig) -> None:
+    gate                   [E, H] float
+    bias                   [E]    float, added to the logits
+    score_correction_bias  [E]    float, added to the scores for selection only
+    centroids              [E, H] float for routing = "similarity"; the rows of the gate unless given
+
+    Raises ConfigError when the tensors do not fit each other, or a plug-in cannot be imported.
+    """
+
+    def __init__(
+        self,
+        gate: torch.Tensor,
+        gating: GatingConfig,
+        bias: torch.Tensor | None = None,
+        score_correction_bias: torch.Tensor | None = None,
+        centroids: torch.Tensor | None = None,
+    ) -> None:
+        check_layer_tensors(gate.shape[0], score_correction_bias, centroids)
+        routing_of(gating)
         self.gate = gate.float()
         self.gating = gating
+        self.bias = None if bias is None else bias.float()
+        self.score_correction_bias = None if score_correction_bias is None else score_correction_bias.float()
+        self.centroids = self.gate if centroids is None else centroids.float()
 
     @property
     def num_experts(self) -> int:
         return self.gate.shape[0]
 
-    def __call__(self, hidden_states: torch.Tensor, request_sizes: Sequence[int], used_token: torch.Tensor | None) -> BatchRouting:
-        """hidden_states [T, H] of several requests laid end to end. Raises InvalidRequest when a logit is not finite."""
-        return route_requests(F.linear(hidden_states.float(), self.gate), self.gating, request_sizes, used_token)
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        request_sizes: Sequence[int],
+        used_token: torch.Tensor | None,
+        token_ids: torch.Tensor | None = None,
+    ) -> BatchRouting:
+        """hidden_states [T, H] of several requests laid end to end, token_ids [T] int. Raises InvalidRequest when a logit is not finite."""
+        hidden_states = hidden_states.float()
+        chance = Chance(request_sizes, hidden_states.device, self.gating.seed, None)
+        return route_requests(
+            F.linear(shake_hidden_states(hidden_states, self.gating, chance), self.gate, self.bias),
+            self.gating,
+            request_sizes,
+            used_token,
+            chance,
+            token_ids=token_ids,
+            hidden_states=hidden_states,
+            score_correction_bias=self.score_correction_bias,
+            centroids=self.centroids,
+        )

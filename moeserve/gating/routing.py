@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 from torch import Tensor
+
+from moeserve.gating.drop import slots
+from moeserve.gating.segments import Segments
+
+
+class Drop(NamedTuple):
+    """One choice that is not computed: a used token, its k-th choice, the expert, and why."""
+
+    token: int
+    choice: int
+    expert: int
+    reason: Literal["capacity"]
 
 
 @dataclass(frozen=True)
 class Routing:
     """The routing of one request.
 
-    topk_ids       [T, K]  int64, by descending score
+    topk_ids       [T, K]  int64, in the order they were chosen: by descending score, unless the routing has another
     topk_weights   [T, K]  float32, 0 where not kept
     kept           [T, K]  bool, false where the choice was dropped or the token is unused
-    dropped_tokens [T]     bool, used tokens that lost at least one choice
+    dropped_tokens [T]     bool, used tokens that lost at least one choice, or that no expert chose
+    slots          [T, K]  int64, the row of the choice among those its expert takes from the capacity group, -1 where not kept
     requested, processed, dropped  [E] int64: demand before drops, (token, expert) pairs kept, and their difference
     capacity       rows an expert may take from the request's capacity group, None = no limit
     aux_loss, z_loss  telemetry
@@ -30,11 +45,23 @@ class Routing:
     capacity: int | None
     aux_loss: float
     z_loss: float
+    batch: BatchRouting
+    tokens: slice
+
+    @property
+    def slots(self) -> Tensor:
+        return self.batch.slots[self.tokens]
+
+    @property
+    def drops(self) -> list[Drop]:
+        """Every choice that was dropped, token by token."""
+        lost = (self.batch.chosen[self.tokens] & ~self.kept).nonzero().tolist()
+        return [Drop(token, choice, int(self.topk_ids[token, choice]), "capacity") for token, choice in lost]
 
     def dense(self) -> Tensor:
         """[T, E] float32 combine weights, 0 where an expert was not chosen or the choice was dropped."""
         num_tokens, num_experts = self.topk_ids.shape[0], self.requested.shape[0]
-        return self.topk_weights.new_zeros(num_tokens, num_experts).scatter(1, self.topk_ids, self.topk_weights)
+        return self.topk_weights.new_zeros(num_tokens, num_experts).scatter_add(1, self.topk_ids, self.topk_weights)
 
 
 @dataclass(frozen=True)
@@ -42,12 +69,15 @@ class BatchRouting:
     """The routing of R requests laid end to end: tensors over tokens as in Routing, counts [R, E], losses [R] float32.
 
     request_sizes in tokens; used_tokens [R] int64, how many of them are used
+    chosen  [T, K] bool, what was asked for: kept plus dropped
+    groups  the tokens by capacity group; is_choice_major: whether first choices have the first slots
     """
 
     request_sizes: tuple[int, ...]
     used_tokens: Tensor
     topk_ids: Tensor
     topk_weights: Tensor
+    chosen: Tensor
     kept: Tensor
     dropped_tokens: Tensor
     requested: Tensor
@@ -56,6 +86,12 @@ class BatchRouting:
     capacity: tuple[int | None, ...]
     aux_loss: Tensor
     z_loss: Tensor
+    groups: Segments
+    is_choice_major: bool
+
+    @cached_property
+    def slots(self) -> Tensor:
+        return slots(self.topk_ids, self.kept, self.is_choice_major, self.groups)
 
     def request(self, index: int) -> Routing:
         """The part of request `index`; views, no copies."""
@@ -72,4 +108,6 @@ class BatchRouting:
             capacity=self.capacity[index],
             aux_loss=self.aux_loss[index].item(),
             z_loss=self.z_loss[index].item(),
+            batch=self,
+            tokens=tokens,
         )

@@ -1,13 +1,18 @@
 """Router logits -> scores. T tokens, E experts.
 
-softmax    g = softmax(x): the gate of Shazeer et al. 2017, "Outrageously Large Neural Networks" (arXiv 1701.06538), without its
-           noise; also GShard, Switch and Mixtral
+softmax        g = softmax(x): the gate of Shazeer et al. 2017, "Outrageously Large Neural Networks" (arXiv 1701.06538), without
+               its noise; also GShard, Switch and Mixtral
+softmax_topk   the same, but the weights of a token are a softmax over the K chosen logits alone: gpt-oss. It equals softmax with
+               renormalize = "pre_drop" but for rounding, and for logits whose softmax vanishes
+sigmoid        g = 1 / (1 + exp(-x)), each expert by itself: DeepSeek-V3 (arXiv 2412.19437, eq. 15), Llama 4
+sqrt_softplus  g = sqrt(log(1 + exp(x))): DeepSeek-V4
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -16,5 +21,23 @@ def softmax(router_logits: Tensor) -> Tensor:
     return router_logits.softmax(dim=1)
 
 
+def sigmoid(router_logits: Tensor) -> Tensor:
+    """[T, E] float32 -> [T, E] in 0..1; a row need not add up to 1."""
+    return router_logits.sigmoid()
+
+
+def sqrt_softplus(router_logits: Tensor) -> Tensor:
+    """[T, E] float32 -> [T, E], 0 or more."""
+    return F.softplus(router_logits).sqrt()
+
+
 #: value of `scoring_func` -> router_logits [T, E] -> scores [T, E]
-SCORING: Mapping[str, Callable[[Tensor], Tensor]] = {"softmax": softmax}
+SCORING: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "softmax": softmax,
+    "softmax_topk": softmax,
+    "sigmoid": sigmoid,
+    "sqrt_softplus": sqrt_softplus,
+}
+
+#: those whose scores of a token add up to 1
+PROBABILITIES = frozenset({"softmax", "softmax_topk"})

@@ -32,6 +32,15 @@ class Segments:
         return torch.repeat_interleave(self._lengths, output_size=self.num_tokens)
 
     @cached_property
+    def with_unused(self) -> Segments:
+        """The same tokens, all of them used."""
+        return self if self.used_token is None else Segments(self.sizes, None, self.num_experts, self._lengths.device)
+
+    def divided(self, sizes: Sequence[int]) -> Segments:
+        """The same tokens in other segments."""
+        return self if tuple(sizes) == self.sizes else Segments(sizes, self.used_token, self.num_experts, self._lengths.device)
+
+    @cached_property
     def used_tokens(self) -> Tensor:
         """[S] int64: how many tokens of each segment are used."""
         if self.used_token is None:
@@ -58,7 +67,9 @@ class Segments:
 
         On a GPU the order, and with it the last bits, may differ from run to run; only the losses are made of such sums.
         """
-        ids = self.ids
         if self.used_token is not None:
-            values, ids = values[self.used_token], ids[self.used_token]
+            values = values[self.used_token]
+        if len(self.sizes) == 1:
+            return values.sum(dim=0, keepdim=True)
+        ids = self.ids if self.used_token is None else self.ids[self.used_token]
         return values.new_zeros(len(self.sizes), *values.shape[1:]).index_add_(0, ids, values)

@@ -114,7 +114,7 @@ class MoEService:
 
 def _empty_output(request: LayerRequest, spec: LayerSpec) -> ForwardOutput:
     counts = torch.zeros(spec.num_experts, dtype=torch.int64)
-    top_k = spec.gating.top_k if request.topk_ids is None else request.topk_ids.shape[1]
+    top_k = spec.gating.choices_per_token(spec.num_experts) if request.topk_ids is None else request.topk_ids.shape[1]
     return ForwardOutput(
         hidden_states=request.hidden_states,
         requested=counts,

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from moeserve.config import GatingConfig
 from moeserve.gating import Routing, apply_choices, route, route_requests
 
+from . import oracle
 from .cases import Case, cases
 
 TENSORS = [field.name for field in dataclasses.fields(Routing) if field.type == "Tensor"]
@@ -46,14 +47,47 @@ def test_capacity_is_never_exceeded_and_never_wasted(case: Case) -> None:
     got = route_requests(case.router_logits, case.gating, case.sizes, case.used_token)
     if got.capacity[0] is None:
         assert not got.dropped.any()
-    elif case.gating.capacity_scope == "batch":
-        assert torch.equal(got.processed.sum(0), got.requested.sum(0).clamp(max=got.capacity[0]))
-    else:
-        assert torch.equal(got.processed, got.requested.minimum(torch.tensor(got.capacity)[:, None]))
+        return
+    limits = iter([got.capacity[0]] if case.gating.capacity_scope == "batch" else got.capacity)
+    for tokens in oracle.groups_of(case.gating, case.sizes):
+        demand, taken = (torch.bincount(got.topk_ids[tokens][mask[tokens]], minlength=case.num_experts) for mask in (got.chosen, got.kept))
+        if case.gating.capacity_scope == "group":
+            limit = route(case.router_logits[tokens], case.gating).capacity
+        else:
+            limit = next(limits)
+        assert limit is not None
+        assert torch.equal(taken, demand.clamp(max=limit))
 
 
 @settings(max_examples=100, deadline=None)
-@given(cases(scopes=("request",)))
+@given(cases())
+def test_slots_fill_every_expert_from_row_0_in_order(case: Case) -> None:
+    got = route_requests(case.router_logits, case.gating, case.sizes, case.used_token)
+    rows = got.slots.tolist()
+    for tokens in oracle.groups_of(case.gating, case.sizes):
+        choices = [(t, k) for t in tokens for k in range(case.gating.top_k)]
+        if case.gating.drop_policy == "choice_major":
+            choices.sort(key=lambda choice: (choice[1], choice[0]))
+        filled = [0] * case.num_experts
+        for t, k in choices:
+            expert = int(got.topk_ids[t, k])
+            assert rows[t][k] == (filled[expert] if got.kept[t, k] else -1)
+            filled[expert] += bool(got.kept[t, k])
+
+
+@settings(max_examples=50, deadline=None)
+@given(cases())
+def test_every_drop_is_named(case: Case) -> None:
+    got = route(case.router_logits, case.gating, case.used_token)
+    assert len(got.drops) == got.dropped.sum()
+    for token, choice, expert, reason in got.drops:
+        assert (expert, reason) == (int(got.topk_ids[token, choice]), "capacity")
+        assert got.dropped_tokens[token]
+        assert not got.kept[token, choice]
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(scopes=("request", "group")))
 def test_a_request_is_answered_the_same_in_any_company(case: Case) -> None:
     batch = route_requests(case.router_logits, case.gating, case.sizes, case.used_token)
     used_parts = [None] * len(case.sizes) if case.used_token is None else torch.split(case.used_token, case.sizes)
@@ -62,7 +96,7 @@ def test_a_request_is_answered_the_same_in_any_company(case: Case) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(cases(scopes=("request",)))
+@given(cases(scopes=("request", "group")))
 def test_choices_are_admitted_the_same_in_any_company(case: Case) -> None:
     top_k, num_experts = case.gating.top_k, case.num_experts
     topk_ids = case.router_logits.argsort(dim=1)[:, :top_k]

@@ -33,16 +33,18 @@ def assert_agrees(got: BatchRouting, want: oracle.Answer) -> None:
     torch.testing.assert_close(got.z_loss, torch.tensor(want.z_loss), rtol=1e-4, atol=1e-6)
 
 
-def by_oracle(router_logits: Tensor, gating: GatingConfig, sizes: list[int], used: list[bool]) -> oracle.Answer:
+def by_oracle(
+    router_logits: Tensor, gating: GatingConfig, sizes: list[int], used: list[bool], luck: oracle.Matrix | None = None
+) -> oracle.Answer:
     scores = router_logits.softmax(dim=1)
-    return oracle.route(router_logits.tolist(), scores.tolist(), router_logits.shape[1], gating, sizes, used)
+    return oracle.route(router_logits.tolist(), scores.tolist(), router_logits.shape[1], gating, sizes, used, luck or [])
 
 
 @settings(max_examples=250, deadline=None)
 @given(cases())
 def test_a_batch_is_routed_as_the_oracle_does(case: Case) -> None:
     got = route_requests(case.router_logits, case.gating, case.sizes, case.used_token)
-    assert_agrees(got, by_oracle(case.router_logits, case.gating, case.sizes, case.used))
+    assert_agrees(got, by_oracle(case.router_logits, case.gating, case.sizes, case.used, case.luck))
 
 
 @pytest.mark.parametrize("drop_policy", ["position", "choice_major", "probs"])
@@ -65,7 +67,7 @@ def test_choices_of_the_caller_are_admitted_as_the_oracle_does(case: Case, id_dt
     topk_ids = case.router_logits.argsort(dim=1)[:, : case.gating.top_k].flip(1).to(id_dtype)
     topk_weights = case.router_logits[:, : case.gating.top_k].to(dtype)
     got = apply_choices(topk_ids, topk_weights, case.num_experts, case.gating, case.sizes, case.used_token)
-    want = oracle.apply_choices(topk_ids.tolist(), topk_weights.tolist(), case.num_experts, case.gating, case.sizes, case.used)
+    want = oracle.apply_choices(topk_ids.tolist(), topk_weights.tolist(), case.num_experts, case.gating, case.sizes, case.used, case.luck)
     assert_agrees(got, want)
     assert got.topk_ids.dtype == torch.int64
     assert got.topk_weights.dtype == torch.float32

@@ -1,0 +1,41 @@
+"""A routing of your own, named by import path: `routing = "package.module:Class"`.
+
+The class is built once per configuration, as Class(gating), and called for every batch with a GateInput; it answers a Selection. Choices
+of one token must be distinct experts; capacity, drops, counts, weights and losses are taken care of behind it. For example:
+
+    class FirstExperts:
+        def __init__(self, gating): self.top_k = gating.top_k
+        def __call__(self, gate):
+            topk_ids = torch.arange(self.top_k).expand(gate.requests.num_tokens, -1)
+            scores = gate.router_logits.softmax(dim=1)
+            return Selection(scores, topk_ids, scores.gather(1, topk_ids))
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib import import_module
+from typing import Protocol
+
+from moeserve.config import GatingConfig
+from moeserve.errors import ConfigError
+from moeserve.gating.gate_input import GateInput, Selection
+
+
+class RoutingPlugin(Protocol):
+    """What a plug-in class must be. It may keep what it was built with, but nothing from batch to batch."""
+
+    def __init__(self, gating: GatingConfig) -> None: ...
+
+    def __call__(self, gate: GateInput) -> Selection: ...
+
+
+@lru_cache(maxsize=64)
+def load_plugin(gating: GatingConfig) -> RoutingPlugin:
+    """The plug-in `gating.routing` names. Raises ConfigError when it cannot be imported."""
+    module, _, name = gating.routing.partition(":")
+    try:
+        plugin: type[RoutingPlugin] = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"gating.routing = {gating.routing!r} cannot be imported: {error}") from None
+    return plugin(gating)
