@@ -1,0 +1,5 @@
+"""ColossalAI's MoE layer: its parameters, and its classes."""
+
+from moeserve.compat.colossalai.table import COLOSSALAI
+
+__all__ = ["COLOSSALAI"]

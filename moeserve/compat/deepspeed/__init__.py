@@ -1,0 +1,5 @@
+"""DeepSpeed's MoE layer: its parameters, and the layer itself."""
+
+from moeserve.compat.deepspeed.table import DEEPSPEED
+
+__all__ = ["DEEPSPEED"]
