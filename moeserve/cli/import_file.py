@@ -40,4 +40,6 @@ def to_toml(imported: ImportedConfig, system: str, source: Path) -> str:
     notes = [f"# {note.field}: {note.what}" for note in imported.notes]
     # None is how a key is unset, which TOML says by leaving it out.
     tables = imported.config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
-    return "\n".join([f"# imported from {source.name} ({system})", *notes, "", tomli_w.dumps({name: table for name, table in tables.items() if table})])
+    return "\n".join(
+        [f"# imported from {source.name} ({system})", *notes, "", tomli_w.dumps({name: table for name, table in tables.items() if table})]
+    )
