@@ -20,10 +20,10 @@ _JITTER = 1e-2
 class MoE(nn.Module):
     """A drop-in for `deepspeed.moe.layer.MoE`: the same parameters, return values and state-dict keys.
 
-    expert is any nn.Module [.., H] -> [.., H]; it is copied num_experts times. As there, eval mode takes eval_capacity_factor, training mode
-    takes capacity_factor and the noise of noisy_gate_policy, and random numbers come from torch's global generator. Unlike there, all
-    experts live in this process whatever ep_size is, used_token counts for every k, and no input is too small. Raises ConfigError for
-    parameters that are not allowed.
+    expert is any nn.Module [.., H] -> [.., H]; it is copied num_experts times. As there, eval mode takes eval_capacity_factor, training
+    mode takes capacity_factor and the noise of noisy_gate_policy, and random numbers come from torch's global generator. Unlike there,
+    all experts live in this process whatever ep_size is, used_token counts for every k, and no input is too small. Raises ConfigError
+    for parameters that are not allowed.
 
     Shazeer et al. 2017 (arXiv 1701.06538), Lepikhin et al. 2020 (arXiv 2006.16668); residual: Rajbhandari et al. 2022 (arXiv 2201.05596).
     """
