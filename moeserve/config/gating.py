@@ -27,10 +27,10 @@ class GatingConfig(BaseModel):
 
     #: experts per token, 1..E
     top_k: int = Field(default=2, ge=1)
-    #: who chooses: the K largest scores (learned), another algorithm, or a plug-in "package.module:Class"
-    routing: str = "learned"
     #: how router logits become scores; softmax_topk is a softmax over the chosen logits alone
     scoring_func: ScoringFunc = "softmax"
+    #: who chooses: the K largest scores (learned), another algorithm, or a plug-in "package.module:Class"
+    routing: str = "learned"
     #: group-limited routing: experts stand in this many equal groups, and a token chooses inside its best topk_groups
     num_expert_groups: int | None = Field(default=None, ge=1)
     topk_groups: int | None = Field(default=None, ge=1)

@@ -28,7 +28,7 @@ class Pending:
 
     @property
     def join_key(self) -> tuple[int, bool]:
-        """Only requests of the same key can be run together: routed by the gate (0) or by callers with the same K; with token ids or not."""
+        """Only requests of the same key can be run together: routed by the gate (0) or by callers with one K; with token ids or not."""
         top_k = 0 if self.request.topk_ids is None else self.request.topk_ids.shape[1]
         return top_k, self.request.token_ids is not None
 

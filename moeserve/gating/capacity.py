@@ -128,6 +128,11 @@ class Capacity:
     of_request: tuple[int, ...]
 
     @property
+    def room(self) -> list[int]:
+        """[G]: what an expert can be asked to take at most; a limit may be larger than any tensor can hold."""
+        return [min(limit, size) for limit, size in zip(self.limits, self.group_sizes, strict=True)]
+
+    @property
     def can_overflow(self) -> bool:
         """False when no demand can exceed the limits, because a token asks an expert at most once."""
         return any(limit < size for limit, size in zip(self.limits, self.group_sizes, strict=True))

@@ -45,15 +45,14 @@ DROP_POLICIES: Mapping[str, Callable[[Tensor, Chance], Tensor]] = {
 }
 
 
-def keep(topk_ids: Tensor, chosen: Tensor, order: Tensor, groups: Segments, limits: Sequence[int]) -> Tensor:
-    """[T, K] bool: the chosen choices that are served when an expert takes the first `limits` [G] of each group.
+def keep(topk_ids: Tensor, chosen: Tensor, order: Tensor, groups: Segments, room: Sequence[int]) -> Tensor:
+    """[T, K] bool: the chosen choices that are served when an expert takes the first `room` [G] of each group.
 
     topk_ids [T, K] int64; chosen [T, K] bool, those that count; order [T * K] int64, the choices in the order they are served.
     """
     # Choices that do not count wait in one more cell, which has room for none.
     cells = groups.cells(topk_ids).masked_fill(~chosen.flatten(), groups.num_cells)
-    room = torch.tensor([*limits, 0], device=cells.device)
-    kept = place_in_line(cells, order, groups.num_cells + 1) < room[cells // groups.num_experts]
+    kept = place_in_line(cells, order, groups.num_cells + 1) < torch.tensor([*room, 0], device=cells.device)[cells // groups.num_experts]
     return kept.view_as(topk_ids)
 
 

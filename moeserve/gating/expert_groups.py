@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moeserve.config import GatingConfig
@@ -25,7 +26,16 @@ def best(scores: Tensor) -> Tensor:
 
 
 def top2_sum(scores: Tensor) -> Tensor:
-    return scores.topk(min(2, scores.shape[2]), dim=2).values.sum(dim=2)
+    # A knock-out tournament of halves: first and second of each pair, then of the winners. topk takes many times as long.
+    size = scores.shape[2]
+    if size & (size - 1):
+        scores = F.pad(scores, (0, (1 << size.bit_length()) - size), value=-torch.inf)
+    left, right = scores.chunk(2, dim=2)
+    first, second = torch.maximum(left, right), torch.minimum(left, right)
+    while first.shape[2] > 1:
+        (left, right), seconds = first.chunk(2, dim=2), second.chunk(2, dim=2)
+        first, second = torch.maximum(left, right), torch.maximum(torch.minimum(left, right), torch.maximum(*seconds))
+    return (first + second)[:, :, 0]
 
 
 #: value of `group_score` -> scores [T, G, N] -> [T, G]
@@ -40,19 +50,24 @@ def select_in_groups(scores: Tensor, gating: GatingConfig) -> Tensor:
     num_groups, topk_groups = gating.num_expert_groups, gating.topk_groups
     assert num_groups is not None and topk_groups is not None
     num_tokens, num_experts = scores.shape
-    _check(num_experts, gating.top_k, num_groups, topk_groups)
-    by_group = scores.view(num_tokens, num_groups, -1)
+    _check(num_experts, gating)
+    size = num_experts // num_groups
+    by_group = scores.view(num_tokens, num_groups, size)
     # In ascending order, so that the lowest expert still comes first among equals.
     groups = select_top_k(GROUP_SCORES[gating.group_score](by_group), topk_groups).sort(dim=1).values
-    size = num_experts // num_groups
-    candidates = by_group.gather(1, groups[:, :, None].expand(-1, -1, size)).flatten(1)
+    rows = groups + torch.arange(num_tokens, device=groups.device)[:, None] * num_groups
+    candidates = by_group.flatten(0, 1)[rows].flatten(1)
     picked = select_top_k(candidates, gating.top_k)
     return groups.gather(1, torch.div(picked, size, rounding_mode="floor")) * size + picked % size
 
 
-def _check(num_experts: int, top_k: int, num_groups: int, topk_groups: int) -> None:
+def _check(num_experts: int, gating: GatingConfig) -> None:
+    num_groups, topk_groups, top_k = gating.num_expert_groups, gating.topk_groups, gating.top_k
+    assert num_groups is not None and topk_groups is not None
     if num_experts % num_groups:
         raise ConfigError(f"gating.num_expert_groups is {num_groups}, which does not divide the layer's {num_experts} experts")
+    if gating.group_score == "top2_sum" and num_experts == num_groups:
+        raise ConfigError("gating.group_score = 'top2_sum' needs two experts in a group, but gating.num_expert_groups leaves one")
     available = num_experts // num_groups * topk_groups
     if top_k > available:
         raise ConfigError(f"gating.top_k is {top_k}, but gating.topk_groups = {topk_groups} leaves {available} experts to choose from")

@@ -163,7 +163,7 @@ def _admit(selection: Selection, gating: GatingConfig, requests: Segments, chanc
         kept = selection.kept
         processed = requests.count(topk_ids, kept)
     elif limit is not None and limit.can_overflow:
-        kept = keep(topk_ids, chosen, DROP_POLICIES[gating.drop_policy](topk_scores, chance), groups, limit.limits)
+        kept = keep(topk_ids, chosen, DROP_POLICIES[gating.drop_policy](topk_scores, chance), groups, limit.room)
         processed = requests.count(topk_ids, kept)
     no_loss = topk_scores.new_zeros(len(requests.sizes))
     return BatchRouting(
@@ -195,7 +195,7 @@ def _probabilities(scores: Tensor, gating: GatingConfig) -> Tensor:
     """[T, E] float32, rows of sum 1: what losses take scores for. DeepSeek-V3 (arXiv 2412.19437, eq. 19) does it to its sigmoids too."""
     if gating.scoring_func in PROBABILITIES or gating.aux_loss == "none":
         return scores
-    return scores / (scores.sum(dim=1, keepdim=True) + PRE_DROP_EPS)
+    return scores * (scores.sum(dim=1, keepdim=True) + PRE_DROP_EPS).reciprocal()
 
 
 def _require_finite(router_logits: Tensor, requests: Segments) -> None:

@@ -88,7 +88,7 @@ def test_a_wrong_value_is_named_with_its_key_and_what_is_allowed(table: str, key
         ("capacity_factor", float("nan"), "finite"),
         ("min_capacity", -1, "greater than or equal to 0"),
         ("renormalize", "sometimes", "'none', 'pre_drop' or 'post_drop'"),
-        ("drop_policy", "worst", "'position', 'choice_major' or 'probs'"),
+        ("drop_policy", "worst", "'position', 'choice_major', 'probs' or 'random'"),
         ("scoring_func", "tanh", "'softmax'"),
     ],
 )

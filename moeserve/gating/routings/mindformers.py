@@ -21,7 +21,7 @@ def mindformers(gate: GateInput) -> Selection:
     left = scores.clone()  # -1 once an expert has the token, below every probability
     used = gate.requests.chosen(torch.zeros_like(scores[:, :1], dtype=torch.int64))
     groups, limit = gate.groups, gate.capacity
-    room = None if limit is None else torch.tensor([*limit.limits, 0], device=scores.device)
+    room = None if limit is None else torch.tensor([*limit.room, 0], device=scores.device)
     taken = groups.ids.new_zeros(groups.num_cells + 1)
     ids, kept = [], []
     for _ in range(gate.gating.top_k):

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from moeserve.config import GatingConfig
 from moeserve.errors import ConfigError
-from moeserve.gating.gate_input import GateInput, Selection
+from moeserve.gating.gate_input import GateInput, Routing, Selection
 
 
 class RoutingPlugin(Protocol):
@@ -31,11 +31,29 @@ class RoutingPlugin(Protocol):
 
 
 @lru_cache(maxsize=64)
-def load_plugin(gating: GatingConfig) -> RoutingPlugin:
+def load_plugin(gating: GatingConfig) -> Routing:
     """The plug-in `gating.routing` names. Raises ConfigError when it cannot be imported."""
     module, _, name = gating.routing.partition(":")
     try:
         plugin: type[RoutingPlugin] = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"gating.routing = {gating.routing!r} cannot be imported: {error}") from None
-    return plugin(gating)
+    return _Checked(gating.routing, plugin(gating))
+
+
+class _Checked:
+    """A plug-in whose choices are looked at before anybody relies on them."""
+
+    def __init__(self, name: str, plugin: Routing) -> None:
+        self._name = name
+        self._plugin = plugin
+
+    def __call__(self, gate: GateInput) -> Selection:
+        selection = self._plugin(gate)
+        topk_ids, num_tokens = selection.topk_ids, gate.requests.num_tokens
+        if topk_ids.dim() != 2 or topk_ids.shape[0] != num_tokens or selection.topk_scores.shape != topk_ids.shape:
+            raise ConfigError(f"{self._name} must answer topk_ids and topk_scores of shape [{num_tokens}, K], not {list(topk_ids.shape)}")
+        ordered = topk_ids.sort(dim=1).values
+        if ((topk_ids < 0) | (topk_ids >= gate.num_experts)).any() or (ordered[:, 1:] == ordered[:, :-1]).any():
+            raise ConfigError(f"{self._name} names an expert twice or one that is not there, for the same token")
+        return selection

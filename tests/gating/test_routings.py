@@ -1,0 +1,326 @@
+"""Each routing against its oracle, and what only it promises."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moeserve.config import GatingConfig
+from moeserve.errors import ConfigError, InvalidRequest
+from moeserve.gating import GateInput, Router, Selection, route, route_requests
+from moeserve.gating.routings.hashing import fnv1a
+
+from . import routings_oracle as oracle
+
+SEEDS = st.integers(0, 2**32)
+COUNTS = st.integers(0, 12)
+
+
+def logits_of(seed: int, num_tokens: int, num_experts: int, is_tied: bool = False) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if is_tied:
+        return torch.randint(-2, 3, (num_tokens, num_experts), generator=generator).float()
+    return torch.randn(num_tokens, num_experts, generator=generator)
+
+
+def used_of(seed: int, num_tokens: int) -> Tensor | None:
+    generator = torch.Generator().manual_seed(seed + 1)
+    return torch.rand(num_tokens, generator=generator) < 0.7 if seed % 2 else None
+
+
+def as_list(used: Tensor | None, num_tokens: int) -> list[bool]:
+    return [True] * num_tokens if used is None else used.tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    SEEDS, COUNTS, st.sampled_from([(1, 1), (2, 1), (3, 2), (4, 4)]), st.integers(2, 5), st.booleans(), st.sampled_from(["max", "top2_sum"])
+)
+def test_groups(seed: int, num_tokens: int, groups: tuple[int, int], size: int, is_tied: bool, group_score: Any) -> None:
+    num_groups, topk_groups = groups
+    top_k = 1 + seed % (topk_groups * size)
+    logits = logits_of(seed, num_tokens, num_groups * size, is_tied)
+    gating = GatingConfig(
+        top_k=top_k, scoring_func="sigmoid", num_expert_groups=num_groups, topk_groups=topk_groups, group_score=group_score
+    )
+    bias = torch.linspace(-0.5, 0.5, num_groups * size) if seed % 3 else None
+    got = route(logits, gating, score_correction_bias=bias)
+    scores = logits.sigmoid()
+    ranked = scores if bias is None else scores + bias
+    want = oracle.grouped(ranked.tolist(), top_k, num_groups, topk_groups, group_score)
+    assert got.topk_ids.tolist() == want
+    torch.testing.assert_close(got.topk_weights, scores.gather(1, got.topk_ids))
+
+
+def test_groups_that_do_not_fit_the_layer() -> None:
+    refusals: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"num_expert_groups": 3, "topk_groups": 1}, "num_expert_groups is 3, which does not divide the layer's 8 experts"),
+        ({"num_expert_groups": 4, "topk_groups": 1, "top_k": 3}, "top_k is 3, but gating.topk_groups = 1 leaves 2 experts"),
+        ({"num_expert_groups": 8, "topk_groups": 2, "group_score": "top2_sum"}, "needs two experts in a group"),
+    )
+    for knobs, sentence in refusals:
+        with pytest.raises(ConfigError, match=sentence):
+            route(torch.zeros(2, 8), GatingConfig(**{"top_k": 2, **knobs}))
+
+
+def test_the_bias_chooses_but_does_not_weigh() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0]])
+    bias = torch.tensor([9.0, 0.0, 0.0])
+    got = route(logits, GatingConfig(top_k=2, scoring_func="sigmoid"), score_correction_bias=bias)
+    assert got.topk_ids.tolist() == [[0, 2]]
+    torch.testing.assert_close(got.topk_weights, logits.sigmoid()[:, [0, 2]])
+    with pytest.raises(ConfigError, match=r"score_correction_bias must be \[3\]"):
+        route(logits, GatingConfig(), score_correction_bias=bias[:2])
+
+
+@settings(max_examples=100, deadline=None)
+@given(SEEDS, st.lists(COUNTS, min_size=1, max_size=3), st.integers(1, 6), st.sampled_from([0.1, 0.5, 1.0, 2.5]), st.booleans())
+def test_expert_choice(seed: int, sizes: list[int], num_experts: int, factor: float, is_tied: bool) -> None:
+    total = sum(sizes)
+    logits, used = logits_of(seed, total, num_experts, is_tied), used_of(seed, total)
+    gating = GatingConfig(top_k=1, routing="expert_choice", capacity_factor=factor)
+    got = route_requests(logits, gating, sizes, used)
+    scores, start = logits.softmax(dim=1), 0
+    for index, size in enumerate(sizes):
+        tokens = slice(start, start + size)
+        limit = min(max(1, math.floor(factor * size / num_experts)), size)
+        assert got.capacity[index] == limit
+        mine = as_list(used, total)[tokens]
+        takers = oracle.expert_choice(scores[tokens].tolist(), num_experts, limit, mine)
+        assert [set(ids[kept].tolist()) for ids, kept in zip(got.topk_ids[tokens], got.kept[tokens], strict=True)] == takers
+        assert got.processed[index].tolist() == [min(limit, sum(mine))] * num_experts
+        assert got.dropped_tokens[tokens].tolist() == [is_used and not taker for is_used, taker in zip(mine, takers, strict=True)]
+        start += size
+    assert not got.dropped.any()
+    torch.testing.assert_close(got.topk_weights, scores.gather(1, got.topk_ids) * got.kept)
+
+
+def test_fnv1a_of_known_words() -> None:
+    assert oracle.fnv1a(b"") == 0x811C9DC5
+    assert oracle.fnv1a(b"a") == 0xE40C292C
+    assert oracle.fnv1a(b"foobar") == 0xBF9CF968
+    words = torch.tensor([0, 1, 255, 256, 2**31, 2**32 - 1])
+    assert fnv1a(words).tolist() == [oracle.fnv1a(word.to_bytes(4, "little")) for word in words.tolist()]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 2**32 - 1), max_size=20), st.integers(1, 9), SEEDS)
+def test_hash(token_ids: list[int], num_experts: int, seed: int) -> None:
+    top_k = 1 + seed % num_experts
+    gating = GatingConfig(top_k=top_k, routing="hash")
+    got = route(torch.zeros(len(token_ids), num_experts), gating, token_ids=torch.tensor(token_ids, dtype=torch.int64))
+    assert got.topk_ids.tolist() == [oracle.hashed(token_id, num_experts, top_k) for token_id in token_ids]
+    assert (got.topk_weights == 1).all()
+
+
+def test_hash_needs_token_ids() -> None:
+    gating = GatingConfig(routing="hash")
+    with pytest.raises(InvalidRequest, match="token_ids is required"):
+        route(torch.zeros(2, 4), gating)
+    for token_ids in (torch.tensor([0, -1]), torch.tensor([0, 2**32])):
+        with pytest.raises(InvalidRequest, match=r"token_ids must be in 0..4294967295"):
+            route(torch.zeros(2, 4), gating, token_ids=token_ids)
+    for token_ids in (torch.zeros(2), torch.zeros(3, dtype=torch.int64)):
+        with pytest.raises(InvalidRequest, match=r"token_ids must be int of shape \[2\]"):
+            route(torch.zeros(2, 4), gating, token_ids=token_ids)
+
+
+@settings(max_examples=100, deadline=None)
+@given(SEEDS, st.lists(COUNTS, min_size=1, max_size=3), st.integers(1, 6), st.sampled_from(["request", "batch"]))
+def test_least_loaded(seed: int, sizes: list[int], num_experts: int, scope: Any) -> None:
+    top_k, total = 1 + seed % num_experts, sum(sizes)
+    used = used_of(seed, total)
+    gating = GatingConfig(top_k=top_k, routing="least_loaded", capacity_scope=scope)
+    got = route_requests(torch.zeros(total, num_experts), gating, sizes, used)
+    groups, start = sizes if scope == "request" else [total], 0
+    for size in groups:
+        tokens = slice(start, start + size)
+        want = oracle.least_loaded(as_list(used, total)[tokens], num_experts, top_k)
+        for ids, experts in zip(got.topk_ids[tokens].tolist(), want, strict=True):
+            assert experts is None or set(ids) == experts
+        start += size
+    assert got.topk_weights[got.kept].tolist() == pytest.approx([1 / top_k] * int(got.kept.sum()))
+
+
+@settings(max_examples=150, deadline=None)
+@given(SEEDS, COUNTS, st.integers(1, 6), st.sampled_from([None, 0.3, 0.7, 1.0, 1.5]), st.booleans())
+def test_mindformers(seed: int, num_tokens: int, num_experts: int, factor: float | None, is_tied: bool) -> None:
+    top_k, used = 1 + seed % num_experts, used_of(seed, num_tokens)
+    logits = logits_of(seed, num_tokens, num_experts, is_tied)
+    gating = GatingConfig(
+        top_k=top_k,
+        routing="mindformers",
+        capacity_factor=factor,
+        capacity_rule="mindformers",
+        renormalize="post_drop",
+        renormalize_eps=1e-9,
+        aux_loss="mindformers",
+        aux_loss_weight=0.05,
+    )
+    got = route(logits, gating, used)
+    scores = logits.softmax(dim=1)
+    ids, kept, loss = oracle.mindformers(scores.tolist(), top_k, got.capacity, as_list(used, num_tokens))
+    assert got.topk_ids.view(-1, top_k).tolist() == ids
+    assert got.kept.tolist() == kept
+    weights = scores.gather(1, got.topk_ids) * got.kept
+    torch.testing.assert_close(got.topk_weights, weights / (weights.sum(dim=1, keepdim=True) + 1e-9))
+    assert got.aux_loss == pytest.approx(0.05 * loss, rel=1e-4, abs=1e-6)
+    if got.capacity is not None:
+        assert (got.processed <= got.capacity).all()
+
+
+def test_mindformers_by_hand() -> None:
+    """Three tokens want expert 0, which has room for two; the third asks again in vain, its second choice is never asked for."""
+    logits = torch.tensor([[0.6, 0.3, 0.1]]).log().repeat(3, 1)
+    gating = GatingConfig(
+        routing="mindformers", capacity_factor=1.0, capacity_rule="mindformers", renormalize="post_drop", renormalize_eps=1e-9
+    )
+    got = route(logits, gating)
+    assert got.capacity == 2
+    assert got.topk_ids.tolist() == [[0, 1], [0, 1], [0, 0]]
+    assert got.kept.tolist() == [[True, True], [True, True], [False, False]]
+    assert got.slots.tolist() == [[0, 0], [1, 1], [-1, -1]]
+    torch.testing.assert_close(got.dense(), torch.tensor([[2 / 3, 1 / 3, 0], [2 / 3, 1 / 3, 0], [0, 0, 0]]))
+    assert got.drops == [(2, 0, 0, "capacity"), (2, 1, 0, "capacity")]
+
+
+@settings(max_examples=50, deadline=None)
+@given(SEEDS, st.lists(COUNTS, min_size=1, max_size=3), st.integers(1, 5))
+def test_mindformers_settles_each_group_by_itself(seed: int, sizes: list[int], group_size: int) -> None:
+    logits = logits_of(seed, sum(sizes), 4)
+    knobs: dict[str, Any] = {"routing": "mindformers", "capacity_factor": 0.7, "capacity_rule": "mindformers"}
+    got = route_requests(logits, GatingConfig(capacity_scope="group", expert_group_size=group_size, **knobs), sizes, None)
+    start = 0
+    for size in sizes:
+        for first in range(start, start + size, group_size):
+            tokens = slice(first, min(first + group_size, start + size))
+            alone = route(logits[tokens], GatingConfig(**knobs))
+            assert torch.equal(got.topk_ids[tokens], alone.topk_ids)
+            assert torch.equal(got.kept[tokens], alone.kept)
+            assert torch.equal(got.slots[tokens], alone.slots)
+        start += size
+
+
+@settings(max_examples=100, deadline=None)
+@given(SEEDS, COUNTS, st.integers(1, 6), st.sampled_from([0.0, 0.01, 0.2, 1.0]), st.booleans())
+def test_sparsemixer(seed: int, num_tokens: int, num_experts: int, eps: float, is_tied: bool) -> None:
+    top_k, logits = 1 + seed % num_experts, logits_of(seed, num_tokens, num_experts, is_tied)
+    got = route(logits, GatingConfig(top_k=top_k, routing="sparsemixer", sparsemixer_eps=eps))
+    ids, weights = oracle.sparsemixer(logits.tolist(), top_k, eps)
+    assert got.topk_ids.view(-1, top_k).tolist() == ids
+    torch.testing.assert_close(got.topk_weights, torch.tensor(weights).view(-1, top_k))
+
+
+@settings(max_examples=50, deadline=None)
+@given(SEEDS, COUNTS, st.integers(1, 6))
+def test_similarity(seed: int, num_tokens: int, num_experts: int) -> None:
+    top_k = 1 + seed % num_experts
+    hidden_states, centroids = logits_of(seed, num_tokens, 5), logits_of(seed + 1, num_experts, 5)
+    gating = GatingConfig(top_k=top_k, routing="similarity")
+    got = route(torch.zeros(num_tokens, num_experts), gating, hidden_states=hidden_states, centroids=centroids)
+    ids, weights = oracle.similarity(hidden_states.tolist(), centroids.tolist(), top_k)
+    assert got.topk_ids.view(-1, top_k).tolist() == ids
+    torch.testing.assert_close(got.topk_weights, torch.tensor(weights).view(-1, top_k))
+
+
+def test_similarity_takes_the_rows_of_the_gate_as_centroids() -> None:
+    hidden_states, gate = logits_of(0, 6, 5), logits_of(1, 4, 5)
+    gating = GatingConfig(routing="similarity")
+    got = Router(gate, gating)(hidden_states, [6], None)
+    want = route(torch.zeros(6, 4), gating, hidden_states=hidden_states, centroids=gate)
+    assert torch.equal(got.topk_ids, want.topk_ids)
+    with pytest.raises(InvalidRequest, match="hidden_states is required"):
+        route(torch.zeros(6, 4), gating, centroids=gate)
+    with pytest.raises(ConfigError, match="needs centroids"):
+        route(torch.zeros(6, 4), gating, hidden_states=hidden_states)
+
+
+def test_a_token_of_zeros_is_like_nothing() -> None:
+    got = route(torch.zeros(1, 3), GatingConfig(routing="similarity"), hidden_states=torch.zeros(1, 4), centroids=torch.ones(3, 4))
+    assert got.topk_ids.tolist() == [[0, 1]]
+    assert got.topk_weights.tolist() == [[0.5, 0.5]]
+
+
+def test_random_experts_are_distinct_and_the_same_every_time() -> None:
+    gating = GatingConfig(top_k=3, routing="random", seed=5)
+    got = route_requests(torch.zeros(600, 8), gating, [200, 400], None)
+    again = route(torch.zeros(200, 8), gating)
+    assert torch.equal(got.topk_ids[:200], again.topk_ids)
+    assert torch.equal(got.topk_ids[:200], got.topk_ids[200:400])  # the same request in other company
+    assert (got.topk_ids.sort(dim=1).values.diff(dim=1) > 0).all()
+    assert got.requested.sum(dim=0).min() > 600 * 3 / 8 * 0.8
+    assert (got.topk_weights == torch.tensor(1 / 3)).all()
+    other = route(torch.zeros(200, 8), gating.model_copy(update={"seed": 6}))
+    assert not torch.equal(other.topk_ids, again.topk_ids)
+
+
+class LastExperts:
+    """A plug-in."""
+
+    def __init__(self, gating: GatingConfig) -> None:
+        self.top_k = gating.top_k
+
+    def __call__(self, gate: GateInput) -> Selection:
+        last = torch.arange(gate.num_experts - self.top_k, gate.num_experts)
+        topk_ids = last.repeat(gate.requests.num_tokens, 1)
+        scores = gate.router_logits.softmax(dim=1)
+        return Selection(scores, topk_ids, scores.gather(1, topk_ids))
+
+
+class OneExpertTwice(LastExperts):
+    def __call__(self, gate: GateInput) -> Selection:
+        selection = super().__call__(gate)
+        return Selection(selection.scores, torch.zeros_like(selection.topk_ids), selection.topk_scores)
+
+
+def test_a_plug_in_chooses_and_the_gate_does_the_rest() -> None:
+    gating = GatingConfig(routing=f"{__name__}:LastExperts", capacity_factor=0.5, renormalize="pre_drop")
+    got = route(torch.zeros(8, 4), gating)
+    assert got.topk_ids.tolist() == [[2, 3]] * 8
+    assert got.capacity == 2
+    assert got.requested.tolist() == [0, 0, 8, 8]
+    assert got.processed.tolist() == [0, 0, 2, 2]
+    assert got.topk_weights[0].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("routing", ["no_such_module:Class", f"{__name__}:NoSuchClass"])
+def test_a_plug_in_that_is_not_there(routing: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be imported"):
+        Router(torch.zeros(2, 4), GatingConfig(routing=routing))
+
+
+def test_a_plug_in_must_choose_distinct_experts_of_the_layer() -> None:
+    with pytest.raises(ConfigError, match="names an expert twice or one that is not there"):
+        route(torch.zeros(8, 4), GatingConfig(routing=f"{__name__}:OneExpertTwice"))
+
+
+@pytest.mark.parametrize(
+    "routing", ["learned", "expert_choice", "hash", "random", "least_loaded", "similarity", "mindformers", "sparsemixer"]
+)
+@pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), [(0, 4, 2), (1, 4, 2), (1, 1, 1), (5, 1, 1), (3, 4, 4), (2, 3, 1)])
+@pytest.mark.parametrize("factor", [0.5, 4.0])
+def test_small_inputs(routing: str, num_tokens: int, num_experts: int, top_k: int, factor: float) -> None:
+    gating = GatingConfig(top_k=top_k, routing=routing, seed=1, capacity_factor=factor, min_capacity=4, renormalize="post_drop")
+    for used_token in (None, torch.zeros(num_tokens, dtype=torch.bool)):
+        got = route(
+            torch.zeros(num_tokens, num_experts),
+            gating,
+            used_token,
+            token_ids=torch.arange(num_tokens),
+            hidden_states=torch.ones(num_tokens, 2),
+            centroids=torch.ones(num_experts, 2),
+        )
+        assert torch.equal(got.requested, got.processed + got.dropped)
+        assert got.topk_ids.shape == (num_tokens, gating.choices_per_token(num_experts))
+        assert list(got.dense().shape) == [num_tokens, num_experts]
+        assert math.isfinite(got.aux_loss)
+        assert got.slots.shape == got.topk_ids.shape
+        if used_token is not None:
+            assert not got.requested.any()
+            assert not got.dense().any()
