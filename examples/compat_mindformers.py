@@ -15,6 +15,7 @@ def main() -> None:
         print(f"{note.field}: {note.what}")
 
     layer = imported.config.layers[0]
+    print(layer.gating)
     assert layer.hidden_size and layer.intermediate_size and layer.num_experts
     run = moeserve.MoELayer(
         hidden_size=layer.hidden_size, intermediate_size=layer.intermediate_size, num_experts=layer.num_experts, gating=layer.gating

@@ -7,7 +7,7 @@ from typing import Any
 
 from moeserve.compat.table import FLAG, Case, Param, Rule, Values, real, same, whole
 from moeserve.compat.trustformers.structs import ExpertCommunicationPattern, ExpertRoutingStrategy, LoadBalancingStrategy
-from moeserve.compat.trustformers.variants import at_least, variant, variant_of
+from moeserve.compat.trustformers.variants import at_most, variant, variant_of
 
 TABLE = "expert_parallelism"
 _GATING = "layers.gating"
@@ -160,7 +160,7 @@ EXPERT_PARAMS = [
 ]
 
 EXPERT_RULES = [
-    at_least(f"{TABLE}.top_k", f"{TABLE}.num_experts"),
+    at_most(f"{TABLE}.top_k", f"{TABLE}.num_experts"),
     Rule(
         lambda v: v[f"{TABLE}.num_experts"] % v[f"{TABLE}.expert_parallel_size"] != 0,
         lambda v: (

@@ -26,7 +26,7 @@ def variant(
     return Case(outcome, says, name, name, lambda values: bool(values[field] == name), sets)
 
 
-def at_least(smaller: str, larger: str) -> Rule:
+def at_most(smaller: str, larger: str) -> Rule:
     return Rule(
         lambda values: values[smaller] > values[larger],
         lambda values: f"{smaller} is {values[smaller]}; allowed: 1 to {larger} = {values[larger]}",
