@@ -49,7 +49,7 @@ def complete(system: System, given: Mapping[str, Any]) -> Values:
     by_name = {param.name: param for param in system.params}
     for name, value in given.items():
         if name not in by_name:
-            raise ConfigError(f"{system.name}: {name} is not a parameter (got {_shown(value)}); allowed: {', '.join(by_name)}")
+            raise ConfigError(f"{system.name}: {_shown(name)} is not a parameter (got {_shown(value)}); allowed: {', '.join(by_name)}")
         if not by_name[name].accepts.test(value):
             raise ConfigError(f"{system.name}: {name} is {_shown(value)}; allowed: {by_name[name].accepts.says}")
     missing = [name for name, param in by_name.items() if param.default is Required and name not in given]

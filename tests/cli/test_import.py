@@ -45,7 +45,7 @@ def test_it_writes_what_serve_takes(system: str, suffix: str, tmp_path: Path, ca
         ("layer.ini", "", "deepspeed", "is of an unknown kind; allowed suffixes: .json, .toml, .yaml, .yml"),
         ("layer.json", "[]", "deepspeed", "deepspeed is []; allowed: a mapping"),
         ("layer.json", "{}", "megatron", "'megatron' is not a system"),
-        ("layer.json", '{"hidden_size": 64, "kk": 1}', "deepspeed", "deepspeed: kk is not a parameter (got 1)"),
+        ("layer.json", '{"hidden_size": 64, "kk": 1}', "deepspeed", "deepspeed: 'kk' is not a parameter (got 1)"),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_2(

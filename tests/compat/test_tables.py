@@ -19,6 +19,8 @@ from moeserve.compat.walk import complete
 from moeserve.config import ServiceConfig
 from moeserve.errors import ConfigError
 
+from .cases import assert_servable, nested
+
 ROWS = [
     pytest.param(system, param, case, id=f"{system.name}-{param.name}-{case.outcome}-{case.at}")
     for system in SYSTEMS.values()
@@ -30,14 +32,6 @@ PARAMS = [pytest.param(system, param, id=f"{system.name}-{param.name}") for syst
 
 def flat_example(system: System, param: Param, case: Case) -> dict[str, Any]:
     return {**system.smallest, **case.beside, param.name: case.example}
-
-
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    mapping: dict[str, Any] = {}
-    for dotted, value in flat.items():
-        table, _, key = dotted.rpartition(".")
-        (mapping.setdefault(table, {}) if table else mapping)[key] = value
-    return mapping
 
 
 def read(config: ServiceConfig, key: str) -> Any:
@@ -65,6 +59,7 @@ def test_every_row_is_true(system: System, param: Param, case: Case) -> None:
         assert f"{param.name} = " in str(error.value) and case.says in str(error.value)
         return
     imported = load(system.name, nested(flat))
+    assert_servable(imported.config)
     if case.outcome == "note":
         assert [note.what for note in imported.notes if note.field == param.name and note.what == case.says]
         return
@@ -102,7 +97,7 @@ def test_the_default_and_every_listed_value_mean_something(system: System, param
 
 @pytest.mark.parametrize("system", SYSTEMS.values(), ids=SYSTEMS)
 def test_unknown_parameters_and_wrong_values_are_refused(system: System) -> None:
-    with pytest.raises(ConfigError, match=rf"{system.name}: experts_count is not a parameter \(got 4\); allowed: .*activation"):
+    with pytest.raises(ConfigError, match=rf"{system.name}: 'experts_count' is not a parameter \(got 4\); allowed: .*activation"):
         load(system.name, {**nested(system.smallest), "experts_count": 4})
     with pytest.raises(ConfigError, match=f"{system.name}: seed is 'x'; allowed: an integer of at least 0"):
         load(system.name, {**nested(system.smallest), "seed": "x"})

@@ -41,6 +41,14 @@ MINDFORMERS = System(
             lambda v: f"n_group is {v['n_group']}; allowed: what divides expert_num = {v['expert_num']}",
         ),
         Rule(
+            lambda v: has_groups(v) and v["topk_group"] > v["n_group"],
+            lambda v: f"topk_group is {v['topk_group']}; allowed: 1 to n_group = {v['n_group']}",
+        ),
+        Rule(
+            lambda v: has_groups(v) and v["num_experts_chosen"] > v["expert_num"] // v["n_group"] * v["topk_group"],
+            lambda v: f"num_experts_chosen is {v['num_experts_chosen']}; allowed: what topk_group = {v['topk_group']} groups hold",
+        ),
+        Rule(
             lambda v: v["aux_loss_types"] is not None and len(v["aux_loss_types"]) != len(v["aux_loss_factors"] or ()),
             lambda v: (
                 f"aux_loss_factors is {v['aux_loss_factors']}; allowed: one number for each of aux_loss_types = {v['aux_loss_types']}"
