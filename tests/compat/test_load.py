@@ -9,6 +9,7 @@ import torch
 
 import moeserve
 from moeserve.compat import load
+from moeserve.compat.colossalai import NormalNoiseGenerator
 from moeserve.compat.mindformers import MoEConfig
 from moeserve.compat.trustformers import ExpertParallelismConfig, ExpertRoutingStrategy, LoadBalancingStrategy, ParallelismConfig
 from moeserve.config import GatingConfig, load_config
@@ -207,6 +208,11 @@ def test_an_imported_configuration_routes_as_the_original() -> None:
     logits = torch.randn(25, 2, generator=torch.Generator().manual_seed(0))
     mapping = {"hidden_size": 64, "num_experts": 2, "eval_capacity_factor": 1.2, "min_capacity": 0}
     assert moeserve.route(logits, gating("deepspeed", mapping)).capacity == 16
+
+
+def test_a_noise_generator_is_taken_as_it_is() -> None:
+    imported = load("colossalai", COLOSSALAI | {"router": "Top1Router", "noisy_func": NormalNoiseGenerator(8), "intermediate_size": 8})
+    assert [note.field for note in imported.notes] == ["noisy_func"]
 
 
 def test_it_is_a_whole_service_configuration() -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from moeserve.compat.sizes import expert_extras
-from moeserve.compat.table import ANYTHING, FLAG, Case, Param, Required, Rule, System, Values, noted, one_of, real, same, whole
+from moeserve.compat.table import ANYTHING, FLAG, Accepts, Case, Param, Required, Rule, System, Values, noted, one_of, real, same, whole
 
 _GATING = "layers.gating"
 _IN_TRAINING = "noise acts in training only; in inference it has no effect there either"
+
+_GENERATORS = one_of(None, "NormalNoiseGenerator", "UniformNoiseGenerator")
+_NOISE = Accepts(f"{_GENERATORS.says}, or a function", lambda value: _GENERATORS.test(value) or callable(value))
 
 
 def _top1(values: Values) -> dict[str, Any]:
@@ -74,7 +77,7 @@ PARAMS = [
     same("capacity_factor_eval", real(above=0), 2.0, f"{_GATING}.capacity_factor", 1.0, "rounded by `capacity_rule` = `colossalai`"),
     same("min_capacity", whole(0), 4, f"{_GATING}.min_capacity", 8),
     Param("select_policy", one_of(None, "first", "random"), None, _SELECT_POLICY),
-    noted("noisy_func", one_of(None, "NormalNoiseGenerator", "UniformNoiseGenerator"), None, "NormalNoiseGenerator", _IN_TRAINING),
+    noted("noisy_func", _NOISE, None, "NormalNoiseGenerator", _IN_TRAINING),
     noted("eps", real(above=0), 1e-2, 0.1, f"of UniformNoiseGenerator: {_IN_TRAINING}"),
     same("drop_tks", FLAG, True, f"{_GATING}.drop_tokens", False),
     noted("use_kernel", FLAG, False, True, "chooses kernels, not answers"),
