@@ -20,6 +20,7 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
 from moeserve import GatingConfig, route
+from moeserve.server import keep_large_blocks
 
 Side = Callable[[], object]
 BASELINE = "torch.softmax + topk"
@@ -27,6 +28,7 @@ BASELINE = "torch.softmax + topk"
 
 def main() -> None:
     options = parse()
+    keep_large_blocks()  # as the server does, for all sides alike
     torch.set_num_threads(options.threads)
     with torch.inference_mode():
         medians_ms = measure(sides(options.tokens, options.experts, options.top_k), options.repeats)

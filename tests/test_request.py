@@ -5,6 +5,7 @@ T = 3 tokens, H = 4, E = 5 experts, K = 2 choices.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ GOOD: dict[str, Tensor] = {
     "used_token": torch.tensor([True, False, True]),
     "topk_ids": torch.tensor([[0, 4], [1, 2], [3, 0]]),
     "topk_weights": torch.full((3, 2), 0.5),
+    "token_ids": torch.tensor([0, 7, 2**32 - 1]),
 }
 NAN, INF = float("nan"), float("inf")
 
@@ -48,6 +50,10 @@ def spoilt(field: str, index: tuple[int, int], value: float) -> Tensor:
         ("used_token", torch.ones(3), "used_token must be bool of shape [3], got float32 [3]"),
         ("used_token", torch.ones(2, dtype=torch.bool), "used_token must be bool of shape [3], got bool [2]"),
         ("used_token", torch.ones(3, 1, dtype=torch.bool), "used_token must be bool of shape [3], got bool [3, 1]"),
+        ("token_ids", torch.ones(3), "token_ids is float32; allowed: int64, int32"),
+        ("token_ids", torch.zeros(2, dtype=torch.int64), "token_ids has shape [2]; expected [3]"),
+        ("token_ids", torch.tensor([0, -1, 2]), "token_ids[1] is -1; allowed: 0..4294967295"),
+        ("token_ids", torch.tensor([0, 1, 2**32]), "token_ids[2] is 4294967296; allowed: 0..4294967295"),
         ("topk_ids", None, "topk_ids and topk_weights must be given together; topk_ids is not given"),
         ("topk_weights", None, "topk_ids and topk_weights must be given together; topk_weights is not given"),
         ("topk_ids", GOOD["topk_ids"].float(), "topk_ids is float32; allowed: int64, int32"),
@@ -107,3 +113,11 @@ def test_a_request_knows_who_routed() -> None:
     assert LayerRequest(**GOOD).is_routed
     assert not LayerRequest(GOOD["hidden_states"]).is_routed
     assert LayerRequest(GOOD["hidden_states"]).num_tokens == 3
+
+
+def test_a_layer_that_hashes_token_ids_requires_them() -> None:
+    spec = replace(SPEC, gating=GatingConfig(routing="hash"))
+    with pytest.raises(InvalidRequest, match=r"token_ids is required: layer blocks\.0 routes by the hash of the token id"):
+        validate(LayerRequest(GOOD["hidden_states"]), spec, 7)
+    validate(LayerRequest(GOOD["hidden_states"], token_ids=GOOD["token_ids"]), spec, 7)
+    validate(LayerRequest(GOOD["hidden_states"], topk_ids=GOOD["topk_ids"], topk_weights=GOOD["topk_weights"]), spec, 7)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from pydantic import ValidationError
+
 from moeserve.checkpoints.huggingface import HuggingFaceLayer, huggingface_layers
 from moeserve.checkpoints.seeded import SeededLayer
 from moeserve.checkpoints.source import LayerSource
@@ -27,6 +29,8 @@ def layer_sources(config: ServiceConfig) -> list[LayerSource]:
             raise ConfigError(
                 f"layer {source.spec.name}: gating.top_k is {source.spec.gating.top_k}, but it has {source.spec.num_experts} experts"
             )
+        if source.spec.gating.scale_inputs:
+            raise ConfigError(f"layer {source.spec.name}: gating.scale_inputs is not supported by the experts yet")
     return sources
 
 
@@ -62,7 +66,10 @@ def _overlaid(source: HuggingFaceLayer, changes: Sequence[LayerConfig]) -> Huggi
         if change.name is None or change.name == source.spec.name:
             _reject_sizes(change, source.spec)
             gating.update(change.gating.model_dump(exclude_unset=True))
-    return replace(source, spec=replace(source.spec, gating=GatingConfig.model_validate(gating)))
+    try:
+        return replace(source, spec=replace(source.spec, gating=GatingConfig.model_validate(gating)))
+    except ValidationError as error:
+        raise ConfigError(f"layer {source.spec.name}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
 
 
 def _reject_sizes(change: LayerConfig, spec: LayerSpec) -> None:

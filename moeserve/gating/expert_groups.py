@@ -43,14 +43,11 @@ GROUP_SCORES: Mapping[str, Callable[[Tensor], Tensor]] = {"max": best, "top2_sum
 
 
 def select_in_groups(scores: Tensor, gating: GatingConfig) -> Tensor:
-    """[T, E] float32 -> topk_ids [T, K], as `select_top_k` but within the token's best `topk_groups` groups.
-
-    Raises ConfigError when the experts cannot be dealt into the groups, or the best groups have fewer than K experts.
-    """
+    """[T, E] float32 -> topk_ids [T, K], as `select_top_k` but within the token's best `topk_groups` groups. Raises as `check_groups`."""
     num_groups, topk_groups = gating.num_expert_groups, gating.topk_groups
     assert num_groups is not None and topk_groups is not None
     num_tokens, num_experts = scores.shape
-    _check(num_experts, gating)
+    check_groups(num_experts, gating)
     size = num_experts // num_groups
     by_group = scores.view(num_tokens, num_groups, size)
     # In ascending order, so that the lowest expert still comes first among equals.
@@ -61,9 +58,11 @@ def select_in_groups(scores: Tensor, gating: GatingConfig) -> Tensor:
     return groups.gather(1, torch.div(picked, size, rounding_mode="floor")) * size + picked % size
 
 
-def _check(num_experts: int, gating: GatingConfig) -> None:
+def check_groups(num_experts: int, gating: GatingConfig) -> None:
+    """Raises ConfigError when the experts cannot be dealt into the groups, or the best groups have fewer than K experts."""
     num_groups, topk_groups, top_k = gating.num_expert_groups, gating.topk_groups, gating.top_k
-    assert num_groups is not None and topk_groups is not None
+    if num_groups is None or topk_groups is None:
+        return
     if num_experts % num_groups:
         raise ConfigError(f"gating.num_expert_groups is {num_groups}, which does not divide the layer's {num_experts} experts")
     if gating.group_score == "top2_sum" and num_experts == num_groups:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from moeserve.config import GatingConfig
 from moeserve.gating.chance import Chance
+from moeserve.gating.expert_groups import check_groups
 from moeserve.gating.gate import check_layer_tensors, route_requests
 from moeserve.gating.noise import shake_hidden_states
 from moeserve.gating.routing import BatchRouting
@@ -23,7 +24,7 @@ class Router:
     score_correction_bias  [E]    float, added to the scores for selection only
     centroids              [E, H] float for routing = "similarity"; the rows of the gate unless given
 
-    Raises ConfigError when the tensors do not fit each other, or a plug-in cannot be imported.
+    Raises ConfigError when the tensors or the groups do not fit the number of experts, or a plug-in cannot be imported.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Router:
         score_correction_bias: torch.Tensor | None = None,
         centroids: torch.Tensor | None = None,
     ) -> None:
+        check_groups(gate.shape[0], gating)
         check_layer_tensors(gate.shape[0], score_correction_bias, centroids)
         routing_of(gating)
         self.gate = gate.float()

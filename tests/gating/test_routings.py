@@ -9,33 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from moeserve.config import GatingConfig
 from moeserve.errors import ConfigError, InvalidRequest
-from moeserve.gating import GateInput, Router, Selection, route, route_requests
+from moeserve.gating import Router, route, route_requests
 from moeserve.gating.routings.hashing import fnv1a
 
 from . import routings_oracle as oracle
-
-SEEDS = st.integers(0, 2**32)
-COUNTS = st.integers(0, 12)
-
-
-def logits_of(seed: int, num_tokens: int, num_experts: int, is_tied: bool = False) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    if is_tied:
-        return torch.randint(-2, 3, (num_tokens, num_experts), generator=generator).float()
-    return torch.randn(num_tokens, num_experts, generator=generator)
-
-
-def used_of(seed: int, num_tokens: int) -> Tensor | None:
-    generator = torch.Generator().manual_seed(seed + 1)
-    return torch.rand(num_tokens, generator=generator) < 0.7 if seed % 2 else None
-
-
-def as_list(used: Tensor | None, num_tokens: int) -> list[bool]:
-    return [True] * num_tokens if used is None else used.tolist()
+from .inputs import COUNTS, SEEDS, as_list, logits_of, used_of
 
 
 @settings(max_examples=100, deadline=None)
@@ -148,65 +129,6 @@ def test_least_loaded(seed: int, sizes: list[int], num_experts: int, scope: Any)
     assert got.topk_weights[got.kept].tolist() == pytest.approx([1 / top_k] * int(got.kept.sum()))
 
 
-@settings(max_examples=150, deadline=None)
-@given(SEEDS, COUNTS, st.integers(1, 6), st.sampled_from([None, 0.3, 0.7, 1.0, 1.5]), st.booleans())
-def test_mindformers(seed: int, num_tokens: int, num_experts: int, factor: float | None, is_tied: bool) -> None:
-    top_k, used = 1 + seed % num_experts, used_of(seed, num_tokens)
-    logits = logits_of(seed, num_tokens, num_experts, is_tied)
-    gating = GatingConfig(
-        top_k=top_k,
-        routing="mindformers",
-        capacity_factor=factor,
-        capacity_rule="mindformers",
-        renormalize="post_drop",
-        renormalize_eps=1e-9,
-        aux_loss="mindformers",
-        aux_loss_weight=0.05,
-    )
-    got = route(logits, gating, used)
-    scores = logits.softmax(dim=1)
-    ids, kept, loss = oracle.mindformers(scores.tolist(), top_k, got.capacity, as_list(used, num_tokens))
-    assert got.topk_ids.view(-1, top_k).tolist() == ids
-    assert got.kept.tolist() == kept
-    weights = scores.gather(1, got.topk_ids) * got.kept
-    torch.testing.assert_close(got.topk_weights, weights / (weights.sum(dim=1, keepdim=True) + 1e-9))
-    assert got.aux_loss == pytest.approx(0.05 * loss, rel=1e-4, abs=1e-6)
-    if got.capacity is not None:
-        assert (got.processed <= got.capacity).all()
-
-
-def test_mindformers_by_hand() -> None:
-    """Three tokens want expert 0, which has room for two; the third asks again in vain, its second choice is never asked for."""
-    logits = torch.tensor([[0.6, 0.3, 0.1]]).log().repeat(3, 1)
-    gating = GatingConfig(
-        routing="mindformers", capacity_factor=1.0, capacity_rule="mindformers", renormalize="post_drop", renormalize_eps=1e-9
-    )
-    got = route(logits, gating)
-    assert got.capacity == 2
-    assert got.topk_ids.tolist() == [[0, 1], [0, 1], [0, 0]]
-    assert got.kept.tolist() == [[True, True], [True, True], [False, False]]
-    assert got.slots.tolist() == [[0, 0], [1, 1], [-1, -1]]
-    torch.testing.assert_close(got.dense(), torch.tensor([[2 / 3, 1 / 3, 0], [2 / 3, 1 / 3, 0], [0, 0, 0]]))
-    assert got.drops == [(2, 0, 0, "capacity"), (2, 1, 0, "capacity")]
-
-
-@settings(max_examples=50, deadline=None)
-@given(SEEDS, st.lists(COUNTS, min_size=1, max_size=3), st.integers(1, 5))
-def test_mindformers_settles_each_group_by_itself(seed: int, sizes: list[int], group_size: int) -> None:
-    logits = logits_of(seed, sum(sizes), 4)
-    knobs: dict[str, Any] = {"routing": "mindformers", "capacity_factor": 0.7, "capacity_rule": "mindformers"}
-    got = route_requests(logits, GatingConfig(capacity_scope="group", expert_group_size=group_size, **knobs), sizes, None)
-    start = 0
-    for size in sizes:
-        for first in range(start, start + size, group_size):
-            tokens = slice(first, min(first + group_size, start + size))
-            alone = route(logits[tokens], GatingConfig(**knobs))
-            assert torch.equal(got.topk_ids[tokens], alone.topk_ids)
-            assert torch.equal(got.kept[tokens], alone.kept)
-            assert torch.equal(got.slots[tokens], alone.slots)
-        start += size
-
-
 @settings(max_examples=100, deadline=None)
 @given(SEEDS, COUNTS, st.integers(1, 6), st.sampled_from([0.0, 0.01, 0.2, 1.0]), st.booleans())
 def test_sparsemixer(seed: int, num_tokens: int, num_experts: int, eps: float, is_tied: bool) -> None:
@@ -258,46 +180,6 @@ def test_random_experts_are_distinct_and_the_same_every_time() -> None:
     assert (got.topk_weights == torch.tensor(1 / 3)).all()
     other = route(torch.zeros(200, 8), gating.model_copy(update={"seed": 6}))
     assert not torch.equal(other.topk_ids, again.topk_ids)
-
-
-class LastExperts:
-    """A plug-in."""
-
-    def __init__(self, gating: GatingConfig) -> None:
-        self.top_k = gating.top_k
-
-    def __call__(self, gate: GateInput) -> Selection:
-        last = torch.arange(gate.num_experts - self.top_k, gate.num_experts)
-        topk_ids = last.repeat(gate.requests.num_tokens, 1)
-        scores = gate.router_logits.softmax(dim=1)
-        return Selection(scores, topk_ids, scores.gather(1, topk_ids))
-
-
-class OneExpertTwice(LastExperts):
-    def __call__(self, gate: GateInput) -> Selection:
-        selection = super().__call__(gate)
-        return Selection(selection.scores, torch.zeros_like(selection.topk_ids), selection.topk_scores)
-
-
-def test_a_plug_in_chooses_and_the_gate_does_the_rest() -> None:
-    gating = GatingConfig(routing=f"{__name__}:LastExperts", capacity_factor=0.5, renormalize="pre_drop")
-    got = route(torch.zeros(8, 4), gating)
-    assert got.topk_ids.tolist() == [[2, 3]] * 8
-    assert got.capacity == 2
-    assert got.requested.tolist() == [0, 0, 8, 8]
-    assert got.processed.tolist() == [0, 0, 2, 2]
-    assert got.topk_weights[0].tolist() == [0.5, 0.5]
-
-
-@pytest.mark.parametrize("routing", ["no_such_module:Class", f"{__name__}:NoSuchClass"])
-def test_a_plug_in_that_is_not_there(routing: str) -> None:
-    with pytest.raises(ConfigError, match="cannot be imported"):
-        Router(torch.zeros(2, 4), GatingConfig(routing=routing))
-
-
-def test_a_plug_in_must_choose_distinct_experts_of_the_layer() -> None:
-    with pytest.raises(ConfigError, match="names an expert twice or one that is not there"):
-        route(torch.zeros(8, 4), GatingConfig(routing=f"{__name__}:OneExpertTwice"))
 
 
 @pytest.mark.parametrize(
