@@ -17,8 +17,8 @@ Bring the configuration of a DeepSpeed, ColossalAI, MindFormers or TrustformeRS 
 
 ```python
 imported = moeserve.compat.load("deepspeed", {"hidden_size": 1024, "num_experts": 8, "k": 2})
-imported.config        # a whole service configuration, ready to serve
-imported.notes         # what of the original changes no answer here, and why
+imported.config  # a whole service configuration, ready to serve
+imported.notes  # what of the original changes no answer here, and why
 ```
 
 ```bash
