@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moeserve import compat as compat
     from moeserve.background import BackgroundService, serve
     from moeserve.client import AsyncClient, Client, connect_experts
     from moeserve.config import GatingConfig, ServiceConfig, load_config
@@ -86,6 +87,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "compat":
+        return import_module("moeserve.compat")
     if name not in _HOME:
         raise AttributeError(f"module 'moeserve' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

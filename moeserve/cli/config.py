@@ -1,4 +1,4 @@
-"""`moeserve config`: look at a configuration without running it."""
+"""`moeserve config`: look at a configuration without running it, or import another system's."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ from typing import Annotated
 import typer
 
 from moeserve.checkpoints import layer_sources
+from moeserve.cli.import_file import read_mapping, to_toml
+from moeserve.compat import load
 from moeserve.config import load_config
 from moeserve.placement import plan_placement
 from moeserve.server import check_exposure
 
-config_app = typer.Typer(help="Look at a configuration.", no_args_is_help=True)
-
-
-@config_app.callback()
-def _group() -> None:
-    """Keeps `check` a verb of its own while it is the only one."""
+config_app = typer.Typer(help="Look at a configuration, or import another system's.", no_args_is_help=True)
 
 
 @config_app.command()
@@ -28,3 +25,12 @@ def check(file: Annotated[Path, typer.Argument(help="A TOML configuration or a c
     specs = [source.spec for source in layer_sources(config)]
     plan_placement(specs, config.placement)
     typer.echo(f"{file}: ok, {len(specs)} MoE layers on {config.placement.num_hosts} hosts")
+
+
+@config_app.command(name="import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="The other system's configuration: JSON, YAML or TOML, by its suffix.")],
+    system: Annotated[str, typer.Option("--from", help="deepspeed, colossalai, mindformers or trustformers.")],
+) -> None:
+    """Write another system's configuration as a service configuration (TOML) to the standard output; what it does not carry as comments."""
+    typer.echo(to_toml(load(system, read_mapping(file)), system, file), nl=False)

@@ -1,0 +1,45 @@
+"""Another system's configuration file -> a mapping, and what was made of it -> TOML."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import yaml
+
+from moeserve.compat import ImportedConfig
+from moeserve.errors import ConfigError
+
+_READERS: Mapping[str, Callable[[str], Any]] = {
+    ".json": json.loads,
+    ".toml": tomllib.loads,
+    ".yaml": yaml.safe_load,
+    ".yml": yaml.safe_load,
+}
+
+
+def read_mapping(path: Path) -> Any:
+    """What the file holds. Raises ConfigError when it cannot be read, or its suffix is not one of .json, .toml, .yaml and .yml."""
+    if path.suffix not in _READERS:
+        raise ConfigError(f"{path} is of an unknown kind; allowed suffixes: {', '.join(_READERS)}")
+    try:
+        return _READERS[path.suffix](path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not a readable {path.suffix[1:].upper()} file: {reason}") from None
+
+
+def to_toml(imported: ImportedConfig, system: str, source: Path) -> str:
+    """The keys that were set, under a comment per note."""
+    notes = [f"# {note.field}: {note.what}" for note in imported.notes]
+    # None is how a key is unset, which TOML says by leaving it out.
+    tables = imported.config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    return "\n".join(
+        [f"# imported from {source.name} ({system})", *notes, "", tomli_w.dumps({name: table for name, table in tables.items() if table})]
+    )

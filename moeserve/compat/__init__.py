@@ -1,0 +1,6 @@
+"""Configurations and classes of DeepSpeed, ColossalAI, MindFormers and TrustformeRS, on moeserve."""
+
+from moeserve.compat.systems import SYSTEMS, load
+from moeserve.compat.walk import ImportedConfig, Note
+
+__all__ = ["SYSTEMS", "ImportedConfig", "Note", "load"]
