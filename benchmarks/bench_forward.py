@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import version
@@ -79,16 +80,29 @@ def measure(client: moeserve.Client, echo: Echo, layer: int, intermediate: int, 
         dtype=dtype,
         gating=moeserve.GatingConfig(top_k=TOP_K),
     )
-    print("| T | in process tok/s | service tok/s | service / in process | service p50 | p99 | echo p50 | p99 | service / echo |")
-    print("|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    print(
+        "| T | in process tok/s | one client tok/s | ratio | two clients tok/s | ratio | service p50 | p99 | echo p50 | p99 | service / echo |"
+    )
+    print("|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    pool = ThreadPoolExecutor(2)
     for tokens in options.tokens:
         hidden_states = torch.randn(tokens, HIDDEN).to(dtype)
         message = bytes(hidden_states.numel() * dtype.itemsize)
-        sides: list[Call] = [lambda: local(hidden_states), lambda: client.forward(hidden_states, layer=layer), lambda: echo(message)]  # noqa: B023
-        one, served, bare = interleaved(sides, options.seconds)
-        ratio, over_echo = median(one) / median(served), median(served) / median(bare)
+
+        def forward(_: int = 0, hidden_states: torch.Tensor = hidden_states) -> object:
+            return client.forward(hidden_states, layer=layer)
+
+        sides: list[Call] = [
+            lambda: local(hidden_states),  # noqa: B023
+            forward,
+            lambda: list(pool.map(forward, range(2))),  # noqa: B023
+            lambda: echo(message),  # noqa: B023
+        ]
+        one, served, pair, bare = interleaved(sides, options.seconds)
+        over_echo = median(served) / median(bare)
         print(
-            f"| {tokens} | {tokens / median(one):,.0f} | {tokens / median(served):,.0f} | **{ratio:.2f}** "
+            f"| {tokens} | {tokens / median(one):,.0f} | {tokens / median(served):,.0f} | **{median(one) / median(served):.2f}** "
+            f"| {2 * tokens / median(pair):,.0f} | **{2 * median(one) / median(pair):.2f}** "
             f"| {median(served) * 1e3:.2f} ms | {p99(served) * 1e3:.2f} ms | {median(bare) * 1e3:.2f} ms | {p99(bare) * 1e3:.2f} ms "
             f"| **{over_echo:.2f}** |",
             flush=True,
