@@ -95,7 +95,7 @@ def measure(client: moeserve.Client, echo: Echo, layer: int, intermediate: int, 
         sides: list[Call] = [
             lambda: local(hidden_states),  # noqa: B023
             forward,
-            lambda: list(pool.map(forward, range(2))),  # noqa: B023
+            lambda: list(pool.map(forward, range(2))),
             lambda: echo(message),  # noqa: B023
         ]
         one, served, pair, bare = interleaved(sides, options.seconds)
