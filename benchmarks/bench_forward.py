@@ -80,9 +80,7 @@ def measure(client: moeserve.Client, echo: Echo, layer: int, intermediate: int, 
         dtype=dtype,
         gating=moeserve.GatingConfig(top_k=TOP_K),
     )
-    print(
-        "| T | in process tok/s | one client tok/s | ratio | two clients tok/s | ratio | service p50 | p99 | echo p50 | p99 | service / echo |"
-    )
+    print("| T | in process tok/s | one client tok/s | ratio | two clients tok/s | ratio | p50 | p99 | echo p50 | p99 | p50 / echo |")
     print("|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     pool = ThreadPoolExecutor(2)
     for tokens in options.tokens:
