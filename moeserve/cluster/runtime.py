@@ -34,6 +34,7 @@ class RayRuntime:
         self._placement = placement
         self._previous_environment: dict[str, str | None] = {}
         self._owns_ray = False
+        self._may_cluster: bool = ray_constants.ENABLE_RAY_CLUSTER
         self.private_dir = Path()
 
     def start(self) -> None:
@@ -51,6 +52,7 @@ class RayRuntime:
         if self._owns_ray:
             ray.shutdown()
             self._owns_ray = False
+            ray_constants.ENABLE_RAY_CLUSTER = self._may_cluster
         for name, value in self._previous_environment.items():
             _set(name, value)
         self._previous_environment.clear()
