@@ -5,17 +5,19 @@ T tokens, H hidden size, I intermediate size, E experts, K choices per token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from moeserve.checkpoints import LayerSource, layer_sources
+from moeserve.checkpoints import LayerSource, layer_sources, load_bank
 from moeserve.config import Activation, GatingConfig, LayerSpec, load_config
-from moeserve.dispatch import combine, permute, plan
+from moeserve.dispatch import combine, permute
 from moeserve.errors import ConfigError, UnknownLayer
-from moeserve.experts import ExpertBank
 from moeserve.gating import BatchRouting, Router, Routing, apply_choices
+from moeserve.head import LayerHead
 from moeserve.output import ForwardOutput
 from moeserve.placement import LayerPlacement
 from moeserve.request import LayerRequest, validate
@@ -27,17 +29,22 @@ _MAX_TOKENS = 2**24
 class MoELayer:
     """A layer of random weights (the same seed gives the same weights here and in a service), or one of a checkpoint.
 
-    Raises ConfigError for impossible sizes or gating.
+    The arguments are the keys of [[layers]] in a service's configuration. Raises ConfigError for impossible sizes or gating.
     """
 
     def __init__(
         self,
         *,
         hidden_size: int,
-        intermediate_size: int,
         num_experts: int,
+        intermediate_size: int | tuple[int, ...] | None = None,
+        identity_experts: int = 0,
+        zero_experts: int = 0,
         activation: Activation = "swiglu",
         bias: bool = False,
+        expert: str | None = None,
+        expert_args: Mapping[str, Any] | None = None,
+        shared_expert: Mapping[str, Any] | None = None,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
         gating: GatingConfig | None = None,
@@ -46,8 +53,13 @@ class MoELayer:
             "hidden_size": hidden_size,
             "intermediate_size": intermediate_size,
             "num_experts": num_experts,
+            "identity_experts": identity_experts,
+            "zero_experts": zero_experts,
             "activation": activation,
             "bias": bias,
+            "expert": expert,
+            "expert_args": dict(expert_args or {}),
+            "shared_expert": shared_expert,
             "seed": seed,
             "gating": gating or GatingConfig(),
         }
@@ -71,12 +83,16 @@ class MoELayer:
         return self
 
     def _load(self, source: LayerSource) -> None:
-        spec = source.spec
-        everyone = range(spec.num_experts)
-        self.spec: LayerSpec = spec
-        self.router = Router(source.gate(), spec.gating)
-        self.bank = ExpertBank(source.experts(everyone), spec.activation)
-        self._placement = LayerPlacement(1, np.arange(spec.num_experts), np.zeros(spec.num_experts, dtype=np.int64))
+        self.spec: LayerSpec = source.spec
+        self.head = LayerHead(source)
+        everyone = source.spec.num_hosted_experts
+        self._placement = LayerPlacement(1, np.arange(everyone), np.zeros(everyone, dtype=np.int64))
+        self.bank = load_bank(source, self._placement.shards_on(0))
+
+    @property
+    def router(self) -> Router:
+        """The gate, with all that it owns."""
+        return self.head.router
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[T, H] -> [T, H], same dtype."""
@@ -95,13 +111,14 @@ class MoELayer:
         """One request; arguments and answer as in `Client.forward`. token_ids [T] int, for layers that hash them. Raises InvalidRequest."""
         request = LayerRequest(hidden_states, used_token, topk_ids, topk_weights, return_routing, token_ids=token_ids)
         validate(request, self.spec, _MAX_TOKENS)
-        routing = route_batch(self.router, hidden_states, [request.num_tokens], used_token, topk_ids, topk_weights, token_ids)
+        routing = route_batch(self.head.router, hidden_states, [request.num_tokens], used_token, topk_ids, topk_weights, token_ids)
         answers = []
-        for work in plan(routing.topk_ids, routing.topk_weights, routing.kept, self._placement):
+        planned = self.head.plan(routing, hidden_states, used_token, self._placement, is_routed=request.is_routed)
+        for work in planned.works:
             partial = torch.empty(len(work.rows), self.spec.hidden_size)
             self.bank.run(permute(hidden_states, work.rows), work.row_index, work.slots, work.weights, out=partial)
             answers.append((work.rows, partial))
-        total = combine(answers, request.num_tokens, self.spec.hidden_size)
+        total = self.head.finish(combine(answers, request.num_tokens, self.spec.hidden_size), hidden_states, planned)
         return to_output(routing.request(0), total.to(hidden_states.dtype), return_routing)
 
 

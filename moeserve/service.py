@@ -60,6 +60,7 @@ class Service:
         sources = layer_sources(config)
         specs = [source.spec for source in sources]
         placement = plan_placement(specs, config.placement)
+        self._config = config = _with_num_hosts(config, placement.num_hosts)
         metrics = Metrics(specs, config.observability.expert_detail)
         runtime = RayRuntime(config.ray, config.placement)
         fleet, keys = Fleet(config, placement), KeyPair.generate()
@@ -114,6 +115,12 @@ class Service:
     async def _drain(self) -> None:
         if self._server is not None:
             await self._server.drain(self._config.server.drain_timeout_s)
+
+
+def _with_num_hosts(config: ServiceConfig, num_hosts: int) -> ServiceConfig:
+    """What placement.experts_per_host left open, written down for everyone who reads the configuration."""
+    placement = config.placement.model_copy(update={"num_hosts": num_hosts})
+    return config.model_copy(update={"placement": placement})
 
 
 def _model_name(config: ServiceConfig) -> str:

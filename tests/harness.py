@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
-from moeserve.checkpoints import layer_sources
+from moeserve.checkpoints import layer_sources, load_bank
 from moeserve.config import load_config
 from moeserve.experts import ExpertBank
 from moeserve.frontend import Frontend
@@ -95,9 +95,9 @@ class ServiceHarness:
     async def _start(self) -> None:
         for number in range(self.placement.num_hosts):
             banks = {
-                layer: ExpertBank(source.experts(held), source.spec.activation)
+                layer: load_bank(source, held)
                 for layer, source in enumerate(self.sources)
-                if (held := self.placement.layers[layer].experts_on(number))
+                if (held := self.placement.layers[layer].shards_on(number))
             }
             self.hosts.append(ThreadedHost(number, self._kind, self._folder, banks))
         found = [(f"host-{host.number}", host.find) for host in self.hosts]

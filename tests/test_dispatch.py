@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moeserve.config import GatingConfig, LayerSpec, PlacementConfig
-from moeserve.dispatch import HostWork, combine, permute, plan
+from moeserve.dispatch import Dispatch, Hosts, HostWork, SharedWork, combine, permute, plan, plan_again
 from moeserve.placement import LayerPlacement, plan_placement
 
 HIDDEN_SIZE = 3
+SHARED_FACTOR = 64.0
 
 
 @dataclass
@@ -27,15 +28,28 @@ class Case:
     topk_weights: Tensor
     kept: Tensor
     placement: LayerPlacement
+    hosts: Hosts
+    shared: SharedWork | None
+
+    @property
+    def dispatch(self) -> Dispatch:
+        return plan(self.topk_ids, self.topk_weights, self.kept, self.placement, self.hosts, self.shared)
 
     @property
     def works(self) -> list[HostWork]:
-        return plan(self.topk_ids, self.topk_weights, self.kept, self.placement)
+        return self.dispatch.works
+
+    @property
+    def used(self) -> Tensor:
+        """[T] bool: what the shared expert is asked for."""
+        if self.shared is None:
+            return torch.zeros(len(self.hidden_states), dtype=torch.bool)
+        return torch.ones(len(self.hidden_states), dtype=torch.bool) if self.shared.used_token is None else self.shared.used_token
 
 
 @st.composite
 def placements(draw: st.DrawFn, num_experts: int) -> LayerPlacement:
-    """A planned one, or any assignment of experts to hosts, with hosts that hold nothing."""
+    """A planned one with copies and shards, or any assignment of experts to hosts, with hosts that hold nothing."""
     strategy = draw(st.sampled_from(["contiguous", "round_robin", "any"]))
     if strategy == "any":
         num_hosts = draw(st.integers(1, 12))
@@ -43,60 +57,129 @@ def placements(draw: st.DrawFn, num_experts: int) -> LayerPlacement:
         logical_of_physical = host_of_logical.argsort(kind="stable")
         return LayerPlacement(num_hosts, logical_of_physical, host_of_logical[logical_of_physical])
     spec = LayerSpec("layer", 1, 1, num_experts, "relu", False, "float32", GatingConfig())
-    config = PlacementConfig(num_hosts=draw(st.integers(1, num_experts)), strategy=strategy)
+    num_hosts = draw(st.integers(1, num_experts))
+    some = draw(st.dictionaries(st.integers(0, num_experts - 1).map(str), st.integers(1, num_hosts), max_size=2))
+    config = PlacementConfig(
+        num_hosts=num_hosts,
+        strategy=strategy,
+        copies={"layer": {"default": draw(st.integers(1, num_hosts)), **some}},
+        tensor_parallel=draw(st.sampled_from([parts for parts in (1, 2, 4) if parts <= num_hosts])),
+    )
     return draw(st.sampled_from(plan_placement([spec] * 3, config).layers))
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     num_experts = draw(st.integers(1, 9))
-    num_tokens, top_k = draw(st.integers(0, 9)), draw(st.integers(1, num_experts))
+    num_tokens, top_k = draw(st.sampled_from([0, 1, 2, 3, 5, 9, 200])), draw(st.integers(1, num_experts))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    placement = draw(placements(num_experts))
+    any_hosts = st.lists(st.booleans(), min_size=placement.num_hosts, max_size=placement.num_hosts)
+    loads = st.lists(st.integers(0, 300), min_size=placement.num_hosts, max_size=placement.num_hosts)
+    used_token = torch.rand(num_tokens, generator=generator) < 0.7
+    kept = torch.rand(num_tokens, top_k, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0]))
     return Case(
         hidden_states=torch.randint(-8, 9, (num_tokens, HIDDEN_SIZE), generator=generator).float(),
         topk_ids=torch.rand(num_tokens, num_experts, generator=generator).argsort(dim=1)[:, :top_k],
         topk_weights=torch.randint(1, 9, (num_tokens, top_k), generator=generator) / 8,
-        kept=torch.rand(num_tokens, top_k, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0])),
-        placement=draw(placements(num_experts)),
+        kept=kept & used_token[:, None],
+        placement=placement,
+        hosts=Hosts(np.array(draw(any_hosts)), np.array(draw(loads)), draw(st.sampled_from(["least_outstanding", "round_robin"]))),
+        shared=draw(st.sampled_from([None, SharedWork(torch.randint(1, 9, (num_tokens,), generator=generator) / 8, used_token)])),
     )
 
 
 def factor(expert: Tensor) -> Tensor:
-    """Expert e multiplies a row by e + 1, so that a pair that goes to the wrong expert shows."""
+    """Expert e multiplies a row by e + 1, so that a pair that goes to the wrong expert shows; the shared one by 64."""
     return (expert + 1).float()
+
+
+def factors(placement: LayerPlacement, host: int) -> Tensor:
+    """What each slot of a host multiplies by: shards their part of the whole."""
+    own = [(shard.expert + 1) / shard.of for shard in placement.shards_on(host)]
+    return torch.tensor([*own, SHARED_FACTOR])
 
 
 def answer(work: HostWork, rows: Tensor, placement: LayerPlacement) -> Tensor:
     """What a host makes of rows [R, H]: its experts, weighed and summed."""
-    held = torch.tensor(placement.experts_on(work.host))
     partial = torch.zeros(rows.shape)
-    return partial.index_add_(0, work.row_index, rows[work.row_index] * (factor(held[work.slots]) * work.weights)[:, None])
+    scale = factors(placement, work.host)[work.slots] * work.weights
+    return partial.index_add_(0, work.row_index, rows[work.row_index] * scale[:, None])
 
 
 def dense(case: Case) -> Tensor:
-    """sum_k w_k * f_k(x), token by token."""
+    """sum_k w_k * f_k(x), token by token, and the shared expert's for every used token."""
     total = torch.zeros_like(case.hidden_states)
     for t, k in case.kept.nonzero().tolist():
         total[t] += case.topk_weights[t, k] * factor(case.topk_ids[t, k]) * case.hidden_states[t]
+    if case.shared is not None:
+        total += (case.shared.weights * case.used)[:, None] * SHARED_FACTOR * case.hidden_states
     return total
+
+
+def answered(case: Case, works: list[HostWork]) -> list[tuple[Tensor, Tensor]]:
+    return [(work.rows, answer(work, permute(case.hidden_states, work.rows), case.placement)) for work in works]
+
+
+def alone(case: Case) -> list[tuple[Tensor, Tensor]]:
+    """What the head does itself, for tokens that go to no host."""
+    rows = case.dispatch.alone
+    return [(rows, case.shared.weights[rows, None] * SHARED_FACTOR * case.hidden_states[rows])] if case.shared is not None else []
 
 
 @given(case=cases())
 @settings(deadline=None, max_examples=200)
 def test_dispatch_and_combine_are_the_dense_sum(case: Case) -> None:
-    answers = [(work.rows, answer(work, permute(case.hidden_states, work.rows), case.placement)) for work in case.works]
+    answers = answered(case, case.works) + alone(case)
     assert torch.equal(combine(answers, len(case.hidden_states), HIDDEN_SIZE), dense(case))
+
+
+@given(case=cases(), data=st.data())
+@settings(deadline=None, max_examples=200)
+def test_what_a_lost_host_had_is_done_by_others_where_there_are_copies(case: Case, data: st.DataObject) -> None:
+    works = case.works
+    lost = [work for work in works if data.draw(st.booleans())]
+    live = np.array([not any(work.host == host for work in lost) for host in range(case.placement.num_hosts)])
+    again = plan_again(lost, len(case.hidden_states), case.placement, Hosts(live, case.hosts.load)) if lost else []
+    kept = [work for work in works if all(work is not other for other in lost)]
+    answers = answered(case, kept) + answered(case, again) + alone(case)
+    assert torch.equal(combine(answers, len(case.hidden_states), HIDDEN_SIZE), dense(case))
+    for work in again:
+        needed = {case.placement.shards_on(work.host)[slot] for slot in work.slots.tolist() if slot < case.placement.shared_slot[work.host]}
+        elsewhere = [host for host in np.flatnonzero(live).tolist() if needed & set(case.placement.shards_on(host))]
+        assert live[work.host] or not elsewhere, "a host that is down is asked for what lives nowhere else"
 
 
 @given(case=cases())
 @settings(deadline=None, max_examples=200)
-def test_every_kept_pair_goes_to_the_host_of_its_expert_and_nowhere_else(case: Case) -> None:
-    sent = [
-        (int(work.rows[row]), case.placement.experts_on(work.host)[slot], weight)
-        for work in case.works
-        for row, slot, weight in zip(work.row_index.tolist(), work.slots.tolist(), work.weights.tolist(), strict=True)
+def test_a_host_that_is_down_is_asked_only_for_what_lives_nowhere_else(case: Case) -> None:
+    live = case.hosts.is_live
+    for work in case.works:
+        held = case.placement.shards_on(work.host)
+        needed = {held[slot] for slot in work.slots.tolist() if slot < len(held)}
+        elsewhere = [host for host in np.flatnonzero(live).tolist() if needed & set(case.placement.shards_on(host))]
+        assert live[work.host] or not elsewhere
+
+
+@given(case=cases())
+@settings(deadline=None, max_examples=200)
+def test_the_shared_expert_costs_no_message_and_no_row(case: Case) -> None:
+    without = plan(case.topk_ids, case.topk_weights, case.kept, case.placement, case.hosts).works
+    assert [(work.host, work.rows.tolist()) for work in case.works] == [(work.host, work.rows.tolist()) for work in without]
+
+
+@given(case=cases())
+@settings(deadline=None, max_examples=200)
+def test_every_kept_pair_goes_to_every_shard_of_its_expert_once(case: Case) -> None:
+    sent = []
+    for work in case.works:
+        held = case.placement.shards_on(work.host)
+        pairs = zip(work.row_index.tolist(), work.slots.tolist(), work.weights.tolist(), strict=True)
+        sent += [(int(work.rows[row]), held[slot].expert, held[slot].shard, weight) for row, slot, weight in pairs if slot < len(held)]
+    shards = range(case.placement.tensor_parallel)
+    kept = [
+        (t, int(case.topk_ids[t, k]), shard, float(case.topk_weights[t, k])) for t, k in case.kept.nonzero().tolist() for shard in shards
     ]
-    kept = [(t, int(case.topk_ids[t, k]), float(case.topk_weights[t, k])) for t, k in case.kept.nonzero().tolist()]
     assert sorted(sent) == sorted(kept)
 
 
@@ -118,7 +201,7 @@ def test_a_message_holds_each_row_once_and_all_in_order(case: Case) -> None:
 def test_no_tokens_make_no_messages() -> None:
     placement = LayerPlacement(2, np.arange(4), np.array([0, 0, 1, 1]))
     none = torch.zeros(0, 2)
-    assert plan(none.long(), none, none.bool(), placement) == []
+    assert plan(none.long(), none, none.bool(), placement).works == []
     assert combine([], 0, HIDDEN_SIZE).shape == (0, HIDDEN_SIZE)
     assert torch.equal(combine([], 2, HIDDEN_SIZE), torch.zeros(2, HIDDEN_SIZE))
 

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from moeserve import ConfigError, ForwardOutput, GatingConfig, InvalidRequest, MoELayer, route
-from moeserve.checkpoints import layer_sources
+from moeserve.checkpoints import layer_sources, load_bank
 from moeserve.config import PlacementConfig, load_config
 from moeserve.dispatch import combine, permute, plan
-from moeserve.experts import ExpertBank
-from moeserve.gating import Router
 from moeserve.placement import plan_placement
+from tests.stacked import stacked, whole
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_experts": 8}
 FREE = GatingConfig(top_k=3, renormalize="pre_drop")
@@ -48,7 +47,7 @@ def assert_same_answer(ours: ForwardOutput, other: ForwardOutput) -> None:
 def test_the_answer_is_the_weighted_sum_of_the_experts(activation: str, bias: bool) -> None:
     layer = some_layer(activation=activation, bias=bias, gating=GatingConfig(top_k=3))
     hidden_states = some_tokens(20)
-    weights = layer.bank.weights
+    weights = stacked(layer.bank.experts)
     dense = route(logits(layer, hidden_states), layer.spec.gating).dense().double()
     expected = torch.zeros(20, 16, dtype=torch.float64)
     for expert in range(8):
@@ -71,8 +70,8 @@ def test_the_same_seed_gives_the_same_layer_and_another_one_another() -> None:
 def test_the_same_seed_gives_the_same_layer_from_configuration() -> None:
     (source,) = layer_sources(load_config({"layers": [{**SIZES, "seed": 3}]}))
     layer = some_layer(seed=3)
-    assert torch.equal(layer.router.gate, source.gate())
-    assert torch.equal(layer.bank.weights.down_proj[[2, 5]], source.experts([2, 5]).down_proj)
+    assert torch.equal(layer.router.gate, source.router().gate)
+    assert torch.equal(stacked(layer.bank.experts).down_proj[[2, 5]], stacked(source.experts(whole([2, 5]))).down_proj)
 
 
 @pytest.mark.parametrize("strategy", ["contiguous", "round_robin"])
@@ -81,10 +80,10 @@ def test_hosts_that_hold_a_part_each_add_up_to_the_layer(num_hosts: int, strateg
     (source,) = layer_sources(load_config({"layers": [{**SIZES, "gating": {"top_k": 3, "capacity_factor": 1.0}}]}))
     placement = plan_placement([source.spec], PlacementConfig(num_hosts=num_hosts, strategy=strategy)).layers[0]
     hidden_states = some_tokens(50)
-    routing = Router(source.gate(), source.spec.gating)(hidden_states, [50], None)
+    routing = source.router()(hidden_states, [50], None)
     answers = []
-    for work in plan(routing.topk_ids, routing.topk_weights, routing.kept, placement):
-        bank = ExpertBank(source.experts(placement.experts_on(work.host)), source.spec.activation)
+    for work in plan(routing.topk_ids, routing.topk_weights, routing.kept, placement).works:
+        bank = load_bank(source, placement.shards_on(work.host))
         partial = torch.empty(len(work.rows), 16)
         bank.run(permute(hidden_states, work.rows), work.row_index, work.slots, work.weights, out=partial)
         answers.append((work.rows, partial))

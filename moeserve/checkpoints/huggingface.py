@@ -16,7 +16,8 @@ from moeserve.checkpoints.families import FAMILIES, Family, Layout
 from moeserve.checkpoints.safetensors_folder import SafetensorsFolder, read_json
 from moeserve.config import Activation, Dtype, LayerSpec
 from moeserve.errors import CheckpointError
-from moeserve.experts import ExpertWeights
+from moeserve.experts import Expert, ExpertShard, FeedForward, feed_forward_bytes
+from moeserve.gating import Mixer, Router
 from moeserve.tensors import FLOAT_DTYPES
 
 _ACTIVATIONS: dict[str, Activation] = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
@@ -31,25 +32,37 @@ class HuggingFaceLayer:
     index: int
     files: SafetensorsFolder
 
-    def gate(self) -> torch.Tensor:
-        """[E, H] float32."""
-        return self.files.read(self._name(self.layout.router), (self.spec.num_experts, self.spec.hidden_size), torch.float32)
+    def router(self) -> Router:
+        gate = self.files.read(self._name(self.layout.router), (self.spec.num_experts, self.spec.hidden_size), torch.float32)
+        return Router(gate, self.spec.gating)
 
-    def experts(self, expert_ids: Sequence[int]) -> ExpertWeights:
-        """The given experts, stacked in that order; only their slices are read."""
+    def experts(self, shards: Sequence[ExpertShard]) -> list[Expert]:
+        return [self._expert(shard) for shard in shards]
+
+    def shared_expert(self) -> Expert | None:
+        return None
+
+    def mixer(self) -> Mixer | None:
+        return None
+
+    def nbytes(self, shard: ExpertShard) -> int:
+        spec = self.spec
+        return feed_forward_bytes(spec.hidden_size, spec.intermediate_size, spec.activation, spec.bias, FLOAT_DTYPES[spec.dtype], shard)
+
+    def shared_nbytes(self) -> int:
+        return 0
+
+    def _expert(self, shard: ExpertShard) -> FeedForward:
         count, hidden, intermediate = self.spec.num_experts, self.spec.hidden_size, self.spec.intermediate_size
-        dtype = FLOAT_DTYPES[self.spec.dtype]
-        gate_up_proj = torch.empty(len(expert_ids), 2 * intermediate, hidden, dtype=dtype)
-        down_proj = torch.empty(len(expert_ids), hidden, intermediate, dtype=dtype)
-        for slot, expert in enumerate(expert_ids):
-            if self._name(self.layout.gate_up) in self.files:
-                gate_up_proj[slot] = self._read(self.layout.gate_up, (count, 2 * intermediate, hidden), expert)
-                down_proj[slot] = self._read(self.layout.stacked_down, (count, hidden, intermediate), expert)
-            else:
-                gate_up_proj[slot, :intermediate] = self._read(self.layout.gate.format(expert=expert), (intermediate, hidden))
-                gate_up_proj[slot, intermediate:] = self._read(self.layout.up.format(expert=expert), (intermediate, hidden))
-                down_proj[slot] = self._read(self.layout.down.format(expert=expert), (hidden, intermediate))
-        return ExpertWeights(gate_up_proj, down_proj)
+        expert, channels = shard.expert, shard.span(intermediate)
+        if self._name(self.layout.gate_up) in self.files:
+            gate, up = self._read(self.layout.gate_up, (count, 2 * intermediate, hidden), expert).split(intermediate)
+            down = self._read(self.layout.stacked_down, (count, hidden, intermediate), expert)
+        else:
+            gate = self._read(self.layout.gate.format(expert=expert), (intermediate, hidden))
+            up = self._read(self.layout.up.format(expert=expert), (intermediate, hidden))
+            down = self._read(self.layout.down.format(expert=expert), (hidden, intermediate))
+        return FeedForward(self.spec.activation, torch.cat([gate[channels], up[channels]]), down[:, channels].contiguous())
 
     def _name(self, name: str) -> str:
         return f"{self.layout.prefix.format(index=self.index)}.{name}"

@@ -13,6 +13,7 @@ from moeserve.checkpoints.seeded import SeededLayer
 from moeserve.checkpoints.source import LayerSource
 from moeserve.config import GatingConfig, LayerConfig, LayerSpec, ServiceConfig
 from moeserve.errors import ConfigError
+from moeserve.experts import check_module
 
 
 def layer_sources(config: ServiceConfig) -> list[LayerSource]:
@@ -29,24 +30,35 @@ def layer_sources(config: ServiceConfig) -> list[LayerSource]:
             raise ConfigError(
                 f"layer {source.spec.name}: gating.top_k is {source.spec.gating.top_k}, but it has {source.spec.num_experts} experts"
             )
-        if source.spec.gating.scale_inputs:
-            raise ConfigError(f"layer {source.spec.name}: gating.scale_inputs is not supported by the experts yet")
+        if source.spec.module is not None and config.placement.tensor_parallel > 1:
+            raise ConfigError(
+                f"placement.tensor_parallel must be 1: the experts of layer {source.spec.name} are modules, which cannot be split"
+            )
     return sources
 
 
 def _seeded(index: int, layer: LayerConfig, config: ServiceConfig) -> SeededLayer:
-    assert layer.hidden_size and layer.intermediate_size and layer.num_experts, "checked by ServiceConfig"
+    assert layer.hidden_size and layer.num_experts, "checked by ServiceConfig"
+    computing = layer.num_experts - layer.identity_experts - layer.zero_experts
+    sizes = layer.intermediate_size
+    sizes = sizes if isinstance(sizes, tuple) else (sizes or 0,) * computing
     spec = LayerSpec(
         name=layer.name or f"layers.{index}",
         hidden_size=layer.hidden_size,
-        intermediate_size=layer.intermediate_size,
+        intermediate_size=max(sizes),
         num_experts=layer.num_experts,
         activation=layer.activation,
         bias=layer.bias,
         dtype=config.model.dtype or "float32",
         gating=layer.gating,
+        module=layer.expert,
+        identity_experts=layer.identity_experts,
+        zero_experts=layer.zero_experts,
+        shared_mixing=None if layer.shared_expert is None else layer.shared_expert.mixing,
     )
-    return SeededLayer(spec, layer.seed)
+    if layer.expert is not None:
+        check_module(layer.expert, layer.expert_args, layer.hidden_size)
+    return SeededLayer(spec, layer.seed, sizes, layer.expert_args, layer.shared_expert)
 
 
 def _wanted(found: Sequence[HuggingFaceLayer], wanted: Sequence[int | str] | None) -> list[HuggingFaceLayer]:

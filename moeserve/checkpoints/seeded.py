@@ -1,46 +1,100 @@
-"""A random layer that is the same everywhere: every tensor of every expert has a generator of its own."""
+"""A random layer that is the same everywhere: every tensor of every expert has a generator of its own.
+
+E experts, H hidden size, I intermediate size.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from moeserve.config import LayerSpec
-from moeserve.experts import ExpertWeights, is_gated
+from moeserve.config import LayerSpec, SharedExpertConfig
+from moeserve.experts import Expert, ExpertShard, FeedForward, ModuleExpert, feed_forward_bytes, is_gated, make_module
+from moeserve.gating import Mixer, Router
 from moeserve.tensors import FLOAT_DTYPES
 
 
 @dataclass(frozen=True)
 class SeededLayer:
-    """Weights drawn from N(0, 1 / fan_in), biases from N(0, 0.01); the same seed gives the same layer on any host."""
+    """Weights drawn from N(0, 1 / fan_in), biases from N(0, 0.01); the same seed gives the same layer on any host.
+
+    intermediate_sizes: I of each expert that computes; module_args: what spec.module is made with.
+    """
 
     spec: LayerSpec
     seed: int
+    intermediate_sizes: Sequence[int] = ()
+    module_args: Mapping[str, Any] = field(default_factory=dict)
+    shared: SharedExpertConfig | None = None
 
-    def gate(self) -> torch.Tensor:
-        """[E, H] float32."""
-        return self._draw("gate", (self.spec.num_experts, self.spec.hidden_size), self.spec.hidden_size**-0.5)
+    def router(self) -> Router:
+        return Router(self._draw("gate", (self.spec.num_experts, self.spec.hidden_size), self.spec.hidden_size**-0.5), self.spec.gating)
 
-    def experts(self, expert_ids: Sequence[int]) -> ExpertWeights:
-        """The given experts, stacked in that order, in the spec's dtype."""
-        hidden, intermediate = self.spec.hidden_size, self.spec.intermediate_size
-        projected = intermediate * (2 if is_gated(self.spec.activation) else 1)
+    def experts(self, shards: Sequence[ExpertShard]) -> list[Expert]:
+        return [self._module(shard) if self.spec.module else self._expert(shard) for shard in shards]
 
-        def stack(name: str, shape: tuple[int, ...], std: float) -> torch.Tensor:
-            out = torch.empty(len(expert_ids), *shape, dtype=FLOAT_DTYPES[self.spec.dtype])
-            for slot, expert in enumerate(expert_ids):
-                out[slot] = self._draw(f"{name}.{expert}", shape, std)
-            return out
+    def shared_expert(self) -> Expert | None:
+        if self.shared is None:
+            return None
+        return self._feed_forward("shared", self.shared.intermediate_size, ExpertShard(0))
 
-        return ExpertWeights(
-            gate_up_proj=stack("gate_up_proj", (projected, hidden), hidden**-0.5),
-            down_proj=stack("down_proj", (hidden, intermediate), intermediate**-0.5),
-            gate_up_bias=stack("gate_up_bias", (projected,), 0.1) if self.spec.bias else None,
-            down_bias=stack("down_bias", (hidden,), 0.1) if self.spec.bias else None,
-        )
+    def mixer(self) -> Mixer | None:
+        if self.shared is None:
+            return None
+        rows = {"add": 0, "sigmoid": 1, "residual": 2}[self.shared.mixing]
+        weight = self._draw("mixer", (rows, self.spec.hidden_size), self.spec.hidden_size**-0.5) if rows else None
+        return Mixer(self.shared.mixing, weight)
+
+    def nbytes(self, shard: ExpertShard) -> int:
+        if self.spec.module is not None:
+            return ModuleExpert(make_module(self.spec.module, dict(self.module_args), "meta"), self._dtype).nbytes
+        return self._bytes(self._size_of(shard), shard)
+
+    def shared_nbytes(self) -> int:
+        return 0 if self.shared is None else self._bytes(self.shared.intermediate_size, ExpertShard(0))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return FLOAT_DTYPES[self.spec.dtype]
+
+    def _bytes(self, intermediate_size: int, shard: ExpertShard) -> int:
+        spec = self.spec
+        return feed_forward_bytes(spec.hidden_size, intermediate_size, spec.activation, spec.bias, self._dtype, shard)
+
+    def _size_of(self, shard: ExpertShard) -> int:
+        return self.intermediate_sizes[shard.expert]
+
+    def _expert(self, shard: ExpertShard) -> FeedForward:
+        return self._feed_forward(str(shard.expert), self._size_of(shard), shard)
+
+    def _feed_forward(self, key: str, intermediate_size: int, shard: ExpertShard) -> FeedForward:
+        hidden, channels, spec = self.spec.hidden_size, shard.span(intermediate_size), self.spec
+        parts = 2 if is_gated(spec.activation) else 1
+
+        def split(projected: torch.Tensor) -> torch.Tensor:
+            """Of [G] or [G, H], the channels of the shard."""
+            part: torch.Tensor = projected.view(parts, intermediate_size, -1)[:, channels].flatten(0, 1)
+            return part.reshape(-1, *projected.shape[1:]).to(self._dtype)
+
+        gate_up = self._draw(f"gate_up_proj.{key}", (parts * intermediate_size, hidden), hidden**-0.5)
+        down = self._draw(f"down_proj.{key}", (hidden, intermediate_size), intermediate_size**-0.5)
+        gate_up_bias = down_bias = None
+        if spec.bias:
+            gate_up_bias = split(self._draw(f"gate_up_bias.{key}", (parts * intermediate_size,), 0.1))
+            down_bias = self._draw(f"down_bias.{key}", (hidden,), 0.1).to(self._dtype) * shard.is_first
+        return FeedForward(spec.activation, split(gate_up), down[:, channels].to(self._dtype).contiguous(), gate_up_bias, down_bias)
+
+    def _module(self, shard: ExpertShard) -> ModuleExpert:
+        assert self.spec.module is not None and shard.of == 1, "modules are not split: checked when layers are resolved"
+        module = make_module(self.spec.module, dict(self.module_args), "cpu")
+        for name, parameter in module.named_parameters():
+            fan_in = parameter.shape[-1] if parameter.dim() > 1 else 100
+            parameter.data = self._draw(f"module.{shard.expert}.{name}", tuple(parameter.shape), fan_in**-0.5)
+        return ModuleExpert(module, self._dtype)
 
     def _draw(self, name: str, shape: tuple[int, ...], std: float) -> torch.Tensor:
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()

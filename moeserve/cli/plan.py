@@ -9,10 +9,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from moeserve.checkpoints import layer_sources
+from moeserve.checkpoints import bank_bytes, layer_sources
 from moeserve.cli.flags import Overrides
 from moeserve.config import load_config
-from moeserve.placement import host_bytes, plan_placement
+from moeserve.experts import ExpertShard
+from moeserve.placement import LayerPlacement, plan_placement
 
 
 def plan(
@@ -21,7 +22,8 @@ def plan(
 ) -> None:
     """Show the layers, which host would hold which experts, and the memory that takes."""
     config = load_config(source, overrides)
-    specs = [layer.spec for layer in layer_sources(config)]
+    sources = layer_sources(config)
+    specs = [layer.spec for layer in sources]
     placement = plan_placement(specs, config.placement)
 
     layers = Table("", "layer", title=f"{len(specs)} MoE layers", title_justify="left", box=SIMPLE_HEAD)
@@ -34,7 +36,7 @@ def plan(
             spec.name,
             f"{spec.hidden_size} x {spec.intermediate_size}",
             f"{spec.num_experts}, top {spec.gating.top_k}",
-            f"{spec.activation} {spec.dtype}",
+            f"{spec.expert_kind} {spec.dtype}",
             "unlimited" if factor is None else f"factor {factor:g}",
         )
 
@@ -42,17 +44,29 @@ def plan(
     for column in ("GPUs", "CPUs", "experts", "expected load", "weights", "of layer 0"):
         hosts.add_column(column, justify="right")
     for number in range(placement.num_hosts):
-        held = [layer.experts_on(number) for layer in placement.layers]
-        share = sum(len(experts) / spec.num_experts for experts, spec in zip(held, specs, strict=True)) / len(specs)
+        held = [layer.shards_on(number) for layer in placement.layers]
+        share = sum(_share(layer, number) for layer in placement.layers) / len(specs)
+        nbytes = sum(bank_bytes(source, shards) for source, shards in zip(sources, held, strict=True))
         hosts.add_row(
             f"host-{number}",
             f"{config.placement.gpus_per_host:g}",
             f"{config.placement.cpus_per_host:g}",
             str(sum(map(len, held))),
             f"{share:.0%}",
-            f"{host_bytes(specs, placement, number) / 2**20:.1f} MiB",
-            ", ".join(map(str, held[0])),
+            f"{nbytes / 2**20:.1f} MiB",
+            ", ".join(map(_name, held[0])),
         )
     console = Console()
     console.print(layers)
     console.print(hosts)
+
+
+def _share(layer: LayerPlacement, host: int) -> float:
+    """Of the layer's work, if every expert were asked equally often and its copies in turn."""
+    on_host = layer.unit_of_physical[layer.host_of_physical == host]
+    copies = (layer.copies >= 0).sum(axis=1)
+    return float((1 / copies[on_host]).sum()) / layer.num_units
+
+
+def _name(shard: ExpertShard) -> str:
+    return str(shard.expert) if shard.of == 1 else f"{shard.expert}/{shard.shard}"

@@ -11,7 +11,7 @@ import ray
 import ray.util
 import torch
 
-from moeserve.checkpoints import layer_sources
+from moeserve.checkpoints import layer_sources, load_bank
 from moeserve.config import ServiceConfig
 from moeserve.experts import ExpertBank
 from moeserve.host import HostLoop
@@ -88,7 +88,7 @@ class ExpertHost:
             device=str(device),
             cuda_visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES", "") if has_gpu else "",
             num_threads=num_threads,
-            weights_bytes=sum(bank.weights.nbytes for bank in banks.values()),
+            weights_bytes=sum(bank.nbytes for bank in banks.values()),
         )
 
 
@@ -107,9 +107,6 @@ def _run(loop: HostLoop, num_threads: int) -> None:
 
 
 def _load(order: HostOrder, device: torch.device) -> dict[int, ExpertBank]:
-    banks = {}
-    for number, (source, layer) in enumerate(zip(layer_sources(order.config), order.placement.layers, strict=True)):
-        held = layer.experts_on(order.number)
-        if held:
-            banks[number] = ExpertBank(source.experts(held).to(device), source.spec.activation)
-    return banks
+    layers = zip(layer_sources(order.config), order.placement.layers, strict=True)
+    held = {number: (source, layer.shards_on(order.number)) for number, (source, layer) in enumerate(layers)}
+    return {number: load_bank(source, shards, device) for number, (source, shards) in held.items() if shards}

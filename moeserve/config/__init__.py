@@ -7,6 +7,7 @@ from moeserve.config.service import (
     BatchingConfig,
     Dtype,
     LayerConfig,
+    Mixing,
     ModelConfig,
     ObservabilityConfig,
     PlacementConfig,
@@ -14,6 +15,7 @@ from moeserve.config.service import (
     ResilienceConfig,
     ServerConfig,
     ServiceConfig,
+    SharedExpertConfig,
 )
 from moeserve.config.spec import LayerSpec
 
@@ -24,6 +26,7 @@ __all__ = [
     "GatingConfig",
     "LayerConfig",
     "LayerSpec",
+    "Mixing",
     "ModelConfig",
     "ObservabilityConfig",
     "PlacementConfig",
@@ -31,5 +34,6 @@ __all__ = [
     "ResilienceConfig",
     "ServerConfig",
     "ServiceConfig",
+    "SharedExpertConfig",
     "load_config",
 ]

@@ -57,7 +57,8 @@ def _absolute_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    # Where several types are allowed, pydantic adds a name of the type it tried, such as "constrained-int" or "tuple[int, ...]".
+    key = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and set(part) & set("-[")))
     if first["type"] == "extra_forbidden":
         return f"{key} is not a key of the configuration (got {first['input']!r}); allowed here: {_allowed(first['loc'])}"
     if first["type"] == "value_error":

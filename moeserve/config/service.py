@@ -11,6 +11,9 @@ from moeserve.config.gating import GatingConfig
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Activation = Literal["swiglu", "geglu", "gelu", "relu"]
+#: how the answer of a shared expert is added to that of the chosen ones
+Mixing = Literal["add", "sigmoid", "residual"]
+Size = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 File = Annotated[Path, Field(strict=False)]
 
@@ -73,27 +76,73 @@ class ModelConfig(Table):
     layers: Annotated[tuple[LayerKey, ...], Field(strict=False, min_length=1)] | None = None
 
 
+class SharedExpertConfig(Table):
+    """[layers.shared_expert]: an expert that every token goes to, on a host that has the token anyway."""
+
+    intermediate_size: int = Field(ge=1)
+    #: its answer is added as it is, by the sigmoid of a gate of its own, or both parts by a softmax of two coefficients
+    mixing: Mixing = "add"
+
+
 class LayerConfig(Table):
     """[[layers]]: a seeded random layer, or, beside [model] checkpoint, what to change in the layer of that name (no name = all)."""
 
     name: str | None = None
     hidden_size: int | None = Field(default=None, ge=1)
-    intermediate_size: int | None = Field(default=None, ge=1)
+    #: one number for all experts, or one for each
+    intermediate_size: Size | Annotated[tuple[Size, ...], Field(strict=False, min_length=1)] | None = None
+    #: all that the gate can choose
     num_experts: int | None = Field(default=None, ge=1)
+    #: how many of the last of them do not compute: the first ones of these answer the token itself, the others zero
+    identity_experts: int = Field(default=0, ge=0)
+    zero_experts: int = Field(default=0, ge=0)
     activation: Activation = "swiglu"
     bias: bool = False
+    #: "package.module:Class" of an nn.Module that is the expert instead, and what it is made with
+    expert: str | None = None
+    expert_args: dict[str, Any] = {}
+    shared_expert: SharedExpertConfig | None = None
     seed: int = 0
     gating: GatingConfig = GatingConfig()
+
+    @model_validator(mode="after")
+    def _experts_fit_together(self) -> Self:
+        idle, experts = self.identity_experts + self.zero_experts, self.num_experts
+        if experts is not None and idle >= experts:
+            raise ValueError(f"layers.identity_experts + layers.zero_experts are {idle}; allowed: less than layers.num_experts = {experts}")
+        sizes = self.intermediate_size
+        if isinstance(sizes, tuple) and experts is not None and len(sizes) != experts - idle:
+            raise ValueError(
+                f"layers.intermediate_size has {len(sizes)} numbers; allowed: one, or one for each of {experts - idle} experts that compute"
+            )
+        if self.expert is not None and self.intermediate_size is not None:
+            raise ValueError("layers.intermediate_size has no meaning with layers.expert: layers.expert_args say how large the module is")
+        if self.gating.scale_inputs and self.shared_expert is not None and self.shared_expert.mixing == "residual":
+            raise ValueError("layers.gating.scale_inputs cannot be combined with shared_expert.mixing = 'residual', which weighs answers")
+        if self.expert is None and self.expert_args:
+            raise ValueError("layers.expert_args needs layers.expert")
+        return self
 
 
 class PlacementConfig(Table):
     """[placement]: how many hosts, and what each is given."""
 
-    num_hosts: int = Field(default=1, ge=1)
+    #: where experts_per_host is given, unset = as many as it takes
+    num_hosts: Size = 1
+    #: physical experts of a layer that one host holds at most
+    experts_per_host: Size | None = None
     gpus_per_host: float = Field(default=0, ge=0)
     cpus_per_host: float = Field(default=1, ge=0)
+    #: how often every expert is there, on different hosts; or by layer name; or by layer name and expert; "default" = all others
+    copies: Size | dict[str, Size | dict[str, Size]] = 1
+    #: how many hosts share each expert, split along its intermediate dimension
+    tensor_parallel: Size = 1
+    #: into how many disjoint groups the hosts are divided, each with its share of the layers
+    pipeline_stages: Size = 1
     #: which experts share a host: neighbours in id, or dealt out in turn
     strategy: Literal["contiguous", "round_robin"] = "contiguous"
+    #: which copy of an expert computes: those that even out what hosts have to do, or each in turn
+    copy_choice: Literal["least_outstanding", "round_robin"] = "least_outstanding"
 
 
 class BatchingConfig(Table):
@@ -157,7 +206,7 @@ class ServiceConfig(Table):
         if not self.layers:
             raise ValueError("nothing to serve: give [model] checkpoint or at least one [[layers]]")
         for index, layer in enumerate(self.layers):
-            for key in ("hidden_size", "intermediate_size", "num_experts"):
+            for key in ("hidden_size", "num_experts", *(("intermediate_size",) if layer.expert is None else ())):
                 if getattr(layer, key) is None:
                     raise ValueError(f"layers.{index}.{key} is required for a layer without a checkpoint")
         names = [layer.name or f"layers.{index}" for index, layer in enumerate(self.layers)]

@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moeserve.config.gating import GatingConfig
-from moeserve.config.service import Activation, Dtype
+from moeserve.config.service import Activation, Dtype, Mixing
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Sizes and rules of one layer: H hidden_size, I intermediate_size, E num_experts; dtype is that of the expert weights."""
+    """Sizes and rules of one layer: H hidden_size, I intermediate_size, E num_experts; dtype is that of the expert weights.
+
+    intermediate_size is that of the largest expert, 0 for a module; `module` is the import path of a module that is the expert.
+    Of the num_experts the last do not compute: first identity_experts that answer the token itself, then zero_experts.
+    shared_mixing: how the answer of a shared expert is added, None = there is none.
+    """
 
     name: str
     hidden_size: int
@@ -20,3 +25,17 @@ class LayerSpec:
     bias: bool
     dtype: Dtype
     gating: GatingConfig
+    module: str | None = None
+    identity_experts: int = 0
+    zero_experts: int = 0
+    shared_mixing: Mixing | None = None
+
+    @property
+    def num_hosted_experts(self) -> int:
+        """Those that have weights and live on hosts: 0 up to this."""
+        return self.num_experts - self.identity_experts - self.zero_experts
+
+    @property
+    def expert_kind(self) -> str:
+        """The activation, or the path of the module."""
+        return self.module or self.activation

@@ -1,7 +1,19 @@
-"""Expert weights of one layer and the grouped pass over them; torch only."""
+"""The experts one host holds of one layer, and the grouped pass over them; torch only."""
 
 from moeserve.experts.activations import is_gated
 from moeserve.experts.bank import ExpertBank
-from moeserve.experts.weights import ExpertWeights
+from moeserve.experts.expert import Expert, ExpertShard
+from moeserve.experts.feed_forward import FeedForward, feed_forward_bytes
+from moeserve.experts.module import ModuleExpert, check_module, make_module
 
-__all__ = ["ExpertBank", "ExpertWeights", "is_gated"]
+__all__ = [
+    "Expert",
+    "ExpertBank",
+    "ExpertShard",
+    "FeedForward",
+    "ModuleExpert",
+    "check_module",
+    "feed_forward_bytes",
+    "is_gated",
+    "make_module",
+]

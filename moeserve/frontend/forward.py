@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 import torch
 
-from moeserve.config import LayerSpec, ResilienceConfig
-from moeserve.dispatch import HostWork, combine, permute, plan
+from moeserve.config import ResilienceConfig
+from moeserve.dispatch import HostWork, combine, permute
 from moeserve.errors import ExpertUnavailable
 from moeserve.frontend.batch import Batch
 from moeserve.frontend.compute import Compute
 from moeserve.frontend.link import HostLink
-from moeserve.gating import BatchRouting, Router, Routing
+from moeserve.gating import BatchRouting, Routing
+from moeserve.head import LayerHead, Planned
 from moeserve.layer import route_batch, to_output
 from moeserve.metrics import Metrics
 from moeserve.output import ForwardOutput
@@ -50,8 +51,7 @@ class Forward:
     def __init__(
         self,
         layer: int,
-        spec: LayerSpec,
-        router: Router,
+        head: LayerHead,
         placement: Placement,
         links: Sequence[HostLink],
         resilience: ResilienceConfig,
@@ -59,14 +59,14 @@ class Forward:
         compute: Compute,
     ) -> None:
         self.layer = layer
-        self.spec = spec
-        self._router = router
+        self.spec = head.spec
+        self._head = head
         self._placement = placement
         self._links = links
         self._resilience = resilience
         self._metrics = metrics
         self._compute = compute
-        self._aux_loss = metrics.aux_loss.labels(spec.name)
+        self._aux_loss = metrics.aux_loss.labels(head.spec.name)
 
     async def run(self, batch: Batch) -> None:
         """Answer every request of the batch.
@@ -76,30 +76,31 @@ class Forward:
         """
         size = batch.num_tokens * self.spec.hidden_size
         partials: dict[int, Partial] = {}
-        routing, works, messages = await self._compute(size, self._prepare, batch)
+        routing, planned, messages = await self._compute(size, self._prepare, batch)
         sent = self._send_all(batch, messages)
         # The hosts are at work: counts and losses, which nobody needs before the answer, cost nothing now.
         routings = await self._compute(size, _by_request, routing)
         lost = await self._collect(sent, partials)
         lost += [message.work for message in messages if message.channel is None]
         if lost:
-            await self._answer(batch, routings, works, partials, _untouched(batch, lost))
+            await self._answer(batch, routings, planned, partials, _untouched(batch, lost))
             await self._retry(batch, lost, partials)
-        await self._answer(batch, routings, works, partials, range(len(batch.members)))
+        await self._answer(batch, routings, planned, partials, range(len(batch.members)))
 
-    def _prepare(self, batch: Batch) -> tuple[BatchRouting, list[HostWork], list[_Message]]:
+    def _prepare(self, batch: Batch) -> tuple[BatchRouting, Planned, list[_Message]]:
         started = time.perf_counter()
         self._metrics.observe_stage("queue", time.monotonic() - batch.members[0].admitted_at)
         self._metrics.batch_tokens.observe(batch.num_tokens)
         routing = route_batch(
-            self._router, batch.hidden_states, batch.sizes, batch.used_token, batch.topk_ids, batch.topk_weights, batch.token_ids
+            self._head.router, batch.hidden_states, batch.sizes, batch.used_token, batch.topk_ids, batch.topk_weights, batch.token_ids
         )
-        works = plan(routing.topk_ids, routing.topk_weights, routing.kept, self._placement.layers[self.layer])
+        placement, is_routed = self._placement.layers[self.layer], batch.topk_ids is not None
+        planned = self._head.plan(routing, batch.hidden_states, batch.used_token, placement, is_routed=is_routed)
         routed = time.perf_counter()
-        messages = [self._write(batch, work) for work in works]
+        messages = [self._write(batch, work) for work in planned.works]
         self._metrics.observe_stage("route", routed - started)
         self._metrics.observe_stage("dispatch", time.perf_counter() - routed)
-        return routing, works, messages
+        return routing, planned, messages
 
     def _write(self, batch: Batch, work: HostWork) -> _Message:
         """Put a host's rows where its channel sends from: the one copy of the data on this side."""
@@ -160,11 +161,11 @@ class Forward:
             raise ExpertUnavailable(f"experts of layer {self.spec.name} on {names} did not come back before the deadline") from None
 
     async def _answer(
-        self, batch: Batch, routings: Sequence[Routing], works: Sequence[HostWork], partials: dict[int, Partial], members: Sequence[int]
+        self, batch: Batch, routings: Sequence[Routing], planned: Planned, partials: dict[int, Partial], members: Sequence[int]
     ) -> None:
         started = time.perf_counter()
         size = batch.num_tokens * self.spec.hidden_size
-        outputs = await self._compute(size, self._outputs, batch, routings, works, partials, members)
+        outputs = await self._compute(size, self._outputs, batch, routings, planned, partials, members)
         for index, output in outputs:
             answer = batch.members[index].answer
             if not answer.done():
@@ -175,10 +176,11 @@ class Forward:
         self._metrics.observe_stage("combine", time.perf_counter() - started)
 
     def _outputs(
-        self, batch: Batch, routings: Sequence[Routing], works: Sequence[HostWork], partials: dict[int, Partial], members: Sequence[int]
+        self, batch: Batch, routings: Sequence[Routing], planned: Planned, partials: dict[int, Partial], members: Sequence[int]
     ) -> list[tuple[int, ForwardOutput]]:
-        answers = [(work.rows, partials[work.host].tensor) for work in works if work.host in partials]
-        rows = combine(answers, batch.num_tokens, self.spec.hidden_size).split(batch.sizes)
+        answers = [(work.rows, partials[work.host].tensor) for work in planned.works if work.host in partials]
+        total = combine(answers, batch.num_tokens, self.spec.hidden_size)
+        rows = self._head.finish(total, batch.hidden_states, planned).split(batch.sizes)
         outputs = []
         for index in members:
             request = batch.members[index].request

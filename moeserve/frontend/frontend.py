@@ -16,7 +16,7 @@ from moeserve.frontend.batcher import Batcher, TokenBudget
 from moeserve.frontend.compute import Compute
 from moeserve.frontend.forward import Forward
 from moeserve.frontend.link import HostLink, Resolve
-from moeserve.gating import Router
+from moeserve.head import LayerHead
 from moeserve.metrics import Metrics
 from moeserve.output import ForwardOutput
 from moeserve.placement import Placement
@@ -59,8 +59,7 @@ class Frontend:
             Batcher(
                 Forward(
                     layer,
-                    source.spec,
-                    Router(source.gate(), source.spec.gating),
+                    LayerHead(source),
                     placement,
                     self._links,
                     config.resilience,
@@ -107,9 +106,8 @@ class Frontend:
     def _hosts_changed(self) -> None:
         up = np.array([link.channel is not None for link in self._links])
         for index, layer in enumerate(self._placement.layers):
-            living = layer.logical_of_physical[up[layer.host_of_physical]]
-            copies = np.bincount(living, minlength=self.layers[index].num_experts)
-            self._metrics.experts.live_copies[index] = torch.from_numpy(copies)
+            copies = layer.live_copies(up)
+            self._metrics.experts.live_copies[index][: len(copies)] = torch.from_numpy(copies)
             self._on_health(index, bool(copies.all()))
 
 

@@ -1,6 +1,7 @@
-"""Where every physical expert lives: pure functions from sizes to placements; no clock, no I/O."""
+"""Where every physical expert lives, and which copy does what: pure functions; no clock, no I/O."""
 
-from moeserve.placement.memory import expert_bytes, host_bytes
-from moeserve.placement.plan import LayerPlacement, Placement, plan_placement
+from moeserve.placement.copies import choose_copies
+from moeserve.placement.layer import LayerPlacement, Placement
+from moeserve.placement.plan import plan_placement
 
-__all__ = ["LayerPlacement", "Placement", "expert_bytes", "host_bytes", "plan_placement"]
+__all__ = ["LayerPlacement", "Placement", "choose_copies", "plan_placement"]

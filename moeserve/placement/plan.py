@@ -1,79 +1,118 @@
-"""Logical experts (the model's) -> physical experts (one copy on one host) -> hosts.
+"""Which host gets what: pure functions from sizes and settings to a placement; no clock, no I/O.
 
-E logical experts, P physical experts (P = E while every expert has one copy), D hosts.
+E experts of a layer, M shards each, C copies, D hosts, S pipeline stages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
 from moeserve.config import LayerSpec, PlacementConfig
 from moeserve.errors import ConfigError
-
-Integers = npt.NDArray[np.integer]
-
-
-@dataclass(frozen=True, eq=False)
-class LayerPlacement:
-    """One layer's physical experts, numbered host by host; immutable.
-
-    logical_of_physical [P]: which expert each is a copy of
-    host_of_physical    [P], ascending: the host it lives on
-    """
-
-    num_hosts: int
-    logical_of_physical: Integers
-    host_of_physical: Integers
-
-    @cached_property
-    def slot_of_physical(self) -> Integers:
-        """[P] int32: index among the experts of its host."""
-        first = np.searchsorted(self.host_of_physical, self.host_of_physical)
-        return (np.arange(len(self.host_of_physical)) - first).astype(np.int32)
-
-    @cached_property
-    def physical_of_logical(self) -> Integers:
-        """[E], of the narrowest type, because NumPy sorts numbers of up to 16 bits by radix: the copy that serves each expert."""
-        return self.logical_of_physical.argsort().astype(np.min_scalar_type(len(self.logical_of_physical)))
-
-    def experts_on(self, host: int) -> list[int]:
-        """Logical ids of the experts `host` holds, in slot order."""
-        held: list[int] = self.logical_of_physical[self.host_of_physical == host].tolist()
-        return held
-
-
-@dataclass(frozen=True, eq=False)
-class Placement:
-    """All layers at one moment; a change is a new placement with a higher epoch."""
-
-    epoch: int
-    num_hosts: int
-    layers: tuple[LayerPlacement, ...]
+from moeserve.placement.layer import Integers, LayerPlacement, Placement
 
 
 def plan_placement(specs: Sequence[LayerSpec], config: PlacementConfig, epoch: int = 1) -> Placement:
-    """Spread every layer's experts over the hosts as evenly as numbers allow.
+    """Spread every layer's experts over the hosts of its stage as evenly as numbers allow.
 
-    Raises ConfigError when a host would be left without any expert.
+    Copies of an expert, and shards of a copy, stand on different hosts. Raises ConfigError when that cannot be, or when a host would be
+    left without any expert.
     """
-    most = max(spec.num_experts for spec in specs)
-    if config.num_hosts > most:
-        raise ConfigError(f"placement.num_hosts is {config.num_hosts}, but no layer has more than {most} experts to share out")
-    return Placement(epoch, config.num_hosts, tuple(_plan_layer(layer, spec.num_experts, config) for layer, spec in enumerate(specs)))
+    num_hosts = _num_hosts(specs, config)
+    stages = _stages(num_hosts, len(specs), config.pipeline_stages)
+    copies = [_copies_of(spec, config) for spec in specs]
+    layers = []
+    for number, spec in enumerate(specs):
+        hosts = stages[number * config.pipeline_stages // len(specs)]
+        _check_room(spec, int(copies[number].max()), hosts, config)
+        layers.append(_plan_layer(number, copies[number], hosts, num_hosts, config))
+    idle = set(range(num_hosts)) - {int(host) for layer in layers for host in layer.host_of_physical}
+    if idle:
+        raise ConfigError(
+            f"placement.num_hosts is {num_hosts}, but no layer has enough experts to share out among so many: {len(idle)} would hold none"
+        )
+    return Placement(epoch, num_hosts, tuple(layers))
 
 
-def _plan_layer(layer: int, num_experts: int, config: PlacementConfig) -> LayerPlacement:
+def _num_hosts(specs: Sequence[LayerSpec], config: PlacementConfig) -> int:
+    if config.experts_per_host is None:
+        return config.num_hosts
+    largest = max(int(_copies_of(spec, config).sum()) * config.tensor_parallel for spec in specs)
+    needed = -(-largest // config.experts_per_host) * config.pipeline_stages
+    if "num_hosts" not in config.model_fields_set:
+        return needed
+    if config.num_hosts < needed:
+        raise ConfigError(
+            f"placement.num_hosts is {config.num_hosts}, but placement.experts_per_host = {config.experts_per_host} "
+            f"needs {needed} hosts for {largest} physical experts of a layer"
+        )
+    return config.num_hosts
+
+
+def _stages(num_hosts: int, num_layers: int, stages: int) -> list[range]:
+    """Disjoint groups of hosts, one per stage: layers stand on them in order (Huang et al. 2019, GPipe, arXiv 1811.06965)."""
+    if stages > min(num_hosts, num_layers):
+        raise ConfigError(
+            f"placement.pipeline_stages is {stages}; allowed: at most the number of layers, {num_layers}, and of hosts, {num_hosts}"
+        )
+    return [range(stage * num_hosts // stages, (stage + 1) * num_hosts // stages) for stage in range(stages)]
+
+
+def _copies_of(spec: LayerSpec, config: PlacementConfig) -> Integers:
+    """[E]: how many copies each expert of this layer gets."""
+    wanted = config.copies.get(spec.name, config.copies.get("default", 1)) if isinstance(config.copies, dict) else config.copies
+    if isinstance(wanted, int):
+        return np.full(spec.num_hosted_experts, wanted)
+    unknown = [expert for expert in wanted if expert != "default" and not (expert.isdigit() and int(expert) < spec.num_hosted_experts)]
+    if unknown:
+        raise ConfigError(
+            f"placement.copies names expert {unknown[0]!r} of layer {spec.name}; it has experts 0..{spec.num_hosted_experts - 1}"
+        )
+    copies = np.full(spec.num_hosted_experts, wanted.get("default", 1))
+    for expert, number in wanted.items():
+        if expert != "default":
+            copies[int(expert)] = number
+    return copies
+
+
+def _check_room(spec: LayerSpec, copies: int, hosts: range, config: PlacementConfig) -> None:
+    for key, number in (("copies", copies), ("tensor_parallel", config.tensor_parallel)):
+        if number > len(hosts):
+            raise ConfigError(
+                f"placement.{key} is {number} for layer {spec.name}, which has {len(hosts)} hosts; allowed: at most one per host"
+            )
+
+
+def _plan_layer(layer: int, copies: Integers, hosts: range, num_hosts: int, config: PlacementConfig) -> LayerPlacement:
+    """copies [E]. What every expert has is dealt out by the strategy; further copies of some go where there is least."""
+    num_experts, shards, width = len(copies), config.tensor_parallel, len(hosts)
     experts = np.arange(num_experts)
-    if config.strategy == "round_robin":
-        host_of_logical = experts % config.num_hosts
-    else:
-        host_of_logical = experts * config.num_hosts // num_experts
+    start = experts % width if config.strategy == "round_robin" else experts * width // num_experts
     # Each layer starts at another host, or the first ones would get every odd expert.
-    host_of_logical = (host_of_logical + layer) % config.num_hosts
-    logical_of_physical = host_of_logical.argsort(kind="stable")
-    return LayerPlacement(config.num_hosts, logical_of_physical, host_of_logical[logical_of_physical])
+    start = start + layer
+    everyone = int(copies.min())
+    stride = shards if everyone * shards <= width else 1
+    copy, shard = np.arange(everyone), np.arange(shards)
+    place = (start[:, None, None] + shard[None, :, None] + stride * copy[None, None, :]) % width
+    units = np.broadcast_to((experts[:, None] * shards + shard[None, :])[:, :, None], place.shape)
+    unit_of, host_of = _with_extras(units.reshape(-1), place.reshape(-1), copies - everyone, shards, width)
+    order = np.lexsort((unit_of, host_of))
+    return LayerPlacement(num_hosts, unit_of[order], host_of[order] + hosts.start, shards)
+
+
+def _with_extras(units: Integers, places: Integers, extras: Integers, shards: int, width: int) -> tuple[Integers, Integers]:
+    """Adds the copies that only some experts have: extras [E], each on the host that holds least and not yet that unit."""
+    if not extras.any():
+        return units, places
+    held = np.bincount(places, minlength=width)
+    taken = {(int(unit), int(place)) for unit, place in zip(units, places, strict=True)}
+    more: list[tuple[int, int]] = []
+    for unit in np.repeat(np.arange(len(extras) * shards), np.repeat(extras, shards)).tolist():
+        place = min((place for place in range(width) if (unit, place) not in taken), key=lambda place: (held[place], place))
+        taken.add((unit, place))
+        held[place] += 1
+        more.append((unit, place))
+    added = np.array(more)
+    return np.concatenate([units, added[:, 0]]), np.concatenate([places, added[:, 1]])

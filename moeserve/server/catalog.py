@@ -55,7 +55,7 @@ def _describe(index: int, spec: LayerSpec) -> pb.LayerInfo:
         intermediate_size=spec.intermediate_size,
         num_experts=spec.num_experts,
         top_k=spec.gating.top_k,
-        activation=spec.activation,
+        activation=spec.expert_kind,
         dtype=DType.Name(WIRE_NUMBERS[FLOAT_DTYPES[spec.dtype]]),
         capacity_factor=spec.gating.capacity_factor,
     )

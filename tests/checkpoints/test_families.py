@@ -23,6 +23,7 @@ from tests.checkpoints_on_disk import (
     moe_blocks,
     random_model,
 )
+from tests.stacked import stacked
 
 
 def some_tokens(num_tokens: int, hidden_size: int = HIDDEN_SIZE) -> Tensor:
@@ -113,5 +114,5 @@ def test_weights_keep_their_type_unless_told_otherwise(dtype: torch.dtype, tiny_
     assert cast.bank.dtype == dtype
     assert cast.router.gate.dtype == torch.float32
     # bfloat16 -> float16 loses the smallest values only.
-    stored = MoELayer.from_checkpoint(tiny_moe).bank.weights
-    torch.testing.assert_close(cast.bank.weights.gate_up_proj.float(), stored.gate_up_proj.float(), rtol=0, atol=2**-24)
+    stored = stacked(MoELayer.from_checkpoint(tiny_moe).bank.experts)
+    torch.testing.assert_close(stacked(cast.bank.experts).gate_up_proj.float(), stored.gate_up_proj.float(), rtol=0, atol=2**-24)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from moeserve import CheckpointError, load_config
 from moeserve.checkpoints import LayerSource, layer_sources
 from tests.checkpoints_on_disk import CONFIG, MLP, expert_tensors, layer_tensors, write_folder
+from tests.stacked import stacked, whole
 
 
 def only_layer(folder: Path) -> LayerSource:
@@ -28,12 +29,12 @@ def test_a_shard_that_holds_other_experts_may_be_broken(tmp_path: Path) -> None:
     write_folder(tmp_path, CONFIG, rest, expert_tensors(3))
     (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"broken")
     source = only_layer(tmp_path)
-    assert source.gate().shape == (4, 8)
-    held = source.experts([2, 0])
+    assert source.router().gate.shape == (4, 8)
+    held = stacked(source.experts(whole([2, 0])))
     for slot, expert in enumerate([2, 0]):
         assert torch.equal(held.down_proj[slot], expert_tensors(expert)[f"{MLP}.experts.{expert}.down_proj.weight"])
     with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors is not a complete safetensors file"):
-        source.experts([3])
+        source.experts(whole([3]))
 
 
 def test_other_experts_of_the_same_file_may_be_spoilt(tmp_path: Path) -> None:
@@ -41,11 +42,11 @@ def test_other_experts_of_the_same_file_may_be_spoilt(tmp_path: Path) -> None:
     gate_up_proj[3] = float("nan")
     tensors = {f"{MLP}.experts.gate_up_proj": gate_up_proj, f"{MLP}.experts.down_proj": down_proj}
     source = only_layer(write_folder(tmp_path, CONFIG, tensors | {f"{MLP}.gate.weight": torch.zeros(4, 8)}))
-    held = source.experts([2, 0])
+    held = stacked(source.experts(whole([2, 0])))
     assert torch.equal(held.gate_up_proj, gate_up_proj[[2, 0]])
     assert torch.equal(held.down_proj, down_proj[[2, 0]])
     with pytest.raises(CheckpointError, match=r"experts\.gate_up_proj holds NaN or Inf"):
-        source.experts([3])
+        source.experts(whole([3]))
 
 
 def test_of_a_large_stack_only_the_slices_asked_for_are_in_memory(tmp_path: Path) -> None:
@@ -66,7 +67,7 @@ def test_of_a_large_stack_only_the_slices_asked_for_are_in_memory(tmp_path: Path
 
     source = only_layer(tmp_path)
     before = resident_bytes()
-    held = source.experts([40])
+    (held,) = source.experts(whole([40]))
     assert held.nbytes == 6 * 2**20
     assert resident_bytes() - before < 96 * 2**20, "a quarter of the 384 MiB"
 

@@ -5,7 +5,6 @@ E experts, H hidden size, I intermediate size.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from itertools import combinations
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 
 from moeserve import load_config
 from moeserve.checkpoints import LayerSource, layer_sources
-from moeserve.experts import ExpertWeights
+from tests.stacked import Stacked, stacked, whole
 
 LAYER = {"hidden_size": 48, "intermediate_size": 32, "num_experts": 6, "bias": True}
 
@@ -24,57 +23,57 @@ def drawn(dtype: str | None = None, **changes: Any) -> LayerSource:
     return source
 
 
-def tensors(weights: ExpertWeights) -> dict[str, torch.Tensor]:
-    return {field.name: getattr(weights, field.name) for field in fields(weights)}
+def tensors(weights: Stacked) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in weights._asdict().items() if tensor is not None}
 
 
 def test_the_same_seed_gives_the_same_layer() -> None:
     one, other = drawn(seed=7), drawn(seed=7)
-    assert torch.equal(one.gate(), other.gate())
-    for name, tensor in tensors(one.experts(range(6))).items():
-        assert torch.equal(tensor, tensors(other.experts(range(6)))[name]), name
+    assert torch.equal(one.router().gate, other.router().gate)
+    for name, tensor in tensors(stacked(one.experts(whole(range(6))))).items():
+        assert torch.equal(tensor, tensors(stacked(other.experts(whole(range(6)))))[name]), name
 
 
 def test_another_seed_gives_another_layer() -> None:
     one, other = drawn(seed=7), drawn(seed=8)
-    assert not torch.equal(one.gate(), other.gate())
-    for name, tensor in tensors(one.experts(range(6))).items():
-        assert not torch.equal(tensor, tensors(other.experts(range(6)))[name]), name
+    assert not torch.equal(one.router().gate, other.router().gate)
+    for name, tensor in tensors(stacked(one.experts(whole(range(6))))).items():
+        assert not torch.equal(tensor, tensors(stacked(other.experts(whole(range(6)))))[name]), name
 
 
-@pytest.mark.parametrize("held", [[5], [1, 3], [4, 0, 2], []], ids=str)
+@pytest.mark.parametrize("held", [[5], [1, 3], [4, 0, 2]], ids=str)
 def test_some_experts_are_those_of_the_whole(held: list[int]) -> None:
     source = drawn()
-    every = tensors(source.experts(range(6)))
-    for name, tensor in tensors(source.experts(held)).items():
+    every = tensors(stacked(source.experts(whole(range(6)))))
+    for name, tensor in tensors(stacked(source.experts(whole(held)))).items():
         assert torch.equal(tensor, every[name][held]), name
 
 
 def test_no_two_experts_are_alike() -> None:
-    for name, tensor in tensors(drawn().experts(range(6))).items():
+    for name, tensor in tensors(stacked(drawn().experts(whole(range(6))))).items():
         assert not any(torch.equal(tensor[a], tensor[b]) for a, b in combinations(range(6), 2)), name
 
 
 @pytest.mark.parametrize(("activation", "projected"), [("swiglu", 64), ("geglu", 64), ("gelu", 32), ("relu", 32)])
 def test_shapes_follow_the_activation(activation: str, projected: int) -> None:
-    weights = drawn(activation=activation).experts([0, 1])
+    weights = stacked(drawn(activation=activation).experts(whole([0, 1])))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors(weights).items()}
     assert shapes == {"gate_up_proj": (2, projected, 48), "down_proj": (2, 48, 32), "gate_up_bias": (2, projected), "down_bias": (2, 48)}
-    plain = drawn(activation=activation, bias=False).experts([0])
+    plain = stacked(drawn(activation=activation, bias=False).experts(whole([0])))
     assert plain.gate_up_bias is None
     assert plain.down_bias is None
 
 
 def test_weights_are_of_the_size_that_keeps_answers_in_bounds() -> None:
-    weights = drawn().experts(range(6))
+    weights = stacked(drawn().experts(whole(range(6))))
     assert weights.gate_up_proj.std().item() == pytest.approx(48**-0.5, rel=0.05)
     assert weights.down_proj.std().item() == pytest.approx(32**-0.5, rel=0.05)
-    assert drawn().gate().std().item() == pytest.approx(48**-0.5, rel=0.1)
+    assert drawn().router().gate.std().item() == pytest.approx(48**-0.5, rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_another_type_rounds_the_same_weights(dtype: str) -> None:
-    exact, rounded = drawn().experts([3]), drawn(dtype).experts([3])
+    exact, rounded = stacked(drawn().experts(whole([3]))), stacked(drawn(dtype).experts(whole([3])))
     assert rounded.gate_up_proj.dtype == getattr(torch, dtype)
     assert torch.equal(exact.gate_up_proj.to(rounded.gate_up_proj.dtype), rounded.gate_up_proj)
-    assert drawn(dtype).gate().dtype == torch.float32
+    assert drawn(dtype).router().gate.dtype == torch.float32

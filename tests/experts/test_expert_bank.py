@@ -6,7 +6,6 @@ R rows, N (row, expert) pairs, H hidden size, I intermediate size, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,8 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moeserve.config import Activation
-from moeserve.experts import ExpertBank, ExpertWeights, is_gated
-from moeserve.experts.grouped import _NARROW_ROWS, expert_by_expert, ragged
+from moeserve.experts import ExpertBank, is_gated
+from moeserve.experts.feed_forward import NARROW_ROWS
+from moeserve.experts.ragged import Stack
+from tests.stacked import Stacked
 
 HIDDEN_SIZE, INTERMEDIATE_SIZE = 16, 24
 ACTIVATIONS: tuple[Activation, ...] = ("swiglu", "geglu", "gelu", "relu")
@@ -27,7 +28,7 @@ DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 COUNTS = [
     (1,),
     (0, 0, 1, 0),
-    (_NARROW_ROWS, _NARROW_ROWS + 1, 0, 1),
+    (NARROW_ROWS, NARROW_ROWS + 1, 0, 1),
     (3, 1, 4, 1, 5, 9, 2, 6),
     (300, 0, 200),
 ]
@@ -40,14 +41,14 @@ def some_weights(
     dtype: torch.dtype,
     hidden_size: int = HIDDEN_SIZE,
     intermediate_size: int = INTERMEDIATE_SIZE,
-) -> ExpertWeights:
+) -> Stacked:
     generator = torch.Generator().manual_seed(num_experts)
     projected = intermediate_size * (2 if is_gated(activation) else 1)
 
     def draw(*shape: int) -> Tensor:
         return (torch.randn(shape, generator=generator) / math.sqrt(shape[-1])).to(dtype)
 
-    return ExpertWeights(
+    return Stacked(
         gate_up_proj=draw(num_experts, projected, hidden_size),
         down_proj=draw(num_experts, hidden_size, intermediate_size),
         gate_up_bias=draw(num_experts, projected) if bias else None,
@@ -66,7 +67,7 @@ def some_work(
     return hidden_states, row_index, slots, torch.rand(sum(counts), generator=generator)
 
 
-def every_answer(weights: ExpertWeights, activation: Activation, x: Tensor) -> Tensor:
+def every_answer(weights: Stacked, activation: Activation, x: Tensor) -> Tensor:
     """x [R, H] float64 -> [E, R, H] float64: every expert's answer to every row, from the definition of the activation."""
     hidden = torch.einsum("egh,rh->erg", weights.gate_up_proj.double(), x)
     if weights.gate_up_bias is not None:
@@ -84,9 +85,9 @@ def every_answer(weights: ExpertWeights, activation: Activation, x: Tensor) -> T
     return answers if weights.down_bias is None else answers + weights.down_bias.double()[:, None]
 
 
-def expected(weights: ExpertWeights, activation: Activation, work: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+def expected(weights: Stacked, activation: Activation, work: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
     hidden_states, row_index, slots, pair_weights = work
-    share = [[0.0] * len(hidden_states) for _ in range(weights.num_experts)]
+    share = [[0.0] * len(hidden_states) for _ in range(len(weights.down_proj))]
     for row, slot, weight in zip(row_index.tolist(), slots.tolist(), pair_weights.tolist(), strict=True):
         share[slot][row] += weight
     answers = every_answer(weights, activation, hidden_states.double())
@@ -97,6 +98,10 @@ def assert_close(ours: Tensor, oracle: Tensor, dtype: torch.dtype) -> None:
     assert ours.dtype == torch.float32
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(ours.double(), oracle, rtol=tolerance, atol=tolerance * oracle.abs().max().item())
+
+
+def bank_of(weights: Stacked, activation: Activation, dtype: torch.dtype, device: str = "cpu") -> ExpertBank:
+    return ExpertBank(weights.experts(activation), weights.down_proj.shape[1], dtype, device=torch.device(device))
 
 
 def run(bank: ExpertBank, work: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
@@ -115,7 +120,7 @@ def test_a_bank_adds_up_what_its_experts_say(
 ) -> None:
     weights = some_weights(len(counts), activation, bias, dtype)
     work = some_work(counts, num_rows=70, dtype=dtype)
-    bank = ExpertBank(weights.to(torch.device(device)), activation)
+    bank = bank_of(weights, activation, dtype, device)
     assert_close(run(bank, work), expected(weights, activation, work), dtype)
 
 
@@ -124,22 +129,19 @@ def test_a_bank_adds_up_what_its_experts_say(
 def test_sizes_need_not_be_round(hidden_size: int, intermediate_size: int, device: str) -> None:
     weights = some_weights(3, "swiglu", True, torch.bfloat16, hidden_size, intermediate_size)
     work = some_work((3, 0, 70), 10, torch.bfloat16, hidden_size)
-    assert_close(run(ExpertBank(weights.to(torch.device(device)), "swiglu"), work), expected(weights, "swiglu", work), torch.bfloat16)
+    assert_close(run(bank_of(weights, "swiglu", torch.bfloat16, device), work), expected(weights, "swiglu", work), torch.bfloat16)
 
 
-@pytest.mark.parametrize("grouped", [expert_by_expert, ragged])
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_both_ways_to_group_agree_with_the_oracle_and_add_to_what_is_there(
-    activation: Activation, bias: bool, dtype: torch.dtype, counts: tuple[int, ...], grouped: Callable[..., None]
-) -> None:
+def test_a_stack_of_experts_agrees_with_the_oracle(activation: Activation, bias: bool, dtype: torch.dtype, counts: tuple[int, ...]) -> None:
     weights = some_weights(len(counts), activation, bias, dtype)
     hidden_states, row_index, _, pair_weights = work = some_work(counts, num_rows=70, dtype=dtype)
-    out = torch.ones(hidden_states.shape)
-    grouped(weights, activation, hidden_states, row_index, counts, pair_weights, out)
-    assert_close(out - 1, expected(weights, activation, work), dtype)
+    answers = Stack(weights.experts(activation), torch.device("cpu"))(hidden_states[row_index], counts)
+    out = torch.zeros(hidden_states.shape).index_add(0, row_index, answers * pair_weights[:, None])
+    assert_close(out, expected(weights, activation, work), dtype)
 
 
 @given(
@@ -152,11 +154,11 @@ def test_both_ways_to_group_agree_with_the_oracle_and_add_to_what_is_there(
 def test_any_share_of_pairs_and_rows(counts: list[int], num_rows: int, activation: Activation, bias: bool) -> None:
     weights = some_weights(len(counts), activation, bias, torch.float32)
     work = some_work(tuple(counts), num_rows, torch.float32)
-    assert_close(run(ExpertBank(weights, activation), work), expected(weights, activation, work), torch.float32)
+    assert_close(run(bank_of(weights, activation, torch.float32), work), expected(weights, activation, work), torch.float32)
 
 
 def test_rows_without_a_pair_are_zero() -> None:
-    bank = ExpertBank(some_weights(2, "swiglu", True, torch.float32), "swiglu")
+    bank = bank_of(some_weights(2, "swiglu", True, torch.float32), "swiglu", torch.float32)
     hidden_states = torch.randn(3, HIDDEN_SIZE)
     out = run(bank, (hidden_states, torch.tensor([1]), torch.tensor([0]), torch.ones(1)))
     assert out[[0, 2]].eq(0).all()
@@ -168,18 +170,17 @@ def test_rows_without_a_pair_are_zero() -> None:
 def test_rows_of_another_dtype_are_cast_to_that_of_the_weights(dtype: torch.dtype, activation_dtype: torch.dtype) -> None:
     weights = some_weights(4, "swiglu", False, dtype)
     hidden_states, *pairs = some_work((2, 0, 3, 1), num_rows=5, dtype=activation_dtype)
-    bank = ExpertBank(weights, "swiglu")
+    bank = bank_of(weights, "swiglu", dtype)
     assert torch.equal(run(bank, (hidden_states, *pairs)), run(bank, (hidden_states.to(dtype), *pairs)))
 
 
 def test_the_same_work_gives_the_same_bits() -> None:
-    bank = ExpertBank(some_weights(3, "geglu", True, torch.bfloat16), "geglu")
+    bank = bank_of(some_weights(3, "geglu", True, torch.bfloat16), "geglu", torch.bfloat16)
     work = some_work((300, 0, 200), num_rows=70, dtype=torch.bfloat16)
     assert torch.equal(run(bank, work), run(bank, work))
 
 
-def test_weights_know_their_number_and_size() -> None:
-    weights = some_weights(3, "relu", True, torch.float16)
-    assert weights.num_experts == 3
-    elements = 3 * (2 * HIDDEN_SIZE * INTERMEDIATE_SIZE + INTERMEDIATE_SIZE + HIDDEN_SIZE)
-    assert weights.nbytes == weights.to(torch.device("cpu")).nbytes == 2 * elements
+def test_a_bank_knows_its_number_and_size() -> None:
+    bank = bank_of(some_weights(3, "relu", True, torch.float16), "relu", torch.float16)
+    assert bank.num_experts == 3
+    assert bank.nbytes == 2 * 3 * (2 * HIDDEN_SIZE * INTERMEDIATE_SIZE + INTERMEDIATE_SIZE + HIDDEN_SIZE)

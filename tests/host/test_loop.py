@@ -11,23 +11,24 @@ import pytest
 import torch
 
 from moeserve.errors import InvalidRequest, MoEServeError
-from moeserve.experts import ExpertBank, ExpertWeights
+from moeserve.experts import ExpertBank, FeedForward
 from moeserve.host import HostLoop
 from moeserve.transport import Channel, Partial, WorkShape, connect, listen
+from tests.stacked import Stacked
 
 HIDDEN, HELD = 8, 3
 
 
-def weights() -> ExpertWeights:
+def experts() -> list[FeedForward]:
     generator = torch.Generator().manual_seed(0)
-    return ExpertWeights(torch.randn(HELD, 8, HIDDEN, generator=generator), torch.randn(HELD, HIDDEN, 4, generator=generator))
+    return Stacked(torch.randn(HELD, 8, HIDDEN, generator=generator), torch.randn(HELD, HIDDEN, 4, generator=generator)).experts("swiglu")
 
 
 class CountingBank(ExpertBank):
     """Counts passes; holds the first one until told to go on, so that work piles up behind it; fails on request."""
 
     def __init__(self) -> None:
-        super().__init__(weights(), "swiglu")
+        super().__init__(experts(), HIDDEN, torch.float32)
         self.passes: list[int] = []
         self.go = threading.Event()
         self.error: Exception | None = None
@@ -70,7 +71,7 @@ def expected(rows: int, slots: list[int]) -> torch.Tensor:
     hidden_states = torch.arange(rows * HIDDEN).view(rows, HIDDEN) / 10
     out = torch.empty(rows, HIDDEN)
     pair_weights = torch.full((len(slots),), 0.5)
-    ExpertBank(weights(), "swiglu").run(hidden_states, torch.arange(len(slots)) % rows, torch.tensor(slots), pair_weights, out)
+    ExpertBank(experts(), HIDDEN, torch.float32).run(hidden_states, torch.arange(len(slots)) % rows, torch.tensor(slots), pair_weights, out)
     return out
 
 

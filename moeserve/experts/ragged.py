@@ -1,0 +1,56 @@
+"""All experts of one bank in one ragged matmul per projection and no return to the CPU in between: for CUDA, bfloat16.
+
+N pairs sorted by expert, H hidden size, I intermediate size, E experts, G = 2I or I.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeGuard
+
+import torch
+import torch.nn.functional as F
+
+from moeserve.experts.activations import activate
+from moeserve.experts.expert import Expert
+from moeserve.experts.feed_forward import FeedForward
+
+
+def can_stack(experts: Sequence[Expert]) -> TypeGuard[Sequence[FeedForward]]:
+    """Whether they are feed-forward experts of one shape, in bfloat16, with rows of whole 16 bytes: what the CUDA kernel takes."""
+    first = experts[0] if experts else None
+    if not isinstance(first, FeedForward) or first.gate_up_proj.dtype != torch.bfloat16:
+        return False
+    if any(proj.shape[1] % 8 for proj in (first.gate_up_proj, first.down_proj)):
+        return False
+    return all(isinstance(expert, FeedForward) and _shapes(expert) == _shapes(first) for expert in experts)
+
+
+class Stack:
+    """gate_up_proj [E, G, H], down_proj [E, H, I], gate_up_bias [E, G] and down_bias [E, H] or None, on `device`."""
+
+    def __init__(self, experts: Sequence[FeedForward], device: torch.device) -> None:
+        self._activation = experts[0].activation
+        self._tensors = {
+            name: torch.empty(len(experts), *tensor.shape, dtype=tensor.dtype, device=device) for name, tensor in experts[0].tensors.items()
+        }
+        for slot, expert in enumerate(experts):
+            for name, tensor in expert.tensors.items():
+                self._tensors[name][slot].copy_(tensor)
+
+    def __call__(self, rows: torch.Tensor, tokens_per_expert: Sequence[int]) -> torch.Tensor:
+        """rows [N, H] bfloat16, those of each expert together -> [N, H] float32."""
+        counts = torch.tensor(tokens_per_expert, device=rows.device)
+        ends = counts.cumsum(0).to(torch.int32)
+        expert_of_pair = torch.repeat_interleave(counts, output_size=len(rows))
+        projected = F.grouped_mm(rows, self._tensors["gate_up_proj"].transpose(1, 2), offs=ends)
+        if "gate_up_bias" in self._tensors:
+            projected += self._tensors["gate_up_bias"][expert_of_pair]
+        answer = F.grouped_mm(activate(projected, self._activation, dim=1), self._tensors["down_proj"].transpose(1, 2), offs=ends)
+        if "down_bias" in self._tensors:
+            answer += self._tensors["down_bias"][expert_of_pair]
+        return answer.float()
+
+
+def _shapes(expert: FeedForward) -> tuple[str, dict[str, torch.Size]]:
+    return expert.activation, {name: tensor.shape for name, tensor in expert.tensors.items()}

@@ -1,0 +1,34 @@
+"""How the answer of a shared expert joins that of the chosen ones. T tokens, H hidden size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from moeserve.config import Mixing
+
+
+@dataclass(frozen=True, eq=False)
+class Mixer:
+    """routed * chosen(x) + shared * shared_expert(x), in float32.
+
+    add       1 and 1                                        DeepSeek-MoE (Dai et al. 2024, arXiv 2401.06066)
+    sigmoid   1 and sigmoid(w x), weight [1, H]              Qwen2-MoE
+    residual  softmax(W x + b), weight [2, H], bias [2]      DeepSpeed's residual MoE (Rajbhandari et al. 2022, arXiv 2201.05596)
+    """
+
+    mixing: Mixing
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+    def __call__(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """[T, H] -> what multiplies the gate's weights, [T] float32 or None for 1, and the weight of the shared expert, [T] float32."""
+        if self.weight is None:
+            return None, torch.ones(len(hidden_states))
+        logits = F.linear(hidden_states.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+        if self.mixing == "sigmoid":
+            return None, logits.sigmoid().squeeze(1)
+        routed, shared = logits.softmax(dim=1).unbind(dim=1)
+        return routed.contiguous(), shared.contiguous()

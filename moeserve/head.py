@@ -1,0 +1,95 @@
+"""What of a layer stays in front of its hosts: the gate, how a shared expert is mixed in, experts that have no weights.
+
+T tokens, H hidden size, K choices per token.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from moeserve.checkpoints import LayerSource, load_bank
+from moeserve.dispatch import Dispatch, Hosts, HostWork, SharedWork, permute, plan
+from moeserve.experts import ExpertBank
+from moeserve.gating import BatchRouting
+from moeserve.placement import LayerPlacement
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """Who computes what of a batch, and what is left for the head itself.
+
+    topk_ids     [T, K] int64, topk_weights [T, K] float32 as they apply in the end, kept [T, K] bool
+    dispatch     the hosts' work, and the tokens that no host sees
+    shared       the weights of the shared expert, None = nobody asks for it
+    """
+
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+    kept: torch.Tensor
+    dispatch: Dispatch
+    shared: SharedWork | None
+
+    @property
+    def works(self) -> list[HostWork]:
+        return self.dispatch.works
+
+
+class LayerHead:
+    """Routes, plans and finishes batches of one layer; everything between happens where the experts are."""
+
+    def __init__(self, source: LayerSource) -> None:
+        self.spec = source.spec
+        self.router = source.router()
+        self._source = source
+        self._mixer = source.mixer()
+
+    def plan(
+        self,
+        routing: BatchRouting,
+        hidden_states: torch.Tensor,
+        used_token: torch.Tensor | None,
+        placement: LayerPlacement,
+        hosts: Hosts | None = None,
+        *,
+        is_routed: bool = False,
+    ) -> Planned:
+        """hidden_states [T, H], used_token [T] bool or None.
+
+        is_routed: the callers chose the experts themselves, and get these alone, without the shared one.
+        """
+        ids, weights, kept = routing.topk_ids, routing.topk_weights, routing.kept
+        shared = None
+        if self._mixer is not None and not is_routed:
+            routed, share = self._mixer(hidden_states)
+            weights = weights if routed is None else weights * routed[:, None]
+            shared = SharedWork(share, used_token)
+        return Planned(ids, weights, kept, plan(ids, weights, kept, placement, hosts, shared), shared)
+
+    def finish(self, total: torch.Tensor, hidden_states: torch.Tensor, planned: Planned) -> torch.Tensor:
+        """Add to the hosts' answers [T, H] float32, in place, what needs no host."""
+        if self.spec.identity_experts:
+            first = self.spec.num_hosted_experts
+            is_identity = planned.kept & (planned.topk_ids >= first) & (planned.topk_ids < first + self.spec.identity_experts)
+            total += hidden_states.float() * (planned.topk_weights * is_identity).sum(dim=1, keepdim=True)
+        alone = planned.dispatch.alone
+        if planned.shared is not None and len(alone):
+            answer = torch.empty(len(alone), self.spec.hidden_size)
+            rows, slots = torch.arange(len(alone)), torch.zeros(len(alone), dtype=torch.int32)
+            self._shared_expert.run(permute(hidden_states, alone), rows, slots, planned.shared.weights[alone], out=answer)
+            total.index_copy_(0, alone, answer + total[alone])
+        return total
+
+    @cached_property
+    def _shared_expert(self) -> ExpertBank:
+        """Loaded when the first token needs it: where nothing is dropped, none ever does."""
+        bank = load_bank(self._source, [])
+        log.info(
+            "layer %s: the frontend loads the shared expert (%.1f MiB) for tokens that go to no host", self.spec.name, bank.nbytes / 2**20
+        )
+        return bank
