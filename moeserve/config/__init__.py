@@ -2,6 +2,7 @@
 
 from moeserve.config.gating import GatingConfig
 from moeserve.config.load import load_config
+from moeserve.config.overrides import GatingOverrides, override
 from moeserve.config.service import (
     Activation,
     BatchingConfig,
@@ -22,6 +23,7 @@ __all__ = [
     "BatchingConfig",
     "Dtype",
     "GatingConfig",
+    "GatingOverrides",
     "LayerConfig",
     "LayerSpec",
     "ModelConfig",
@@ -32,4 +34,5 @@ __all__ = [
     "ServerConfig",
     "ServiceConfig",
     "load_config",
+    "override",
 ]

@@ -92,7 +92,14 @@ class Forward:
         self._metrics.observe_stage("queue", time.monotonic() - batch.members[0].admitted_at)
         self._metrics.batch_tokens.observe(batch.num_tokens)
         routing = route_batch(
-            self._router, batch.hidden_states, batch.sizes, batch.used_token, batch.topk_ids, batch.topk_weights, batch.token_ids
+            self._router,
+            batch.hidden_states,
+            batch.sizes,
+            batch.used_token,
+            batch.topk_ids,
+            batch.topk_weights,
+            batch.token_ids,
+            batch.overrides,
         )
         works = plan(routing.topk_ids, routing.topk_weights, routing.kept, self._placement.layers[self.layer])
         routed = time.perf_counter()
