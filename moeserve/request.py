@@ -117,7 +117,7 @@ def _validate_token_ids(request: LayerRequest, spec: LayerSpec) -> None:
     _require_dtype(token_ids, (torch.int64, torch.int32), "token_ids")
     if list(token_ids.shape) != [request.num_tokens]:
         raise InvalidRequest(f"token_ids has shape {list(token_ids.shape)}; expected [{request.num_tokens}]", "token_ids")
-    bad = (token_ids < 0) | (token_ids >= 2**32)
+    bad = (token_ids < 0) | (token_ids.long() >= 2**32)  # compared with an int32 tensor, 2**32 would wrap around to 0
     if bad.any():
         token = int(bad.nonzero()[0])
         raise InvalidRequest(f"token_ids[{token}] is {int(token_ids[token])}; allowed: 0..{2**32 - 1}", "token_ids")

@@ -58,6 +58,8 @@ async def test_everything_a_request_says_reaches_the_engine(running: Running) ->
     message = request(model="tiny", used_token=tensor(used_token), topk_ids=tensor(ids), topk_weights=tensor(weights), return_routing=True)
     answer = await running.stub.Forward(message)
     assert value(answer.topk_ids).shape == (3, 2)
+    assert value(answer.slots).tolist() == [[-1, -1]] * 3
+    assert value(answer.drop_reasons).tolist() == [[pb.DROP_REASON_CAPACITY] * 2] * 3
     (got,) = running.engine.requests
     assert torch.equal(got.hidden_states, tokens())
     assert got.used_token is not None
@@ -67,12 +69,25 @@ async def test_everything_a_request_says_reaches_the_engine(running: Running) ->
     assert got.topk_weights is not None
     assert torch.equal(got.topk_weights, weights)
     assert got.return_routing
+    assert (got.token_ids, got.capacity_factor, got.noise, got.seed) == (None, None, None, None)
+
+
+async def test_what_a_request_changes_of_the_gate_reaches_the_engine(running: Running) -> None:
+    ids = torch.tensor([0, 2**32 - 1, 5])
+    await running.stub.Forward(request(layer=1, token_ids=tensor(ids), capacity_factor=1.2, noise="normal", seed=0))
+    await running.stub.Forward(request(layer=1, capacity_factor=float("inf")))
+    got, unlimited = running.engine.requests
+    assert got.token_ids is not None
+    assert torch.equal(got.token_ids, ids)
+    assert (got.capacity_factor, got.noise, got.seed) == (1.2, "normal", 0)
+    assert (unlimited.token_ids, unlimited.capacity_factor, unlimited.noise, unlimited.seed) == (None, float("inf"), None, None)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 async def test_an_empty_batch_is_answered_without_the_engine(running: Running, dtype: torch.dtype) -> None:
     answer = await running.stub.Forward(request(tokens(0, dtype), return_routing=True))
     assert (list(answer.hidden_states.shape), list(answer.topk_ids.shape)) == ([0, HIDDEN], [0, 2])
+    assert (answer.slots.shape, answer.drop_reasons.shape, answer.drop_reasons.dtype) == ([0, 2], [0, 2], tensor_pb2.D_TYPE_INT32)
     assert value(answer.processed).tolist() == [0] * EXPERTS
     assert running.engine.requests == []
 
@@ -192,6 +207,22 @@ INVALID: dict[str, tuple[Callable[[], pb.ForwardRequest], str, str]] = {
     "no such expert": (lambda: routed(ids=IDS + 1), "topk_ids", "is 4"),
     "negative expert": (lambda: routed(ids=IDS - 1), "topk_ids", "is -1"),
     "an expert twice": (lambda: routed(ids=torch.tensor([[0, 1], [2, 2], [3, 0]])), "topk_ids", r"topk_ids\[1\]"),
+    "token_ids of floats": (lambda: request(token_ids=tensor(torch.ones(3))), "token_ids", "float32"),
+    "too few token_ids": (lambda: request(token_ids=tensor(IDS[:2, 0].contiguous())), "token_ids", r"\[2\]"),
+    "a token id too large": (lambda: request(token_ids=tensor(torch.tensor([0, 2**32, 1]))), "token_ids", r"token_ids\[1\]"),
+    "capacity_factor not allowed": (lambda: request(capacity_factor=2.0), "capacity_factor", "request_overrides .* 'capacity_factor'"),
+    "noise not allowed": (lambda: request(noise="none"), "noise", "request_overrides .* 'noise'"),
+    "seed not allowed": (lambda: request(seed=1), "seed", "request_overrides .* 'noise'"),
+    "no capacity": (lambda: request(layer=1, capacity_factor=0.0), "capacity_factor", "greater than 0"),
+    "capacity of NaN": (lambda: request(layer=1, capacity_factor=float("nan")), "capacity_factor", "(?i)nan"),
+    "no such noise": (lambda: request(layer=1, noise="x" * 9000), "noise", "'none', 'jitter', 'rsample'"),
+    "noise without a seed": (lambda: request(layer=1, noise="jitter"), "seed", "seed is required"),
+    "a seed too large": (lambda: request(layer=1, noise="jitter", seed=2**64 - 1), "seed", "less than 9223372036854775808"),
+    "noise of a routed request": (
+        lambda: request(layer=1, noise="jitter", seed=1, topk_ids=tensor(IDS), topk_weights=tensor(WEIGHTS)),
+        "noise",
+        "no meaning",
+    ),
     "a weight of NaN": (lambda: routed(weights=torch.full((3, 2), float("nan"))), "topk_weights", "token 0"),
 }
 
