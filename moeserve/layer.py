@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from moeserve.checkpoints import LayerSource, layer_sources, load_bank
-from moeserve.config import Activation, GatingConfig, LayerSpec, load_config
+from moeserve.config import Activation, GatingConfig, GatingOverrides, LayerSpec, load_config, override
 from moeserve.dispatch import combine, permute
 from moeserve.errors import ConfigError, UnknownLayer
 from moeserve.gating import BatchRouting, Router, Routing, apply_choices
@@ -107,11 +107,26 @@ class MoELayer:
         topk_weights: torch.Tensor | None = None,
         return_routing: bool = False,
         token_ids: torch.Tensor | None = None,
+        capacity_factor: float | None = None,
+        noise: str | None = None,
+        seed: int | None = None,
     ) -> ForwardOutput:
-        """One request; arguments and answer as in `Client.forward`. token_ids [T] int, for layers that hash them. Raises InvalidRequest."""
-        request = LayerRequest(hidden_states, used_token, topk_ids, topk_weights, return_routing, token_ids=token_ids)
+        """One request; arguments and answer as in `Client.forward`. Raises InvalidRequest."""
+        request = LayerRequest(
+            hidden_states,
+            used_token,
+            topk_ids,
+            topk_weights,
+            return_routing,
+            token_ids=token_ids,
+            capacity_factor=capacity_factor,
+            noise=noise,
+            seed=seed,
+        )
         validate(request, self.spec, _MAX_TOKENS)
-        routing = route_batch(self.head.router, hidden_states, [request.num_tokens], used_token, topk_ids, topk_weights, token_ids)
+        routing = route_batch(
+            self.router, hidden_states, [request.num_tokens], used_token, topk_ids, topk_weights, token_ids, request.overrides
+        )
         answers = []
         planned = self.head.plan(routing, hidden_states, used_token, self._placement, is_routed=request.is_routed)
         for work in planned.works:
@@ -130,14 +145,16 @@ def route_batch(
     topk_ids: torch.Tensor | None,
     topk_weights: torch.Tensor | None,
     token_ids: torch.Tensor | None,
+    overrides: GatingOverrides,
 ) -> BatchRouting:
     """Route the joined tokens of several requests [T, H]: by the layer's own gate, or as the callers did (topk_* [T, K]).
 
-    token_ids [T] int, where the gate needs them.
+    token_ids [T] int, where the gate needs them; overrides are those of every request.
     """
+    gating = override(router.gating, overrides)
     if topk_ids is None or topk_weights is None:
-        return router(hidden_states, request_sizes, used_token, token_ids)
-    return apply_choices(topk_ids, topk_weights, router.num_experts, router.gating, request_sizes, used_token)
+        return router(hidden_states, request_sizes, used_token, token_ids, gating)
+    return apply_choices(topk_ids, topk_weights, router.num_experts, gating, request_sizes, used_token)
 
 
 def to_output(routing: Routing, hidden_states: torch.Tensor, return_routing: bool) -> ForwardOutput:
@@ -152,6 +169,8 @@ def to_output(routing: Routing, hidden_states: torch.Tensor, return_routing: boo
         z_loss=routing.z_loss,
         topk_ids=routing.topk_ids if return_routing else None,
         topk_weights=routing.topk_weights if return_routing else None,
+        slots=routing.slots if return_routing else None,
+        drop_reasons=routing.drop_reasons if return_routing else None,
     )
 
 

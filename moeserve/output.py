@@ -5,9 +5,26 @@ T tokens, H hidden size, E experts, K choices per token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final, Literal, NamedTuple
 
 import torch
+
+DropReason = Literal["capacity", "unknown"]
+
+#: numbers of the protobuf enum `moeserve.v1.DropReason`, 0 = not dropped; a newer service may know more of them
+DROPPED_BY_CAPACITY: Final = 1
+DROP_REASONS: Final[Mapping[int, DropReason]] = {DROPPED_BY_CAPACITY: "capacity"}
+
+
+class Drop(NamedTuple):
+    """One choice that is not computed: a used token, its k-th choice, the expert, and why."""
+
+    token: int
+    choice: int
+    expert: int
+    reason: DropReason
 
 
 @dataclass(frozen=True)
@@ -21,6 +38,9 @@ class ForwardOutput:
     dropped_tokens [T]     bool, at least one choice of this token was not computed
     aux_loss, z_loss       telemetry of the gate; 0 when the caller routed
     topk_ids       [T, K]  int64, and topk_weights [T, K] float32 (0 where dropped): only when asked for
+    slots          [T, K]  int64, the row of the choice among those its expert takes from the capacity group, -1 where not computed;
+                           only when asked for
+    drop_reasons   [T, K]  int32, 0 where not dropped, else a key of DROP_REASONS; only when asked for
     """
 
     hidden_states: torch.Tensor
@@ -32,3 +52,20 @@ class ForwardOutput:
     z_loss: float
     topk_ids: torch.Tensor | None = None
     topk_weights: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
+    drop_reasons: torch.Tensor | None = None
+
+    @property
+    def drops(self) -> list[Drop] | None:
+        """Every choice that was dropped, token by token; None unless the routing was asked for."""
+        if self.topk_ids is None or self.drop_reasons is None:
+            return None
+        return list_drops(self.topk_ids, self.drop_reasons)
+
+
+def list_drops(topk_ids: torch.Tensor, drop_reasons: torch.Tensor) -> list[Drop]:
+    """[T, K] int64 and [T, K] int32, 0 = not dropped -> the choices that were, token by token."""
+    where = drop_reasons.nonzero(as_tuple=True)
+    columns = (*where, topk_ids[where], drop_reasons[where])
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return [Drop(token, choice, expert, DROP_REASONS.get(reason, "unknown")) for token, choice, expert, reason in rows]

@@ -11,7 +11,7 @@ from math import isfinite
 
 import torch
 
-from moeserve.config import LayerSpec
+from moeserve.config import GatingOverrides, LayerSpec, override
 from moeserve.errors import InvalidRequest
 from moeserve.tensors import FLOAT_DTYPES, dtype_name
 
@@ -21,7 +21,7 @@ _FLOATS = FLOAT_DTYPES.values()
 @dataclass(frozen=True)
 class LayerRequest:
     """hidden_states [T, H] float; used_token [T] bool; topk_ids [T, K] int and topk_weights [T, K] float when the caller routed;
-    token_ids [T] int, 0..2^32-1, for layers that route by their hash.
+    token_ids [T] int, 0..2^32-1, for layers that route by their hash; capacity_factor, noise and seed instead of the layer's own.
 
     `deadline` is a time on this machine's monotonic clock, in seconds.
     """
@@ -33,6 +33,9 @@ class LayerRequest:
     return_routing: bool = False
     deadline: float | None = None
     token_ids: torch.Tensor | None = None
+    capacity_factor: float | None = None
+    noise: str | None = None
+    seed: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -41,6 +44,10 @@ class LayerRequest:
     @property
     def is_routed(self) -> bool:
         return self.topk_ids is not None
+
+    @property
+    def overrides(self) -> GatingOverrides:
+        return GatingOverrides(self.capacity_factor, self.noise, self.seed)
 
 
 def validate(request: LayerRequest, spec: LayerSpec, max_tokens: int) -> None:
@@ -65,6 +72,7 @@ def validate(request: LayerRequest, spec: LayerSpec, max_tokens: int) -> None:
     _require_finite(hidden_states, "hidden_states")
     _validate_choices(request, spec)
     _validate_token_ids(request, spec)
+    _validate_overrides(request, spec)
 
 
 def _validate_choices(request: LayerRequest, spec: LayerSpec) -> None:
@@ -109,10 +117,16 @@ def _validate_token_ids(request: LayerRequest, spec: LayerSpec) -> None:
     _require_dtype(token_ids, (torch.int64, torch.int32), "token_ids")
     if list(token_ids.shape) != [request.num_tokens]:
         raise InvalidRequest(f"token_ids has shape {list(token_ids.shape)}; expected [{request.num_tokens}]", "token_ids")
-    bad = (token_ids < 0) | (token_ids >= 2**32)
+    bad = (token_ids < 0) | (token_ids.long() >= 2**32)  # compared with an int32 tensor, 2**32 would wrap around to 0
     if bad.any():
         token = int(bad.nonzero()[0])
         raise InvalidRequest(f"token_ids[{token}] is {int(token_ids[token])}; allowed: 0..{2**32 - 1}", "token_ids")
+
+
+def _validate_overrides(request: LayerRequest, spec: LayerSpec) -> None:
+    override(spec.gating, request.overrides)
+    if request.is_routed and request.noise is not None:
+        raise InvalidRequest("noise has no meaning in a request that is routed by its caller (topk_ids is given)", "noise")
 
 
 def _require_dtype(tensor: torch.Tensor, allowed: Collection[torch.dtype], field: str) -> None:

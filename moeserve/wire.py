@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import grpc
 import torch
@@ -26,7 +26,8 @@ from moeserve.v1 import tensor_pb2
 
 M = TypeVar("M", bound=Message)
 
-# Bounds on what a stranger may make us parse; our own messages have at most 11 fields, and 7 small tensors beside large data.
+# Bounds on what a stranger may make us parse; our own messages have at most 13 fields, nine of which tensors that may
+# each come in two parts, and 8 small tensors beside large data.
 _MAX_FIELDS: Final = 64
 _MAX_SMALL_BYTES: Final = 128 * 1024
 _MAX_DIMS: Final = 8
@@ -37,6 +38,7 @@ _VARINT, _LENGTH = 0, 2
 _FIXED_SIZES: Final = {1: 8, 5: 4}
 _NOT_A_MESSAGE: Final = "the message is truncated or not a message of this service"
 _DATA_KEY: Final = bytes([tensor_pb2.Tensor.DATA_FIELD_NUMBER << 3 | _LENGTH])
+_OVERRIDES: Final = ("capacity_factor", "noise", "seed")
 _STATUS_BY_NUMBER: Final = {code.value[0]: code for code in grpc.StatusCode}
 _TENSOR_FIELDS: Final[Mapping[type[Message], Mapping[int, str]]] = {
     kind: {field.number: field.name for field in kind.DESCRIPTOR.fields if field.message_type is tensor_pb2.Tensor.DESCRIPTOR}
@@ -59,6 +61,10 @@ class WireRequest:
     return_routing: bool = False
     request_id: str = ""
     model: str = ""
+    token_ids: torch.Tensor | None = None
+    capacity_factor: float | None = None
+    noise: str | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,9 @@ class WireResponse:
 
 
 def encode_forward_request(request: WireRequest) -> bytes:
-    """A `moeserve.v1.ForwardRequest`. Raises InvalidRequest for a dtype the wire does not know or a negative layer."""
+    """A `moeserve.v1.ForwardRequest`. Raises InvalidRequest for a dtype or a value the wire does not know, or a negative layer."""
     small = pb.ForwardRequest(request_id=request.request_id, model=request.model, return_routing=request.return_routing)
+    _state_overrides(small, request)
     if isinstance(request.layer, str):
         small.layer_name = request.layer
     elif request.layer is not None:
@@ -84,8 +91,20 @@ def encode_forward_request(request: WireRequest) -> bytes:
         "used_token": request.used_token,
         "topk_ids": request.topk_ids,
         "topk_weights": weights.float() if weights is not None and weights.is_floating_point() else weights,
+        "token_ids": request.token_ids,
     }
     return _encode(small, tensors)
+
+
+def _state_overrides(small: pb.ForwardRequest, request: WireRequest) -> None:
+    for name in _OVERRIDES:
+        value = getattr(request, name)
+        if value is None:
+            continue
+        try:
+            setattr(small, name, value)
+        except (TypeError, ValueError):
+            raise InvalidRequest(f"{name} is {value!r}, which cannot be sent", name) from None
 
 
 def decode_forward_request(data: bytes) -> WireRequest:
@@ -98,7 +117,8 @@ def decode_forward_request(data: bytes) -> WireRequest:
         layer = small.layer_index
     elif small.HasField("layer_name"):
         layer = small.layer_name
-    return WireRequest(layer=layer, return_routing=small.return_routing, request_id=small.request_id, model=small.model, **tensors)
+    optional: dict[str, Any] = {**tensors, **{name: getattr(small, name) for name in _OVERRIDES if small.HasField(name)}}
+    return WireRequest(layer=layer, return_routing=small.return_routing, request_id=small.request_id, model=small.model, **optional)
 
 
 def request_id_of(data: bytes) -> str:

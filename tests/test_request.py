@@ -92,6 +92,7 @@ def test_more_choices_than_experts_are_refused() -> None:
         {"used_token": None},
         {"topk_ids": None, "topk_weights": None},
         {"topk_ids": GOOD["topk_ids"].int(), "topk_weights": GOOD["topk_weights"].bfloat16()},
+        {"token_ids": torch.tensor([0, 7, 2**31 - 1], dtype=torch.int32)},
         {"topk_weights": torch.zeros(3, 2)},
         {"topk_weights": -GOOD["topk_weights"]},
         {"hidden_states": torch.ones(3, 8)[:, ::2]},
@@ -113,6 +114,14 @@ def test_a_request_knows_who_routed() -> None:
     assert LayerRequest(**GOOD).is_routed
     assert not LayerRequest(GOOD["hidden_states"]).is_routed
     assert LayerRequest(GOOD["hidden_states"]).num_tokens == 3
+
+
+def test_noise_in_a_routed_request_is_refused_as_nothing_would_come_of_it() -> None:
+    spec = replace(SPEC, gating=GatingConfig(request_overrides=("capacity_factor", "noise")))
+    validate(LayerRequest(**GOOD, capacity_factor=0.5, seed=1), spec, max_tokens=3)
+    with pytest.raises(InvalidRequest, match="noise has no meaning in a request that is routed by its caller") as caught:
+        validate(LayerRequest(**GOOD, noise="jitter", seed=1), spec, max_tokens=3)
+    assert [violation.field for violation in caught.value.violations] == ["noise"]
 
 
 def test_a_layer_that_hashes_token_ids_requires_them() -> None:

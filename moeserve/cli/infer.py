@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -17,9 +18,16 @@ from moeserve.errors import ConfigError
 def infer(
     target: Annotated[str, typer.Argument(help="host:port of the service.")],
     layer: Annotated[str, typer.Option(help="Position of the layer (0 = the first MoE layer) or its name.")],
-    input: Annotated[Path, typer.Option(help="safetensors file with hidden_states [T, H], optionally used_token, topk_ids, topk_weights.")],
+    input: Annotated[
+        Path, typer.Option(help="safetensors file with hidden_states, optionally used_token, topk_ids, topk_weights, token_ids.")
+    ],
     output: Annotated[Path, typer.Option(help="safetensors file to write: hidden_states, requested, processed, dropped, dropped_tokens.")],
-    return_routing: Annotated[bool, typer.Option("--return-routing", help="Also write topk_ids and topk_weights.")] = False,
+    return_routing: Annotated[
+        bool, typer.Option("--return-routing", help="Also write the routing: topk_ids, topk_weights, slots, drop_reasons.")
+    ] = False,
+    capacity_factor: Annotated[float | None, typer.Option(help="Instead of the layer's; inf = no limit.")] = None,
+    noise: Annotated[str | None, typer.Option(help="Instead of the layer's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Where random numbers start, instead of the layer's.")] = None,
     token_file: Annotated[Path | None, typer.Option(envvar="MOESERVE_TOKEN_FILE", help="File holding the bearer token.")] = None,
     tls_ca: Annotated[
         Path | None, typer.Option(envvar="MOESERVE_TLS_CA", help="Certificate authority of the service; turns TLS on.")
@@ -42,10 +50,13 @@ def infer(
             topk_ids=tensors.get("topk_ids"),
             topk_weights=tensors.get("topk_weights"),
             return_routing=return_routing,
+            token_ids=tensors.get("token_ids"),
+            capacity_factor=capacity_factor,
+            noise=noise,
+            seed=seed,
         )
         elapsed_ms = (time.perf_counter() - started) * 1000
-    names = ("hidden_states", "requested", "processed", "dropped", "dropped_tokens", "topk_ids", "topk_weights")
-    answer = {name: getattr(out, name) for name in names if getattr(out, name) is not None}
+    answer = {name: value for name, value in vars(out).items() if isinstance(value, torch.Tensor)}
     save_file(answer, output)
     typer.echo(f"{len(out.hidden_states)} tokens in {elapsed_ms:.1f} ms, {int(out.dropped.sum())} choices dropped -> {output}")
 

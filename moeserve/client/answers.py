@@ -36,7 +36,7 @@ class LayerInfo:
 
 def encode_request(request: WireRequest) -> bytes:
     """Raises InvalidRequest at once for what no service could take: not tensors, not float, no possible layer."""
-    for name in ("hidden_states", "used_token", "topk_ids", "topk_weights"):
+    for name in ("hidden_states", "used_token", "topk_ids", "topk_weights", "token_ids"):
         value = getattr(request, name)
         if not isinstance(value, torch.Tensor) and (value is not None or name == "hidden_states"):
             raise InvalidRequest(f"{name} must be a torch.Tensor, got {type(value).__name__}", name)

@@ -44,9 +44,26 @@ class AsyncClient:
         return_routing: bool = False,
         model: str | None = None,
         timeout: float | None = None,
+        *,
+        token_ids: torch.Tensor | None = None,
+        capacity_factor: float | None = None,
+        noise: str | None = None,
+        seed: int | None = None,
     ) -> ForwardOutput:
         """As `Client.forward`."""
-        request = WireRequest(hidden_states, layer, used_token, topk_ids, topk_weights, return_routing, model=model or "")
+        request = WireRequest(
+            hidden_states,
+            layer,
+            used_token,
+            topk_ids,
+            topk_weights,
+            return_routing,
+            model=model or "",
+            token_ids=token_ids,
+            capacity_factor=capacity_factor,
+            noise=noise,
+            seed=seed,
+        )
         data = await self._call(self._forward, encode_request(request), timeout)
         return output_of(decode_answer(data, hidden_states.device))
 

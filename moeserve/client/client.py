@@ -57,14 +57,37 @@ class Client:
         return_routing: bool = False,
         model: str | None = None,
         timeout: float | None = None,
+        *,
+        token_ids: torch.Tensor | None = None,
+        capacity_factor: float | None = None,
+        noise: str | None = None,
+        seed: int | None = None,
     ) -> ForwardOutput:
         """hidden_states [T, H] float32, float16 or bfloat16 through one MoE layer; the answer is on the same device.
 
         layer        position among the served MoE layers, or name
         used_token   [T] bool; false = not routed, its output is zeros
         topk_ids     [T, K] int and topk_weights [T, K] float: the caller has routed already, the gate is skipped
+        token_ids    [T] int, 0..2^32-1; layers with routing = "hash" need them
+
+        Instead of what the layer's gating says, for this request, where its `request_overrides` allow it:
+        capacity_factor  more than 0; math.inf = no limit
+        noise            "none", "jitter", "rsample", "gumbel_second", "normal" or "uniform", at its default noise_scale unless it is the
+                         layer's own; seed is where the request's random numbers start
         """
-        request = WireRequest(hidden_states, layer, used_token, topk_ids, topk_weights, return_routing, model=model or "")
+        request = WireRequest(
+            hidden_states,
+            layer,
+            used_token,
+            topk_ids,
+            topk_weights,
+            return_routing,
+            model=model or "",
+            token_ids=token_ids,
+            capacity_factor=capacity_factor,
+            noise=noise,
+            seed=seed,
+        )
         data = self._call(self._forward, encode_request(request), timeout)
         return output_of(decode_answer(data, hidden_states.device))
 

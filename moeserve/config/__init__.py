@@ -2,6 +2,7 @@
 
 from moeserve.config.gating import GatingConfig
 from moeserve.config.load import load_config
+from moeserve.config.overrides import GatingOverrides, override
 from moeserve.config.service import (
     Activation,
     BatchingConfig,
@@ -24,6 +25,7 @@ __all__ = [
     "BatchingConfig",
     "Dtype",
     "GatingConfig",
+    "GatingOverrides",
     "LayerConfig",
     "LayerSpec",
     "Mixing",
@@ -36,4 +38,5 @@ __all__ = [
     "ServiceConfig",
     "SharedExpertConfig",
     "load_config",
+    "override",
 ]

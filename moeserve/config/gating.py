@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, Self, get_args
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -16,6 +16,7 @@ CapacityScope = Literal["request", "batch", "group"]
 DropPolicy = Literal["position", "choice_major", "probs", "random"]
 Noise = Literal["none", "jitter", "rsample", "gumbel_second", "normal", "uniform"]
 AuxLoss = Literal["none", "switch", "deepspeed", "deepspeed_topk", "colossalai", "mindformers"]
+RequestOverride = Literal["capacity_factor", "noise"]
 
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -74,6 +75,8 @@ class GatingConfig(BaseModel):
     aux_loss_weight: float = 1.0
     #: multiplies the reported router z-loss
     z_loss_weight: float = 1.0
+    #: what a request may set for itself instead of the above; noise includes the seed
+    request_overrides: Annotated[tuple[RequestOverride, ...], Field(strict=False)] = ()
 
     @field_validator("routing")
     @classmethod
@@ -149,6 +152,10 @@ class GatingConfig(BaseModel):
                 by_experts and (self.capacity_factor is None or not self.drop_tokens),
                 "gating.routing = 'expert_choice' needs gating.capacity_factor and gating.drop_tokens = true: "
                 "they say how many tokens an expert takes",
+            ),
+            (
+                not self.drop_tokens and "capacity_factor" in self.request_overrides,
+                "gating.request_overrides cannot have 'capacity_factor' with gating.drop_tokens = false, which lifts every limit",
             ),
             (
                 by_experts and self.capacity_rule not in {"ceil", "trustformers"},

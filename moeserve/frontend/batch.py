@@ -13,6 +13,7 @@ from functools import cached_property
 
 import torch
 
+from moeserve.config import GatingOverrides
 from moeserve.output import ForwardOutput
 from moeserve.request import LayerRequest
 
@@ -27,10 +28,13 @@ class Pending:
     admitted_at: float = field(default_factory=time.monotonic)
 
     @property
-    def join_key(self) -> tuple[int, bool]:
-        """Only requests of the same key can be run together: routed by the gate (0) or by callers with one K; with token ids or not."""
+    def join_key(self) -> tuple[int, bool, GatingOverrides]:
+        """Only requests of the same key can be run together.
+
+        That is: routed by the gate (0) or by callers with one K; with token ids or not; under one gating.
+        """
         top_k = 0 if self.request.topk_ids is None else self.request.topk_ids.shape[1]
-        return top_k, self.request.token_ids is not None
+        return top_k, self.request.token_ids is not None, self.request.overrides
 
 
 class Batch:
@@ -76,6 +80,11 @@ class Batch:
         """[T] int64 when the callers sent them."""
         parts = [member.request.token_ids.long() for member in self.members if member.request.token_ids is not None]
         return torch.cat(parts) if parts else None
+
+    @property
+    def overrides(self) -> GatingOverrides:
+        """What all members change of the layer's gating."""
+        return self.members[0].request.overrides
 
     @property
     def num_tokens(self) -> int:

@@ -92,7 +92,14 @@ class Forward:
         self._metrics.observe_stage("queue", time.monotonic() - batch.members[0].admitted_at)
         self._metrics.batch_tokens.observe(batch.num_tokens)
         routing = route_batch(
-            self._head.router, batch.hidden_states, batch.sizes, batch.used_token, batch.topk_ids, batch.topk_weights, batch.token_ids
+            self._head.router,
+            batch.hidden_states,
+            batch.sizes,
+            batch.used_token,
+            batch.topk_ids,
+            batch.topk_weights,
+            batch.token_ids,
+            batch.overrides,
         )
         placement, is_routed = self._placement.layers[self.layer], batch.topk_ids is not None
         planned = self._head.plan(routing, batch.hidden_states, batch.used_token, placement, is_routed=is_routed)

@@ -4,12 +4,11 @@ from moeserve.gating.gate import apply_choices, route, route_requests
 from moeserve.gating.gate_input import GateInput, Selection
 from moeserve.gating.mixer import Mixer
 from moeserve.gating.router import Router
-from moeserve.gating.routing import BatchRouting, Drop, Routing
+from moeserve.gating.routing import BatchRouting, Routing
 from moeserve.gating.routings.plugin import RoutingPlugin
 
 __all__ = [
     "BatchRouting",
-    "Drop",
     "GateInput",
     "Mixer",
     "Router",

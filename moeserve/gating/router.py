@@ -54,13 +54,18 @@ class Router:
         request_sizes: Sequence[int],
         used_token: torch.Tensor | None,
         token_ids: torch.Tensor | None = None,
+        gating: GatingConfig | None = None,
     ) -> BatchRouting:
-        """hidden_states [T, H] of several requests laid end to end, token_ids [T] int. Raises InvalidRequest when a logit is not finite."""
+        """hidden_states [T, H] of several requests laid end to end, token_ids [T] int; `gating` instead of the layer's own.
+
+        Raises InvalidRequest when a logit is not finite.
+        """
+        gating = gating or self.gating
         hidden_states = hidden_states.float()
-        chance = Chance(request_sizes, hidden_states.device, self.gating.seed, None)
+        chance = Chance(request_sizes, hidden_states.device, gating.seed, None)
         return route_requests(
-            F.linear(shake_hidden_states(hidden_states, self.gating, chance), self.gate, self.bias),
-            self.gating,
+            F.linear(shake_hidden_states(hidden_states, gating, chance), self.gate, self.bias),
+            gating,
             request_sizes,
             used_token,
             chance,

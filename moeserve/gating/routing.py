@@ -5,21 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from moeserve.gating.drop import slots
 from moeserve.gating.segments import Segments
-
-
-class Drop(NamedTuple):
-    """One choice that is not computed: a used token, its k-th choice, the expert, and why."""
-
-    token: int
-    choice: int
-    expert: int
-    reason: Literal["capacity"]
+from moeserve.output import DROPPED_BY_CAPACITY, Drop, list_drops
 
 
 @dataclass(frozen=True)
@@ -56,10 +47,14 @@ class Routing:
         return self.batch.slots[self.tokens]
 
     @property
+    def drop_reasons(self) -> Tensor:
+        """[T, K] int32: why the choice was dropped, 0 where it was not; the numbers of `moeserve.output.DROP_REASONS`."""
+        return (self.batch.chosen[self.tokens] & ~self.kept).int() * DROPPED_BY_CAPACITY
+
+    @property
     def drops(self) -> list[Drop]:
         """Every choice that was dropped, token by token."""
-        lost = (self.batch.chosen[self.tokens] & ~self.kept).nonzero().tolist()
-        return [Drop(token, choice, int(self.topk_ids[token, choice]), "capacity") for token, choice in lost]
+        return list_drops(self.topk_ids, self.drop_reasons)
 
     def dense(self) -> Tensor:
         """[T, E] float32 combine weights, 0 where an expert was not chosen or the choice was dropped."""

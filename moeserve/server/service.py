@@ -105,6 +105,10 @@ class MoEService:
             topk_weights=wire.topk_weights,
             return_routing=wire.return_routing,
             deadline=None if remaining_s is None else time.monotonic() + remaining_s,
+            token_ids=wire.token_ids,
+            capacity_factor=wire.capacity_factor,
+            noise=wire.noise,
+            seed=wire.seed,
         )
         validate(request, spec, self._max_tokens)
         if not request.num_tokens:
@@ -125,4 +129,6 @@ def _empty_output(request: LayerRequest, spec: LayerSpec) -> ForwardOutput:
         z_loss=0.0,
         topk_ids=torch.zeros(0, top_k, dtype=torch.int64) if request.return_routing else None,
         topk_weights=torch.zeros(0, top_k) if request.return_routing else None,
+        slots=torch.zeros(0, top_k, dtype=torch.int64) if request.return_routing else None,
+        drop_reasons=torch.zeros(0, top_k, dtype=torch.int32) if request.return_routing else None,
     )

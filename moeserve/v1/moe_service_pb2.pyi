@@ -1,5 +1,6 @@
 from moeserve.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
@@ -7,8 +8,15 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class DropReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DROP_REASON_NONE: _ClassVar[DropReason]
+    DROP_REASON_CAPACITY: _ClassVar[DropReason]
+DROP_REASON_NONE: DropReason
+DROP_REASON_CAPACITY: DropReason
+
 class ForwardRequest(_message.Message):
-    __slots__ = ("request_id", "model", "layer_index", "layer_name", "hidden_states", "used_token", "topk_ids", "topk_weights", "return_routing")
+    __slots__ = ("request_id", "model", "layer_index", "layer_name", "hidden_states", "used_token", "topk_ids", "topk_weights", "return_routing", "token_ids", "capacity_factor", "noise", "seed")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LAYER_INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +26,10 @@ class ForwardRequest(_message.Message):
     TOPK_IDS_FIELD_NUMBER: _ClassVar[int]
     TOPK_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     RETURN_ROUTING_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_FACTOR_FIELD_NUMBER: _ClassVar[int]
+    NOISE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     layer_index: int
@@ -27,10 +39,14 @@ class ForwardRequest(_message.Message):
     topk_ids: _tensor_pb2.Tensor
     topk_weights: _tensor_pb2.Tensor
     return_routing: bool
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., layer_index: _Optional[int] = ..., layer_name: _Optional[str] = ..., hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., used_token: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., return_routing: _Optional[bool] = ...) -> None: ...
+    token_ids: _tensor_pb2.Tensor
+    capacity_factor: float
+    noise: str
+    seed: int
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., layer_index: _Optional[int] = ..., layer_name: _Optional[str] = ..., hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., used_token: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., return_routing: _Optional[bool] = ..., token_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., capacity_factor: _Optional[float] = ..., noise: _Optional[str] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class ForwardResponse(_message.Message):
-    __slots__ = ("request_id", "hidden_states", "requested", "processed", "dropped", "aux_loss", "z_loss", "dropped_tokens", "topk_ids", "topk_weights", "error")
+    __slots__ = ("request_id", "hidden_states", "requested", "processed", "dropped", "aux_loss", "z_loss", "dropped_tokens", "topk_ids", "topk_weights", "error", "slots", "drop_reasons")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_STATES_FIELD_NUMBER: _ClassVar[int]
     REQUESTED_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +58,8 @@ class ForwardResponse(_message.Message):
     TOPK_IDS_FIELD_NUMBER: _ClassVar[int]
     TOPK_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    DROP_REASONS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     hidden_states: _tensor_pb2.Tensor
     requested: _tensor_pb2.Tensor
@@ -53,7 +71,9 @@ class ForwardResponse(_message.Message):
     topk_ids: _tensor_pb2.Tensor
     topk_weights: _tensor_pb2.Tensor
     error: Error
-    def __init__(self, request_id: _Optional[str] = ..., hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., requested: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., processed: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., dropped: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., aux_loss: _Optional[float] = ..., z_loss: _Optional[float] = ..., dropped_tokens: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+    slots: _tensor_pb2.Tensor
+    drop_reasons: _tensor_pb2.Tensor
+    def __init__(self, request_id: _Optional[str] = ..., hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., requested: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., processed: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., dropped: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., aux_loss: _Optional[float] = ..., z_loss: _Optional[float] = ..., dropped_tokens: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., slots: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., drop_reasons: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("code", "message")

@@ -27,7 +27,8 @@ Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def spec(name: str, hidden_size: int, num_experts: int) -> LayerSpec:
-    return LayerSpec(name, hidden_size, 32, num_experts, "swiglu", False, "bfloat16", GatingConfig(top_k=2, capacity_factor=1.25))
+    gating = GatingConfig(top_k=2, capacity_factor=1.25, request_overrides=("capacity_factor", "noise"))
+    return LayerSpec(name, hidden_size, 32, num_experts, "swiglu", False, "bfloat16", gating)
 
 
 class FunctionEngine:

@@ -42,6 +42,17 @@ async def test_everything_said_arrives(calls: Calls, engine: FunctionEngine) -> 
     assert request.deadline is not None
 
 
+async def test_what_is_changed_of_the_gate_arrives(calls: Calls, engine: FunctionEngine) -> None:
+    changes = {"token_ids": torch.tensor([7, 8, 9], dtype=torch.int32), "capacity_factor": 1.2, "noise": "rsample", "seed": 2**63 - 1}
+    await calls.forward(X, **changes)
+    await calls.forward_stream([WireRequest(X, **changes)])
+    await calls.forward(X)
+    for _, request in engine.requests[:2]:
+        assert torch.equal(request.token_ids, changes["token_ids"])
+        assert request.overrides == (1.2, "rsample", 2**63 - 1)
+    assert (engine.requests[2][1].token_ids, engine.requests[2][1].overrides) == (None, (None, None, None))
+
+
 async def test_large_and_empty_and_strided_batches(calls: Calls) -> None:
     large = torch.randn(HIDDEN, 20_000).T
     assert torch.equal((await calls.forward(large)).hidden_states, large)
@@ -91,6 +102,10 @@ async def test_unknown_layers_and_invalid_requests(calls: Calls) -> None:
         ({"hidden_states": torch.zeros(1, 4, dtype=torch.int64)}, "hidden_states is int64"),
         ({"used_token": [True]}, "used_token must be a torch.Tensor, got list"),
         ({"topk_ids": torch.zeros(3, 2, dtype=torch.int16)}, "topk_ids is int16, which cannot be sent"),
+        ({"token_ids": [1, 2, 3]}, "token_ids must be a torch.Tensor, got list"),
+        ({"capacity_factor": "much"}, "capacity_factor is 'much', which cannot be sent"),
+        ({"noise": 3}, "noise is 3, which cannot be sent"),
+        ({"seed": -1}, "seed is -1, which cannot be sent"),
         ({"layer": -1}, "layer is -1; layers count from 0"),
         ({"layer": 1.5}, "layer must be a position or a name, got float"),
     ],

@@ -42,6 +42,10 @@ from moeserve.config import GatingConfig
         ),
         ({"noise": "gumbel_second", "seed": 0, "top_k": 3}, "gating.noise = 'gumbel_second' is about the second of two choices"),
         ({"noise_scale": 0.1}, "gating.noise_scale has no meaning with gating.noise = 'none'"),
+        (
+            {"drop_tokens": False, "request_overrides": ["capacity_factor"]},
+            "gating.request_overrides cannot have 'capacity_factor' with gating.drop_tokens = false",
+        ),
         ({"routing": "learnt"}, "gating.routing is 'learnt'; allowed: learned, expert_choice, hash"),
         ({"routing": "a b:C"}, "or a plug-in 'package.module:Class'"),
     ],
@@ -58,5 +62,7 @@ def test_a_plug_in_is_named_by_its_import_path() -> None:
 
 
 def test_a_configuration_survives_being_written_down() -> None:
-    gating = GatingConfig(top_k=8, scoring_func="sigmoid", num_expert_groups=8, topk_groups=4, noise="normal", seed=3)
+    gating = GatingConfig(
+        top_k=8, scoring_func="sigmoid", num_expert_groups=8, topk_groups=4, noise="normal", seed=3, request_overrides=("noise",)
+    )
     assert GatingConfig.model_validate(gating.model_dump()) == gating

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 import torch
 
-from moeserve.config import BatchingConfig
+from moeserve.config import BatchingConfig, GatingOverrides
 from moeserve.errors import InvalidRequest, MoEServeError, Overloaded
 from moeserve.frontend.batch import Batch
 from moeserve.frontend.batcher import Batcher, TokenBudget
@@ -89,6 +90,20 @@ async def test_only_requests_routed_the_same_way_are_joined() -> None:
         if index < len(runs.gates):
             runs.gates[index].set()
     assert runs.sizes == [[1], [1], [1, 1], [1], [1, 1]]
+
+
+async def test_only_requests_under_one_gating_are_joined() -> None:
+    runs = Runs()
+    batches, _ = batcher(runs)
+    first = LayerRequest(torch.zeros(1, 4))
+    for changes in ({}, {}, {}, {"capacity_factor": 1.0}, {"capacity_factor": 1.0}, {"noise": "normal"}, {"noise": "normal", "seed": 1}):
+        batches.submit(replace(first, **changes), FAR)
+    for index in range(6):
+        await settle()
+        if index < len(runs.gates):
+            runs.gates[index].set()
+    assert runs.sizes == [[1], [1], [1], [1, 1], [1], [1]]
+    assert [batch.overrides for batch in runs.batches[2:4]] == [GatingOverrides(), GatingOverrides(capacity_factor=1.0)]
 
 
 async def test_while_hosts_are_busy_a_batch_may_wait_for_company() -> None:

@@ -23,7 +23,11 @@ def spec(name: str, hidden_size: int = HIDDEN) -> LayerSpec:
         activation="swiglu",
         bias=False,
         dtype="bfloat16",
-        gating=GatingConfig(top_k=2, capacity_factor=1.5 if "5" in name else None),
+        gating=GatingConfig(
+            top_k=2,
+            capacity_factor=1.5 if "5" in name else None,
+            request_overrides=("capacity_factor", "noise") if "5" in name else (),
+        ),
     )
 
 
@@ -84,4 +88,6 @@ def output(hidden_states: torch.Tensor, return_routing: bool = False) -> Forward
         z_loss=0.25,
         topk_ids=torch.zeros(num_tokens, 2, dtype=torch.int64) if return_routing else None,
         topk_weights=torch.ones(num_tokens, 2) if return_routing else None,
+        slots=torch.full((num_tokens, 2), -1) if return_routing else None,
+        drop_reasons=torch.ones(num_tokens, 2, dtype=torch.int32) if return_routing else None,
     )

@@ -1,13 +1,17 @@
-"""Requests and answers made with generated code only, as any client in any language would."""
+"""Requests, answers and refusals seen by generated code only, as by any client in any language."""
 
 from __future__ import annotations
 
+import grpc
+import pytest
 import torch
+from grpc_status import rpc_status
 
 from moeserve.tensors import WIRE_DTYPES, WIRE_NUMBERS, raw
 from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1 import tensor_pb2
 
+from .conftest import Running
 from .engine import HIDDEN
 
 
@@ -30,3 +34,17 @@ def request(hidden_states: torch.Tensor | None = None, layer: int | str | None =
     elif layer is not None:
         message.layer_name = layer
     return message
+
+
+async def refused(running: Running, message: pb.ForwardRequest) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await running.stub.Forward(message)
+    return caught.value
+
+
+def detail(error: grpc.aio.AioRpcError, kind: type) -> object:
+    status = rpc_status.from_call(error)
+    assert status is not None
+    found = kind()
+    assert any(packed.Unpack(found) for packed in status.details), status
+    return found

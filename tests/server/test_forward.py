@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
-from collections.abc import Callable
 
 import grpc
 import pytest
 import torch
 from google.rpc import error_details_pb2 as details
-from grpc_status import rpc_status
 
 from moeserve import errors
 from moeserve.v1 import moe_service_pb2 as pb
@@ -20,23 +17,9 @@ from moeserve.v1 import tensor_pb2
 
 from .conftest import Running
 from .engine import EXPERTS, HIDDEN
-from .messages import request, tensor, tokens, value
+from .messages import detail, refused, request, tensor, tokens, value
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
-
-
-async def refused(running: Running, message: pb.ForwardRequest) -> grpc.aio.AioRpcError:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await running.stub.Forward(message)
-    return caught.value
-
-
-def detail(error: grpc.aio.AioRpcError, kind: type) -> object:
-    status = rpc_status.from_call(error)
-    assert status is not None
-    found = kind()
-    assert any(packed.Unpack(found) for packed in status.details), status
-    return found
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -58,6 +41,8 @@ async def test_everything_a_request_says_reaches_the_engine(running: Running) ->
     message = request(model="tiny", used_token=tensor(used_token), topk_ids=tensor(ids), topk_weights=tensor(weights), return_routing=True)
     answer = await running.stub.Forward(message)
     assert value(answer.topk_ids).shape == (3, 2)
+    assert value(answer.slots).tolist() == [[-1, -1]] * 3
+    assert value(answer.drop_reasons).tolist() == [[pb.DROP_REASON_CAPACITY] * 2] * 3
     (got,) = running.engine.requests
     assert torch.equal(got.hidden_states, tokens())
     assert got.used_token is not None
@@ -67,12 +52,25 @@ async def test_everything_a_request_says_reaches_the_engine(running: Running) ->
     assert got.topk_weights is not None
     assert torch.equal(got.topk_weights, weights)
     assert got.return_routing
+    assert (got.token_ids, got.capacity_factor, got.noise, got.seed) == (None, None, None, None)
+
+
+async def test_what_a_request_changes_of_the_gate_reaches_the_engine(running: Running) -> None:
+    ids = torch.tensor([0, 2**32 - 1, 5])
+    await running.stub.Forward(request(layer=1, token_ids=tensor(ids), capacity_factor=1.2, noise="normal", seed=0))
+    await running.stub.Forward(request(layer=1, capacity_factor=float("inf")))
+    got, unlimited = running.engine.requests
+    assert got.token_ids is not None
+    assert torch.equal(got.token_ids, ids)
+    assert (got.capacity_factor, got.noise, got.seed) == (1.2, "normal", 0)
+    assert (unlimited.token_ids, unlimited.capacity_factor, unlimited.noise, unlimited.seed) == (None, float("inf"), None, None)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 async def test_an_empty_batch_is_answered_without_the_engine(running: Running, dtype: torch.dtype) -> None:
     answer = await running.stub.Forward(request(tokens(0, dtype), return_routing=True))
     assert (list(answer.hidden_states.shape), list(answer.topk_ids.shape)) == ([0, HIDDEN], [0, 2])
+    assert (answer.slots.shape, answer.drop_reasons.shape, answer.drop_reasons.dtype) == ([0, 2], [0, 2], tensor_pb2.D_TYPE_INT32)
     assert value(answer.processed).tolist() == [0] * EXPERTS
     assert running.engine.requests == []
 
@@ -149,80 +147,6 @@ async def test_our_own_mistakes_are_logged_and_told_without_details(
     assert (error.code(), error.details()) == (grpc.StatusCode.INTERNAL, "internal error; the server's log says more")
     assert [record.exc_info[1] for record in caplog.records if record.exc_info] == [raised]
     assert running.observed == [("Forward", "INTERNAL")]
-
-
-def nan_at(token: int) -> torch.Tensor:
-    hidden_states = tokens()
-    hidden_states[token, 3] = float("nan")
-    return hidden_states
-
-
-IDS, WEIGHTS = torch.tensor([[0, 1], [2, 3], [3, 0]]), torch.ones(3, 2)
-
-
-def routed(ids: torch.Tensor = IDS, weights: torch.Tensor = WEIGHTS) -> pb.ForwardRequest:
-    return request(topk_ids=tensor(ids), topk_weights=tensor(weights))
-
-
-INVALID: dict[str, tuple[Callable[[], pb.ForwardRequest], str, str]] = {
-    "no tensor": (lambda: pb.ForwardRequest(layer_index=0), "hidden_states", "missing"),
-    "no dtype": (lambda: pb.ForwardRequest(layer_index=0, hidden_states=tensor_pb2.Tensor(shape=[0, 16])), "hidden_states", "dtype"),
-    "integers": (lambda: request(torch.zeros(3, HIDDEN, dtype=torch.int64)), "hidden_states", "int64"),
-    "bytes missing": (
-        lambda: pb.ForwardRequest(layer_index=0, hidden_states=tensor_pb2.Tensor(dtype=1, shape=[3, HIDDEN], data=b"123")),
-        "hidden_states",
-        "3 bytes",
-    ),
-    "one dimension": (lambda: request(torch.zeros(HIDDEN)), "hidden_states", r"\[16\]"),
-    "three dimensions": (lambda: request(torch.zeros(1, 3, HIDDEN)), "hidden_states", r"\[1, 3, 16\]"),
-    "wrong hidden size": (lambda: request(torch.zeros(3, HIDDEN + 1)), "hidden_states", r"\[tokens, 16\]"),
-    "too many tokens": (lambda: request(torch.zeros(65, HIDDEN)), "hidden_states", "at most 64"),
-    "NaN": (lambda: request(nan_at(2)), "hidden_states", "token 2"),
-    "Inf": (lambda: request(nan_at(1).nan_to_num(float("inf"))), "hidden_states", "token 1"),
-    "no layer": (lambda: request(layer=None), "layer", "no layer"),
-    "used_token of floats": (lambda: request(used_token=tensor(torch.ones(3))), "used_token", "bool"),
-    "used_token too long": (lambda: request(used_token=tensor(torch.ones(4, dtype=torch.bool))), "used_token", r"\[3\]"),
-    "ids alone": (lambda: request(topk_ids=tensor(IDS)), "topk_weights", "together"),
-    "weights alone": (lambda: request(topk_weights=tensor(WEIGHTS)), "topk_ids", "together"),
-    "float ids": (lambda: routed(ids=IDS.float()), "topk_ids", "float32"),
-    "ids too few": (lambda: routed(IDS[:2], WEIGHTS[:2]), "topk_ids", r"\[2, 2\]"),
-    "no choice": (lambda: routed(IDS[:, :0], WEIGHTS[:, :0]), "topk_ids", r"\[3, 0\]"),
-    "more choices than experts": (lambda: routed(torch.zeros(3, 5, dtype=torch.int64), torch.ones(3, 5)), "topk_ids", r"\[3, 5\]"),
-    "weights of another shape": (lambda: routed(weights=torch.ones(3, 1)), "topk_ids", r"\[3, 1\]"),
-    "no such expert": (lambda: routed(ids=IDS + 1), "topk_ids", "is 4"),
-    "negative expert": (lambda: routed(ids=IDS - 1), "topk_ids", "is -1"),
-    "an expert twice": (lambda: routed(ids=torch.tensor([[0, 1], [2, 2], [3, 0]])), "topk_ids", r"topk_ids\[1\]"),
-    "a weight of NaN": (lambda: routed(weights=torch.full((3, 2), float("nan"))), "topk_weights", "token 0"),
-}
-
-
-@pytest.mark.parametrize("case", INVALID)
-async def test_an_invalid_request_is_refused_naming_the_field(running: Running, case: str) -> None:
-    make, field, sentence = INVALID[case]
-    error = await refused(running, make())
-    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    bad_request = detail(error, details.BadRequest)
-    assert isinstance(bad_request, details.BadRequest)
-    (violation,) = bad_request.field_violations
-    assert violation.field == field
-    assert re.search(sentence, violation.description)
-    assert violation.description == error.details()
-    assert running.engine.requests == []
-
-
-@pytest.mark.parametrize(
-    ("message", "sentence"),
-    [
-        (request(layer=2), "there is no layer 2; served: 0..1 (model.layers.3.mlp, model.layers.5.mlp)"),
-        (request(layer=2**32 - 1), "there is no layer 4294967295; served: 0..1 (model.layers.3.mlp, model.layers.5.mlp)"),
-        (request(layer="lm_head"), "there is no layer 'lm_head'; served: model.layers.3.mlp, model.layers.5.mlp"),
-        (request(layer=""), "there is no layer ''; served: model.layers.3.mlp, model.layers.5.mlp"),
-        (request(model="huge"), "model 'huge' is not served; this service serves 'tiny'"),
-    ],
-)
-async def test_an_unknown_layer_says_what_there_is(running: Running, message: pb.ForwardRequest, sentence: str) -> None:
-    error = await refused(running, message)
-    assert (error.code(), error.details()) == (grpc.StatusCode.NOT_FOUND, sentence)
 
 
 async def test_a_sentence_never_outgrows_the_metadata(running: Running) -> None:

@@ -25,8 +25,10 @@ from moeserve.wire import (
 )
 
 DTYPES = {name: number for number, name in WIRE_DTYPES.items()}
-REQUEST_TENSORS = ("hidden_states", "used_token", "topk_ids", "topk_weights")
-RESPONSE_TENSORS = ("hidden_states", "requested", "processed", "dropped", "dropped_tokens", "topk_ids", "topk_weights")
+REQUEST_TENSORS = ("hidden_states", "used_token", "topk_ids", "topk_weights", "token_ids")
+OVERRIDES = ("capacity_factor", "noise", "seed")
+ROUTING_TENSORS = ("topk_ids", "topk_weights", "slots", "drop_reasons")
+RESPONSE_TENSORS = ("hidden_states", "requested", "processed", "dropped", "dropped_tokens", *ROUTING_TENSORS)
 # Above 128 KiB a message is split by hand, below protobuf copies it: every property must hold for both.
 tokens = st.sampled_from([0, 1, 3, 1500])
 floats = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
@@ -62,6 +64,10 @@ def requests(draw: st.DrawFn) -> WireRequest:
         return_routing=draw(st.booleans()),
         request_id=draw(st.text(max_size=40)),
         model=draw(st.text(max_size=10)),
+        token_ids=torch.randint(0, 2**32, (num_tokens,), generator=generator) if draw(st.booleans()) else None,
+        capacity_factor=draw(st.none() | st.floats(allow_nan=False)),
+        noise=draw(st.none() | st.text(max_size=10)),
+        seed=draw(st.none() | st.integers(0, 2**64 - 1)),
     )
 
 
@@ -77,6 +83,8 @@ def some_output(num_tokens: int = 3, routing: bool = True, dtype: torch.dtype = 
         z_loss=0.5,
         topk_ids=torch.randint(0, 8, (num_tokens, 2)) if routing else None,
         topk_weights=torch.rand(num_tokens, 2) if routing else None,
+        slots=torch.randint(-1, 9, (num_tokens, 2)) if routing else None,
+        drop_reasons=torch.randint(0, 2, (num_tokens, 2), dtype=torch.int32) if routing else None,
     )
 
 
@@ -88,6 +96,8 @@ def test_stock_protobuf_reads_what_we_write(request: WireRequest) -> None:
     assert (getattr(message, chosen) if chosen else None) == request.layer
     for name in REQUEST_TENSORS:
         assert_same(getattr(request, name), field(message, name))
+    for name in OVERRIDES:
+        assert (getattr(message, name) if message.HasField(name) else None) == getattr(request, name)
 
 
 @given(requests())
@@ -100,6 +110,9 @@ def test_we_read_what_stock_protobuf_writes(request: WireRequest) -> None:
     for name in REQUEST_TENSORS:
         if getattr(request, name) is not None:
             getattr(message, name).CopyFrom(stock(getattr(request, name)))
+    for name in OVERRIDES:
+        if getattr(request, name) is not None:
+            setattr(message, name, getattr(request, name))
     ours = decode_forward_request(message.SerializeToString())
     for name, value in vars(request).items():
         if isinstance(value, torch.Tensor):
@@ -245,7 +258,7 @@ def test_keeping_the_counts_does_not_keep_the_answer() -> None:
     assert isinstance(answer, ForwardOutput)
     start = torch.frombuffer(data, dtype=torch.uint8).data_ptr()
     inside = {name for name in RESPONSE_TENSORS if start <= getattr(answer, name).data_ptr() < start + len(data)}
-    assert inside == {"hidden_states", "topk_ids", "topk_weights"}
+    assert inside == {"hidden_states", *ROUTING_TENSORS}
 
 
 def test_a_response_without_its_tensors_is_the_servers_mistake() -> None:
@@ -259,5 +272,8 @@ def test_only_what_the_wire_knows_is_sent() -> None:
         encode_forward_request(WireRequest(torch.zeros(1, 4, dtype=torch.float64)))
     with pytest.raises(InvalidRequest, match="layer is -1"):
         encode_forward_request(WireRequest(torch.zeros(1, 4), layer=-1))
+    for name, value in (("capacity_factor", "much"), ("noise", 1), ("seed", -1), ("seed", 2**64), ("seed", 0.5)):
+        with pytest.raises(InvalidRequest, match=f"{name} is {value!r}, which cannot be sent"):
+            encode_forward_request(WireRequest(torch.zeros(1, 4), **{name: value}))
     request = WireRequest(torch.zeros(1, 4), topk_ids=torch.zeros(1, 1), topk_weights=torch.ones(1, 1, dtype=torch.bfloat16))
     assert decode_forward_request(encode_forward_request(request)).topk_weights == torch.ones(1, 1)
