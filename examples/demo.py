@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import moeserve
-from moeserve.client import connect_experts
+from moeserve.client import connect_experts, load_model
 
 CHECKPOINT = Path(__file__).parent / "tiny-moe"
 PROMPT = "def __init__(self, other)"
@@ -41,14 +41,13 @@ def main() -> int:
     transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     local = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
-    remote = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32, experts_implementation="moeserve")
     inputs = tokenizer(PROMPT, return_tensors="pt")
 
     headline("1. Four expert hosts, each pinned to a (logical) GPU")
     with start_service() as service, moeserve.Client(service.target) as client:
         show_hosts(service)
         headline("2. Text, with every MoE layer answered over gRPC")
-        connect_experts(remote, client)
+        remote = load_model(CHECKPOINT, client, dtype=torch.float32)
         sequence = generate_and_compare(tokenizer, local, remote, inputs)
         headline("3. Where the tokens went")
         show_load(client)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moeserve import compat as compat
     from moeserve.background import BackgroundService, serve
-    from moeserve.client import AsyncClient, Client, connect_experts
+    from moeserve.client import AsyncClient, Client, connect_experts, load_model
     from moeserve.config import GatingConfig, ServiceConfig, load_config
     from moeserve.errors import (
         Cancelled,
@@ -34,6 +34,7 @@ _HOME = {
     "Client": "moeserve.client",
     "AsyncClient": "moeserve.client",
     "connect_experts": "moeserve.client",
+    "load_model": "moeserve.client",
     "GatingConfig": "moeserve.config",
     "ServiceConfig": "moeserve.config",
     "load_config": "moeserve.config",
@@ -81,6 +82,7 @@ __all__ = [
     "UnknownLayer",
     "connect_experts",
     "load_config",
+    "load_model",
     "route",
     "serve",
 ]

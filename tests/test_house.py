@@ -39,6 +39,7 @@ PUBLIC_NAMES = {
     "UnknownLayer",
     "connect_experts",
     "load_config",
+    "load_model",
     "route",
     "serve",
 }

@@ -15,8 +15,12 @@ from moeserve.wire import WireRequest, WireResponse
 
 if TYPE_CHECKING:
     from moeserve.client.hf import connect_experts
+    from moeserve.client.hf_loader import load_model
 
-__all__ = ["TLS", "AsyncClient", "Client", "LayerInfo", "WireRequest", "WireResponse", "connect_experts"]
+__all__ = ["TLS", "AsyncClient", "Client", "LayerInfo", "WireRequest", "WireResponse", "connect_experts", "load_model"]
+
+#: loaded on first use
+_NEEDS_TRANSFORMERS = {"connect_experts": "moeserve.client.hf", "load_model": "moeserve.client.hf_loader"}
 
 # transformers takes seconds to import: "moeserve" becomes known to it when somebody else does, at once if that has happened.
 wrapt.register_post_import_hook(lambda _: import_module("moeserve.client.hf"), "transformers.integrations.moe")
@@ -24,6 +28,6 @@ wrapt.register_post_import_hook(lambda _: import_module("moeserve.client.hf"), "
 
 def __getattr__(name: str) -> Any:
     # Only who uses it pays for importing transformers.
-    if name == "connect_experts":
-        return import_module("moeserve.client.hf").connect_experts
+    if name in _NEEDS_TRANSFORMERS:
+        return getattr(import_module(_NEEDS_TRANSFORMERS[name]), name)
     raise AttributeError(f"module 'moeserve.client' has no attribute {name!r}")
