@@ -75,7 +75,7 @@ def test_the_client_neither_reads_nor_holds_the_experts(tmp_path: Path) -> None:
     assert experts == 96 * 2**20
     with ServiceHarness({"model": {"checkpoint": tmp_path / "model"}}, "local", tmp_path) as service:
         command = [sys.executable, "-c", HOLDS, str(tmp_path / "model"), service.target]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
     assert run.returncode == 0, run.stderr
     grown, held = map(int, run.stdout.split())
     assert held == rest
