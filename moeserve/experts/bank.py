@@ -5,7 +5,8 @@ R rows received, N (row, expert) pairs, H hidden size, E experts held here (thei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -43,6 +44,16 @@ class ExpertBank:
         # A stack is one kernel call for all experts; made of the experts one by one, it never holds the weights twice.
         self._stack = Stack(experts, device) if device.type == "cuda" and can_stack(experts) else None
         self.experts: Sequence[Expert] = [expert.to(device) for expert in (everyone[len(experts) :] if self._stack else everyone)]
+
+    def replaced(self, changes: Mapping[int, Expert]) -> ExpertBank:
+        """A bank with other experts in the slots of `changes`; it shares the rest with this one."""
+        twin = copy.copy(self)
+        stacked = self.num_experts - len(self.experts)
+        if self._stack is not None:
+            twin._stack = self._stack.replaced({slot: expert for slot, expert in changes.items() if slot < stacked})
+        experts = enumerate(self.experts, start=stacked)
+        twin.experts = [changes[slot].to(self.device) if slot in changes else expert for slot, expert in experts]
+        return twin
 
     @torch.inference_mode()
     def run(

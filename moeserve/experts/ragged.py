@@ -5,12 +5,14 @@ N pairs sorted by expert, H hidden size, I intermediate size, E experts, G = 2I 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 
+from moeserve.errors import ConfigError
 from moeserve.experts.activations import activate
 from moeserve.experts.expert import Expert
 from moeserve.experts.feed_forward import FeedForward
@@ -37,6 +39,21 @@ class Stack:
         for slot, expert in enumerate(experts):
             for name, tensor in expert.tensors.items():
                 self._tensors[name][slot].copy_(tensor)
+
+    def replaced(self, changes: Mapping[int, Expert]) -> Stack:
+        """A stack of its own with other experts in the slots of `changes`. Raises ConfigError when one is of another shape."""
+        twin = copy.copy(self)
+        twin._tensors = {name: tensor.clone() for name, tensor in self._tensors.items()} if changes else self._tensors
+        for slot, expert in changes.items():
+            if not isinstance(expert, FeedForward) or {name: t.shape for name, t in expert.tensors.items()} != self._shapes:
+                raise ConfigError(f"the new expert of slot {slot} is of another kind or size than the one it replaces")
+            for name, tensor in expert.tensors.items():
+                twin._tensors[name][slot].copy_(tensor)
+        return twin
+
+    @property
+    def _shapes(self) -> dict[str, torch.Size]:
+        return {name: tensor.shape[1:] for name, tensor in self._tensors.items()}
 
     def __call__(self, rows: torch.Tensor, tokens_per_expert: Sequence[int]) -> torch.Tensor:
         """rows [N, H] bfloat16, those of each expert together -> [N, H] float32."""
