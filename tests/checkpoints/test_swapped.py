@@ -1,0 +1,67 @@
+"""New weights in place of old ones: which come from where, and what cannot replace what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moeserve import ConfigError, UnknownLayer, load_config
+from moeserve.checkpoints.swapped import Swap, swapped_layers
+from tests.checkpoints_on_disk import CONFIG, layer_tensors, write_folder
+from tests.stacked import stacked, whole
+
+LAYER = "model.layers.0.mlp"
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Two checkpoints of the same sizes."""
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        write_folder(tmp_path / name, CONFIG, {key: torch.randn(tensor.shape) for key, tensor in layer_tensors().items()})
+    return tmp_path / "old", tmp_path / "new"
+
+
+def test_some_experts_are_new_and_the_rest_is_as_it_was(folders: tuple[Path, Path]) -> None:
+    old, new = folders
+    (source,) = swapped_layers(load_config(old), [Swap(LAYER, new, frozenset({1, 3}))])
+    (before,), (after,) = swapped_layers(load_config(old), []), swapped_layers(load_config(new), [])
+    ids = [3, 0, 1, 2]
+    mixed, older, newer = (stacked(each.experts(whole(ids))) for each in (source, before, after))
+    for slot, expert in enumerate(ids):
+        assert torch.equal(mixed.down_proj[slot], (newer if expert in {1, 3} else older).down_proj[slot])
+    assert torch.equal(source.router().gate, before.router().gate)
+    assert sum(map(source.nbytes, whole(ids))) == sum(map(before.nbytes, whole(ids)))
+
+
+def test_a_whole_layer_brings_its_gate_and_swaps_follow_one_another(folders: tuple[Path, Path]) -> None:
+    old, new = folders
+    (source,) = swapped_layers(load_config(old), [Swap(LAYER, new), Swap(LAYER, old, frozenset({2}))])
+    (before,), (after,) = swapped_layers(load_config(old), []), swapped_layers(load_config(new), [])
+    assert torch.equal(source.router().gate, after.router().gate)
+    mixed = stacked(source.experts(whole(range(4)))).gate_up_proj
+    assert torch.equal(mixed[2], stacked(before.experts(whole([2]))).gate_up_proj[0])
+    assert torch.equal(mixed[:2], stacked(after.experts(whole([0, 1]))).gate_up_proj)
+
+
+def test_the_operators_changes_to_the_gate_stay(folders: tuple[Path, Path]) -> None:
+    old, new = folders
+    config = load_config({"model": {"checkpoint": old}, "layers": [{"gating": {"capacity_factor": 1.5}}]})
+    (source,) = swapped_layers(config, [Swap(LAYER, new)])
+    assert source.spec.gating.capacity_factor == 1.5
+
+
+def test_what_does_not_fit_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    old, new = folders
+    with pytest.raises(UnknownLayer, match=r"layer nowhere is not served; served: model\.layers\.0\.mlp"):
+        swapped_layers(load_config(old), [Swap("nowhere", new)])
+    with pytest.raises(ConfigError, match=r"has no expert 4; it has 0\.\.3"):
+        swapped_layers(load_config(old), [Swap(LAYER, new, frozenset({0, 4}))])
+    wide = {**CONFIG, "num_experts_per_tok": 1}
+    (tmp_path / "other").mkdir()
+    write_folder(tmp_path / "other", wide, layer_tensors())
+    with pytest.raises(ConfigError, match=r"/other: gating of layer model\.layers\.0\.mlp is .*; the served layer has"):
+        swapped_layers(load_config(old), [Swap(LAYER, tmp_path / "other", frozenset({0}))])
+    swapped_layers(load_config(old), [Swap(LAYER, tmp_path / "other")])
