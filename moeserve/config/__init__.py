@@ -5,6 +5,7 @@ from moeserve.config.load import load_config
 from moeserve.config.service import (
     Activation,
     BatchingConfig,
+    CommunicationConfig,
     Dtype,
     LayerConfig,
     ModelConfig,
@@ -20,6 +21,7 @@ from moeserve.config.spec import LayerSpec
 __all__ = [
     "Activation",
     "BatchingConfig",
+    "CommunicationConfig",
     "Dtype",
     "GatingConfig",
     "LayerConfig",

@@ -102,6 +102,15 @@ class BatchingConfig(Table):
     max_batch_tokens: int = Field(default=8192, ge=1)
     #: while the hosts are busy, how long a batch that is not full may wait for company
     max_batch_wait_ms: float = Field(default=0, ge=0)
+    #: into how many chunks of tokens a large batch is cut, so that hosts compute one while the frontend gathers and adds up others
+    micro_batches: int = Field(default=1, ge=1)
+
+
+class CommunicationConfig(Table):
+    """[communication]: how the rows of a batch reach the hosts."""
+
+    #: one message per host, per expert, per node (passed on within the node), or one in all (passed on from host to host)
+    pattern: Literal["all_to_all", "point_to_point", "hierarchical", "ring"] = "all_to_all"
 
 
 class ResilienceConfig(Table):
@@ -137,6 +146,7 @@ class ServiceConfig(Table):
     layers: Annotated[tuple[LayerConfig, ...], Field(strict=False)] = ()
     placement: PlacementConfig = PlacementConfig()
     batching: BatchingConfig = BatchingConfig()
+    communication: CommunicationConfig = CommunicationConfig()
     resilience: ResilienceConfig = ResilienceConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
     ray: RayConfig = RayConfig()

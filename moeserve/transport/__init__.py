@@ -15,12 +15,13 @@ from moeserve.transport.shm_channel import connect_unix
 from moeserve.transport.shm_source import ShmSource
 from moeserve.transport.tcp_channel import connect_tcp
 from moeserve.transport.tcp_source import TcpSource
-from moeserve.transport.wire import WorkShape
+from moeserve.transport.wire import Destination, PassOn, PeerLost, WorkShape
 from moeserve.transport.work import Work
 
 __all__ = [
     "Channel",
     "ChannelClosed",
+    "Destination",
     "FrontendKeys",
     "HostKeys",
     "KeyPair",
@@ -28,6 +29,8 @@ __all__ = [
     "Limits",
     "Listener",
     "Partial",
+    "PassOn",
+    "PeerLost",
     "Work",
     "WorkShape",
     "connect",
