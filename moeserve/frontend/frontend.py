@@ -14,6 +14,7 @@ from moeserve.config import ServiceConfig
 from moeserve.errors import DeadlineExceeded
 from moeserve.frontend.batcher import Batcher, TokenBudget
 from moeserve.frontend.compute import Compute
+from moeserve.frontend.exchange import Exchange
 from moeserve.frontend.forward import Forward
 from moeserve.frontend.link import HostLink, Resolve
 from moeserve.gating import Router
@@ -57,21 +58,18 @@ class Frontend:
         self._compute = Compute()
         self._batchers = [
             Batcher(
-                Forward(
-                    layer,
-                    source.spec,
-                    Router(source.gate(), source.spec.gating),
-                    placement,
-                    self._links,
-                    config.resilience,
-                    metrics,
-                    self._compute,
-                ).run,
+                self._forward(layer, source, config).run,
                 config.batching,
                 self._budget,
             )
             for layer, source in enumerate(sources)
         ]
+
+    def _forward(self, layer: int, source: LayerSource, config: ServiceConfig) -> Forward:
+        spec, metrics, compute = source.spec, self._metrics, self._compute
+        exchange = Exchange(layer, spec, self._placement.epoch, self._links, config.communication, config.resilience, metrics, compute)
+        router = Router(source.gate(), spec.gating)
+        return Forward(layer, spec, router, self._placement.layers[layer], exchange, config.batching.micro_batches, metrics, compute)
 
     async def start(self) -> None:
         """Connect to every host."""

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from moeserve.errors import MoEServeError
 from moeserve.metrics import Metrics
 from moeserve.stats import HostInfo
-from moeserve.transport import Channel, FrontendKeys, KeyPair, connect
+from moeserve.transport import Channel, FrontendKeys, KeyPair, Partial, connect
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +33,22 @@ class HostLink:
         self._channel: Channel | None = None
         self._connected = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
-        self.queue_tokens = metrics.host_queue_tokens.labels(name)
+        self._queue_tokens = metrics.host_queue_tokens.labels(name)
 
     @property
     def channel(self) -> Channel | None:
         """None while the host is down."""
-        return self._channel
+        return self._channel if self._channel is not None and not self._channel.closed.is_set() else None
+
+    @property
+    def node(self) -> str:
+        """Where the host is, or was when it was last seen."""
+        return self.info.node if self.info is not None else ""
+
+    def count_until(self, answered: asyncio.Future[Partial], rows: int) -> None:
+        """Has the gauge say that the host owes answers to `rows` more, until it has given them or nobody waits any longer."""
+        self._queue_tokens.inc(rows)
+        answered.add_done_callback(lambda _: self._queue_tokens.dec(rows))
 
     async def start(self) -> None:
         """Connect for the first time and stay connected until `close`."""
@@ -47,9 +57,10 @@ class HostLink:
 
     async def connected(self) -> Channel:
         """The channel, once there is one."""
-        while self._channel is None:
+        while (channel := self.channel) is None:
+            self._connected.clear()  # it may have closed a moment ago, before the keeper could say so
             await self._connected.wait()
-        return self._channel
+        return channel
 
     async def close(self) -> None:
         """Let go of the host."""

@@ -131,9 +131,7 @@ class Channel(ABC):
             )
         return Lease(shape, layout, self._arena.lend(self._block_bytes(layout)))
 
-    def send(
-        self, lease: Lease, *, layer: int, epoch: int, timeout_s: float, pass_on: PassOn = PassOn.NOTHING
-    ) -> asyncio.Future[Partial]:
+    def send(self, lease: Lease, *, layer: int, epoch: int, timeout_s: float, pass_on: PassOn = PassOn.NOTHING) -> asyncio.Future[Partial]:
         """Sends a filled lease, which is not to be written to afterwards; never blocks.
 
         The future raises ChannelClosed as soon as the host is gone, PeerLost when one is that the host passed rows on to, or the error

@@ -13,8 +13,8 @@ from moeserve import errors
 from moeserve.tensors import FLOAT_DTYPES
 from moeserve.transport.wire import (
     MAX_SENTENCE_BYTES,
-    Kind,
     Destination,
+    Kind,
     MalformedMessage,
     PassOn,
     PeerLost,
@@ -36,7 +36,7 @@ from moeserve.transport.wire import (
 
 counts = st.integers(1, 2**32 - 1)
 longs = st.integers(0, 2**64 - 1)
-shapes = st.builds(WorkShape, counts, counts, counts, st.sampled_from(list(FLOAT_DTYPES.values())))
+shapes = st.builds(WorkShape, counts, counts, counts, st.sampled_from(list(FLOAT_DTYPES.values())), st.just(0))
 headers = st.builds(WorkHeader, longs, st.integers(0, 2**32 - 1), longs, longs, shapes, longs, st.just(PassOn.NOTHING))
 ways = st.sampled_from([PassOn.FAN_OUT, PassOn.CHAIN])
 
