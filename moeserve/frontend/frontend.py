@@ -71,9 +71,9 @@ class Frontend:
         router = Router(source.gate(), spec.gating)
         return Forward(layer, spec, router, self._placement.layers[layer], exchange, config.batching.micro_batches, metrics, compute)
 
-    async def start(self) -> None:
-        """Connect to every host."""
-        await asyncio.gather(*(link.start() for link in self._links))
+    async def start(self, node: str) -> None:
+        """Connect to every host: through memory to those on `node`, where this process runs, over TCP to the others."""
+        await asyncio.gather(*(link.start(node) for link in self._links))
 
     async def close(self) -> None:
         """Let go of the hosts; requests that are still running fail."""

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from moeserve.errors import MoEServeError
 from moeserve.metrics import Metrics
 from moeserve.stats import HostInfo
-from moeserve.transport import Channel, FrontendKeys, KeyPair, Partial, connect
+from moeserve.transport import Channel, FrontendKeys, KeyPair, Partial, choose_endpoint, connect
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ class HostLink:
         self.name = name
         self.info: HostInfo | None = None
         self.restarts = 0
+        self._here = ""
         self._resolve = resolve
         self._keys = keys
         self._on_change = on_change
@@ -50,8 +51,9 @@ class HostLink:
         self._queue_tokens.inc(rows)
         answered.add_done_callback(lambda _: self._queue_tokens.dec(rows))
 
-    async def start(self) -> None:
-        """Connect for the first time and stay connected until `close`."""
+    async def start(self, here: str) -> None:
+        """Connect for the first time, from the node `here`, and stay connected until `close`."""
+        self._here = here
         await self._connect()
         self._keeper = asyncio.create_task(self._keep())
 
@@ -87,7 +89,8 @@ class HostLink:
             try:
                 self.info = await self._resolve()
                 keys = FrontendKeys(self._keys, self.info.public_key) if self.info.public_key else None
-                self._channel = await connect(self.info.endpoint, keys=keys)
+                endpoint = choose_endpoint(self.info.endpoints, is_same_node=self.info.node == self._here)
+                self._channel = await connect(endpoint, keys=keys)
             except MoEServeError as error:
                 # It died again before it was reached, or cannot come up at present: whoever needs it has a deadline of his own.
                 if str(error) != said:
