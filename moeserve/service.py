@@ -18,7 +18,7 @@ from moeserve.metrics import Metrics
 from moeserve.placement import plan_placement
 from moeserve.server import GrpcServer, check_exposure
 from moeserve.stats import HostInfo
-from moeserve.transport import KeyPair
+from moeserve.transport import KeyPair, choose_endpoint
 
 log = logging.getLogger(__name__)
 
@@ -79,9 +79,9 @@ class Service:
         self._progress(f"loading {sum(spec.num_experts for spec in specs)} experts of {len(specs)} layers on {len(fleet.names)} hosts")
         self._running.push_async_callback(fleet.stop)
         fleet.start(runtime.private_dir, keys.public)
-        await fleet.wait(self._host_ready)
+        await fleet.wait(partial(self._host_ready, runtime.node_id))
         self._running.push_async_callback(frontend.close)
-        await frontend.start()
+        await frontend.start(runtime.node_id)
 
     def _start_metrics(self, metrics: Metrics) -> int:
         address = (self._config.server.host, self._config.server.metrics_port)
@@ -98,10 +98,10 @@ class Service:
         self._running.callback(stop)
         return server.server_port
 
-    def _host_ready(self, info: HostInfo) -> None:
+    def _host_ready(self, here: str, info: HostInfo) -> None:
         self.hosts.append(info)
         gpus = f", CUDA_VISIBLE_DEVICES={info.cuda_visible_devices}" if info.cuda_visible_devices else ""
-        channel = info.endpoint.partition(":")[0]
+        channel = choose_endpoint(info.endpoints, is_same_node=info.node == here).partition(":")[0]
         self._progress(
             f"{info.name} ready on {info.device}{gpus}: {info.weights_bytes / 2**20:.1f} MiB, {info.num_threads} threads, "
             f"reached over {channel}, pid {info.pid} ({len(self.hosts)} of {self._config.placement.num_hosts})"

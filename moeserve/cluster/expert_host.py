@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import torch
 from moeserve.checkpoints import layer_sources
 from moeserve.config import ServiceConfig
 from moeserve.experts import ExpertBank
-from moeserve.host import HostLoop
+from moeserve.host import HostLoop, Relay
 from moeserve.placement import Placement
 from moeserve.stats import HostInfo
 from moeserve.transport import HostKeys, KeyPair, listen
@@ -33,7 +36,7 @@ class HostOrder:
 
 @dataclass(frozen=True)
 class FrontendAddress:
-    """The Ray node of the frontend, a folder for sockets there, and the public key it shows to hosts on other nodes."""
+    """The Ray node of the frontend, a private folder for sockets there, and the public key it shows to hosts on other nodes."""
 
     node: str
     socket_dir: Path
@@ -52,6 +55,9 @@ class ExpertHost:
         self._info: HostInfo | None = None
         self._loop: HostLoop | None = None
         self._thread: threading.Thread | None = None
+        self._directory: Mapping[int, HostInfo] = {}
+        self._relay: Relay | None = None
+        self._keys: HostKeys | None = None
 
     def start(self) -> HostInfo:
         """Load the experts and listen, once per incarnation. Raises ConfigError."""
@@ -59,11 +65,20 @@ class ExpertHost:
             self._info = self._start()
         return self._info
 
+    def meet(self, directory: Mapping[int, HostInfo]) -> None:
+        """All hosts by number as they are now: these, and the frontend, may talk to this one, and it may pass rows on to them."""
+        self._directory = directory
+        if self._relay is not None and self._keys is not None:
+            self._keys.allow({self._order.frontend.public_key, *(info.public_key for info in directory.values())})
+            self._relay.meet(directory)
+
     def stop(self) -> None:
-        """Finish the pass that is running and remove the socket."""
+        """Finish the pass that is running and remove the socket, and its folder with the last one."""
         if self._loop is not None and self._thread is not None:
             self._loop.stop()
             self._thread.join()
+            with suppress(OSError):
+                _socket_dir(self._order.frontend).rmdir()
 
     def _start(self) -> HostInfo:
         order = self._order
@@ -75,13 +90,16 @@ class ExpertHost:
         device = torch.device("cuda" if has_gpu and torch.cuda.is_available() else "cpu")
         banks = _load(order, device)
         keys = KeyPair.generate()
-        listener = listen(_endpoint(order), keys=HostKeys(keys, frozenset({order.frontend.public_key})))
-        self._loop = HostLoop(banks, listener)
+        self._keys = HostKeys(keys, frozenset())
+        listener = listen(*_endpoints(order.name, _socket_dir(order.frontend)), keys=self._keys)
+        self._relay = Relay(order.number, keys)
+        self.meet(self._directory)
+        self._loop = HostLoop(banks, listener, self._relay)
         self._thread = threading.Thread(target=_run, args=(self._loop, num_threads), name="expert-host", daemon=True)
         self._thread.start()
         return HostInfo(
             name=order.name,
-            endpoint=listener.endpoints[0],
+            endpoints=listener.endpoints,
             public_key=keys.public,
             node=ray.get_runtime_context().get_node_id(),
             pid=os.getpid(),
@@ -92,11 +110,22 @@ class ExpertHost:
         )
 
 
-def _endpoint(order: HostOrder) -> str:
-    """Shared memory beside the frontend, encrypted TCP from anywhere else."""
-    if ray.get_runtime_context().get_node_id() == order.frontend.node:
-        return f"unix:{order.frontend.socket_dir / order.name}-{os.getpid()}.sock"
-    return f"tcp://{ray.util.get_node_ip_address()}:0"
+def _socket_dir(frontend: FrontendAddress) -> Path:
+    """A private folder on this node: the frontend's own if it is here, otherwise one of the same name, which the first host makes."""
+    if ray.get_runtime_context().get_node_id() == frontend.node:
+        return frontend.socket_dir
+    folder = Path(tempfile.gettempdir(), frontend.socket_dir.name)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def _endpoints(name: str, socket_dir: Path) -> list[str]:
+    """Shared memory for everybody on this node, and encrypted TCP when there is another node."""
+    for left_behind in socket_dir.glob(f"{name}-*.sock"):
+        left_behind.unlink(missing_ok=True)  # by an incarnation that was killed
+    unix = f"unix:{socket_dir / name}-{os.getpid()}.sock"
+    is_only_node = sum(node["Alive"] for node in ray.nodes()) == 1
+    return [unix] if is_only_node else [unix, f"tcp://{ray.util.get_node_ip_address()}:0"]
 
 
 def _run(loop: HostLoop, num_threads: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 _RETRY_S = 0.1
 _STOP_TIMEOUT_S = 5.0
+_MEET_TIMEOUT_S = 5.0
 
 
 class Fleet:
@@ -31,6 +32,7 @@ class Fleet:
         self._config = config
         self._placement = placement
         self._actors: list[ActorHandle[ExpertHost]] = []
+        self._directory: dict[int, HostInfo] = {}
         self.names = [f"host-{number}" for number in range(placement.num_hosts)]
 
     def start(self, socket_dir: Path, frontend_key: str) -> None:
@@ -71,6 +73,7 @@ class Fleet:
         while True:
             try:
                 info: HostInfo = await self._actors[number].start.remote()
+                await self._introduce(number, info)
                 return info
             except ActorUnavailableError:
                 await asyncio.sleep(_RETRY_S)
@@ -78,6 +81,16 @@ class Fleet:
                 raise ExpertUnavailable(f"{self.names[number]} is gone for good: {str(error).splitlines()[0]}") from None
             except RayTaskError as error:
                 raise error.cause from None
+
+    async def _introduce(self, number: int, info: HostInfo) -> None:
+        """Tells all hosts of all hosts, once all have been found, and again of every new incarnation."""
+        if self._directory.get(number) == info:
+            return
+        self._directory[number] = info
+        if len(self._directory) < len(self._actors):
+            return
+        meetings = [asyncio.ensure_future(_met(actor.meet.remote(self._directory))) for actor in self._actors]
+        await asyncio.wait(meetings, timeout=_MEET_TIMEOUT_S)
 
     async def stop(self) -> None:
         """Stop the hosts, whatever state they are in."""
@@ -87,6 +100,15 @@ class Fleet:
         for actor in self._actors:
             ray.kill(actor)
         self._actors.clear()
+        self._directory.clear()
+
+
+async def _met(meeting: Awaitable[None]) -> None:
+    try:
+        await meeting
+    except RayActorError as error:
+        # A host that is gone is introduced when it is found again; until then rows are sent to each host directly.
+        log.info("a host missed who the others are: %s", str(error).splitlines()[0])
 
 
 def check_resources(placement: PlacementConfig) -> None:

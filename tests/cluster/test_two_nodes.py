@@ -1,4 +1,4 @@
-"""Hosts on another node are reached over encrypted TCP."""
+"""Hosts on another node are reached over encrypted TCP, each node by one message; what is for its other hosts stays on the node."""
 
 from __future__ import annotations
 
@@ -19,4 +19,6 @@ def test_a_service_over_two_nodes() -> None:
     run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, env=environment, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "reached over unix" in run.stdout and "reached over tcp" in run.stdout
-    assert "nodes 2" in run.stdout
+    assert "nodes 2 hosts on the first 2" in run.stdout
+    assert "messages 2.0" in run.stdout and "retries 0.0" in run.stdout
+    assert "left behind 0" in run.stdout
