@@ -15,7 +15,7 @@ from moeserve.experts import ExpertBank
 from moeserve.output import ForwardOutput
 from moeserve.request import LayerRequest
 from tests.frontend.test_failure import gone, until
-from tests.harness import CHANNELS, Killed, Kind, ServiceHarness, ThreadedHost
+from tests.harness import CHANNELS, Killed, Kind, ServiceHarness, ThreadedHost, assert_same
 
 LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8}
 HOSTS = 4
@@ -61,7 +61,7 @@ def test_a_host_killed_in_the_middle(kind: Kind, pattern: str, victim: int, tmp_
     hidden_states = torch.randn(40, 16)
     expected = MoELayer(**LAYER)(hidden_states)
     with ServiceHarness(config(pattern), kind, tmp_path, ["a", "a", "b", "b"]) as service, ThreadPoolExecutor() as pool:
-        torch.testing.assert_close(ask(service, hidden_states).hidden_states, expected, rtol=1e-5, atol=1e-6)
+        assert_same(ask(service, hidden_states).hidden_states, expected)
         held = Held(service.hosts[victim])
         held.kills = True
         answers = [pool.submit(ask, service, hidden_states) for _ in range(3)]
@@ -70,10 +70,10 @@ def test_a_host_killed_in_the_middle(kind: Kind, pattern: str, victim: int, tmp_
         service.call(gone(service, victim))
         service.hosts[victim].start()
         for answer in answers:
-            torch.testing.assert_close(answer.result(timeout=30).hidden_states, expected, rtol=1e-5, atol=1e-6)
+            assert_same(answer.result(timeout=30).hidden_states, expected)
         service.call(until(lambda: service.frontend.stats().hosts[victim].up))
         before = service.metrics.registry.get_sample_value("moeserve_expert_retries_total", {"reason": "host_lost"})
-        torch.testing.assert_close(ask(service, hidden_states).hidden_states, expected, rtol=1e-5, atol=1e-6)
+        assert_same(ask(service, hidden_states).hidden_states, expected)
         after = service.metrics.registry.get_sample_value("moeserve_expert_retries_total", {"reason": "host_lost"})
         assert before is not None and before > 0 and after == before, "the new incarnation has been introduced to the others"
 
@@ -85,7 +85,7 @@ def test_hosts_that_have_not_met_are_asked_directly(pattern: str, tmp_path: Path
         for host in service.hosts:
             host.relay.meet({})
         out = ask(service, hidden_states)
-        torch.testing.assert_close(out.hidden_states, MoELayer(**LAYER)(hidden_states), rtol=1e-5, atol=1e-6)
+        assert_same(out.hidden_states, MoELayer(**LAYER)(hidden_states))
         assert service.metrics.registry.get_sample_value("moeserve_expert_retries_total", {"reason": "host_lost"}) == HOSTS
         assert service.metrics.registry.get_sample_value("moeserve_messages_total", {"pattern": "all_to_all"}) == HOSTS
 
@@ -114,7 +114,7 @@ def test_a_host_that_hangs_ends_at_the_deadline_and_its_neighbours_go_on(pattern
         assert service.call(service.frontend.forward(0, request)).processed.sum() == 4
         held.go.set()
         hidden_states = torch.randn(40, 16)
-        torch.testing.assert_close(ask(service, hidden_states).hidden_states, MoELayer(**LAYER)(hidden_states), rtol=1e-5, atol=1e-6)
+        assert_same(ask(service, hidden_states).hidden_states, MoELayer(**LAYER)(hidden_states))
 
 
 def test_a_host_that_dies_while_the_frontend_looks_away_does_not_stop_it(tmp_path: Path) -> None:

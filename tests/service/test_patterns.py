@@ -12,7 +12,7 @@ from moeserve import MoELayer
 from moeserve.frontend import part
 from moeserve.frontend.patterns import PATTERNS
 from moeserve.request import LayerRequest
-from tests.harness import CHANNELS, ServiceHarness
+from tests.harness import CHANNELS, ServiceHarness, assert_same
 
 TOKENS = (0, 1, 7, 300)
 NODES = {1: ["a"], 3: ["a", "b", "b"], 4: ["a", "b", "a", "b"]}
@@ -38,7 +38,7 @@ def assert_same_as_in_one_process(service: ServiceHarness, local: MoELayer, num_
     hidden_states = torch.randn(num_tokens, local.spec.hidden_size, generator=torch.Generator().manual_seed(num_tokens))
     out = service.call(service.frontend.forward(0, LayerRequest(hidden_states)))
     expected = local.run(hidden_states)
-    torch.testing.assert_close(out.hidden_states, expected.hidden_states, rtol=1e-5, atol=1e-6)
+    assert_same(out.hidden_states, expected.hidden_states)
     assert torch.equal(out.processed, expected.processed)
     return out.processed
 
