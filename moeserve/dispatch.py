@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moeserve.config import CopyChoice
 from moeserve.placement import LayerPlacement, choose_copies
-from moeserve.placement.copies import CopyChoice
 
 Integers = npt.NDArray[np.integer]
 Floats = npt.NDArray[np.float32]

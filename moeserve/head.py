@@ -14,7 +14,6 @@ import torch
 from moeserve.checkpoints import LayerSource, load_bank
 from moeserve.dispatch import Dispatch, Hosts, HostWork, SharedWork, permute, plan
 from moeserve.experts import ExpertBank
-from moeserve.gating import BatchRouting
 from moeserve.placement import LayerPlacement
 
 log = logging.getLogger(__name__)
@@ -51,7 +50,9 @@ class LayerHead:
 
     def plan(
         self,
-        routing: BatchRouting,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        kept: torch.Tensor,
         hidden_states: torch.Tensor,
         used_token: torch.Tensor | None,
         placement: LayerPlacement,
@@ -59,30 +60,30 @@ class LayerHead:
         *,
         is_routed: bool = False,
     ) -> Planned:
-        """hidden_states [T, H], used_token [T] bool or None.
+        """topk_ids [T, K] int64, topk_weights [T, K] float32, kept [T, K] bool, hidden_states [T, H], used_token [T] bool or None.
 
         is_routed: the callers chose the experts themselves, and get these alone, without the shared one.
         """
-        ids, weights, kept = routing.topk_ids, routing.topk_weights, routing.kept
         shared = None
         if self._mixer is not None and not is_routed:
             routed, share = self._mixer(hidden_states)
-            weights = weights if routed is None else weights * routed[:, None]
+            topk_weights = topk_weights if routed is None else topk_weights * routed[:, None]
             shared = SharedWork(share, used_token)
-        return Planned(ids, weights, kept, plan(ids, weights, kept, placement, hosts, shared), shared)
+        dispatch = plan(topk_ids, topk_weights, kept, placement, hosts, shared)
+        return Planned(topk_ids, topk_weights, kept, dispatch, shared)
 
     def finish(self, total: torch.Tensor, hidden_states: torch.Tensor, planned: Planned) -> torch.Tensor:
-        """Add to the hosts' answers [T, H] float32, in place, what needs no host."""
+        """The hosts' answers [T, H] float32, and added to them what needs no host."""
         if self.spec.identity_experts:
             first = self.spec.num_hosted_experts
             is_identity = planned.kept & (planned.topk_ids >= first) & (planned.topk_ids < first + self.spec.identity_experts)
-            total += hidden_states.float() * (planned.topk_weights * is_identity).sum(dim=1, keepdim=True)
+            total = total + hidden_states.float() * (planned.topk_weights * is_identity).sum(dim=1, keepdim=True)
         alone = planned.dispatch.alone
         if planned.shared is not None and len(alone):
             answer = torch.empty(len(alone), self.spec.hidden_size)
             rows, slots = torch.arange(len(alone)), torch.zeros(len(alone), dtype=torch.int32)
             self._shared_expert.run(permute(hidden_states, alone), rows, slots, planned.shared.weights[alone], out=answer)
-            total.index_copy_(0, alone, answer + total[alone])
+            total = total.index_add(0, alone, answer)
         return total
 
     @cached_property

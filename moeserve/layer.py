@@ -128,7 +128,8 @@ class MoELayer:
             self.router, hidden_states, [request.num_tokens], used_token, topk_ids, topk_weights, token_ids, request.overrides
         )
         answers = []
-        planned = self.head.plan(routing, hidden_states, used_token, self._placement, is_routed=request.is_routed)
+        choices = routing.topk_ids, routing.topk_weights, routing.kept
+        planned = self.head.plan(*choices, hidden_states, used_token, self._placement, is_routed=request.is_routed)
         for work in planned.works:
             partial = torch.empty(len(work.rows), self.spec.hidden_size)
             self.bank.run(permute(hidden_states, work.rows), work.row_index, work.slots, work.weights, out=partial)
@@ -157,7 +158,7 @@ def route_batch(
     return apply_choices(topk_ids, topk_weights, router.num_experts, gating, request_sizes, used_token)
 
 
-def to_output(routing: Routing, hidden_states: torch.Tensor, return_routing: bool) -> ForwardOutput:
+def to_output(routing: Routing, hidden_states: torch.Tensor, return_routing: bool, revision: int = 1) -> ForwardOutput:
     """What the caller of one request gets to see."""
     return ForwardOutput(
         hidden_states=hidden_states,
@@ -166,6 +167,7 @@ def to_output(routing: Routing, hidden_states: torch.Tensor, return_routing: boo
         dropped=routing.dropped,
         dropped_tokens=routing.dropped_tokens,
         aux_loss=routing.aux_loss,
+        model_revision=revision,
         z_loss=routing.z_loss,
         topk_ids=routing.topk_ids if return_routing else None,
         topk_weights=routing.topk_weights if return_routing else None,

@@ -41,6 +41,7 @@ class ForwardOutput:
     slots          [T, K]  int64, the row of the choice among those its expert takes from the capacity group, -1 where not computed;
                            only when asked for
     drop_reasons   [T, K]  int32, 0 where not dropped, else a key of DROP_REASONS; only when asked for
+    model_revision         1 = the weights the layer was deployed with, one more for every swap since; one for the whole answer
     """
 
     hidden_states: torch.Tensor
@@ -54,6 +55,7 @@ class ForwardOutput:
     topk_weights: torch.Tensor | None = None
     slots: torch.Tensor | None = None
     drop_reasons: torch.Tensor | None = None
+    model_revision: int = 1
 
     @property
     def drops(self) -> list[Drop] | None:

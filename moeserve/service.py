@@ -16,9 +16,10 @@ from moeserve.errors import ConfigError
 from moeserve.frontend import Frontend
 from moeserve.metrics import Metrics
 from moeserve.placement import plan_placement
+from moeserve.release import Release
 from moeserve.server import GrpcServer, check_exposure
 from moeserve.stats import HostInfo
-from moeserve.transport import KeyPair
+from moeserve.transport import KeyPair, choose_endpoint
 
 log = logging.getLogger(__name__)
 
@@ -59,13 +60,13 @@ class Service:
         check_exposure(config.server)
         sources = layer_sources(config)
         specs = [source.spec for source in sources]
-        placement = plan_placement(specs, config.placement)
-        self._config = config = _with_num_hosts(config, placement.num_hosts)
+        release = Release(plan_placement(specs, config.placement))
+        self._config = config = _with_num_hosts(config, release.placement.num_hosts)
         metrics = Metrics(specs, config.observability.expert_detail)
         runtime = RayRuntime(config.ray, config.placement)
-        fleet, keys = Fleet(config, placement), KeyPair.generate()
+        fleet, keys = Fleet(config, release), KeyPair.generate()
         hosts = [(name, partial(fleet.find, number)) for number, name in enumerate(fleet.names)]
-        frontend = Frontend(sources, placement, hosts, config, metrics, _model_name(config), self._health_changed, keys)
+        frontend = Frontend(sources, release, hosts, config, metrics, _model_name(config), self._health_changed, keys)
 
         self._progress("starting Ray" if config.ray.address is None else f"joining Ray at {config.ray.address}")
         self._running.callback(runtime.stop)
@@ -80,9 +81,9 @@ class Service:
         self._progress(f"loading {sum(spec.num_experts for spec in specs)} experts of {len(specs)} layers on {len(fleet.names)} hosts")
         self._running.push_async_callback(fleet.stop)
         fleet.start(runtime.private_dir, keys.public)
-        await fleet.wait(self._host_ready)
+        await fleet.wait(partial(self._host_ready, runtime.node_id))
         self._running.push_async_callback(frontend.close)
-        await frontend.start()
+        await frontend.start(runtime.node_id)
 
     def _start_metrics(self, metrics: Metrics) -> int:
         address = (self._config.server.host, self._config.server.metrics_port)
@@ -99,10 +100,10 @@ class Service:
         self._running.callback(stop)
         return server.server_port
 
-    def _host_ready(self, info: HostInfo) -> None:
+    def _host_ready(self, here: str, info: HostInfo) -> None:
         self.hosts.append(info)
         gpus = f", CUDA_VISIBLE_DEVICES={info.cuda_visible_devices}" if info.cuda_visible_devices else ""
-        channel = info.endpoint.partition(":")[0]
+        channel = choose_endpoint(info.endpoints, is_same_node=info.node == here).partition(":")[0]
         self._progress(
             f"{info.name} ready on {info.device}{gpus}: {info.weights_bytes / 2**20:.1f} MiB, {info.num_threads} threads, "
             f"reached over {channel}, pid {info.pid} ({len(self.hosts)} of {self._config.placement.num_hosts})"

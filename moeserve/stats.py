@@ -48,12 +48,13 @@ class ServiceStats:
 class HostInfo:
     """What a host says of itself once it is ready.
 
-    `endpoint` is where its listener is reached, `public_key` (Z85) whom to expect there when that is over TCP;
+    `endpoints` are where its listener is reached, `public_key` (Z85) whom to expect there when that is over TCP ("" = without keys);
+    `node` is the Ray node it runs on;
     `cuda_visible_devices` is what Ray set for its process ("" = no GPU granted).
     """
 
     name: str
-    endpoint: str
+    endpoints: tuple[str, ...]
     public_key: str
     node: str
     pid: int

@@ -134,7 +134,7 @@ def encode_forward_response(request_id: str, result: ForwardOutput | MoEServeErr
     if isinstance(result, MoEServeError):
         error = pb.Error(code=result.code.value[0], message=str(result))
         return pb.ForwardResponse(request_id=request_id, error=error).SerializeToString()
-    small = pb.ForwardResponse(request_id=request_id, aux_loss=result.aux_loss, z_loss=result.z_loss)
+    small = pb.ForwardResponse(request_id=request_id, aux_loss=result.aux_loss, z_loss=result.z_loss, model_revision=result.model_revision)
     return _encode(small, {name: getattr(result, name) for name in _TENSOR_FIELDS[pb.ForwardResponse].values()})
 
 
@@ -150,7 +150,9 @@ def decode_forward_response(data: bytes) -> WireResponse:
             raise InvalidRequest(f"it has no {', '.join(sorted(missing))}")
     except InvalidRequest as error:
         raise MoEServeError(f"the server's answer cannot be read: {error}") from None
-    return WireResponse(small.request_id, ForwardOutput(aux_loss=small.aux_loss, z_loss=small.z_loss, **tensors))
+    return WireResponse(
+        small.request_id, ForwardOutput(aux_loss=small.aux_loss, z_loss=small.z_loss, model_revision=small.model_revision or 1, **tensors)
+    )
 
 
 def _encode(small: Message, tensors: Mapping[str, torch.Tensor | None]) -> bytes:

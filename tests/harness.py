@@ -4,32 +4,77 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
-from moeserve.checkpoints import layer_sources, load_bank
-from moeserve.config import load_config
+import torch
+
+from moeserve.checkpoints import layer_sources
+from moeserve.config import ServiceConfig, load_config
 from moeserve.experts import ExpertBank
-from moeserve.frontend import Frontend
-from moeserve.host import HostLoop
+from moeserve.frontend import Frontend, Rollout
+from moeserve.host import Holdings, HostLoop, Relay
 from moeserve.metrics import Metrics
 from moeserve.placement import plan_placement
+from moeserve.release import Release
 from moeserve.server import GrpcServer
 from moeserve.stats import HostInfo
-from moeserve.transport import KeyPair, listen
+from moeserve.transport import HostKeys, KeyPair, Work, listen
 
 Result = TypeVar("Result")
 Kind = Literal["local", "shm", "tcp"]
 CHANNELS: tuple[Kind, ...] = ("local", "shm", "tcp")
 
 
-class ThreadedHost:
-    """One expert host in a thread; `restart` gives it a new endpoint, as a new process would have."""
+def assert_same(answer: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for the order of float32 sums, which single elements near zero feel more than any fixed tolerance allows."""
+    assert answer.shape == expected.shape
+    assert (answer - expected).norm() <= 1e-6 * expected.norm()
 
-    def __init__(self, number: int, kind: Kind, folder: Path, banks: Mapping[int, ExpertBank]) -> None:
-        self.number, self._kind, self._folder, self._banks = number, kind, folder, banks
+
+class Killed(BaseException):
+    """Raised by a bank under a test's hand: the host is gone, in the middle of a pass."""
+
+
+class CountingLoop(HostLoop):
+    """Counts the messages that arrive, and may die as a killed process does: without a word."""
+
+    received = 0
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except Killed:
+            self._listener.close()
+            assert self._relay is not None
+            self._relay.close()
+
+    def _serve(self, layer: int, bank: ExpertBank | None, works: Sequence[Work]) -> None:
+        self.received += len(works)
+        super()._serve(layer, bank, works)
+
+
+class ThreadedHost:
+    """One expert host in a thread; `start` after `stop` gives it a new endpoint, as a new process would have.
+
+    On a `node` other than the frontend's it is reached over TCP with keys. `on_start` is told of every incarnation.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        kind: Kind,
+        folder: Path,
+        config: ServiceConfig,
+        releases: list[Release],
+        node: str,
+        frontend_key: str,
+        on_start: Callable[[], None],
+    ) -> None:
+        self.number, self._kind, self._folder, self._config, self._releases, self.node = number, kind, folder, config, releases, node
+        self._frontend_key, self._on_start = frontend_key, on_start
         self._incarnation = 0
         self._loop_of_service = asyncio.get_running_loop()
         self._up = asyncio.Event()
@@ -39,35 +84,52 @@ class ThreadedHost:
         self._incarnation += 1
         name = f"host-{self.number}-{self._incarnation}"
         endpoint = {"local": f"local:{self._folder}/{name}", "shm": f"unix:{self._folder}/{name}.sock", "tcp": "tcp://127.0.0.1:0"}
-        listener = listen(endpoint[self._kind])
-        self.endpoint = listener.endpoints[0]
-        self._loop = HostLoop(self._banks, listener)
-        self._thread = threading.Thread(target=self._loop.run)
+        own = KeyPair.generate()
+        self.keys = HostKeys(own, frozenset({self._frontend_key}))
+        listener = listen(*dict.fromkeys((endpoint[self._kind], endpoint["tcp"])), keys=self.keys)
+        self.info = HostInfo(f"host-{self.number}", listener.endpoints, own.public, self.node, 0, "cpu", "", 1, 0)
+        self.relay = Relay(self.number, own)
+        self.holdings = Holdings(self._config, self.number, torch.device("cpu"))
+        for release in self._releases:
+            self.holdings.take(release)
+        self.loop = CountingLoop(self.holdings.shelf, listener, self.relay)
+        self._thread = threading.Thread(target=self.loop.run)
         self._thread.start()
         self.is_up = True
+        self._on_start()
         self._loop_of_service.call_soon_threadsafe(self._up.set)
+
+    def meet(self, directory: Mapping[int, HostInfo]) -> None:
+        self.keys.allow({self._frontend_key, *(info.public_key for info in directory.values())})
+        self.relay.meet(directory)
 
     def stop(self) -> None:
         self.is_up = False
         self._loop_of_service.call_soon_threadsafe(self._up.clear)
-        self._loop.stop()
+        self.loop.stop()
         self._thread.join()
 
     async def find(self) -> HostInfo:
         await self._up.wait()
-        return HostInfo(f"host-{self.number}", self.endpoint, "", "this-node", 0, "cpu", "", 1, 0)
+        return self.info
 
 
 class ServiceHarness:
-    """`with ServiceHarness(config, kind, tmp_path) as service: Client(service.target)`."""
+    """`with ServiceHarness(config, kind, tmp_path) as service: Client(service.target)`.
 
-    def __init__(self, config: Mapping[str, Any], kind: Kind, folder: Path) -> None:
+    `nodes` says where each host is; the frontend is on the first host's node.
+    """
+
+    def __init__(self, config: Mapping[str, Any], kind: Kind, folder: Path, nodes: Sequence[str] = ()) -> None:
         self.config = load_config({"server": {"port": 0}, **config})
         self.sources = layer_sources(self.config)
         specs = [source.spec for source in self.sources]
         self.metrics = Metrics(specs, self.config.observability.expert_detail)
         self.placement = plan_placement(specs, self.config.placement)
+        self._releases = [Release(self.placement)]
         self._kind, self._folder = kind, folder
+        self.nodes = nodes or ["this-node"] * self.placement.num_hosts
+        self._keys = KeyPair.generate()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self.hosts: list[ThreadedHost] = []
@@ -94,19 +156,38 @@ class ServiceHarness:
 
     async def _start(self) -> None:
         for number in range(self.placement.num_hosts):
-            banks = {
-                layer: load_bank(source, held)
-                for layer, source in enumerate(self.sources)
-                if (held := self.placement.layers[layer].shards_on(number))
-            }
-            self.hosts.append(ThreadedHost(number, self._kind, self._folder, banks))
+            node = self.nodes[number]
+            self.hosts.append(
+                ThreadedHost(number, self._kind, self._folder, self.config, self._releases, node, self._keys.public, self.introduce)
+            )
+        self.introduce()
         found = [(f"host-{host.number}", host.find) for host in self.hosts]
-        self.frontend = Frontend(
-            self.sources, self.placement, found, self.config, self.metrics, "model", self._on_health, KeyPair.generate()
-        )
+        self.frontend = Frontend(self.sources, self._releases[0], found, self.config, self.metrics, "model", self._on_health, self._keys)
+        self.rollout = Rollout(self.config, self._releases[0], self, self.frontend)
         self.server = GrpcServer(self.frontend, self.config.server, self.metrics.observe_call)
         self.target = f"127.0.0.1:{await self.server.start()}"
-        await self.frontend.start()
+        await self.frontend.start(self.nodes[0])
+
+    async def take(self, release: Release) -> None:
+        self._releases.append(release)
+        for host in self.hosts:
+            await asyncio.to_thread(host.holdings.take, release)
+
+    async def withdraw(self, epoch: int) -> None:
+        self._releases[:] = [release for release in self._releases if release.epoch < epoch]
+        for host in self.hosts:
+            host.holdings.withdraw(epoch)
+
+    async def retire(self, epoch: int) -> None:
+        self._releases[:] = [release for release in self._releases if release.epoch >= epoch]
+        for host in self.hosts:
+            host.holdings.retire(epoch)
+
+    def introduce(self) -> None:
+        """Every host learns where all of them are now."""
+        directory = {host.number: host.info for host in self.hosts}
+        for host in self.hosts:
+            host.meet(directory)
 
     def _on_health(self, layer: int, healthy: bool) -> None:
         self.server.set_serving(layer, healthy)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 from moeserve.config import Activation
-from moeserve.experts import Expert, ExpertShard, FeedForward
+from moeserve.experts import Expert, ExpertBank, ExpertShard, FeedForward
+from moeserve.host import Shelf
 
 
 class Stacked(NamedTuple):
@@ -28,6 +29,14 @@ def stacked(experts: Sequence[Expert]) -> Stacked:
     parts = [expert for expert in experts if isinstance(expert, FeedForward)]
     assert len(parts) == len(experts) > 0
     return Stacked(**{name: torch.stack([getattr(expert, name) for expert in parts]) for name in parts[0].tensors})
+
+
+def shelf_of(banks: Mapping[int, ExpertBank]) -> Shelf:
+    """Banks by layer number, valid at every epoch."""
+    shelf = Shelf()
+    for layer, bank in banks.items():
+        shelf.put(layer, 0, bank)
+    return shelf
 
 
 def whole(expert_ids: Iterable[int]) -> list[ExpertShard]:

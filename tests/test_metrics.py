@@ -41,6 +41,7 @@ def busy(detail: ExpertDetail) -> Metrics:
     metrics.host_queue_tokens.labels("host-0").set(4)
     metrics.host_restarts.inc()
     metrics.expert_retries.labels("host_lost").inc()
+    metrics.messages.labels("ring").inc()
     metrics.aux_loss.labels("layers.0").set(1.5)
     return metrics
 
@@ -61,6 +62,7 @@ def test_names_and_labels_are_the_documented_ones() -> None:
         "moeserve_host_queue_tokens": {"host"},
         "moeserve_host_restarts_total": set(),
         "moeserve_expert_retries_total": {"reason"},
+        "moeserve_messages_total": {"pattern"},
         "moeserve_aux_loss": {"layer"},
     }
     series = scraped(busy("full"))

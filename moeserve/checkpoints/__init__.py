@@ -2,5 +2,6 @@
 
 from moeserve.checkpoints.resolve import layer_sources
 from moeserve.checkpoints.source import LayerSource, bank_bytes, load_bank
+from moeserve.checkpoints.swapped import Swap, swapped_layers
 
-__all__ = ["LayerSource", "bank_bytes", "layer_sources", "load_bank"]
+__all__ = ["LayerSource", "Swap", "bank_bytes", "layer_sources", "load_bank", "swapped_layers"]

@@ -35,21 +35,21 @@ def swapped_layers(config: ServiceConfig, swaps: Sequence[Swap]) -> list[LayerSo
         if swap.layer not in names:
             raise UnknownLayer(f"layer {swap.layer} is not served; served: {', '.join(names)}")
         number = names.index(swap.layer)
-        sources[number] = SwappedLayer(sources[number], _newer(config, swap), swap)
+        sources[number] = SwappedLayer(sources[number], _newer(config, swap, sources[number].spec), swap)
     return sources
 
 
-def _newer(config: ServiceConfig, swap: Swap) -> LayerSource:
-    """The layer of that name in the new folder, with the operator's changes to its gate."""
+def _newer(config: ServiceConfig, swap: Swap, served: LayerSpec) -> LayerSource:
+    """The layer of that name in the new folder, in the served dtype, with the operator's changes to its gate."""
     changes = tuple(LayerConfig(name=layer.name, gating=layer.gating) for layer in config.layers if layer.name in {None, swap.layer})
-    model = config.model.model_copy(update={"checkpoint": swap.checkpoint, "layers": (swap.layer,)})
+    model = config.model.model_copy(update={"checkpoint": swap.checkpoint, "layers": (swap.layer,), "dtype": served.dtype})
     (source,) = layer_sources(config.model_copy(update={"model": model, "layers": changes}))
     return source
 
 
 @dataclass(frozen=True)
 class SwappedLayer:
-    """`newer` where the swap says so, `older` elsewhere; both are of the same sizes. Raises ConfigError when they are not."""
+    """`newer` where the swap says so, `older` elsewhere. Raises ConfigError when they differ in more than weights."""
 
     older: LayerSource
     newer: LayerSource
@@ -59,7 +59,7 @@ class SwappedLayer:
         old, new = self.older.spec, self.newer.spec
         for field in fields(LayerSpec):
             before, after = getattr(old, field.name), getattr(new, field.name)
-            if before != after and (field.name not in {"gating", "dtype"} or self.swap.experts is not None):
+            if before != after:
                 raise ConfigError(f"{self.swap.checkpoint}: {field.name} of layer {new.name} is {after}; the served layer has {before}")
         unknown = sorted(expert for expert in self.swap.experts or () if expert not in range(old.num_hosted_experts))
         if unknown:

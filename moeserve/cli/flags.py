@@ -12,7 +12,7 @@ import typer
 
 from moeserve.config import ServiceConfig
 
-_TABLES = ("server", "model", "placement", "batching", "resilience", "observability", "ray")
+_TABLES = ("server", "model", "placement", "batching", "communication", "resilience", "observability", "ray")
 Overrides = dict[str, dict[str, Any]]
 
 

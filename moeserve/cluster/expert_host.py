@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,29 +14,26 @@ import ray
 import ray.util
 import torch
 
-from moeserve.checkpoints import layer_sources, load_bank
 from moeserve.config import ServiceConfig
-from moeserve.experts import ExpertBank
-from moeserve.host import HostLoop
-from moeserve.placement import Placement
+from moeserve.host import Holdings, HostLoop, Relay
+from moeserve.release import Release
 from moeserve.stats import HostInfo
 from moeserve.transport import HostKeys, KeyPair, listen
 
 
 @dataclass(frozen=True)
 class HostOrder:
-    """Everything a host needs to know to come up, again and again: who it is, what it holds, whom it works for."""
+    """What a host needs to know to come up, again and again: who it is and whom it works for."""
 
     name: str
     number: int
     config: ServiceConfig
-    placement: Placement
     frontend: FrontendAddress
 
 
 @dataclass(frozen=True)
 class FrontendAddress:
-    """The Ray node of the frontend, a folder for sockets there, and the public key it shows to hosts on other nodes."""
+    """The Ray node of the frontend, a private folder for sockets there, and the public key it shows to hosts on other nodes."""
 
     node: str
     socket_dir: Path
@@ -42,7 +42,7 @@ class FrontendAddress:
 
 @ray.remote
 class ExpertHost:
-    """Holds the physical experts that the placement gives to host `order.number`, of every layer.
+    """Holds the physical experts that releases give to host `order.number`, of every layer.
 
     Ray starts it again when it dies; each incarnation loads its experts anew and listens at an endpoint of its own.
     """
@@ -50,22 +50,50 @@ class ExpertHost:
     def __init__(self, order: HostOrder) -> None:
         self._order = order
         self._info: HostInfo | None = None
+        self._holdings: Holdings | None = None
         self._loop: HostLoop | None = None
         self._thread: threading.Thread | None = None
+        self._directory: Mapping[int, HostInfo] = {}
+        self._relay: Relay | None = None
+        self._keys: HostKeys | None = None
 
-    def start(self) -> HostInfo:
-        """Load the experts and listen, once per incarnation. Raises ConfigError."""
+    def start(self, releases: Sequence[Release]) -> HostInfo:
+        """Load the experts of the releases in force and listen, once per incarnation. Raises ConfigError."""
         if self._info is None:
-            self._info = self._start()
+            self._info = self._start(releases)
         return self._info
 
+    def take(self, release: Release) -> None:
+        """Load what is new in a release beside what is served. Raises ConfigError or CheckpointError, and forgets it then."""
+        assert self._holdings is not None, "a host that has started"
+        self._holdings.take(release)
+
+    def withdraw(self, epoch: int) -> None:
+        """Forget a release that will not be."""
+        assert self._holdings is not None, "a host that has started"
+        self._holdings.withdraw(epoch)
+
+    def retire(self, epoch: int) -> None:
+        """Forget what was before a release that everybody uses now."""
+        assert self._holdings is not None, "a host that has started"
+        self._holdings.retire(epoch)
+
+    def meet(self, directory: Mapping[int, HostInfo]) -> None:
+        """All hosts by number as they are now: these, and the frontend, may talk to this one, and it may pass rows on to them."""
+        self._directory = directory
+        if self._relay is not None and self._keys is not None:
+            self._keys.allow({self._order.frontend.public_key, *(info.public_key for info in directory.values())})
+            self._relay.meet(directory)
+
     def stop(self) -> None:
-        """Finish the pass that is running and remove the socket."""
+        """Finish the pass that is running and remove the socket, and its folder with the last one."""
         if self._loop is not None and self._thread is not None:
             self._loop.stop()
             self._thread.join()
+            with suppress(OSError):
+                _socket_dir(self._order.frontend).rmdir()
 
-    def _start(self) -> HostInfo:
+    def _start(self, releases: Sequence[Release]) -> HostInfo:
         order = self._order
         granted = ray.get_runtime_context().get_assigned_resources()
         num_threads = max(1, int(granted.get("CPU", 1)))
@@ -73,30 +101,46 @@ class ExpertHost:
         # With no GPU granted Ray leaves all of them visible, so what counts is the grant.
         has_gpu = bool(granted.get("GPU", 0))
         device = torch.device("cuda" if has_gpu and torch.cuda.is_available() else "cpu")
-        banks = _load(order, device)
+        self._holdings = Holdings(order.config, order.number, device)
+        for release in releases:
+            self._holdings.take(release)
         keys = KeyPair.generate()
-        listener = listen(_endpoint(order), keys=HostKeys(keys, frozenset({order.frontend.public_key})))
-        self._loop = HostLoop(banks, listener)
+        self._keys = HostKeys(keys, frozenset())
+        listener = listen(*_endpoints(order.name, _socket_dir(order.frontend)), keys=self._keys)
+        self._relay = Relay(order.number, keys)
+        self.meet(self._directory)
+        self._loop = HostLoop(self._holdings.shelf, listener, self._relay)
         self._thread = threading.Thread(target=_run, args=(self._loop, num_threads), name="expert-host", daemon=True)
         self._thread.start()
         return HostInfo(
             name=order.name,
-            endpoint=listener.endpoints[0],
+            endpoints=listener.endpoints,
             public_key=keys.public,
             node=ray.get_runtime_context().get_node_id(),
             pid=os.getpid(),
             device=str(device),
             cuda_visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES", "") if has_gpu else "",
             num_threads=num_threads,
-            weights_bytes=sum(bank.nbytes for bank in banks.values()),
+            weights_bytes=self._holdings.shelf.nbytes,
         )
 
 
-def _endpoint(order: HostOrder) -> str:
-    """Shared memory beside the frontend, encrypted TCP from anywhere else."""
-    if ray.get_runtime_context().get_node_id() == order.frontend.node:
-        return f"unix:{order.frontend.socket_dir / order.name}-{os.getpid()}.sock"
-    return f"tcp://{ray.util.get_node_ip_address()}:0"
+def _socket_dir(frontend: FrontendAddress) -> Path:
+    """A private folder on this node: the frontend's own if it is here, otherwise one of the same name, which the first host makes."""
+    if ray.get_runtime_context().get_node_id() == frontend.node:
+        return frontend.socket_dir
+    folder = Path(tempfile.gettempdir(), frontend.socket_dir.name)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def _endpoints(name: str, socket_dir: Path) -> list[str]:
+    """Shared memory for everybody on this node, and encrypted TCP when there is another node."""
+    for left_behind in socket_dir.glob(f"{name}-*.sock"):
+        left_behind.unlink(missing_ok=True)  # by an incarnation that was killed
+    unix = f"unix:{socket_dir / name}-{os.getpid()}.sock"
+    is_only_node = sum(node["Alive"] for node in ray.nodes()) == 1
+    return [unix] if is_only_node else [unix, f"tcp://{ray.util.get_node_ip_address()}:0"]
 
 
 def _run(loop: HostLoop, num_threads: int) -> None:
@@ -104,9 +148,3 @@ def _run(loop: HostLoop, num_threads: int) -> None:
     # thread would be spread over all cores of the machine.
     torch.set_num_threads(num_threads)
     loop.run()
-
-
-def _load(order: HostOrder, device: torch.device) -> dict[int, ExpertBank]:
-    layers = zip(layer_sources(order.config), order.placement.layers, strict=True)
-    held = {number: (source, layer.shards_on(order.number)) for number, (source, layer) in enumerate(layers)}
-    return {number: load_bank(source, shards, device) for number, (source, shards) in held.items() if shards}

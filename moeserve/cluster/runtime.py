@@ -37,6 +37,12 @@ class RayRuntime:
         self._may_cluster: bool = ray_constants.ENABLE_RAY_CLUSTER
         self.private_dir = Path()
 
+    @property
+    def node_id(self) -> str:
+        """The Ray node this process is on."""
+        node_id: str = ray.get_runtime_context().get_node_id()
+        return node_id
+
     def start(self) -> None:
         """Blocks for some seconds. Raises ConfigError when the address does not answer."""
         self.private_dir = Path(tempfile.mkdtemp(prefix="moeserve-"))

@@ -6,6 +6,8 @@ from moeserve.config.overrides import GatingOverrides, override
 from moeserve.config.service import (
     Activation,
     BatchingConfig,
+    CommunicationConfig,
+    CopyChoice,
     Dtype,
     LayerConfig,
     Mixing,
@@ -23,6 +25,8 @@ from moeserve.config.spec import LayerSpec
 __all__ = [
     "Activation",
     "BatchingConfig",
+    "CommunicationConfig",
+    "CopyChoice",
     "Dtype",
     "GatingConfig",
     "GatingOverrides",

@@ -13,6 +13,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 Activation = Literal["swiglu", "geglu", "gelu", "relu"]
 #: how the answer of a shared expert is added to that of the chosen ones
 Mixing = Literal["add", "sigmoid", "residual"]
+CopyChoice = Literal["least_outstanding", "round_robin"]
 Size = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 File = Annotated[Path, Field(strict=False)]
@@ -142,7 +143,7 @@ class PlacementConfig(Table):
     #: which experts share a host: neighbours in id, or dealt out in turn
     strategy: Literal["contiguous", "round_robin"] = "contiguous"
     #: which copy of an expert computes: those that even out what hosts have to do, or each in turn
-    copy_choice: Literal["least_outstanding", "round_robin"] = "least_outstanding"
+    copy_choice: CopyChoice = "least_outstanding"
 
 
 class BatchingConfig(Table):
@@ -151,6 +152,15 @@ class BatchingConfig(Table):
     max_batch_tokens: int = Field(default=8192, ge=1)
     #: while the hosts are busy, how long a batch that is not full may wait for company
     max_batch_wait_ms: float = Field(default=0, ge=0)
+    #: into how many chunks of tokens a large batch is cut, so that hosts compute one while the frontend gathers and adds up others
+    micro_batches: int = Field(default=1, ge=1)
+
+
+class CommunicationConfig(Table):
+    """[communication]: how the rows of a batch reach the hosts."""
+
+    #: one message per host, per expert, per node (passed on within the node), or one in all (passed on from host to host)
+    pattern: Literal["all_to_all", "point_to_point", "hierarchical", "ring"] = "all_to_all"
 
 
 class ResilienceConfig(Table):
@@ -186,6 +196,7 @@ class ServiceConfig(Table):
     layers: Annotated[tuple[LayerConfig, ...], Field(strict=False)] = ()
     placement: PlacementConfig = PlacementConfig()
     batching: BatchingConfig = BatchingConfig()
+    communication: CommunicationConfig = CommunicationConfig()
     resilience: ResilienceConfig = ResilienceConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
     ray: RayConfig = RayConfig()

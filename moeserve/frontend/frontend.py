@@ -14,12 +14,14 @@ from moeserve.config import ServiceConfig
 from moeserve.errors import DeadlineExceeded
 from moeserve.frontend.batcher import Batcher, TokenBudget
 from moeserve.frontend.compute import Compute
+from moeserve.frontend.exchange import Exchange
 from moeserve.frontend.forward import Forward
 from moeserve.frontend.link import HostLink, Resolve
+from moeserve.frontend.view import LayerView, Views
 from moeserve.head import LayerHead
 from moeserve.metrics import Metrics
 from moeserve.output import ForwardOutput
-from moeserve.placement import Placement
+from moeserve.release import Release
 from moeserve.request import LayerRequest
 from moeserve.stats import HostStats, LayerStats, ServiceStats
 from moeserve.transport import KeyPair
@@ -30,15 +32,15 @@ OnHealth = Callable[[int, bool], None]
 class Frontend:
     """Takes requests for any served layer and answers them with the hosts' help.
 
-    `hosts` are the placement's hosts in order: a name, and how to find the host's present incarnation; `keys` are shown to those on
-    other nodes.
+    `sources` are the layers of `release`, `hosts` its hosts in order: a name, and how to find the host's present incarnation; `keys` are
+    shown to those on other nodes.
     `on_health` is told, whenever it may have changed, of every layer (by number) whether each of its experts has a live copy.
     """
 
     def __init__(
         self,
         sources: Sequence[LayerSource],
-        placement: Placement,
+        release: Release,
         hosts: Sequence[tuple[str, Resolve]],
         config: ServiceConfig,
         metrics: Metrics,
@@ -48,33 +50,43 @@ class Frontend:
     ) -> None:
         self.model = model
         self.layers = [source.spec for source in sources]
-        self._placement = placement
+        self._release = release
         self._metrics = metrics
         self._on_health = on_health
         self._timeout_s = config.resilience.request_timeout_s
         self._links = [HostLink(name, resolve, keys, metrics, self._hosts_changed) for name, resolve in hosts]
         self._budget = TokenBudget(config.server.max_queued_tokens, metrics.queue_tokens.set)
         self._compute = Compute()
-        self._batchers = [
-            Batcher(
-                Forward(
-                    layer,
-                    LayerHead(source),
-                    placement,
-                    self._links,
-                    config.resilience,
-                    metrics,
-                    self._compute,
-                ).run,
-                config.batching,
-                self._budget,
-            )
-            for layer, source in enumerate(sources)
-        ]
+        self._forwards = [self._forward(layer, release, source, config) for layer, source in enumerate(sources)]
+        self._batchers = [Batcher(forward.run, config.batching, self._budget) for forward in self._forwards]
 
-    async def start(self) -> None:
-        """Connect to every host."""
-        await asyncio.gather(*(link.start() for link in self._links))
+    def _forward(self, layer: int, release: Release, source: LayerSource, config: ServiceConfig) -> Forward:
+        metrics, placing = self._metrics, config.placement
+        exchange = Exchange(
+            layer, source.spec, self._links, config.communication, config.resilience, placing.copy_choice, metrics, self._compute
+        )
+        views = Views(_view(layer, release, source))
+        return Forward(layer, views, exchange, config.batching.micro_batches, metrics, self._compute)
+
+    def publish(self, release: Release, sources: Sequence[LayerSource]) -> None:
+        """Batches that begin from now on use `release`, of which `sources` are the layers; those under way end as they began.
+
+        Raises CheckpointError when a gate cannot be read; then nothing has changed.
+        """
+        views = [_view(layer, release, source) for layer, source in enumerate(sources)]
+        for forward, view in zip(self._forwards, views, strict=True):
+            forward.views.publish(view)
+        self.layers = [source.spec for source in sources]
+        self._release = release
+        self._hosts_changed()
+
+    async def drained(self) -> None:
+        """Until no batch uses an earlier release than the present one."""
+        await asyncio.gather(*(forward.views.drained() for forward in self._forwards))
+
+    async def start(self, node: str) -> None:
+        """Connect to every host: through memory to those on `node`, where this process runs, over TCP to the others."""
+        await asyncio.gather(*(link.start(node) for link in self._links))
 
     async def close(self) -> None:
         """Let go of the hosts; requests that are still running fail."""
@@ -101,14 +113,18 @@ class Frontend:
             for index, spec in enumerate(self.layers)
         ]
         hosts = [_host_stats(link) for link in self._links]
-        return ServiceStats(epoch=self._placement.epoch, layers=layers, hosts=hosts, queue_tokens=self._budget.tokens)
+        return ServiceStats(epoch=self._release.epoch, layers=layers, hosts=hosts, queue_tokens=self._budget.tokens)
 
     def _hosts_changed(self) -> None:
         up = np.array([link.channel is not None for link in self._links])
-        for index, layer in enumerate(self._placement.layers):
+        for index, layer in enumerate(self._release.placement.layers):
             copies = layer.live_copies(up)
             self._metrics.experts.live_copies[index][: len(copies)] = torch.from_numpy(copies)
             self._on_health(index, bool(copies.all()))
+
+
+def _view(layer: int, release: Release, source: LayerSource) -> LayerView:
+    return LayerView(release.epoch, release.revision(source.spec.name), LayerHead(source), release.placement.layers[layer])
 
 
 def _host_stats(link: HostLink) -> HostStats:

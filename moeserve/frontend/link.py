@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from moeserve.errors import MoEServeError
 from moeserve.metrics import Metrics
 from moeserve.stats import HostInfo
-from moeserve.transport import Channel, FrontendKeys, KeyPair, connect
+from moeserve.transport import Channel, FrontendKeys, KeyPair, Partial, choose_endpoint, connect
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ class HostLink:
         self.name = name
         self.info: HostInfo | None = None
         self.restarts = 0
+        self._here = ""
         self._resolve = resolve
         self._keys = keys
         self._on_change = on_change
@@ -33,23 +34,41 @@ class HostLink:
         self._channel: Channel | None = None
         self._connected = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
-        self.queue_tokens = metrics.host_queue_tokens.labels(name)
+        #: rows sent and not yet answered
+        self.queue_tokens = 0
+        self._queue_gauge = metrics.host_queue_tokens.labels(name)
 
     @property
     def channel(self) -> Channel | None:
         """None while the host is down."""
-        return self._channel
+        return self._channel if self._channel is not None and not self._channel.closed.is_set() else None
 
-    async def start(self) -> None:
-        """Connect for the first time and stay connected until `close`."""
+    @property
+    def node(self) -> str:
+        """Where the host is, or was when it was last seen."""
+        return self.info.node if self.info is not None else ""
+
+    def count_until(self, answered: asyncio.Future[Partial], rows: int) -> None:
+        """Has the gauge say that the host owes answers to `rows` more, until it has given them or nobody waits any longer."""
+        self._owes(rows)
+        answered.add_done_callback(lambda _: self._owes(-rows))
+
+    def _owes(self, rows: int) -> None:
+        self.queue_tokens += rows
+        self._queue_gauge.set(self.queue_tokens)
+
+    async def start(self, here: str) -> None:
+        """Connect for the first time, from the node `here`, and stay connected until `close`."""
+        self._here = here
         await self._connect()
         self._keeper = asyncio.create_task(self._keep())
 
     async def connected(self) -> Channel:
         """The channel, once there is one."""
-        while self._channel is None:
+        while (channel := self.channel) is None:
+            self._connected.clear()  # it may have closed a moment ago, before the keeper could say so
             await self._connected.wait()
-        return self._channel
+        return channel
 
     async def close(self) -> None:
         """Let go of the host."""
@@ -76,7 +95,8 @@ class HostLink:
             try:
                 self.info = await self._resolve()
                 keys = FrontendKeys(self._keys, self.info.public_key) if self.info.public_key else None
-                self._channel = await connect(self.info.endpoint, keys=keys)
+                endpoint = choose_endpoint(self.info.endpoints, is_same_node=self.info.node == self._here)
+                self._channel = await connect(endpoint, keys=keys)
             except MoEServeError as error:
                 # It died again before it was reached, or cannot come up at present: whoever needs it has a deadline of his own.
                 if str(error) != said:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
 
 from moeserve.errors import InvalidRequest, MoEServeError
 from moeserve.experts import ExpertBank
+from moeserve.host.relay import Errand, Relay
+from moeserve.host.shelf import Shelf
 from moeserve.transport import Listener, Work
 
 log = logging.getLogger(__name__)
@@ -22,74 +24,112 @@ _POLL_S = 1.0
 
 
 class HostLoop:
-    """Takes work from a listener and answers it with the experts of `banks` (layer number -> bank) until stopped.
+    """Takes work from a listener and answers it with the experts on `shelf` until stopped.
 
-    All work that is waiting for one layer, from whichever frontend, is computed in one pass (continuous merging as in EaaS,
-    arXiv 2509.17863): an expert's weights are read once for all of it.
+    All work that is waiting for the same experts, from whichever frontend, is computed in one pass (continuous merging as in EaaS,
+    arXiv 2509.17863): an expert's weights are read once for all of it. What belongs to other hosts goes to the `relay` first, so that
+    they compute at the same time; without one, nothing is passed on.
     """
 
-    def __init__(self, banks: Mapping[int, ExpertBank], listener: Listener) -> None:
-        self._banks = banks
+    def __init__(self, shelf: Shelf, listener: Listener, relay: Relay | None = None) -> None:
+        self._shelf = shelf
         self._listener = listener
+        self._relay = relay
+        self._errands: dict[Work, Errand] = {}
         self._stopping = False
 
     def run(self) -> None:
         """Blocks until `stop`; a piece of work that fails is answered with an error and harms no other."""
         while not self._stopping:
-            waiting: defaultdict[int, list[Work]] = defaultdict(list)
+            waiting: defaultdict[tuple[int, ExpertBank | None], list[Work]] = defaultdict(list)
             for work in self._listener.poll(_POLL_S):
-                waiting[work.layer].append(work)
-            for layer, works in waiting.items():
-                self._serve(layer, works)
+                waiting[work.layer, self._shelf.bank(work.layer, work.epoch)].append(work)
+            for (layer, bank), works in waiting.items():
+                self._serve(layer, bank, works)
+            self._finish_errands()
         self._listener.close()
+        if self._relay is not None:
+            self._relay.close()
 
     def stop(self) -> None:
         """From any thread: finish the pass that is running, then return from `run`."""
         self._stopping = True
         self._listener.wake()
 
-    def _serve(self, layer: int, works: Sequence[Work]) -> None:
-        bank = self._banks.get(layer)
+    def _serve(self, layer: int, bank: ExpertBank | None, works: Sequence[Work]) -> None:
         valid = []
         for work in works:
             try:
                 _check(work, layer, bank)
+                self._pass_on(work)
                 valid.append(work)
             except InvalidRequest as error:
                 work.fail(error)
         if bank is not None and valid:
-            _answer(bank, valid)
+            for work, failure in zip(valid, _compute(bank, valid), strict=True):
+                self._finish(work, failure)
+
+    def _pass_on(self, work: Work) -> None:
+        if not work.destinations:
+            return
+        if self._relay is None or work.destinations[0].host != self._relay.number:
+            raise InvalidRequest(f"this host does not pass on what is addressed to host {work.destinations[0].host}")
+        self._errands[work] = self._relay.pass_on(work, self._listener.wake)
+
+    def _finish(self, work: Work, error: MoEServeError | None) -> None:
+        """This host's own part is computed, or has failed: the work is answered, unless others still read it."""
+        errand = self._errands.get(work)
+        if errand is None:
+            _reply(work, error)
+        elif error is not None:
+            errand.own_error = error
+            errand.cancel()
+
+    def _finish_errands(self) -> None:
+        """Answers the works whose other hosts have answered; own parts are in the reply buffers by now."""
+        for errand in [errand for errand in self._errands.values() if errand.is_done]:
+            work, error = errand.work, errand.own_error or errand.error
+            del self._errands[work]
+            for rows, partial in errand.helped if error is None else ():
+                work.reply_buffer().index_add_(0, rows, partial)
+            _reply(work, error)
 
 
 def _check(work: Work, layer: int, bank: ExpertBank | None) -> None:
     """What the transport cannot know: which experts and widths there are here."""
     if bank is None:
-        raise InvalidRequest(f"this host holds no experts of layer {layer}")
+        raise InvalidRequest(f"this host holds no experts of layer {layer} at epoch {work.epoch}")
     if work.hidden_states.shape[1] != bank.hidden_size:
         raise InvalidRequest(f"rows of layer {layer} are {bank.hidden_size} wide, got {work.hidden_states.shape[1]}")
     if int(work.slots[-1]) >= bank.num_experts:
         raise InvalidRequest(f"a pair names expert slot {int(work.slots[-1])} of layer {layer}; this host has 0..{bank.num_experts - 1}")
 
 
-def _answer(bank: ExpertBank, works: Sequence[Work]) -> None:
+def _compute(bank: ExpertBank, works: Sequence[Work]) -> list[MoEServeError | None]:
+    """Fills the reply buffers; what went wrong with each work."""
     try:
         if len(works) == 1:
             bank.run(works[0].hidden_states, works[0].row_index, works[0].slots, works[0].weights, out=works[0].reply_buffer())
-            parts: Sequence[torch.Tensor] = [works[0].reply_buffer()]
+            parts: Sequence[torch.Tensor] = ()
         else:
             parts = _merged(bank, works)
     except Exception as error:  # a failing kernel must not end the host: the callers are told
         log.exception("layer %d failed", works[0].layer)
-        for work in works:
-            work.fail(_as_user_error(error, work.layer))
-        return
-    for work, part in zip(works, parts, strict=True):
+        return [_as_user_error(error, works[0].layer)] * len(works)
+    errors: list[MoEServeError | None] = [None] * len(works)
+    for index, (work, part) in enumerate(zip(works, parts, strict=False)):
         try:
-            if len(works) > 1:
-                work.reply_buffer().copy_(part)
-            work.reply()
+            work.reply_buffer().copy_(part)
         except MoEServeError as error:
-            work.fail(error)
+            errors[index] = error
+    return errors
+
+
+def _reply(work: Work, error: MoEServeError | None) -> None:
+    if error is None:
+        work.reply()
+    else:
+        work.fail(error)
 
 
 def _merged(bank: ExpertBank, works: Sequence[Work]) -> Sequence[torch.Tensor]:

@@ -24,6 +24,11 @@ class Shelf:
         index = bisect_right([since for since, _ in held], epoch)
         return held[index - 1][1] if index else None
 
+    def withdraw(self, epoch: int) -> None:
+        """What was to be valid from `epoch` on will not be."""
+        for layer, held in self._layers.items():
+            self._layers[layer] = tuple((since, bank) for since, bank in held if since < epoch)
+
     def retire(self, epoch: int) -> None:
         """Nobody asks for what was valid before `epoch` any more."""
         for layer, held in self._layers.items():
@@ -33,4 +38,4 @@ class Shelf:
     @property
     def nbytes(self) -> int:
         """Bytes of the newest weights of every layer."""
-        return sum(held[-1][1].nbytes for held in self._layers.values() if held[-1][1] is not None)
+        return sum(held[-1][1].nbytes for held in self._layers.values() if held and held[-1][1] is not None)

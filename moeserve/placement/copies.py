@@ -5,14 +5,11 @@ N pairs, U units, C copies at most, D hosts.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import numpy.typing as npt
 
+from moeserve.config import CopyChoice
 from moeserve.placement.layer import Booleans, Integers, LayerPlacement
-
-CopyChoice = Literal["least_outstanding", "round_robin"]
 
 # A second copy reads the expert's weights once more, which fewer pairs than this do not repay.
 _MIN_SHARE = 64

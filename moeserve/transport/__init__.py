@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from moeserve.errors import ConfigError
 from moeserve.transport.channel import Channel, ChannelClosed, Lease, Partial
 from moeserve.transport.keys import FrontendKeys, HostKeys, KeyPair
@@ -15,12 +17,13 @@ from moeserve.transport.shm_channel import connect_unix
 from moeserve.transport.shm_source import ShmSource
 from moeserve.transport.tcp_channel import connect_tcp
 from moeserve.transport.tcp_source import TcpSource
-from moeserve.transport.wire import WorkShape
+from moeserve.transport.wire import Destination, PassOn, PeerLost, WorkShape
 from moeserve.transport.work import Work
 
 __all__ = [
     "Channel",
     "ChannelClosed",
+    "Destination",
     "FrontendKeys",
     "HostKeys",
     "KeyPair",
@@ -28,8 +31,11 @@ __all__ = [
     "Limits",
     "Listener",
     "Partial",
+    "PassOn",
+    "PeerLost",
     "Work",
     "WorkShape",
+    "choose_endpoint",
     "connect",
     "listen",
 ]
@@ -49,6 +55,18 @@ async def connect(endpoint: str, *, limits: Limits = _DEFAULT_LIMITS, keys: Fron
     if endpoint.startswith("tcp://"):
         return await connect_tcp(endpoint, limits, timeout_s, keys)
     raise _unknown(endpoint)
+
+
+def choose_endpoint(endpoints: Sequence[str], *, is_same_node: bool) -> str:
+    """Which of a host's endpoints to connect to: memory where both are on one node, TCP otherwise.
+
+    Raises ChannelClosed when the host listens at none that can be reached.
+    """
+    over_tcp = [endpoint for endpoint in endpoints if endpoint.startswith("tcp://")]
+    in_memory = [endpoint for endpoint in endpoints if endpoint not in over_tcp] if is_same_node else []
+    for endpoint in (*in_memory, *over_tcp):
+        return endpoint
+    raise ChannelClosed(f"a host that listens at {', '.join(endpoints)} only cannot be reached from another node")
 
 
 def listen(*endpoints: str, limits: Limits = _DEFAULT_LIMITS, keys: HostKeys | None = None) -> Listener:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +17,13 @@ from moeserve.errors import ExpertUnavailable, InvalidRequest
 from moeserve.transport.memory import Arena, Block, Limits
 from moeserve.transport.wire import (
     VERSION,
+    Destination,
     Kind,
     Layout,
     MalformedMessage,
     Memory,
     Note,
+    PassOn,
     WorkHeader,
     WorkShape,
     layout_of,
@@ -29,6 +31,7 @@ from moeserve.transport.wire import (
     pack_work,
     sections,
     unpack_note,
+    write_destinations,
 )
 
 
@@ -40,7 +43,8 @@ class Lease:
     """Memory for one message, to be filled in before `send`: views of what the host will read, so filling is the only copy.
 
     hidden_states [R, H] of the shape's dtype, row_index [N] int32 in 0..R-1, slots [N] int32 ascending, weights [N] float32.
-    `send` takes them away. A lease that is not sent gives its memory back when it is dropped.
+    A message to several hosts is also addressed. `send` takes the views away. A lease that is not sent gives its memory back when it
+    is dropped.
     """
 
     __slots__ = ("block", "hidden_states", "layout", "row_index", "shape", "slots", "weights")
@@ -51,6 +55,11 @@ class Lease:
         self.block = block
         self.hidden_states, self.row_index, self.slots, self.weights = sections(block.memory, shape, layout)
 
+    def address(self, destinations: Sequence[Destination]) -> None:
+        """Says whose pairs are whose, as many as the shape has: the first destination is the host at the other end of the channel."""
+        assert len(destinations) == self.shape.destinations > 1, "a message to one host is not addressed"
+        write_destinations(self.block.memory, self.layout, destinations)
+
     def take(self) -> Block:
         """Leaves the lease empty, so that nobody writes to what the host reads."""
         block = self.block
@@ -59,16 +68,15 @@ class Lease:
 
 
 class Partial:
-    """A host's answer. tensor [R, H] float32: for every row sent, the weighted sum over its experts on that host; read only."""
+    """A host's answer. tensor [R, H] float32: for every row sent, the weighted sum over its experts on the destinations; read only.
+
+    Its memory is used again once no view of it is left.
+    """
 
     __slots__ = ("tensor",)
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
-
-    def release(self) -> None:
-        """Drops the tensor; its memory is used again once no view of it is left."""
-        del self.tensor
 
 
 class PartialFuture(asyncio.Future[Partial]):
@@ -107,7 +115,6 @@ class Channel(ABC):
         self._ids = itertools.count(1)
         self._unanswered: dict[int, Sent] = {}
         self._welcomed: asyncio.Future[None] = self._loop.create_future()
-        self._on_close: list[Callable[[], None]] = []
         self._reason = ""
 
     def lease(self, shape: WorkShape) -> Lease:
@@ -124,11 +131,12 @@ class Channel(ABC):
             )
         return Lease(shape, layout, self._arena.lend(self._block_bytes(layout)))
 
-    def send(self, lease: Lease, *, layer: int, epoch: int, timeout_s: float) -> asyncio.Future[Partial]:
+    def send(self, lease: Lease, *, layer: int, epoch: int, timeout_s: float, pass_on: PassOn = PassOn.NOTHING) -> asyncio.Future[Partial]:
         """Sends a filled lease, which is not to be written to afterwards; never blocks.
 
-        The future raises ChannelClosed as soon as the host is gone, or the error the host answered with. A host that hangs is
-        found by the caller's own timeout only: cancel the future then, as `asyncio.wait_for` does.
+        The future raises ChannelClosed as soon as the host is gone, PeerLost when one is that the host passed rows on to, or the error
+        the host answered with. A host that hangs is found by the caller's own timeout only: cancel the future then, as
+        `asyncio.wait_for` does.
         `timeout_s` is how long the host has until it may drop the work unanswered: with DeadlineExceeded.
         """
         work_id = next(self._ids)
@@ -137,21 +145,10 @@ class Channel(ABC):
             future.set_exception(ChannelClosed(self._reason))
             return future
         sent = Sent(future, lease.shape, lease.layout, lease.take())
-        header = WorkHeader(work_id, layer, epoch, max(0, int(timeout_s * 1e6)), sent.shape, sent.block.offset)
+        header = WorkHeader(work_id, layer, epoch, max(0, int(timeout_s * 1e6)), sent.shape, sent.block.offset, pass_on)
         self._unanswered[work_id] = sent
         self._transmit(pack_work(header), sent)
         return future
-
-    def cancel(self, future: asyncio.Future[Partial]) -> None:
-        """Nobody waits for this answer any more; same as `future.cancel()`."""
-        future.cancel()
-
-    def on_close(self, callback: Callable[[], None]) -> None:
-        """Has the loop call `callback` when the channel closes, whoever closes it; soon if it has."""
-        if self.closed.is_set():
-            self._loop.call_soon(callback)
-        else:
-            self._on_close.append(callback)
 
     async def close(self) -> None:
         """Hangs up; answers still to come raise ChannelClosed."""
@@ -231,5 +228,3 @@ class Channel(ABC):
         for future in waiting:
             if not future.done():
                 future.set_exception(ChannelClosed(reason))
-        for callback in self._on_close:
-            self._loop.call_soon(callback)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import zmq
@@ -25,12 +26,16 @@ class KeyPair:
         return cls(public.decode(), secret.decode())
 
 
-@dataclass(frozen=True)
+@dataclass
 class HostKeys:
-    """A host's own keys and the public keys of the frontends that may connect."""
+    """A host's own keys and the public keys of the frontends and hosts that may talk to it."""
 
     own: KeyPair
-    frontends: frozenset[str]
+    allowed: frozenset[str]
+
+    def allow(self, public_keys: Iterable[str]) -> None:
+        """These and nobody else from now on, whoever is connected already; from any thread."""
+        self.allowed = frozenset(public_keys)
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Doorman:
     """Tells libzmq which public keys may connect to the sockets of `context`; to be made before they are bound."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: HostKeys) -> None:
-        self._allowed = {z85.decode(key) for key in keys.frontends}
+        self._keys = keys
         self.socket = context.socket(zmq.REP)
         self.socket.linger = 0
         self.socket.bind(_ZAP_ENDPOINT)
@@ -54,6 +59,7 @@ class Doorman:
         """Answers every question that waits; never blocks."""
         while has_message(self.socket):
             version, request_id, _domain, _address, _identity, mechanism, *credentials = self.socket.recv_multipart()
-            allowed = mechanism == b"CURVE" and len(credentials) == 1 and credentials[0] in self._allowed
-            status, text = (b"200", b"OK") if allowed else (b"400", b"unknown key")
-            self.socket.send_multipart([version, request_id, status, text, b"", b""])
+            key = z85.encode(credentials[0]) if mechanism == b"CURVE" and [len(part) for part in credentials] == [32] else b""
+            status, text = (b"200", b"OK") if key.decode() in self._keys.allowed else (b"400", b"unknown key")
+            # The user id comes back with every frame of the connection.
+            self.socket.send_multipart([version, request_id, status, text, key, b""])

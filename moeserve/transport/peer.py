@@ -21,6 +21,7 @@ from moeserve.transport.wire import (
     layout_of,
     pack_error,
     pack_note,
+    read_destinations,
     sections,
     unpack_note,
     unpack_work,
@@ -74,7 +75,7 @@ class Peer(ABC):
             raise MalformedMessage(f"a frontend does not send {kind.name} here")
         # An unknown id was answered while the CANCEL was under way.
         if work := self._unanswered.get(note.value):
-            work.is_cancelled = True
+            work.cancel()
 
     def _take_work(self, header: WorkHeader, body: Memory | None) -> None:
         layout = layout_of(header.shape)
@@ -83,8 +84,9 @@ class Peer(ABC):
         if header.id in self._unanswered:
             raise MalformedMessage(f"id {header.id} is in use")
         memory, offset = self._place(header, layout, body)
-        check_indices(memory, header.shape, layout, offset)
-        work = Work(header, layout, sections(memory, header.shape, layout, offset), self)
+        destinations = read_destinations(memory, header.shape, layout, offset) if header.shape.destinations else ()
+        check_indices(memory, header.shape, layout, offset, destinations)
+        work = Work(header, layout, sections(memory, header.shape, layout, offset), destinations, self)
         self._unanswered[work.id] = work
         self._arrived.append(work)
 
@@ -104,5 +106,5 @@ class Peer(ABC):
         """Nobody waits for the answers any more; memory stays mapped while works refer to it."""
         self.is_gone = True
         for work in self._unanswered.values():
-            work.is_cancelled = True
+            work.cancel()
         self._unanswered.clear()

@@ -37,6 +37,7 @@ class TcpSource:
         self._poller = poller
         self._arrived = arrived
         self._context = zmq.Context()
+        self._keys = keys
         self._doorman = Doorman(self._context, keys) if keys is not None else None
         self._router = self._bind(endpoint, keys)
         self.endpoint = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
@@ -88,13 +89,15 @@ class TcpSource:
         return router
 
     def _take_in(self, identity: bytes, frames: list[zmq.Frame]) -> None:
-        peer = self._peers.get(identity) or TcpPeer(self, identity, self._limits, self._arrived)
+        peer = self._peers.get(identity) or TcpPeer(self, identity, self._limits, self._arrived, self._key_behind(frames[0]))
         packet = frames[0].bytes if len(frames) in (1, 2) else b""
         try:
             if packet and packet[0] == Kind.GOODBYE:
                 self._forget(identity)
             elif peer.is_refused:
                 return
+            elif self._keys is not None and peer.key not in self._keys.allowed:
+                raise MalformedMessage("its key was withdrawn")
             elif identity in self._peers:
                 peer.take_in(packet, aligned(frames[1].buffer) if len(frames) == 2 else None)
             else:
@@ -102,6 +105,10 @@ class TcpSource:
                 self._peers[identity] = peer
         except MalformedMessage as error:
             peer.refuse(str(error))
+
+    def _key_behind(self, frame: zmq.Frame) -> str:
+        """The public key that the doorman let in; "" when there is no doorman."""
+        return str(frame.get("User-Id")) if self._keys is not None else ""
 
     def _forget(self, identity: bytes) -> None:
         peer = self._peers.pop(identity, None)
@@ -112,10 +119,11 @@ class TcpSource:
 class TcpPeer(Peer):
     """One frontend, known by the identity the ROUTER gave its connection."""
 
-    def __init__(self, source: TcpSource, identity: bytes, limits: Limits, arrived: list[Work]) -> None:
+    def __init__(self, source: TcpSource, identity: bytes, limits: Limits, arrived: list[Work], key: str) -> None:
         super().__init__(source.endpoint, limits, arrived)
         self._source = source
         self._identity = identity
+        self.key = key
         self.is_refused = False
 
     def refuse(self, reason: str) -> None:

@@ -1,10 +1,11 @@
 """The messages between a frontend and an expert host, byte by byte: little-endian structs and raw tensors, never pickle.
 
-R rows, H hidden size, N (token, expert) pairs.
+R rows, H hidden size, N (token, expert) pairs, D destinations (0 = the receiver alone).
 
-Request area: hidden_states [R, H] dtype | row_index [N] int32 | slots [N] int32 | weights [N] float32
+Request area: hidden_states [R, H] dtype | row_index [N] int32 | slots [N] int32 | weights [N] float32 | destinations [D, 2] uint32
 Reply area:   partial [R, H] float32
 Every section starts at a multiple of 64 bytes. Offsets follow from the counts on both sides, so none has to be believed.
+A destination is a host's number and where its pairs end; the first is the receiver, which passes the others their share on.
 
 A packet is a WORK header (56 bytes) or a note (16 bytes, some followed by a sentence):
 HELLO(version, arena bytes) -> WELCOME(version, max_message_bytes) · WORK -> REPLY(id) | ERROR(gRPC status, id, sentence) · CANCEL(id)
@@ -15,20 +16,22 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Sequence
 from enum import IntEnum
+from itertools import pairwise
 from typing import NamedTuple
 
 import grpc
 import numpy as np
 import torch
 
-from moeserve.errors import MoEServeError, from_status
+from moeserve.errors import ExpertUnavailable, MoEServeError, from_status
 from moeserve.tensors import FLOAT_DTYPES, WIRE_NUMBERS
 
-VERSION = 1
+VERSION = 2
 MAX_SENTENCE_BYTES = 1024
-#: kind, dtype, layer, id, epoch, timeout_us, rows, hidden_size, pairs, offset of the block in the shared arena
-_WORK = struct.Struct("<BBxxIQQQIIIxxxxQ")
+#: kind, dtype, pass_on, layer, id, epoch, timeout_us, rows, hidden_size, pairs, destinations, offset of the block in the shared arena
+_WORK = struct.Struct("<BBBxIQQQIIIIQ")
 #: kind, code (protocol version or gRPC status), value (id or bytes)
 _NOTE = struct.Struct("<BxHxxxxQ")
 MAX_PACKET_BYTES = _NOTE.size + MAX_SENTENCE_BYTES
@@ -54,17 +57,41 @@ class Kind(IntEnum):
     GOODBYE = 7
 
 
+class PassOn(IntEnum):
+    """What the receiver of a message does with the pairs of other hosts."""
+
+    NOTHING = 0  # there are none
+    FAN_OUT = 1  # one message to each of them
+    CHAIN = 2  # one message to the next, which passes on the rest
+
+
+class PeerLost(ExpertUnavailable):
+    """A host that was to pass rows on could not reach one of the others, or lost it: send to each of them directly."""
+
+    code = grpc.StatusCode.ABORTED
+
+
+class Destination(NamedTuple):
+    """A host and the end of its pairs, which begin where those of the destination before it end."""
+
+    host: int
+    pair_end: int
+
+
+_PASS_ON = {int(way): way for way in PassOn}
 _ACTIVATION_DTYPES = {WIRE_NUMBERS[dtype]: dtype for dtype in FLOAT_DTYPES.values()}
 _KINDS = {int(kind): kind for kind in Kind}
 
 
 class WorkShape(NamedTuple):
-    """Sizes of one message: hidden_states [rows, hidden_size] of `dtype`, and `pairs` (token, expert) pairs that read them."""
+    """Sizes of one message: hidden_states [rows, hidden_size] of `dtype`, `pairs` (token, expert) pairs that read them, for
+    `destinations` hosts (0 = the receiver alone)."""
 
     rows: int
     hidden_size: int
     pairs: int
     dtype: torch.dtype
+    destinations: int = 0
 
 
 class Layout(NamedTuple):
@@ -73,6 +100,7 @@ class Layout(NamedTuple):
     row_index: int
     slots: int
     weights: int
+    destinations: int
     request_bytes: int
     reply: int
     total_bytes: int
@@ -96,6 +124,7 @@ class WorkHeader(NamedTuple):
     timeout_us: int
     shape: WorkShape
     offset: int
+    pass_on: PassOn = PassOn.NOTHING
 
 
 class Note(NamedTuple):
@@ -110,6 +139,8 @@ class Note(NamedTuple):
         """The error the host raised, rebuilt from an ERROR note."""
         if self.code not in _STATUS:
             raise MalformedMessage(f"error with unknown status {self.code}")
+        if _STATUS[self.code] is PeerLost.code:
+            return PeerLost(self.sentence)
         return from_status(_STATUS[self.code], self.sentence)
 
 
@@ -119,9 +150,12 @@ def layout_of(shape: WorkShape) -> Layout:
     row_index = _rounded_up(numel * shape.dtype.itemsize)
     slots = row_index + _rounded_up(shape.pairs * 4)
     weights = slots + _rounded_up(shape.pairs * 4)
-    request_bytes = weights + shape.pairs * 4
+    destinations = weights + shape.pairs * 4
+    if shape.destinations:
+        destinations = _rounded_up(destinations)
+    request_bytes = destinations + shape.destinations * 8
     reply = _rounded_up(request_bytes)
-    return Layout(row_index, slots, weights, request_bytes, reply, reply + numel * 4)
+    return Layout(row_index, slots, weights, destinations, request_bytes, reply, reply + numel * 4)
 
 
 def sections(memory: Memory, shape: WorkShape, layout: Layout, offset: int = 0) -> Sections:
@@ -147,8 +181,25 @@ def aligned(memory: memoryview) -> memoryview:
     return memoryview(bytearray(memory)) if address % 4 else memory
 
 
-def check_indices(memory: Memory, shape: WorkShape, layout: Layout, offset: int = 0) -> None:
-    """Raises MalformedMessage unless row_index lies in 0..R-1 and slots are not negative and ascend.
+def write_destinations(memory: Memory, layout: Layout, destinations: Sequence[Destination]) -> None:
+    """Fills the section of a message to several hosts."""
+    np.frombuffer(memory, np.uint32, 2 * len(destinations), layout.destinations).reshape(-1, 2)[:] = destinations
+
+
+def read_destinations(memory: Memory, shape: WorkShape, layout: Layout, offset: int = 0) -> tuple[Destination, ...]:
+    """Raises MalformedMessage unless hosts differ, each has at least one pair, and together they have all."""
+    section = np.frombuffer(memory, dtype=np.uint32, count=2 * shape.destinations, offset=offset + layout.destinations)
+    destinations = tuple(Destination(host, end) for host, end in section.reshape(-1, 2).tolist())
+    ends = [0, *(end for _, end in destinations)]
+    if len({host for host, _ in destinations}) < len(destinations):
+        raise MalformedMessage("a host is named twice among the destinations")
+    if ends[-1] != shape.pairs or any(end <= start for start, end in pairwise(ends)):
+        raise MalformedMessage("destinations do not share out the pairs of their message")
+    return destinations
+
+
+def check_indices(memory: Memory, shape: WorkShape, layout: Layout, offset: int = 0, destinations: Sequence[Destination] = ()) -> None:
+    """Raises MalformedMessage unless row_index lies in 0..R-1 and slots are not negative and ascend, for each destination anew.
 
     How many slots there are only the host knows: the last one is its to check.
     """
@@ -157,7 +208,11 @@ def check_indices(memory: Memory, shape: WorkShape, layout: Layout, offset: int 
     if np.maximum.reduce(row_index) >= shape.rows:
         raise MalformedMessage("row_index points outside the rows of its message")
     slots = np.frombuffer(memory, dtype=np.int32, count=shape.pairs, offset=offset + layout.slots)
-    if slots[0] < 0 or np.count_nonzero(slots[1:] < slots[:-1]):
+    falls = slots[1:] < slots[:-1]
+    if destinations:
+        begins = [end for _, end in destinations[:-1]]
+        falls[np.subtract(begins, 1)] = slots[begins] < 0
+    if slots[0] < 0 or np.count_nonzero(falls):
         raise MalformedMessage("slots are negative or not sorted")
 
 
@@ -172,21 +227,25 @@ def kind_of(packet: bytes) -> Kind:
 def pack_work(header: WorkHeader) -> bytes:
     shape = header.shape
     number = WIRE_NUMBERS[shape.dtype]
-    sizes = (shape.rows, shape.hidden_size, shape.pairs)
-    return _WORK.pack(Kind.WORK, number, header.layer, header.id, header.epoch, header.timeout_us, *sizes, header.offset)
+    sizes = (shape.rows, shape.hidden_size, shape.pairs, shape.destinations)
+    return _WORK.pack(Kind.WORK, number, header.pass_on, header.layer, header.id, header.epoch, header.timeout_us, *sizes, header.offset)
 
 
 def unpack_work(packet: bytes) -> WorkHeader:
-    """Raises MalformedMessage unless sizes are positive and the dtype is one of activations."""
+    """Raises MalformedMessage unless sizes are positive, the dtype is one of activations, and what is passed on has somewhere to go."""
     if len(packet) != _WORK.size:
         raise MalformedMessage(f"work header of {len(packet)} bytes")
-    _, number, layer, work_id, epoch, timeout_us, rows, hidden_size, pairs, offset = _WORK.unpack(packet)
+    _, number, way, layer, work_id, epoch, timeout_us, rows, hidden_size, pairs, destinations, offset = _WORK.unpack(packet)
     dtype = _ACTIVATION_DTYPES.get(number)
     if dtype is None:
         raise MalformedMessage(f"dtype number {number} is not one of activations")
     if not (rows and hidden_size and pairs):
         raise MalformedMessage(f"empty work: {rows} rows of {hidden_size}, {pairs} pairs")
-    return WorkHeader(work_id, layer, epoch, timeout_us, WorkShape(rows, hidden_size, pairs, dtype), offset)
+    pass_on = _PASS_ON.get(way)
+    if pass_on is None or (destinations > 1) != (pass_on is not PassOn.NOTHING) or destinations == 1 or destinations > pairs:
+        raise MalformedMessage(f"{pairs} pairs for {destinations} destinations, to be passed on in way {way}")
+    shape = WorkShape(rows, hidden_size, pairs, dtype, destinations)
+    return WorkHeader(work_id, layer, epoch, timeout_us, shape, offset, pass_on)
 
 
 def pack_note(kind: Kind, *, code: int = 0, value: int = 0, sentence: str = "") -> bytes:

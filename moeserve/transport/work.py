@@ -6,12 +6,13 @@ R rows, H hidden size, N (token, expert) pairs.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
 from moeserve.errors import Cancelled, DeadlineExceeded, MoEServeError
-from moeserve.transport.wire import Layout, Sections, WorkHeader
+from moeserve.transport.wire import Destination, Layout, Sections, WorkHeader
 
 
 class Answerer(Protocol):
@@ -31,20 +32,29 @@ class Work:
     row_index     [N]     int32, the row each (token, expert) pair reads, in 0..R-1
     slots         [N]     int32, the expert slot of each pair, ascending; that they exist is for the host to check
     weights       [N]     float32
-    All are views of the message, valid until the answer.
+    All are views of the message, valid until the answer. Pairs that are to be passed on to other hosts are not among these N:
+    they follow in `request`, shared out as `destinations` says (empty = nothing is to be passed on; the first is the receiver).
 
     `deadline` is a time on this machine's monotonic clock, in seconds. To be used by the thread that polls.
     """
 
-    def __init__(self, header: WorkHeader, layout: Layout, request: Sections, answerer: Answerer) -> None:
+    def __init__(
+        self, header: WorkHeader, layout: Layout, request: Sections, destinations: tuple[Destination, ...], answerer: Answerer
+    ) -> None:
         self.id = header.id
         self.epoch = header.epoch
         self.layer = header.layer
         self.header = header
         self.layout = layout
+        self.request = request
+        self.destinations = destinations
         self.hidden_states, self.row_index, self.slots, self.weights = request
+        if destinations:
+            self.row_index, self.slots, self.weights = (section[: destinations[0].pair_end] for section in request[1:])
         self.deadline = time.monotonic() + header.timeout_us / 1e6
         self.is_cancelled = False
+        #: called when the work is cancelled while others help with it
+        self.on_cancel: Callable[[], None] | None = None
         self._answerer = answerer
         self._partial: torch.Tensor | None = None
         self._answered = False
@@ -71,6 +81,12 @@ class Work:
         assert not self._answered, "a work is answered once"
         self._answered = True
         self._answerer.fail(self, error)
+
+    def cancel(self) -> None:
+        """Nobody waits for the answer any more."""
+        self.is_cancelled = True
+        if self.on_cancel is not None:
+            self.on_cancel()
 
     def drop_if_late(self) -> bool:
         """Answers it, and returns True, when nobody waits for it any more."""

@@ -25,35 +25,35 @@ _sym_db = _symbol_database.Default()
 from moeserve.v1 import tensor_pb2 as moeserve_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmoeserve/v1/moe_service.proto\x12\x0bmoeserve.v1\x1a\x18moeserve/v1/tensor.proto\"\xbc\x03\n\x0e\x46orwardRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\x0blayer_index\x18\x03 \x01(\rH\x00\x12\x14\n\nlayer_name\x18\x04 \x01(\tH\x00\x12*\n\rhidden_states\x18\x05 \x01(\x0b\x32\x13.moeserve.v1.Tensor\x12\'\n\nused_token\x18\x06 \x01(\x0b\x32\x13.moeserve.v1.Tensor\x12%\n\x08topk_ids\x18\x07 \x01(\x0b\x32\x13.moeserve.v1.Tensor\x12)\n\x0ctopk_weights\x18\x08 \x01(\x0b\x32\x13.moeserve.v1.Tensor\x12\x16\n\x0ereturn_routing\x18\t \x01(\x08\x12&\n\ttoken_ids\x18\n \x01(\x0b\x32\x13.moeserve.v1.Tensor\x12\x1c\n\x0f\x63\x61pacity_factor\x18\x0b \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05noise\x18\x0c \x01(\tH\x02\x88\x01\x01\x12\x11\n\x04seed\x18\r \x01(\x04H\x03\x88\x01\x01\x42\x07\n\x05layerB\x12\n\x10_capacity_factorB\x08\n\x06_noiseB\x07\n\x05_seed\"\xda\x03\n\x0f\x46orwardResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\rhidden_states\x18\x02 \x01(\x0b\x32\x13.moeserve.v1.Tensor\x12&\n\trequested\x18\x03 \x01(\x0b\x32\x13.moeserve.v1.Tensor\x12&\n\tprocessed\x18\x04 \x01(\x0b\x32\x13.moeserve.v1.Tensor\x12$\n\x07\x64ropped\x18\x05 \x01(\x0b\x32\x13.moeserve.v1.Tensor\x12\x10\n\x08\x61ux_loss\x18\x06 \x01(\x02\x12\x0e\n\x06z_loss\x18\x07 \x01(\x02\x12+\n\x0e\x64ropped_tokens\x18\x08 \x01(\x0b\x32\x13.moeserve.v1.Tensor\x12%\n\x08topk_ids\x18\t \x01(\x0b\x32\x13.moeserve.v1.Tensor\x12)\n\x0ctopk_weights\x18\n \x01(\x0b\x32\x13.moeserve.v1.Tensor\x12!\n\x05\x65rror\x18\x0b \x01(\x0b\x32\x12.moeserve.v1.Error\x12\"\n\x05slots\x18\x0c \x01(\x0b\x32\x13.moeserve.v1.Tensor\x12)\n\x0c\x64rop_reasons\x18\r \x01(\x0b\x32\x13.moeserve.v1.Tensor\"&\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x13\n\x11ListLayersRequest\"K\n\x12ListLayersResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12&\n\x06layers\x18\x02 \x03(\x0b\x32\x16.moeserve.v1.LayerInfo\"\xe5\x01\n\tLayerInfo\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x13\n\x0bhidden_size\x18\x03 \x01(\r\x12\x19\n\x11intermediate_size\x18\x04 \x01(\r\x12\x13\n\x0bnum_experts\x18\x05 \x01(\r\x12\r\n\x05top_k\x18\x06 \x01(\r\x12\x12\n\nactivation\x18\x07 \x01(\t\x12!\n\x05\x64type\x18\x08 \x01(\x0e\x32\x12.moeserve.v1.DType\x12\x1c\n\x0f\x63\x61pacity_factor\x18\t \x01(\x02H\x00\x88\x01\x01\x42\x12\n\x10_capacity_factor\"\x11\n\x0fGetStatsRequest\"\x87\x01\n\x10GetStatsResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\'\n\x06layers\x18\x02 \x03(\x0b\x32\x17.moeserve.v1.LayerStats\x12%\n\x05hosts\x18\x03 \x03(\x0b\x32\x16.moeserve.v1.HostStats\x12\x14\n\x0cqueue_tokens\x18\x04 \x01(\x04\"]\n\nLayerStats\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\x11\n\tprocessed\x18\x04 \x03(\x04\x12\x0f\n\x07\x64ropped\x18\x05 \x03(\x04\"\x8a\x01\n\tHostStats\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\n\n\x02up\x18\x02 \x01(\x08\x12\x10\n\x08restarts\x18\x03 \x01(\x04\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x1c\n\x14\x63uda_visible_devices\x18\x06 \x01(\t\x12\x15\n\rweights_bytes\x18\x07 \x01(\x04*<\n\nDropReason\x12\x14\n\x10\x44ROP_REASON_NONE\x10\x00\x12\x18\n\x14\x44ROP_REASON_CAPACITY\x10\x01\x32\xba\x02\n\nMoEService\x12\x44\n\x07\x46orward\x12\x1b.moeserve.v1.ForwardRequest\x1a\x1c.moeserve.v1.ForwardResponse\x12N\n\rForwardStream\x12\x1b.moeserve.v1.ForwardRequest\x1a\x1c.moeserve.v1.ForwardResponse(\x01\x30\x01\x12M\n\nListLayers\x12\x1e.moeserve.v1.ListLayersRequest\x1a\x1f.moeserve.v1.ListLayersResponse\x12G\n\x08GetStats\x12\x1c.moeserve.v1.GetStatsRequest\x1a\x1d.moeserve.v1.GetStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmoeserve/v1/moe_service.proto\x12\x0bmoeserve.v1\x1a\x18moeserve/v1/tensor.proto\"\xbc\x03\n\x0e\x46orwardRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\x0blayer_index\x18\x03 \x01(\rH\x00\x12\x14\n\nlayer_name\x18\x04 \x01(\tH\x00\x12*\n\rhidden_states\x18\x05 \x01(\x0b\x32\x13.moeserve.v1.Tensor\x12\'\n\nused_token\x18\x06 \x01(\x0b\x32\x13.moeserve.v1.Tensor\x12%\n\x08topk_ids\x18\x07 \x01(\x0b\x32\x13.moeserve.v1.Tensor\x12)\n\x0ctopk_weights\x18\x08 \x01(\x0b\x32\x13.moeserve.v1.Tensor\x12\x16\n\x0ereturn_routing\x18\t \x01(\x08\x12&\n\ttoken_ids\x18\n \x01(\x0b\x32\x13.moeserve.v1.Tensor\x12\x1c\n\x0f\x63\x61pacity_factor\x18\x0b \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05noise\x18\x0c \x01(\tH\x02\x88\x01\x01\x12\x11\n\x04seed\x18\r \x01(\x04H\x03\x88\x01\x01\x42\x07\n\x05layerB\x12\n\x10_capacity_factorB\x08\n\x06_noiseB\x07\n\x05_seed\"\xf2\x03\n\x0f\x46orwardResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\rhidden_states\x18\x02 \x01(\x0b\x32\x13.moeserve.v1.Tensor\x12&\n\trequested\x18\x03 \x01(\x0b\x32\x13.moeserve.v1.Tensor\x12&\n\tprocessed\x18\x04 \x01(\x0b\x32\x13.moeserve.v1.Tensor\x12$\n\x07\x64ropped\x18\x05 \x01(\x0b\x32\x13.moeserve.v1.Tensor\x12\x10\n\x08\x61ux_loss\x18\x06 \x01(\x02\x12\x0e\n\x06z_loss\x18\x07 \x01(\x02\x12+\n\x0e\x64ropped_tokens\x18\x08 \x01(\x0b\x32\x13.moeserve.v1.Tensor\x12%\n\x08topk_ids\x18\t \x01(\x0b\x32\x13.moeserve.v1.Tensor\x12)\n\x0ctopk_weights\x18\n \x01(\x0b\x32\x13.moeserve.v1.Tensor\x12!\n\x05\x65rror\x18\x0b \x01(\x0b\x32\x12.moeserve.v1.Error\x12\"\n\x05slots\x18\x0c \x01(\x0b\x32\x13.moeserve.v1.Tensor\x12)\n\x0c\x64rop_reasons\x18\r \x01(\x0b\x32\x13.moeserve.v1.Tensor\x12\x16\n\x0emodel_revision\x18\x0e \x01(\x04\"&\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x13\n\x11ListLayersRequest\"K\n\x12ListLayersResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12&\n\x06layers\x18\x02 \x03(\x0b\x32\x16.moeserve.v1.LayerInfo\"\xe5\x01\n\tLayerInfo\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x13\n\x0bhidden_size\x18\x03 \x01(\r\x12\x19\n\x11intermediate_size\x18\x04 \x01(\r\x12\x13\n\x0bnum_experts\x18\x05 \x01(\r\x12\r\n\x05top_k\x18\x06 \x01(\r\x12\x12\n\nactivation\x18\x07 \x01(\t\x12!\n\x05\x64type\x18\x08 \x01(\x0e\x32\x12.moeserve.v1.DType\x12\x1c\n\x0f\x63\x61pacity_factor\x18\t \x01(\x02H\x00\x88\x01\x01\x42\x12\n\x10_capacity_factor\"\x11\n\x0fGetStatsRequest\"\x87\x01\n\x10GetStatsResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\'\n\x06layers\x18\x02 \x03(\x0b\x32\x17.moeserve.v1.LayerStats\x12%\n\x05hosts\x18\x03 \x03(\x0b\x32\x16.moeserve.v1.HostStats\x12\x14\n\x0cqueue_tokens\x18\x04 \x01(\x04\"]\n\nLayerStats\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\x11\n\tprocessed\x18\x04 \x03(\x04\x12\x0f\n\x07\x64ropped\x18\x05 \x03(\x04\"\x8a\x01\n\tHostStats\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\n\n\x02up\x18\x02 \x01(\x08\x12\x10\n\x08restarts\x18\x03 \x01(\x04\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x1c\n\x14\x63uda_visible_devices\x18\x06 \x01(\t\x12\x15\n\rweights_bytes\x18\x07 \x01(\x04*<\n\nDropReason\x12\x14\n\x10\x44ROP_REASON_NONE\x10\x00\x12\x18\n\x14\x44ROP_REASON_CAPACITY\x10\x01\x32\xba\x02\n\nMoEService\x12\x44\n\x07\x46orward\x12\x1b.moeserve.v1.ForwardRequest\x1a\x1c.moeserve.v1.ForwardResponse\x12N\n\rForwardStream\x12\x1b.moeserve.v1.ForwardRequest\x1a\x1c.moeserve.v1.ForwardResponse(\x01\x30\x01\x12M\n\nListLayers\x12\x1e.moeserve.v1.ListLayersRequest\x1a\x1f.moeserve.v1.ListLayersResponse\x12G\n\x08GetStats\x12\x1c.moeserve.v1.GetStatsRequest\x1a\x1d.moeserve.v1.GetStatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'moeserve.v1.moe_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DROPREASON']._serialized_start=1759
-  _globals['_DROPREASON']._serialized_end=1819
+  _globals['_DROPREASON']._serialized_start=1783
+  _globals['_DROPREASON']._serialized_end=1843
   _globals['_FORWARDREQUEST']._serialized_start=73
   _globals['_FORWARDREQUEST']._serialized_end=517
   _globals['_FORWARDRESPONSE']._serialized_start=520
-  _globals['_FORWARDRESPONSE']._serialized_end=994
-  _globals['_ERROR']._serialized_start=996
-  _globals['_ERROR']._serialized_end=1034
-  _globals['_LISTLAYERSREQUEST']._serialized_start=1036
-  _globals['_LISTLAYERSREQUEST']._serialized_end=1055
-  _globals['_LISTLAYERSRESPONSE']._serialized_start=1057
-  _globals['_LISTLAYERSRESPONSE']._serialized_end=1132
-  _globals['_LAYERINFO']._serialized_start=1135
-  _globals['_LAYERINFO']._serialized_end=1364
-  _globals['_GETSTATSREQUEST']._serialized_start=1366
-  _globals['_GETSTATSREQUEST']._serialized_end=1383
-  _globals['_GETSTATSRESPONSE']._serialized_start=1386
-  _globals['_GETSTATSRESPONSE']._serialized_end=1521
-  _globals['_LAYERSTATS']._serialized_start=1523
-  _globals['_LAYERSTATS']._serialized_end=1616
-  _globals['_HOSTSTATS']._serialized_start=1619
-  _globals['_HOSTSTATS']._serialized_end=1757
-  _globals['_MOESERVICE']._serialized_start=1822
-  _globals['_MOESERVICE']._serialized_end=2136
+  _globals['_FORWARDRESPONSE']._serialized_end=1018
+  _globals['_ERROR']._serialized_start=1020
+  _globals['_ERROR']._serialized_end=1058
+  _globals['_LISTLAYERSREQUEST']._serialized_start=1060
+  _globals['_LISTLAYERSREQUEST']._serialized_end=1079
+  _globals['_LISTLAYERSRESPONSE']._serialized_start=1081
+  _globals['_LISTLAYERSRESPONSE']._serialized_end=1156
+  _globals['_LAYERINFO']._serialized_start=1159
+  _globals['_LAYERINFO']._serialized_end=1388
+  _globals['_GETSTATSREQUEST']._serialized_start=1390
+  _globals['_GETSTATSREQUEST']._serialized_end=1407
+  _globals['_GETSTATSRESPONSE']._serialized_start=1410
+  _globals['_GETSTATSRESPONSE']._serialized_end=1545
+  _globals['_LAYERSTATS']._serialized_start=1547
+  _globals['_LAYERSTATS']._serialized_end=1640
+  _globals['_HOSTSTATS']._serialized_start=1643
+  _globals['_HOSTSTATS']._serialized_end=1781
+  _globals['_MOESERVICE']._serialized_start=1846
+  _globals['_MOESERVICE']._serialized_end=2160
 # @@protoc_insertion_point(module_scope)

@@ -46,7 +46,7 @@ class ForwardRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., layer_index: _Optional[int] = ..., layer_name: _Optional[str] = ..., hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., used_token: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., return_routing: _Optional[bool] = ..., token_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., capacity_factor: _Optional[float] = ..., noise: _Optional[str] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class ForwardResponse(_message.Message):
-    __slots__ = ("request_id", "hidden_states", "requested", "processed", "dropped", "aux_loss", "z_loss", "dropped_tokens", "topk_ids", "topk_weights", "error", "slots", "drop_reasons")
+    __slots__ = ("request_id", "hidden_states", "requested", "processed", "dropped", "aux_loss", "z_loss", "dropped_tokens", "topk_ids", "topk_weights", "error", "slots", "drop_reasons", "model_revision")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_STATES_FIELD_NUMBER: _ClassVar[int]
     REQUESTED_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +60,7 @@ class ForwardResponse(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     DROP_REASONS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_REVISION_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     hidden_states: _tensor_pb2.Tensor
     requested: _tensor_pb2.Tensor
@@ -73,7 +74,8 @@ class ForwardResponse(_message.Message):
     error: Error
     slots: _tensor_pb2.Tensor
     drop_reasons: _tensor_pb2.Tensor
-    def __init__(self, request_id: _Optional[str] = ..., hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., requested: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., processed: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., dropped: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., aux_loss: _Optional[float] = ..., z_loss: _Optional[float] = ..., dropped_tokens: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., slots: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., drop_reasons: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    model_revision: int
+    def __init__(self, request_id: _Optional[str] = ..., hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., requested: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., processed: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., dropped: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., aux_loss: _Optional[float] = ..., z_loss: _Optional[float] = ..., dropped_tokens: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., slots: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., drop_reasons: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., model_revision: _Optional[int] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("code", "message")

@@ -64,4 +64,3 @@ def test_what_does_not_fit_is_refused(folders: tuple[Path, Path], tmp_path: Path
     write_folder(tmp_path / "other", wide, layer_tensors())
     with pytest.raises(ConfigError, match=r"/other: gating of layer model\.layers\.0\.mlp is .*; the served layer has"):
         swapped_layers(load_config(old), [Swap(LAYER, tmp_path / "other", frozenset({0}))])
-    swapped_layers(load_config(old), [Swap(LAYER, tmp_path / "other")])

@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from moeserve import BackgroundService, Client, MoELayer
 from tests.cluster.conftest import NUM_HOSTS
+from tests.harness import assert_same
 
 pytestmark = pytest.mark.ray
 
@@ -53,7 +54,7 @@ def test_answers_equal_the_layer_in_one_process(service: BackgroundService, tiny
     hidden_states = torch.randn(100, local.spec.hidden_size)
     with Client(service.target) as client:
         out = client.forward(hidden_states, layer=layer)
-    torch.testing.assert_close(out.hidden_states, local(hidden_states), rtol=1e-5, atol=1e-6)
+    assert_same(out.hidden_states, local(hidden_states))
 
 
 def test_only_loopback_addresses_listen(service: BackgroundService) -> None:
@@ -102,7 +103,7 @@ def test_a_killed_host_loses_nobodys_request_and_comes_back(service: BackgroundS
 
             def ask(times: int) -> None:
                 for _ in range(times):
-                    torch.testing.assert_close(client.forward(hidden_states, layer=1).hidden_states, expected, rtol=1e-5, atol=1e-6)
+                    assert_same(client.forward(hidden_states, layer=1).hidden_states, expected)
 
             ask(20)
             warm.wait()

@@ -1,4 +1,4 @@
-"""Hosts on another node are reached over encrypted TCP."""
+"""Hosts on another node are reached over encrypted TCP, and reach each other; a node is sent one message, or all of them one."""
 
 from __future__ import annotations
 
@@ -19,4 +19,7 @@ def test_a_service_over_two_nodes() -> None:
     run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, env=environment, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "reached over unix" in run.stdout and "reached over tcp" in run.stdout
-    assert "nodes 2" in run.stdout
+    assert "nodes 2 hosts on the first 2" in run.stdout
+    assert "hierarchical messages 2.0 retries 0.0" in run.stdout
+    assert "ring messages 1.0 retries 0.0" in run.stdout, "hosts reach each other across nodes"
+    assert "left behind 0" in run.stdout

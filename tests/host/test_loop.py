@@ -14,7 +14,7 @@ from moeserve.errors import InvalidRequest, MoEServeError
 from moeserve.experts import ExpertBank, FeedForward
 from moeserve.host import HostLoop
 from moeserve.transport import Channel, Partial, WorkShape, connect, listen
-from tests.stacked import Stacked
+from tests.stacked import Stacked, shelf_of
 
 HIDDEN, HELD = 8, 3
 
@@ -49,7 +49,7 @@ def bank() -> CountingBank:
 @pytest.fixture
 def endpoint(bank: CountingBank, tmp_path: Path) -> Iterator[str]:
     listener = listen(f"unix:{tmp_path}/host.sock")
-    loop = HostLoop({5: bank}, listener)
+    loop = HostLoop(shelf_of({5: bank}), listener)
     thread = threading.Thread(target=loop.run)
     thread.start()
     yield listener.endpoints[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moeserve.errors import ConfigError
-from moeserve.transport import connect, listen
+from moeserve.transport import ChannelClosed, choose_endpoint, connect, listen
 
 
 def test_the_socket_is_private_and_goes_with_the_listener(tmp_path: Path) -> None:
@@ -56,3 +56,13 @@ async def test_a_channel_to_an_address_that_makes_no_sense_is_refused() -> None:
     for endpoint in ("udp://127.0.0.1:1", "tcp://127.0.0.1:port"):
         with pytest.raises(ConfigError, match=endpoint):
             await connect(endpoint)
+
+
+def test_memory_within_a_node_and_tcp_between_nodes() -> None:
+    unix, tcp = "unix:/private/host.sock", "tcp://127.0.0.1:1"
+    for endpoints in ((unix, tcp), (tcp, unix)):
+        assert choose_endpoint(endpoints, is_same_node=True) == unix
+        assert choose_endpoint(endpoints, is_same_node=False) == tcp
+    assert choose_endpoint((tcp,), is_same_node=True) == tcp
+    with pytest.raises(ChannelClosed, match="from another node"):
+        choose_endpoint((unix,), is_same_node=False)

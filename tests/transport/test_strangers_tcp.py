@@ -11,8 +11,21 @@ import pytest
 import torch
 import zmq
 
-from moeserve.transport import ChannelClosed, FrontendKeys, HostKeys, KeyPair, Limits, WorkShape, connect, listen
-from moeserve.transport.wire import VERSION, Kind, WorkHeader, kind_of, layout_of, pack_note, pack_work
+from moeserve.transport import (
+    Channel,
+    ChannelClosed,
+    Destination,
+    FrontendKeys,
+    HostKeys,
+    KeyPair,
+    Limits,
+    Listener,
+    PassOn,
+    WorkShape,
+    connect,
+    listen,
+)
+from moeserve.transport.wire import VERSION, Kind, WorkHeader, kind_of, layout_of, pack_note, pack_work, write_destinations
 
 from .rig import PATIENCE_S, Rig, random_message, send
 
@@ -22,7 +35,25 @@ HELLO = pack_note(Kind.HELLO, code=VERSION)
 BODY = bytes(layout_of(SHAPE).request_bytes)
 WORK = pack_work(WorkHeader(1, 0, 0, 10**9, SHAPE, 0))
 
+PASSED_ON = WorkShape(2, 4, 3, torch.float32, 2)
+
+
+def addressed(*destinations: tuple[int, int]) -> list[bytes]:
+    """Work to be passed on, with a body that is valid but for the destinations."""
+    layout = layout_of(PASSED_ON)
+    body = bytearray(layout.request_bytes)
+    write_destinations(memoryview(body), layout, [Destination(*destination) for destination in destinations])
+    return [pack_work(WorkHeader(1, 0, 0, 10**9, PASSED_ON, 0, PassOn.FAN_OUT)), bytes(body)]
+
+
 MALFORMED = {
+    "body without destinations": [addressed((0, 1), (1, 3))[0], BODY],
+    "destinations nobody asked for": [WORK, addressed((0, 1), (1, 3))[1]],
+    "a host twice": addressed((1, 1), (1, 3)),
+    "pairs left over": addressed((0, 1), (1, 2)),
+    "pairs that do not exist": addressed((0, 1), (1, 4)),
+    "a host without pairs": addressed((0, 3), (1, 3)),
+    "ends that fall": addressed((0, 3), (1, 2)),
     "noise": [b"\xff" * 30],
     "no body": [WORK],
     "short body": [WORK, BODY[:-1]],
@@ -104,6 +135,35 @@ async def test_who_lacks_the_right_keys_is_refused_at_once(keys: FrontendKeys | 
             await connecting
         rig = Rig(listener, LIMITS, FrontendKeys(FRONTEND, HOST.public))
         async with rig.frontend() as channel:
+            await rig.forward(channel, random_message())
+
+
+async def admitted(listener: Listener, keys: FrontendKeys) -> Channel:
+    connecting = asyncio.create_task(connect(listener.endpoints[0], keys=keys, timeout_s=PATIENCE_S))
+    while not connecting.done():
+        await asyncio.to_thread(listener.poll, 0.01)
+    return await connecting
+
+
+async def test_who_may_connect_changes_while_the_host_runs() -> None:
+    """A key is admitted, then withdrawn: its open connection is hung up on, a new one refused, the others are not disturbed."""
+    keys = HostKeys(HOST, frozenset({FRONTEND.public}))
+    with closing(listen("tcp://127.0.0.1:0", limits=LIMITS, keys=keys)) as listener:
+        rig = Rig(listener, LIMITS, FrontendKeys(FRONTEND, HOST.public))
+        newcomer = FrontendKeys(STRANGER, HOST.public)
+        async with rig.frontend() as channel:
+            with pytest.raises(ChannelClosed, match="key"):
+                await admitted(listener, newcomer)
+            keys.allow({FRONTEND.public, STRANGER.public})
+            guest = await admitted(listener, newcomer)
+            await rig.forward(guest, random_message())
+            keys.allow({FRONTEND.public})
+            refused = send(guest, random_message())
+            await rig.serve_until(refused.done)
+            with pytest.raises(ChannelClosed, match="withdrawn"):
+                await refused
+            with pytest.raises(ChannelClosed, match="key"):
+                await admitted(listener, newcomer)
             await rig.forward(channel, random_message())
 
 

@@ -32,7 +32,19 @@ def patched(packet: bytes, at: int, value: int) -> bytes:
     return packet[:at] + bytes([value]) + packet[at + 1 :]
 
 
+def relayed(destinations: int, way: int = 1) -> bytes:
+    shape = WorkShape(2, 4, 3, torch.float32, destinations)
+    return patched(pack_work(WorkHeader(1, 0, 0, 10**9, shape, 0)), 2, way)
+
+
 MALFORMED = {
+    "one destination": relayed(1),
+    "destinations, but nothing to do with them": relayed(2, 0),
+    "something to do, but no destinations": relayed(0),
+    "unknown way to pass on": relayed(2, 3),
+    "more destinations than pairs": relayed(4),
+    "destinations beyond counting": relayed(2**32 - 1),
+    "destinations without pairs": relayed(2),
     "noise": b"\xff" * 30,
     "unknown kind": b"\0" * 16,
     "short work": work()[:-1],

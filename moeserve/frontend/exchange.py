@@ -1,0 +1,160 @@
+"""The messages of one layer: written, sent, collected, and sent again when a host was lost.
+
+T tokens of a part, H hidden size, R rows of one message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from moeserve.config import CommunicationConfig, CopyChoice, LayerSpec, ResilienceConfig
+from moeserve.dispatch import Hosts, HostWork, permute, plan_again
+from moeserve.errors import ExpertUnavailable
+from moeserve.frontend.compute import Compute
+from moeserve.frontend.link import HostLink
+from moeserve.frontend.part import Answer, Part, Sent
+from moeserve.frontend.patterns import DIRECT, PATTERNS, Message
+from moeserve.frontend.view import LayerView
+from moeserve.metrics import Metrics
+from moeserve.transport import Channel, ChannelClosed, Lease, PeerLost, WorkShape
+
+
+class Draft(NamedTuple):
+    """A message in the memory its channel sends from."""
+
+    message: Message
+    channel: Channel
+    lease: Lease
+
+
+class Exchange:
+    """Brings parts of batches to the hosts, in the configured pattern, and their answers back.
+
+    What is lost with a host is always sent again directly, each host its own share: the first message is for speed, the second for
+    certainty.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        spec: LayerSpec,
+        links: Sequence[HostLink],
+        communication: CommunicationConfig,
+        resilience: ResilienceConfig,
+        copy_choice: CopyChoice,
+        metrics: Metrics,
+        compute: Compute,
+    ) -> None:
+        self._layer = layer
+        self._spec = spec
+        self._links = links
+        self._pattern = communication.pattern
+        self._resilience = resilience
+        self._copy_choice = copy_choice
+        self._retries = metrics.expert_retries.labels("host_lost")
+        self._messages = {name: metrics.messages.labels(name) for name in {self._pattern, DIRECT}}
+        self._compute = compute
+
+    async def send(self, part: Part, deadline: float) -> None:
+        """Everything whose host is up leaves, all in flight; the rest is lost already. Raises Overloaded, InvalidRequest."""
+        await self._send(part, part.planned.works, self._pattern, deadline)
+
+    async def collect(self, part: Part) -> None:
+        """Waits for the answers to what was sent; what was lost with a host is in `part.lost` then. Raises what a host raised."""
+        for sent in part.sent:
+            try:
+                partial = await sent.future
+                part.answers.append(Answer(sent.works[0].host, sent.rows, partial.tensor))
+            except (ChannelClosed, PeerLost):
+                part.lost += sent.works
+        part.sent.clear()
+
+    def hosts(self, view: LayerView) -> Hosts | None:
+        """What a plan must know of the hosts; None where experts have one copy each, and there is nothing to choose."""
+        if view.placement.copies.shape[1] == 1:
+            return None
+        is_live = np.array([link.channel is not None for link in self._links])
+        return Hosts(is_live, np.array([link.queue_tokens for link in self._links]), self._copy_choice)
+
+    async def retry(self, parts: Sequence[Part], deadline: float) -> None:
+        """Sends what was lost again, to other copies or when the hosts are back, until nothing is lost.
+
+        Raises ExpertUnavailable at the deadline, or at once when that is the policy and no other copy lives.
+        """
+        names = self._names([work for part in parts for work in part.lost])
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                while any(part.lost for part in parts):
+                    self._move(parts)
+                    if self._gone(parts):
+                        await self._some_host_is_back(parts)
+                    for part in parts:
+                        works, part.lost = part.lost, []
+                        self._retries.inc(len(works))
+                        await self._send(part, works, DIRECT, deadline)
+                    for part in parts:
+                        await self.collect(part)
+        except TimeoutError:
+            raise ExpertUnavailable(f"experts of layer {self._spec.name} on {names} did not come back before the deadline") from None
+
+    def _move(self, parts: Sequence[Part]) -> None:
+        """What was lost goes to other copies of the same experts, as far as any live."""
+        for part in parts:
+            hosts = self.hosts(part.view)
+            if part.lost and hosts is not None:
+                part.lost = plan_again(part.lost, len(part.hidden_states), part.view.placement, hosts)
+
+    def _gone(self, parts: Sequence[Part]) -> list[HostWork]:
+        """What was lost and can be sent nowhere now, when that is all there is to do. Raises ExpertUnavailable if that is the policy."""
+        lost = [work for part in parts for work in part.lost]
+        gone = [work for work in lost if self._links[work.host].channel is None]
+        if gone and self._resilience.on_expert_failure == "fail":
+            raise ExpertUnavailable(f"experts of layer {self._spec.name} were lost with {self._names(gone)}")
+        return gone if len(gone) == len(lost) else []
+
+    async def _some_host_is_back(self, parts: Sequence[Part]) -> None:
+        waits = [asyncio.ensure_future(self._links[work.host].connected()) for part in parts for work in part.lost]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    async def _send(self, part: Part, works: Sequence[HostWork], pattern: str, deadline: float) -> None:
+        drafts = await self._compute(part.num_elements, self._write, part, works, pattern)
+        self._messages[pattern].inc(len(drafts))
+        timeout_s = max(0.0, deadline - time.monotonic())
+        for message, channel, lease in drafts:
+            future = channel.send(lease, layer=self._layer, epoch=part.view.epoch, timeout_s=timeout_s, pass_on=message.pass_on)
+            for work in message.works:
+                self._links[work.host].count_until(future, len(work.rows))
+            part.sent.append(Sent(tuple(message.works), message.rows, future))
+
+    def _write(self, part: Part, works: Sequence[HostWork], pattern: str) -> list[Draft]:
+        """Rows go straight to where their channel sends from: the one copy of the data on this side."""
+        channels = [link.channel for link in self._links]
+        part.lost += [work for work in works if channels[work.host] is None]
+        nodes = [link.node for link in self._links]
+        drafts = []
+        for message in PATTERNS[pattern]([work for work in works if channels[work.host] is not None], nodes):
+            channel = channels[message.host]
+            assert channel is not None
+            destinations = message.destinations
+            shape = WorkShape(len(message.rows), self._spec.hidden_size, len(message.slots), part.hidden_states.dtype, len(destinations))
+            lease = channel.lease(shape)
+            permute(part.hidden_states, message.rows, out=lease.hidden_states)
+            lease.row_index.copy_(message.row_index)
+            lease.slots.copy_(message.slots)
+            lease.weights.copy_(message.weights)
+            if destinations:
+                lease.address(destinations)
+            drafts.append(Draft(message, channel, lease))
+        return drafts
+
+    def _names(self, works: Sequence[HostWork]) -> str:
+        return ", ".join(self._links[host].name for host in sorted({work.host for work in works}))

@@ -1,0 +1,53 @@
+"""What one batch sees of its layer, from beginning to end: one epoch, whatever is published meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from moeserve.head import LayerHead
+from moeserve.placement import LayerPlacement
+
+
+@dataclass(frozen=True, eq=False)
+class LayerView:
+    """A layer at one epoch: where its experts are, and the gate that goes with their weights, which are those of `revision`."""
+
+    epoch: int
+    revision: int
+    head: LayerHead
+    placement: LayerPlacement
+
+
+class Views:
+    """The view that new batches get, and how many batches still use which epoch."""
+
+    def __init__(self, view: LayerView) -> None:
+        self.current = view
+        self._running: Counter[int] = Counter()
+        self._left = asyncio.Event()
+
+    @contextmanager
+    def use(self) -> Iterator[LayerView]:
+        """The present view, for one batch."""
+        view = self.current
+        self._running[view.epoch] += 1
+        try:
+            yield view
+        finally:
+            self._running[view.epoch] -= 1
+            self._left.set()
+
+    def publish(self, view: LayerView) -> None:
+        """Batches that begin from now on see `view`."""
+        assert view.epoch > self.current.epoch, "epochs only grow"
+        self.current = view
+
+    async def drained(self) -> None:
+        """Until no batch uses an earlier epoch than the present one."""
+        while any(count for epoch, count in self._running.items() if epoch < self.current.epoch):
+            self._left.clear()
+            await self._left.wait()

@@ -1,0 +1,77 @@
+"""The experts of one host, release by release: what a new one needs is loaded beside what is served."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from moeserve.checkpoints import LayerSource, Swap, load_bank
+from moeserve.config import ServiceConfig
+from moeserve.experts import Expert, ExpertBank, ExpertShard
+from moeserve.host.shelf import Shelf
+from moeserve.release import Release
+
+log = logging.getLogger(__name__)
+
+
+class Holdings:
+    """Fills the `shelf` that the host's loop serves from. To be used by one thread, which may be another than the loop's."""
+
+    def __init__(self, config: ServiceConfig, number: int, device: torch.device) -> None:
+        self.shelf = Shelf()
+        self._config = config
+        self._number = number
+        self._device = device
+        self._releases: list[Release] = []
+
+    def take(self, release: Release) -> None:
+        """Load what this host has in `release` and not in the one before; work of that epoch can be sent from now on.
+
+        Raises ConfigError or CheckpointError; what is served stays as it is then.
+        """
+        if any(taken.epoch >= release.epoch for taken in self._releases):
+            return
+        before = self._releases[-1] if self._releases else None
+        banks = {
+            layer: self._bank(source, layer, release, before)
+            for layer, source in enumerate(release.sources(self._config))
+            if before is None or _is_changed(before, release, layer, self._number, source.spec.name)
+        }
+        for layer, bank in banks.items():
+            self.shelf.put(layer, release.epoch, bank)
+        self._releases.append(release)
+
+    def withdraw(self, epoch: int) -> None:
+        """The release of `epoch` will not be: forget it."""
+        self._releases = [release for release in self._releases if release.epoch < epoch]
+        self.shelf.withdraw(epoch)
+
+    def retire(self, epoch: int) -> None:
+        """Nobody asks for what was before `epoch` any more."""
+        self._releases = [release for release in self._releases if release.epoch >= epoch]
+        self.shelf.retire(epoch)
+
+    def _bank(self, source: LayerSource, layer: int, release: Release, before: Release | None) -> ExpertBank | None:
+        shards = release.placement.layers[layer].shards_on(self._number)
+        if not shards:
+            return None
+        served = None if before is None else self.shelf.bank(layer, before.epoch)
+        if before is None or served is None or before.placement.layers[layer].shards_on(self._number) != shards:
+            return load_bank(source, shards, self._device)
+        new = [swap for swap in release.swaps[len(before.swaps) :] if swap.layer == source.spec.name]
+        if any(swap.experts is None for swap in new):
+            return load_bank(source, shards, self._device)
+        return served.replaced(_changed_experts(source, shards, new))
+
+
+def _is_changed(before: Release, after: Release, layer: int, host: int, name: str) -> bool:
+    if any(swap.layer == name for swap in after.swaps[len(before.swaps) :]):
+        return True
+    return before.placement.layers[layer].shards_on(host) != after.placement.layers[layer].shards_on(host)
+
+
+def _changed_experts(source: LayerSource, shards: list[ExpertShard], swaps: list[Swap]) -> dict[int, Expert]:
+    """The new experts by slot."""
+    slots = [slot for slot, shard in enumerate(shards) if any(swap.changes(shard) for swap in swaps)]
+    return dict(zip(slots, source.experts([shards[slot] for slot in slots]), strict=True))

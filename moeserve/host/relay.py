@@ -1,0 +1,203 @@
+"""Passing rows on to other hosts, beside the host's loop: a small event loop in a thread of its own, a channel to each peer.
+
+R rows of a message, H hidden size, N pairs of one share, S rows that share needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from moeserve.dispatch import permute
+from moeserve.errors import Cancelled, DeadlineExceeded, MoEServeError
+from moeserve.stats import HostInfo
+from moeserve.transport import (
+    Channel,
+    ChannelClosed,
+    Destination,
+    FrontendKeys,
+    KeyPair,
+    PassOn,
+    PeerLost,
+    Work,
+    WorkShape,
+    choose_endpoint,
+    connect,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Share(NamedTuple):
+    """What one message passes on: pairs from `start` on, to the first of `destinations`, which passes on those of the others."""
+
+    start: int
+    destinations: Sequence[Destination]
+
+
+class Helped(NamedTuple):
+    """What peers did: rows [S] int64 of the message, and their sums [S, H] float32."""
+
+    rows: torch.Tensor
+    partial: torch.Tensor
+
+
+class Errand:
+    """Other hosts' part of one work. Its memory is read until `is_done`; `helped` and `error` are to be read after that."""
+
+    def __init__(self, work: Work, loop: asyncio.AbstractEventLoop) -> None:
+        self.work = work
+        self.is_done = False
+        self.helped: Sequence[Helped] = ()
+        self.error: MoEServeError | None = None
+        #: set by the host's loop when its own part failed
+        self.own_error: MoEServeError | None = None
+        self.task: asyncio.Task[None] | None = None
+        self._loop = loop
+
+    def cancel(self) -> None:
+        """The answer is not wanted any more; from any thread. It still becomes done."""
+        self._loop.call_soon_threadsafe(lambda: self.task and self.task.cancel())
+
+
+class Peer(NamedTuple):
+    """Another host, as it was when it was dialled."""
+
+    info: HostInfo
+    dialling: asyncio.Task[Channel]
+
+    @property
+    def is_lost(self) -> bool:
+        if not self.dialling.done():
+            return False
+        return self.dialling.cancelled() or self.dialling.exception() is not None or self.dialling.result().closed.is_set()
+
+    async def hang_up(self) -> None:
+        if self.dialling.done() and not self.is_lost:
+            await self.dialling.result().close()
+
+
+class Relay:
+    """Host `number`'s messages to other hosts. A message never says where a host is: only those in the directory are talked to."""
+
+    def __init__(self, number: int, keys: KeyPair) -> None:
+        self.number = number
+        self._keys = keys
+        self._directory: Mapping[int, HostInfo] = {}
+        self._peers: dict[int, Peer] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def meet(self, directory: Mapping[int, HostInfo]) -> None:
+        """All hosts by number as they are now, this one among them; from any thread, again whenever one has changed."""
+        self._directory = dict(directory)
+
+    def pass_on(self, work: Work, on_done: Callable[[], None]) -> Errand:
+        """Asks the other destinations of `work` to do their part; `on_done` is called from another thread when they have, or failed."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._loop.run_forever, name="relay", daemon=True)
+            self._thread.start()
+        errand = Errand(work, self._loop)
+        work.on_cancel = errand.cancel
+        self._loop.call_soon_threadsafe(self._begin, errand, on_done)
+        return errand
+
+    def close(self) -> None:
+        """Hangs up on all peers and gives errands under way up; to be called by the thread that calls `pass_on`."""
+        if self._loop is not None and self._thread is not None:
+            asyncio.run_coroutine_threadsafe(self._hang_up(), self._loop).result()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    async def _hang_up(self) -> None:
+        for peer in self._peers.values():
+            await peer.hang_up()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    def _begin(self, errand: Errand, on_done: Callable[[], None]) -> None:
+        def done(_: asyncio.Task[None]) -> None:
+            errand.is_done = True
+            on_done()
+
+        errand.task = asyncio.create_task(self._run(errand))
+        errand.task.add_done_callback(done)
+
+    async def _run(self, errand: Errand) -> None:
+        work = errand.work
+        tasks = [asyncio.create_task(self._ask(work, share)) for share in _shares(work)]
+        try:
+            async with asyncio.timeout(work.deadline - time.monotonic()):
+                errand.helped = await asyncio.gather(*tasks)
+        except TimeoutError:
+            errand.error = DeadlineExceeded("the deadline passed before all hosts that rows were passed on to had answered")
+        except asyncio.CancelledError:
+            errand.error = Cancelled("the frontend cancelled this work")
+        except ChannelClosed as error:
+            errand.error = PeerLost(str(error))
+        except MoEServeError as error:
+            errand.error = error
+        except Exception as error:  # whatever it was, the host goes on and the caller is told
+            log.exception("host %d failed to pass rows on", self.number)
+            errand.error = MoEServeError(f"the expert host failed to pass rows of layer {work.layer} on: {type(error).__name__}")
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _ask(self, work: Work, share: Share) -> Helped:
+        channel = await self._channel(share.destinations[0].host)
+        pairs = slice(share.start, share.destinations[-1].pair_end)
+        row_index = work.request.row_index[pairs].numpy()
+        is_needed = np.zeros(len(work.hidden_states), dtype=np.bool_)
+        is_needed[row_index] = True
+        rows = torch.from_numpy(np.flatnonzero(is_needed))
+        further = [Destination(host, end - share.start) for host, end in share.destinations] if len(share.destinations) > 1 else []
+        shape = WorkShape(len(rows), work.hidden_states.shape[1], len(row_index), work.hidden_states.dtype, len(further))
+        lease = channel.lease(shape)
+        permute(work.hidden_states, rows, out=lease.hidden_states)
+        lease.row_index.copy_(torch.from_numpy((is_needed.cumsum() - 1)[row_index]))
+        lease.slots.copy_(work.request.slots[pairs])
+        lease.weights.copy_(work.request.weights[pairs])
+        if further:
+            lease.address(further)
+        timeout_s = max(0.0, work.deadline - time.monotonic())
+        pass_on = work.header.pass_on if further else PassOn.NOTHING
+        answer = await channel.send(lease, layer=work.layer, epoch=work.epoch, timeout_s=timeout_s, pass_on=pass_on)
+        return Helped(rows, answer.tensor)
+
+    async def _channel(self, host: int) -> Channel:
+        """The channel to a peer, opened when it is first needed. Raises ChannelClosed when it cannot be reached."""
+        info, here = self._directory.get(host), self._directory.get(self.number)
+        if info is None or here is None:
+            raise PeerLost(f"host {self.number} has not met host {host}")
+        peer = self._peers.get(host)
+        if peer is None or peer.info != info or peer.is_lost:
+            endpoint = choose_endpoint(info.endpoints, is_same_node=info.node == here.node)
+            keys = FrontendKeys(self._keys, info.public_key) if info.public_key else None
+            known, peer = peer, Peer(info, asyncio.create_task(connect(endpoint, keys=keys)))
+            self._peers[host] = peer
+            if known is not None:
+                await known.hang_up()
+        # Several errands may wait for it: one that is cancelled leaves it to the others.
+        return await asyncio.shield(peer.dialling)
+
+
+def _shares(work: Work) -> list[Share]:
+    """Every other host alone, or all of them as a chain."""
+    others = work.destinations[1:]
+    starts = [destination.pair_end for destination in work.destinations]
+    if work.header.pass_on is PassOn.CHAIN:
+        return [Share(starts[0], others)]
+    return [Share(start, [destination]) for start, destination in zip(starts, others, strict=False)]

@@ -1,0 +1,33 @@
+"""What is served from one epoch on: where the experts are, and which weights they have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from moeserve.checkpoints import LayerSource, Swap, swapped_layers
+from moeserve.config import ServiceConfig
+from moeserve.placement import Placement
+
+
+@dataclass(frozen=True, eq=False)
+class Release:
+    """Immutable; a change is a new release with a higher epoch."""
+
+    placement: Placement
+    swaps: tuple[Swap, ...] = ()
+
+    @property
+    def epoch(self) -> int:
+        return self.placement.epoch
+
+    def sources(self, config: ServiceConfig) -> list[LayerSource]:
+        """The layers with the weights of this release. Raises ConfigError or CheckpointError."""
+        return swapped_layers(config, self.swaps)
+
+    def revision(self, layer: str) -> int:
+        """1 for a layer as it was deployed, one more for every swap since."""
+        return 1 + sum(swap.layer == layer for swap in self.swaps)
+
+    def swapped(self, swap: Swap, epoch: int) -> Release:
+        """The same places with new weights."""
+        return Release(replace(self.placement, epoch=epoch), (*self.swaps, swap))

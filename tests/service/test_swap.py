@@ -1,0 +1,103 @@
+"""New weights while requests run: none fails, and each is answered with the weights its answer names."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moeserve import CheckpointError, Client, ConfigError, ForwardOutput, MoELayer, UnknownLayer
+from tests.checkpoints_on_disk import CONFIG, MLP, layer_tensors, write_folder
+from tests.harness import CHANNELS, Kind, ServiceHarness, assert_same
+
+LAYER = "model.layers.0.mlp"
+CONFIGURATION = {"model": {"dtype": "float32"}, "placement": {"num_hosts": 2}, "layers": [{"gating": {"top_k": 2}}]}
+
+
+def folder(path: Path, seed: int) -> Path:
+    path.mkdir()
+    generator = torch.Generator().manual_seed(seed)
+    return write_folder(path, CONFIG, {name: torch.randn(tensor.shape, generator=generator) for name, tensor in layer_tensors().items()})
+
+
+def configuration(checkpoint: Path) -> dict[str, object]:
+    return {**CONFIGURATION, "model": {"checkpoint": checkpoint, "dtype": "float32"}}
+
+
+def tokens(seed: int) -> torch.Tensor:
+    return torch.randn(20, 8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind", CHANNELS)
+def test_under_load_no_request_fails_and_none_is_a_mix(kind: Kind, tmp_path: Path) -> None:
+    folders = [folder(tmp_path / str(seed), seed) for seed in range(4)]
+    references = [MoELayer.from_checkpoint(path, dtype=torch.float32) for path in folders]
+    with ServiceHarness(configuration(folders[0]), kind, tmp_path) as service:
+        stop, answered = threading.Event(), threading.Semaphore(0)
+
+        def caller(number: int) -> list[tuple[int, ForwardOutput]]:
+            answers: list[tuple[int, ForwardOutput]] = []
+            with Client(service.target) as client:
+                while not stop.is_set():
+                    seed = 1000 * number + len(answers)
+                    answers.append((seed, client.forward(tokens(seed))))
+                    answered.release()
+            return answers
+
+        with ThreadPoolExecutor(4) as pool:
+            running = [pool.submit(caller, number) for number in range(4)]
+            for path in folders[1:]:
+                for _ in range(20):
+                    assert answered.acquire(timeout=30)
+                service.call(service.rollout.swap(LAYER, path))
+            for _ in range(20):
+                assert answered.acquire(timeout=30)
+            stop.set()
+            answers = [answer for future in running for answer in future.result()]
+    assert {answer.model_revision for _, answer in answers} == {1, 2, 3, 4}
+    for seed, answer in answers:
+        assert_same(answer.hidden_states, references[answer.model_revision - 1](tokens(seed)))
+
+
+def test_one_expert_is_new_and_a_host_that_comes_back_has_it(tmp_path: Path) -> None:
+    old, new = folder(tmp_path / "old", 0), folder(tmp_path / "new", 1)
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    tensors = [{name: tensor.clone() for name, tensor in load_file(path / "model.safetensors").items()} for path in (old, new)]
+    write_folder(mixed, CONFIG, tensors[0] | {name: value for name, value in tensors[1].items() if f"{MLP}.experts.2." in name})
+    expected = MoELayer.from_checkpoint(mixed, dtype=torch.float32)(tokens(0))
+    with ServiceHarness(configuration(old), "local", tmp_path) as service, Client(service.target) as client:
+        assert client.forward(tokens(0)).model_revision == 1
+        release = service.call(service.rollout.swap(LAYER, new, [2]))
+        answer = client.forward(tokens(0))
+        assert (release.epoch, answer.model_revision, client.stats().epoch) == (2, 2, 2)
+        assert_same(answer.hidden_states, expected)
+        for host in service.hosts:
+            host.stop()
+            host.start()
+        assert_same(client.forward(tokens(0)).hidden_states, expected)
+
+
+def test_what_cannot_be_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    old, new = folder(tmp_path / "old", 0), folder(tmp_path / "new", 1)
+    broken = folder(tmp_path / "broken", 2)
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:-100])
+    with ServiceHarness(configuration(old), "local", tmp_path) as service, Client(service.target) as client:
+        before = client.forward(tokens(0))
+        for refused, layer, path, experts in (
+            (UnknownLayer, "model.layers.9.mlp", new, None),
+            (ConfigError, LAYER, new, [4]),
+            (ConfigError, LAYER, tmp_path / "nowhere", None),
+            (CheckpointError, LAYER, broken, None),
+        ):
+            with pytest.raises(refused):
+                service.call(service.rollout.swap(layer, path, experts))
+            after = client.forward(tokens(0))
+            assert after.model_revision == 1
+            assert torch.equal(after.hidden_states, before.hidden_states)
+        service.call(service.rollout.swap(LAYER, new, [1]))
+        assert client.forward(tokens(0)).model_revision == 2
