@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -45,6 +45,11 @@ class BackgroundService:
         if self._thread.is_alive():
             asyncio.run_coroutine_threadsafe(self._service.stop(), self._loop).result()
             self._end_thread()
+
+    def swap(self, layer: str, checkpoint: str | Path, experts: Sequence[int] | None = None) -> int:
+        """As `Service.swap`; returns the layer's new revision."""
+        work = self._service.swap(layer, Path(checkpoint), experts)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def _end_thread(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
+from pathlib import Path
 
 from prometheus_client import start_http_server
 
@@ -13,7 +14,7 @@ from moeserve.checkpoints import layer_sources
 from moeserve.cluster import Fleet, RayRuntime
 from moeserve.config import ServiceConfig
 from moeserve.errors import ConfigError
-from moeserve.frontend import Frontend
+from moeserve.frontend import Frontend, Rollout
 from moeserve.metrics import Metrics
 from moeserve.placement import plan_placement
 from moeserve.release import Release
@@ -34,6 +35,7 @@ class Service:
         self._progress = progress
         self._running = AsyncExitStack()
         self._server: GrpcServer | None = None
+        self._rollout: Rollout | None = None
         self.hosts: list[HostInfo] = []
         #: host:port of the gRPC service, and of the metrics endpoint
         self.target = ""
@@ -55,6 +57,14 @@ class Service:
         await self._drain()
         await self._running.aclose()
 
+    async def swap(self, layer: str, checkpoint: Path, experts: Sequence[int] | None = None) -> int:
+        """Serve a layer, or some of its experts, with the weights of another folder; no request fails meanwhile.
+
+        Returns the layer's new revision, which answers name. Raises MoEServeError; then nothing has changed.
+        """
+        assert self._rollout is not None, "a service that has started"
+        return (await self._rollout.swap(layer, checkpoint, experts)).revision(layer)
+
     async def _start(self) -> None:
         config = self._config
         check_exposure(config.server)
@@ -73,7 +83,8 @@ class Service:
         runtime.start()
 
         # The ports come before the weights: whoever probes them is told that the service is starting.
-        self._server = GrpcServer(frontend, config.server, metrics.observe_call)
+        self._rollout = Rollout(config, release, fleet, frontend)
+        self._server = GrpcServer(frontend, config.server, metrics.observe_call, self._rollout)
         self._running.push_async_callback(self._drain)
         self.target = f"{config.server.host}:{await self._server.start()}"
         self.metrics_target = f"{config.server.host}:{self._start_metrics(metrics)}"

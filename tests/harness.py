@@ -164,7 +164,7 @@ class ServiceHarness:
         found = [(f"host-{host.number}", host.find) for host in self.hosts]
         self.frontend = Frontend(self.sources, self._releases[0], found, self.config, self.metrics, "model", self._on_health, self._keys)
         self.rollout = Rollout(self.config, self._releases[0], self, self.frontend)
-        self.server = GrpcServer(self.frontend, self.config.server, self.metrics.observe_call)
+        self.server = GrpcServer(self.frontend, self.config.server, self.metrics.observe_call, self.rollout)
         self.target = f"127.0.0.1:{await self.server.start()}"
         await self.frontend.start(self.nodes[0])
 

@@ -15,12 +15,14 @@ from moeserve.cli.flags import with_config_flags
 from moeserve.cli.infer import infer
 from moeserve.cli.plan import plan
 from moeserve.cli.serve import serve
+from moeserve.cli.swap import swap
 from moeserve.errors import ConfigError, MoEServeError
 
 app = typer.Typer(name="moeserve", help="Serve the experts of Mixture-of-Experts models.", no_args_is_help=True, add_completion=False)
 app.command()(with_config_flags(serve))
 app.command()(with_config_flags(plan))
 app.command()(infer)
+app.command()(swap)
 app.add_typer(config_app, name="config")
 
 EXIT_FAILURE, EXIT_CONFIGURATION, EXIT_INTERRUPTED = 1, 2, 130

@@ -11,6 +11,7 @@ import typer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from moeserve.cli.token import read_token
 from moeserve.client import TLS, Client
 from moeserve.errors import ConfigError
 
@@ -41,7 +42,9 @@ def infer(
         raise ConfigError(f"{input} is not a readable safetensors file: {error}") from None
     if "hidden_states" not in tensors:
         raise ConfigError(f"{input} has no tensor hidden_states; it has: {', '.join(sorted(tensors)) or 'none'}")
-    with Client(target, token=_read_token(token_file), tls=TLS(ca=tls_ca) if tls_ca else None, timeout=timeout) as client:
+    with Client(
+        target, token=read_token(token_file) if token_file else None, tls=TLS(ca=tls_ca) if tls_ca else None, timeout=timeout
+    ) as client:
         started = time.perf_counter()
         out = client.forward(
             tensors["hidden_states"],
@@ -59,12 +62,3 @@ def infer(
     answer = {name: value for name, value in vars(out).items() if isinstance(value, torch.Tensor)}
     save_file(answer, output)
     typer.echo(f"{len(out.hidden_states)} tokens in {elapsed_ms:.1f} ms, {int(out.dropped.sum())} choices dropped -> {output}")
-
-
-def _read_token(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise ConfigError(f"token file {path} cannot be read: {error.strerror}") from None

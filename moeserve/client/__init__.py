@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
+from moeserve.client.admin import AdminClient
 from moeserve.client.answers import LayerInfo
 from moeserve.client.async_client import AsyncClient
 from moeserve.client.client import Client
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from moeserve.client.hf import connect_experts
     from moeserve.client.hf_loader import load_model
 
-__all__ = ["TLS", "AsyncClient", "Client", "LayerInfo", "WireRequest", "WireResponse", "connect_experts", "load_model"]
+__all__ = ["TLS", "AdminClient", "AsyncClient", "Client", "LayerInfo", "WireRequest", "WireResponse", "connect_experts", "load_model"]
 
 #: loaded on first use
 _NEEDS_TRANSFORMERS = {"connect_experts": "moeserve.client.hf", "load_model": "moeserve.client.hf_loader"}

@@ -47,6 +47,8 @@ class ServerConfig(Table):
     client_ca: File | None = None
     #: file holding the bearer token that clients must send
     auth_token_file: File | None = None
+    #: file holding another token, for AdminService; unset = what is served cannot be changed from outside
+    admin_token_file: File | None = None
     #: serve a non-loopback address without TLS and token
     insecure: bool = False
     max_message_bytes: int = Field(default=256 * 2**20, ge=2**16)

@@ -17,6 +17,7 @@ from typing import Any, Final, Never, TypeAlias
 import grpc
 
 from moeserve.errors import ExpertUnavailable, MoEServeError, Unauthenticated
+from moeserve.server.security import Tokens
 from moeserve.server.status import as_user_error, to_status
 
 #: method, name of the status code, seconds
@@ -27,6 +28,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Behavior = Callable[[Any, Context], Any]
 
 _HEALTH: Final = "/grpc.health.v1.Health/"
+_ADMIN: Final = "/moeserve.v1.AdminService/"
 _BEHAVIORS: Final = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 
@@ -36,9 +38,9 @@ class Boundary(grpc.aio.ServerInterceptor):
     A stream that ends well is not observed as a whole: it may live for days, and its service observes every message.
     """
 
-    def __init__(self, token: str | None, observe: Observe) -> None:
+    def __init__(self, tokens: Tokens, observe: Observe) -> None:
         self.draining = asyncio.Event()
-        self._token = None if token is None else token.encode()
+        self._tokens = tokens
         self._observe = observe
         self._guarded: dict[str, Handler] = {}
         self._running = 0
@@ -59,16 +61,19 @@ class Boundary(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or method.startswith(_HEALTH):
             return handler
-        refusal = self._refusal(handler_call_details.invocation_metadata)
+        refusal = self._refusal(method, handler_call_details.invocation_metadata)
         if refusal is not None:
             return grpc.stream_stream_rpc_method_handler(self._guard(method, _refuse(refusal)))
         if method not in self._guarded:
             self._guarded[method] = _GuardedHandler(handler, lambda inner: self._guard(method, inner, handler.response_streaming))
         return self._guarded[method]
 
-    def _refusal(self, metadata: Iterable[tuple[str, str | bytes]]) -> MoEServeError | None:
-        if self._token is not None and not _carries(metadata, self._token):
-            return Unauthenticated("the bearer token is missing or wrong; send it as metadata: authorization: Bearer TOKEN")
+    def _refusal(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> MoEServeError | None:
+        is_admin = method.startswith(_ADMIN)
+        token = self._tokens.admin if is_admin else self._tokens.caller
+        if token is not None and not _carries(metadata, token):
+            which = "admin" if is_admin else "bearer"
+            return Unauthenticated(f"the {which} token is missing or wrong; send it as metadata: authorization: Bearer TOKEN")
         if self.draining.is_set():
             return ExpertUnavailable("the service is draining and takes no new requests")
         return None

@@ -12,7 +12,7 @@ from moeserve.stats import ServiceStats
 
 
 class Engine(Protocol):
-    """Runs validated requests. Its model and layers never change."""
+    """Runs validated requests. Its model, and the names and sizes of its layers, never change."""
 
     @property
     def model(self) -> str:

@@ -13,10 +13,11 @@ from grpc_reflection.v1alpha import reflection
 
 from moeserve.config import ServerConfig
 from moeserve.errors import ConfigError
+from moeserve.server.admin import ADMIN_SERVICE_NAME, Admin, AdminService
 from moeserve.server.boundary import Boundary, Observe
 from moeserve.server.engine import Engine
 from moeserve.server.health import Health
-from moeserve.server.security import check_exposure, read_token, server_credentials
+from moeserve.server.security import check_exposure, read_tokens, server_credentials
 from moeserve.server.service import SERVICE_NAME, MoEService
 
 #: after the last call has ended: for its answer to leave, and before watchers of the health service are cut off
@@ -24,23 +25,30 @@ _FLUSH_S: Final = 1.0
 
 
 class GrpcServer:
-    """Serves `engine` as `config` says. Health is NOT_SERVING until `set_serving` was called for every layer.
+    """Serves `engine` as `config` says; `admin` too, to whoever has the admin token, if there is one.
+
+    Health is NOT_SERVING until `set_serving` was called for every layer.
 
     `observe` is called for every call with method, status code and seconds. Raises ConfigError for a configuration that is
     refused: exposed without protection, unreadable files. To be made and used inside one event loop.
     """
 
-    def __init__(self, engine: Engine, config: ServerConfig, observe: Observe) -> None:
+    def __init__(self, engine: Engine, config: ServerConfig, observe: Observe, admin: Admin | None = None) -> None:
         check_exposure(config)
+        tokens = read_tokens(config)
         self._config = config
         self._layers = [spec.name for spec in engine.layers]
         self._health = Health(self._layers)
         self._credentials = server_credentials(config)
-        self._boundary = Boundary(read_token(config), observe)
+        self._boundary = Boundary(tokens, observe)
         self._server = grpc.aio.server(interceptors=[self._boundary], options=_options(config))
         service = MoEService(engine, config.max_tokens_per_request, observe, self._boundary.draining)
         self._server.add_generic_rpc_handlers((service.handlers(),))
-        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        names = [SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        if admin is not None and tokens.admin is not None:
+            self._server.add_generic_rpc_handlers((AdminService(admin).handlers(),))
+            names.append(ADMIN_SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
 
     async def start(self) -> int:
         """Listens; returns the port. Raises ConfigError when the address cannot be had."""

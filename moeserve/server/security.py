@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import ssl
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -26,15 +27,31 @@ def check_exposure(config: ServerConfig) -> None:
     )
 
 
-def read_token(config: ServerConfig) -> str | None:
-    """The bearer token, None when callers need none. Raises ConfigError naming the file."""
-    path = config.auth_token_file
+@dataclass(frozen=True)
+class Tokens:
+    """Bearer tokens: of callers, None = they need none; of the administrator, None = there is none."""
+
+    caller: bytes | None = None
+    admin: bytes | None = None
+
+
+def read_tokens(config: ServerConfig) -> Tokens:
+    """Raises ConfigError naming the file that cannot be used."""
+    tokens = Tokens(
+        _read_token(config.auth_token_file, "server.auth_token_file"), _read_token(config.admin_token_file, "server.admin_token_file")
+    )
+    if tokens.admin is not None and tokens.admin == tokens.caller:
+        raise ConfigError("server.admin_token_file and server.auth_token_file hold the same token: callers could change what is served")
+    return tokens
+
+
+def _read_token(path: Path | None, key: str) -> bytes | None:
     if path is None:
         return None
-    token = _read(path, "server.auth_token_file").decode("utf-8", errors="replace").strip()
+    token = _read(path, key).decode("utf-8", errors="replace").strip()
     if not token or not token.isascii() or not token.isprintable():
-        raise ConfigError(f"server.auth_token_file {path} must hold one line of printable ASCII, the token")
-    return token
+        raise ConfigError(f"{key} {path} must hold one line of printable ASCII, the token")
+    return token.encode()
 
 
 def server_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:

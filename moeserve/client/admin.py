@@ -1,0 +1,63 @@
+"""Changing what a running service serves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import grpc
+
+from moeserve.client.connection import CHANNEL_OPTIONS, TLS, call_metadata, channel_credentials
+from moeserve.client.failures import to_error
+from moeserve.v1 import admin_service_pb2 as pb
+from moeserve.v1 import admin_service_pb2_grpc as pb_grpc
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """epoch: version of the placement in force; model_revision: what answers of the layer say now."""
+
+    epoch: int
+    model_revision: int
+
+
+class AdminClient:
+    """One connection to the AdminService at `target` ("host:port"), with the admin token; tls as for `Client`.
+
+    Every call raises the MoEServeError the service raised.
+    """
+
+    def __init__(self, target: str, token: str, tls: TLS | bool | None = None) -> None:
+        self._target = target
+        self._metadata = call_metadata(token)
+        credentials = channel_credentials(tls)
+        if credentials is None:
+            self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
+        self._service = pb_grpc.AdminServiceStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def swap(self, layer: str, checkpoint: str | Path, experts: Iterable[int] = (), timeout: float = 3600.0) -> Swapped:
+        """Serve `layer` with the weights of another folder of the same model; only these `experts` of it if any are named.
+
+        `checkpoint` is an absolute path where the service and its hosts run. Returns when no request gets the old weights any more.
+        """
+        request = pb.SwapExpertsRequest(layer=layer, checkpoint=str(checkpoint), experts=experts)
+        try:
+            answer = self._service.SwapExperts(request, timeout=timeout, metadata=self._metadata)
+        except grpc.RpcError as failure:
+            raise to_error(failure, self._target, timeout) from None
+        return Swapped(answer.epoch, answer.model_revision)
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,53 @@
+"""`moeserve.v1.AdminService`: changing what is served."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, Protocol
+
+import grpc
+
+from moeserve.errors import InvalidRequest
+from moeserve.server.boundary import Context
+from moeserve.v1 import admin_service_pb2 as pb
+
+ADMIN_SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["AdminService"].full_name
+
+
+class Served(Protocol):
+    """What is served after a change."""
+
+    @property
+    def epoch(self) -> int: ...
+
+    def revision(self, layer: str) -> int: ...
+
+
+class Admin(Protocol):
+    """Whoever can change what is served."""
+
+    async def swap(self, layer: str, checkpoint: Path, experts: Sequence[int] | None) -> Served:
+        """New weights for a layer (experts = None) or some of its experts. Raises MoEServeError; then nothing has changed."""
+        ...
+
+
+class AdminService:
+    """Handlers that raise MoEServeError; the `Boundary` around them asks for the admin token."""
+
+    def __init__(self, admin: Admin) -> None:
+        self._admin = admin
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """To add to a server."""
+        swap = grpc.unary_unary_rpc_method_handler(
+            self.swap_experts, pb.SwapExpertsRequest.FromString, pb.SwapExpertsResponse.SerializeToString
+        )
+        return grpc.method_handlers_generic_handler(ADMIN_SERVICE_NAME, {"SwapExperts": swap})
+
+    async def swap_experts(self, request: pb.SwapExpertsRequest, _context: Context) -> pb.SwapExpertsResponse:
+        """One `SwapExpertsRequest`; returns when no request is answered with the old weights any more."""
+        if not Path(request.checkpoint).is_absolute():
+            raise InvalidRequest(f"checkpoint is {request.checkpoint!r}; allowed: the absolute path of a folder", "checkpoint")
+        served = await self._admin.swap(request.layer, Path(request.checkpoint), list(request.experts) or None)
+        return pb.SwapExpertsResponse(epoch=served.epoch, model_revision=served.revision(request.layer))

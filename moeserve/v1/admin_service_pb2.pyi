@@ -1,0 +1,25 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable
+from typing import ClassVar as _ClassVar, Optional as _Optional
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class SwapExpertsRequest(_message.Message):
+    __slots__ = ("layer", "checkpoint", "experts")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    layer: str
+    checkpoint: str
+    experts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, layer: _Optional[str] = ..., checkpoint: _Optional[str] = ..., experts: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class SwapExpertsResponse(_message.Message):
+    __slots__ = ("epoch", "model_revision")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    MODEL_REVISION_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    model_revision: int
+    def __init__(self, epoch: _Optional[int] = ..., model_revision: _Optional[int] = ...) -> None: ...
