@@ -1,7 +1,7 @@
 """What each type of weights costs in precision, takes in memory and does in a second, of a whole layer in one process.
 
 `python benchmarks/bench_precision.py [--json]`. Errors are relative: Frobenius norm of the difference from the answers of the same layer
-in float32, over that of these answers. Tokens are counted per second of CPU time of one thread, so other processes do not matter.
+in float32, over that of these answers. The types take turns; tokens are counted per second of CPU time of one thread.
 T tokens, H hidden size, I intermediate size, E experts, K choices per token.
 """
 
@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 
 import torch
 from rich.console import Console
@@ -56,7 +55,7 @@ def main() -> None:
     options = parse()
     keep_large_blocks()  # as the server does
     torch.set_num_threads(1)
-    rows = [row for name, make in layers().items() for row in measured(name, make, options.seconds)]
+    rows = [row for name, make in layers().items() for row in measured(name, make, options.rounds)]
     about = f"{date.today()}, {cpu_model()}, one thread, moeserve {version('moeserve')}, torch {version('torch')}"
     if options.json:
         print(json.dumps({"about": about, "rows": [asdict(row) for row in rows]}, indent=2))
@@ -74,35 +73,28 @@ def layers() -> dict[str, Make]:
     }
 
 
-def measured(name: str, make: Make, seconds: float) -> Iterator[Row]:
-    exact = make(torch.float32, None)
-    hidden_states = torch.randn(1024, exact.spec.hidden_size, generator=torch.Generator().manual_seed(0))
-    expected = exact(hidden_states)
-    for dtype, quantization in TYPES:
-        layer, rows = make(dtype, quantization), hidden_states.to(dtype)
-        # Answers in float32 whatever the rows are: what rounding the answer costs is no matter of the weights.
-        error = float((layer(rows.float()) - expected).norm() / expected.norm())
-        dtype_name = str(dtype).removeprefix("torch.")
-        yield Row(
-            name,
-            quantization or dtype_name,
-            dtype_name,
-            error,
-            layer.bank.nbytes // layer.spec.num_experts,
-            speed(layer, rows[:1], seconds),
-            speed(layer, rows, seconds),
-        )
+def measured(name: str, make: Make, rounds: int) -> Iterator[Row]:
+    made = [make(dtype, quantization) for dtype, quantization in TYPES]
+    hidden_states = torch.randn(1024, made[0].spec.hidden_size, generator=torch.Generator().manual_seed(0))
+    # The question in float32, whatever the experts compute in, so that the gate chooses the same experts.
+    exact, *others = [layer(hidden_states) for layer in made]
+    errors = [float((answer - exact).norm() / exact.norm()) for answer in (exact, *others)]
+    at_1, at_1024 = (speeds(made, hidden_states[:tokens], count) for tokens, count in ((1, 20 * rounds), (1024, rounds)))
+    for layer, (dtype, quantization), error, one, many in zip(made, TYPES, errors, at_1, at_1024, strict=True):
+        rows = str(dtype).removeprefix("torch.")
+        yield Row(name, quantization or rows, rows, error, layer.bank.nbytes // layer.spec.num_experts, one, many)
 
 
-def speed(layer: MoELayer, rows: torch.Tensor, seconds: float) -> float:
-    """Tokens per second of this thread's CPU time, by the median of at least three calls."""
-    layer(rows)
-    times: list[float] = []
-    while sum(times) < seconds or len(times) < 3:
-        started = time.thread_time()
-        layer(rows)
-        times.append(time.thread_time() - started)
-    return len(rows) / median(times)
+def speeds(made: list[MoELayer], hidden_states: torch.Tensor, rounds: int) -> list[float]:
+    """Tokens per second of this thread's CPU time, by the fastest call: what else uses caches and memory can only slow one down."""
+    questions = [hidden_states.to(dtype) for dtype, _ in TYPES]
+    fastest = [float("inf")] * len(made)
+    for _ in range(rounds):
+        for side, (layer, question) in enumerate(zip(made, questions, strict=True)):
+            started = time.thread_time()
+            layer(question)
+            fastest[side] = min(fastest[side], time.thread_time() - started)
+    return [len(hidden_states) / seconds for seconds in fastest]
 
 
 def table(rows: list[Row]) -> Table:
@@ -123,7 +115,7 @@ def cpu_model() -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--seconds", type=float, default=1.0, help="CPU time of each measurement")
+    parser.add_argument("--rounds", type=int, default=8, help="calls of every type with 1024 tokens; 20 times as many with one")
     return parser.parse_args()
 
 
