@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from moeserve.checkpoints import LayerSource, layer_sources, load_bank
-from moeserve.config import Activation, GatingConfig, GatingOverrides, LayerSpec, load_config, override
+from moeserve.config import Activation, GatingConfig, GatingOverrides, LayerSpec, Quantization, load_config, override
 from moeserve.dispatch import combine, permute
 from moeserve.errors import ConfigError, UnknownLayer
 from moeserve.gating import BatchRouting, Router, Routing, apply_choices
@@ -29,7 +29,7 @@ _MAX_TOKENS = 2**24
 class MoELayer:
     """A layer of random weights (the same seed gives the same weights here and in a service), or one of a checkpoint.
 
-    The arguments are the keys of [[layers]] in a service's configuration. Raises ConfigError for impossible sizes or gating.
+    The arguments are the keys of [[layers]] and [model] in a service's configuration. Raises ConfigError for impossible sizes or gating.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class MoELayer:
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
         gating: GatingConfig | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
         layer = {
             "hidden_size": hidden_size,
@@ -63,17 +64,23 @@ class MoELayer:
             "seed": seed,
             "gating": gating or GatingConfig(),
         }
-        self._load(layer_sources(load_config({"model": {"dtype": _dtype_key(dtype)}, "layers": [layer]}))[0])
+        model = {"dtype": _dtype_key(dtype), "quantization": quantization}
+        self._load(layer_sources(load_config({"model": model, "layers": [layer]}))[0])
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, layer: int | str = 0, dtype: torch.dtype | None = None, gating: GatingConfig | None = None
+        cls,
+        path: str | Path,
+        layer: int | str = 0,
+        dtype: torch.dtype | None = None,
+        gating: GatingConfig | None = None,
+        quantization: Quantization | None = None,
     ) -> MoELayer:
         """MoE layer `layer` (position among the MoE layers, or name) of a checkpoint folder; `gating` changes the settings it names.
 
         Raises CheckpointError, or UnknownLayer when there is no such layer.
         """
-        model = {"checkpoint": Path(path), "dtype": None if dtype is None else _dtype_key(dtype)}
+        model = {"checkpoint": Path(path), "dtype": None if dtype is None else _dtype_key(dtype), "quantization": quantization}
         sources = layer_sources(load_config({"model": model, "layers": [{"gating": gating}] if gating else []}))
         by_key = {key: source for index, source in enumerate(sources) for key in (index, source.spec.name)}
         if layer not in by_key:

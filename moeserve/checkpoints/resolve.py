@@ -23,7 +23,7 @@ def layer_sources(config: ServiceConfig) -> list[LayerSource]:
         sources.extend(_seeded(index, layer, config) for index, layer in enumerate(config.layers))
     else:
         found = huggingface_layers(config.model.checkpoint, config.model.dtype)
-        sources.extend(_overlaid(source, config.layers) for source in _wanted(found, config.model.layers))
+        sources.extend(_overlaid(source, config) for source in _wanted(found, config.model.layers))
         _reject_unknown_names(config.layers, [source.spec.name for source in sources])
     for source in sources:
         if source.spec.gating.top_k > source.spec.num_experts:
@@ -33,6 +33,11 @@ def layer_sources(config: ServiceConfig) -> list[LayerSource]:
         if source.spec.module is not None and config.placement.tensor_parallel > 1:
             raise ConfigError(
                 f"placement.tensor_parallel must be 1: the experts of layer {source.spec.name} are modules, which cannot be split"
+            )
+        if source.spec.module is not None and config.model.quantization is not None:
+            raise ConfigError(
+                f"model.quantization is {config.model.quantization!r}, but the experts of layer {source.spec.name} are modules; "
+                f"allowed: only feed-forward experts are quantized"
             )
     return sources
 
@@ -55,6 +60,7 @@ def _seeded(index: int, layer: LayerConfig, config: ServiceConfig) -> SeededLaye
         identity_experts=layer.identity_experts,
         zero_experts=layer.zero_experts,
         shared_mixing=None if layer.shared_expert is None else layer.shared_expert.mixing,
+        quantization=config.model.quantization,
     )
     if layer.expert is not None:
         check_module(layer.expert, layer.expert_args, layer.hidden_size)
@@ -71,17 +77,18 @@ def _wanted(found: Sequence[HuggingFaceLayer], wanted: Sequence[int | str] | Non
     return [source for index, source in enumerate(found) if index in wanted or source.spec.name in wanted]
 
 
-def _overlaid(source: HuggingFaceLayer, changes: Sequence[LayerConfig]) -> HuggingFaceLayer:
+def _overlaid(source: HuggingFaceLayer, config: ServiceConfig) -> HuggingFaceLayer:
     """Settings that were written down win over what the checkpoint says; those of a nameless entry apply to every layer."""
     gating: dict[str, Any] = source.spec.gating.model_dump()
-    for change in changes:
+    for change in config.layers:
         if change.name is None or change.name == source.spec.name:
             _reject_sizes(change, source.spec)
             gating.update(change.gating.model_dump(exclude_unset=True))
     try:
-        return replace(source, spec=replace(source.spec, gating=GatingConfig.model_validate(gating)))
+        spec = replace(source.spec, gating=GatingConfig.model_validate(gating), quantization=config.model.quantization)
     except ValidationError as error:
         raise ConfigError(f"layer {source.spec.name}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+    return replace(source, spec=spec)
 
 
 def _reject_sizes(change: LayerConfig, spec: LayerSpec) -> None:

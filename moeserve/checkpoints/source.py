@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from moeserve.config import LayerSpec
-from moeserve.experts import Expert, ExpertBank, ExpertShard
+from moeserve.experts import Expert, ExpertBank, ExpertShard, FeedForward, quantize, quantized_bytes
 from moeserve.gating import Mixer, Router
 from moeserve.tensors import FLOAT_DTYPES
 
 _CPU = torch.device("cpu")
+log = logging.getLogger(__name__)
 
 
 class LayerSource(Protocol):
@@ -47,18 +49,42 @@ class LayerSource(Protocol):
 
 
 def load_bank(source: LayerSource, shards: Sequence[ExpertShard], device: torch.device = _CPU) -> ExpertBank:
-    """What one host holds of a layer, in slot order: the given shards, and after them the shared expert. Raises CheckpointError."""
-    spec = source.spec
-    return ExpertBank(
-        source.experts(shards),
+    """What one host holds of a layer, in slot order: the given shards, and after them the shared expert; quantized if the spec says so.
+
+    Raises CheckpointError.
+    """
+    spec, shared = source.spec, source.shared_expert()
+    bank = ExpertBank(
+        # One by one: beside what is quantized already, memory holds the weights of one expert as they are stored.
+        source.experts(shards) if spec.quantization is None else [_held(source.experts([shard])[0], spec) for shard in shards],
         spec.hidden_size,
         FLOAT_DTYPES[spec.dtype],
-        shared=source.shared_expert(),
+        shared=None if shared is None else _held(shared, spec),
         device=device,
         scale_inputs=spec.gating.scale_inputs,
     )
+    if spec.quantization is not None:
+        held = (spec.name, bank.num_experts, spec.quantization, bank.nbytes / 2**20)
+        log.info("layer %s: %d experts quantized to %s (%.1f MiB), decoded for every projection", *held)
+    return bank
 
 
 def bank_bytes(source: LayerSource, shards: Sequence[ExpertShard]) -> int:
     """Bytes that `load_bank` will hold."""
-    return sum(map(source.nbytes, shards)) + (source.shared_nbytes() if shards else 0)
+    stored = [source.nbytes(shard) for shard in shards]
+    if shards and source.spec.shared_mixing is not None:
+        stored.append(source.shared_nbytes())
+    return sum(_held_bytes(nbytes, source.spec) for nbytes in stored)
+
+
+def _held(expert: Expert, spec: LayerSpec) -> Expert:
+    if spec.quantization is None:
+        return expert
+    assert isinstance(expert, FeedForward), "modules are not quantized: checked when layers are resolved"
+    return quantize(expert, spec.quantization)
+
+
+def _held_bytes(nbytes: int, spec: LayerSpec) -> int:
+    if spec.quantization is None:
+        return nbytes
+    return quantized_bytes(nbytes, spec.hidden_size, spec.activation, spec.bias, FLOAT_DTYPES[spec.dtype])

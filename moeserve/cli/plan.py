@@ -36,7 +36,7 @@ def plan(
             spec.name,
             f"{spec.hidden_size} x {spec.intermediate_size}",
             f"{spec.num_experts}, top {spec.gating.top_k}",
-            f"{spec.expert_kind} {spec.dtype}",
+            f"{spec.expert_kind} {spec.quantization or spec.dtype}",
             "unlimited" if factor is None else f"factor {factor:g}",
         )
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from moeserve.config.gating import GatingConfig
 
 Dtype = Literal["float32", "float16", "bfloat16"]
+Quantization = Literal["int8", "fp8"]
 Activation = Literal["swiglu", "geglu", "gelu", "relu"]
 #: how the answer of a shared expert is added to that of the chosen ones
 Mixing = Literal["add", "sigmoid", "residual"]
@@ -75,6 +76,8 @@ class ModelConfig(Table):
     checkpoint: File | None = None
     #: element type the experts are held in; unset = as stored
     dtype: Dtype | None = None
+    #: element type of the weights of feed-forward experts, quantized while they are loaded; unset = dtype
+    quantization: Quantization | None = None
     #: which MoE layers of the checkpoint to serve, by position or name; unset = all
     layers: Annotated[tuple[LayerKey, ...], Field(strict=False, min_length=1)] | None = None
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moeserve.config.gating import GatingConfig
-from moeserve.config.service import Activation, Dtype, Mixing
+from moeserve.config.service import Activation, Dtype, Mixing, Quantization
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Sizes and rules of one layer: H hidden_size, I intermediate_size, E num_experts; dtype is that of the expert weights.
+    """Sizes and rules of one layer: H hidden_size, I intermediate_size, E num_experts; dtype is that of the expert weights,
+    unless quantization says how they are held.
 
     intermediate_size is that of the largest expert, 0 for a module; `module` is the import path of a module that is the expert.
     Of the num_experts the last do not compute: first identity_experts that answer the token itself, then zero_experts.
@@ -29,6 +30,7 @@ class LayerSpec:
     identity_experts: int = 0
     zero_experts: int = 0
     shared_mixing: Mixing | None = None
+    quantization: Quantization | None = None
 
     @property
     def num_hosted_experts(self) -> int:

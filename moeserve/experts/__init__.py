@@ -5,6 +5,7 @@ from moeserve.experts.bank import ExpertBank
 from moeserve.experts.expert import Expert, ExpertShard
 from moeserve.experts.feed_forward import FeedForward, feed_forward_bytes
 from moeserve.experts.module import ModuleExpert, check_module, make_module
+from moeserve.experts.quantized import QuantizedFeedForward, QuantizedMatrix, quantize, quantized_bytes
 
 __all__ = [
     "Expert",
@@ -12,8 +13,12 @@ __all__ = [
     "ExpertShard",
     "FeedForward",
     "ModuleExpert",
+    "QuantizedFeedForward",
+    "QuantizedMatrix",
     "check_module",
     "feed_forward_bytes",
     "is_gated",
     "make_module",
+    "quantize",
+    "quantized_bytes",
 ]
