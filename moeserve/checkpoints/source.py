@@ -55,8 +55,7 @@ def load_bank(source: LayerSource, shards: Sequence[ExpertShard], device: torch.
     """
     spec, shared = source.spec, source.shared_expert()
     bank = ExpertBank(
-        # One by one: beside what is quantized already, memory holds the weights of one expert as they are stored.
-        source.experts(shards) if spec.quantization is None else [_held(source.experts([shard])[0], spec) for shard in shards],
+        load_experts(source, shards),
         spec.hidden_size,
         FLOAT_DTYPES[spec.dtype],
         shared=None if shared is None else _held(shared, spec),
@@ -67,6 +66,14 @@ def load_bank(source: LayerSource, shards: Sequence[ExpertShard], device: torch.
         held = (spec.name, bank.num_experts, spec.quantization, bank.nbytes / 2**20)
         log.info("layer %s: %d experts quantized to %s (%.1f MiB), decoded for every projection", *held)
     return bank
+
+
+def load_experts(source: LayerSource, shards: Sequence[ExpertShard]) -> list[Expert]:
+    """The given shards as a host holds them, in that order. Raises CheckpointError."""
+    if source.spec.quantization is None:
+        return source.experts(shards)
+    # One by one: beside what is quantized already, memory holds the weights of one expert as they are stored.
+    return [_held(source.experts([shard])[0], source.spec) for shard in shards]
 
 
 def bank_bytes(source: LayerSource, shards: Sequence[ExpertShard]) -> int:

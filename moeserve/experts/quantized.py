@@ -142,7 +142,7 @@ def _decoded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """int8 or float8_e4m3fn -> the same numbers in bfloat16 or float32."""
     if values.dtype == torch.int8 or values.is_cuda:
         return values.to(dtype)
-    # CPUs cast float8 one by one. Ten times faster: put sign, exponent and fraction where bfloat16 has them; then every number, those
+    # CPUs cast float8 one by one. Faster: put sign, exponent and fraction where bfloat16 has them; then every number, those
     # without an implicit one too, is 2^(7 - 127) of what it was, the difference between the biases of the two exponents.
     bits = values.view(torch.int8).to(torch.int16).bitwise_left_shift_(4).bitwise_and_(~0x7800)
     return bits.view(torch.bfloat16).to(dtype).mul_(2.0**120)

@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from moeserve.checkpoints import LayerSource, Swap, load_bank
+from moeserve.checkpoints import LayerSource, Swap, load_bank, load_experts
 from moeserve.config import ServiceConfig
 from moeserve.experts import Expert, ExpertBank, ExpertShard
 from moeserve.host.shelf import Shelf
@@ -74,4 +74,4 @@ def _is_changed(before: Release, after: Release, layer: int, host: int, name: st
 def _changed_experts(source: LayerSource, shards: list[ExpertShard], swaps: list[Swap]) -> dict[int, Expert]:
     """The new experts by slot."""
     slots = [slot for slot, shard in enumerate(shards) if any(swap.changes(shard) for swap in swaps)]
-    return dict(zip(slots, source.experts([shards[slot] for slot in slots]), strict=True))
+    return dict(zip(slots, load_experts(source, [shards[slot] for slot in slots]), strict=True))

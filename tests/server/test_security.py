@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from moeserve.config import ServerConfig
 from moeserve.errors import ConfigError
 from moeserve.server import GrpcServer, check_exposure
+from moeserve.server.security import read_tokens
 from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1 import moe_service_pb2_grpc as pb_grpc
 
@@ -47,6 +48,13 @@ async def serving(**config: object) -> AsyncIterator[Running]:
 )
 def test_loopback_or_protected_or_spelled_out_may_serve(config: dict[str, object]) -> None:
     check_exposure(ServerConfig(**config))
+
+
+def test_one_token_for_callers_and_the_administrator_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "one").write_text("same")
+    (tmp_path / "other").write_text("same\n")
+    with pytest.raises(ConfigError, match=r"server\.admin_token_file and server\.auth_token_file hold the same token"):
+        read_tokens(ServerConfig(auth_token_file=tmp_path / "one", admin_token_file=tmp_path / "other"))
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "moe.example.org", ""])

@@ -62,7 +62,7 @@ def test_without_an_admin_token_there_is_no_such_service(tmp_path: Path, folders
     with (
         ServiceHarness(configuration(folders[0]), "local", tmp_path) as service,
         AdminClient(service.target, "any") as admin,
-        pytest.raises(MoEServeError, match="[Mm]ethod not found"),
+        pytest.raises(MoEServeError, match=r"[Mm]ethod not found"),
     ):
         admin.swap(LAYER, folders[1])
 
