@@ -17,7 +17,8 @@ from moeserve.frontend.view import LayerView
 from moeserve.head import Planned
 from moeserve.transport import Partial
 
-# A micro-batch below this costs the hosts more, in reading every expert's weights once more, than it hides of the frontend's work.
+# With fewer tokens a pass is bound by reading the experts' weights (benchmarks/RESULTS.md: at T = 256 a token costs a fifth to a half
+# more than at 1024), and cutting finer costs more than it hides of the frontend's work.
 MIN_MICRO_BATCH_TOKENS = 512
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from moeserve.frontend import part
 from moeserve.frontend.patterns import PATTERNS
 from moeserve.request import LayerRequest
 from tests.harness import CHANNELS, ServiceHarness, assert_same
+from tests.test_kinds_of_experts import EXPERTS, HIDDEN, KINDS
 
 TOKENS = (0, 1, 7, 300)
 NODES = {1: ["a"], 3: ["a", "b", "b"], 4: ["a", "b", "a", "b"]}
@@ -60,9 +62,9 @@ def test_answers_and_messages(cluster: tuple[str, int, Path], tiny_moe: Path, pa
 
 def expected_messages(service: ServiceHarness, pattern: str, processed: torch.Tensor) -> list[int]:
     """How many each host gets, from the frontend and from other hosts, when `processed` [E] says which experts are busy."""
-    experts = [
-        int((processed[[shard.expert for shard in service.placement.layers[0].shards_on(host.number)]] > 0).sum()) for host in service.hosts
-    ]
+    placement = service.placement.layers[0]
+    busy = processed[torch.from_numpy(placement.logical_of_physical)] > 0
+    experts = [int(busy[torch.from_numpy(placement.host_of_physical == host.number)].sum()) for host in service.hosts]
     return experts if pattern == "point_to_point" else [min(1, count) for count in experts]
 
 
@@ -89,6 +91,22 @@ def test_micro_batches(tiny_moe: Path, tmp_path: Path, micro_batches: int, patte
         before = service.hosts[0].loop.received
         assert_same_as_in_one_process(service, local, 300)
         assert service.hosts[0].loop.received - before == micro_batches
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize("kind", ["gated", "residual", "identity and zero"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_copies_shards_and_shared_experts(
+    pattern: str, kind: str, micro_batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a host is asked to do is more than one pair per choice; some is left to the frontend itself, once for a whole batch."""
+    monkeypatch.setattr(part, "MIN_MICRO_BATCH_TOKENS", 3)
+    layer: dict[str, Any] = {"hidden_size": HIDDEN, "num_experts": EXPERTS, "gating": {"top_k": 2, "capacity_factor": 0.7}, **KINDS[kind]}
+    placed = {"num_hosts": 4, "copies": 2, "tensor_parallel": 2}
+    more = {"communication": {"pattern": pattern}, "batching": {"micro_batches": micro_batches}}
+    with ServiceHarness({"layers": [layer], "placement": placed, **more}, "shm", tmp_path, NODES[4]) as service:
+        for num_tokens in TOKENS:
+            assert_same_as_in_one_process(service, MoELayer(**layer), num_tokens)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,10 @@ def _routing(name: str, **more: Any) -> Any:
     return lambda values: keys
 
 
+def _pattern(key: str) -> Any:
+    return lambda values: {"communication.pattern": key}
+
+
 def _by_chance(values: Values) -> Mapping[str, Any]:
     return {f"{_GATING}.routing": "random", f"{_GATING}.seed": values["seed"]}
 
@@ -79,10 +83,13 @@ _ROUTING_STRATEGY = [
 ]
 
 _COMMUNICATION_PATTERN = [
-    variant("note", _PATTERN, "AllToAll", "what is done anyway: one message to every host"),
-    variant("note", _PATTERN, "PointToPoint", "not supported: one message goes to every host, not to every expert; answers are the same"),
-    variant("note", _PATTERN, "Hierarchical", "not supported: one message goes to every host, not to every node; answers are the same"),
-    variant("note", _PATTERN, "Ring", "not supported: partial sums come back from every host; answers are the same"),
+    variant("effect", _PATTERN, name, f"`communication.pattern` = `{key}`: {says}", _pattern(key))
+    for name, key, says in (
+        ("AllToAll", "all_to_all", "one message per host"),
+        ("PointToPoint", "point_to_point", "one message per expert"),
+        ("Hierarchical", "hierarchical", "one message per node, passed on within it"),
+        ("Ring", "ring", "one message, passed on from host to host with the partial sums"),
+    )
 ]
 
 _USE_AUXILIARY_LOSS = [
