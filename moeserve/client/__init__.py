@@ -12,13 +12,25 @@ from moeserve.client.answers import LayerInfo
 from moeserve.client.async_client import AsyncClient
 from moeserve.client.client import Client
 from moeserve.client.connection import TLS
+from moeserve.client.pipeline import through_layers
 from moeserve.wire import WireRequest, WireResponse
 
 if TYPE_CHECKING:
     from moeserve.client.hf import connect_experts
     from moeserve.client.hf_loader import load_model
 
-__all__ = ["TLS", "AdminClient", "AsyncClient", "Client", "LayerInfo", "WireRequest", "WireResponse", "connect_experts", "load_model"]
+__all__ = [
+    "TLS",
+    "AdminClient",
+    "AsyncClient",
+    "Client",
+    "LayerInfo",
+    "WireRequest",
+    "WireResponse",
+    "connect_experts",
+    "load_model",
+    "through_layers",
+]
 
 #: loaded on first use
 _NEEDS_TRANSFORMERS = {"connect_experts": "moeserve.client.hf", "load_model": "moeserve.client.hf_loader"}

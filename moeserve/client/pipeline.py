@@ -1,0 +1,74 @@
+"""Batches through layer after layer, many at once: while one is in the second stage of the service, the next is in the first.
+
+T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+
+import torch
+
+from moeserve.client.async_client import AsyncClient
+from moeserve.errors import MoEServeError
+from moeserve.wire import WireRequest
+
+#: what happens to the answer of a layer (position among `layers`) before the next one gets it
+Between = Callable[[int, torch.Tensor], torch.Tensor]
+
+_END = None
+
+
+async def through_layers(
+    client: AsyncClient,
+    batches: Iterable[torch.Tensor],
+    layers: Sequence[int | str],
+    between: Between = lambda _, hidden_states: hidden_states,
+    in_flight: int = 8,
+    timeout: float | None = None,
+) -> AsyncIterator[torch.Tensor]:
+    """Every batch [T, H] through `layers` in order, over one ForwardStream; answers [T, H] in the order of the batches.
+
+    Up to `in_flight` batches are under way, so that all pipeline stages of the service have work (GPipe, Huang et al. 2019,
+    arXiv 1811.06965). A batch that fails ends the whole with its error. `timeout`, in seconds, is for all of it.
+    """
+    waiting: asyncio.Queue[WireRequest | None] = asyncio.Queue()
+    source = enumerate(batches)
+    done: dict[int, torch.Tensor] = {}
+    next_out = started = 0
+
+    def send(number: int, position: int, hidden_states: torch.Tensor) -> None:
+        waiting.put_nowait(WireRequest(hidden_states, layer=layers[position], request_id=f"{number}/{position}"))
+
+    def start() -> None:
+        nonlocal started
+        for number, hidden_states in source:
+            started = number + 1
+            send(number, 0, hidden_states)
+            if started - next_out >= in_flight:
+                break
+
+    start()
+    if not started:
+        return
+    async for response in client.forward_stream(_until_end(waiting), timeout=timeout):
+        if isinstance(response.result, MoEServeError):
+            raise response.result
+        number, position = map(int, response.request_id.split("/"))
+        hidden_states = between(position, response.result.hidden_states)
+        if position + 1 < len(layers):
+            send(number, position + 1, hidden_states)
+            continue
+        done[number] = hidden_states
+        while next_out in done:
+            yield done.pop(next_out)
+            next_out += 1
+        start()
+        if next_out == started:
+            waiting.put_nowait(_END)
+
+
+async def _until_end(waiting: asyncio.Queue[WireRequest | None]) -> AsyncIterator[WireRequest]:
+    while (request := await waiting.get()) is not _END:
+        yield request

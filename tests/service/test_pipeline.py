@@ -1,0 +1,89 @@
+"""Layers on disjoint groups of hosts, and a client that keeps all of them busy."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from moeserve import AsyncClient, InvalidRequest, MoELayer
+from moeserve.client import through_layers
+from moeserve.experts import ExpertBank
+from tests.harness import CHANNELS, Kind, ServiceHarness, ThreadedHost, assert_same
+
+LAYERS = [{"hidden_size": 16, "intermediate_size": 24, "num_experts": 4, "seed": seed} for seed in range(4)]
+STAGES = {"layers": LAYERS, "placement": {"num_hosts": 4, "pipeline_stages": 2}}
+
+
+def batches(number: int) -> list[torch.Tensor]:
+    return [torch.randn(5 + index, 16, generator=torch.Generator().manual_seed(index)) for index in range(number)]
+
+
+async def run(target: str, given: list[torch.Tensor], **options: object) -> list[torch.Tensor]:
+    async with AsyncClient(target) as client:
+        return [answer async for answer in through_layers(client, given, range(4), **options)]  # type: ignore[arg-type]
+
+
+class Held:
+    """A bank that says when a pass begins, and waits for leave to compute it."""
+
+    def __init__(self, host: ThreadedHost, layer: int) -> None:
+        bank = host.holdings.shelf.bank(layer, 1)
+        assert bank is not None
+        self._bank: ExpertBank = bank
+        self.begun, self.leave = threading.Semaphore(0), threading.Semaphore(0)
+        host.holdings.shelf.put(layer, 1, self)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._bank, name)
+
+    def run(self, *args: torch.Tensor, out: torch.Tensor) -> None:
+        self.begun.release()
+        assert self.leave.acquire(timeout=30)
+        self._bank.run(*args, out=out)
+
+
+@pytest.mark.parametrize("in_flight", [1, 3, 20])
+@pytest.mark.parametrize("kind", CHANNELS)
+def test_answers_are_those_of_layer_after_layer_in_the_order_of_the_batches(kind: Kind, in_flight: int, tmp_path: Path) -> None:
+    layers, given = [MoELayer(**layer) for layer in LAYERS], batches(9)
+    with ServiceHarness(STAGES, kind, tmp_path) as service:
+        held = [{layer for layer, place in enumerate(service.placement.layers) if place.shards_on(host)} for host in range(4)]
+        assert held == [{0, 1}, {0, 1}, {2, 3}, {2, 3}]
+        answers = asyncio.run(run(service.target, given, in_flight=in_flight, between=lambda position, rows: rows + position))
+        assert asyncio.run(run(service.target, [])) == []
+    assert len(answers) == len(given)
+    for rows, answer in zip(given, answers, strict=True):
+        expected = rows
+        for position, layer in enumerate(layers):
+            expected = layer(expected) + position
+        assert_same(answer, expected)
+
+
+def test_all_stages_work_at_the_same_time(tmp_path: Path) -> None:
+    answers: list[torch.Tensor] = []
+    with ServiceHarness(STAGES, "local", tmp_path) as service:
+        first, second = Held(service.hosts[0], 1), Held(service.hosts[2], 2)
+        caller = threading.Thread(target=lambda: answers.extend(asyncio.run(run(service.target, batches(4)))))
+        caller.start()
+        assert first.begun.acquire(timeout=30)
+        first.leave.release()
+        assert second.begun.acquire(timeout=30), "the first pass has come to the second stage, and stays there"
+        assert first.begun.acquire(timeout=30), "meanwhile the first stage has the next one"
+        for held in (first, second):
+            held.leave.release(20)
+        caller.join(30)
+    assert len(answers) == 4
+
+
+def test_a_batch_that_fails_ends_the_whole(tmp_path: Path) -> None:
+    given = batches(3)
+    given[1][2, 3] = torch.nan
+    with (
+        ServiceHarness(STAGES, "local", tmp_path) as service,
+        pytest.raises(InvalidRequest, match="hidden_states of token 2 is not finite"),
+    ):
+        asyncio.run(run(service.target, given))
