@@ -1,90 +1,210 @@
-"""One table entry per model family: how its config.json and its tensor names read."""
+"""The model families: one table entry each, and those that other packages add. See docs/models.md."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import entry_points
+from typing import Final
 
-from moeserve.config import GatingConfig
+from moeserve.checkpoints import gates, rules
+from moeserve.checkpoints.family import Family, Layout, every_layer
+from moeserve.checkpoints.layouts import Flat, Separate, Stacked
 
-Config = Mapping[str, Any]
+#: the group of entry points that other packages add families with: name = model_type, value = "package.module:FAMILY"
+ENTRY_POINTS: Final = "moeserve.families"
 
-
-@dataclass(frozen=True)
-class Layout:
-    """Tensor names of one way to write a family to disk: prefix of a layer ({index}), then names below it ({expert}).
-
-    With one tensor per expert, gate and up are apart; stacked, `gate_up` [E, 2I, H] and `down` [E, H, I] hold all experts.
-    """
-
-    prefix: str
-    router: str = "gate.weight"
-    gate: str = "experts.{expert}.gate_proj.weight"
-    up: str = "experts.{expert}.up_proj.weight"
-    down: str = "experts.{expert}.down_proj.weight"
-    gate_up: str = "experts.gate_up_proj"
-    stacked_down: str = "experts.down_proj"
+_MLP: Final = "model.layers.{index}.mlp"
+_FEED_FORWARD: Final = "model.layers.{index}.feed_forward"
+_BLOCK_SPARSE: Final = "model.layers.{index}.block_sparse_moe"
+_W123: Final = Separate("experts.{expert}.w1.weight", "experts.{expert}.w3.weight", "experts.{expert}.w2.weight")
 
 
-@dataclass(frozen=True)
-class Family:
-    """How one model family is written down: keys of config.json, its gate, which layers are MoE layers, its layouts on disk."""
-
-    intermediate_key: str
-    gating: Callable[[Config], GatingConfig]
-    is_moe_layer: Callable[[Config, int], bool]
-    layouts: tuple[Layout, ...] = (Layout("model.layers.{index}.mlp"),)
-    #: what the number of experts may be called: transformers reads either name and does not always write the one it was published with
-    num_experts_keys: tuple[str, ...] = ("num_experts", "num_local_experts")
-    #: what the served layer is called, whatever its files say
-    layer_name: str = "model.layers.{index}.mlp"
-
-    def num_experts_key(self, config: Config) -> str:
-        """The name `config` uses, or the usual one when it has none."""
-        return next((key for key in self.num_experts_keys if key in config), self.num_experts_keys[0])
+def _both(layout: Layout) -> tuple[Layout, Layout]:
+    """One tensor per expert, as published; stacked, as transformers holds them."""
+    return layout, replace(layout, experts=Stacked())
 
 
-def _always_renormalized(config: Config) -> GatingConfig:
-    return GatingConfig(top_k=config["num_experts_per_tok"], renormalize="pre_drop")
+_PLAIN: Final = _both(Layout(_MLP))
+_WITH_BIAS: Final = _both(Layout(_MLP, score_correction_bias="gate.e_score_correction_bias"))
+_ONE_SHARED: Final = _both(Layout(_MLP, shared_expert="shared_expert"))
+_MIXTRAL: Final = (*_PLAIN, *_both(Layout(_BLOCK_SPARSE, _W123)))
+_GRANITE: Final = (
+    Layout(_BLOCK_SPARSE, Stacked("input_linear.weight", "output_linear.weight"), router="router.layer.weight"),
+    Layout(_BLOCK_SPARSE, Stacked(), router="router.weight"),
+)
 
+_MIXTRAL_FAMILY: Final = Family(
+    _MIXTRAL, gates.renormalized, intermediate_size=("intermediate_size",), num_experts=("num_local_experts", "num_experts")
+)
+_QWEN3: Final = Family(_PLAIN, gates.renormalized_if_told(False), rules.sparse_step)
+_QWEN_SHARED: Final = Family(
+    _ONE_SHARED, gates.renormalized_if_told(False), rules.sparse_step, shared_size=rules.of_its_own, shared_mixing="sigmoid"
+)
+_DEEPSEEK_V3: Final = Family(
+    _WITH_BIAS,
+    gates.deepseek_v3(routed_scaling_factor=2.5, n_group=8, topk_group=4),
+    rules.after_dense(3),
+    shared_size=rules.times_expert("n_shared_experts", 1),
+    num_experts=("n_routed_experts", "num_local_experts", "num_experts"),
+)
+_GRANITE_FAMILY: Final = Family(
+    _GRANITE,
+    gates.chosen_logits,
+    intermediate_size=("intermediate_size",),
+    num_experts=("num_local_experts",),
+    layer_name=_BLOCK_SPARSE,
+)
+_LLAMA4: Final = Family(
+    tuple(
+        Layout(f"{model}{_FEED_FORWARD}", Stacked(transposed=True), router="router.weight", shared_expert="shared_expert")
+        for model in ("", "language_model.")
+    ),
+    gates.llama4,
+    rules.every_nth,
+    shared_size=rules.like_the_others,
+    intermediate_size=("intermediate_size",),
+    num_experts=("num_local_experts",),
+    layer_name=_FEED_FORWARD,
+)
 
-def _renormalized_if_told(config: Config) -> GatingConfig:
-    return GatingConfig(top_k=config["num_experts_per_tok"], renormalize="pre_drop" if config.get("norm_topk_prob", False) else "none")
-
-
-def _every_layer(config: Config, index: int) -> bool:
-    return True
-
-
-def _sparse_step(config: Config, index: int) -> bool:
-    return index not in (config.get("mlp_only_layers") or ()) and (index + 1) % config.get("decoder_sparse_step", 1) == 0
-
-
-FAMILIES: Mapping[str, Family] = {
-    "mixtral": Family(
-        num_experts_keys=("num_local_experts", "num_experts"),
-        intermediate_key="intermediate_size",
-        gating=_always_renormalized,
-        is_moe_layer=_every_layer,
-        layouts=(
-            Layout("model.layers.{index}.mlp"),
+FAMILIES: Final[Mapping[str, Family]] = {
+    "mixtral": _MIXTRAL_FAMILY,
+    "minimax": _MIXTRAL_FAMILY,
+    "minimax_m2": Family(
+        (
+            *_both(Layout(_BLOCK_SPARSE, _W123, score_correction_bias="e_score_correction_bias")),
+            *_both(Layout(_MLP, score_correction_bias="e_score_correction_bias")),
+        ),
+        gates.minimax_m2,
+        intermediate_size=("intermediate_size",),
+        num_experts=("num_local_experts", "num_experts"),
+    ),
+    "phimoe": Family(
+        (*_both(Layout(_BLOCK_SPARSE, _W123)), *_both(Layout(_MLP, router="router.weight"))),
+        gates.phimoe,
+        intermediate_size=("intermediate_size",),
+        num_experts=("num_local_experts", "num_experts"),
+    ),
+    "olmoe": Family(_PLAIN, gates.renormalized_if_told(False), intermediate_size=("intermediate_size",)),
+    "flex_olmo": Family(_PLAIN, gates.renormalized_if_told(False), intermediate_size=("intermediate_size",)),
+    "qwen2_moe": _QWEN_SHARED,
+    "qwen3_moe": _QWEN3,
+    "qwen3_next": replace(_QWEN_SHARED, gating=gates.renormalized_if_told(True)),
+    "mellum": replace(_QWEN3, gating=gates.renormalized_if_told(True), is_moe_layer=rules.of_kind(0)),
+    "deepseek_v2": replace(
+        _DEEPSEEK_V3,
+        layouts=_PLAIN,
+        gating=gates.deepseek_v2,
+        is_moe_layer=rules.after_dense(0),
+        shared_size=rules.times_expert("n_shared_experts", 2),
+        shared_bias="mlp_bias",
+    ),
+    "deepseek_v3": _DEEPSEEK_V3,
+    "deepseek_v32": replace(_DEEPSEEK_V3, is_moe_layer=rules.of_kind(3), shared_bias="mlp_bias"),
+    "glm4_moe": replace(_DEEPSEEK_V3, gating=gates.deepseek_v3(), is_moe_layer=rules.after_dense(1)),
+    "glm4_moe_lite": replace(_DEEPSEEK_V3, gating=gates.deepseek_v3(routed_scaling_factor=1.8), is_moe_layer=rules.of_kind(1)),
+    "dots1": replace(_DEEPSEEK_V3, gating=gates.deepseek_v3(norm_topk_prob=False), is_moe_layer=rules.after_dense(0)),
+    "solar_open": replace(_DEEPSEEK_V3, gating=gates.deepseek_v3(), is_moe_layer=every_layer),
+    "exaone_moe": replace(
+        _DEEPSEEK_V3,
+        layouts=(*_WITH_BIAS, *_both(Layout(_MLP, score_correction_bias="e_score_correction_bias"))),
+        gating=gates.deepseek_v3(routed_scaling_factor=2.5),
+        is_moe_layer=rules.of_kind(1),
+        shared_size=rules.times_expert("num_shared_experts", 1),
+        num_experts=("num_experts",),
+    ),
+    "gpt_oss": Family(
+        tuple(
+            Layout(_MLP, experts, router="router.weight", router_bias="router.bias")
+            for experts in (
+                Stacked("experts.gate_up_proj_blocks", "experts.down_proj_blocks", interleaved=True),
+                Stacked(transposed=True, interleaved=True),
+            )
+        ),
+        gates.chosen_logits,
+        activation=rules.gpt_oss_activation,
+        bias=True,
+        intermediate_size=("intermediate_size",),
+        num_experts=("num_local_experts", "num_experts"),
+    ),
+    "granitemoe": _GRANITE_FAMILY,
+    "granitemoeshared": _GRANITE_FAMILY,
+    "granitemoehybrid": _GRANITE_FAMILY,
+    "jamba": Family(
+        _both(Layout(_FEED_FORWARD, router="router.weight")),
+        gates.plain,
+        rules.jamba,
+        intermediate_size=("intermediate_size",),
+        layer_name=_FEED_FORWARD,
+    ),
+    "lfm2_moe": Family(
+        _both(Layout(_FEED_FORWARD, _W123, score_correction_bias="expert_bias")),
+        gates.lfm2,
+        rules.after_dense(2, "num_dense_layers"),
+        num_experts=("num_experts",),
+        layer_name=_FEED_FORWARD,
+    ),
+    "dbrx": Family(
+        (
             Layout(
-                "model.layers.{index}.block_sparse_moe",
-                gate="experts.{expert}.w1.weight",
-                up="experts.{expert}.w3.weight",
-                down="experts.{expert}.w2.weight",
+                "transformer.blocks.{index}.ffn",
+                Flat("experts.mlp.w1", "experts.mlp.v1", "experts.mlp.w2"),
+                router="router.layer.weight",
             ),
         ),
+        gates.dbrx,
+        activation=rules.dbrx_activation,
+        num_hidden_layers=("n_layers", "num_hidden_layers"),
+        hidden_size=("d_model", "hidden_size"),
+        intermediate_size=("ffn_config.ffn_hidden_size",),
+        num_experts=("ffn_config.moe_num_experts",),
+        num_experts_per_tok=("ffn_config.moe_top_k",),
+        layer_name="transformer.blocks.{index}.ffn",
     ),
-    "olmoe": Family(
-        intermediate_key="intermediate_size",
-        gating=_renormalized_if_told,
-        is_moe_layer=_every_layer,
+    "llama4_text": _LLAMA4,
+    "llama4": replace(_LLAMA4, section="text_config"),
+    "ernie4_5_moe": Family(
+        _both(Layout(_MLP, score_correction_bias="moe_statics.e_score_correction_bias")),
+        gates.renormalized,
+        rules.ernie,
+        shared_size=rules.times_expert("moe_num_shared_experts", 2),
+        shared_bias="use_bias",
+        num_experts=("moe_num_experts", "num_experts"),
+        num_experts_per_tok=("moe_k", "num_experts_per_tok"),
     ),
-    "qwen3_moe": Family(
-        intermediate_key="moe_intermediate_size",
-        gating=_renormalized_if_told,
-        is_moe_layer=_sparse_step,
+    "hunyuan_v1_moe": Family(
+        _both(Layout(_MLP, router="gate.wg.weight", shared_expert="shared_mlp")),
+        gates.renormalized,
+        shared_size=rules.like_the_others,
+        intermediate_size=("intermediate_size",),
+        num_experts=("num_experts", "num_local_experts"),
+        num_experts_per_tok=("moe_topk", "num_experts_per_tok"),
+    ),
+    "longcat_flash": Family(
+        (Layout(_MLP, router="router.classifier.weight", score_correction_bias="router.e_score_correction_bias"),),
+        gates.longcat,
+        num_hidden_layers=("num_layers",),
+        intermediate_size=("expert_ffn_hidden_size", "moe_intermediate_size"),
+        num_experts=("n_routed_experts", "num_local_experts"),
+        num_experts_per_tok=("moe_topk", "num_experts_per_tok"),
+        identity_experts="zero_expert_num",
     ),
 }
+
+
+def family_of(model_type: str) -> Family:
+    """The entry of a model type, ours or an added one. Raises ValueError naming those there are."""
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    added = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    if model_type not in added:
+        raise ValueError(f"model_type is {model_type}; supported: {', '.join(sorted({*FAMILIES, *added}))}")
+    point = added[model_type]
+    try:
+        family = point.load()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"model_type is {model_type}, and its entry point {point.value!r} cannot be imported: {error}") from None
+    if not isinstance(family, Family):
+        raise ValueError(f"model_type is {model_type}, and its entry point {point.value!r} is not a moeserve.checkpoints.Family")
+    return family

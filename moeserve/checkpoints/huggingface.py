@@ -5,127 +5,142 @@ E experts, H hidden size, I intermediate size.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Final
 
 import torch
 
-from moeserve.checkpoints.families import FAMILIES, Family, Layout
-from moeserve.checkpoints.safetensors_folder import SafetensorsFolder, read_json
-from moeserve.config import Activation, Dtype, LayerSpec
-from moeserve.errors import CheckpointError
-from moeserve.experts import Expert, ExpertShard, FeedForward, feed_forward_bytes
+from moeserve.checkpoints.family import Layout
+from moeserve.checkpoints.layouts import Part, Separate
+from moeserve.checkpoints.safetensors_folder import SafetensorsFolder
+from moeserve.config import LayerSpec
+from moeserve.experts import Expert, ExpertShard, FeedForward, feed_forward_bytes, is_gated
 from moeserve.gating import Mixer, Router
 from moeserve.tensors import FLOAT_DTYPES
 
-_ACTIVATIONS: dict[str, Activation] = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
+log = logging.getLogger(__name__)
+
+#: experts a host reads at once: enough to keep a disk busy, few enough not to need memory of their own
+READERS: Final = 8
+_SECONDS_BETWEEN_LINES: Final = 10.0
+
+
+class _Progress:
+    """A line in the log when a layer is read, and every ten seconds before."""
+
+    def __init__(self, layer: str, total: int) -> None:
+        self._layer, self._total = layer, total
+        self._count = self._nbytes = 0
+        self._started = self._spoken = time.monotonic()
+
+    def add(self, nbytes: int) -> None:
+        self._count, self._nbytes, now = self._count + 1, self._nbytes + nbytes, time.monotonic()
+        if self._count == self._total or now - self._spoken > _SECONDS_BETWEEN_LINES:
+            self._spoken, took_s = now, now - self._started
+            log.info("layer %s: %d of %d experts, %.1f MiB, %.1f s", self._layer, self._count, self._total, self._nbytes / 2**20, took_s)
 
 
 @dataclass(frozen=True)
 class HuggingFaceLayer:
-    """One MoE layer of the folder."""
+    """One MoE layer of the folder. shared_size: I of the shared expert, 0 = there is none."""
 
     spec: LayerSpec
     layout: Layout
     index: int
     files: SafetensorsFolder
+    shared_size: int = 0
+    shared_bias: bool = False
 
     def router(self) -> Router:
-        gate = self.files.read(self._name(self.layout.router), (self.spec.num_experts, self.spec.hidden_size), torch.float32)
-        return Router(gate, self.spec.gating)
+        count, layout = self.spec.num_experts, self.layout
+        return Router(
+            self._read(layout.router, (count, self.spec.hidden_size)),
+            self.spec.gating,
+            bias=self._read(layout.router_bias, (count,)) if layout.router_bias else None,
+            score_correction_bias=self._score_correction_bias() if layout.score_correction_bias else None,
+        )
 
     def experts(self, shards: Sequence[ExpertShard]) -> list[Expert]:
-        return [self._expert(shard) for shard in shards]
+        experts: list[Expert] = []
+        progress = _Progress(self.spec.name, len(shards))
+        with ThreadPoolExecutor(READERS, thread_name_prefix="read-experts") as pool:
+            for expert in pool.map(self._expert, shards):
+                experts.append(expert)
+                progress.add(expert.nbytes)
+        return experts
 
     def shared_expert(self) -> Expert | None:
-        return None
+        if not self.shared_size:
+            return None
+        names = Separate(*(f"{self.layout.shared_expert}.{projection}_proj.weight" for projection in ("gate", "up", "down")))
+        expert = self._empty(self.shared_size, self.shared_bias)
+        names.fill(expert, self._part(ExpertShard(0), self.shared_size))
+        return expert
 
     def mixer(self) -> Mixer | None:
-        return None
+        if self.spec.shared_mixing is None:
+            return None
+        has_gate = self.spec.shared_mixing == "sigmoid"
+        return Mixer(self.spec.shared_mixing, self._read(self.layout.shared_gate, (1, self.spec.hidden_size)) if has_gate else None)
 
     def nbytes(self, shard: ExpertShard) -> int:
-        spec = self.spec
-        return feed_forward_bytes(spec.hidden_size, spec.intermediate_size, spec.activation, spec.bias, FLOAT_DTYPES[spec.dtype], shard)
+        return self._bytes(self.spec.intermediate_size, self.spec.bias, shard)
 
     def shared_nbytes(self) -> int:
-        return 0
+        return self._bytes(self.shared_size, self.shared_bias, ExpertShard(0)) if self.shared_size else 0
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return FLOAT_DTYPES[self.spec.dtype]
+
+    @property
+    def _prefix(self) -> str:
+        return self.layout.prefix.format(index=self.index)
+
+    def _bytes(self, intermediate_size: int, bias: bool, shard: ExpertShard) -> int:
+        return feed_forward_bytes(self.spec.hidden_size, intermediate_size, self.spec.activation, bias, self._dtype, shard)
 
     def _expert(self, shard: ExpertShard) -> FeedForward:
-        count, hidden, intermediate = self.spec.num_experts, self.spec.hidden_size, self.spec.intermediate_size
-        expert, channels = shard.expert, shard.span(intermediate)
-        if self._name(self.layout.gate_up) in self.files:
-            gate, up = self._read(self.layout.gate_up, (count, 2 * intermediate, hidden), expert).split(intermediate)
-            down = self._read(self.layout.stacked_down, (count, hidden, intermediate), expert)
-        else:
-            gate = self._read(self.layout.gate.format(expert=expert), (intermediate, hidden))
-            up = self._read(self.layout.up.format(expert=expert), (intermediate, hidden))
-            down = self._read(self.layout.down.format(expert=expert), (hidden, intermediate))
-        return FeedForward(self.spec.activation, torch.cat([gate[channels], up[channels]]), down[:, channels].contiguous())
+        part = self._part(shard, self.spec.intermediate_size)
+        expert = self._empty(part.channels.stop - part.channels.start, self.spec.bias)
+        self.layout.experts.fill(expert, part)
+        if expert.down_bias is not None and not shard.is_first:
+            expert.down_bias.zero_()
+        return expert
 
-    def _name(self, name: str) -> str:
-        return f"{self.layout.prefix.format(index=self.index)}.{name}"
-
-    def _read(self, name: str, shape: tuple[int, ...], expert: int | None = None) -> torch.Tensor:
-        return self.files.read(self._name(name), shape, FLOAT_DTYPES[self.spec.dtype], expert)
-
-
-def huggingface_layers(folder: Path, dtype: Dtype | None) -> list[HuggingFaceLayer]:
-    """All MoE layers of the folder, in model order; reads config.json and file headers, no weights.
-
-    `dtype` casts on load; None keeps what is stored. Raises CheckpointError naming the file or the key.
-    """
-    if not folder.is_dir():
-        raise CheckpointError(f"checkpoint folder {folder} does not exist")
-    config = read_json(folder / "config.json")
-    model_type = str(config.get("model_type"))
-    if model_type not in FAMILIES:
-        raise CheckpointError(f"{folder / 'config.json'}: model_type is {model_type}; supported: {', '.join(sorted(FAMILIES))}")
-    family, files = FAMILIES[model_type], SafetensorsFolder(folder)
-    for key in ("num_hidden_layers", "hidden_size", family.intermediate_key, family.num_experts_key(config), "num_experts_per_tok"):
-        if type(config.get(key)) is not int or config[key] < 1:
-            given = repr(config[key]) if key in config else "missing"
-            raise CheckpointError(f"{folder / 'config.json'}: {key} must be a positive whole number, but is {given}")
-    indexes = [index for index in range(config["num_hidden_layers"]) if family.is_moe_layer(config, index)]
-    if not indexes:
-        raise CheckpointError(f"{folder / 'config.json'}: none of the {config['num_hidden_layers']} layers is an MoE layer")
-    return [_layer(family, config, index, files, dtype) for index in indexes]
-
-
-def _layer(family: Family, config: dict[str, Any], index: int, files: SafetensorsFolder, dtype: Dtype | None) -> HuggingFaceLayer:
-    activation = _ACTIVATIONS.get(config.get("hidden_act", "silu"))
-    if activation is None:
-        raise CheckpointError(
-            f"{files.folder / 'config.json'}: hidden_act {config['hidden_act']!r} is not one of {', '.join(_ACTIVATIONS)}"
+    def _empty(self, width: int, bias: bool) -> FeedForward:
+        assert is_gated(self.spec.activation), "every family here has a gate projection"
+        hidden, dtype = self.spec.hidden_size, self._dtype
+        return FeedForward(
+            self.spec.activation,
+            torch.empty(2 * width, hidden, dtype=dtype),
+            torch.empty(hidden, width, dtype=dtype),
+            torch.empty(2 * width, dtype=dtype) if bias else None,
+            torch.empty(hidden, dtype=dtype) if bias else None,
         )
-    layout = _layout(family, index, files)
-    spec = LayerSpec(
-        name=family.layer_name.format(index=index),
-        hidden_size=config["hidden_size"],
-        intermediate_size=config[family.intermediate_key],
-        num_experts=config[family.num_experts_key(config)],
-        activation=activation,
-        bias=False,
-        dtype=dtype or _stored_dtype(layout, index, files),
-        gating=family.gating(config),
-    )
-    return HuggingFaceLayer(spec, layout, index, files)
 
+    def _part(self, shard: ExpertShard, intermediate_size: int) -> Part:
+        spec = self.spec
+        return Part(
+            self.files,
+            self._prefix,
+            spec.num_hosted_experts,
+            spec.hidden_size,
+            intermediate_size,
+            shard.expert,
+            shard.span(intermediate_size),
+        )
 
-def _layout(family: Family, index: int, files: SafetensorsFolder) -> Layout:
-    for layout in family.layouts:
-        prefix = layout.prefix.format(index=index)
-        if f"{prefix}.{layout.router}" in files:
-            return layout
-    expected = " or ".join(f"{layout.prefix.format(index=index)}.{layout.router}" for layout in family.layouts)
-    raise CheckpointError(f"{files.folder}: tensor {expected} is missing")
+    def _score_correction_bias(self) -> torch.Tensor:
+        name = f"{self._prefix}.{self.layout.score_correction_bias}"
+        # Ernie 4.5 keeps a row of them for each kind of token, of which there is one.
+        is_row = len(self.files.shape(name)) == 2
+        bias = self.files.read(name, (1, self.spec.num_experts) if is_row else (self.spec.num_experts,), torch.float32)
+        return bias.flatten()
 
-
-def _stored_dtype(layout: Layout, index: int, files: SafetensorsFolder) -> Dtype:
-    prefix = layout.prefix.format(index=index)
-    candidates = (f"{prefix}.{layout.gate_up}", f"{prefix}.{layout.gate.format(expert=0)}")
-    for name in candidates:
-        if name in files:
-            return files.dtype(name)
-    raise CheckpointError(f"{files.folder}: tensor {candidates[1]} is missing")
+    def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return self.files.read(f"{self._prefix}.{name}", shape, torch.float32)

@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moeserve.checkpoints.huggingface import HuggingFaceLayer, huggingface_layers
+from moeserve.checkpoints.huggingface import HuggingFaceLayer
+from moeserve.checkpoints.huggingface_folder import huggingface_layers
 from moeserve.checkpoints.seeded import SeededLayer
 from moeserve.checkpoints.source import LayerSource
 from moeserve.config import GatingConfig, LayerConfig, LayerSpec, ServiceConfig

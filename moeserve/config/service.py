@@ -11,7 +11,7 @@ from moeserve.config.gating import GatingConfig
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Quantization = Literal["int8", "fp8"]
-Activation = Literal["swiglu", "geglu", "gelu", "relu"]
+Activation = Literal["swiglu", "geglu", "gelu", "relu", "swigluoai"]
 #: how the answer of a shared expert is added to that of the chosen ones
 Mixing = Literal["add", "sigmoid", "residual"]
 CopyChoice = Literal["least_outstanding", "round_robin"]

@@ -1,0 +1,94 @@
+"""What there is to say about a model family: keys of config.json, its gate, which layers are MoE layers, its layouts on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from moeserve.checkpoints.layouts import ExpertLayout, Separate
+from moeserve.config import Activation, Mixing
+
+Config = Mapping[str, Any]
+
+ACTIVATIONS: Final[Mapping[str, Activation]] = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of the tensors of a layer in one way to write a family to disk, all below `prefix`.
+
+    {index} is the layer's, {expert} the expert's. router [E, H]; router_bias and score_correction_bias [E], "" = there is none;
+    shared_expert: where the projections of the shared expert are; shared_gate [1, H], for mixing = "sigmoid".
+    """
+
+    prefix: str
+    experts: ExpertLayout = field(default_factory=Separate)
+    router: str = "gate.weight"
+    router_bias: str = ""
+    score_correction_bias: str = ""
+    shared_expert: str = "shared_experts"
+    shared_gate: str = "shared_expert_gate.weight"
+
+    @property
+    def telling(self) -> tuple[str, ...]:
+        """Tensors that tell this layout from others with the same router."""
+        return tuple(name for name in (self.experts.first, self.score_correction_bias) if name)
+
+
+def no_shared_expert(config: Config) -> int:
+    return 0
+
+
+def every_layer(config: Config, index: int) -> bool:
+    return True
+
+
+def hidden_act(config: Config) -> Activation:
+    """Raises ValueError."""
+    name = config.get("hidden_act", "silu")
+    if name not in ACTIVATIONS:
+        raise ValueError(f"hidden_act {name!r} is not one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family. Functions of config.json raise ValueError with one sentence for what they cannot serve.
+
+    Several names of a key: transformers reads any of them and does not always write the one a model was published with; "a.b" is key b
+    of table a, and a list has a number for every layer.
+    """
+
+    #: the first whose tensors are there is taken
+    layouts: tuple[Layout, ...]
+    #: the knobs of GatingConfig, without top_k
+    gating: Callable[[Config], Mapping[str, Any]]
+    is_moe_layer: Callable[[Config, int], bool] = every_layer
+    activation: Callable[[Config], Activation] = hidden_act
+    #: intermediate size of the shared expert, 0 = there is none
+    shared_size: Callable[[Config], int] = no_shared_expert
+    shared_mixing: Mixing = "add"
+    #: whether the experts have biases
+    bias: bool = False
+    #: the key that says whether the shared expert has biases, "" = it has none
+    shared_bias: str = ""
+    #: the table of config.json that describes the language model, "" = the file itself
+    section: str = ""
+    num_hidden_layers: tuple[str, ...] = ("num_hidden_layers",)
+    hidden_size: tuple[str, ...] = ("hidden_size",)
+    intermediate_size: tuple[str, ...] = ("moe_intermediate_size",)
+    num_experts: tuple[str, ...] = ("num_experts", "num_local_experts", "n_routed_experts")
+    num_experts_per_tok: tuple[str, ...] = ("num_experts_per_tok",)
+    #: how many more experts the gate can choose that answer the token itself, "" = none
+    identity_experts: str = ""
+    #: what the served layer is called, whatever its files say: as the module in transformers
+    layer_name: str = "model.layers.{index}.mlp"
+
+
+def lookup(config: Config, key: str) -> Any:
+    """The value at a dotted key, None where there is none."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value

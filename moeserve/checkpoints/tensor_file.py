@@ -1,0 +1,100 @@
+"""One safetensors file, read without mapping it: a page that is mapped counts as memory of the host long after it was copied.
+
+R rows, C columns of the matrix that the last two dimensions of a tensor are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from moeserve.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One entry of the header: dtype as safetensors calls it ("BF16"), shape, and where in the file its bytes begin."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+class TensorFile:
+    """The header, checked by the safetensors library, and positioned reads of what it describes, from any number of threads.
+
+    Raises CheckpointError naming the file when it is no complete safetensors file, or is not the one whose header was read any more.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._version = _version(os.stat(path))
+            # The library sees to it that sizes, offsets and the length of the file agree; it does not tell offsets.
+            with safe_open(path, framework="pt"):
+                self.tensors = _header(path)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing, but model.safetensors.index.json names it") from None
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from None
+
+    @contextmanager
+    def opened(self) -> Iterator[int]:
+        """A file descriptor for `read_rows`; the file must be the same before and after."""
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read any more: {error.strerror}") from None
+        try:
+            self._must_be_the_same(descriptor)
+            yield descriptor
+            self._must_be_the_same(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def read_rows(self, descriptor: int, offset: int, row_bytes: int, columns: slice, into: torch.Tensor) -> None:
+        """Fill `into`, contiguous [R, C], with bytes `columns` of R rows of `row_bytes`, the first of which begins at `offset`."""
+        # Through NumPy, which has no bfloat16 but knows bytes; an empty shard has nothing to read.
+        if not into.numel():
+            return
+        buffer = into.view(torch.uint8).numpy().data.cast("B")
+        width = columns.stop - columns.start
+        if width == row_bytes:
+            self._fill(descriptor, buffer, offset)
+            return
+        for row in range(into.shape[0]):
+            self._fill(descriptor, buffer[row * width : (row + 1) * width], offset + row * row_bytes + columns.start)
+
+    def _fill(self, descriptor: int, buffer: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+            if not count:
+                raise CheckpointError(f"{self.path} became shorter while it was read")
+            done += count
+
+    def _must_be_the_same(self, descriptor: int) -> None:
+        if _version(os.fstat(descriptor)) != self._version:
+            raise CheckpointError(f"{self.path} changed while the checkpoint was read; load it again when nobody writes to it")
+
+
+def _version(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _header(path: Path) -> dict[str, StoredTensor]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+    return {
+        name: StoredTensor(entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in entries.items()
+        if name != "__metadata__"
+    }

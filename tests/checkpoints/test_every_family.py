@@ -1,0 +1,84 @@
+"""Every family against its block in transformers: in one process, and behind hosts that hold whole experts or shards of them.
+
+T tokens, H hidden size, K choices per token.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from moeserve import Client, MoELayer
+from moeserve.checkpoints.families import FAMILIES
+from moeserve.checkpoints.layouts import Separate, Stacked
+from tests.checkpoints.saved import rewritten, saved, stacked, tensors_of
+from tests.checkpoints.tiny_models import EXPERTS, SETTINGS, answer_of, moe_block, some_tokens, tiny_model
+from tests.harness import ServiceHarness
+
+BOTH_LAYOUTS = [name for name, family in FAMILIES.items() if {Separate, Stacked} <= {type(layout.experts) for layout in family.layouts}]
+
+
+def layer_of(family: str, folder: Path, dtype: torch.dtype | None = None) -> MoELayer:
+    return MoELayer.from_checkpoint(folder, FAMILIES[family].layer_name.format(index=1), dtype=dtype)
+
+
+def assert_equal(ours: Tensor, theirs: Tensor) -> None:
+    assert theirs.abs().max() > 0.1
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_every_family_is_tested() -> None:
+    assert set(SETTINGS) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", SETTINGS)
+def test_the_layer_equals_the_block(family: str) -> None:
+    layer, block = layer_of(family, saved(family)), moe_block(tiny_model(family), family)
+    for num_tokens in (1, 7, 64, 513):
+        hidden_states = some_tokens(num_tokens)
+        assert_equal(layer(hidden_states), answer_of(block, hidden_states))
+    out = layer.run(some_tokens(64), return_routing=True)
+    assert out.topk_ids is not None
+    assert len({tuple(sorted(ids)) for ids in out.topk_ids.tolist()}) > EXPERTS, "the router must tell tokens apart"
+
+
+@pytest.mark.parametrize("family", SETTINGS)
+def test_in_bfloat16(family: str) -> None:
+    """Their routers compute in bfloat16 and may choose another expert where two are almost equal; those tokens are left out."""
+    layer, block = layer_of(family, saved(family, torch.bfloat16)), moe_block(tiny_model(family, torch.bfloat16), family)
+    assert layer.bank.dtype == torch.bfloat16
+    hidden_states = some_tokens(513, torch.bfloat16)
+    ours, theirs = layer(hidden_states).float(), answer_of(block, hidden_states).float()
+    same = (ours - theirs).norm(dim=1) < 0.1 * theirs.norm(dim=1)
+    assert same.float().mean() > 0.9
+    assert (ours - theirs)[same].norm() < 1e-2 * theirs[same].norm()
+
+
+@pytest.mark.parametrize("family", BOTH_LAYOUTS)
+def test_stacked_experts(family: str, tmp_path: Path) -> None:
+    tensors = stacked(tensors_of(saved(family)))
+    assert any(name.endswith("experts.gate_up_proj") for name in tensors)
+    folder = rewritten(saved(family), tmp_path, tensors)
+    assert torch.equal(layer_of(family, folder)(some_tokens(64)), layer_of(family, saved(family))(some_tokens(64)))
+
+
+HOSTS = {
+    "one host": {"num_hosts": 1},
+    "three hosts": {"num_hosts": 3},
+    "halves": {"num_hosts": 2, "tensor_parallel": 2},
+    "thirds": {"num_hosts": 3, "tensor_parallel": 3},
+}
+
+
+@pytest.mark.parametrize("hosts", HOSTS)
+@pytest.mark.parametrize("family", SETTINGS)
+def test_behind_hosts(family: str, hosts: str, tmp_path: Path) -> None:
+    config = {"model": {"checkpoint": saved(family), "layers": [FAMILIES[family].layer_name.format(index=1)]}, "placement": HOSTS[hosts]}
+    block = moe_block(tiny_model(family), family)
+    with ServiceHarness(config, "local", tmp_path) as service, Client(service.target) as client:
+        for num_tokens in (1, 7):
+            hidden_states = some_tokens(num_tokens)
+            assert_equal(client.forward(hidden_states, layer=0).hidden_states, answer_of(block, hidden_states))
