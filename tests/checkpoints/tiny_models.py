@@ -117,7 +117,11 @@ SETTINGS: Mapping[str, dict[str, Any]] = {
 
 
 @cache
-def tiny_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+def tiny_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    return new_model(family, dtype)
+
+
+def new_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A `PreTrainedModel` of random weights, whose routers tell tokens apart and whose selection biases matter."""
     import transformers
 
@@ -149,8 +153,8 @@ def moe_block(model: Any, family: str) -> nn.Module:
     return block
 
 
-def some_tokens(num_tokens: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(num_tokens, HIDDEN, generator=torch.Generator().manual_seed(num_tokens)).to(dtype)
+def some_tokens(num_tokens: int, dtype: torch.dtype = torch.float32, hidden_size: int = HIDDEN) -> Tensor:
+    return torch.randn(num_tokens, hidden_size, generator=torch.Generator().manual_seed(num_tokens)).to(dtype)
 
 
 @torch.inference_mode()
