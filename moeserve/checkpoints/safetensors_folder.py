@@ -26,7 +26,7 @@ _SINGLE: Final = "model.safetensors"
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _STORED: Final = {**PLAIN, FP8: torch.float8_e4m3fn, "U8": torch.uint8}
 # What is converted goes through a buffer of at most so many numbers, so that a host needs hardly more memory than its weights.
-_CHUNK: Final = 2**20
+_CHUNK: Final = 2**17
 
 
 class SafetensorsFolder:
@@ -90,11 +90,12 @@ class SafetensorsFolder:
             source = _Source(self, opened, expert, is_vector=height == 1)
             if isinstance(number_format, Plain) and out.dtype == PLAIN[stored.dtype] and out.is_contiguous():
                 source.fill(name, rows, columns, out.view(rows.stop - rows.start, -1))
+                self._must_be_finite(name, out, out.dtype)
             else:
                 for part, into in _chunks(out, rows, columns):
-                    into.copy_(number_format.read(source.read, part, columns).reshape(into.shape))
-        if not all(torch.isfinite(extreme) for extreme in torch.aminmax(out)):
-            raise CheckpointError(f"{self._path(name)}: tensor {name} holds NaN or Inf as {dtype_name(out.dtype)}")
+                    numbers = number_format.read(source.read, part, columns)
+                    self._must_be_finite(name, numbers, out.dtype)
+                    into.copy_(numbers.reshape(into.shape))
 
     def file_of(self, name: str) -> tuple[TensorFile, StoredTensor]:
         """Where a tensor is."""
@@ -121,6 +122,11 @@ class SafetensorsFolder:
             found = self._stored(part).shape
             if found != expected:
                 raise CheckpointError(f"{self._path(part)}: tensor {part} has shape {list(found)}, config.json says {list(expected)}")
+
+    def _must_be_finite(self, name: str, numbers: torch.Tensor, dtype: torch.dtype) -> None:
+        # Casting keeps the order, so the extremes tell whether all numbers fit; NaN is both.
+        if not all(torch.isfinite(extreme.to(dtype)) for extreme in torch.aminmax(numbers)):
+            raise CheckpointError(f"{self._path(name)}: tensor {name} holds NaN or Inf as {dtype_name(dtype)}")
 
     def _path(self, name: str) -> Path:
         if name not in self._file_of:
