@@ -65,6 +65,22 @@ def test_stacked_experts(family: str, tmp_path: Path) -> None:
     assert torch.equal(layer_of(family, folder)(some_tokens(64)), layer_of(family, saved(family))(some_tokens(64)))
 
 
+@pytest.mark.parametrize(
+    "family", ["mixtral", "minimax_m2", "phimoe", "exaone_moe", "granitemoe", "gpt_oss", "jamba", "qwen3_next", "dbrx"]
+)
+def test_the_names_of_the_model_in_memory(family: str, tmp_path: Path) -> None:
+    """As `state_dict` has them, before `save_pretrained` turns them back into those a model was published with."""
+    folder = rewritten(saved(family), tmp_path, tiny_model(family).state_dict())
+    assert torch.equal(layer_of(family, folder)(some_tokens(64)), layer_of(family, saved(family))(some_tokens(64)))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "granitemoe", "llama4"])
+def test_in_many_files(family: str, tmp_path: Path) -> None:
+    tiny_model(family).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert torch.equal(layer_of(family, tmp_path)(some_tokens(64)), layer_of(family, saved(family))(some_tokens(64)))
+
+
 HOSTS = {
     "one host": {"num_hosts": 1},
     "three hosts": {"num_hosts": 3},
