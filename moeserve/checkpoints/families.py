@@ -41,6 +41,16 @@ _QWEN3: Final = Family(_PLAIN, gates.renormalized_if_told(False), rules.sparse_s
 _QWEN_SHARED: Final = Family(
     _ONE_SHARED, gates.renormalized_if_told(False), rules.sparse_step, shared_size=rules.of_its_own, shared_mixing="sigmoid"
 )
+_QWEN35: Final = replace(
+    _QWEN_SHARED,
+    layouts=tuple(
+        layout
+        for model in ("model", "model.language_model")
+        for layout in _both(Layout(f"{model}.layers.{{index}}.mlp", shared_expert="shared_expert"))
+    ),
+    gating=gates.renormalized,
+    is_moe_layer=every_layer,
+)
 _DEEPSEEK_V3: Final = Family(
     _WITH_BIAS,
     gates.deepseek_v3(routed_scaling_factor=2.5, n_group=8, topk_group=4),
@@ -91,6 +101,8 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "qwen2_moe": _QWEN_SHARED,
     "qwen3_moe": _QWEN3,
     "qwen3_next": replace(_QWEN_SHARED, gating=gates.renormalized_if_told(True)),
+    "qwen3_5_moe": replace(_QWEN35, section="text_config"),
+    "qwen3_5_moe_text": _QWEN35,
     "mellum": replace(_QWEN3, gating=gates.renormalized_if_told(True), is_moe_layer=rules.of_kind(0)),
     "deepseek_v2": replace(
         _DEEPSEEK_V3,
@@ -112,6 +124,13 @@ FAMILIES: Final[Mapping[str, Family]] = {
         gating=gates.deepseek_v3(routed_scaling_factor=2.5),
         is_moe_layer=rules.of_kind(1),
         shared_size=rules.times_expert("num_shared_experts", 1),
+        num_experts=("num_experts",),
+    ),
+    "afmoe": Family(
+        _both(Layout(_MLP, router="router.gate.weight", score_correction_bias="expert_bias")),
+        gates.afmoe,
+        rules.after_dense(1, "num_dense_layers"),
+        shared_size=rules.times_expert("num_shared_experts", 2),
         num_experts=("num_experts",),
     ),
     "gpt_oss": Family(

@@ -74,6 +74,10 @@ def minimax_m2(config: Config) -> Knobs:
     return {"scoring_func": "sigmoid", "renormalize": "pre_drop"}
 
 
+def afmoe(config: Config) -> Knobs:
+    return {"scoring_func": "sigmoid", "renormalize": "pre_drop", "routed_scaling_factor": config.get("route_scale", 1.0)}
+
+
 def lfm2(config: Config) -> Knobs:
     if not config.get("use_expert_bias", True):
         raise ValueError("use_expert_bias is false; supported: true")

@@ -36,6 +36,11 @@ def huggingface_layers(folder: Path, dtype: Dtype | None) -> list[HuggingFaceLay
         raise CheckpointError(f"{path}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    except KeyError as error:
+        raise CheckpointError(f"{path}: {error.args[0]} is missing") from None
+    except (TypeError, AttributeError, IndexError, ArithmeticError) as error:
+        # What the functions of a family run into when a key holds another kind of value than it does in that family.
+        raise CheckpointError(f"{path} is not that of a {config.get('model_type')} model: {error}") from error
 
 
 class _Model:

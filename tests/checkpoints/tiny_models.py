@@ -47,6 +47,9 @@ _LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_h
 _MAMBA = {"mamba_d_state": 4, "mamba_expand": 2, "mamba_n_heads": 2, "mamba_d_head": 32, "mamba_n_groups": 1}
 _LLAMA4 = {**_ALL, "num_experts_per_tok": 2, "intermediate_size_mlp": 40, "interleave_moe_layer_step": 2, "head_dim": 16}
 
+#: those whose language model stands beside an encoder
+NESTED = ("llama4", "qwen3_5_moe")
+
 #: what AutoConfig is told besides; layer 1 is an MoE layer everywhere
 SETTINGS: Mapping[str, dict[str, Any]] = {
     "mixtral": _ALL,
@@ -58,6 +61,12 @@ SETTINGS: Mapping[str, dict[str, Any]] = {
     "qwen2_moe": {**_MOE, "shared_expert_intermediate_size": 56, "norm_topk_prob": False},
     "qwen3_moe": {**_MOE, "decoder_sparse_step": 2, "head_dim": 16, "norm_topk_prob": True},
     "qwen3_next": {**_MOE, **_LINEAR, "shared_expert_intermediate_size": 56, "head_dim": 16},
+    "qwen3_5_moe_text": {**_MOE, **_LINEAR, "shared_expert_intermediate_size": 56, "head_dim": 16},
+    "qwen3_5_moe": {
+        "text_config": {**_BASE, **_MOE, **_LINEAR, "shared_expert_intermediate_size": 56, "head_dim": 16},
+        "vision_config": {"hidden_size": 16, "intermediate_size": 16, "depth": 1, "num_heads": 2, "out_hidden_size": HIDDEN},
+    },
+    "afmoe": {**_MOE, "num_shared_experts": 2, "num_dense_layers": 1, "head_dim": 16, "route_scale": 1.3},
     "mellum": {**_MOE, "head_dim": 16, "mlp_layer_types": ["dense", "sparse"]},
     "deepseek_v2": {**_DEEPSEEK, **_LATENT, "topk_method": "group_limited_greedy", "mlp_bias": True},
     "deepseek_v3": {**_DEEPSEEK, **_LATENT},
@@ -127,12 +136,12 @@ def new_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    settings = {**({} if family in ("dbrx", "llama4") else _BASE), **SETTINGS[family], **changes}
+    settings = {**({} if family in ("dbrx", *NESTED) else _BASE), **SETTINGS[family], **changes}
     if "num_layers" in settings:
         del settings["num_hidden_layers"]
     config = transformers.AutoConfig.for_model(family, **settings)
     torch.manual_seed(0)
-    auto = transformers.AutoModelForImageTextToText if family == "llama4" else transformers.AutoModelForCausalLM
+    auto = transformers.AutoModelForImageTextToText if family in NESTED else transformers.AutoModelForCausalLM
     model = auto.from_config(config).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
