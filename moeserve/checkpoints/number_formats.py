@@ -15,6 +15,9 @@ Read = Callable[[str, slice, slice], torch.Tensor]
 PLAIN: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FP8: Final = "F8_E4M3"
 
+#: the number in each of the 256 bytes: looking it up is five times as fast as converting
+_FP8_VALUES: Final = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+
 #: the sixteen values of FP4 (E2M1), Open Compute Project, Microscaling Formats (MX) v1.0, 2023
 _FP4_VALUES: Final = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0], dtype=np.float32)
 #: the two values in each of the 256 bytes, as one item of eight bytes: looking up pairs is ten times as fast as taking bytes apart
@@ -61,12 +64,12 @@ class Fp8Blocks:
 
     def read(self, read: Read, rows: slice, columns: slice) -> torch.Tensor:
         down, across = (_covering(part, size) for part, size in zip((rows, columns), self.block, strict=True))
-        scales = read(self.scales, down, across).float()
-        of_row, of_column = (
-            torch.arange(part.start, part.stop) // size - first.start
-            for part, size, first in zip((rows, columns), self.block, (down, across), strict=True)
-        )
-        return read(self.name, rows, columns).float() * scales[of_row][:, of_column]
+        of_row = torch.arange(rows.start, rows.stop) // self.block[0] - down.start
+        scales = read(self.scales, down, across).float()[of_row]
+        start = across.start * self.block[1]
+        spread = scales[:, :, None].expand(-1, -1, self.block[1]).flatten(1)[:, columns.start - start : columns.stop - start]
+        numbers = torch.from_numpy(_FP8_VALUES.take(read(self.name, rows, columns).view(torch.uint8).numpy()))
+        return numbers.mul_(spread)
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Mxfp4:
         packed = read(self.name, rows, slice(blocks.start * 16, blocks.stop * 16))
         exponents = read(self.scales, rows, blocks).int() - 127
         scales = torch.ldexp(torch.ones(exponents.shape), exponents)
-        numbers = torch.from_numpy(_FP4_PAIRS[packed.numpy()].view(np.float32))
+        numbers = torch.from_numpy(_FP4_PAIRS.take(packed.numpy()).view(np.float32))
         numbers.view(len(numbers), -1, _MX_BLOCK).mul_(scales[:, :, None])
         start = blocks.start * _MX_BLOCK
         return numbers[:, columns.start - start : columns.stop - start]

@@ -26,7 +26,7 @@ _GATE_UP_DOWN = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2,
 @cache
 def saved(family: str, dtype: torch.dtype = torch.float32) -> Path:
     """As `save_pretrained` writes it, once for all tests."""
-    folder = Path(mkdtemp(prefix=f"moeserve-test-{family}-"))
+    folder = Path(mkdtemp(prefix=f"tiny-{family}-"))
     atexit.register(rmtree, folder)
     tiny_model(family, dtype).save_pretrained(folder)
     return folder
