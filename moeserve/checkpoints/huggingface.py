@@ -30,7 +30,7 @@ _SECONDS_BETWEEN_LINES: Final = 10.0
 
 
 class _Progress:
-    """A line in the log when a layer is read, and every ten seconds before."""
+    """A line in the log when several experts are read, and every ten seconds before."""
 
     def __init__(self, layer: str, total: int) -> None:
         self._layer, self._total = layer, total
@@ -39,7 +39,7 @@ class _Progress:
 
     def add(self, nbytes: int) -> None:
         self._count, self._nbytes, now = self._count + 1, self._nbytes + nbytes, time.monotonic()
-        if self._count == self._total or now - self._spoken > _SECONDS_BETWEEN_LINES:
+        if self._count == self._total > 1 or now - self._spoken > _SECONDS_BETWEEN_LINES:
             self._spoken, took_s = now, now - self._started
             log.info("layer %s: %d of %d experts, %.1f MiB, %.1f s", self._layer, self._count, self._total, self._nbytes / 2**20, took_s)
 
