@@ -17,6 +17,7 @@ from moeserve.cli.infer import infer
 from moeserve.cli.plan import plan
 from moeserve.cli.serve import serve
 from moeserve.cli.swap import swap
+from moeserve.cli.top import top
 from moeserve.errors import ConfigError, MoEServeError, ServiceUnreachable
 
 app = typer.Typer(name="moeserve", help="Serve the experts of Mixture-of-Experts models.", no_args_is_help=True, add_completion=False)
@@ -25,6 +26,7 @@ app.command()(with_config_flags(plan))
 app.command()(infer)
 app.command()(swap)
 app.command()(bench)
+app.command()(top)
 app.add_typer(config_app, name="config")
 
 EXIT_FAILURE, EXIT_CONFIGURATION, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
