@@ -143,7 +143,7 @@ def _layer_stats(index: int, name: str, placement: Placement, counts: ExpertCoun
         tokens=counts.tokens[index],
         processed=counts.processed[index].clone(),
         dropped=counts.dropped[index].clone(),
-        live_copies=counts.live_copies[index].tolist(),
+        live_copies=counts.live_copies[index][: layer.num_experts].tolist(),
         tensor_parallel=layer.tensor_parallel,
         placement=[HostShards(host, [one.expert for one in shards], [one.shard for one in shards]) for host, shards in held if shards],
     )
