@@ -82,7 +82,7 @@ function loadStrip(layer, loads) {
     else rect.classList.add("free");
     svg.append(rect);
     if (lost) {
-      const part = cell(expert + gap, 20 - 8 * lost / load, 1 - 2 * gap, 8 * lost / load, title);
+      const part = cell(expert + gap, 20 - 20 * lost / load, 1 - 2 * gap, 20 * lost / load, title);
       part.classList.add("lost");
       svg.append(part);
     }
@@ -205,8 +205,10 @@ function draw() {
   const minute = document.querySelector("input[name=period]:checked").value === "minute";
   const counted = less(stats, minute ? history[0] : null);
   drawTiles(stats, counted);
-  drawLoad(stats, counted);
-  drawHosts(stats);
+  if (!document.querySelector("td svg:hover")) {  // a tooltip would go away with what it belongs to
+    drawLoad(stats, counted);
+    drawHosts(stats);
+  }
   drawRest(stats, counted);
   const up = stats.uptime_s, unit = up >= 172800 ? [86400, "d"] : up >= 7200 ? [3600, "h"] : up >= 120 ? [60, "min"] : [1, "s"];
   $("since").textContent = `up ${Math.floor(up / unit[0])} ${unit[1]} · placement ${stats.epoch}` + (stats.expert_retries ? ` · ${number.format(stats.expert_retries)} sent again` : "");
