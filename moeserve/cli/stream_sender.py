@@ -22,7 +22,7 @@ class StreamSender:
     def __init__(self, client: AsyncClient, timeout_s: float) -> None:
         self._client = client
         self._timeout_s = timeout_s
-        self._outgoing: asyncio.Queue[WireRequest] = asyncio.Queue()
+        self._outgoing: asyncio.Queue[WireRequest | None] = asyncio.Queue()
         self._waiting: dict[str, asyncio.Future[ForwardOutput]] = {}
         self._reader: asyncio.Task[None] | None = None
         self._sent = 0
@@ -45,9 +45,9 @@ class StreamSender:
         finally:
             self._waiting.pop(request_id, None)
 
-    async def _read(self, outgoing: asyncio.Queue[WireRequest]) -> None:
+    async def _read(self, outgoing: asyncio.Queue[WireRequest | None]) -> None:
         try:
-            async for answer in self._client.forward_stream(_forever(outgoing), timeout=_DAY_S):
+            async for answer in self._client.forward_stream(_until_none(outgoing), timeout=_DAY_S):
                 waiting = self._waiting.get(answer.request_id)
                 if waiting is None or waiting.done():
                     continue
@@ -64,11 +64,16 @@ class StreamSender:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._reader is not None:
-            self._reader.cancel()
-            await asyncio.wait({self._reader})
+        if self._reader is None:
+            return
+        # Ended, not cancelled: the service would count a call that failed. What is interrupted has answers to come and is cancelled.
+        if kind is None:
+            self._outgoing.put_nowait(None)
+            await asyncio.wait({self._reader}, timeout=self._timeout_s)
+        self._reader.cancel()
+        await asyncio.wait({self._reader})
 
 
-async def _forever(outgoing: asyncio.Queue[WireRequest]) -> AsyncIterator[WireRequest]:
-    while True:
-        yield await outgoing.get()
+async def _until_none(outgoing: asyncio.Queue[WireRequest | None]) -> AsyncIterator[WireRequest]:
+    while (request := await outgoing.get()) is not None:
+        yield request

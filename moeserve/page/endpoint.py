@@ -21,6 +21,7 @@ from moeserve.summary import as_json
 
 _READ_TIMEOUT_S: Final = 10.0
 _HEADERS: Final = (
+    ("Server", "moeserve"),
     ("Cache-Control", "no-store"),
     ("X-Content-Type-Options", "nosniff"),
     ("Referrer-Policy", "no-referrer"),

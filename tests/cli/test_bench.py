@@ -40,12 +40,14 @@ def test_a_sweep_as_json(capsys: pytest.CaptureFixture[str], service: ServiceHar
         before = client.stats().layers[0]
         options = ("--tokens", "3,40", "--concurrency", "1,4", "--requests", "12", "--warmup-requests", "2", "--dtype", "bfloat16")
         code, out, err = bench(capsys, service.target, *options, "--json", *stream)
-        after = client.stats().layers[0]
+        stats = client.stats()
+        after = stats.layers[0]
     assert (code, err) == (0, "")
     said = json.loads(out)
     runs = said["runs"]
     assert (said["target"], said["dtype"], said["stream"]) == (service.target, "bfloat16", bool(stream))
     assert [(run["tokens_per_request"], run["concurrency"]) for run in runs] == [(3, 1), (3, 4), (40, 1), (40, 4)]
+    assert {call.code for call in stats.calls} == {"OK"}
     assert after.tokens - before.tokens == 2 * (12 + 2) * (3 + 40)
     for one in runs:
         assert (one["requests"], one["failed"], one["errors"]) == (12, 0, {})
