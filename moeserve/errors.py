@@ -60,6 +60,10 @@ class ExpertUnavailable(MoEServeError):
     code = grpc.StatusCode.UNAVAILABLE
 
 
+class ServiceUnreachable(ExpertUnavailable):
+    """No service answers at the target: raised by clients only; commands exit with 3."""
+
+
 class DeadlineExceeded(MoEServeError):
     """The deadline passed before the answer was ready."""
 

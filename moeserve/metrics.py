@@ -5,6 +5,8 @@ E experts of a layer.
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
@@ -14,6 +16,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from moeserve.config import LayerSpec
+from moeserve.stats import CallCount, Durations, Event
+from moeserve.summary import balancedness
 
 ExpertDetail = Literal["off", "top", "full"]
 Stage = Literal["queue", "route", "dispatch", "experts", "combine"]
@@ -21,6 +25,8 @@ Stage = Literal["queue", "route", "dispatch", "experts", "combine"]
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _TOKENS = tuple(2**power for power in range(0, 17, 2))
 _TOP_EXPERTS = 32
+_MAX_EVENTS = 100
+_SAME_EVENT_S = 10.0
 
 
 class ExpertCounts(Collector):
@@ -56,8 +62,7 @@ class ExpertCounts(Collector):
                 processed.add_metric([name, str(expert)], int(done[expert]))
                 dropped.add_metric([name, str(expert), "capacity"], int(lost[expert]))
                 copies.add_metric([name, str(expert), "live"], int(self.live_copies[layer][expert]))
-            demand = (done + lost).double()
-            balance.add_metric([name], float(demand.mean() / demand.max()) if demand.max() else 1.0)
+            balance.add_metric([name], balancedness(done + lost))
         return [tokens, processed, dropped, copies, balance]
 
     def _shown(self, demand: torch.Tensor) -> list[int]:
@@ -67,11 +72,69 @@ class ExpertCounts(Collector):
         return sorted(demand.topk(count).indices.tolist())
 
 
+class HostStates(Collector):
+    """Whether each host can be reached, and the events of that changing."""
+
+    def __init__(self, events: EventLog) -> None:
+        self._events = events
+        self._hosts: dict[str, HostState] = {}
+
+    def labels(self, host: str) -> HostState:
+        """The state of one host; it shows in the metrics once it is set."""
+        return self._hosts.setdefault(host, HostState(host, self._events))
+
+    def collect(self) -> Iterable[Metric]:
+        states = GaugeMetricFamily("moeserve_host_up", "1 while the frontend is connected to the host", labels=["host"])
+        for name, host in list(self._hosts.items()):
+            if host.is_up is not None:
+                states.add_metric([name], host.is_up)
+        return [states]
+
+
+class HostState:
+    """One host; None = was never reached."""
+
+    def __init__(self, name: str, events: EventLog) -> None:
+        self.is_up: bool | None = None
+        self._name, self._events = name, events
+
+    def set(self, up: bool) -> None:
+        """The frontend has connected to it, or has lost it."""
+        if up and self.is_up is None:
+            self._events.add("host_up", self._name)
+        elif self.is_up is not None and up != self.is_up:
+            self._events.add("host_back" if up else "host_lost", self._name)
+        self.is_up = up
+
+
+class EventLog:
+    """The latest events, the oldest first; a flood of one kind is one event with a count."""
+
+    def __init__(self) -> None:
+        self._events: deque[Event] = deque(maxlen=_MAX_EVENTS)
+
+    def add(self, kind: str, subject: str) -> None:
+        now, count = time.time(), 1
+        for event in reversed(self._events):
+            if event.time_unix_s < now - _SAME_EVENT_S:
+                break
+            if (event.kind, event.subject) == (kind, subject):
+                self._events.remove(event)
+                count += event.count
+                break
+        self._events.append(Event(now, kind, subject, count))
+
+    def latest(self) -> list[Event]:
+        return list(self._events)
+
+
 class Metrics:
     """The service's metrics in a registry of their own, so several services can live in one process."""
 
     def __init__(self, specs: Sequence[LayerSpec], detail: ExpertDetail = "full") -> None:
         self.registry = CollectorRegistry()
+        self.events = EventLog()
+        self._started = time.monotonic()
         self.experts = ExpertCounts(specs, detail)
         self.registry.register(self.experts)
         self.requests = self._counter("moeserve_requests", "Calls answered", "method", "code")
@@ -81,7 +144,8 @@ class Metrics:
         self._stages = {stage: self.stage_duration.labels(stage) for stage in get_args(Stage)}
         self.batch_tokens = self._histogram("moeserve_batch_tokens", "Tokens run together", _TOKENS)
         self.queue_tokens = self._gauge("moeserve_queue_tokens", "Tokens admitted and not yet answered")
-        self.host_up = self._gauge("moeserve_host_up", "1 while the frontend is connected to the host", "host")
+        self.host_up = HostStates(self.events)
+        self.registry.register(self.host_up)
         self.host_queue_tokens = self._gauge("moeserve_host_queue_tokens", "Rows sent to a host and not yet answered", "host")
         self.host_restarts = self._counter("moeserve_host_restarts", "Times a host came back as a new process")
         self.expert_retries = self._counter("moeserve_expert_retries", "Messages sent to a host again", "reason")
@@ -92,10 +156,36 @@ class Metrics:
         """One gRPC call was answered."""
         self.requests.labels(method, code).inc()
         self.request_duration.labels(method).observe(seconds)
+        if code != "OK":
+            self.events.add("call_failed", f"{method} {code}")
 
     def observe_stage(self, stage: Stage, seconds: float) -> None:
         """One stage of one batch took `seconds`."""
         self._stages[stage].observe(seconds)
+
+    @property
+    def uptime_s(self) -> float:
+        return time.monotonic() - self._started
+
+    def calls(self) -> list[CallCount]:
+        """By method and status code."""
+        return [CallCount(labels["method"], labels["code"], int(count)) for labels, count in _samples(self.requests, "_total")]
+
+    def retries(self) -> int:
+        """Messages sent to a host again, for whatever reason."""
+        return int(sum(count for _, count in _samples(self.expert_retries, "_total")))
+
+    def host_queues(self) -> dict[str, int]:
+        """Rows sent to each host and not yet answered."""
+        return {labels["host"]: int(rows) for labels, rows in _samples(self.host_queue_tokens, "")}
+
+    def request_durations(self) -> list[Durations]:
+        """One per gRPC method that was called."""
+        return _histograms(self.request_duration, "method")
+
+    def stage_durations(self) -> list[Durations]:
+        """One per stage of a batch, in their order."""
+        return _histograms(self.stage_duration, "stage")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, registry=self.registry)
@@ -105,3 +195,22 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
         return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+
+
+def _samples(metric: Counter | Gauge | Histogram, suffix: str) -> list[tuple[dict[str, str], float]]:
+    return [(one.labels, one.value) for family in metric.collect() for one in family.samples if one.name.endswith(suffix)]
+
+
+def _histograms(metric: Histogram, label: str) -> list[Durations]:
+    buckets: dict[str, list[tuple[float, int]]] = {}
+    for labels, value in _samples(metric, "_bucket"):
+        buckets.setdefault(labels[label], []).append((float(labels["le"]), int(value)))
+    sums = {labels[label]: value for labels, value in _samples(metric, "_sum")}
+    return [
+        Durations(name, [bound for bound, _ in found[:-1]], _differences([count for _, count in found]), sums[name])
+        for name, found in buckets.items()
+    ]
+
+
+def _differences(cumulative: Sequence[int]) -> list[int]:
+    return [count - before for count, before in zip(cumulative, (0, *cumulative), strict=False)]

@@ -8,14 +8,13 @@ from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
-from prometheus_client import start_http_server
-
 from moeserve.checkpoints import layer_sources
 from moeserve.cluster import Fleet, RayRuntime
 from moeserve.config import ServiceConfig
 from moeserve.errors import ConfigError
 from moeserve.frontend import Frontend, Rollout
 from moeserve.metrics import Metrics
+from moeserve.page import StatusPage
 from moeserve.placement import plan_placement
 from moeserve.release import Release
 from moeserve.server import GrpcServer, check_exposure
@@ -87,7 +86,7 @@ class Service:
         self._server = GrpcServer(frontend, config.server, metrics.observe_call, self._rollout)
         self._running.push_async_callback(self._drain)
         self.target = f"{config.server.host}:{await self._server.start()}"
-        self.metrics_target = f"{config.server.host}:{self._start_metrics(metrics)}"
+        self.metrics_target = f"{config.server.host}:{self._start_metrics(metrics, frontend)}"
 
         self._progress(f"loading {sum(spec.num_experts for spec in specs)} experts of {len(specs)} layers on {len(fleet.names)} hosts")
         self._running.push_async_callback(fleet.stop)
@@ -96,20 +95,14 @@ class Service:
         self._running.push_async_callback(frontend.close)
         await frontend.start(runtime.node_id)
 
-    def _start_metrics(self, metrics: Metrics) -> int:
-        address = (self._config.server.host, self._config.server.metrics_port)
+    def _start_metrics(self, metrics: Metrics, frontend: Frontend) -> int:
+        host, port = self._config.server.host, self._config.server.metrics_port
         try:
-            server, thread = start_http_server(address[1], addr=address[0], registry=metrics.registry)
+            page = StatusPage(host, port, metrics.registry, frontend.stats)
         except OSError as error:
-            raise ConfigError(f"server.metrics_port: {address[0]}:{address[1]} cannot be listened on: {error.strerror}") from None
-
-        def stop() -> None:
-            server.shutdown()
-            server.server_close()
-            thread.join()
-
-        self._running.callback(stop)
-        return server.server_port
+            raise ConfigError(f"server.metrics_port: {host}:{port} cannot be listened on: {error.strerror}") from None
+        self._running.callback(page.stop)
+        return page.port
 
     def _host_ready(self, here: str, info: HostInfo) -> None:
         self.hosts.append(info)

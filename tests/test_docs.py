@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,24 @@ def test_the_architecture_fits_on_a_page_and_names_every_room() -> None:
 
 
 def test_links_between_documents_lead_somewhere() -> None:
-    import re
-
     for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
         for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
             if "://" not in link:
                 assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_every_metric_and_option_is_documented() -> None:
+    """Names from the registry itself and from the commands themselves."""
+    import inspect
+
+    from moeserve.cli.bench import bench
+    from moeserve.cli.top import top
+    from moeserve.metrics import Metrics
+
+    text = (ROOT / "docs" / "observability.md").read_text()
+    counters = {family.name + "_total" * (family.type == "counter") for family in Metrics([]).registry.collect()}
+    assert counters == set(re.findall(r"^\| `(moeserve_\w+)`", text, re.M))
+    for verb in (bench, top):
+        section = text.split(f"## `moeserve {verb.__name__} TARGET`")[1].split("\n## ")[0]
+        for name in set(inspect.signature(verb).parameters) - {"target"}:
+            assert f"--{name.removeprefix('as_').replace('_', '-')}" in section, name

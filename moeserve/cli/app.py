@@ -10,22 +10,26 @@ from collections.abc import Sequence
 
 import typer
 
+from moeserve.cli.bench import bench
 from moeserve.cli.config import config_app
 from moeserve.cli.flags import with_config_flags
 from moeserve.cli.infer import infer
 from moeserve.cli.plan import plan
 from moeserve.cli.serve import serve
 from moeserve.cli.swap import swap
-from moeserve.errors import ConfigError, MoEServeError
+from moeserve.cli.top import top
+from moeserve.errors import ConfigError, MoEServeError, ServiceUnreachable
 
 app = typer.Typer(name="moeserve", help="Serve the experts of Mixture-of-Experts models.", no_args_is_help=True, add_completion=False)
 app.command()(with_config_flags(serve))
 app.command()(with_config_flags(plan))
 app.command()(infer)
 app.command()(swap)
+app.command()(bench)
+app.command()(top)
 app.add_typer(config_app, name="config")
 
-EXIT_FAILURE, EXIT_CONFIGURATION, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILURE, EXIT_CONFIGURATION, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 
 @app.callback()
@@ -34,7 +38,7 @@ def _options(debug: bool = typer.Option(False, "--debug", help="Show tracebacks 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 ok, 1 failure, 2 usage or configuration, 130 interrupted."""
+    """Run one command; returns the exit code: 0 ok, 1 failure, 2 usage or configuration, 3 service unreachable, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         code = app(arguments, standalone_mode=False)
@@ -58,6 +62,8 @@ def _report(error: Exception) -> int:
         return EXIT_CONFIGURATION
     known = isinstance(error, MoEServeError)
     print(f"error: {error}" if known else f"error: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+    if isinstance(error, ServiceUnreachable):
+        return EXIT_UNREACHABLE
     return EXIT_CONFIGURATION if isinstance(error, ConfigError) else EXIT_FAILURE
 
 

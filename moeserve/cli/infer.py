@@ -11,13 +11,13 @@ import typer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from moeserve.cli.token import read_token
-from moeserve.client import TLS, Client
+from moeserve.cli.target import Target, TlsCa, TokenFile, layer_of, tls_of, token_of
+from moeserve.client import Client
 from moeserve.errors import ConfigError
 
 
 def infer(
-    target: Annotated[str, typer.Argument(help="host:port of the service.")],
+    target: Target,
     layer: Annotated[str, typer.Option(help="Position of the layer (0 = the first MoE layer) or its name.")],
     input: Annotated[
         Path, typer.Option(help="safetensors file with hidden_states, optionally used_token, topk_ids, topk_weights, token_ids.")
@@ -29,10 +29,8 @@ def infer(
     capacity_factor: Annotated[float | None, typer.Option(help="Instead of the layer's; inf = no limit.")] = None,
     noise: Annotated[str | None, typer.Option(help="Instead of the layer's.")] = None,
     seed: Annotated[int | None, typer.Option(help="Where random numbers start, instead of the layer's.")] = None,
-    token_file: Annotated[Path | None, typer.Option(envvar="MOESERVE_TOKEN_FILE", help="File holding the bearer token.")] = None,
-    tls_ca: Annotated[
-        Path | None, typer.Option(envvar="MOESERVE_TLS_CA", help="Certificate authority of the service; turns TLS on.")
-    ] = None,
+    token_file: TokenFile = None,
+    tls_ca: TlsCa = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 30.0,
 ) -> None:
     """Send one token batch from a file through one layer and write the answer to a file."""
@@ -42,13 +40,11 @@ def infer(
         raise ConfigError(f"{input} is not a readable safetensors file: {error}") from None
     if "hidden_states" not in tensors:
         raise ConfigError(f"{input} has no tensor hidden_states; it has: {', '.join(sorted(tensors)) or 'none'}")
-    with Client(
-        target, token=read_token(token_file) if token_file else None, tls=TLS(ca=tls_ca) if tls_ca else None, timeout=timeout
-    ) as client:
+    with Client(target, token=token_of(token_file), tls=tls_of(tls_ca), timeout=timeout) as client:
         started = time.perf_counter()
         out = client.forward(
             tensors["hidden_states"],
-            layer=int(layer) if layer.isdigit() else layer,
+            layer=layer_of(layer),
             used_token=tensors.get("used_token"),
             topk_ids=tensors.get("topk_ids"),
             topk_weights=tensors.get("topk_weights"),

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from google.protobuf.message import Message
 
 from moeserve.errors import InvalidRequest, MoEServeError
 from moeserve.output import ForwardOutput
-from moeserve.stats import HostStats, LayerStats, ServiceStats
+from moeserve.stats import CallCount, Durations, Event, HostShards, HostStats, LayerStats, ServiceStats
 from moeserve.tensors import FLOAT_DTYPES, WIRE_DTYPES, dtype_name
 from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.wire import WireRequest, WireResponse, decode_forward_response, encode_forward_request
+
+Record = TypeVar("Record", HostStats, HostShards, Durations, CallCount, Event)
 
 
 @dataclass(frozen=True)
@@ -125,14 +128,37 @@ def read_layers(response: pb.ListLayersResponse) -> list[LayerInfo]:
 
 def read_stats(response: pb.GetStatsResponse) -> ServiceStats:
     """The snapshot."""
-    layers = [
-        LayerStats(
-            name=layer.name,
-            tokens=layer.tokens,
-            processed=torch.tensor(layer.processed, dtype=torch.int64),
-            dropped=torch.tensor(layer.dropped, dtype=torch.int64),
-        )
-        for layer in response.layers
-    ]
-    hosts = [HostStats(**{field.name: getattr(host, field.name) for field in fields(HostStats)}) for host in response.hosts]
-    return ServiceStats(epoch=response.epoch, layers=layers, hosts=hosts, queue_tokens=response.queue_tokens)
+    return ServiceStats(
+        epoch=response.epoch,
+        layers=[_read_layer_stats(layer) for layer in response.layers],
+        hosts=_read_all(HostStats, response.hosts),
+        queue_tokens=response.queue_tokens,
+        uptime_s=response.uptime_s,
+        expert_retries=response.expert_retries,
+        requests=_read_all(Durations, response.requests),
+        stages=_read_all(Durations, response.stages),
+        calls=_read_all(CallCount, response.calls),
+        events=_read_all(Event, response.events),
+    )
+
+
+def _read_layer_stats(layer: pb.LayerStats) -> LayerStats:
+    return LayerStats(
+        name=layer.name,
+        tokens=layer.tokens,
+        processed=torch.tensor(layer.processed, dtype=torch.int64),
+        dropped=torch.tensor(layer.dropped, dtype=torch.int64),
+        live_copies=list(layer.live_copies),
+        tensor_parallel=layer.tensor_parallel,
+        placement=_read_all(HostShards, layer.placement),
+    )
+
+
+def _read_all(record: type[Record], messages: Iterable[Message]) -> list[Record]:
+    """A record's fields are called as the message's."""
+    names = [field.name for field in fields(record)]
+    return [record(**{name: _plain(getattr(message, name)) for name in names}) for message in messages]
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, bool | int | float | str) else list(value)

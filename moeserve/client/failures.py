@@ -9,7 +9,7 @@ from google.rpc import error_details_pb2 as details
 from google.rpc import status_pb2
 from grpc_status import rpc_status
 
-from moeserve.errors import Cancelled, DeadlineExceeded, ExpertUnavailable, FieldViolation, InvalidRequest, MoEServeError, from_status
+from moeserve.errors import Cancelled, DeadlineExceeded, FieldViolation, InvalidRequest, MoEServeError, ServiceUnreachable, from_status
 
 _SERVER_DOMAIN: Final = "moeserve"
 
@@ -22,7 +22,7 @@ def to_error(failure: grpc.RpcError, target: str, timeout_s: float) -> MoEServeE
     if status is not None and _is_ours(status):
         return _rebuilt(code, status)
     if code is grpc.StatusCode.UNAVAILABLE:
-        return ExpertUnavailable(f"{target} is unavailable: {sentence}")
+        return ServiceUnreachable(f"{target} is unavailable: {sentence}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(f"no answer from {target} within {timeout_s:g} s")
     if code is grpc.StatusCode.CANCELLED:

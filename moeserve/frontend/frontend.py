@@ -19,11 +19,12 @@ from moeserve.frontend.forward import Forward
 from moeserve.frontend.link import HostLink, Resolve
 from moeserve.frontend.view import LayerView, Views
 from moeserve.head import LayerHead
-from moeserve.metrics import Metrics
+from moeserve.metrics import ExpertCounts, Metrics
 from moeserve.output import ForwardOutput
+from moeserve.placement import Placement
 from moeserve.release import Release
 from moeserve.request import LayerRequest
-from moeserve.stats import HostStats, LayerStats, ServiceStats
+from moeserve.stats import HostShards, HostStats, LayerStats, ServiceStats
 from moeserve.transport import KeyPair
 
 OnHealth = Callable[[int, bool], None]
@@ -107,13 +108,20 @@ class Frontend:
 
     def stats(self) -> ServiceStats:
         """Counts since the start and the state of the hosts."""
-        counts = self._metrics.experts
-        layers = [
-            LayerStats(spec.name, counts.tokens[index], counts.processed[index].clone(), counts.dropped[index].clone())
-            for index, spec in enumerate(self.layers)
-        ]
-        hosts = [_host_stats(link) for link in self._links]
-        return ServiceStats(epoch=self._release.epoch, layers=layers, hosts=hosts, queue_tokens=self._budget.tokens)
+        metrics, release = self._metrics, self._release
+        queues = metrics.host_queues()
+        return ServiceStats(
+            epoch=release.epoch,
+            layers=[_layer_stats(index, spec.name, release.placement, metrics.experts) for index, spec in enumerate(self.layers)],
+            hosts=[_host_stats(link, queues.get(link.name, 0)) for link in self._links],
+            queue_tokens=self._budget.tokens,
+            uptime_s=metrics.uptime_s,
+            expert_retries=metrics.retries(),
+            requests=metrics.request_durations(),
+            stages=metrics.stage_durations(),
+            calls=metrics.calls(),
+            events=metrics.events.latest(),
+        )
 
     def _hosts_changed(self) -> None:
         up = np.array([link.channel is not None for link in self._links])
@@ -127,7 +135,21 @@ def _view(layer: int, release: Release, source: LayerSource) -> LayerView:
     return LayerView(release.epoch, release.revision(source.spec.name), LayerHead(source), release.placement.layers[layer])
 
 
-def _host_stats(link: HostLink) -> HostStats:
+def _layer_stats(index: int, name: str, placement: Placement, counts: ExpertCounts) -> LayerStats:
+    layer = placement.layers[index]
+    held = [(host, layer.shards_on(host)) for host in range(placement.num_hosts)]
+    return LayerStats(
+        name=name,
+        tokens=counts.tokens[index],
+        processed=counts.processed[index].clone(),
+        dropped=counts.dropped[index].clone(),
+        live_copies=counts.live_copies[index][: layer.num_experts].tolist(),
+        tensor_parallel=layer.tensor_parallel,
+        placement=[HostShards(host, [one.expert for one in shards], [one.shard for one in shards]) for host, shards in held if shards],
+    )
+
+
+def _host_stats(link: HostLink, queue_tokens: int) -> HostStats:
     info = link.info
     return HostStats(
         name=link.name,
@@ -137,4 +159,5 @@ def _host_stats(link: HostLink) -> HostStats:
         device=info.device if info else "",
         cuda_visible_devices=info.cuda_visible_devices if info else "",
         weights_bytes=info.weights_bytes if info else 0,
+        queue_tokens=queue_tokens,
     )

@@ -7,7 +7,7 @@ from typing import Final
 
 from moeserve.config import LayerSpec
 from moeserve.errors import InvalidRequest, UnknownLayer
-from moeserve.stats import ServiceStats
+from moeserve.stats import LayerStats, ServiceStats
 from moeserve.tensors import FLOAT_DTYPES, WIRE_NUMBERS
 from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1.tensor_pb2 import DType
@@ -65,12 +65,26 @@ def describe_stats(stats: ServiceStats) -> pb.GetStatsResponse:
     """A snapshot, for a client."""
     return pb.GetStatsResponse(
         epoch=stats.epoch,
-        layers=[
-            pb.LayerStats(
-                index=index, name=layer.name, tokens=layer.tokens, processed=layer.processed.tolist(), dropped=layer.dropped.tolist()
-            )
-            for index, layer in enumerate(stats.layers)
-        ],
+        layers=map(_layer_stats, range(len(stats.layers)), stats.layers),
         hosts=[pb.HostStats(**vars(host)) for host in stats.hosts],
         queue_tokens=stats.queue_tokens,
+        uptime_s=stats.uptime_s,
+        expert_retries=stats.expert_retries,
+        requests=[pb.Durations(**vars(durations)) for durations in stats.requests],
+        stages=[pb.Durations(**vars(durations)) for durations in stats.stages],
+        calls=[pb.CallCount(**vars(call)) for call in stats.calls],
+        events=[pb.Event(**vars(event)) for event in stats.events],
+    )
+
+
+def _layer_stats(index: int, layer: LayerStats) -> pb.LayerStats:
+    return pb.LayerStats(
+        index=index,
+        name=layer.name,
+        tokens=layer.tokens,
+        processed=layer.processed.tolist(),
+        dropped=layer.dropped.tolist(),
+        live_copies=layer.live_copies,
+        tensor_parallel=layer.tensor_parallel,
+        placement=[pb.HostShards(**vars(held)) for held in layer.placement],
     )

@@ -124,33 +124,95 @@ class GetStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatsResponse(_message.Message):
-    __slots__ = ("epoch", "layers", "hosts", "queue_tokens")
+    __slots__ = ("epoch", "layers", "hosts", "queue_tokens", "uptime_s", "expert_retries", "requests", "stages", "calls", "events")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     HOSTS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_RETRIES_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    CALLS_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     layers: _containers.RepeatedCompositeFieldContainer[LayerStats]
     hosts: _containers.RepeatedCompositeFieldContainer[HostStats]
     queue_tokens: int
-    def __init__(self, epoch: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerStats, _Mapping]]] = ..., hosts: _Optional[_Iterable[_Union[HostStats, _Mapping]]] = ..., queue_tokens: _Optional[int] = ...) -> None: ...
+    uptime_s: float
+    expert_retries: int
+    requests: _containers.RepeatedCompositeFieldContainer[Durations]
+    stages: _containers.RepeatedCompositeFieldContainer[Durations]
+    calls: _containers.RepeatedCompositeFieldContainer[CallCount]
+    events: _containers.RepeatedCompositeFieldContainer[Event]
+    def __init__(self, epoch: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerStats, _Mapping]]] = ..., hosts: _Optional[_Iterable[_Union[HostStats, _Mapping]]] = ..., queue_tokens: _Optional[int] = ..., uptime_s: _Optional[float] = ..., expert_retries: _Optional[int] = ..., requests: _Optional[_Iterable[_Union[Durations, _Mapping]]] = ..., stages: _Optional[_Iterable[_Union[Durations, _Mapping]]] = ..., calls: _Optional[_Iterable[_Union[CallCount, _Mapping]]] = ..., events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ...) -> None: ...
 
 class LayerStats(_message.Message):
-    __slots__ = ("index", "name", "tokens", "processed", "dropped")
+    __slots__ = ("index", "name", "tokens", "processed", "dropped", "live_copies", "tensor_parallel", "placement")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROCESSED_FIELD_NUMBER: _ClassVar[int]
     DROPPED_FIELD_NUMBER: _ClassVar[int]
+    LIVE_COPIES_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     index: int
     name: str
     tokens: int
     processed: _containers.RepeatedScalarFieldContainer[int]
     dropped: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ..., tokens: _Optional[int] = ..., processed: _Optional[_Iterable[int]] = ..., dropped: _Optional[_Iterable[int]] = ...) -> None: ...
+    live_copies: _containers.RepeatedScalarFieldContainer[int]
+    tensor_parallel: int
+    placement: _containers.RepeatedCompositeFieldContainer[HostShards]
+    def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ..., tokens: _Optional[int] = ..., processed: _Optional[_Iterable[int]] = ..., dropped: _Optional[_Iterable[int]] = ..., live_copies: _Optional[_Iterable[int]] = ..., tensor_parallel: _Optional[int] = ..., placement: _Optional[_Iterable[_Union[HostShards, _Mapping]]] = ...) -> None: ...
+
+class HostShards(_message.Message):
+    __slots__ = ("host", "experts", "shards")
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    host: int
+    experts: _containers.RepeatedScalarFieldContainer[int]
+    shards: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, host: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ..., shards: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Durations(_message.Message):
+    __slots__ = ("name", "upper_bounds_s", "counts", "sum_s")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    UPPER_BOUNDS_S_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    SUM_S_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    upper_bounds_s: _containers.RepeatedScalarFieldContainer[float]
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    sum_s: float
+    def __init__(self, name: _Optional[str] = ..., upper_bounds_s: _Optional[_Iterable[float]] = ..., counts: _Optional[_Iterable[int]] = ..., sum_s: _Optional[float] = ...) -> None: ...
+
+class CallCount(_message.Message):
+    __slots__ = ("method", "code", "count")
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    method: str
+    code: str
+    count: int
+    def __init__(self, method: _Optional[str] = ..., code: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
+
+class Event(_message.Message):
+    __slots__ = ("time_unix_s", "kind", "subject", "count")
+    TIME_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SUBJECT_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    time_unix_s: float
+    kind: str
+    subject: str
+    count: int
+    def __init__(self, time_unix_s: _Optional[float] = ..., kind: _Optional[str] = ..., subject: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
 
 class HostStats(_message.Message):
-    __slots__ = ("name", "up", "restarts", "node", "device", "cuda_visible_devices", "weights_bytes")
+    __slots__ = ("name", "up", "restarts", "node", "device", "cuda_visible_devices", "weights_bytes", "queue_tokens")
     NAME_FIELD_NUMBER: _ClassVar[int]
     UP_FIELD_NUMBER: _ClassVar[int]
     RESTARTS_FIELD_NUMBER: _ClassVar[int]
@@ -158,6 +220,7 @@ class HostStats(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     CUDA_VISIBLE_DEVICES_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     name: str
     up: bool
     restarts: int
@@ -165,4 +228,5 @@ class HostStats(_message.Message):
     device: str
     cuda_visible_devices: str
     weights_bytes: int
-    def __init__(self, name: _Optional[str] = ..., up: _Optional[bool] = ..., restarts: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., cuda_visible_devices: _Optional[str] = ..., weights_bytes: _Optional[int] = ...) -> None: ...
+    queue_tokens: int
+    def __init__(self, name: _Optional[str] = ..., up: _Optional[bool] = ..., restarts: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., cuda_visible_devices: _Optional[str] = ..., weights_bytes: _Optional[int] = ..., queue_tokens: _Optional[int] = ...) -> None: ...

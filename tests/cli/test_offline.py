@@ -81,4 +81,4 @@ def test_infer_says_what_is_wrong_with_its_input(capsys: pytest.CaptureFixture[s
     assert unnamed[0] == 2 and "has no tensor hidden_states; it has: x" in unnamed[2]
     save_file({"hidden_states": torch.zeros(1, 4)}, tmp_path / "x")
     unreachable = run(capsys, "infer", "127.0.0.1:1", "--layer", "0", "--input", str(tmp_path / "x"), "--output", output, "--timeout", "2")
-    assert unreachable[0] == 1 and "127.0.0.1:1" in unreachable[2]
+    assert unreachable[0] == 3 and "127.0.0.1:1" in unreachable[2]

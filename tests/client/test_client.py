@@ -120,7 +120,7 @@ async def test_what_no_service_takes_is_refused_without_one(
 async def test_a_service_that_is_not_there_is_named(connect: Callable[..., Calls]) -> None:
     calls = connect("127.0.0.1:1")
     for call in (calls.forward(X), calls.layers(), calls.stats(), calls.forward_stream([WireRequest(X)])):
-        with pytest.raises(errors.ExpertUnavailable, match=r"127\.0\.0\.1:1 is unavailable: .*refused"):
+        with pytest.raises(errors.ServiceUnreachable, match=r"127\.0\.0\.1:1 is unavailable: .*refused"):
             await call
     assert not await calls.ready()
 

@@ -87,7 +87,7 @@ async def test_tensors_survive(target: str, dtype: torch.dtype, num_tokens: int)
     [
         ("plain error", errors.UnknownLayer, "^not here$"),
         ("foreign code", errors.MoEServeError, "^oh no$"),
-        ("unavailable", errors.ExpertUnavailable, "is unavailable: closed$"),
+        ("unavailable", errors.ServiceUnreachable, "is unavailable: closed$"),
         ("empty answer", errors.MoEServeError, "the server's answer cannot be read"),
     ],
 )

@@ -49,8 +49,6 @@ def test_a_layer_computes_what_the_gate_decided(knobs: dict[str, Any]) -> None:
 
 
 def test_what_a_layer_cannot_do_is_said_when_it_is_built() -> None:
-    with pytest.raises(ConfigError, match="scale_inputs is not supported by the experts yet"):
-        MoELayer(**SIZES, gating=GatingConfig(scale_inputs=True))
     with pytest.raises(ConfigError, match="num_expert_groups is 3, which does not divide the layer's 8 experts"):
         MoELayer(**SIZES, gating=GatingConfig(num_expert_groups=3, topk_groups=1))
     with pytest.raises(ConfigError, match="cannot be imported"):

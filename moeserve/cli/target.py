@@ -1,0 +1,30 @@
+"""Where the service is and how it is reached: what every verb that calls one takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moeserve.cli.token import read_token
+from moeserve.client import TLS
+
+Target = Annotated[str, typer.Argument(help="host:port of the service.")]
+TokenFile = Annotated[Path | None, typer.Option(envvar="MOESERVE_TOKEN_FILE", help="File holding the bearer token.")]
+TlsCa = Annotated[Path | None, typer.Option(envvar="MOESERVE_TLS_CA", help="Certificate authority of the service; turns TLS on.")]
+
+
+def token_of(path: Path | None) -> str | None:
+    """Raises ConfigError when the file cannot be read."""
+    return None if path is None else read_token(path)
+
+
+def tls_of(ca: Path | None) -> TLS | None:
+    """What a client is given; None = in the clear."""
+    return TLS(ca=ca) if ca else None
+
+
+def layer_of(text: str) -> int | str:
+    """A position among the served layers, or a name."""
+    return int(text) if text.isdigit() else text

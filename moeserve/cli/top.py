@@ -1,0 +1,66 @@
+"""`moeserve top`: what a running service does, live."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from moeserve.cli.target import Target, TlsCa, TokenFile, tls_of, token_of
+from moeserve.cli.top_view import view
+from moeserve.client import Client
+from moeserve.errors import ConfigError, DeadlineExceeded, ExpertUnavailable
+from moeserve.summary import as_json as stats_as_json
+
+
+def top(
+    target: Target,
+    once: Annotated[bool, typer.Option("--once", help="One picture, of everything since the service started.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line instead of a picture.")] = False,
+    interval_s: Annotated[float, typer.Option(help="Seconds between two pictures.")] = 1.0,
+    token_file: TokenFile = None,
+    tls_ca: TlsCa = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 10.0,
+) -> None:
+    """Hosts, layers, load per expert, drops, queue and latencies of a running service, until Ctrl-C."""
+    if not 0 < interval_s <= 3600:
+        raise ConfigError(f"--interval-s is {interval_s:g}; allowed: more than 0, at most 3600")
+    with Client(target, token=token_of(token_file), tls=tls_of(tls_ca), timeout=timeout) as client:
+        if as_json:
+            _print_json(client, once, interval_s)
+        elif once:
+            console = Console(highlight=False)
+            console.print(view(target, client.stats(), None, console.width))
+        else:
+            _show(client, target, interval_s)
+
+
+def _print_json(client: Client, once: bool, interval_s: float) -> None:
+    while True:
+        print(json.dumps(stats_as_json(client.stats())), flush=True)
+        if once:
+            return
+        time.sleep(interval_s)
+
+
+def _show(client: Client, target: str, interval_s: float) -> None:
+    """The first answer must come; a service that goes away later is waited for, under its last picture."""
+    console = Console(highlight=False)
+    stats = client.stats()
+    picture = view(target, stats, None, console.width, console.height)
+    with Live(picture, console=console, screen=console.is_terminal, auto_refresh=False) as live:
+        while True:
+            time.sleep(interval_s)
+            try:
+                before, stats = stats, client.stats()
+            except (ExpertUnavailable, DeadlineExceeded) as error:
+                live.update(Group(Text(str(error), style="bold red"), picture), refresh=True)
+                continue
+            is_same_service = stats.uptime_s >= before.uptime_s
+            picture = view(target, stats, before if is_same_service else None, console.width, console.height)
+            live.update(picture, refresh=True)

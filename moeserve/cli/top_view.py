@@ -1,0 +1,187 @@
+"""One picture of `moeserve top`: a snapshot, and the one before for what is happening now.
+
+E experts of a layer.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from moeserve.stats import HostStats, LayerStats, ServiceStats
+from moeserve.summary import added, balancedness, demand, forwards, quantile_ms, since
+
+#: eighths of four times an expert's fair share; height tells it where there is no colour
+_BLOCKS: Final = " ▁▂▃▄▅▆▇█"
+_COLOURS: Final = ("#46566b", "#4a6f9c", "#4f8ac9", "#5aa7d6", "#7cc0b4", "#c9c26b", "#e8a94d", "#ec7f45", "#e0493e")
+_HOTTEST: Final = 3
+_MAX_EVENTS: Final = 5
+#: lines of a picture that are neither hosts nor layers
+_FRAME_LINES: Final = 21
+
+
+def view(target: str, stats: ServiceStats, before: ServiceStats | None, width: int, height: int | None = None) -> RenderableType:
+    """`before` None = rates since the service started. `height` None = as long as it takes; else layers that do not fit are left out."""
+    rows = len(stats.layers)
+    if height is not None:
+        rows = max(1, min(rows, (height - _FRAME_LINES - len(stats.hosts)) // 2))
+    parts: list[RenderableType] = [
+        _headline(target, stats, before),
+        Text(),
+        _hosts(stats, width),
+        Text(),
+        _layers(stats, before, rows, width),
+        Text(),
+    ]
+    parts += _heat(stats.layers[:rows], width)
+    if rows < len(stats.layers):
+        parts.append(Text(f"and {len(stats.layers) - rows} more layers: --once shows all", style="dim"))
+    if stats.events:
+        parts += [Text(), _events(stats)]
+    return Group(*parts)
+
+
+def _headline(target: str, stats: ServiceStats, before: ServiceStats | None) -> Text:
+    seconds = max(1e-9, stats.uptime_s - (before.uptime_s if before else 0.0))
+    calls = added(since(forwards(stats), forwards(before) if before else []), "forwards")
+    tokens = sum(layer.tokens for layer in stats.layers) - (sum(layer.tokens for layer in before.layers) if before else 0)
+    failed = sum(call.count for call in stats.calls if call.code != "OK")
+    first = f"moeserve {target}   up {_span(stats.uptime_s)}   placement {stats.epoch}   queue {stats.queue_tokens:,} tokens"
+    numbers = [
+        f"{tokens / seconds:,.0f} tokens/s",
+        f"{sum(calls.counts) / seconds:,.1f} requests/s",
+        f"p50 {_ms(quantile_ms(calls, 0.5))}",
+        f"p99 {_ms(quantile_ms(calls, 0.99))}",
+    ]
+    period = f"in the last {seconds:.1f} s" if before else "since the start"
+    failures = (f"   {failed:,} failed" if failed else "", "yellow")
+    return Text.assemble((first, "bold"), failures, "\n", "   ".join(numbers), (f"   {period}", "dim"))
+
+
+def _hosts(stats: ServiceStats, width: int) -> Table:
+    table = _table(width, "host", "", "node", "device")
+    for name in ("restarts", "queue", "weights", "experts"):
+        table.add_column(name, justify="right", no_wrap=True)
+    held = [
+        sum(len(one.experts) for layer in stats.layers for one in layer.placement if one.host == index) for index in range(len(stats.hosts))
+    ]
+    for host, experts in zip(stats.hosts, held, strict=True):
+        table.add_row(
+            host.name,
+            Text("up", style="green") if host.up else Text("DOWN", style="bold red"),
+            _cut(host.node, width // 5),
+            host.device,
+            str(host.restarts),
+            f"{host.queue_tokens:,}",
+            _size(host),
+            str(experts),
+        )
+    return table
+
+
+def _layers(stats: ServiceStats, before: ServiceStats | None, rows: int, width: int) -> Table:
+    table = _table(width, "", "layer")
+    for name in ("tokens", "tokens/s", "dropped", "balance"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("hottest experts", no_wrap=True)
+    seconds = max(1e-9, stats.uptime_s - (before.uptime_s if before else 0.0))
+    for index, layer in enumerate(stats.layers[:rows]):
+        wanted = demand(layer)
+        gained = layer.tokens - (before.layers[index].tokens if before else 0)
+        dropped = float(layer.dropped.sum()) / max(1, int(wanted.sum()))
+        table.add_row(
+            str(index),
+            layer.name,
+            f"{layer.tokens:,}",
+            f"{gained / seconds:,.0f}",
+            Text(f"{dropped:.1%}", style="yellow" if dropped else ""),
+            f"{balancedness(wanted):.2f}",
+            _hottest(wanted),
+        )
+    return table
+
+
+def _heat(layers: Sequence[LayerStats], width: int) -> list[RenderableType]:
+    """Per layer one line of blocks, one per expert or, where they are many, the hottest of several neighbours."""
+    most = max((len(layer.processed) for layer in layers), default=0)
+    label = len(str(max(0, len(layers) - 1))) + 1
+    room = max(1, width - label)
+    per_cell = math.ceil(most / room)
+    wide = max(1, min(3, room // max(1, most)))
+    scale = Text.assemble(
+        ("load of each expert: ", "bold"),
+        *(_block(level, 1) for level in range(len(_BLOCKS))),
+        (" none … 4 times its share or more", "dim"),
+    )
+    if per_cell > 1:
+        scale.append(f"; hottest of {per_cell} per block", style="dim")
+    lines: list[RenderableType] = [scale]
+    for index, layer in enumerate(layers):
+        wanted = demand(layer).double()
+        cells = [float(group.max()) for group in wanted.split(per_cell)] if len(wanted) else []
+        fair = float(wanted.mean()) if len(wanted) else 0.0
+        levels = [_level(value / fair) if fair else 0 for value in cells]
+        lines.append(Text.assemble((f"{index:>{label - 1}} ", "dim"), *(_block(level, wide) for level in levels)))
+    return lines
+
+
+def _level(share: float) -> int:
+    """share 1 = what the expert would get if all were alike; 0 only for an expert that was never asked."""
+    return min(len(_BLOCKS) - 1, math.ceil(share / 4 * (len(_BLOCKS) - 1)))
+
+
+def _block(level: int, wide: int) -> tuple[str, str]:
+    return ("·" if level == 0 else _BLOCKS[level]) * wide, _COLOURS[level]
+
+
+def _events(stats: ServiceStats) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for event in reversed(stats.events[-_MAX_EVENTS:]):
+        when = time.strftime("%H:%M:%S", time.localtime(event.time_unix_s))
+        often = f"{event.count:,} times" if event.count > 1 else ""
+        table.add_row(Text(when, style="dim"), event.kind.replace("_", " "), event.subject, often)
+    return table
+
+
+def _table(width: int, *columns: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1 if width >= 100 else 0, 0, 0))
+    for name in columns:
+        table.add_column(name, no_wrap=True)
+    return table
+
+
+def _hottest(wanted: torch.Tensor) -> str:
+    """The experts with the largest part of the layer's demand [E], and that part."""
+    total = int(wanted.sum())
+    if not total:
+        return "-"
+    top = wanted.topk(min(_HOTTEST, len(wanted)))
+    return " ".join(f"{expert}:{count / total:.0%}" for count, expert in zip(top.values.tolist(), top.indices.tolist(), strict=True))
+
+
+def _size(host: HostStats) -> str:
+    mib = host.weights_bytes / 2**20
+    return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.1f} MiB"
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g} ms" if value < 1000 else f"{value:.0f} ms"
+
+
+def _span(seconds: float) -> str:
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

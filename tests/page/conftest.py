@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from moeserve import Client, InvalidRequest
+from moeserve.page import StatusPage
+from tests.harness import ServiceHarness
+
+NUM_EXPERTS, TOKENS = 8, 1234
+LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": NUM_EXPERTS}
+
+
+@dataclass
+class Loaded:
+    """A service after a load that is known, and its page."""
+
+    service: ServiceHarness
+    page: StatusPage
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.page.port}"
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
+    """Layer 0: two requests of 1234 tokens in all and drops; layer 1: nothing; and one call that failed. Host 2 is down."""
+    config = {
+        "layers": [{**LAYER, "name": "first", "gating": {"top_k": 2, "capacity_factor": 1.0}}, {**LAYER, "name": "<b>second</b>"}],
+        "placement": {"num_hosts": 3, "tensor_parallel": 2, "copies": 1},
+    }
+    with ServiceHarness(config, "local", tmp_path_factory.mktemp("s")) as service:
+        with Client(service.target) as client:
+            for tokens in (TOKENS - 34, 34):
+                client.forward(torch.randn(tokens, 16), layer=0)
+            with pytest.raises(InvalidRequest):
+                client.forward(torch.randn(1, 3), layer=0)
+            service.hosts[2].stop()
+            while client.stats().hosts[2].up:
+                pass
+        page = StatusPage("127.0.0.1", 0, service.metrics.registry, service.frontend.stats)
+        yield Loaded(service, page)
+        page.stop()
+        service.hosts[2].start()

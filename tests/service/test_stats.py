@@ -1,0 +1,76 @@
+"""GetStats tells what the frontend knows: placement, queues, durations, calls, events."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from moeserve import Client, InvalidRequest
+from moeserve.stats import ServiceStats
+from moeserve.summary import as_json, forwards
+from tests.harness import ServiceHarness
+
+LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 4}
+CONFIG = {
+    "layers": [{**LAYER, "gating": {"top_k": 2, "capacity_factor": 1.0}}, {**LAYER, "seed": 1, "gating": {"top_k": 2}}],
+    "placement": {"num_hosts": 4, "tensor_parallel": 2, "copies": 2},
+}
+
+
+def host_names(stats: ServiceStats, kind: str) -> list[str]:
+    return [event.subject for event in stats.events if event.kind == kind]
+
+
+def test_a_client_sees_what_the_frontend_knows(tmp_path: Path) -> None:
+    with ServiceHarness(CONFIG, "shm", tmp_path) as service, Client(service.target) as client:
+        before = client.stats()
+        for tokens in (3, 40):
+            client.forward(torch.randn(tokens, 16), layer=0)
+        with pytest.raises(InvalidRequest):
+            client.forward(torch.randn(1, 17), layer=0)
+        stats, mine = client.stats(), service.frontend.stats()
+
+        for number, layer in enumerate(stats.layers):
+            placed = {
+                (held.host, expert, shard) for held in layer.placement for expert, shard in zip(held.experts, held.shards, strict=True)
+            }
+            truth = service.placement.layers[number]
+            assert placed == {(host, one.expert, one.shard) for host in range(4) for one in truth.shards_on(host)}
+            assert len(placed) == 4 * 2 * 2
+            assert layer.live_copies == [2] * 4 and layer.tensor_parallel == 2
+        assert [layer.tokens for layer in stats.layers] == [43, 0]
+        assert sum(stats.layers[0].processed) + sum(stats.layers[0].dropped) == 2 * 43
+        assert [sum(one.counts) for one in forwards(stats)] == [3]
+        assert {one.name: sum(one.counts) for one in stats.stages} == dict.fromkeys(("queue", "route", "dispatch", "experts", "combine"), 2)
+        counts = {(call.method, call.code): call.count for call in stats.calls}
+        assert counts[("Forward", "OK")] == 2 and counts[("Forward", "INVALID_ARGUMENT")] == 1
+        assert sorted(host_names(stats, "host_up")) == [f"host-{number}" for number in range(4)]
+        assert host_names(stats, "call_failed") == ["Forward INVALID_ARGUMENT"]
+        assert [host.queue_tokens for host in stats.hosts] == [0] * 4
+        assert stats.uptime_s > before.uptime_s > 0
+        assert as_json(stats)["layers"] == as_json(mine)["layers"]
+        assert as_json(stats)["hosts"] == as_json(mine)["hosts"]
+
+
+def test_a_host_that_goes_and_comes_back_is_told(tmp_path: Path) -> None:
+    with ServiceHarness({**CONFIG, "placement": {"num_hosts": 2}}, "shm", tmp_path) as service, Client(service.target) as client:
+        started = time.time()
+        service.hosts[1].stop()
+        while not host_names(stats := client.stats(), "host_lost"):
+            pass
+        assert 0 in stats.layers[0].live_copies and not stats.hosts[1].up
+        service.hosts[1].start()
+        while not host_names(stats := client.stats(), "host_back"):
+            pass
+        assert host_names(stats, "host_lost") == host_names(stats, "host_back") == ["host-1"]
+        assert all(event.time_unix_s >= started for event in stats.events if event.kind != "host_up")
+        assert stats.layers[0].live_copies == [1] * 4
+
+
+def test_each_host_has_the_queue_of_its_gauge(tmp_path: Path) -> None:
+    with ServiceHarness({**CONFIG, "placement": {"num_hosts": 2}}, "local", tmp_path) as service, Client(service.target) as client:
+        service.metrics.host_queue_tokens.labels("host-1").inc(7)
+        assert [host.queue_tokens for host in client.stats().hosts] == [0, 7]
