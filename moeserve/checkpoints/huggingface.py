@@ -102,7 +102,8 @@ class HuggingFaceLayer:
         return self.layout.prefix.format(index=self.index)
 
     def _bytes(self, intermediate_size: int, bias: bool, shard: ExpertShard) -> int:
-        return feed_forward_bytes(self.spec.hidden_size, intermediate_size, self.spec.activation, bias, self._dtype, shard)
+        spec = self.spec
+        return feed_forward_bytes(spec.hidden_size, intermediate_size, spec.activation, bias, self._dtype, shard, spec.quantization)
 
     def _expert(self, shard: ExpertShard) -> FeedForward:
         part = self._part(shard, self.spec.intermediate_size)

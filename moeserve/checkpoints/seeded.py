@@ -63,7 +63,7 @@ class SeededLayer:
 
     def _bytes(self, intermediate_size: int, shard: ExpertShard) -> int:
         spec = self.spec
-        return feed_forward_bytes(spec.hidden_size, intermediate_size, spec.activation, spec.bias, self._dtype, shard)
+        return feed_forward_bytes(spec.hidden_size, intermediate_size, spec.activation, spec.bias, self._dtype, shard, spec.quantization)
 
     def _size_of(self, shard: ExpertShard) -> int:
         return self.intermediate_sizes[shard.expert]

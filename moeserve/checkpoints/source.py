@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from moeserve.config import LayerSpec
-from moeserve.experts import Expert, ExpertBank, ExpertShard, FeedForward, quantize, quantized_bytes
+from moeserve.experts import Expert, ExpertBank, ExpertShard, FeedForward, quantize
 from moeserve.gating import Mixer, Router
 from moeserve.tensors import FLOAT_DTYPES
 
@@ -40,7 +40,7 @@ class LayerSource(Protocol):
         ...
 
     def nbytes(self, shard: ExpertShard) -> int:
-        """Bytes of weights of a shard, known without reading it."""
+        """Bytes of a shard as a host holds it, quantized if the spec says so; known without reading it."""
         ...
 
     def shared_nbytes(self) -> int:
@@ -78,10 +78,7 @@ def load_experts(source: LayerSource, shards: Sequence[ExpertShard]) -> list[Exp
 
 def bank_bytes(source: LayerSource, shards: Sequence[ExpertShard]) -> int:
     """Bytes that `load_bank` will hold."""
-    stored = [source.nbytes(shard) for shard in shards]
-    if shards and source.spec.shared_mixing is not None:
-        stored.append(source.shared_nbytes())
-    return sum(_held_bytes(nbytes, source.spec) for nbytes in stored)
+    return sum(map(source.nbytes, shards)) + (source.shared_nbytes() if shards else 0)
 
 
 def _held(expert: Expert, spec: LayerSpec) -> Expert:
@@ -89,9 +86,3 @@ def _held(expert: Expert, spec: LayerSpec) -> Expert:
         return expert
     assert isinstance(expert, FeedForward), "modules are not quantized: checked when layers are resolved"
     return quantize(expert, spec.quantization)
-
-
-def _held_bytes(nbytes: int, spec: LayerSpec) -> int:
-    if spec.quantization is None:
-        return nbytes
-    return quantized_bytes(nbytes, spec.hidden_size, spec.activation, spec.bias, FLOAT_DTYPES[spec.dtype])

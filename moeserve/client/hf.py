@@ -11,7 +11,10 @@ T tokens, H hidden size, K choices per token; a model may also call with [B, S, 
 
 from __future__ import annotations
 
-from typing import Any, Final
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +25,9 @@ from moeserve.client.answers import LayerInfo
 from moeserve.client.client import Client
 from moeserve.errors import ConfigError, MoEServeError
 
+if TYPE_CHECKING:  # this module is imported while transformers is, which is too early for its models
+    from transformers import PreTrainedModel
+
 #: name of the experts implementation in transformers
 IMPLEMENTATION: Final = "moeserve"
 
@@ -29,14 +35,14 @@ IMPLEMENTATION: Final = "moeserve"
 _connected: Final[WeakKeyDictionary[nn.Module, tuple[Client, int]]] = WeakKeyDictionary()
 
 
-def connect_experts(model: nn.Module, target: str | Client) -> Client:
+def connect_experts(model: PreTrainedModel, target: str | Client) -> Client:
     """Sends the tokens of every experts module of `model` to the layer of the service that holds these experts.
 
     Modules and served layers are matched by name ("model.layers.1.mlp.experts" and "model.layers.1.mlp"); when no name
     matches, by order. Returns the client, for the caller to close. Raises ConfigError when the model was loaded without
     experts_implementation="moeserve", or the served layers are not its layers.
     """
-    modules = {name: module for name, module in model.named_modules() if _is_remote(module)}
+    modules = experts_of(model) if _is_remote(model) else {}
     if not modules:
         raise ConfigError('the model has no remote experts: load it with from_pretrained(..., experts_implementation="moeserve")')
     client = Client(target) if isinstance(target, str) else target
@@ -49,16 +55,43 @@ def connect_experts(model: nn.Module, target: str | Client) -> Client:
             client.close()
         raise
     _connected.update({modules[name]: (client, layer.index) for name, layer in pairs.items()})
+    for module in modules.values():
+        if not hasattr(module, "_apply_gate"):
+            module.forward = partial(_CALLS[_arguments(module)], module)
     return client
 
 
+def experts_of(model: nn.Module) -> dict[str, Any]:
+    """The modules that hold the experts of an MoE layer each, by name: those that let transformers choose how they are computed, and
+    those of older models that are called in a way we know."""
+    modules = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] == "experts"}
+    return {name: module for name, module in modules.items() if hasattr(module, "_apply_gate") or _arguments(module) in _CALLS}
+
+
 def remote_experts(experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-    """What transformers calls instead of the module's own forward: [T, H] or [B, S, H], [.., K], [.., K] -> like hidden_states."""
+    """What is called instead of the module's own forward: [T, H] or [B, S, H], [.., K], [.., K] -> like hidden_states."""
     if experts not in _connected:
         raise ConfigError("the experts of this model are not connected to a service: call moeserve.connect_experts(model, target) first")
     client, layer = _connected[experts]
     output: torch.Tensor = _Remote.apply(hidden_states, top_k_index, top_k_weights, client, layer)  # type: ignore[no-untyped-call]
     return output
+
+
+def _remote_rows(experts: Any, routed_in: torch.Tensor) -> torch.Tensor:
+    """As Llama 4 calls its experts: [E * T, H], every token for every expert, weighed, zero for those not chosen -> [E * T, H]."""
+    by_expert = routed_in.view(experts.num_experts, -1, routed_in.shape[-1])
+    expert, token = by_expert.any(dim=-1).nonzero(as_tuple=True)
+    rows = by_expert[expert, token]
+    answer = torch.zeros_like(by_expert)
+    answer[expert, token] = remote_experts(experts, rows, expert[:, None], torch.ones(len(rows), 1))
+    return answer.view(routed_in.shape)
+
+
+#: arguments of an experts module's forward -> what to call instead
+_CALLS: Final[Mapping[tuple[str, ...], Callable[..., torch.Tensor]]] = {
+    ("hidden_states", "top_k_index", "top_k_weights"): remote_experts,
+    ("hidden_states",): _remote_rows,
+}
 
 
 class _Remote(torch.autograd.Function):
@@ -82,10 +115,13 @@ class _Remote(torch.autograd.Function):
         raise MoEServeError("remote experts are for inference: no gradient flows through them")
 
 
-def _is_remote(module: nn.Module) -> bool:
-    # What `use_experts_implementation` leaves on an experts module.
-    config = getattr(module, "config", None)
-    return hasattr(module, "_apply_gate") and getattr(config, "_experts_implementation", None) == IMPLEMENTATION
+def _is_remote(model: PreTrainedModel) -> bool:
+    configs = {id(config): config for config in (model.config, model.config.get_text_config())}
+    return any(getattr(config, "_experts_implementation", None) == IMPLEMENTATION for config in configs.values())
+
+
+def _arguments(experts: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(type(experts).forward).parameters)[1:]
 
 
 def _match(names: list[str], layers: list[LayerInfo]) -> dict[str, LayerInfo]:
@@ -109,12 +145,19 @@ def _same_place(module: str, layer: str) -> bool:
 
 
 def _check_sizes(name: str, module: Any, layer: LayerInfo) -> None:
-    hidden_size = module.down_proj.shape[-1 if module.is_transposed else -2]
-    if (module.num_experts, hidden_size) != (layer.num_experts, layer.hidden_size):
+    num_experts, hidden_size = _sizes(module)
+    if (num_experts, hidden_size) != (layer.num_experts, layer.hidden_size):
         raise ConfigError(
-            f"{name} has {module.num_experts} experts of hidden size {hidden_size}, the served layer {layer.name} has "
+            f"{name} has {num_experts} experts of hidden size {hidden_size}, the served layer {layer.name} has "
             f"{layer.num_experts} of {layer.hidden_size}"
         )
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    """E, those without weights included, and H."""
+    if hasattr(module, "_apply_gate"):
+        return module.num_experts, module.down_proj.shape[-1 if module.is_transposed else -2]
+    return getattr(module, "total_experts", None) or module.num_experts, module.hidden_size
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, remote_experts)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from moeserve.client.client import Client
-from moeserve.client.hf import IMPLEMENTATION, connect_experts
+from moeserve.client.hf import IMPLEMENTATION, connect_experts, experts_of
 from moeserve.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -42,16 +42,16 @@ def _without_experts(original: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     def init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         original.__init__(self, *args, **kwargs)
-        for module in self.modules():
-            if hasattr(module, "_apply_gate"):
+        for experts in experts_of(self).values():
+            for module in experts.modules():
                 _empty(module)
 
     changes = {"__init__": init, "__module__": original.__module__, "_keys_to_ignore_on_load_unexpected": [r"\.experts\."]}
     return type(original.__name__, (original,), changes)
 
 
-def _empty(experts: torch.nn.Module) -> None:
+def _empty(module: torch.nn.Module) -> None:
     """Weights become attributes that are no parameters and have shapes only: `connect_experts` compares them with the service."""
-    for name, weight in list(experts.named_parameters(recurse=False)):
-        delattr(experts, name)
-        setattr(experts, name, torch.empty_like(weight, device="meta", requires_grad=False))
+    for name, weight in list(module.named_parameters(recurse=False)):
+        delattr(module, name)
+        setattr(module, name, torch.empty_like(weight, device="meta", requires_grad=False))

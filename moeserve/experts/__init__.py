@@ -5,7 +5,7 @@ from moeserve.experts.bank import ExpertBank
 from moeserve.experts.expert import Expert, ExpertShard
 from moeserve.experts.feed_forward import FeedForward, feed_forward_bytes
 from moeserve.experts.module import ModuleExpert, check_module, make_module
-from moeserve.experts.quantized import QuantizedFeedForward, QuantizedMatrix, quantize, quantized_bytes
+from moeserve.experts.quantized import QuantizedFeedForward, QuantizedMatrix, quantize
 
 __all__ = [
     "Expert",
@@ -20,5 +20,4 @@ __all__ = [
     "is_gated",
     "make_module",
     "quantize",
-    "quantized_bytes",
 ]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from moeserve.config import Activation
+from moeserve.config import Activation, Quantization
 from moeserve.experts.activations import activate, is_gated
 from moeserve.experts.expert import ExpertShard
 
@@ -63,13 +63,20 @@ class FeedForward:
 
 
 def feed_forward_bytes(
-    hidden_size: int, intermediate_size: int, activation: Activation, bias: bool, dtype: torch.dtype, shard: ExpertShard
+    hidden_size: int,
+    intermediate_size: int,
+    activation: Activation,
+    bias: bool,
+    dtype: torch.dtype,
+    shard: ExpertShard,
+    quantization: Quantization | None = None,
 ) -> int:
-    """Bytes of one shard of a feed-forward expert, known before it is loaded."""
+    """Bytes of one shard of a feed-forward expert as a host holds it, known before it is loaded."""
     channels = shard.span(intermediate_size)
     width: int = channels.stop - channels.start
     projected = width * (2 if is_gated(activation) else 1)
-    elements = (projected + width) * hidden_size
-    if bias:
-        elements += projected + hidden_size
-    return elements * dtype.itemsize
+    weights, outputs = (projected + width) * hidden_size, projected + hidden_size
+    biases = outputs * dtype.itemsize if bias else 0
+    if quantization is None:
+        return weights * dtype.itemsize + biases
+    return weights + outputs * torch.float32.itemsize + biases  # one byte each, and a scale for every output channel

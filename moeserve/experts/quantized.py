@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from moeserve.config import Activation, Quantization
-from moeserve.experts.activations import activate, is_gated
+from moeserve.experts.activations import activate
 from moeserve.experts.feed_forward import FeedForward
 
 #: how weights are stored, and the largest number that is used
@@ -126,16 +126,6 @@ def quantize(expert: FeedForward, quantization: Quantization) -> QuantizedFeedFo
         expert.down_bias,
         torch.bfloat16 if expert.down_proj.dtype == torch.bfloat16 else torch.float32,
     )
-
-
-def quantized_bytes(nbytes: int, hidden_size: int, activation: Activation, bias: bool, dtype: torch.dtype) -> int:
-    """Bytes of a shard that takes `nbytes` as it is stored, in `dtype`: what `feed_forward_bytes` says, with 8-bit weights."""
-    parts = 2 if is_gated(activation) else 1
-    biases_of_down = hidden_size * bias
-    channels, rest = divmod(nbytes // dtype.itemsize - biases_of_down, (parts + 1) * hidden_size + parts * bias)
-    assert not rest, "not the size of a feed-forward expert"
-    weights, scales, biases = (parts + 1) * channels * hidden_size, parts * channels + hidden_size, parts * channels * bias + biases_of_down
-    return weights + scales * torch.float32.itemsize + biases * dtype.itemsize
 
 
 def _decoded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -43,7 +43,13 @@ _DEEPSEEK = {
     "routed_scaling_factor": 1.7,
     "norm_topk_prob": True,
 }
-_LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+_LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}
 _MAMBA = {"mamba_d_state": 4, "mamba_expand": 2, "mamba_n_heads": 2, "mamba_d_head": 32, "mamba_n_groups": 1}
 _LLAMA4 = {**_ALL, "num_experts_per_tok": 2, "intermediate_size_mlp": 40, "interleave_moe_layer_step": 2, "head_dim": 16}
 

@@ -9,50 +9,35 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from moeserve import Client, ConfigError, load_model
+from tests.checkpoints.saved import saved
+from tests.checkpoints.tiny_models import NESTED, SETTINGS, new_model, tiny_model
 from tests.harness import ServiceHarness
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16, "norm_topk_prob": True},
-}
 
-
-def random_model(family: str, folder: Path, **changes: Any) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family], **changes})
-    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager", dtype=torch.float32).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
+def random_qwen(folder: Path, **changes: Any) -> PreTrainedModel:
+    model: PreTrainedModel = new_model("qwen3_moe", **changes)
     model.save_pretrained(folder)
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SETTINGS)
 def test_the_same_32_tokens_and_logits(family: str, tmp_path: Path) -> None:
-    local = random_model(family, tmp_path / "model")
-    prompt = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(1))
-    config = {"model": {"checkpoint": tmp_path / "model"}, "placement": {"num_hosts": 2}}
+    local, folder = tiny_model(family), saved(family)
+    auto = AutoModelForImageTextToText if family in NESTED else AutoModelForCausalLM
+    prompt = torch.randint(3, 16, (2, 9), generator=torch.Generator().manual_seed(1))
+    config = {"model": {"checkpoint": folder}, "placement": {"num_hosts": 2}}
     with ServiceHarness(config, "local", tmp_path) as service, Client(service.target) as client, torch.no_grad():
-        remote = load_model(tmp_path / "model", client, dtype=torch.float32)
-        torch.testing.assert_close(remote(prompt).logits, local(prompt).logits, rtol=1e-4, atol=1e-4)
-        tokens = [model.generate(prompt, max_new_tokens=32, do_sample=False) for model in (remote, local)]
+        remote = load_model(folder, client, auto, dtype=torch.float32)
+        torch.testing.assert_close(remote(input_ids=prompt).logits, local(input_ids=prompt).logits, rtol=1e-4, atol=1e-4)
+        options = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False}
+        tokens = [model.generate(input_ids=prompt, **options) for model in (remote, local)]
+        asked = client.stats().layers
     assert torch.equal(*tokens)
+    assert tokens[0].shape == (2, 41)
+    assert all(layer.tokens > 32 for layer in asked), "every layer was answered by the service"
     assert type(remote) is type(local)
 
 
@@ -68,11 +53,11 @@ print(resident() - before, sum(weight.nbytes for weight in model.parameters()))
 
 
 def test_the_client_neither_reads_nor_holds_the_experts(tmp_path: Path) -> None:
-    """96 MiB of experts: the peak of the process that loads the rest of the model stays far below."""
-    local = random_model("qwen3_moe", tmp_path / "model", hidden_size=256, num_experts=64, moe_intermediate_size=256)
+    """48 MiB of experts: the peak of the process that loads the rest of the model stays far below."""
+    local = random_qwen(tmp_path / "model", hidden_size=256, num_experts=64, moe_intermediate_size=256)
     experts = sum(weight.nbytes for name, weight in local.named_parameters() if ".experts." in name)
     rest = sum(weight.nbytes for weight in local.parameters()) - experts
-    assert experts == 96 * 2**20
+    assert experts == 48 * 2**20
     with ServiceHarness({"model": {"checkpoint": tmp_path / "model"}}, "local", tmp_path) as service:
         command = [sys.executable, "-c", HOLDS, str(tmp_path / "model"), service.target]
         run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
@@ -83,12 +68,12 @@ def test_the_client_neither_reads_nor_holds_the_experts(tmp_path: Path) -> None:
 
 
 def test_a_service_of_another_model_is_refused(tmp_path: Path) -> None:
-    random_model("mixtral", tmp_path / "one")
-    random_model("mixtral", tmp_path / "other", num_local_experts=8)
+    random_qwen(tmp_path / "one")
+    random_qwen(tmp_path / "other", num_experts=4)
     with (
         ServiceHarness({"model": {"checkpoint": tmp_path / "one"}}, "local", tmp_path) as service,
         pytest.raises(
-            ConfigError, match=r"/other: model\.layers\.0\.mlp\.experts has 8 experts of hidden size 32, the served layer .* has 4"
+            ConfigError, match=r"/other: model\.layers\.\d\.mlp\.experts has 4 experts of hidden size 32, the served layer .* has 8"
         ),
     ):
         load_model(tmp_path / "other", service.target)
