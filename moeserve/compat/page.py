@@ -37,7 +37,10 @@ straight into `load`.
 """
 
 #: parameters of moeserve's own, where the other system has none of that name
-OWN = {"hidden_size", "intermediate_size", "activation", "bias", "seed"}
+OWN = {
+    *("hidden_size", "intermediate_size", "activation", "bias", "seed", "version", "num_layers"),
+    *("mp_size", "max_ep_size", "expert_parallel", "model_parallel"),
+}
 
 
 def page() -> str:
