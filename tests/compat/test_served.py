@@ -42,7 +42,12 @@ def examples(system: str) -> Iterator[ServiceConfig]:
 def all_sizes() -> Iterator[Any]:
     yield "deepspeed", {"ep_size": 2, "mp_size": 2, "enable_expert_tensor_parallelism": True, "use_residual": True}
     yield "mindformers", {"expert_parallel": 2, "model_parallel": 2, "shared_expert_num": 2, "group_wise_a2a": True}
-    sizes = {"parallelism.dp_size": 2, "parallelism.mp_size": 2, "parallelism.pp_size": 2, "expert_parallelism.communication_pattern": "Ring"}
+    sizes = {
+        "parallelism.dp_size": 2,
+        "parallelism.mp_size": 2,
+        "parallelism.pp_size": 2,
+        "expert_parallelism.communication_pattern": "Ring",
+    }
     yield "trustformers", {**sizes, "expert_parallelism.expert_parallel_size": 2, "expert_parallelism.experts_per_device": 4}
 
 

@@ -6,7 +6,23 @@ import re
 from typing import Any
 
 from moeserve.compat.sizes import expert_extras
-from moeserve.compat.table import ANYTHING, FLAG, Accepts, Case, Param, Required, Rule, System, Values, noted, one_of, optional, real, same, whole
+from moeserve.compat.table import (
+    ANYTHING,
+    FLAG,
+    Accepts,
+    Case,
+    Param,
+    Required,
+    Rule,
+    System,
+    Values,
+    noted,
+    one_of,
+    optional,
+    real,
+    same,
+    whole,
+)
 
 _GATING = "layers.gating"
 _IN_TRAINING = "noise acts in training only; in inference it has no effect there either"
@@ -108,7 +124,9 @@ _VERSION = [
 
 def _copies(values: Values) -> int:
     """As `MoeContext.get_info` decides: fewer experts than devices are there several times."""
-    return max(1, (values["max_ep_size"] or 1) // values["num_experts"])
+    devices: int = values["max_ep_size"] or 1
+    experts: int = values["num_experts"]
+    return max(1, devices // experts)
 
 
 _MAX_EP_SIZE = [

@@ -57,7 +57,9 @@ _EXPERT_PARAMS = [
             Case("note", "there is no shared expert for it to act on", True, "otherwise", lambda v: not _has_shared(v)),
         ],
     ),
-    noted("moe_shared_expert_overlap", FLAG, False, True, "orders work, changes no answer: a host computes the shared expert with the others"),
+    noted(
+        "moe_shared_expert_overlap", FLAG, False, True, "orders work, changes no answer: a host computes the shared expert with the others"
+    ),
     Param(
         "enable_cold_hot_expert",
         FLAG,
@@ -147,7 +149,13 @@ _PLACEMENT_PARAMS = [
                 lambda v: v["expert_model_parallel"] is not None,
                 _hosts,
             ),
-            Case("note", "experts are split as the rest of the model, by model_parallel", None, "null", lambda v: v["expert_model_parallel"] is None),
+            Case(
+                "note",
+                "experts are split as the rest of the model, by model_parallel",
+                None,
+                "null",
+                lambda v: v["expert_model_parallel"] is None,
+            ),
         ],
     ),
     Param(
