@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pydantic import ValidationError
@@ -31,13 +31,23 @@ from moeserve.tensors import FLOAT_DTYPES
 MODEL_TYPE = "moeserve"
 
 
+class NamedTensors(Protocol):
+    """Tensors by the names above; a tensor is read when asked for."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def read(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """The tensor, which must have `shape`, cast to `dtype`; finite. Raises CheckpointError naming the file."""
+        ...
+
+
 @dataclass(frozen=True)
 class NativeLayer:
-    """One layer of the folder."""
+    """One layer that `layer` describes, of tensors named as above, wherever they are."""
 
     spec: LayerSpec
     layer: LayerConfig
-    files: SafetensorsFolder
+    files: NamedTensors
 
     def router(self) -> Router:
         experts, hidden = self.spec.num_experts, self.spec.hidden_size

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from moeserve.checkpoints.deepspeed import deepspeed_layers, is_deepspeed
 from moeserve.checkpoints.described import intermediate_sizes, spec_of
 from moeserve.checkpoints.huggingface import HuggingFaceLayer
 from moeserve.checkpoints.huggingface_folder import huggingface_layers
@@ -28,9 +29,7 @@ def layer_sources(config: ServiceConfig) -> list[LayerSource]:
     if config.model.checkpoint is None:
         sources.extend(_seeded(index, layer, config) for index, layer in enumerate(config.layers))
     else:
-        found = _stored(config.model.checkpoint, config)
-        sources.extend(_overlaid(source, config) for source in _wanted(found, config.model.layers))
-        _reject_unknown_names(config.layers, [source.spec.name for source in sources])
+        sources.extend(_stored(config.model.checkpoint, config))
     for source in sources:
         if source.spec.gating.top_k > source.spec.num_experts:
             raise ConfigError(
@@ -53,12 +52,19 @@ def _seeded(index: int, layer: LayerConfig, config: ServiceConfig) -> SeededLaye
     return SeededLayer(spec, layer.seed, intermediate_sizes(layer), layer.shared_expert)
 
 
-def _stored(folder: Path, config: ServiceConfig) -> Sequence[StoredLayer]:
-    """Every layer of a checkpoint, whoever wrote it."""
-    where, dtype = folder / "config.json", config.model.dtype
+def _stored(folder: Path, config: ServiceConfig) -> list[StoredLayer]:
+    """The served layers of a checkpoint, whoever wrote it, with what the configuration changes about them."""
+    where, model = folder / "config.json", config.model
+    found: Sequence[StoredLayer]
+    if is_deepspeed(folder):
+        return _wanted(deepspeed_layers(folder, model.dtype, model.quantization, config.layers), model.layers)
     if where.is_file() and read_json(where).get("model_type") == MODEL_TYPE:
-        return native_layers(folder, dtype, config.model.trusted_modules)
-    return huggingface_layers(folder, dtype)
+        found = native_layers(folder, model.dtype, model.trusted_modules)
+    else:
+        found = huggingface_layers(folder, model.dtype)
+    sources = [_overlaid(source, config) for source in _wanted(found, model.layers)]
+    _reject_unknown_names(config.layers, [source.spec.name for source in sources])
+    return sources
 
 
 def _wanted(found: Sequence[StoredLayer], wanted: Sequence[int | str] | None) -> list[StoredLayer]:
