@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from moeserve.errors import ConfigError
 
 
 class Experts(nn.Module):
-    """num_experts modules of one class, each made with expert_args."""
+    """num_experts modules, each made by calling `expert`, a class or a function, with expert_args."""
 
-    def __init__(self, expert: type[nn.Module], num_experts: int, **expert_args: Any) -> None:
+    def __init__(self, expert: Callable[..., nn.Module], num_experts: int, **expert_args: Any) -> None:
         super().__init__()
         self.num_local_experts = num_experts
         self.expert_args = expert_args
