@@ -65,7 +65,14 @@ checkpoint = "checkpoints/global_step1000"
 
 [[layers]]
 activation = "gelu"   # between the two projections; or expert = "package.module:Class" and expert_args
-gating = { top_k = 2, capacity_rule = "deepspeed", capacity_factor = 1.0, min_capacity = 4, renormalize = "post_drop", drop_policy = "choice_major" }
+
+[layers.gating]
+top_k = 2
+capacity_rule = "deepspeed"
+capacity_factor = 1.0
+min_capacity = 4
+renormalize = "post_drop"
+drop_policy = "choice_major"
 ```
 
 These files are pickles. They are read by torch's restricted reader, which makes tensors and plain containers and runs nothing; a file that
@@ -74,9 +81,9 @@ names anything else is refused. Experts are read one by one, by the host that ho
 
 #: what a row of a table cannot say
 _REMARKS = {
-    "mindformers": """The published source of `TopkRouterV2` normalises the weights of a token after the drop, over the choices that were kept, and then
-leaves out `routed_scaling_factor`. Here they are normalised before the drop, over all choices, and scaled: a token that lost a choice
-weighs the others less than there. Without drops and with a factor of 1 there is no difference.
+    "mindformers": """The published source of `TopkRouterV2` normalises the weights of a token after the drop, over the choices that were
+kept, and then leaves out `routed_scaling_factor`. Here they are normalised before the drop, over all choices, and scaled: a token that
+lost a choice weighs the others less than there. Without drops and with a factor of 1 there is no difference.
 """,
 }
 
