@@ -168,9 +168,19 @@ PARAMS = [
         "a process group of training; `placement.num_hosts` says how many hosts share the experts",
     ),
     noted(
-        "experts", ANYTHING, None, "Experts(...)", "a module is code; the imported layer has experts of intermediate_size and activation"
+        "experts",
+        ANYTHING,
+        None,
+        "Experts(...)",
+        "a module is code, which `MoeLayer.save` carries; the imported layer has experts of intermediate_size and activation",
     ),
-    noted("expert", ANYTHING, None, "FeedForward", "a class is code; the imported layer has experts of intermediate_size and activation"),
+    noted(
+        "expert",
+        ANYTHING,
+        None,
+        "FeedForward",
+        "a class is code, which `MoeLayer.save` carries; the imported layer has experts of intermediate_size and activation",
+    ),
     noted("expert_args", ANYTHING, None, {"drop_rate": 0.1}, "arguments of the expert's class, which is not imported"),
     Param("max_ep_size", optional(whole(1)), None, _MAX_EP_SIZE),
     Param("version", Accepts("a release such as '0.2.8'", _is_release), "0.2.8", _VERSION),

@@ -166,7 +166,13 @@ _MP_SIZE = [
 
 PARAMS = [
     same("hidden_size", whole(1), Required, "layers.hidden_size", 64),
-    noted("expert", ANYTHING, None, "an nn.Module", "a module is code; the imported layer has experts of intermediate_size and activation"),
+    noted(
+        "expert",
+        ANYTHING,
+        None,
+        "an nn.Module",
+        "a module is code, which `MoE.save` carries; the imported layer has experts of intermediate_size and activation",
+    ),
     same("num_experts", whole(1), 1, "layers.num_experts", 8),
     Param(
         "ep_size",
