@@ -26,7 +26,7 @@ from moeserve.errors import CheckpointError, ConfigError
 from moeserve.experts import is_gated, make_module
 
 #: what the files do not say, and [[layers]] does
-_TOLD = {"name", "activation", "expert", "expert_args", "gating"}
+TOLD = {"name", "activation", "expert", "expert_args", "gating"}
 _PARTS = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
 _WEIGHT = re.compile(r"(.*?)\.?weight")
 
@@ -48,10 +48,10 @@ def deepspeed_layers(
     assert found is not None, "asked before"
     names = [found.name(number) for number in range(found.num_layers)]
     for entry in told:
-        surplus = sorted(entry.model_fields_set - _TOLD)
+        surplus = sorted(entry.model_fields_set - TOLD)
         if surplus:
             raise ConfigError(
-                f"layers.{surplus[0]} cannot be set: the checkpoint of DeepSpeed decides it; allowed: {', '.join(sorted(_TOLD))}"
+                f"layers.{surplus[0]} cannot be set: the checkpoint of DeepSpeed decides it; allowed: {', '.join(sorted(TOLD))}"
             )
         if entry.name is not None and entry.name not in names:
             raise ConfigError(f"layers.name {entry.name!r} is not a layer of {folder}; it has {', '.join(names)}")

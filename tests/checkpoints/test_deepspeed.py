@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from moeserve import MoELayer
-from moeserve.checkpoints import layer_sources
+from moeserve.checkpoints import Swap, layer_sources, swapped_layers
 from moeserve.compat import load
 from moeserve.compat.deepspeed import MoE
 from moeserve.config import GatingConfig, load_config
@@ -117,6 +117,19 @@ def test_layers_can_be_told_apart(tmp_path: Path) -> None:
     assert [(source.spec.name, source.spec.gating.top_k) for source in found] == [("encoder.1", 2), ("encoder.3", 1)]
     only = layer_sources(load_config({"model": {"checkpoint": folder, "layers": ["encoder.3"]}, "layers": entries}))
     assert [source.spec.name for source in only] == ["encoder.3"]
+
+
+def test_newer_weights_come_from_files_of_the_same_kind(tmp_path: Path) -> None:
+    old, new = (write(tmp_path / tag / "step", model_of(sequential())) for tag in ("old", "new"))
+    file = new / "layer_1_expert_2_mp_rank_00_model_states.pt"
+    torch.save({name: 2 * tensor for name, tensor in torch.load(file, weights_only=True).items()}, file)
+    swap = Swap("encoder.3", new, frozenset({2}))
+    experts = [
+        layers[1].experts([ExpertShard(expert) for expert in range(3)])
+        for layers in (sources(old, activation="gelu"), swapped_layers(load_config(config(old, activation="gelu")), [swap]))
+    ]
+    assert torch.equal(experts[1][1].down_proj, experts[0][1].down_proj)
+    assert torch.equal(experts[1][2].down_proj, 2 * experts[0][2].down_proj)
 
 
 class RunsCode:
