@@ -29,6 +29,7 @@ def spec_of(name: str, layer: LayerConfig, dtype: Dtype, quantization: Quantizat
         identity_experts=layer.identity_experts,
         zero_experts=layer.zero_experts,
         shared_mixing=None if layer.shared_expert is None else layer.shared_expert.mixing,
+        shared_module=None if layer.shared_expert is None else layer.shared_expert.expert,
         quantization=quantization,
     )
 

@@ -39,9 +39,9 @@ def layer_sources(config: ServiceConfig) -> list[LayerSource]:
             raise ConfigError(
                 f"placement.tensor_parallel must be 1: the experts of layer {source.spec.name} are modules, which cannot be split"
             )
-        if source.spec.module is not None and config.model.quantization is not None:
+        if (source.spec.module or source.spec.shared_module) and config.model.quantization is not None:
             raise ConfigError(
-                f"model.quantization is {config.model.quantization!r}, but the experts of layer {source.spec.name} are modules; "
+                f"model.quantization is {config.model.quantization!r}, but experts of layer {source.spec.name} are modules; "
                 f"allowed: only feed-forward experts are quantized"
             )
     return sources

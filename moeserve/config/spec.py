@@ -18,7 +18,7 @@ class LayerSpec:
     intermediate_size is that of the largest expert, 0 for a module; `module` is the import path of a module that is the expert,
     module_args what each of the hosted experts is made with.
     Of the num_experts the last do not compute: first identity_experts that answer the token itself, then zero_experts.
-    shared_mixing: how the answer of a shared expert is added, None = there is none.
+    shared_mixing: how the answer of a shared expert is added, None = there is none; shared_module: its import path if it is a module.
     """
 
     name: str
@@ -34,6 +34,7 @@ class LayerSpec:
     identity_experts: int = 0
     zero_experts: int = 0
     shared_mixing: Mixing | None = None
+    shared_module: str | None = None
     quantization: Quantization | None = None
 
     @property

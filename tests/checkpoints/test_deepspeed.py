@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from moeserve import MoELayer
-from moeserve.checkpoints import Swap, layer_sources, swapped_layers
+from moeserve.checkpoints import Swap, bank_bytes, layer_sources, load_bank, swapped_layers
 from moeserve.compat import load
 from moeserve.compat.deepspeed import MoE
 from moeserve.config import GatingConfig, load_config
@@ -108,6 +108,17 @@ def test_experts_are_read_when_asked_for_and_cast(tmp_path: Path) -> None:
     assert expert.nbytes == second.nbytes(ExpertShard(0))
     with pytest.raises(CheckpointError, match=r"layer_1_expert_2_.*: tensor 0\.weight holds NaN or Inf as bfloat16"):
         second.experts([ExpertShard(2)])
+
+
+def test_experts_can_be_quantized(tmp_path: Path) -> None:
+    folder = write(tmp_path / "tag", model_of(sequential(), use_residual=True))
+    model = {"checkpoint": folder, "quantization": "int8"}
+    source = layer_sources(load_config({**config(folder, activation="gelu"), "model": model}))[0]
+    bank = load_bank(source, [ExpertShard(0), ExpertShard(1)])
+    assert bank.nbytes == bank_bytes(source, [ExpertShard(0), ExpertShard(1)]) < source.nbytes(ExpertShard(0)) * 3
+    folder = write(tmp_path / "modules", model_of(Block(24)))
+    with pytest.raises(ConfigError, match="only feed-forward experts are quantized"):
+        layer_sources(load_config({**config(folder, **KINDS["module"][1]), "model": {**model, "checkpoint": folder}}))
 
 
 def test_layers_can_be_told_apart(tmp_path: Path) -> None:

@@ -154,6 +154,8 @@ def test_sizes_and_placement() -> None:
     assert (trustformers.placement.num_hosts, trustformers.model.dtype) == (4, None)
     assert (trustformers.layers[0].hidden_size, trustformers.layers[0].intermediate_size) == (32, 128)
     assert load("trustformers", {}).config.model.dtype == "bfloat16"
+    extreme = load("trustformers", {"parallelism": {"memory_optimization": "Extreme"}}).config.model
+    assert (extreme.quantization, extreme.dtype) == ("int8", "bfloat16")
     assert load("mindformers", MINDFORMERS).config.layers[0].intermediate_size == 1407
 
 

@@ -62,7 +62,9 @@ def check(config: ServiceConfig, folder: Path) -> None:
             given = {key: getattr(layer, key) for key in layer.model_fields_set - {"name", "shared_expert"}}
             shared = layer.shared_expert.model_dump() if layer.shared_expert else None
             dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
-            expected = MoELayer(**given, shared_expert=shared, dtype=dtype).run(rows, token_ids=token_ids)
+            expected = MoELayer(**given, shared_expert=shared, dtype=dtype, quantization=config.model.quantization).run(
+                rows, token_ids=token_ids
+            )
             out = client.forward(rows, layer=index, token_ids=token_ids)
             torch.testing.assert_close(out.hidden_states, expected.hidden_states, **tolerance)
             assert torch.equal(out.requested, expected.requested) and torch.equal(out.dropped, expected.dropped)

@@ -39,7 +39,13 @@ _MEMORY_OPTIMIZATION = [
     variant("effect", _MEMORY, "Low", "experts as they are stored (`model.dtype` unset)", lambda v: {"model.dtype": None}),
     variant("effect", _MEMORY, "Medium", "`model.dtype` = `bfloat16`", lambda v: {"model.dtype": "bfloat16"}),
     variant("refusal", _MEMORY, "High", "not supported: no expert is moved to host memory while it is cold"),
-    variant("refusal", _MEMORY, "Extreme", "not supported: experts are not quantised to int8 nor loaded on demand"),
+    variant(
+        "effect",
+        _MEMORY,
+        "Extreme",
+        "`model.quantization` = `int8`, `model.dtype` = `bfloat16` for the rest; all experts are loaded, none on demand",
+        lambda v: {"model.quantization": "int8", "model.dtype": "bfloat16"},
+    ),
 ]
 
 PARALLELISM_PARAMS = [
