@@ -41,7 +41,7 @@ def layer_sources(config: ServiceConfig) -> list[LayerSource]:
             )
         if (source.spec.module or source.spec.shared_module) and config.model.quantization is not None:
             raise ConfigError(
-                f"model.quantization is {config.model.quantization!r}, but experts of layer {source.spec.name} are modules; "
+                f"model.quantization is {config.model.quantization!r}, but the experts of layer {source.spec.name} are modules; "
                 f"allowed: only feed-forward experts are quantized"
             )
     return sources
