@@ -1,6 +1,8 @@
-"""A DeepSpeed MoE layer with only its import changed, and the same parameters as a service configuration."""
+"""A DeepSpeed MoE layer with only its import changed: in this process, saved and served, and with `target=` in front of the service."""
 
 from __future__ import annotations
+
+import tempfile
 
 import torch
 from torch import nn
@@ -11,12 +13,22 @@ from moeserve.compat.deepspeed import MoE  # was: from deepspeed.moe.layer impor
 
 def main() -> None:
     torch.manual_seed(0)
-    parameters = {"hidden_size": 64, "num_experts": 8, "k": 2, "eval_capacity_factor": 1.5}
+    parameters = {"hidden_size": 64, "num_experts": 8, "k": 2, "eval_capacity_factor": 1.5, "use_residual": True}
+    parameters["top2_2nd_expert_sampling"] = False  # true, the default, draws the second expert by chance, in evaluation too
     expert = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
     layer = MoE(expert=expert, **parameters).eval()  # type: ignore[arg-type]
+    hidden_states = torch.randn(4, 32, 64)
     with torch.no_grad():
-        output, l_aux, exp_counts = layer(torch.randn(4, 32, 64))
-    print(f"output {list(output.shape)}, l_aux {l_aux.item():.3f}, exp_counts {exp_counts.tolist()}")
+        output, l_aux, exp_counts = layer(hidden_states)
+    print(f"in process  output {list(output.shape)}, l_aux {l_aux.item():.3f}, exp_counts {exp_counts.tolist()}")
+
+    with tempfile.TemporaryDirectory() as folder:
+        layer.save(folder)
+        config = {"model": {"checkpoint": folder}, "placement": {"num_hosts": 2}, "server": {"port": 0, "metrics_port": 0}}
+        with moeserve.serve(config) as service:  # or: moeserve serve FOLDER --num-hosts 2
+            remote = MoE(expert=expert, target=service.target, **parameters).eval()  # type: ignore[arg-type]
+            answer, l_aux, exp_counts = remote(hidden_states)
+    print(f"served      difference {(answer - output).abs().max():.1e}, l_aux {l_aux.item():.3f}, exp_counts {exp_counts.tolist()}")
 
     imported = moeserve.compat.load("deepspeed", parameters)
     print(imported.config.layers[0].gating)

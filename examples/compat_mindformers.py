@@ -1,4 +1,4 @@
-"""MindFormers' MoEConfig with only its import changed: a service configuration, and a layer of it in this process."""
+"""MindFormers' MoEConfig with only its import changed: a service of it, and the same layer in this process."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from moeserve.compat.mindformers import MoEConfig  # was: from mindformers.modul
 
 
 def main() -> None:
-    config = MoEConfig(expert_num=8, num_experts_chosen=2, capacity_factor=1.5, aux_loss_factor=0.05, moe_intermediate_size=256)
-    imported = moeserve.compat.load("mindformers", {**config.to_diff_dict(), "hidden_size": 64})
+    config = MoEConfig(expert_num=8, num_experts_chosen=2, capacity_factor=1.5, moe_intermediate_size=256, shared_expert_num=1)
+    imported = moeserve.compat.load("mindformers", {**config.to_diff_dict(), "hidden_size": 64, "expert_parallel": 2})
     for note in imported.notes:
         print(f"{note.field}: {note.what}")
 
     layer = imported.config.layers[0]
     print(layer.gating)
-    assert layer.hidden_size and layer.intermediate_size and layer.num_experts
-    run = moeserve.MoELayer(
-        hidden_size=layer.hidden_size, intermediate_size=layer.intermediate_size, num_experts=layer.num_experts, gating=layer.gating
-    ).run(torch.randn(128, 64))
-    print(f"requested {run.requested.tolist()}, dropped {run.dropped.tolist()}, aux_loss {run.aux_loss:.4f}")
+    hidden_states = torch.randn(128, 64)
+    here = moeserve.MoELayer(**layer.model_dump(exclude_unset=True, exclude={"gating"}), gating=layer.gating).run(hidden_states)
+    print(f"in process  requested {here.requested.tolist()}, dropped {here.dropped.tolist()}, aux_loss {here.aux_loss:.4f}")
+
+    service_config = imported.config.model_dump(exclude_unset=True) | {"server": {"port": 0, "metrics_port": 0}}
+    with moeserve.serve(service_config) as service, moeserve.Client(service.target) as client:
+        out = client.forward(hidden_states)
+    print(f"served      difference {(out.hidden_states - here.hidden_states).abs().max():.1e}, dropped {out.dropped.tolist()}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""TrustformeRS' two structs as a service configuration, and a layer of it in this process."""
+"""TrustformeRS' two structs as a service, and the same layer in this process."""
 
 from __future__ import annotations
 
@@ -9,17 +9,24 @@ from moeserve.compat.trustformers import ExpertParallelismConfig, LoadBalancingS
 
 
 def main() -> None:
-    experts = ExpertParallelismConfig(load_balancing=LoadBalancingStrategy.ExpertChoiceBased, capacity_factor=2.0)
+    experts = ExpertParallelismConfig(
+        expert_parallel_size=1, experts_per_device=8, load_balancing=LoadBalancingStrategy.ExpertChoiceBased, capacity_factor=2.0
+    )
     parallelism = ParallelismConfig(dp_size=2, memory_optimization=MemoryOptimization.Low)
-    mapping = {"expert_parallelism": experts, "parallelism": parallelism, "hidden_size": 64}
-    imported = moeserve.compat.load("trustformers", mapping)
-    print(f"{imported.config.placement.num_hosts} hosts")
+    imported = moeserve.compat.load("trustformers", {"expert_parallelism": experts, "parallelism": parallelism, "hidden_size": 64})
+    placement, layer = imported.config.placement, imported.config.layers[0]
+    print(f"{placement.num_hosts} hosts, {placement.copies} copies of every expert")
     for note in imported.notes:
         print(f"{note.field}: {note.what}")
 
-    layer = imported.config.layers[0]
-    routing = moeserve.route(torch.randn(128, layer.num_experts or 0), layer.gating)
-    print(f"every expert takes {routing.processed.tolist()} of 128 tokens")
+    hidden_states = torch.randn(128, 64)
+    here = moeserve.MoELayer(**layer.model_dump(exclude_unset=True, exclude={"gating"}), gating=layer.gating).run(hidden_states)
+    print(f"in process  every expert takes {here.processed.tolist()} of 128 tokens")
+
+    config = imported.config.model_dump(exclude_unset=True) | {"server": {"port": 0, "metrics_port": 0}}
+    with moeserve.serve(config) as service, moeserve.Client(service.target) as client:
+        out = client.forward(hidden_states)
+    print(f"served      difference {(out.hidden_states - here.hidden_states).abs().max():.1e}, {out.processed.tolist()}")
 
 
 if __name__ == "__main__":

@@ -5,14 +5,15 @@ T tokens, H hidden size, I intermediate size, E experts, K choices per token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 
-from moeserve.checkpoints import LayerSource, layer_sources, load_bank
+from moeserve.checkpoints import LayerSource, SavedLayer, layer_sources, load_bank, save, saved_experts
 from moeserve.config import Activation, GatingConfig, GatingOverrides, LayerSpec, Quantization, load_config, override
 from moeserve.dispatch import combine, permute
 from moeserve.errors import ConfigError, UnknownLayer
@@ -43,7 +44,7 @@ class MoELayer:
         activation: Activation = "swiglu",
         bias: bool = False,
         expert: str | None = None,
-        expert_args: Mapping[str, Any] | None = None,
+        expert_args: Mapping[str, Any] | Sequence[Mapping[str, Any]] = MappingProxyType({}),
         shared_expert: Mapping[str, Any] | None = None,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
@@ -59,7 +60,7 @@ class MoELayer:
             "activation": activation,
             "bias": bias,
             "expert": expert,
-            "expert_args": dict(expert_args or {}),
+            "expert_args": dict(expert_args) if isinstance(expert_args, Mapping) else list(expert_args),
             "shared_expert": shared_expert,
             "seed": seed,
             "gating": gating or GatingConfig(),
@@ -75,12 +76,19 @@ class MoELayer:
         dtype: torch.dtype | None = None,
         gating: GatingConfig | None = None,
         quantization: Quantization | None = None,
+        trusted_modules: Sequence[str] = (),
     ) -> MoELayer:
         """MoE layer `layer` (position among the MoE layers, or name) of a checkpoint folder; `gating` changes the settings it names.
 
+        trusted_modules: packages whose classes the checkpoint may name as experts, beside those of torch.nn: that runs their code.
         Raises CheckpointError, or UnknownLayer when there is no such layer.
         """
-        model = {"checkpoint": Path(path), "dtype": None if dtype is None else _dtype_key(dtype), "quantization": quantization}
+        model = {
+            "checkpoint": Path(path),
+            "dtype": None if dtype is None else _dtype_key(dtype),
+            "quantization": quantization,
+            "trusted_modules": list(trusted_modules),
+        }
         sources = layer_sources(load_config({"model": model, "layers": [{"gating": gating}] if gating else []}))
         by_key = {key: source for index, source in enumerate(sources) for key in (index, source.spec.name)}
         if layer not in by_key:
@@ -95,6 +103,15 @@ class MoELayer:
         everyone = source.spec.num_hosted_experts
         self._placement = LayerPlacement(1, np.arange(everyone), np.zeros(everyone, dtype=np.int64))
         self.bank = load_bank(source, self._placement.shards_on(0))
+        self._mixer = source.mixer()
+
+    def save(self, folder: str | Path, name: str | None = None) -> None:
+        """Write a checkpoint folder that `moeserve serve` and `from_checkpoint` take. Raises ConfigError for experts it cannot hold."""
+        save(folder, [self.saved(name or self.spec.name)])
+
+    def saved(self, name: str, expert_args: object = None) -> SavedLayer:
+        """This layer as it goes into a folder, under `name`; expert_args are known already."""
+        return saved_experts(name, self.spec, self.router, self._mixer, self.bank.experts)
 
     @property
     def router(self) -> Router:

@@ -3,6 +3,7 @@
 from moeserve.checkpoints.family import Family, Layout
 from moeserve.checkpoints.layouts import ExpertLayout, Flat, Separate, Stacked
 from moeserve.checkpoints.resolve import layer_sources
+from moeserve.checkpoints.saving import SavedLayer, prefixed, save, saved_experts
 from moeserve.checkpoints.source import LayerSource, bank_bytes, load_bank, load_experts
 from moeserve.checkpoints.swapped import Swap, swapped_layers
 
@@ -12,6 +13,7 @@ __all__ = [
     "Flat",
     "LayerSource",
     "Layout",
+    "SavedLayer",
     "Separate",
     "Stacked",
     "Swap",
@@ -19,5 +21,8 @@ __all__ = [
     "layer_sources",
     "load_bank",
     "load_experts",
+    "prefixed",
+    "save",
+    "saved_experts",
     "swapped_layers",
 ]

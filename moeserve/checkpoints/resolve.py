@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from moeserve.checkpoints.deepspeed import deepspeed_layers, is_deepspeed
+from moeserve.checkpoints.described import intermediate_sizes, spec_of
 from moeserve.checkpoints.huggingface import HuggingFaceLayer
 from moeserve.checkpoints.huggingface_folder import huggingface_layers
+from moeserve.checkpoints.native import MODEL_TYPE, NativeLayer, native_layers
+from moeserve.checkpoints.safetensors_folder import read_json
 from moeserve.checkpoints.seeded import SeededLayer
 from moeserve.checkpoints.source import LayerSource
 from moeserve.config import GatingConfig, LayerConfig, LayerSpec, ServiceConfig
 from moeserve.errors import ConfigError
-from moeserve.experts import check_module
+
+StoredLayer = HuggingFaceLayer | NativeLayer
 
 
 def layer_sources(config: ServiceConfig) -> list[LayerSource]:
@@ -23,9 +29,7 @@ def layer_sources(config: ServiceConfig) -> list[LayerSource]:
     if config.model.checkpoint is None:
         sources.extend(_seeded(index, layer, config) for index, layer in enumerate(config.layers))
     else:
-        found = huggingface_layers(config.model.checkpoint, config.model.dtype)
-        sources.extend(_overlaid(source, config) for source in _wanted(found, config.model.layers))
-        _reject_unknown_names(config.layers, [source.spec.name for source in sources])
+        sources.extend(_stored(config.model.checkpoint, config))
     for source in sources:
         if source.spec.gating.top_k > source.spec.num_experts:
             raise ConfigError(
@@ -35,7 +39,7 @@ def layer_sources(config: ServiceConfig) -> list[LayerSource]:
             raise ConfigError(
                 f"placement.tensor_parallel must be 1: the experts of layer {source.spec.name} are modules, which cannot be split"
             )
-        if source.spec.module is not None and config.model.quantization is not None:
+        if (source.spec.module or source.spec.shared_module) and config.model.quantization is not None:
             raise ConfigError(
                 f"model.quantization is {config.model.quantization!r}, but the experts of layer {source.spec.name} are modules; "
                 f"allowed: only feed-forward experts are quantized"
@@ -44,31 +48,26 @@ def layer_sources(config: ServiceConfig) -> list[LayerSource]:
 
 
 def _seeded(index: int, layer: LayerConfig, config: ServiceConfig) -> SeededLayer:
-    assert layer.hidden_size and layer.num_experts, "checked by ServiceConfig"
-    computing = layer.num_experts - layer.identity_experts - layer.zero_experts
-    sizes = layer.intermediate_size
-    sizes = sizes if isinstance(sizes, tuple) else (sizes or 0,) * computing
-    spec = LayerSpec(
-        name=layer.name or f"layers.{index}",
-        hidden_size=layer.hidden_size,
-        intermediate_size=max(sizes),
-        num_experts=layer.num_experts,
-        activation=layer.activation,
-        bias=layer.bias,
-        dtype=config.model.dtype or "float32",
-        gating=layer.gating,
-        module=layer.expert,
-        identity_experts=layer.identity_experts,
-        zero_experts=layer.zero_experts,
-        shared_mixing=None if layer.shared_expert is None else layer.shared_expert.mixing,
-        quantization=config.model.quantization,
-    )
-    if layer.expert is not None:
-        check_module(layer.expert, layer.expert_args, layer.hidden_size)
-    return SeededLayer(spec, layer.seed, sizes, layer.expert_args, layer.shared_expert)
+    spec = spec_of(layer.name or f"layers.{index}", layer, config.model.dtype or "float32", config.model.quantization)
+    return SeededLayer(spec, layer.seed, intermediate_sizes(layer), layer.shared_expert)
 
 
-def _wanted(found: Sequence[HuggingFaceLayer], wanted: Sequence[int | str] | None) -> list[HuggingFaceLayer]:
+def _stored(folder: Path, config: ServiceConfig) -> list[StoredLayer]:
+    """The served layers of a checkpoint, whoever wrote it, with what the configuration changes about them."""
+    where, model = folder / "config.json", config.model
+    found: Sequence[StoredLayer]
+    if is_deepspeed(folder):
+        return _wanted(deepspeed_layers(folder, model.dtype, model.quantization, config.layers), model.layers)
+    if where.is_file() and read_json(where).get("model_type") == MODEL_TYPE:
+        found = native_layers(folder, model.dtype, model.trusted_modules)
+    else:
+        found = huggingface_layers(folder, model.dtype)
+    sources = [_overlaid(source, config) for source in _wanted(found, model.layers)]
+    _reject_unknown_names(config.layers, [source.spec.name for source in sources])
+    return sources
+
+
+def _wanted(found: Sequence[StoredLayer], wanted: Sequence[int | str] | None) -> list[StoredLayer]:
     if wanted is None:
         return list(found)
     by_name = {source.spec.name: source for source in found}
@@ -78,7 +77,7 @@ def _wanted(found: Sequence[HuggingFaceLayer], wanted: Sequence[int | str] | Non
     return [source for index, source in enumerate(found) if index in wanted or source.spec.name in wanted]
 
 
-def _overlaid(source: HuggingFaceLayer, config: ServiceConfig) -> HuggingFaceLayer:
+def _overlaid(source: StoredLayer, config: ServiceConfig) -> StoredLayer:
     """Settings that were written down win over what the checkpoint says; those of a nameless entry apply to every layer."""
     gating: dict[str, Any] = source.spec.gating.model_dump()
     for change in config.layers:

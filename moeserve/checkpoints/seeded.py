@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from moeserve.config import LayerSpec, SharedExpertConfig
-from moeserve.experts import Expert, ExpertShard, FeedForward, ModuleExpert, feed_forward_bytes, is_gated, make_module
+from moeserve.experts import Expert, ExpertShard, FeedForward, ModuleExpert, feed_forward_bytes, is_gated, make_module, module_bytes
 from moeserve.gating import Mixer, Router
 from moeserve.tensors import FLOAT_DTYPES
 
@@ -22,25 +22,26 @@ from moeserve.tensors import FLOAT_DTYPES
 class SeededLayer:
     """Weights drawn from N(0, 1 / fan_in), biases from N(0, 0.01); the same seed gives the same layer on any host.
 
-    intermediate_sizes: I of each expert that computes; module_args: what spec.module is made with.
+    intermediate_sizes: I of each expert that computes.
     """
 
     spec: LayerSpec
     seed: int
     intermediate_sizes: Sequence[int] = ()
-    module_args: Mapping[str, Any] = field(default_factory=dict)
     shared: SharedExpertConfig | None = None
 
     def router(self) -> Router:
         return Router(self._draw("gate", (self.spec.num_experts, self.spec.hidden_size), self.spec.hidden_size**-0.5), self.spec.gating)
 
     def experts(self, shards: Sequence[ExpertShard]) -> list[Expert]:
-        return [self._module(shard) if self.spec.module else self._expert(shard) for shard in shards]
+        return [self._expert(shard) for shard in shards]
 
     def shared_expert(self) -> Expert | None:
         if self.shared is None:
             return None
-        return self._feed_forward("shared", self.shared.intermediate_size, ExpertShard(0))
+        if self.shared.expert is not None:
+            return self._module("shared", self.shared.expert, self.shared.expert_args)
+        return self._feed_forward("shared", self.shared.intermediate_size or 0, ExpertShard(0))
 
     def mixer(self) -> Mixer | None:
         if self.shared is None:
@@ -51,11 +52,15 @@ class SeededLayer:
 
     def nbytes(self, shard: ExpertShard) -> int:
         if self.spec.module is not None:
-            return ModuleExpert(make_module(self.spec.module, dict(self.module_args), "meta"), self._dtype).nbytes
+            return module_bytes(self.spec.module, self.spec.module_args[shard.expert], self._dtype)
         return self._bytes(self._size_of(shard), shard)
 
     def shared_nbytes(self) -> int:
-        return 0 if self.shared is None else self._bytes(self.shared.intermediate_size, ExpertShard(0))
+        if self.shared is None:
+            return 0
+        if self.shared.expert is not None:
+            return module_bytes(self.shared.expert, self.shared.expert_args, self._dtype)
+        return self._bytes(self.shared.intermediate_size or 0, ExpertShard(0))
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -68,7 +73,10 @@ class SeededLayer:
     def _size_of(self, shard: ExpertShard) -> int:
         return self.intermediate_sizes[shard.expert]
 
-    def _expert(self, shard: ExpertShard) -> FeedForward:
+    def _expert(self, shard: ExpertShard) -> Expert:
+        if self.spec.module is not None:
+            assert shard.of == 1, "modules are not split: checked when layers are resolved"
+            return self._module(str(shard.expert), self.spec.module, self.spec.module_args[shard.expert])
         return self._feed_forward(str(shard.expert), self._size_of(shard), shard)
 
     def _feed_forward(self, key: str, intermediate_size: int, shard: ExpertShard) -> FeedForward:
@@ -88,12 +96,11 @@ class SeededLayer:
             down_bias = self._draw(f"down_bias.{key}", (hidden,), 0.1).to(self._dtype) * shard.is_first
         return FeedForward(spec.activation, split(gate_up), down[:, channels].to(self._dtype).contiguous(), gate_up_bias, down_bias)
 
-    def _module(self, shard: ExpertShard) -> ModuleExpert:
-        assert self.spec.module is not None and shard.of == 1, "modules are not split: checked when layers are resolved"
-        module = make_module(self.spec.module, dict(self.module_args), "cpu")
+    def _module(self, key: str, path: str, args: Mapping[str, Any]) -> ModuleExpert:
+        module = make_module(path, dict(args), "cpu")
         for name, parameter in module.named_parameters():
             fan_in = parameter.shape[-1] if parameter.dim() > 1 else 100
-            parameter.data = self._draw(f"module.{shard.expert}.{name}", tuple(parameter.shape), fan_in**-0.5)
+            parameter.data = self._draw(f"module.{key}.{name}", tuple(parameter.shape), fan_in**-0.5)
         return ModuleExpert(module, self._dtype)
 
     def _draw(self, name: str, shape: tuple[int, ...], std: float) -> torch.Tensor:

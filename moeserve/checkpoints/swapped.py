@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from moeserve.checkpoints.deepspeed import TOLD, is_deepspeed
 from moeserve.checkpoints.resolve import layer_sources
 from moeserve.checkpoints.source import LayerSource
 from moeserve.config import LayerConfig, LayerSpec, ServiceConfig
@@ -41,7 +42,9 @@ def swapped_layers(config: ServiceConfig, swaps: Sequence[Swap]) -> list[LayerSo
 
 def _newer(config: ServiceConfig, swap: Swap, served: LayerSpec) -> LayerSource:
     """The layer of that name in the new folder, in the served dtype, with the operator's changes to its gate."""
-    changes = tuple(LayerConfig(name=layer.name, gating=layer.gating) for layer in config.layers if layer.name in {None, swap.layer})
+    kept = {"name", "gating"} | (TOLD if is_deepspeed(swap.checkpoint) else set())
+    told = [layer for layer in config.layers if layer.name in {None, swap.layer}]
+    changes = tuple(LayerConfig(**{key: getattr(layer, key) for key in layer.model_fields_set & kept}) for layer in told)
     model = config.model.model_copy(update={"checkpoint": swap.checkpoint, "layers": (swap.layer,), "dtype": served.dtype})
     (source,) = layer_sources(config.model_copy(update={"model": model, "layers": changes}))
     return source

@@ -42,12 +42,16 @@ def expert_extras(hidden: str, intermediate: bool = True) -> list[Param]:
     return params
 
 
+def intermediate_size(values: Values, hidden: str) -> int:
+    size: int | None = values["intermediate_size"]
+    return 4 * hidden_size(values, hidden) if size is None else size
+
+
 def _intermediate_size(hidden: str) -> Param:
     key = "layers.intermediate_size"
 
     def chosen(values: Values) -> dict[str, Any]:
-        size = values["intermediate_size"]
-        return {key: 4 * hidden_size(values, hidden) if size is None else size}
+        return {key: intermediate_size(values, hidden)}
 
     assumed = Case(
         "note",

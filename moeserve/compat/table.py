@@ -96,10 +96,11 @@ class Rule:
 class System:
     """A system whose configurations can be imported.
 
-    params    every parameter, nested ones by dotted name
-    base      keys of the service configuration that hold for every import from this system
-    smallest  what must be given at least
-    source    where the parameters were read
+    params      every parameter, nested ones by dotted name
+    base        keys of the service configuration that hold for every import from this system
+    smallest    what must be given at least
+    source      where the parameters were read
+    num_layers  how many layers of the one kind there are
     """
 
     name: str
@@ -108,6 +109,7 @@ class System:
     rules: Sequence[Rule]
     base: Mapping[str, Any]
     smallest: Mapping[str, Any]
+    num_layers: Callable[[Values], int] = lambda values: 1
 
 
 def sets(key: str, says: str, example: Any, name: str, **more: Any) -> Case:

@@ -41,7 +41,11 @@ def walk(system: System, mapping: Mapping[str, Any]) -> ImportedConfig:
                 raise ConfigError(f"{system.name}: {param.name} = {_shown(values[param.name])} is refused: {case.says}")
             if case.outcome == "note" and (case.unasked or param.name in given):
                 notes.append(Note(param.name, case.says))
-    return ImportedConfig(load_config(_nested(effects(system, values))), notes)
+    keys = _nested(effects(system, values))
+    seed = keys["layers"]["seed"]
+    # Layers of one kind, not of one content.
+    layers = [{**keys["layers"], "seed": seed + index} for index in range(system.num_layers(values))]
+    return ImportedConfig(load_config({**keys, "layers": layers}), notes)
 
 
 def complete(system: System, given: Mapping[str, Any]) -> Values:

@@ -80,14 +80,27 @@ class ModelConfig(Table):
     quantization: Quantization | None = None
     #: which MoE layers of the checkpoint to serve, by position or name; unset = all
     layers: Annotated[tuple[LayerKey, ...], Field(strict=False, min_length=1)] | None = None
+    #: packages whose classes a checkpoint may name as its experts or its routing, beside those of torch.nn: making one runs its code
+    trusted_modules: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
 
 class SharedExpertConfig(Table):
     """[layers.shared_expert]: an expert that every token goes to, on a host that has the token anyway."""
 
-    intermediate_size: int = Field(ge=1)
+    intermediate_size: Size | None = None
+    #: "package.module:Class" of an nn.Module that is the expert instead, and what it is made with
+    expert: str | None = None
+    expert_args: dict[str, Any] = {}
     #: its answer is added as it is, by the sigmoid of a gate of its own, or both parts by a softmax of two coefficients
     mixing: Mixing = "add"
+
+    @model_validator(mode="after")
+    def _says_what_it_is(self) -> Self:
+        if (self.intermediate_size is None) == (self.expert is None):
+            raise ValueError("layers.shared_expert needs intermediate_size or expert, and not both")
+        if self.expert is None and self.expert_args:
+            raise ValueError("layers.shared_expert.expert_args needs layers.shared_expert.expert")
+        return self
 
 
 class LayerConfig(Table):
@@ -104,9 +117,9 @@ class LayerConfig(Table):
     zero_experts: int = Field(default=0, ge=0)
     activation: Activation = "swiglu"
     bias: bool = False
-    #: "package.module:Class" of an nn.Module that is the expert instead, and what it is made with
+    #: "package.module:Class" of an nn.Module that is the expert instead, and what it is made with: all alike, or each as its own
     expert: str | None = None
-    expert_args: dict[str, Any] = {}
+    expert_args: dict[str, Any] | Annotated[tuple[dict[str, Any], ...], Field(strict=False, min_length=1)] = {}
     shared_expert: SharedExpertConfig | None = None
     seed: int = 0
     gating: GatingConfig = GatingConfig()
@@ -120,6 +133,10 @@ class LayerConfig(Table):
         if isinstance(sizes, tuple) and experts is not None and len(sizes) != experts - idle:
             raise ValueError(
                 f"layers.intermediate_size has {len(sizes)} numbers; allowed: one, or one for each of {experts - idle} experts that compute"
+            )
+        if isinstance(self.expert_args, tuple) and experts is not None and len(self.expert_args) != experts - idle:
+            raise ValueError(
+                f"layers.expert_args has {len(self.expert_args)} tables; allowed: one, or one for each of {experts - idle} that compute"
             )
         if self.expert is not None and self.intermediate_size is not None:
             raise ValueError("layers.intermediate_size has no meaning with layers.expert: layers.expert_args say how large the module is")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from moeserve.config.gating import GatingConfig
 from moeserve.config.service import Activation, Dtype, Mixing, Quantization
@@ -13,9 +15,10 @@ class LayerSpec:
     """Sizes and rules of one layer: H hidden_size, I intermediate_size, E num_experts; dtype is that of the expert weights,
     unless quantization says how they are held.
 
-    intermediate_size is that of the largest expert, 0 for a module; `module` is the import path of a module that is the expert.
+    intermediate_size is that of the largest expert, 0 for a module; `module` is the import path of a module that is the expert,
+    module_args what each of the hosted experts is made with.
     Of the num_experts the last do not compute: first identity_experts that answer the token itself, then zero_experts.
-    shared_mixing: how the answer of a shared expert is added, None = there is none.
+    shared_mixing: how the answer of a shared expert is added, None = there is none; shared_module: its import path if it is a module.
     """
 
     name: str
@@ -27,9 +30,11 @@ class LayerSpec:
     dtype: Dtype
     gating: GatingConfig
     module: str | None = None
+    module_args: Sequence[Mapping[str, Any]] = ()
     identity_experts: int = 0
     zero_experts: int = 0
     shared_mixing: Mixing | None = None
+    shared_module: str | None = None
     quantization: Quantization | None = None
 
     @property

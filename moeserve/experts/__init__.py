@@ -4,7 +4,7 @@ from moeserve.experts.activations import is_gated
 from moeserve.experts.bank import ExpertBank
 from moeserve.experts.expert import Expert, ExpertShard
 from moeserve.experts.feed_forward import FeedForward, feed_forward_bytes
-from moeserve.experts.module import ModuleExpert, check_module, make_module
+from moeserve.experts.module import ModuleExpert, check_module, make_module, module_bytes, module_class
 from moeserve.experts.quantized import QuantizedFeedForward, QuantizedMatrix, quantize
 
 __all__ = [
@@ -19,5 +19,7 @@ __all__ = [
     "feed_forward_bytes",
     "is_gated",
     "make_module",
+    "module_bytes",
+    "module_class",
     "quantize",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -48,6 +49,11 @@ def module_class(path: str) -> type[nn.Module]:
         raise ConfigError(f"expert {path!r} is not a class of nn.Module")
     made: type[nn.Module] = found
     return made
+
+
+def module_bytes(path: str, args: Mapping[str, Any], dtype: torch.dtype) -> int:
+    """Bytes of its weights, known without making them."""
+    return ModuleExpert(make_module(path, dict(args), "meta"), dtype).nbytes
 
 
 def check_module(path: str, args: dict[str, Any], hidden_size: int) -> None:

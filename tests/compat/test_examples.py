@@ -1,20 +1,30 @@
-"""The examples run, and print what they computed."""
+"""The examples run: in process and served, with equal answers."""
 
 from __future__ import annotations
 
+import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
 
+from moeserve.compat import SYSTEMS
+
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("compat_*.py"))
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_example(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, local_ray: None) -> None:
+    monkeypatch.setattr(sys, "argv", [str(path)])
     runpy.run_path(str(path), run_name="__main__")
-    assert capsys.readouterr().out.count("\n") >= 2
+    printed = capsys.readouterr().out
+    assert printed.count("\n") >= 2
+    differences = [float(number) for number in re.findall(r"difference ([\d.e+-]+)", printed)]
+    assert all(number < 1e-4 for number in differences)
+    assert differences or "checkpoint" in path.stem
 
 
 def test_there_is_one_per_system() -> None:
-    assert len(EXAMPLES) == 4
+    assert {path.stem.split("_")[1] for path in EXAMPLES} == set(SYSTEMS)

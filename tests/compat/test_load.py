@@ -154,7 +154,63 @@ def test_sizes_and_placement() -> None:
     assert (trustformers.placement.num_hosts, trustformers.model.dtype) == (4, None)
     assert (trustformers.layers[0].hidden_size, trustformers.layers[0].intermediate_size) == (32, 128)
     assert load("trustformers", {}).config.model.dtype == "bfloat16"
+    extreme = load("trustformers", {"parallelism": {"memory_optimization": "Extreme"}}).config.model
+    assert (extreme.quantization, extreme.dtype) == ("int8", "bfloat16")
     assert load("mindformers", MINDFORMERS).config.layers[0].intermediate_size == 1407
+
+
+@pytest.mark.parametrize(
+    ("system", "mapping", "expected"),
+    [
+        ("deepspeed", DEEPSPEED | {"ep_size": 2, "mp_size": 2}, {"num_hosts": 2, "tensor_parallel": 1}),
+        (
+            "deepspeed",
+            DEEPSPEED | {"ep_size": 2, "mp_size": 2, "enable_expert_tensor_parallelism": True},
+            {"num_hosts": 4, "tensor_parallel": 2},
+        ),
+        ("colossalai", COLOSSALAI | {"router": "Top1Router", "max_ep_size": 4}, {"num_hosts": 4, "copies": 1}),
+        ("colossalai", COLOSSALAI | {"router": "Top1Router", "max_ep_size": 16}, {"num_hosts": 16, "copies": 2}),
+        ("mindformers", MINDFORMERS | {"expert_parallel": 4, "model_parallel": 2}, {"num_hosts": 8, "tensor_parallel": 2}),
+        (
+            "mindformers",
+            MINDFORMERS | {"expert_parallel": 4, "model_parallel": 4, "expert_model_parallel": 1},
+            {"num_hosts": 4, "tensor_parallel": 1},
+        ),
+        (
+            "trustformers",
+            {"parallelism": {"dp_size": 2, "mp_size": 3, "pp_size": 2}},
+            {"num_hosts": 48, "copies": 2, "tensor_parallel": 3, "pipeline_stages": 2},
+        ),
+        ("trustformers", {"expert_parallelism": {"load_balancing": "RoundRobin"}}, {"copy_choice": "round_robin"}),
+    ],
+)
+def test_placement(system: str, mapping: dict[str, Any], expected: dict[str, Any]) -> None:
+    placement = load(system, mapping).config.placement
+    assert {key: getattr(placement, key) for key in expected} == expected
+
+
+def test_shared_experts() -> None:
+    shared = load("deepspeed", DEEPSPEED | {"use_residual": True, "intermediate_size": 96}).config.layers[0].shared_expert
+    assert shared is not None and (shared.intermediate_size, shared.mixing) == (96, "residual")
+    mapping = MINDFORMERS | {"shared_expert_num": 2, "moe_intermediate_size": 10}
+    for gated, mixing in ((False, "add"), (True, "sigmoid")):
+        shared = load("mindformers", mapping | {"use_shared_expert_gating": gated}).config.layers[0].shared_expert
+        assert shared is not None and (shared.intermediate_size, shared.mixing) == (20, mixing)
+
+
+def test_communication() -> None:
+    config = load("mindformers", MINDFORMERS | {"group_wise_a2a": True, "comp_comm_parallel": True, "comp_comm_parallel_degree": 3}).config
+    assert (config.communication.pattern, config.batching.micro_batches) == ("hierarchical", 3)
+    config = load("trustformers", {"expert_parallelism": {"communication_pattern": "Ring"}}).config
+    assert (config.communication.pattern, config.batching.micro_batches) == ("ring", 4)
+
+
+def test_capacity_of_old_releases_of_colossalai() -> None:
+    logits = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+    mapping = COLOSSALAI | {"router": "Top2Router", "capacity_factor_eval": 1.0, "min_capacity": 0}
+    by_version = {version: moeserve.route(logits, gating("colossalai", mapping | {"version": version})) for version in ("0.1.10", "0.1.11")}
+    # floor(100 / 8) and floor(2 * 100 / 8), each up to an even number
+    assert {version: routing.capacity for version, routing in by_version.items()} == {"0.1.10": 12, "0.1.11": 26}
 
 
 def test_assumed_sizes_are_noted() -> None:
@@ -172,16 +228,22 @@ def test_assumed_sizes_are_noted() -> None:
         ("deepspeed", DEEPSPEED | {"k": True}, "deepspeed: k is True; allowed: an integer of at least 1"),
         ("deepspeed", DEEPSPEED | {"ep_size": 3}, "deepspeed: ep_size is 3; allowed: what divides num_experts = 8"),
         ("deepspeed", DEEPSPEED | {"noisy_gate_policy": "jitter"}, "allowed: null, 'None', 'Jitter', 'RSample'"),
-        ("deepspeed", DEEPSPEED | {"use_residual": True}, "deepspeed: use_residual = True is refused: not supported"),
         ("deepspeed", [1], r"deepspeed is \[1\]; allowed: a mapping"),
         ("colossalai", COLOSSALAI, "colossalai: router is required; allowed: 'Top1Router', 'Top2Router'"),
         ("mindformers", MINDFORMERS | {"num_experts_chosen": 9}, "num_experts_chosen is 9; allowed: 1 to expert_num = 8"),
         ("mindformers", MINDFORMERS | {"routing_policy": "TopkRouterV2", "topk_method": "noaux_tc"}, "needs n_group and topk_group"),
         ("mindformers", MINDFORMERS | {"aux_loss_types": ["expert"]}, "aux_loss_factors is None; allowed: one number for each"),
-        ("mindformers", MINDFORMERS | {"shared_expert_num": 1}, "shared_expert_num = 1 is refused"),
+        ("mindformers", MINDFORMERS | {"expert_parallel": 3}, "expert_parallel is 3; allowed: what divides expert_num = 8"),
+        (
+            "colossalai",
+            COLOSSALAI | {"router": "Top1Router", "max_ep_size": 12},
+            "max_ep_size is 12; allowed: what divides num_experts = 8, or is divided by it",
+        ),
+        ("colossalai", COLOSSALAI | {"router": "Top1Router", "version": "newest"}, "version is 'newest'; allowed: a release such as"),
         ("trustformers", {"expert_parallelism": {"num_experts": 16}}, "experts_per_device is 2; allowed: .* = 4"),
         ("trustformers", {"expert_parallelism": {"routing_strategy": "Learned"}}, "allowed: LearnedGating, HashBased"),
         ("trustformers", {"parallelism": {"comm_backend": "MPI"}}, "comm_backend = 'MPI' is refused"),
+        ("trustformers", {"parallelism": {"pp_size": 4}, "num_layers": 3}, "num_layers is 3; allowed: at least parallelism.pp_size = 4"),
         ("trustformers", {"parallelism": 3}, "trustformers: parallelism is 3; allowed: a mapping"),
     ],
 )
@@ -200,8 +262,8 @@ def test_configuration_objects_are_taken_as_they_are() -> None:
     experts = ExpertParallelismConfig(routing_strategy=ExpertRoutingStrategy.HashBased, load_balancing=LoadBalancingStrategy.LoadAware)
     imported = load("trustformers", {"expert_parallelism": experts, "parallelism": ParallelismConfig(pp_size=2)})
     assert imported.config.layers[0].gating.routing == "hash"
-    fields = ["expert_parallelism.load_balancing", "parallelism.pp_size", "hidden_size", "intermediate_size"]
-    assert [note.field for note in imported.notes] == fields
+    assert [note.field for note in imported.notes] == ["num_layers", "hidden_size", "intermediate_size"]
+    assert len(imported.config.layers) == 2 and len({layer.seed for layer in imported.config.layers}) == 2
 
 
 def test_an_imported_configuration_routes_as_the_original() -> None:
@@ -212,7 +274,7 @@ def test_an_imported_configuration_routes_as_the_original() -> None:
 
 def test_a_noise_generator_is_taken_as_it_is() -> None:
     imported = load("colossalai", COLOSSALAI | {"router": "Top1Router", "noisy_func": NormalNoiseGenerator(8), "intermediate_size": 8})
-    assert [note.field for note in imported.notes] == ["noisy_func"]
+    assert [note.field for note in imported.notes] == ["noisy_func", "max_ep_size"]
 
 
 def test_it_is_a_whole_service_configuration() -> None:

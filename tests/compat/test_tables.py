@@ -37,7 +37,7 @@ def flat_example(system: System, param: Param, case: Case) -> dict[str, Any]:
 def read(config: ServiceConfig, key: str) -> Any:
     value: Any = config
     for name in key.split("."):
-        value = getattr(value, name)
+        value = getattr(value, name, None)  # of a table that is not there
         value = value[0] if name == "layers" else value
     return value
 

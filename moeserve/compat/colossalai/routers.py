@@ -20,7 +20,8 @@ Noise = Callable[[Tensor], Tensor]
 class MoeRouter(nn.Module):
     """What both routers share: eval mode takes capacity_factor_eval and drop_tks, training mode capacity_factor_train and the noise.
 
-    Raises ConfigError for parameters that are not allowed.
+    `version` is the release of ColossalAI whose capacity is meant: up to 0.1.10 it was smaller for Top2Router. Raises ConfigError for
+    parameters that are not allowed.
     """
 
     def __init__(self, noisy_func: Noise | None, given: dict[str, Any]) -> None:
@@ -73,6 +74,8 @@ class Top1Router(MoeRouter):
         select_policy: str = "first",
         noisy_func: Noise | None = None,
         drop_tks: bool = True,
+        *,
+        version: str = "0.2.8",
     ) -> None:
         given = {
             "router": "Top1Router",
@@ -81,6 +84,7 @@ class Top1Router(MoeRouter):
             "min_capacity": min_capacity,
             "select_policy": select_policy,
             "drop_tks": drop_tks,
+            "version": version,
         }
         super().__init__(noisy_func, given)
 
@@ -95,6 +99,8 @@ class Top2Router(MoeRouter):
         min_capacity: int = 4,
         noisy_func: Noise | None = None,
         drop_tks: bool = True,
+        *,
+        version: str = "0.2.8",
     ) -> None:
         given = {
             "router": "Top2Router",
@@ -102,5 +108,6 @@ class Top2Router(MoeRouter):
             "capacity_factor_eval": capacity_factor_eval,
             "min_capacity": min_capacity,
             "drop_tks": drop_tks,
+            "version": version,
         }
         super().__init__(noisy_func, given)

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from moeserve.compat.sizes import expert_extras
-from moeserve.compat.table import ANYTHING, FLAG, Accepts, Case, Param, Required, Rule, System, Values, noted, one_of, real, same, whole
+from moeserve.compat.table import (
+    ANYTHING,
+    FLAG,
+    Accepts,
+    Case,
+    Param,
+    Required,
+    Rule,
+    System,
+    Values,
+    noted,
+    one_of,
+    optional,
+    real,
+    same,
+    whole,
+)
 
 _GATING = "layers.gating"
 _IN_TRAINING = "noise acts in training only; in inference it has no effect there either"
@@ -69,6 +86,68 @@ _SELECT_POLICY = [
     ),
 ]
 
+_RELEASE = re.compile(r"\d{1,4}\.\d{1,4}\.\d{1,4}")
+_LAST_LEGACY = (0, 1, 10)
+
+
+def _is_release(value: Any) -> bool:
+    return isinstance(value, str) and _RELEASE.fullmatch(value) is not None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
+def _is_legacy(values: Values) -> bool:
+    return _release(values["version"]) <= _LAST_LEGACY
+
+
+_VERSION = [
+    Case(
+        "effect",
+        f"`{_GATING}.capacity_rule` = `colossalai`: floor(K * factor * T / E), then up to an even number",
+        "0.2.8",
+        "0.1.11 and later",
+        lambda v: not _is_legacy(v),
+        lambda v: {f"{_GATING}.capacity_rule": "colossalai"},
+    ),
+    Case(
+        "effect",
+        f"`{_GATING}.capacity_rule` = `colossalai_legacy`: without the factor K, even for Top2Router",
+        "0.1.8",
+        "0.1.0 to 0.1.10",
+        _is_legacy,
+        lambda v: {f"{_GATING}.capacity_rule": "colossalai_legacy"},
+    ),
+]
+
+
+def _copies(values: Values) -> int:
+    """As `MoeContext.get_info` decides: fewer experts than devices are there several times."""
+    devices: int = values["max_ep_size"] or 1
+    experts: int = values["num_experts"]
+    return max(1, devices // experts)
+
+
+_MAX_EP_SIZE = [
+    Case(
+        "effect",
+        "`placement.num_hosts`; `placement.copies` = max_ep_size / num_experts where there are fewer experts than devices",
+        8,
+        "an integer",
+        lambda v: v["max_ep_size"] is not None,
+        lambda v: {"placement.num_hosts": v["max_ep_size"], "placement.copies": _copies(v)},
+    ),
+    Case(
+        "note",
+        "a key of the launch configuration there, by default the number of devices; one host is assumed",
+        None,
+        "not given",
+        lambda v: v["max_ep_size"] is None,
+        unasked=True,
+    ),
+]
+
 PARAMS = [
     Param("router", one_of("Top1Router", "Top2Router"), Required, _ROUTER),
     same("dim_model", whole(1), Required, "layers.hidden_size", 64),
@@ -89,10 +168,22 @@ PARAMS = [
         "a process group of training; `placement.num_hosts` says how many hosts share the experts",
     ),
     noted(
-        "experts", ANYTHING, None, "Experts(...)", "a module is code; the imported layer has experts of intermediate_size and activation"
+        "experts",
+        ANYTHING,
+        None,
+        "Experts(...)",
+        "a module is code, which `MoeLayer.save` carries; the imported layer has experts of intermediate_size and activation",
     ),
-    noted("expert", ANYTHING, None, "FeedForward", "a class is code; the imported layer has experts of intermediate_size and activation"),
+    noted(
+        "expert",
+        ANYTHING,
+        None,
+        "FeedForward",
+        "a class is code, which `MoeLayer.save` carries; the imported layer has experts of intermediate_size and activation",
+    ),
     noted("expert_args", ANYTHING, None, {"drop_rate": 0.1}, "arguments of the expert's class, which is not imported"),
+    Param("max_ep_size", optional(whole(1)), None, _MAX_EP_SIZE),
+    Param("version", Accepts("a release such as '0.2.8'", _is_release), "0.2.8", _VERSION),
     *expert_extras("dim_model"),
 ]
 
@@ -101,13 +192,17 @@ RULES = [
         lambda v: v["router"] == "Top2Router" and v["num_experts"] < 2,
         lambda v: f"num_experts is {v['num_experts']}; allowed with Top2Router: 2 and more",
     ),
+    Rule(
+        lambda v: bool((v["max_ep_size"] or 1) % v["num_experts"] and v["num_experts"] % (v["max_ep_size"] or 1)),
+        lambda v: f"max_ep_size is {v['max_ep_size']}; allowed: what divides num_experts = {v['num_experts']}, or is divided by it",
+    ),
 ]
 
 COLOSSALAI = System(
     name="colossalai",
-    source="`colossalai.nn.layer.moe` of ColossalAI 0.1.11 to 0.2.8",
+    source="`colossalai.nn.layer.moe` of ColossalAI 0.1.0 to 0.2.8",
     params=PARAMS,
     rules=RULES,
-    base={f"{_GATING}.capacity_rule": "colossalai", f"{_GATING}.aux_loss": "colossalai", f"{_GATING}.renormalize": "none"},
+    base={f"{_GATING}.aux_loss": "colossalai", f"{_GATING}.renormalize": "none"},
     smallest={"router": "Top1Router", "dim_model": 32, "num_experts": 4},
 )

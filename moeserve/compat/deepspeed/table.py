@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from moeserve.compat.sizes import expert_extras
-from moeserve.compat.table import ANYTHING, FLAG, Case, Param, Required, Rule, System, Values, noted, one_of, real, same, whole
+from moeserve.compat.sizes import expert_extras, intermediate_size
+from moeserve.compat.table import ANYTHING, FLAG, Case, Param, Required, Rule, System, Values, noted, one_of, optional, real, same, whole
 
 _GATING = "layers.gating"
 _TRAINING_ONLY = "acts in training only; in inference it has no effect there either"
@@ -96,38 +96,97 @@ _SAMPLING = [
 
 _USE_RESIDUAL = [
     Case(
-        "refusal",
-        "not supported: a served layer has no residual branch, and without it every answer would differ; "
-        "moeserve.compat.deepspeed.MoE has it in this process",
+        "effect",
+        "`layers.shared_expert` of the size of the experts, `mixing` = `residual`: both parts by a softmax of `coefficient`",
         True,
         "true",
         lambda v: bool(v["use_residual"]),
+        lambda v: {
+            "layers.shared_expert.intermediate_size": intermediate_size(v, "hidden_size"),
+            "layers.shared_expert.mixing": "residual",
+        },
     ),
     Case("note", "the layer has no residual branch, here and there", False, "false", lambda v: not v["use_residual"]),
 ]
 
+
+def _shards(values: Values) -> int:
+    """Hosts that share each expert."""
+    return values["mp_size"] or 1 if values["enable_expert_tensor_parallelism"] else 1
+
+
+def _hosts(values: Values) -> dict[str, Any]:
+    return {"placement.num_hosts": values["ep_size"] * _shards(values), "placement.tensor_parallel": _shards(values)}
+
+
 _TENSOR_PARALLEL = [
     Case(
-        "note",
-        "not supported: an expert lives on one host as a whole; answers are the same",
+        "effect",
+        "`placement.tensor_parallel` = mp_size, `placement.num_hosts` = ep_size * mp_size",
         True,
         "true",
         lambda v: bool(v["enable_expert_tensor_parallelism"]),
+        _hosts,
+        {"mp_size": 2},
     ),
     Case(
-        "note",
-        "an expert lives on one host as a whole, here and there",
+        "effect",
+        "`placement.tensor_parallel` = 1: an expert lives on one host as a whole",
         False,
         "false",
         lambda v: not v["enable_expert_tensor_parallelism"],
+        _hosts,
+        {"mp_size": 2},
+    ),
+]
+
+_MP_SIZE = [
+    Case(
+        "effect",
+        "`placement.tensor_parallel`, `placement.num_hosts` = ep_size * mp_size",
+        2,
+        "with enable_expert_tensor_parallelism",
+        lambda v: bool(v["enable_expert_tensor_parallelism"]) and v["mp_size"] is not None,
+        _hosts,
+        {"enable_expert_tensor_parallelism": True},
+    ),
+    Case(
+        "note",
+        "what `mpu.get_model_parallel_world_size()` says there; not part of the original parameters, 1 is assumed",
+        None,
+        "not given, with enable_expert_tensor_parallelism",
+        lambda v: bool(v["enable_expert_tensor_parallelism"]) and v["mp_size"] is None,
+        beside={"enable_expert_tensor_parallelism": True},
+        unasked=True,
+    ),
+    Case(
+        "note", "only enable_expert_tensor_parallelism splits experts", 2, "otherwise", lambda v: not v["enable_expert_tensor_parallelism"]
     ),
 ]
 
 PARAMS = [
     same("hidden_size", whole(1), Required, "layers.hidden_size", 64),
-    noted("expert", ANYTHING, None, "an nn.Module", "a module is code; the imported layer has experts of intermediate_size and activation"),
+    noted(
+        "expert",
+        ANYTHING,
+        None,
+        "an nn.Module",
+        "a module is code, which `MoE.save` carries; the imported layer has experts of intermediate_size and activation",
+    ),
     same("num_experts", whole(1), 1, "layers.num_experts", 8),
-    same("ep_size", whole(1), 1, "placement.num_hosts", 2, "every host holds num_experts / ep_size experts"),
+    Param(
+        "ep_size",
+        whole(1),
+        1,
+        [
+            Case(
+                "effect",
+                "`placement.num_hosts`: every host holds num_experts / ep_size experts",
+                2,
+                sets=lambda v: {"placement.num_hosts": v["ep_size"] * _shards(v)},
+            )
+        ],
+    ),
     Param("k", whole(1), 1, _K),
     noted("capacity_factor", real(above=0), 1.0, 1.5, "the capacity in training; serving uses eval_capacity_factor"),
     same("eval_capacity_factor", real(above=0), 1.0, f"{_GATING}.capacity_factor", 2.0, "rounded by `capacity_rule` = `deepspeed`"),
@@ -152,6 +211,7 @@ PARAMS = [
     noted("use_tutel", FLAG, False, True, "chooses kernels, not answers"),
     Param("enable_expert_tensor_parallelism", FLAG, False, _TENSOR_PARALLEL),
     Param("top2_2nd_expert_sampling", FLAG, True, _SAMPLING),
+    Param("mp_size", optional(whole(1)), None, _MP_SIZE),
     *expert_extras("hidden_size"),
 ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from moeserve.compat.mindformers.routing import GATING, V2, is_v1, is_v2, v2_only
 from moeserve.compat.table import FLAG, Case, Param, Values, optional, real, whole
 
@@ -10,8 +12,25 @@ def _is_dropless(values: Values) -> bool:
     return bool(values["capacity_factor"] <= 0)
 
 
-def overlaps(values: Values) -> bool:
-    return is_v2(values) and bool(values["comp_comm_parallel"])
+def _overlaps(values: Values) -> bool:
+    return bool(values["comp_comm_parallel"])
+
+
+def _degree(values: Values) -> int:
+    return values["comp_comm_parallel_degree"] if _overlaps(values) else 1
+
+
+def capacity_multiple(values: Values) -> dict[str, Any]:
+    """V2 rounds its capacity up so that it can be cut into equal parts."""
+    return {f"{GATING}.capacity_multiple": values["model_parallel"] * _degree(values)}
+
+
+def _micro_batches(values: Values) -> dict[str, Any]:
+    return {"batching.micro_batches": _degree(values)}
+
+
+def _rounds(values: Values) -> bool:
+    return is_v2(values) and _overlaps(values)
 
 
 _CAPACITY = Param(
@@ -85,21 +104,22 @@ _OVERLAP_PARAMS = [
         FLAG,
         False,
         [
-            v2_only(
-                f"`{GATING}.capacity_multiple` = comp_comm_parallel_degree: the capacity is rounded up to a multiple",
-                True,
-                lambda v: {f"{GATING}.capacity_multiple": v["comp_comm_parallel_degree"]},
-                "true",
-                overlaps,
-            ),
             Case(
-                "note",
-                "not supported: a batch is not split so that computing overlaps sending",
+                "effect",
+                "`batching.micro_batches` = comp_comm_parallel_degree: one part is computed while the next is sent",
                 True,
                 "true",
-                lambda v: bool(v["comp_comm_parallel"]),
+                _overlaps,
+                _micro_batches,
             ),
-            Case("note", "computing does not overlap sending, here and there", False, "false", lambda v: not v["comp_comm_parallel"]),
+            v2_only(
+                f"`{GATING}.capacity_multiple` = comp_comm_parallel_degree * model_parallel: the capacity is rounded up to a multiple",
+                True,
+                capacity_multiple,
+                "true",
+                _overlaps,
+            ),
+            Case("note", "computing does not overlap sending, here and there", False, "false", lambda v: not _overlaps(v)),
         ],
     ),
     Param(
@@ -109,16 +129,23 @@ _OVERLAP_PARAMS = [
         [
             Case(
                 "effect",
-                f"`{GATING}.capacity_multiple`",
+                "`batching.micro_batches`",
                 4,
-                "with comp_comm_parallel and V2",
-                overlaps,
-                lambda v: {f"{GATING}.capacity_multiple": v["comp_comm_parallel_degree"]},
-                {**V2, "comp_comm_parallel": True},
+                "with comp_comm_parallel",
+                _overlaps,
+                _micro_batches,
+                {"comp_comm_parallel": True},
             ),
             Case(
-                "note", "not supported: a batch is not split so that computing overlaps sending", 4, "otherwise", lambda v: not overlaps(v)
+                "effect",
+                f"`{GATING}.capacity_multiple`, times model_parallel",
+                4,
+                "with comp_comm_parallel and V2",
+                _rounds,
+                capacity_multiple,
+                {**V2, "comp_comm_parallel": True},
             ),
+            Case("note", "only comp_comm_parallel reads it", 4, "otherwise", lambda v: not _overlaps(v)),
         ],
     ),
 ]

@@ -9,7 +9,8 @@ from moeserve.compat.table import Accepts, Case, Param, Values, real
 
 _LOSSES = ("expert", "device", "comm")
 _LOSS_NAMES = Accepts(
-    "null, or a list of 'expert', 'device', 'comm'", lambda value: value is None or (isinstance(value, list) and set(value) <= set(_LOSSES))
+    "null, or a list of 'expert', 'device', 'comm'",
+    lambda value: value is None or (isinstance(value, list) and all(each in _LOSSES for each in value)),
 )
 _LOSS_FACTORS = Accepts(
     "null, or a list of numbers", lambda value: value is None or (isinstance(value, list) and all(real().test(each) for each in value))

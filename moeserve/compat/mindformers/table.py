@@ -29,6 +29,10 @@ MINDFORMERS = System(
             lambda v: f"num_experts_chosen is {v['num_experts_chosen']}; allowed: 1 to expert_num = {v['expert_num']}",
         ),
         Rule(
+            lambda v: v["expert_num"] % v["expert_parallel"] != 0,
+            lambda v: f"expert_parallel is {v['expert_parallel']}; allowed: what divides expert_num = {v['expert_num']}",
+        ),
+        Rule(
             lambda v: v["hot_expert_num"] > v["expert_num"],
             lambda v: f"hot_expert_num is {v['hot_expert_num']}; allowed: 0 to expert_num = {v['expert_num']}",
         ),

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeserve.compat.table import FLAG, Case, Param, Rule, Values, real, same, whole
+from moeserve.compat.trustformers.hosts import EXPERTS, num_hosts
 from moeserve.compat.trustformers.structs import ExpertCommunicationPattern, ExpertRoutingStrategy, LoadBalancingStrategy
 from moeserve.compat.trustformers.variants import at_most, variant, variant_of
 
-TABLE = "expert_parallelism"
+TABLE = EXPERTS
 _GATING = "layers.gating"
 _BALANCING, _ROUTING, _PATTERN = f"{TABLE}.load_balancing", f"{TABLE}.routing_strategy", f"{TABLE}.communication_pattern"
 _DROP = f"{TABLE}.drop_tokens"
@@ -18,10 +19,6 @@ _DROP = f"{TABLE}.drop_tokens"
 def _routing(name: str, **more: Any) -> Any:
     keys = {f"{_GATING}.{key}": value for key, value in {"routing": name, **more}.items()}
     return lambda values: keys
-
-
-def _pattern(key: str) -> Any:
-    return lambda values: {"communication.pattern": key}
 
 
 def _by_chance(values: Values) -> Mapping[str, Any]:
@@ -48,8 +45,20 @@ _LOAD_BALANCING = [
         _routing("expert_choice", drop_tokens=True, renormalize="none"),
     ),
     variant("note", _BALANCING, "Dynamic", "not supported: copies of experts do not follow the measured load; answers are the same"),
-    variant("note", _BALANCING, "RoundRobin", "an expert has one copy, so there is none to take in turn"),
-    variant("note", _BALANCING, "LoadAware", "an expert has one copy, so there is no least loaded one to pick"),
+    variant(
+        "effect",
+        _BALANCING,
+        "RoundRobin",
+        "`placement.copy_choice` = `round_robin`: the copies of an expert, dp_size of them, are taken in turn",
+        lambda v: {"placement.copy_choice": "round_robin"},
+    ),
+    variant(
+        "effect",
+        _BALANCING,
+        "LoadAware",
+        "`placement.copy_choice` = `least_outstanding`: the copy with the least to do",
+        lambda v: {"placement.copy_choice": "least_outstanding"},
+    ),
 ]
 
 _ROUTING_STRATEGY = [
@@ -82,14 +91,16 @@ _ROUTING_STRATEGY = [
     ),
 ]
 
+
+def _pattern(name: str, key: str, says: str) -> Case:
+    return variant("effect", _PATTERN, name, f"`communication.pattern` = `{key}`: {says}", lambda v: {"communication.pattern": key})
+
+
 _COMMUNICATION_PATTERN = [
-    variant("effect", _PATTERN, name, f"`communication.pattern` = `{key}`: {says}", _pattern(key))
-    for name, key, says in (
-        ("AllToAll", "all_to_all", "one message per host"),
-        ("PointToPoint", "point_to_point", "one message per expert"),
-        ("Hierarchical", "hierarchical", "one message per node, passed on within it"),
-        ("Ring", "ring", "one message, passed on from host to host with the partial sums"),
-    )
+    _pattern("AllToAll", "all_to_all", "one message per host"),
+    _pattern("PointToPoint", "point_to_point", "one message per expert"),
+    _pattern("Hierarchical", "hierarchical", "one message per node, passed on within it"),
+    _pattern("Ring", "ring", "from host to host, partial sums carried along"),
 ]
 
 _USE_AUXILIARY_LOSS = [
@@ -140,7 +151,20 @@ EXPERT_PARAMS = [
             Case("note", "follows from num_experts and expert_parallel_size, which must agree with it", 2),
         ],
     ),
-    same(f"{TABLE}.expert_parallel_size", whole(1), 4, "placement.num_hosts", 2, "", beside={f"{TABLE}.experts_per_device": 4}),
+    Param(
+        f"{TABLE}.expert_parallel_size",
+        whole(1),
+        4,
+        [
+            Case(
+                "effect",
+                "`placement.num_hosts` = expert_parallel_size * dp_size * mp_size * pp_size",
+                2,
+                sets=num_hosts,
+                beside={f"{TABLE}.experts_per_device": 4},
+            )
+        ],
+    ),
     Param(
         f"{TABLE}.top_k",
         whole(1),

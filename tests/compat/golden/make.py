@@ -1,4 +1,8 @@
-"""Records whole-layer answers of DeepSpeed's `MoE`: python -m tests.compat.golden.make, where deepspeed 0.19.8 is installed."""
+"""Records whole-layer answers of DeepSpeed's `MoE`.
+
+DS_BUILD_OPS=0 pip install -e ".[golden]"     (in an environment of its own)
+DS_ACCELERATOR=cpu python -m tests.compat.golden.make
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Writes deepspeed.npz: what DeepSpeed's own gates answer over a grid of small cases.
 
-    pip install deepspeed==0.19.8     (DS_BUILD_OPS=0; in an environment of its own)
+    DS_BUILD_OPS=0 pip install -e ".[golden]"     (in an environment of its own)
     python tests/gating/golden/make_deepspeed.py
 
 Router logits are made again from the case's number by `deepspeed_cases.logits_of`, so only answers are kept: capacity, demand [E], kept

@@ -1,0 +1,177 @@
+"""Lazy, checked access to the tensors in a folder of DeepSpeed; every file is read by torch's restricted reader."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from moeserve.config import Dtype
+from moeserve.errors import CheckpointError
+from moeserve.tensors import FLOAT_DTYPES, dtype_name
+
+_MAIN = "mp_rank_00_model_states.pt"
+_EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
+_EXPERTS = ".deepspeed_moe.experts.deepspeed_experts."
+_FOREIGN = re.compile(r"GLOBAL (\S+)")
+
+
+class DeepSpeedFolder:
+    """The layers of one tag of a checkpoint. Raises CheckpointError naming the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files = {(int(found[1]), int(found[2])): file for file, found in _expert_files(path) if int(found[3]) == 0}
+        if any(int(found[3]) for _, found in _expert_files(path)):
+            raise CheckpointError(f"{path} has experts that are split over model-parallel ranks; supported: one rank")
+        for number in range(self.num_layers):
+            for expert in range(self.num_experts(number)):
+                if (number, expert) not in self._files:
+                    raise CheckpointError(f"{path}: layer_{number}_expert_{expert}_mp_rank_00_model_states.pt is missing")
+
+    @classmethod
+    def find(cls, folder: Path) -> Self | None:
+        """The folder itself, or the tag that its `latest` names; None without files of experts."""
+        latest = folder / "latest"
+        tag = latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
+        for path in (folder, *((folder / tag,) if tag and tag == Path(tag).name else ())):
+            if path.is_dir() and _expert_files(path):
+                return cls(path)
+        return None
+
+    @property
+    def num_layers(self) -> int:
+        return max(number for number, _ in self._files) + 1
+
+    def num_experts(self, number: int) -> int:
+        return max((expert for layer, expert in self._files if layer == number), default=0) + 1
+
+    def file(self, number: int, expert: int) -> Path:
+        return self._files[number, expert]
+
+    def name(self, number: int) -> str:
+        """What the model calls the layer; "moe" where the layer is the model."""
+        return self._prefixes[number] or "moe"
+
+    def expert(self, number: int, expert: int) -> dict[str, torch.Tensor]:
+        """The tensors of one expert, by its own names."""
+        file = self.file(number, expert)
+        state, start = _tensors(file, load_plain(file)), f"{_EXPERTS}{expert}."
+        names = {name: name.rpartition(start) for name in state}
+        if not state or any(not middle for _, middle, _ in names.values()):
+            raise CheckpointError(f"{file}: its tensors are not named …{start}…, as those of one expert are")
+        return {names[name][2]: tensor for name, tensor in state.items()}
+
+    def gate_shape(self, number: int) -> tuple[int, int]:
+        """[E, H]"""
+        name = f"{self._prefixes[number]}.deepspeed_moe.gate.wg.weight".lstrip(".")
+        gate = self.main.get(name)
+        if gate is None or gate.dim() != 2:
+            raise CheckpointError(f"{self.path / _MAIN}: tensor {name} is missing, or not a matrix")
+        return gate.shape[0], gate.shape[1]
+
+    def has_residual(self, number: int) -> bool:
+        return self.of_layer(number, "coefficient.weight") in self.main
+
+    def of_layer(self, number: int, name: str) -> str:
+        """The name of a tensor of the layer in the file that has all but the experts."""
+        return f"{self._prefixes[number]}.{name}".lstrip(".")
+
+    def dtype(self, number: int) -> Dtype:
+        """Of the experts."""
+        stored = next(iter(self.expert(number, 0).values())).dtype
+        found = next((name for name, dtype in FLOAT_DTYPES.items() if dtype == stored), None)
+        if found is None:
+            raise CheckpointError(f"{self.file(number, 0)}: experts are {dtype_name(stored)}; supported: {', '.join(FLOAT_DTYPES)}")
+        return found  # type: ignore[return-value]
+
+    @cached_property
+    def main(self) -> dict[str, torch.Tensor]:
+        """All but the experts."""
+        path = self.path / _MAIN
+        state = load_plain(path)
+        if not isinstance(state.get("module"), Mapping):
+            raise CheckpointError(f"{path} has no `module`, the state dict of the model")
+        return _tensors(path, state["module"])
+
+    @cached_property
+    def _prefixes(self) -> list[str]:
+        """Where each layer stands in the model."""
+        return [self._prefix(self.file(number, 0)) for number in range(self.num_layers)]
+
+    def _prefix(self, file: Path) -> str:
+        prefixes = {str(name).partition(_EXPERTS)[0] for name in load_plain(file)}
+        if len(prefixes) != 1:
+            raise CheckpointError(f"{file}: its tensors are not those of one layer: {sorted(prefixes)}")
+        return prefixes.pop()
+
+
+class DeepSpeedTensors:
+    """The tensors of one layer by moeserve's names. parts: its names of the tensors of an expert -> theirs; empty for modules."""
+
+    def __init__(self, folder: DeepSpeedFolder, number: int, name: str, parts: Mapping[str, str]) -> None:
+        self._folder, self._number, self._name, self._parts = folder, number, name, parts
+
+    def __contains__(self, name: str) -> bool:
+        return self._find(name)[2] is not None
+
+    def read(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A copy of the tensor, which must have `shape`, cast to `dtype`; finite."""
+        path, theirs, tensor = self._find(name)
+        if tensor is None:
+            raise CheckpointError(f"{path}: tensor {theirs} is missing")
+        if tensor.dtype not in FLOAT_DTYPES.values():
+            raise CheckpointError(f"{path}: tensor {theirs} is stored as {dtype_name(tensor.dtype)}; supported: {', '.join(FLOAT_DTYPES)}")
+        if tensor.shape != tuple(shape):
+            raise CheckpointError(f"{path}: tensor {theirs} has shape {list(tensor.shape)}, expected {list(shape)}")
+        # A copy, because the original is the file itself, which may go away.
+        tensor = tensor.to(dtype, copy=True)
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path}: tensor {theirs} holds NaN or Inf as {dtype_name(dtype)}")
+        return tensor
+
+    def _find(self, name: str) -> tuple[Path, str, torch.Tensor | None]:
+        kind, _, rest = name.removeprefix(f"{self._name}.").partition(".")
+        if kind == "experts":
+            expert, _, part = rest.partition(".")
+            theirs = self._parts.get(part, part)
+            return self._folder.file(self._number, int(expert)), theirs, self._folder.expert(self._number, int(expert)).get(theirs)
+        theirs = {
+            "gate": f"deepspeed_moe.gate.wg.{rest}",
+            "mixer": f"coefficient.{rest}",
+            "shared_expert": f"mlp.{self._parts.get(rest, rest)}",
+        }[kind]
+        theirs = self._folder.of_layer(self._number, theirs)
+        return self._folder.path / _MAIN, theirs, self._folder.main.get(theirs)
+
+
+def load_plain(path: Path) -> dict[Any, Any]:
+    """What is in the file, its tensors mapped, not read. Raises CheckpointError when it names code (which is not run) or is broken."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except Exception as error:
+        # Whatever a hostile or broken file makes the reader stumble over, it is the file that is wrong.
+        foreign = _FOREIGN.search(str(error))
+        if foreign is not None:
+            raise CheckpointError(f"{path} names {foreign[1]}, which is code and not a tensor: refused, and nothing was run") from None
+        raise CheckpointError(f"{path} is not a file of tensors: {str(error).partition(chr(10))[0] or type(error).__name__}") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}; expected names and tensors")
+    return state
+
+
+def _tensors(path: Path, state: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{path}: {name!r} is a {type(tensor).__name__}; expected a tensor")
+    return dict(state)
+
+
+def _expert_files(path: Path) -> list[tuple[Path, re.Match[str]]]:
+    return [(file, found) for file in sorted(path.iterdir()) if (found := _EXPERT.fullmatch(file.name))]

@@ -1,0 +1,193 @@
+"""moeserve's own checkpoint folder: config.json with the keys of [[layers]], and the tensors of each layer under its name.
+
+    {layer}.gate.weight [E, H], {layer}.gate.bias [E], {layer}.gate.score_correction_bias [E], {layer}.gate.centroids [E, H]
+    {layer}.experts.{e}.gate_up_proj [G, H], .down_proj [H, I], .gate_up_bias [G], .down_bias [H], or the state dict of a module
+    {layer}.shared_expert.…           as an expert
+    {layer}.mixer.weight [1 or 2, H], {layer}.mixer.bias [1 or 2]
+
+E experts, H hidden size, I intermediate size, G = 2I when the activation is gated, else I.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from pydantic import ValidationError
+
+from moeserve.checkpoints.described import intermediate_sizes, spec_of
+from moeserve.checkpoints.safetensors_folder import SafetensorsFolder, read_json
+from moeserve.checkpoints.trust import check_trusted
+from moeserve.config import Dtype, LayerConfig, LayerSpec
+from moeserve.errors import CheckpointError
+from moeserve.experts import Expert, ExpertShard, FeedForward, ModuleExpert, feed_forward_bytes, is_gated, make_module, module_bytes
+from moeserve.gating import Mixer, Router
+from moeserve.tensors import FLOAT_DTYPES
+
+#: what config.json says in `model_type`
+MODEL_TYPE = "moeserve"
+
+
+class NamedTensors(Protocol):
+    """Tensors by the names above; a tensor is read when asked for."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def read(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """The tensor, which must have `shape`, cast to `dtype`; finite. Raises CheckpointError naming the file."""
+        ...
+
+
+@dataclass(frozen=True)
+class NativeLayer:
+    """One layer that `layer` describes, of tensors named as above, wherever they are."""
+
+    spec: LayerSpec
+    layer: LayerConfig
+    files: NamedTensors
+
+    def router(self) -> Router:
+        experts, hidden = self.spec.num_experts, self.spec.hidden_size
+        return Router(
+            self._read("gate.weight", (experts, hidden), torch.float32),
+            self.spec.gating,
+            bias=self._if_there("gate.bias", (experts,)),
+            score_correction_bias=self._if_there("gate.score_correction_bias", (experts,)),
+            centroids=self._if_there("gate.centroids", (experts, hidden)),
+        )
+
+    def experts(self, shards: Sequence[ExpertShard]) -> list[Expert]:
+        return [self._expert(shard) for shard in shards]
+
+    def shared_expert(self) -> Expert | None:
+        shared = self.layer.shared_expert
+        if shared is None:
+            return None
+        if shared.expert is not None:
+            return self._module("shared_expert", shared.expert, shared.expert_args)
+        return self._feed_forward("shared_expert", shared.intermediate_size or 0, ExpertShard(0))
+
+    def mixer(self) -> Mixer | None:
+        if self.spec.shared_mixing is None:
+            return None
+        if self.spec.shared_mixing == "add":
+            return Mixer("add")
+        rows = 2 if self.spec.shared_mixing == "residual" else 1
+        weight = self._read("mixer.weight", (rows, self.spec.hidden_size), torch.float32)
+        return Mixer(self.spec.shared_mixing, weight, self._if_there("mixer.bias", (rows,)))
+
+    def nbytes(self, shard: ExpertShard) -> int:
+        if self.spec.module is not None:
+            return module_bytes(self.spec.module, self.spec.module_args[shard.expert], self._dtype)
+        return self._bytes(intermediate_sizes(self.layer)[shard.expert], shard)
+
+    def shared_nbytes(self) -> int:
+        shared = self.layer.shared_expert
+        if shared is None:
+            return 0
+        if shared.expert is not None:
+            return module_bytes(shared.expert, shared.expert_args, self._dtype)
+        return self._bytes(shared.intermediate_size or 0, ExpertShard(0))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return FLOAT_DTYPES[self.spec.dtype]
+
+    def _bytes(self, intermediate_size: int, shard: ExpertShard) -> int:
+        spec = self.spec
+        return feed_forward_bytes(spec.hidden_size, intermediate_size, spec.activation, spec.bias, self._dtype, shard, spec.quantization)
+
+    def _expert(self, shard: ExpertShard) -> Expert:
+        key = f"experts.{shard.expert}"
+        if self.spec.module is not None:
+            assert shard.of == 1, "modules are not split: checked when layers are resolved"
+            return self._module(key, self.spec.module, self.spec.module_args[shard.expert])
+        return self._feed_forward(key, intermediate_sizes(self.layer)[shard.expert], shard)
+
+    def _feed_forward(self, key: str, size: int, shard: ExpertShard) -> FeedForward:
+        spec = self.spec
+        rows = size * (2 if is_gated(spec.activation) else 1)
+        tensors = {
+            "gate_up_proj": self._read(f"{key}.gate_up_proj", (rows, spec.hidden_size)),
+            "down_proj": self._read(f"{key}.down_proj", (spec.hidden_size, size)),
+        }
+        if spec.bias:
+            tensors["gate_up_bias"] = self._read(f"{key}.gate_up_bias", (rows,))
+            tensors["down_bias"] = self._read(f"{key}.down_bias", (spec.hidden_size,))
+        return split_feed_forward(FeedForward(spec.activation, **tensors), shard)
+
+    def _module(self, key: str, path: str, args: Mapping[str, Any]) -> ModuleExpert:
+        module = make_module(path, dict(args), "cpu")
+        state = {name: self._read(f"{key}.{name}", tuple(tensor.shape)) for name, tensor in module.state_dict().items()}
+        module.load_state_dict(state, assign=True)
+        return ModuleExpert(module, self._dtype)
+
+    def _if_there(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
+        return self._read(name, shape, torch.float32) if f"{self.spec.name}.{name}" in self.files else None
+
+    def _read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> torch.Tensor:
+        return self.files.read(f"{self.spec.name}.{name}", shape, dtype or self._dtype)
+
+
+def split_feed_forward(whole: FeedForward, shard: ExpertShard) -> FeedForward:
+    """The shard's part of an expert."""
+    if shard.of == 1:
+        return whole
+    channels, parts = shard.span(whole.down_proj.shape[1]), 2 if is_gated(whole.activation) else 1
+
+    def rows(projected: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part[channels] for part in projected.chunk(parts)])
+
+    return FeedForward(
+        whole.activation,
+        rows(whole.gate_up_proj),
+        whole.down_proj[:, channels].contiguous(),
+        None if whole.gate_up_bias is None else rows(whole.gate_up_bias),
+        None if whole.down_bias is None else whole.down_bias * shard.is_first,
+    )
+
+
+def native_layers(folder: Path, dtype: Dtype | None, trusted: Sequence[str]) -> list[NativeLayer]:
+    """All layers of the folder; reads config.json and file headers, no weights.
+
+    `trusted`: packages whose classes the folder may name. Raises CheckpointError naming the file or the key, ConfigError for others.
+    """
+    where = folder / "config.json"
+    described = read_json(where).get("layers")
+    if not isinstance(described, list) or not described:
+        raise CheckpointError(f"{where}: layers must be a list of at least one table with the keys of [[layers]]")
+    layers = [_described(where, index, table) for index, table in enumerate(described)]
+    names = [layer.name for layer in layers]
+    if len(set(names)) != len(names):
+        raise CheckpointError(f"{where}: layer names must differ, got {names}")
+    for layer in layers:
+        check_trusted(str(layer.name), layer, trusted)
+    files = SafetensorsFolder(folder)
+    return [_layer(layer, files, dtype) for layer in layers]
+
+
+def _described(where: Path, index: int, table: Any) -> LayerConfig:
+    try:
+        layer = LayerConfig.model_validate(table)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("layers", index, *first["loc"])))
+        raise CheckpointError(f"{where}: {key}: {first['msg'].removeprefix('Value error, ')}") from None
+    for key in ("name", "hidden_size", "num_experts", *(("intermediate_size",) if layer.expert is None else ())):
+        if getattr(layer, key) is None:
+            raise CheckpointError(f"{where}: layers.{index}.{key} is missing")
+    return layer
+
+
+def _layer(layer: LayerConfig, files: SafetensorsFolder, dtype: Dtype | None) -> NativeLayer:
+    spec = spec_of(str(layer.name), layer, dtype or "float32")
+    if dtype is not None:
+        return NativeLayer(spec, layer, files)
+    tensor = (
+        "down_proj" if layer.expert is None else next(iter(make_module(layer.expert, dict(spec.module_args[0]), "meta").state_dict()), None)
+    )
+    stored = files.dtype(f"{layer.name}.gate.weight" if tensor is None else f"{layer.name}.experts.0.{tensor}")
+    return NativeLayer(spec_of(str(layer.name), layer, stored), layer, files)

@@ -1,0 +1,232 @@
+"""A checkpoint as DeepSpeed writes it, served as it is; files that hold code are refused and nothing of them runs."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from moeserve import MoELayer
+from moeserve.checkpoints import Swap, bank_bytes, layer_sources, load_bank, swapped_layers
+from moeserve.compat import load
+from moeserve.compat.deepspeed import MoE
+from moeserve.config import GatingConfig, load_config
+from moeserve.errors import CheckpointError, ConfigError
+from moeserve.experts import ExpertShard
+from tests.compat.modules import EXPERTS, HIDDEN, Block, sequential, shaken
+from tests.harness import ServiceHarness
+
+PARAMETERS = {"num_experts": EXPERTS, "k": 2, "top2_2nd_expert_sampling": False, "eval_capacity_factor": 0.7, "min_capacity": 2}
+
+
+def gating(**more: Any) -> GatingConfig:
+    return load("deepspeed", {"hidden_size": HIDDEN, **PARAMETERS, **more}).config.layers[0].gating
+
+
+def model_of(expert: nn.Module, use_residual: bool = False) -> nn.Module:
+    """Two MoE layers and a dense one, at the depth where Megatron-DeepSpeed has them."""
+    blocks = {str(index): MoE(HIDDEN, expert, use_residual=use_residual, **PARAMETERS) for index in (1, 3)}  # type: ignore[arg-type]
+    model = nn.ModuleDict({"encoder": nn.ModuleDict({**blocks, "dense": nn.Linear(HIDDEN, HIDDEN)})})
+    return shaken(model)
+
+
+def write(folder: Path, model: nn.Module) -> Path:
+    """What `_save_moe_checkpoint` of DeepSpeed 0.19.8 writes for one rank, without the optimizer."""
+    folder.mkdir(parents=True)
+    rest = dict(model.state_dict())
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
+    for number, (name, layer) in enumerate(layers):
+        experts = {key: value for key, value in layer.state_dict().items() if "expert" in key and "moe.gate.wg.weight" not in key}
+        for expert in range(layer.num_experts):
+            prefix = f"deepspeed_moe.experts.deepspeed_experts.{expert}."
+            state = {f"{name}.{key}": value.clone() for key, value in experts.items() if key.startswith(prefix)}
+            torch.save(state, folder / f"layer_{number}_expert_{expert}_mp_rank_00_model_states.pt")
+        for key in experts:
+            rest.pop(f"{name}.{key}" if name else key)
+    main = {"module": rest, "lr_scheduler": None, "skipped_steps": 0, "ds_config": {"zero": [1, 2.5, "x"]}, "ds_version": "0.19.8"}
+    torch.save(main, folder / "mp_rank_00_model_states.pt")
+    (folder.parent / "latest").write_text(folder.name)
+    return folder
+
+
+def config(folder: Path, **entry: Any) -> dict[str, Any]:
+    return {"model": {"checkpoint": folder}, "layers": [{"gating": gating(), **entry}]}
+
+
+def sources(folder: Path, **entry: Any) -> Any:
+    return layer_sources(load_config(config(folder, **entry)))
+
+
+KINDS: Mapping[str, tuple[nn.Module, dict[str, Any]]] = {
+    "projections": (sequential(), {"activation": "gelu"}),
+    "without bias": (sequential(activation=nn.ReLU, bias=False), {"activation": "relu"}),
+    "module": (Block(24), {"expert": "tests.compat.modules:Block", "expert_args": {"width": 24}}),
+}
+
+
+@pytest.mark.parametrize("use_residual", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_it_is_served_as_it_is(kind: str, use_residual: bool, tmp_path: Path) -> None:
+    expert, told = KINDS[kind]
+    model = model_of(expert, use_residual)
+    folder = write(tmp_path / "saved" / "global_step7", model)
+    placement = {"num_hosts": 2, "tensor_parallel": 1 if kind == "module" else 2}
+    x = torch.randn(30, HIDDEN)
+    with ServiceHarness({**config(folder.parent, **told), "placement": placement}, "local", tmp_path) as service:
+        for name in ("encoder.1", "encoder.3"):
+            remote = MoE(HIDDEN, nn.Identity(), use_residual=use_residual, target=service.target, layer=name, **PARAMETERS)  # type: ignore
+            for here, there in zip(model.get_submodule(name)(x), remote.eval()(x), strict=True):
+                torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_model_that_is_one_layer(tmp_path: Path) -> None:
+    layer = shaken(MoE(HIDDEN, sequential(), **PARAMETERS))  # type: ignore[arg-type]
+    source = sources(write(tmp_path / "tag", layer), activation="gelu")[0]
+    assert source.spec.name == "moe"
+    x = torch.randn(30, HIDDEN)
+    read = MoELayer.__new__(MoELayer)
+    read._load(source)
+    torch.testing.assert_close(read(x), layer(x)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_experts_are_read_when_asked_for_and_cast(tmp_path: Path) -> None:
+    folder = write(tmp_path / "tag", model_of(sequential()))
+    for expert in range(1, EXPERTS):
+        file = folder / f"layer_1_expert_{expert}_mp_rank_00_model_states.pt"
+        state = torch.load(file, weights_only=True)
+        torch.save({name: tensor.fill_(torch.nan) for name, tensor in state.items()}, file)
+    second = layer_sources(load_config({**config(folder, activation="gelu"), "model": {"checkpoint": folder, "dtype": "bfloat16"}}))[1]
+    (expert,) = second.experts([ExpertShard(0)])
+    assert expert.nbytes == second.nbytes(ExpertShard(0))
+    with pytest.raises(CheckpointError, match=r"layer_1_expert_2_.*: tensor 0\.weight holds NaN or Inf as bfloat16"):
+        second.experts([ExpertShard(2)])
+
+
+def test_experts_can_be_quantized(tmp_path: Path) -> None:
+    folder = write(tmp_path / "tag", model_of(sequential(), use_residual=True))
+    model = {"checkpoint": folder, "quantization": "int8"}
+    source = layer_sources(load_config({**config(folder, activation="gelu"), "model": model}))[0]
+    bank = load_bank(source, [ExpertShard(0), ExpertShard(1)])
+    assert bank.nbytes == bank_bytes(source, [ExpertShard(0), ExpertShard(1)]) < source.nbytes(ExpertShard(0)) * 3
+    folder = write(tmp_path / "modules", model_of(Block(24)))
+    with pytest.raises(ConfigError, match="only feed-forward experts are quantized"):
+        layer_sources(load_config({**config(folder, **KINDS["module"][1]), "model": {**model, "checkpoint": folder}}))
+
+
+def test_layers_can_be_told_apart(tmp_path: Path) -> None:
+    folder = write(tmp_path / "tag", model_of(sequential()))
+    entries = [{"gating": gating(), "activation": "gelu"}, {"name": "encoder.3", "gating": {"top_k": 1, "drop_policy": "position"}}]
+    found = layer_sources(load_config({"model": {"checkpoint": folder}, "layers": entries}))
+    assert [(source.spec.name, source.spec.gating.top_k) for source in found] == [("encoder.1", 2), ("encoder.3", 1)]
+    only = layer_sources(load_config({"model": {"checkpoint": folder, "layers": ["encoder.3"]}, "layers": entries}))
+    assert [source.spec.name for source in only] == ["encoder.3"]
+
+
+def test_newer_weights_come_from_files_of_the_same_kind(tmp_path: Path) -> None:
+    old, new = (write(tmp_path / tag / "step", model_of(sequential())) for tag in ("old", "new"))
+    file = new / "layer_1_expert_2_mp_rank_00_model_states.pt"
+    torch.save({name: 2 * tensor for name, tensor in torch.load(file, weights_only=True).items()}, file)
+    swap = Swap("encoder.3", new, frozenset({2}))
+    experts = [
+        layers[1].experts([ExpertShard(expert) for expert in range(3)])
+        for layers in (sources(old, activation="gelu"), swapped_layers(load_config(config(old, activation="gelu")), [swap]))
+    ]
+    assert torch.equal(experts[1][1].down_proj, experts[0][1].down_proj)
+    assert torch.equal(experts[1][2].down_proj, 2 * experts[0][2].down_proj)
+
+
+class RunsCode:
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch {self.trace}",)
+
+
+@pytest.mark.parametrize("name", ["layer_0_expert_0", "layer_1_expert_4", ""])
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_code_in_a_file_is_refused_and_not_run(name: str, is_zip: bool, tmp_path: Path) -> None:
+    folder = write(tmp_path / "tag", model_of(sequential()))
+    trace, file = tmp_path / "trace", folder / f"{name}_mp_rank_00_model_states.pt".lstrip("_")
+    assert file.exists()
+    state = {"module": {}, "more": RunsCode(trace)}
+    if is_zip:
+        torch.save(state, file)
+    else:
+        file.write_bytes(pickle.dumps(state))
+    with pytest.raises(CheckpointError) as refusal:
+        for source in sources(folder, activation="gelu"):
+            source.experts([ExpertShard(expert) for expert in range(EXPERTS)])
+            source.router()
+    assert str(file) in str(refusal.value) and "\n" not in str(refusal.value)
+    assert not is_zip or f"names {os.system.__module__}.system, which is code and not a tensor" in str(refusal.value)
+    assert not trace.exists()
+    if is_zip:  # it would have run
+        torch.load(file, weights_only=False)
+        assert trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("entry", "sentence"),
+    [
+        ({}, r"an expert of {'0.weight': \[20, 12\], .* is not two projections with swiglu between them: set layers.activation"),
+        ({"activation": "gelu", "gating": {"capacity_factor": 1.0}}, "layer encoder.1: .* give layers.gating.top_k"),
+        ({"activation": "gelu", "num_experts": 6}, "layers.num_experts cannot be set: the checkpoint of DeepSpeed decides it"),
+        ({"activation": "gelu", "name": "encoder.2"}, "'encoder.2' is not a layer of .* it has encoder.1, encoder.3"),
+        (
+            {"expert": "tests.compat.modules:Block"},
+            "an expert 'tests.compat.modules:Block' and the file do not both have the tensor 0.bias",
+        ),
+        ({"activation": "gelu", "gating": {"top_k": 7}}, "gating.top_k is 7, but it has 6 experts"),
+    ],
+)
+def test_what_is_told_must_fit(entry: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "tag", model_of(sequential()))
+    with pytest.raises(ConfigError, match=sentence):
+        sources(folder, **entry)
+
+
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:300])
+
+
+def rename(file: Path) -> None:
+    torch.save({f"x{name}": tensor for name, tensor in torch.load(file, weights_only=True).items()}, file)
+
+
+def second_rank(file: Path) -> None:
+    file.with_name(file.name.replace("rank_00", "rank_01")).write_bytes(file.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("layer_1_expert_3_", remove, "layer_1_expert_3_mp_rank_00_model_states.pt is missing"),
+        ("layer_1_expert_5_", remove, "has files of 5 experts, its gate has 6"),
+        ("", remove, "mp_rank_00_model_states.pt is missing"),
+        ("", rename, "has no `module`"),
+        ("", cut, "mp_rank_00_model_states.pt is not a file of tensors"),
+        ("layer_0_expert_0_", cut, "layer_0_expert_0_.* is not a file of tensors"),
+        ("layer_0_expert_0_", rename, r"xencoder\.1\.deepspeed_moe\.gate\.wg\.weight is missing"),
+        ("layer_0_expert_0_", lambda file: torch.save({"a": torch.ones(1)}, file), "its tensors are not named"),
+        ("layer_0_expert_0_", lambda file: torch.save([1], file), "holds a list"),
+        ("layer_0_expert_0_", second_rank, "experts that are split over model-parallel ranks"),
+    ],
+)
+def test_files_that_are_wrong(name: str, change: Callable[[Path], Any], sentence: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "tag", model_of(sequential()))
+    change(folder / f"{name}mp_rank_00_model_states.pt")
+    with pytest.raises(CheckpointError, match=sentence):
+        sources(folder, activation="gelu")
