@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
-from moeserve.checkpoints import layer_sources
+from moeserve.checkpoints import check_memory, host_bytes, layer_sources, memory_bytes
 from moeserve.cluster import Fleet, RayRuntime
 from moeserve.config import ServiceConfig
 from moeserve.errors import ConfigError
@@ -70,6 +70,7 @@ class Service:
         sources = layer_sources(config)
         specs = [source.spec for source in sources]
         release = Release(plan_placement(specs, config.placement))
+        check_memory(host_bytes(sources, release.placement), config, memory_bytes())
         self._config = config = _with_num_hosts(config, release.placement.num_hosts)
         metrics = Metrics(specs, config.observability.expert_detail)
         runtime = RayRuntime(config.ray, config.placement)

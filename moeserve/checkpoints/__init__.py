@@ -2,6 +2,7 @@
 
 from moeserve.checkpoints.family import Family, Layout
 from moeserve.checkpoints.layouts import ExpertLayout, Flat, Separate, Stacked
+from moeserve.checkpoints.memory import check_memory, host_bytes, memory_bytes
 from moeserve.checkpoints.resolve import layer_sources
 from moeserve.checkpoints.saving import SavedLayer, prefixed, save, saved_experts
 from moeserve.checkpoints.source import LayerSource, bank_bytes, load_bank, load_experts
@@ -18,9 +19,12 @@ __all__ = [
     "Stacked",
     "Swap",
     "bank_bytes",
+    "check_memory",
+    "host_bytes",
     "layer_sources",
     "load_bank",
     "load_experts",
+    "memory_bytes",
     "prefixed",
     "save",
     "saved_experts",

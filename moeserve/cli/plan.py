@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from moeserve.checkpoints import bank_bytes, layer_sources
+from moeserve.checkpoints import check_memory, host_bytes, layer_sources, memory_bytes
 from moeserve.cli.flags import Overrides
 from moeserve.config import load_config
 from moeserve.experts import ExpertShard
@@ -20,11 +20,12 @@ def plan(
     source: Annotated[str, typer.Argument(help="A TOML configuration or a checkpoint folder.")],
     overrides: Overrides,
 ) -> None:
-    """Show the layers, which host would hold which experts, and the memory that takes."""
+    """Show the layers, which host would hold which experts, and the memory that takes; fail when it does not fit."""
     config = load_config(source, overrides)
     sources = layer_sources(config)
     specs = [layer.spec for layer in sources]
     placement = plan_placement(specs, config.placement)
+    nbytes = host_bytes(sources, placement)
 
     layers = Table("", "layer", title=f"{len(specs)} MoE layers", title_justify="left", box=SIMPLE_HEAD)
     for column in ("H x I", "experts", "type", "capacity"):
@@ -46,19 +47,19 @@ def plan(
     for number in range(placement.num_hosts):
         held = [layer.shards_on(number) for layer in placement.layers]
         share = sum(_share(layer, number) for layer in placement.layers) / len(specs)
-        nbytes = sum(bank_bytes(source, shards) for source, shards in zip(sources, held, strict=True))
         hosts.add_row(
             f"host-{number}",
             f"{config.placement.gpus_per_host:g}",
             f"{config.placement.cpus_per_host:g}",
             str(sum(map(len, held))),
             f"{share:.0%}",
-            f"{nbytes / 2**20:.1f} MiB",
+            f"{nbytes[number] / 2**20:.1f} MiB",
             ", ".join(map(_name, held[0])),
         )
     console = Console()
     console.print(layers)
     console.print(hosts)
+    check_memory(nbytes, config, memory_bytes())
 
 
 def _share(layer: LayerPlacement, host: int) -> float:

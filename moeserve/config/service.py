@@ -156,6 +156,8 @@ class PlacementConfig(Table):
     experts_per_host: Size | None = None
     gpus_per_host: float = Field(default=0, ge=0)
     cpus_per_host: float = Field(default=1, ge=0)
+    #: of weights, at most; unset = not checked, but for hosts in the memory of this machine
+    memory_per_host_bytes: Size | None = None
     #: how often every expert is there, on different hosts; or by layer name; or by layer name and expert; "default" = all others
     copies: Size | dict[str, Size | dict[str, Size]] = 1
     #: how many hosts share each expert, split along its intermediate dimension

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeserve import ConfigError, load_config
-from moeserve.checkpoints import bank_bytes, layer_sources, load_bank
+from moeserve.checkpoints import bank_bytes, check_memory, host_bytes, layer_sources, load_bank, memory_bytes
 from moeserve.config import GatingConfig, LayerSpec, PlacementConfig
 from moeserve.placement import LayerPlacement, plan_placement
 
@@ -109,3 +109,26 @@ def test_a_checkpoint_too(tiny_moe: Path) -> None:
     placement = plan_placement(specs, PlacementConfig(num_hosts=3, strategy="round_robin"))
     for source, layer in zip(sources, placement.layers, strict=True):
         assert bank_bytes(source, layer.shards_on(2)) == load_bank(source, layer.shards_on(2)).nbytes > 0
+
+
+def test_what_does_not_fit_is_refused_before_anything_starts() -> None:
+    layer = {"hidden_size": 1024, "intermediate_size": 1024, "num_experts": 4}
+    limit = 3 * 2**22 * 2 - 1
+
+    def checked(machine_bytes: int, **tables: dict[str, object]) -> list[int]:
+        config = load_config({"layers": [layer], **tables})
+        sources = layer_sources(config)
+        nbytes = host_bytes(sources, plan_placement([source.spec for source in sources], config.placement))
+        check_memory(nbytes, config, machine_bytes)
+        return nbytes
+
+    assert checked(2**30, placement={"num_hosts": 2}) == [limit + 1] * 2
+    with pytest.raises(ConfigError, match=r"host-0 would hold 0\.02 GiB of weights, but placement\.memory_per_host_bytes allows 0\.02 GiB"):
+        checked(2**30, placement={"num_hosts": 2, "memory_per_host_bytes": limit})
+    checked(2**30, placement={"num_hosts": 4, "memory_per_host_bytes": limit})
+    with pytest.raises(ConfigError, match=r"2 hosts would hold 0\.05 GiB of weights, but this machine has 0\.04 GiB"):
+        checked(40 * 2**20, placement={"num_hosts": 2})
+    checked(40 * 2**20, placement={"num_hosts": 2}, model={"quantization": "int8"})
+    checked(40 * 2**20, placement={"num_hosts": 2}, ray={"address": "10.0.0.1:6379"})
+    checked(40 * 2**20, placement={"num_hosts": 2, "gpus_per_host": 1})
+    assert memory_bytes() > 2**28

@@ -38,7 +38,13 @@ _MEMORY_OPTIMIZATION = [
     variant("effect", _MEMORY, "None", "experts as they are stored (`model.dtype` unset)", lambda v: {"model.dtype": None}),
     variant("effect", _MEMORY, "Low", "experts as they are stored (`model.dtype` unset)", lambda v: {"model.dtype": None}),
     variant("effect", _MEMORY, "Medium", "`model.dtype` = `bfloat16`", lambda v: {"model.dtype": "bfloat16"}),
-    variant("refusal", _MEMORY, "High", "not supported: no expert is moved to host memory while it is cold"),
+    variant(
+        "effect",
+        _MEMORY,
+        "High",
+        "`placement.gpus_per_host` = 0, `model.dtype` = `bfloat16`: all experts, not only the cold ones, are in pageable host memory",
+        lambda v: {"placement.gpus_per_host": 0.0, "model.dtype": "bfloat16"},
+    ),
     variant(
         "effect",
         _MEMORY,

@@ -11,7 +11,9 @@ import pytest
 
 from moeserve.compat import SYSTEMS
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("compat_*.py"))
+FOLDER = Path(__file__).parents[2] / "examples"
+COMPAT = sorted(FOLDER.glob("compat_*.py"))
+EXAMPLES = [*COMPAT, FOLDER / "custom_expert.py"]
 
 
 @pytest.mark.ray
@@ -26,5 +28,16 @@ def test_example(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert differences or "checkpoint" in path.stem
 
 
+@pytest.mark.ray
+def test_a_hugging_face_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, local_ray: None) -> None:
+    monkeypatch.setattr(sys, "argv", ["hf_remote_experts.py"])
+    runpy.run_path(str(FOLDER / "hf_remote_experts.py"), run_name="__main__")
+    text, weights = capsys.readouterr().out.rstrip().rsplit("\n", 1)
+    assert text.startswith("The import statement") and len(text) > 40
+    here, there, asked = map(float, re.findall(r"([\d.]+) (?:MiB|times)", weights))
+    assert here < 2 < 6 < there
+    assert asked > 40 * 4 * 2
+
+
 def test_there_is_one_per_system() -> None:
-    assert {path.stem.split("_")[1] for path in EXAMPLES} == set(SYSTEMS)
+    assert {path.stem.split("_")[1] for path in COMPAT} == set(SYSTEMS)
