@@ -51,6 +51,14 @@ class BackgroundService:
         work = self._service.swap(layer, Path(checkpoint), experts)
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
+    def scale(self, num_hosts: int) -> int:
+        """As `Service.scale`; returns the epoch."""
+        return asyncio.run_coroutine_threadsafe(self._service.scale(num_hosts), self._loop).result()
+
+    def drain_host(self, host: str) -> int:
+        """As `Service.drain_host`; returns the epoch."""
+        return asyncio.run_coroutine_threadsafe(self._service.drain_host(host), self._loop).result()
+
     def _end_thread(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

@@ -83,6 +83,11 @@ class HostStates(Collector):
         """The state of one host; it shows in the metrics once it is set."""
         return self._hosts.setdefault(host, HostState(host, self._events))
 
+    def forget(self, host: str) -> None:
+        """It has left for good."""
+        if self._hosts.pop(host, None) is not None:
+            self._events.add("host_left", host)
+
     def collect(self) -> Iterable[Metric]:
         states = GaugeMetricFamily("moeserve_host_up", "1 while the frontend is connected to the host", labels=["host"])
         for name, host in list(self._hosts.items()):
@@ -162,6 +167,11 @@ class Metrics:
     def observe_stage(self, stage: Stage, seconds: float) -> None:
         """One stage of one batch took `seconds`."""
         self._stages[stage].observe(seconds)
+
+    def forget_host(self, host: str) -> None:
+        """No series of a host that has left for good."""
+        self.host_up.forget(host)
+        self.host_queue_tokens.remove(host)
 
     @property
     def uptime_s(self) -> float:

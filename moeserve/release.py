@@ -24,6 +24,10 @@ class Release:
         """The layers with the weights of this release. Raises ConfigError or CheckpointError."""
         return swapped_layers(config, self.swaps)
 
+    @property
+    def host_names(self) -> list[str]:
+        return [f"host-{number}" for number in self.placement.hosts]
+
     def revision(self, layer: str) -> int:
         """1 for a layer as it was deployed, one more for every swap since."""
         return 1 + sum(swap.layer == layer for swap in self.swaps)

@@ -64,6 +64,16 @@ class Service:
         assert self._rollout is not None, "a service that has started"
         return (await self._rollout.swap(layer, checkpoint, experts)).revision(layer)
 
+    async def scale(self, num_hosts: int) -> int:
+        """Spread the experts over so many hosts; no request fails meanwhile. Returns the epoch. Raises ConfigError."""
+        assert self._rollout is not None, "a service that has started"
+        return (await self._rollout.scale(num_hosts)).epoch
+
+    async def drain_host(self, host: str) -> int:
+        """Place the experts of a host on the others and let it go; no request fails meanwhile. Returns the epoch. Raises ConfigError."""
+        assert self._rollout is not None, "a service that has started"
+        return (await self._rollout.drain(host)).epoch
+
     async def _start(self) -> None:
         config = self._config
         check_exposure(config.server)
@@ -75,8 +85,7 @@ class Service:
         metrics = Metrics(specs, config.observability.expert_detail)
         runtime = RayRuntime(config.ray, config.placement)
         fleet, keys = Fleet(config, release), KeyPair.generate()
-        hosts = [(name, partial(fleet.find, number)) for number, name in enumerate(fleet.names)]
-        frontend = Frontend(sources, release, hosts, config, metrics, _model_name(config), self._health_changed, keys)
+        frontend = Frontend(sources, release, fleet.find, config, metrics, _model_name(config), self._health_changed, keys)
 
         self._progress("starting Ray" if config.ray.address is None else f"joining Ray at {config.ray.address}")
         self._running.callback(runtime.stop)
@@ -89,7 +98,9 @@ class Service:
         self.target = f"{config.server.host}:{await self._server.start()}"
         self.metrics_target = f"{config.server.host}:{self._start_metrics(metrics, frontend)}"
 
-        self._progress(f"loading {sum(spec.num_experts for spec in specs)} experts of {len(specs)} layers on {len(fleet.names)} hosts")
+        self._progress(
+            f"loading {sum(spec.num_experts for spec in specs)} experts of {len(specs)} layers on {len(release.placement.hosts)} hosts"
+        )
         self._running.push_async_callback(fleet.stop)
         fleet.start(runtime.private_dir, keys.public)
         await fleet.wait(partial(self._host_ready, runtime.node_id))

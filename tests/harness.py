@@ -155,21 +155,28 @@ class ServiceHarness:
         self._loop.close()
 
     async def _start(self) -> None:
-        for number in range(self.placement.num_hosts):
-            node = self.nodes[number]
-            self.hosts.append(
-                ThreadedHost(number, self._kind, self._folder, self.config, self._releases, node, self._keys.public, self.introduce)
-            )
-        self.introduce()
-        found = [(f"host-{host.number}", host.find) for host in self.hosts]
-        self.frontend = Frontend(self.sources, self._releases[0], found, self.config, self.metrics, "model", self._on_health, self._keys)
+        self._add(self.placement.hosts)
+        self.frontend = Frontend(
+            self.sources, self._releases[0], self.find, self.config, self.metrics, "model", self._on_health, self._keys
+        )
         self.rollout = Rollout(self.config, self._releases[0], self, self.frontend)
         self.server = GrpcServer(self.frontend, self.config.server, self.metrics.observe_call, self.rollout)
         self.target = f"127.0.0.1:{await self.server.start()}"
         await self.frontend.start(self.nodes[0])
 
+    async def find(self, number: int) -> HostInfo:
+        return await next(host for host in self.hosts if host.number == number).find()
+
+    def _add(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            node = self.nodes[number] if number < len(self.nodes) else self.nodes[0]
+            key = self._keys.public
+            self.hosts.append(ThreadedHost(number, self._kind, self._folder, self.config, self._releases, node, key, self.introduce))
+        self.introduce()
+
     async def take(self, release: Release) -> None:
         self._releases.append(release)
+        self._add([number for number in release.placement.hosts if number not in {host.number for host in self.hosts}])
         for host in self.hosts:
             await asyncio.to_thread(host.holdings.take, release)
 
@@ -182,6 +189,11 @@ class ServiceHarness:
         self._releases[:] = [release for release in self._releases if release.epoch >= epoch]
         for host in self.hosts:
             host.holdings.retire(epoch)
+
+    async def remove(self, numbers: Sequence[int]) -> None:
+        for host in [host for host in self.hosts if host.number in numbers]:
+            self.hosts.remove(host)
+            await asyncio.to_thread(host.stop)
 
     def introduce(self) -> None:
         """Every host learns where all of them are now."""

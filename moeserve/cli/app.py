@@ -15,6 +15,7 @@ from moeserve.cli.config import config_app
 from moeserve.cli.flags import with_config_flags
 from moeserve.cli.infer import infer
 from moeserve.cli.plan import plan
+from moeserve.cli.scale import drain, scale
 from moeserve.cli.serve import serve
 from moeserve.cli.swap import swap
 from moeserve.cli.top import top
@@ -25,6 +26,8 @@ app.command()(with_config_flags(serve))
 app.command()(with_config_flags(plan))
 app.command()(infer)
 app.command()(swap)
+app.command()(scale)
+app.command()(drain)
 app.command()(bench)
 app.command()(top)
 app.add_typer(config_app, name="config")

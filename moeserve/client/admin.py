@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import grpc
 
@@ -22,6 +22,14 @@ class Swapped:
 
     epoch: int
     model_revision: int
+
+
+@dataclass(frozen=True)
+class Placed:
+    """epoch: version of the placement in force; hosts: their names."""
+
+    epoch: int
+    hosts: Sequence[str]
 
 
 class AdminClient:
@@ -46,11 +54,24 @@ class AdminClient:
         `checkpoint` is an absolute path where the service and its hosts run. Returns when no request gets the old weights any more.
         """
         request = pb.SwapExpertsRequest(layer=layer, checkpoint=str(checkpoint), experts=experts)
+        answer = self._call(self._service.SwapExperts, request, timeout)
+        return Swapped(answer.epoch, answer.model_revision)
+
+    def scale(self, hosts: int, timeout: float = 3600.0) -> Placed:
+        """Spread the experts over so many hosts. Returns when the new ones serve and those that left are gone."""
+        answer = self._call(self._service.Scale, pb.ScaleRequest(hosts=hosts), timeout)
+        return Placed(answer.epoch, tuple(answer.hosts))
+
+    def drain(self, host: str, timeout: float = 3600.0) -> Placed:
+        """Place the experts of a host on the others, and let it go."""
+        answer = self._call(self._service.DrainHost, pb.DrainHostRequest(host=host), timeout)
+        return Placed(answer.epoch, tuple(answer.hosts))
+
+    def _call(self, method: Callable[..., Any], request: Any, timeout: float) -> Any:
         try:
-            answer = self._service.SwapExperts(request, timeout=timeout, metadata=self._metadata)
+            return method(request, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as failure:
             raise to_error(failure, self._target, timeout) from None
-        return Swapped(answer.epoch, answer.model_revision)
 
     def close(self) -> None:
         """Ends the connection."""

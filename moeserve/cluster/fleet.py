@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,18 @@ _RETRY_S = 0.1
 _STOP_TIMEOUT_S = 5.0
 _MEET_TIMEOUT_S = 5.0
 
+Call = Callable[[ActorHandle[ExpertHost]], Awaitable[None]]
+
 
 class Fleet:
-    """All hosts, and the releases they have: one, or two while the second is brought in."""
+    """All hosts, by number, and the releases they have: one, or two while the second is brought in."""
 
     def __init__(self, config: ServiceConfig, release: Release) -> None:
         self._config = config
         self._releases = [release]
-        self._actors: list[ActorHandle[ExpertHost]] = []
+        self._actors: dict[int, ActorHandle[ExpertHost]] = {}
         self._directory: dict[int, HostInfo] = {}
-        self.names = [f"host-{number}" for number in range(release.placement.num_hosts)]
+        self._frontend: FrontendAddress | None = None
 
     def start(self, socket_dir: Path, frontend_key: str) -> None:
         """Ask Ray for every host at once, spread over the nodes.
@@ -41,7 +43,13 @@ class Fleet:
         Hosts on this node put their sockets into `socket_dir`, a private folder; others admit the frontend by its public key.
         Raises ConfigError when the cluster cannot hold them.
         """
-        check_resources(self._config.placement)
+        self._frontend = FrontendAddress(ray.get_runtime_context().get_node_id(), socket_dir, frontend_key)
+        self._add(self._releases[-1].placement.hosts)
+
+    def _add(self, numbers: Sequence[int]) -> None:
+        """Ask Ray for these hosts, beside those there are."""
+        assert self._frontend is not None, "the fleet was started"
+        check_resources(self._config.placement, len(self._actors) + len(numbers))
         wanted = self._config.placement
         host = ExpertHost.options(  # type: ignore[attr-defined]
             num_cpus=wanted.cpus_per_host,
@@ -50,13 +58,12 @@ class Fleet:
             max_restarts=-1,
             max_task_retries=0,
         )
-        frontend = FrontendAddress(ray.get_runtime_context().get_node_id(), socket_dir, frontend_key)
-        for number, name in enumerate(self.names):
-            self._actors.append(host.remote(HostOrder(name, number, self._config, frontend)))
+        for number in numbers:
+            self._actors[number] = host.remote(HostOrder(_name(number), number, self._config, self._frontend))
 
     async def wait(self, on_ready: Callable[[HostInfo], None]) -> None:
         """Until every host is ready; `on_ready` tells of each. Raises what a host raised, for example CheckpointError."""
-        waiting = [asyncio.ensure_future(self.find(number)) for number in range(len(self._actors))]
+        waiting = [asyncio.ensure_future(self.find(number)) for number in self._actors]
         try:
             for next_ready in asyncio.as_completed(waiting):
                 on_ready(await next_ready)
@@ -71,6 +78,8 @@ class Fleet:
         Raises ExpertUnavailable when Ray has given the host up, or what the host raised.
         """
         while True:
+            if number not in self._actors:
+                raise ExpertUnavailable(f"{_name(number)} has left")
             try:
                 info: HostInfo = await self._actors[number].start.remote(self._releases)
                 await self._introduce(number, info)
@@ -78,26 +87,42 @@ class Fleet:
             except ActorUnavailableError:
                 await asyncio.sleep(_RETRY_S)
             except RayActorError as error:
-                raise ExpertUnavailable(f"{self.names[number]} is gone for good: {str(error).splitlines()[0]}") from None
+                raise ExpertUnavailable(f"{_name(number)} is gone for good: {str(error).splitlines()[0]}") from None
             except RayTaskError as error:
                 raise error.cause from None
 
     async def take(self, release: Release) -> None:
-        """Every host loads what is new in `release`; one that dies meanwhile comes back with it. Raises what a host raised."""
+        """Every host of `release`, started if need be, loads what is new in it; one that dies meanwhile comes back with it.
+
+        Raises ConfigError when the cluster cannot hold the new ones, or what a host raised.
+        """
         self._releases.append(release)
-        await asyncio.gather(*(self._tell(number, lambda actor: actor.take.remote(release)) for number in range(len(self._actors))))
+        self._add([number for number in release.placement.hosts if number not in self._actors])
+        await self._tell_all(lambda actor: actor.take.remote(release))
 
     async def withdraw(self, epoch: int) -> None:
         """Hosts forget a release that will not be."""
         self._releases = [release for release in self._releases if release.epoch < epoch]
-        await asyncio.gather(*(self._tell(number, lambda actor: actor.withdraw.remote(epoch)) for number in range(len(self._actors))))
+        await self._tell_all(lambda actor: actor.withdraw.remote(epoch))
 
     async def retire(self, epoch: int) -> None:
         """Hosts forget what was before the release of `epoch`."""
         self._releases = [release for release in self._releases if release.epoch >= epoch]
-        await asyncio.gather(*(self._tell(number, lambda actor: actor.retire.remote(epoch)) for number in range(len(self._actors))))
+        await self._tell_all(lambda actor: actor.retire.remote(epoch))
 
-    async def _tell(self, number: int, call: Callable[[ActorHandle[ExpertHost]], Awaitable[None]]) -> None:
+    async def remove(self, numbers: Sequence[int]) -> None:
+        """Stop these hosts for good; the others stop talking to them."""
+        leaving = [self._actors.pop(number) for number in numbers if number in self._actors]
+        for number in numbers:
+            self._directory.pop(number, None)
+        await _stop(leaving)
+        if leaving:
+            await self._meet()
+
+    async def _tell_all(self, call: Call) -> None:
+        await asyncio.gather(*(self._tell(number, call) for number in self._actors))
+
+    async def _tell(self, number: int, call: Call) -> None:
         """`call` an actor; one that has died knows when it is found again, because it then starts with the releases in force."""
         while True:
             await self.find(number)
@@ -107,7 +132,7 @@ class Fleet:
             except RayTaskError as error:
                 raise error.cause from None
             except RayActorError as error:
-                log.info("%s was lost meanwhile: %s", self.names[number], str(error).splitlines()[0])
+                log.info("%s was lost meanwhile: %s", _name(number), str(error).splitlines()[0])
 
     async def _introduce(self, number: int, info: HostInfo) -> None:
         """Tells all hosts of all hosts, once all have been found, and again of every new incarnation."""
@@ -116,18 +141,26 @@ class Fleet:
         self._directory[number] = info
         if len(self._directory) < len(self._actors):
             return
-        meetings = [asyncio.ensure_future(_met(actor.meet.remote(self._directory))) for actor in self._actors]
-        await asyncio.wait(meetings, timeout=_MEET_TIMEOUT_S)
+        await self._meet()
+
+    async def _meet(self) -> None:
+        meetings = [asyncio.ensure_future(_met(actor.meet.remote(self._directory))) for actor in self._actors.values()]
+        if meetings:
+            await asyncio.wait(meetings, timeout=_MEET_TIMEOUT_S)
 
     async def stop(self) -> None:
         """Stop the hosts, whatever state they are in."""
-        stops: list[Any] = [actor.stop.remote() for actor in self._actors]
-        if stops:
-            await asyncio.to_thread(ray.wait, stops, num_returns=len(stops), timeout=_STOP_TIMEOUT_S)
-        for actor in self._actors:
-            ray.kill(actor)
+        await _stop(list(self._actors.values()))
         self._actors.clear()
         self._directory.clear()
+
+
+async def _stop(actors: Sequence[ActorHandle[ExpertHost]]) -> None:
+    stops: list[Any] = [actor.stop.remote() for actor in actors]
+    if stops:
+        await asyncio.to_thread(ray.wait, stops, num_returns=len(stops), timeout=_STOP_TIMEOUT_S)
+    for actor in actors:
+        ray.kill(actor)
 
 
 async def _met(meeting: Awaitable[None]) -> None:
@@ -138,16 +171,20 @@ async def _met(meeting: Awaitable[None]) -> None:
         log.info("a host missed who the others are: %s", str(error).splitlines()[0])
 
 
-def check_resources(placement: PlacementConfig) -> None:
-    """Raises ConfigError unless the live nodes can hold all hosts; Ray itself would wait for ever."""
+def _name(number: int) -> str:
+    return f"host-{number}"
+
+
+def check_resources(placement: PlacementConfig, num_hosts: int) -> None:
+    """Raises ConfigError unless the live nodes can hold so many hosts; Ray itself would wait for ever."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for resource, key, each in (("CPU", "cpus_per_host", placement.cpus_per_host), ("GPU", "gpus_per_host", placement.gpus_per_host)):
         if not each:
             continue
         room = sum(int(node.get(resource, 0) / each + 1e-9) for node in nodes)
-        if room < placement.num_hosts:
+        if room < num_hosts:
             there = " + ".join(f"{node.get(resource, 0):g}" for node in nodes)
             raise ConfigError(
-                f"placement.num_hosts is {placement.num_hosts} and each takes placement.{key} = {each:g}, "
+                f"placement.num_hosts is {num_hosts} and each takes placement.{key} = {each:g}, "
                 f"but the cluster has {there} {resource}s: room for {room} hosts"
             )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +43,7 @@ class Exchange:
         self,
         layer: int,
         spec: LayerSpec,
-        links: Sequence[HostLink],
+        links: Mapping[int, HostLink],
         communication: CommunicationConfig,
         resilience: ResilienceConfig,
         copy_choice: CopyChoice,
@@ -78,8 +78,12 @@ class Exchange:
         """What a plan must know of the hosts; None where experts have one copy each, and there is nothing to choose."""
         if view.placement.copies.shape[1] == 1:
             return None
-        is_live = np.array([link.channel is not None for link in self._links])
-        return Hosts(is_live, np.array([link.queue_tokens for link in self._links]), self._copy_choice)
+        is_live = np.zeros(view.placement.num_hosts, dtype=np.bool_)
+        load = np.zeros(view.placement.num_hosts, dtype=np.int64)
+        for number, link in self._links.items():
+            if number < len(load):
+                is_live[number], load[number] = link.channel is not None, link.queue_tokens
+        return Hosts(is_live, load, self._copy_choice)
 
     async def retry(self, parts: Sequence[Part], deadline: float) -> None:
         """Sends what was lost again, to other copies or when the hosts are back, until nothing is lost.
@@ -137,9 +141,9 @@ class Exchange:
 
     def _write(self, part: Part, works: Sequence[HostWork], pattern: str) -> list[Draft]:
         """Rows go straight to where their channel sends from: the one copy of the data on this side."""
-        channels = [link.channel for link in self._links]
+        channels = {number: link.channel for number, link in self._links.items()}
         part.lost += [work for work in works if channels[work.host] is None]
-        nodes = [link.node for link in self._links]
+        nodes = {number: link.node for number, link in self._links.items()}
         drafts = []
         for message in PATTERNS[pattern]([work for work in works if channels[work.host] is not None], nodes):
             channel = channels[message.host]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from moeserve.frontend.batcher import Batcher, TokenBudget
 from moeserve.frontend.compute import Compute
 from moeserve.frontend.exchange import Exchange
 from moeserve.frontend.forward import Forward
-from moeserve.frontend.link import HostLink, Resolve
+from moeserve.frontend.link import HostLink
 from moeserve.frontend.view import LayerView, Views
 from moeserve.head import LayerHead
 from moeserve.metrics import ExpertCounts, Metrics
@@ -24,17 +25,18 @@ from moeserve.output import ForwardOutput
 from moeserve.placement import Placement
 from moeserve.release import Release
 from moeserve.request import LayerRequest
-from moeserve.stats import HostShards, HostStats, LayerStats, ServiceStats
+from moeserve.stats import HostInfo, HostShards, HostStats, LayerStats, ServiceStats
 from moeserve.transport import KeyPair
 
 OnHealth = Callable[[int, bool], None]
+Find = Callable[[int], Awaitable[HostInfo]]
 
 
 class Frontend:
     """Takes requests for any served layer and answers them with the hosts' help.
 
-    `sources` are the layers of `release`, `hosts` its hosts in order: a name, and how to find the host's present incarnation; `keys` are
-    shown to those on other nodes.
+    `sources` are the layers of `release`, `find` tells of the present incarnation of a host by its number; `keys` are shown to hosts on
+    other nodes.
     `on_health` is told, whenever it may have changed, of every layer (by number) whether each of its experts has a live copy.
     """
 
@@ -42,7 +44,7 @@ class Frontend:
         self,
         sources: Sequence[LayerSource],
         release: Release,
-        hosts: Sequence[tuple[str, Resolve]],
+        find: Find,
         config: ServiceConfig,
         metrics: Metrics,
         model: str,
@@ -55,7 +57,8 @@ class Frontend:
         self._metrics = metrics
         self._on_health = on_health
         self._timeout_s = config.resilience.request_timeout_s
-        self._links = [HostLink(name, resolve, keys, metrics, self._hosts_changed) for name, resolve in hosts]
+        self._find, self._keys, self._here = find, keys, ""
+        self._links = {number: self._link(number) for number in release.placement.hosts}
         self._budget = TokenBudget(config.server.max_queued_tokens, metrics.queue_tokens.set)
         self._compute = Compute()
         self._forwards = [self._forward(layer, release, source, config) for layer, source in enumerate(sources)]
@@ -68,6 +71,29 @@ class Frontend:
         )
         views = Views(_view(layer, release, source))
         return Forward(layer, views, exchange, config.batching.micro_batches, metrics, self._compute)
+
+    def _link(self, number: int) -> HostLink:
+        return HostLink(f"host-{number}", partial(self._find, number), self._keys, self._metrics, self._hosts_changed)
+
+    async def welcome(self, release: Release) -> None:
+        """Connect to the hosts of `release` that are new."""
+        new = {number: self._link(number) for number in release.placement.hosts if number not in self._links}
+        self._links.update(new)
+        await asyncio.gather(*(link.start(self._here) for link in new.values()))
+
+    async def try_out(self, release: Release, sources: Sequence[LayerSource]) -> None:
+        """Have every expert of `release` answer one row, which nobody asked for. Raises what goes wrong."""
+        deadline = time.monotonic() + self._timeout_s
+        for layer, (forward, source) in enumerate(zip(self._forwards, sources, strict=True)):
+            await forward.try_out(_view(layer, release, source), deadline)
+
+    async def forget(self) -> None:
+        """Let go of hosts that the present release has nothing on."""
+        gone = [number for number in self._links if number not in self._release.placement.hosts]
+        for number in gone:
+            link = self._links.pop(number)
+            await link.close()
+            self._metrics.forget_host(link.name)
 
     def publish(self, release: Release, sources: Sequence[LayerSource]) -> None:
         """Batches that begin from now on use `release`, of which `sources` are the layers; those under way end as they began.
@@ -87,11 +113,12 @@ class Frontend:
 
     async def start(self, node: str) -> None:
         """Connect to every host: through memory to those on `node`, where this process runs, over TCP to the others."""
-        await asyncio.gather(*(link.start(node) for link in self._links))
+        self._here = node
+        await asyncio.gather(*(link.start(node) for link in self._links.values()))
 
     async def close(self) -> None:
         """Let go of the hosts; requests that are still running fail."""
-        await asyncio.gather(*(link.close() for link in self._links))
+        await asyncio.gather(*(link.close() for link in self._links.values()))
         self._compute.close()
 
     async def forward(self, layer: int, request: LayerRequest) -> ForwardOutput:
@@ -113,7 +140,7 @@ class Frontend:
         return ServiceStats(
             epoch=release.epoch,
             layers=[_layer_stats(index, spec.name, release.placement, metrics.experts) for index, spec in enumerate(self.layers)],
-            hosts=[_host_stats(link, queues.get(link.name, 0)) for link in self._links],
+            hosts=[_host_stats(link, queues.get(link.name, 0)) for _, link in sorted(self._links.items())],
             queue_tokens=self._budget.tokens,
             uptime_s=metrics.uptime_s,
             expert_retries=metrics.retries(),
@@ -124,7 +151,9 @@ class Frontend:
         )
 
     def _hosts_changed(self) -> None:
-        up = np.array([link.channel is not None for link in self._links])
+        up = np.zeros(self._release.placement.num_hosts, dtype=np.bool_)
+        for number in self._release.placement.hosts:
+            up[number] = self._links[number].channel is not None
         for index, layer in enumerate(self._release.placement.layers):
             copies = layer.live_copies(up)
             self._metrics.experts.live_copies[index][: len(copies)] = torch.from_numpy(copies)
@@ -137,7 +166,7 @@ def _view(layer: int, release: Release, source: LayerSource) -> LayerView:
 
 def _layer_stats(index: int, name: str, placement: Placement, counts: ExpertCounts) -> LayerStats:
     layer = placement.layers[index]
-    held = [(host, layer.shards_on(host)) for host in range(placement.num_hosts)]
+    held = [(position, layer.shards_on(host)) for position, host in enumerate(placement.hosts)]
     return LayerStats(
         name=name,
         tokens=counts.tokens[index],
@@ -145,7 +174,9 @@ def _layer_stats(index: int, name: str, placement: Placement, counts: ExpertCoun
         dropped=counts.dropped[index].clone(),
         live_copies=counts.live_copies[index][: layer.num_experts].tolist(),
         tensor_parallel=layer.tensor_parallel,
-        placement=[HostShards(host, [one.expert for one in shards], [one.shard for one in shards]) for host, shards in held if shards],
+        placement=[
+            HostShards(position, [one.expert for one in shards], [one.shard for one in shards]) for position, shards in held if shards
+        ],
     )
 
 

@@ -5,7 +5,7 @@ T tokens, R rows of one message, N pairs of one message.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -51,10 +51,10 @@ class Message:
 
 
 #: works in the order of their hosts, and the node of every host -> messages
-Pattern = Callable[[Sequence[HostWork], Sequence[str]], list[Message]]
+Pattern = Callable[[Sequence[HostWork], Mapping[int, str]], list[Message]]
 
 
-def all_to_all(works: Sequence[HostWork], nodes: Sequence[str]) -> list[Message]:
+def all_to_all(works: Sequence[HostWork], nodes: Mapping[int, str]) -> list[Message]:
     """One message per busy host: what an all-to-all exchange amounts to when one side holds the tokens and the other the experts.
 
     Source: TrustformeRS `ExpertCommunicationPattern::AllToAll`; GShard (arXiv 2006.16668).
@@ -62,7 +62,7 @@ def all_to_all(works: Sequence[HostWork], nodes: Sequence[str]) -> list[Message]
     return [Message((work,), PassOn.NOTHING, work.rows, work.row_index) for work in works]
 
 
-def point_to_point(works: Sequence[HostWork], nodes: Sequence[str]) -> list[Message]:
+def point_to_point(works: Sequence[HostWork], nodes: Mapping[int, str]) -> list[Message]:
     """One message per busy expert: small messages that a host may begin with one by one.
 
     Source: TrustformeRS `ExpertCommunicationPattern::PointToPoint`.
@@ -70,7 +70,7 @@ def point_to_point(works: Sequence[HostWork], nodes: Sequence[str]) -> list[Mess
     return all_to_all([part for work in works for part in _by_expert(work)], nodes)
 
 
-def hierarchical(works: Sequence[HostWork], nodes: Sequence[str]) -> list[Message]:
+def hierarchical(works: Sequence[HostWork], nodes: Mapping[int, str]) -> list[Message]:
     """One message per node: a row crosses the network once, the first busy host there hands it to its neighbours and adds up.
 
     Source: hierarchical all-to-all of Tutel (arXiv 2206.03382) and DeepSpeed-MoE (arXiv 2201.05596), MindFormers `group_wise_a2a`,
@@ -82,7 +82,7 @@ def hierarchical(works: Sequence[HostWork], nodes: Sequence[str]) -> list[Messag
     return [_joined(group, PassOn.FAN_OUT) for group in by_node.values()]
 
 
-def ring(works: Sequence[HostWork], nodes: Sequence[str]) -> list[Message]:
+def ring(works: Sequence[HostWork], nodes: Mapping[int, str]) -> list[Message]:
     """One message: each busy host keeps its share, passes the rest to the next by number, and adds its sums to what comes back.
 
     Source: TrustformeRS `ExpertCommunicationPattern::Ring`; ring exchanges of MPI collectives.

@@ -5,22 +5,24 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from moeserve.checkpoints import LayerSource, Swap
+from moeserve.checkpoints import LayerSource, Swap, check_memory, host_bytes, memory_bytes
 from moeserve.config import ServiceConfig
-from moeserve.errors import MoEServeError
+from moeserve.errors import ConfigError, MoEServeError
+from moeserve.placement import plan_placement
 from moeserve.release import Release
 
 log = logging.getLogger(__name__)
 
 
 class Hosts(Protocol):
-    """All expert hosts."""
+    """All expert hosts, by number."""
 
     async def take(self, release: Release) -> None:
-        """Every host can serve `release` beside what it serves. Raises what a host raised."""
+        """Every host of `release`, started if need be, can serve it beside what it serves. Raises what a host raised."""
         ...
 
     async def withdraw(self, epoch: int) -> None:
@@ -31,9 +33,21 @@ class Hosts(Protocol):
         """Nobody asks for what was before `epoch` any more."""
         ...
 
+    async def remove(self, numbers: Sequence[int]) -> None:
+        """These hosts are not needed any more."""
+        ...
+
 
 class Publisher(Protocol):
     """All frontends."""
+
+    async def welcome(self, release: Release) -> None:
+        """Connect to the hosts of `release` that are new."""
+        ...
+
+    async def try_out(self, release: Release, sources: Sequence[LayerSource]) -> None:
+        """Have every expert of `release` answer something. Raises what goes wrong."""
+        ...
 
     def publish(self, release: Release, sources: Sequence[LayerSource]) -> None:
         """Batches that begin from now on use `release`."""
@@ -43,9 +57,13 @@ class Publisher(Protocol):
         """Until no batch uses an earlier one."""
         ...
 
+    async def forget(self) -> None:
+        """Let go of hosts that the present release has nothing on."""
+        ...
+
 
 class Rollout:
-    """Make before break: hosts load, frontends switch, running batches end, hosts forget (one change at a time)."""
+    """Make before break: hosts load, frontends switch, running batches end, hosts forget. One change at a time."""
 
     def __init__(self, config: ServiceConfig, release: Release, hosts: Hosts, frontend: Publisher) -> None:
         self.release = release
@@ -53,6 +71,7 @@ class Rollout:
         self._hosts = hosts
         self._frontend = frontend
         self._epoch = release.epoch
+        self._next_number = release.placement.num_hosts
         self._one_at_a_time = asyncio.Lock()
 
     async def swap(self, layer: str, checkpoint: Path, experts: Sequence[int] | None = None) -> Release:
@@ -68,14 +87,51 @@ class Rollout:
             log.info("epoch %d: layer %s has revision %d, from %s", release.epoch, layer, release.revision(layer), checkpoint)
             return release
 
+    async def scale(self, num_hosts: int) -> Release:
+        """Spread the experts over so many hosts: new ones start, or the last ones leave. Raises ConfigError; then all is as it was."""
+        async with self._one_at_a_time:
+            present = self.release.placement.hosts
+            more = range(self._next_number, self._next_number + max(0, num_hosts - len(present)))
+            self._next_number += len(more)
+            return await self._move((*present[:num_hosts], *more))
+
+    async def drain(self, host: str) -> Release:
+        """Place the experts of a host on the others, and let it go. Raises ConfigError when there is no such host, or no room."""
+        async with self._one_at_a_time:
+            names = {f"host-{number}": number for number in self.release.placement.hosts}
+            if host not in names:
+                raise ConfigError(f"there is no host {host!r}; there are {', '.join(names)}")
+            return await self._move([number for name, number in names.items() if name != host])
+
+    async def _move(self, numbers: Sequence[int]) -> Release:
+        if not numbers:
+            raise ConfigError("at least one host is needed")
+        if tuple(numbers) == self.release.placement.hosts:
+            return self.release
+        self._epoch += 1
+        placing = self._config.placement.model_copy(update={"num_hosts": len(numbers), "experts_per_host": None})
+        sources = await asyncio.to_thread(self.release.sources, self._config)
+        placement = plan_placement([source.spec for source in sources], placing).renumbered(numbers, self._epoch)
+        check_memory(host_bytes(sources, placement), self._config, memory_bytes())
+        release, gone = replace(self.release, placement=placement), set(self.release.placement.hosts) - set(numbers)
+        await self._bring_in(release)
+        await self._hosts.remove(sorted(gone))
+        log.info("epoch %d: experts stand on hosts %s", release.epoch, ", ".join(map(str, numbers)))
+        return release
+
     async def _bring_in(self, release: Release) -> None:
         sources = await asyncio.to_thread(release.sources, self._config)
         try:
             await self._hosts.take(release)
+            await self._frontend.welcome(release)
+            await self._frontend.try_out(release, sources)
             self._frontend.publish(release, sources)
         except MoEServeError:
+            await self._frontend.forget()
             await self._hosts.withdraw(release.epoch)
+            await self._hosts.remove(sorted(set(release.placement.hosts) - set(self.release.placement.hosts)))
             raise
         self.release = release
         await self._frontend.drained()
+        await self._frontend.forget()
         await self._hosts.retire(release.epoch)

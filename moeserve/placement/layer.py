@@ -6,7 +6,8 @@ D hosts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -93,3 +94,14 @@ class Placement:
     epoch: int
     num_hosts: int
     layers: tuple[LayerPlacement, ...]
+
+    @cached_property
+    def hosts(self) -> tuple[int, ...]:
+        """The numbers of the hosts that hold anything, ascending; below num_hosts, with gaps where hosts have left."""
+        return tuple(sorted({int(host) for layer in self.layers for host in np.unique(layer.host_of_physical)}))
+
+    def renumbered(self, numbers: Sequence[int], epoch: int) -> Placement:
+        """The same places on hosts of other numbers: host i becomes numbers[i]; numbers ascend."""
+        table, num_hosts = np.array(numbers), max(numbers) + 1
+        layers = (replace(layer, num_hosts=num_hosts, host_of_physical=table[layer.host_of_physical]) for layer in self.layers)
+        return Placement(epoch, num_hosts, tuple(layers))

@@ -21,6 +21,9 @@ class Served(Protocol):
     @property
     def epoch(self) -> int: ...
 
+    @property
+    def host_names(self) -> Sequence[str]: ...
+
     def revision(self, layer: str) -> int: ...
 
 
@@ -29,6 +32,14 @@ class Admin(Protocol):
 
     async def swap(self, layer: str, checkpoint: Path, experts: Sequence[int] | None) -> Served:
         """New weights for a layer (experts = None) or some of its experts. Raises MoEServeError; then nothing has changed."""
+        ...
+
+    async def scale(self, num_hosts: int) -> Served:
+        """Another number of hosts. Raises MoEServeError; then nothing has changed."""
+        ...
+
+    async def drain(self, host: str) -> Served:
+        """One host fewer. Raises MoEServeError; then nothing has changed."""
         ...
 
 
@@ -43,7 +54,9 @@ class AdminService:
         swap = grpc.unary_unary_rpc_method_handler(
             self.swap_experts, pb.SwapExpertsRequest.FromString, pb.SwapExpertsResponse.SerializeToString
         )
-        return grpc.method_handlers_generic_handler(ADMIN_SERVICE_NAME, {"SwapExperts": swap})
+        scale = grpc.unary_unary_rpc_method_handler(self.scale, pb.ScaleRequest.FromString, pb.ScaleResponse.SerializeToString)
+        drain = grpc.unary_unary_rpc_method_handler(self.drain_host, pb.DrainHostRequest.FromString, pb.DrainHostResponse.SerializeToString)
+        return grpc.method_handlers_generic_handler(ADMIN_SERVICE_NAME, {"SwapExperts": swap, "Scale": scale, "DrainHost": drain})
 
     async def swap_experts(self, request: pb.SwapExpertsRequest, _context: Context) -> pb.SwapExpertsResponse:
         """One `SwapExpertsRequest`; returns when no request is answered with the old weights any more."""
@@ -51,3 +64,13 @@ class AdminService:
             raise InvalidRequest(f"checkpoint is {request.checkpoint!r}; allowed: the absolute path of a folder", "checkpoint")
         served = await self._admin.swap(request.layer, Path(request.checkpoint), list(request.experts) or None)
         return pb.SwapExpertsResponse(epoch=served.epoch, model_revision=served.revision(request.layer))
+
+    async def scale(self, request: pb.ScaleRequest, _context: Context) -> pb.ScaleResponse:
+        """One `ScaleRequest`; returns when the hosts are as many as asked for."""
+        served = await self._admin.scale(request.hosts)
+        return pb.ScaleResponse(epoch=served.epoch, hosts=served.host_names)
+
+    async def drain_host(self, request: pb.DrainHostRequest, _context: Context) -> pb.DrainHostResponse:
+        """One `DrainHostRequest`; returns when the host has gone."""
+        served = await self._admin.drain(request.host)
+        return pb.DrainHostResponse(epoch=served.epoch, hosts=served.host_names)

@@ -23,3 +23,31 @@ class SwapExpertsResponse(_message.Message):
     epoch: int
     model_revision: int
     def __init__(self, epoch: _Optional[int] = ..., model_revision: _Optional[int] = ...) -> None: ...
+
+class ScaleRequest(_message.Message):
+    __slots__ = ("hosts",)
+    HOSTS_FIELD_NUMBER: _ClassVar[int]
+    hosts: int
+    def __init__(self, hosts: _Optional[int] = ...) -> None: ...
+
+class ScaleResponse(_message.Message):
+    __slots__ = ("epoch", "hosts")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    HOSTS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    hosts: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, epoch: _Optional[int] = ..., hosts: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class DrainHostRequest(_message.Message):
+    __slots__ = ("host",)
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    host: str
+    def __init__(self, host: _Optional[str] = ...) -> None: ...
+
+class DrainHostResponse(_message.Message):
+    __slots__ = ("epoch", "hosts")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    HOSTS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    hosts: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, epoch: _Optional[int] = ..., hosts: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -40,6 +40,16 @@ class AdminServiceStub:
                 request_serializer=moeserve_dot_v1_dot_admin__service__pb2.SwapExpertsRequest.SerializeToString,
                 response_deserializer=moeserve_dot_v1_dot_admin__service__pb2.SwapExpertsResponse.FromString,
                 _registered_method=True)
+        self.Scale = channel.unary_unary(
+                '/moeserve.v1.AdminService/Scale',
+                request_serializer=moeserve_dot_v1_dot_admin__service__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=moeserve_dot_v1_dot_admin__service__pb2.ScaleResponse.FromString,
+                _registered_method=True)
+        self.DrainHost = channel.unary_unary(
+                '/moeserve.v1.AdminService/DrainHost',
+                request_serializer=moeserve_dot_v1_dot_admin__service__pb2.DrainHostRequest.SerializeToString,
+                response_deserializer=moeserve_dot_v1_dot_admin__service__pb2.DrainHostResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -54,6 +64,20 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Scale(self, request, context):
+        """Spreads the experts over another number of hosts. Returns once the new ones serve and those that left are gone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainHost(self, request, context):
+        """Places the experts of one host on the others and lets it go.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -61,6 +85,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.SwapExperts,
                     request_deserializer=moeserve_dot_v1_dot_admin__service__pb2.SwapExpertsRequest.FromString,
                     response_serializer=moeserve_dot_v1_dot_admin__service__pb2.SwapExpertsResponse.SerializeToString,
+            ),
+            'Scale': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=moeserve_dot_v1_dot_admin__service__pb2.ScaleRequest.FromString,
+                    response_serializer=moeserve_dot_v1_dot_admin__service__pb2.ScaleResponse.SerializeToString,
+            ),
+            'DrainHost': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainHost,
+                    request_deserializer=moeserve_dot_v1_dot_admin__service__pb2.DrainHostRequest.FromString,
+                    response_serializer=moeserve_dot_v1_dot_admin__service__pb2.DrainHostResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -91,6 +125,60 @@ class AdminService:
             '/moeserve.v1.AdminService/SwapExperts',
             moeserve_dot_v1_dot_admin__service__pb2.SwapExpertsRequest.SerializeToString,
             moeserve_dot_v1_dot_admin__service__pb2.SwapExpertsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moeserve.v1.AdminService/Scale',
+            moeserve_dot_v1_dot_admin__service__pb2.ScaleRequest.SerializeToString,
+            moeserve_dot_v1_dot_admin__service__pb2.ScaleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainHost(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moeserve.v1.AdminService/DrainHost',
+            moeserve_dot_v1_dot_admin__service__pb2.DrainHostRequest.SerializeToString,
+            moeserve_dot_v1_dot_admin__service__pb2.DrainHostResponse.FromString,
             options,
             channel_credentials,
             insecure,

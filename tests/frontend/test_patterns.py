@@ -46,7 +46,7 @@ def pairs_of(message: Message) -> list[tuple[float, ...]]:
 @given(num_tokens=st.integers(0, 20), seed=st.integers(0, 1000), nodes=st.lists(st.sampled_from("ab"), min_size=HOSTS, max_size=HOSTS))
 def test_every_pair_reaches_its_host_once_and_no_row_travels_twice(pattern: str, num_tokens: int, seed: int, nodes: list[str]) -> None:
     planned = works(num_tokens, seed)
-    messages = PATTERNS[pattern](planned, nodes)
+    messages = PATTERNS[pattern](planned, dict(enumerate(nodes)))
     expected = [pair for work in planned for pair in triples(work.host, work.rows, work.row_index, work.slots, work.weights)]
     assert sorted(pair for message in messages for pair in pairs_of(message)) == sorted(expected)
     for message in messages:

@@ -75,3 +75,19 @@ def test_from_the_shell(service: ServiceHarness, folders: tuple[Path, Path], tmp
     assert "'one' is not the number of an expert" in capsys.readouterr().err
     assert main([*command, "--experts", "7"]) != 0
     assert "has no expert 7; it has 0..3" in capsys.readouterr().err
+
+
+def test_scaling_and_draining(service: ServiceHarness, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with AdminClient(service.target, ADMIN) as admin:
+        placed = admin.scale(3)
+        assert (placed.epoch, placed.hosts) == (2, ("host-0", "host-1", "host-2"))
+        placed = admin.drain("host-1")
+        assert (placed.epoch, placed.hosts) == (3, ("host-0", "host-2"))
+        with pytest.raises(MoEServeError, match="there is no host 'host-1'; there are host-0, host-2"):
+            admin.drain("host-1")
+    token = ["--admin-token-file", str(tmp_path / "admin")]
+    assert main(["scale", service.target, "--hosts", "1", *token]) == 0
+    assert capsys.readouterr().out == "epoch 4: the experts stand on host-0\n"
+    assert main(["drain", service.target, "host-0", *token]) != 0
+    assert "at least one host is needed" in capsys.readouterr().err
+    assert main(["scale", service.target, "--hosts", "0", *token]) == 2
