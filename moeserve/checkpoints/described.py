@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from moeserve.config import Dtype, LayerConfig, LayerSpec, Quantization
-from moeserve.experts import check_module
+from moeserve.experts import ExpertShard, check_module, feed_forward_bytes
+from moeserve.tensors import FLOAT_DTYPES
 
 
 def spec_of(name: str, layer: LayerConfig, dtype: Dtype, quantization: Quantization | None = None) -> LayerSpec:
@@ -37,6 +38,12 @@ def spec_of(name: str, layer: LayerConfig, dtype: Dtype, quantization: Quantizat
 def num_hosted_experts(layer: LayerConfig) -> int:
     """Those that compute."""
     return (layer.num_experts or 0) - layer.identity_experts - layer.zero_experts
+
+
+def expert_bytes(spec: LayerSpec, intermediate_size: int, shard: ExpertShard, bias: bool | None = None) -> int:
+    """Bytes of a shard of a feed-forward expert of this layer, as a host holds it; bias = None: as the layer has it."""
+    bias, dtype = spec.bias if bias is None else bias, FLOAT_DTYPES[spec.dtype]
+    return feed_forward_bytes(spec.hidden_size, intermediate_size, spec.activation, bias, dtype, shard, spec.quantization)
 
 
 def intermediate_sizes(layer: LayerConfig) -> tuple[int, ...]:

@@ -14,11 +14,12 @@ from typing import Final
 
 import torch
 
+from moeserve.checkpoints.described import expert_bytes
 from moeserve.checkpoints.family import Layout
 from moeserve.checkpoints.layouts import Part, Separate
 from moeserve.checkpoints.safetensors_folder import SafetensorsFolder
 from moeserve.config import LayerSpec
-from moeserve.experts import Expert, ExpertShard, FeedForward, feed_forward_bytes, is_gated
+from moeserve.experts import Expert, ExpertShard, FeedForward, is_gated
 from moeserve.gating import Mixer, Router
 from moeserve.tensors import FLOAT_DTYPES
 
@@ -88,10 +89,10 @@ class HuggingFaceLayer:
         return Mixer(self.spec.shared_mixing, self._read(self.layout.shared_gate, (1, self.spec.hidden_size)) if has_gate else None)
 
     def nbytes(self, shard: ExpertShard) -> int:
-        return self._bytes(self.spec.intermediate_size, self.spec.bias, shard)
+        return expert_bytes(self.spec, self.spec.intermediate_size, shard)
 
     def shared_nbytes(self) -> int:
-        return self._bytes(self.shared_size, self.shared_bias, ExpertShard(0)) if self.shared_size else 0
+        return expert_bytes(self.spec, self.shared_size, ExpertShard(0), self.shared_bias) if self.shared_size else 0
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -100,10 +101,6 @@ class HuggingFaceLayer:
     @property
     def _prefix(self) -> str:
         return self.layout.prefix.format(index=self.index)
-
-    def _bytes(self, intermediate_size: int, bias: bool, shard: ExpertShard) -> int:
-        spec = self.spec
-        return feed_forward_bytes(spec.hidden_size, intermediate_size, spec.activation, bias, self._dtype, shard, spec.quantization)
 
     def _expert(self, shard: ExpertShard) -> FeedForward:
         part = self._part(shard, self.spec.intermediate_size)

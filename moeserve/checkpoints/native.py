@@ -18,12 +18,12 @@ from typing import Any, Protocol
 import torch
 from pydantic import ValidationError
 
-from moeserve.checkpoints.described import intermediate_sizes, spec_of
+from moeserve.checkpoints.described import expert_bytes, intermediate_sizes, spec_of
 from moeserve.checkpoints.safetensors_folder import SafetensorsFolder, read_json
 from moeserve.checkpoints.trust import check_trusted
 from moeserve.config import Dtype, LayerConfig, LayerSpec
 from moeserve.errors import CheckpointError
-from moeserve.experts import Expert, ExpertShard, FeedForward, ModuleExpert, feed_forward_bytes, is_gated, make_module, module_bytes
+from moeserve.experts import Expert, ExpertShard, FeedForward, ModuleExpert, is_gated, make_module, module_bytes
 from moeserve.gating import Mixer, Router
 from moeserve.tensors import FLOAT_DTYPES
 
@@ -82,7 +82,7 @@ class NativeLayer:
     def nbytes(self, shard: ExpertShard) -> int:
         if self.spec.module is not None:
             return module_bytes(self.spec.module, self.spec.module_args[shard.expert], self._dtype)
-        return self._bytes(intermediate_sizes(self.layer)[shard.expert], shard)
+        return expert_bytes(self.spec, intermediate_sizes(self.layer)[shard.expert], shard)
 
     def shared_nbytes(self) -> int:
         shared = self.layer.shared_expert
@@ -90,15 +90,11 @@ class NativeLayer:
             return 0
         if shared.expert is not None:
             return module_bytes(shared.expert, shared.expert_args, self._dtype)
-        return self._bytes(shared.intermediate_size or 0, ExpertShard(0))
+        return expert_bytes(self.spec, shared.intermediate_size or 0, ExpertShard(0))
 
     @property
     def _dtype(self) -> torch.dtype:
         return FLOAT_DTYPES[self.spec.dtype]
-
-    def _bytes(self, intermediate_size: int, shard: ExpertShard) -> int:
-        spec = self.spec
-        return feed_forward_bytes(spec.hidden_size, intermediate_size, spec.activation, spec.bias, self._dtype, shard, spec.quantization)
 
     def _expert(self, shard: ExpertShard) -> Expert:
         key = f"experts.{shard.expert}"

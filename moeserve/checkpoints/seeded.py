@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from moeserve.checkpoints.described import expert_bytes
 from moeserve.config import LayerSpec, SharedExpertConfig
-from moeserve.experts import Expert, ExpertShard, FeedForward, ModuleExpert, feed_forward_bytes, is_gated, make_module, module_bytes
+from moeserve.experts import Expert, ExpertShard, FeedForward, ModuleExpert, is_gated, make_module, module_bytes
 from moeserve.gating import Mixer, Router
 from moeserve.tensors import FLOAT_DTYPES
 
@@ -53,22 +54,18 @@ class SeededLayer:
     def nbytes(self, shard: ExpertShard) -> int:
         if self.spec.module is not None:
             return module_bytes(self.spec.module, self.spec.module_args[shard.expert], self._dtype)
-        return self._bytes(self._size_of(shard), shard)
+        return expert_bytes(self.spec, self._size_of(shard), shard)
 
     def shared_nbytes(self) -> int:
         if self.shared is None:
             return 0
         if self.shared.expert is not None:
             return module_bytes(self.shared.expert, self.shared.expert_args, self._dtype)
-        return self._bytes(self.shared.intermediate_size or 0, ExpertShard(0))
+        return expert_bytes(self.spec, self.shared.intermediate_size or 0, ExpertShard(0))
 
     @property
     def _dtype(self) -> torch.dtype:
         return FLOAT_DTYPES[self.spec.dtype]
-
-    def _bytes(self, intermediate_size: int, shard: ExpertShard) -> int:
-        spec = self.spec
-        return feed_forward_bytes(spec.hidden_size, intermediate_size, spec.activation, spec.bias, self._dtype, shard, spec.quantization)
 
     def _size_of(self, shard: ExpertShard) -> int:
         return self.intermediate_sizes[shard.expert]

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import grpc
 
-from moeserve.client.connection import CHANNEL_OPTIONS, TLS, call_metadata, channel_credentials
+from moeserve.client.connection import TLS, call_metadata, open_channel
 from moeserve.client.failures import to_error
 from moeserve.v1 import admin_service_pb2 as pb
 from moeserve.v1 import admin_service_pb2_grpc as pb_grpc
@@ -41,11 +41,7 @@ class AdminClient:
     def __init__(self, target: str, token: str, tls: TLS | bool | None = None) -> None:
         self._target = target
         self._metadata = call_metadata(token)
-        credentials = channel_credentials(tls)
-        if credentials is None:
-            self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
-        else:
-            self._channel = grpc.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
+        self._channel = open_channel(target, tls)
         self._service = pb_grpc.AdminServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     def swap(self, layer: str, checkpoint: str | Path, experts: Iterable[int] = (), timeout: float = 3600.0) -> Swapped:

@@ -11,7 +11,7 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from moeserve.client.answers import LayerInfo, Sent, decode_answer, encode_request, output_of, read_layers, read_stats
-from moeserve.client.connection import CHANNEL_OPTIONS, SERVICE_NAME, TLS, call_metadata, channel_credentials
+from moeserve.client.connection import SERVICE_NAME, TLS, call_metadata, open_channel
 from moeserve.client.failures import to_error
 from moeserve.errors import DeadlineExceeded, ExpertUnavailable
 from moeserve.output import ForwardOutput
@@ -36,11 +36,7 @@ class Client:
         self._target = target
         self._timeout_s = timeout
         self._metadata = call_metadata(token)
-        credentials = channel_credentials(tls)
-        if credentials is None:
-            self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
-        else:
-            self._channel = grpc.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
+        self._channel = open_channel(target, tls)
         # Without (de)serializers: tensors go through our own codec.
         self._forward: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(f"/{SERVICE_NAME}/Forward")
         self._forward_stream: grpc.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(f"/{SERVICE_NAME}/ForwardStream")

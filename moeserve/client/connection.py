@@ -65,6 +65,14 @@ def channel_credentials(tls: TLS | bool | None) -> grpc.ChannelCredentials | Non
     return grpc.ssl_channel_credentials(*(None if path is None else _read(Path(path)) for path in (files.ca, files.key, files.cert)))
 
 
+def open_channel(target: str, tls: TLS | bool | None) -> grpc.Channel:
+    """A channel for blocking calls. Raises ConfigError naming a file that cannot be read."""
+    credentials = channel_credentials(tls)
+    if credentials is None:
+        return grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+    return grpc.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
+
+
 def call_metadata(token: str | None) -> tuple[tuple[str, str], ...]:
     """What every call carries."""
     return () if token is None else (("authorization", f"Bearer {token}"),)

@@ -55,9 +55,13 @@ def deepseek_v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_plan(deepseek_v3: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    code = main(["plan", str(deepseek_v3), "--num-hosts", "16"])
+    command = ["plan", str(deepseek_v3), "--num-hosts", "16"]
+    assert main(command) == 2
+    shown, refused = capsys.readouterr()
+    assert "16 hosts would hold" in refused and "but this machine has" in refused
+    code = main([*command, "--address", "10.0.0.1:6379"])
     out = capsys.readouterr().out
-    assert code == 0
+    assert (code, out) == (0, shown)
     assert "58 MoE layers" in out
     assert "16 hosts" in out
     assert "model.layers.60.mlp" in out
