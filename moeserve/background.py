@@ -39,25 +39,34 @@ class BackgroundService:
         except BaseException:
             self._end_thread()
             raise
+        self._ending = asyncio.run_coroutine_threadsafe(self._stop_when_asked(), self._loop)
 
     def stop(self) -> None:
         """Drain, then stop everything; idempotent."""
         if self._thread.is_alive():
-            asyncio.run_coroutine_threadsafe(self._service.stop(), self._loop).result()
+            self._loop.call_soon_threadsafe(self._service.ask_to_stop)
+            self._ending.result()
             self._end_thread()
 
+    async def _stop_when_asked(self) -> None:
+        await self._service.stop_requested.wait()
+        await self._service.stop()
+
     def swap(self, layer: str, checkpoint: str | Path, experts: Sequence[int] | None = None) -> int:
-        """As `Service.swap`; returns the layer's new revision."""
+        """Serve a layer, or some of its experts, with the weights of another folder; no request fails meanwhile.
+
+        Returns the layer's new revision, which answers name. Raises MoEServeError; then nothing has changed.
+        """
         work = self._service.swap(layer, Path(checkpoint), experts)
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result().revision(layer)
 
     def scale(self, num_hosts: int) -> int:
-        """As `Service.scale`; returns the epoch."""
-        return asyncio.run_coroutine_threadsafe(self._service.scale(num_hosts), self._loop).result()
+        """Spread the experts over so many hosts; no request fails meanwhile. Returns the epoch. Raises ConfigError."""
+        return asyncio.run_coroutine_threadsafe(self._service.scale(num_hosts), self._loop).result().epoch
 
     def drain_host(self, host: str) -> int:
-        """As `Service.drain_host`; returns the epoch."""
-        return asyncio.run_coroutine_threadsafe(self._service.drain_host(host), self._loop).result()
+        """Place the experts of a host on the others and let it go; no request fails meanwhile. Returns the epoch. Raises ConfigError."""
+        return asyncio.run_coroutine_threadsafe(self._service.drain(host), self._loop).result().epoch
 
     def _end_thread(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

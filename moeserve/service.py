@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
@@ -35,6 +36,7 @@ class Service:
         self._running = AsyncExitStack()
         self._server: GrpcServer | None = None
         self._rollout: Rollout | None = None
+        self.stop_requested = asyncio.Event()
         self.hosts: list[HostInfo] = []
         #: host:port of the gRPC service, and of the metrics endpoint
         self.target = ""
@@ -56,23 +58,24 @@ class Service:
         await self._drain()
         await self._running.aclose()
 
-    async def swap(self, layer: str, checkpoint: Path, experts: Sequence[int] | None = None) -> int:
-        """Serve a layer, or some of its experts, with the weights of another folder; no request fails meanwhile.
-
-        Returns the layer's new revision, which answers name. Raises MoEServeError; then nothing has changed.
-        """
+    async def swap(self, layer: str, checkpoint: Path, experts: Sequence[int] | None = None) -> Release:
+        """As `Rollout.swap`; returns what is served then."""
         assert self._rollout is not None, "a service that has started"
-        return (await self._rollout.swap(layer, checkpoint, experts)).revision(layer)
+        return await self._rollout.swap(layer, checkpoint, experts)
 
-    async def scale(self, num_hosts: int) -> int:
-        """Spread the experts over so many hosts; no request fails meanwhile. Returns the epoch. Raises ConfigError."""
+    async def scale(self, num_hosts: int) -> Release:
+        """As `Rollout.scale`; returns what is served then."""
         assert self._rollout is not None, "a service that has started"
-        return (await self._rollout.scale(num_hosts)).epoch
+        return await self._rollout.scale(num_hosts)
 
-    async def drain_host(self, host: str) -> int:
-        """Place the experts of a host on the others and let it go; no request fails meanwhile. Returns the epoch. Raises ConfigError."""
+    async def drain(self, host: str) -> Release:
+        """As `Rollout.drain`; returns what is served then."""
         assert self._rollout is not None, "a service that has started"
-        return (await self._rollout.drain(host)).epoch
+        return await self._rollout.drain(host)
+
+    def ask_to_stop(self) -> None:
+        """Somebody who may wants the service to end: whoever started it is told by `stop_requested`."""
+        self.stop_requested.set()
 
     async def _start(self) -> None:
         config = self._config
@@ -93,7 +96,7 @@ class Service:
 
         # The ports come before the weights: whoever probes them is told that the service is starting.
         self._rollout = Rollout(config, release, fleet, frontend)
-        self._server = GrpcServer(frontend, config.server, metrics.observe_call, self._rollout)
+        self._server = GrpcServer(frontend, config.server, metrics.observe_call, self)
         self._running.push_async_callback(self._drain)
         self.target = f"{config.server.host}:{await self._server.start()}"
         self.metrics_target = f"{config.server.host}:{self._start_metrics(metrics, frontend)}"

@@ -134,6 +134,7 @@ class ServiceHarness:
         self._thread = threading.Thread(target=self._loop.run_forever)
         self.hosts: list[ThreadedHost] = []
         self.target = ""
+        self.asked_to_stop = threading.Event()
 
     def call(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Run a coroutine on the service's loop."""
@@ -160,7 +161,7 @@ class ServiceHarness:
             self.sources, self._releases[0], self.find, self.config, self.metrics, "model", self._on_health, self._keys
         )
         self.rollout = Rollout(self.config, self._releases[0], self, self.frontend)
-        self.server = GrpcServer(self.frontend, self.config.server, self.metrics.observe_call, self.rollout)
+        self.server = GrpcServer(self.frontend, self.config.server, self.metrics.observe_call, self)
         self.target = f"127.0.0.1:{await self.server.start()}"
         await self.frontend.start(self.nodes[0])
 
@@ -173,6 +174,18 @@ class ServiceHarness:
             key = self._keys.public
             self.hosts.append(ThreadedHost(number, self._kind, self._folder, self.config, self._releases, node, key, self.introduce))
         self.introduce()
+
+    async def swap(self, layer: str, checkpoint: Path, experts: Sequence[int] | None) -> Release:
+        return await self.rollout.swap(layer, checkpoint, experts)
+
+    async def scale(self, num_hosts: int) -> Release:
+        return await self.rollout.scale(num_hosts)
+
+    async def drain(self, host: str) -> Release:
+        return await self.rollout.drain(host)
+
+    def ask_to_stop(self) -> None:
+        self.asked_to_stop.set()
 
     async def take(self, release: Release) -> None:
         self._releases.append(release)

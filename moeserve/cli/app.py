@@ -17,6 +17,7 @@ from moeserve.cli.infer import infer
 from moeserve.cli.plan import plan
 from moeserve.cli.scale import drain, scale
 from moeserve.cli.serve import serve
+from moeserve.cli.shutdown import shutdown
 from moeserve.cli.swap import swap
 from moeserve.cli.top import top
 from moeserve.errors import ConfigError, MoEServeError, ServiceUnreachable
@@ -28,6 +29,7 @@ app.command()(infer)
 app.command()(swap)
 app.command()(scale)
 app.command()(drain)
+app.command()(shutdown)
 app.command()(bench)
 app.command()(top)
 app.add_typer(config_app, name="config")

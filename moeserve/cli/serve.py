@@ -34,6 +34,7 @@ async def _serve(config: ServiceConfig) -> None:
     stop = asyncio.Event()
     _on_signals(stop.set)
     starting, stopping = asyncio.ensure_future(service.start()), asyncio.ensure_future(stop.wait())
+    asked = asyncio.ensure_future(service.stop_requested.wait())
     await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if stop.is_set():
         starting.cancel()
@@ -43,7 +44,9 @@ async def _serve(config: ServiceConfig) -> None:
     _on_signals(stop.set)  # again: Ray installs handlers of its own when it starts
     _tell(f"metrics at http://{service.metrics_target}/metrics")
     _tell(f"ready {service.target}")
-    await stopping
+    await asyncio.wait({stopping, asked}, return_when=asyncio.FIRST_COMPLETED)
+    for waiting in (stopping, asked):
+        waiting.cancel()
     _tell("draining; once more to stop at once")
     _on_signals(None)
     await service.stop()

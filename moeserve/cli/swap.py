@@ -7,23 +7,20 @@ from typing import Annotated
 
 import typer
 
-from moeserve.cli.token import read_token
-from moeserve.client import TLS, AdminClient
+from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of
 
 
 def swap(
-    target: Annotated[str, typer.Argument(help="host:port of the service.")],
+    target: Target,
     layer: Annotated[str, typer.Option(help="Name of a served layer.")],
     checkpoint: Annotated[Path, typer.Option(help="Folder of the same model, where the service and its hosts run.")],
-    admin_token_file: Annotated[Path, typer.Option(envvar="MOESERVE_ADMIN_TOKEN_FILE", help="File holding the admin token.")],
+    admin_token_file: AdminTokenFile,
     experts: Annotated[str, typer.Option(help="Only these, for example 0,5,7; all of the layer and its gate if none are named.")] = "",
-    tls_ca: Annotated[
-        Path | None, typer.Option(envvar="MOESERVE_TLS_CA", help="Certificate authority of the service; turns TLS on.")
-    ] = None,
+    tls_ca: TlsCa = None,
 ) -> None:
     """Serve a layer, or some of its experts, with the weights of another folder; no request fails meanwhile."""
     ids = [_expert(part) for part in experts.split(",") if part.strip()]
-    with AdminClient(target, read_token(admin_token_file), tls=TLS(ca=tls_ca) if tls_ca else None) as client:
+    with admin_of(target, admin_token_file, tls_ca) as client:
         done = client.swap(layer, checkpoint.resolve(), ids)
     typer.echo(f"layer {layer} has revision {done.model_revision} since epoch {done.epoch}")
 

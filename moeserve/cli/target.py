@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from moeserve.cli.token import read_token
-from moeserve.client import TLS
+from moeserve.client import TLS, AdminClient
 
 Target = Annotated[str, typer.Argument(help="host:port of the service.")]
 TokenFile = Annotated[Path | None, typer.Option(envvar="MOESERVE_TOKEN_FILE", help="File holding the bearer token.")]
+AdminTokenFile = Annotated[Path, typer.Option(envvar="MOESERVE_ADMIN_TOKEN_FILE", help="File holding the admin token.")]
 TlsCa = Annotated[Path | None, typer.Option(envvar="MOESERVE_TLS_CA", help="Certificate authority of the service; turns TLS on.")]
 
 
@@ -23,6 +24,11 @@ def token_of(path: Path | None) -> str | None:
 def tls_of(ca: Path | None) -> TLS | None:
     """What a client is given; None = in the clear."""
     return TLS(ca=ca) if ca else None
+
+
+def admin_of(target: str, token_file: Path, ca: Path | None) -> AdminClient:
+    """A connection to the service's AdminService. Raises ConfigError when a file cannot be read."""
+    return AdminClient(target, read_token(token_file), tls=tls_of(ca))
 
 
 def layer_of(text: str) -> int | str:

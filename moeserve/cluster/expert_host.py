@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ray
@@ -65,18 +65,20 @@ class ExpertHost:
 
     def take(self, release: Release) -> None:
         """Load what is new in a release beside what is served. Raises ConfigError or CheckpointError, and forgets it then."""
-        assert self._holdings is not None, "a host that has started"
-        self._holdings.take(release)
+        self._change(lambda holdings: holdings.take(release))
 
     def withdraw(self, epoch: int) -> None:
         """Forget a release that will not be."""
-        assert self._holdings is not None, "a host that has started"
-        self._holdings.withdraw(epoch)
+        self._change(lambda holdings: holdings.withdraw(epoch))
 
     def retire(self, epoch: int) -> None:
         """Forget what was before a release that everybody uses now."""
-        assert self._holdings is not None, "a host that has started"
-        self._holdings.retire(epoch)
+        self._change(lambda holdings: holdings.retire(epoch))
+
+    def _change(self, change: Callable[[Holdings], None]) -> None:
+        assert self._holdings is not None and self._info is not None, "a host that has started"
+        change(self._holdings)
+        self._info = replace(self._info, weights_bytes=self._holdings.shelf.nbytes)
 
     def meet(self, directory: Mapping[int, HostInfo]) -> None:
         """All hosts by number as they are now: these, and the frontend, may talk to this one, and it may pass rows on to them."""

@@ -95,6 +95,10 @@ class Frontend:
             await link.close()
             self._metrics.forget_host(link.name)
 
+    async def refresh(self) -> None:
+        """Learn what hosts hold now."""
+        await asyncio.gather(*(link.refresh() for link in self._links.values()))
+
     def publish(self, release: Release, sources: Sequence[LayerSource]) -> None:
         """Batches that begin from now on use `release`, of which `sources` are the layers; those under way end as they began.
 

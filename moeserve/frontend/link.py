@@ -63,6 +63,11 @@ class HostLink:
         await self._connect()
         self._keeper = asyncio.create_task(self._keep())
 
+    async def refresh(self) -> None:
+        """Ask what the host says of itself now; one that is down will say when it is back."""
+        if self.channel is not None:
+            self.info = await self._resolve()
+
     async def connected(self) -> Channel:
         """The channel, once there is one."""
         while (channel := self.channel) is None:

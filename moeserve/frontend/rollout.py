@@ -57,6 +57,10 @@ class Publisher(Protocol):
         """Until no batch uses an earlier one."""
         ...
 
+    async def refresh(self) -> None:
+        """Learn what hosts hold now."""
+        ...
+
     async def forget(self) -> None:
         """Let go of hosts that the present release has nothing on."""
         ...
@@ -135,3 +139,4 @@ class Rollout:
         await self._frontend.drained()
         await self._frontend.forget()
         await self._hosts.retire(release.epoch)
+        await self._frontend.refresh()

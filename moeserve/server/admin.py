@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import grpc
 
@@ -42,6 +42,10 @@ class Admin(Protocol):
         """One host fewer. Raises MoEServeError; then nothing has changed."""
         ...
 
+    def ask_to_stop(self) -> None:
+        """Tell whoever runs the service that it shall end."""
+        ...
+
 
 class AdminService:
     """Handlers that raise MoEServeError; the `Boundary` around them asks for the admin token."""
@@ -51,12 +55,17 @@ class AdminService:
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """To add to a server."""
-        swap = grpc.unary_unary_rpc_method_handler(
-            self.swap_experts, pb.SwapExpertsRequest.FromString, pb.SwapExpertsResponse.SerializeToString
-        )
-        scale = grpc.unary_unary_rpc_method_handler(self.scale, pb.ScaleRequest.FromString, pb.ScaleResponse.SerializeToString)
-        drain = grpc.unary_unary_rpc_method_handler(self.drain_host, pb.DrainHostRequest.FromString, pb.DrainHostResponse.SerializeToString)
-        return grpc.method_handlers_generic_handler(ADMIN_SERVICE_NAME, {"SwapExperts": swap, "Scale": scale, "DrainHost": drain})
+        methods: dict[str, tuple[Any, Any, Any]] = {
+            "SwapExperts": (self.swap_experts, pb.SwapExpertsRequest, pb.SwapExpertsResponse),
+            "Scale": (self.scale, pb.ScaleRequest, pb.ScaleResponse),
+            "DrainHost": (self.drain_host, pb.DrainHostRequest, pb.DrainHostResponse),
+            "Shutdown": (self.shutdown, pb.ShutdownRequest, pb.ShutdownResponse),
+        }
+        handlers = {
+            name: grpc.unary_unary_rpc_method_handler(method, request.FromString, response.SerializeToString)
+            for name, (method, request, response) in methods.items()
+        }
+        return grpc.method_handlers_generic_handler(ADMIN_SERVICE_NAME, handlers)
 
     async def swap_experts(self, request: pb.SwapExpertsRequest, _context: Context) -> pb.SwapExpertsResponse:
         """One `SwapExpertsRequest`; returns when no request is answered with the old weights any more."""
@@ -74,3 +83,8 @@ class AdminService:
         """One `DrainHostRequest`; returns when the host has gone."""
         served = await self._admin.drain(request.host)
         return pb.DrainHostResponse(epoch=served.epoch, hosts=served.host_names)
+
+    async def shutdown(self, _request: pb.ShutdownRequest, _context: Context) -> pb.ShutdownResponse:
+        """Answers at once; the service then ends as after SIGTERM."""
+        self._admin.ask_to_stop()
+        return pb.ShutdownResponse()

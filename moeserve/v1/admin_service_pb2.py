@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmoeserve/v1/admin_service.proto\x12\x0bmoeserve.v1\"H\n\x12SwapExpertsRequest\x12\r\n\x05layer\x18\x01 \x01(\t\x12\x12\n\ncheckpoint\x18\x02 \x01(\t\x12\x0f\n\x07\x65xperts\x18\x03 \x03(\r\"<\n\x13SwapExpertsResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x16\n\x0emodel_revision\x18\x02 \x01(\x04\"\x1d\n\x0cScaleRequest\x12\r\n\x05hosts\x18\x01 \x01(\r\"-\n\rScaleResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05hosts\x18\x02 \x03(\t\" \n\x10\x44rainHostRequest\x12\x0c\n\x04host\x18\x01 \x01(\t\"1\n\x11\x44rainHostResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05hosts\x18\x02 \x03(\t2\xec\x01\n\x0c\x41\x64minService\x12P\n\x0bSwapExperts\x12\x1f.moeserve.v1.SwapExpertsRequest\x1a .moeserve.v1.SwapExpertsResponse\x12>\n\x05Scale\x12\x19.moeserve.v1.ScaleRequest\x1a\x1a.moeserve.v1.ScaleResponse\x12J\n\tDrainHost\x12\x1d.moeserve.v1.DrainHostRequest\x1a\x1e.moeserve.v1.DrainHostResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmoeserve/v1/admin_service.proto\x12\x0bmoeserve.v1\"H\n\x12SwapExpertsRequest\x12\r\n\x05layer\x18\x01 \x01(\t\x12\x12\n\ncheckpoint\x18\x02 \x01(\t\x12\x0f\n\x07\x65xperts\x18\x03 \x03(\r\"<\n\x13SwapExpertsResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x16\n\x0emodel_revision\x18\x02 \x01(\x04\"\x1d\n\x0cScaleRequest\x12\r\n\x05hosts\x18\x01 \x01(\r\"-\n\rScaleResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05hosts\x18\x02 \x03(\t\" \n\x10\x44rainHostRequest\x12\x0c\n\x04host\x18\x01 \x01(\t\"1\n\x11\x44rainHostResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05hosts\x18\x02 \x03(\t\"\x11\n\x0fShutdownRequest\"\x12\n\x10ShutdownResponse2\xb5\x02\n\x0c\x41\x64minService\x12P\n\x0bSwapExperts\x12\x1f.moeserve.v1.SwapExpertsRequest\x1a .moeserve.v1.SwapExpertsResponse\x12>\n\x05Scale\x12\x19.moeserve.v1.ScaleRequest\x1a\x1a.moeserve.v1.ScaleResponse\x12J\n\tDrainHost\x12\x1d.moeserve.v1.DrainHostRequest\x1a\x1e.moeserve.v1.DrainHostResponse\x12G\n\x08Shutdown\x12\x1c.moeserve.v1.ShutdownRequest\x1a\x1d.moeserve.v1.ShutdownResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,6 +43,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DRAINHOSTREQUEST']._serialized_end=294
   _globals['_DRAINHOSTRESPONSE']._serialized_start=296
   _globals['_DRAINHOSTRESPONSE']._serialized_end=345
-  _globals['_ADMINSERVICE']._serialized_start=348
-  _globals['_ADMINSERVICE']._serialized_end=584
+  _globals['_SHUTDOWNREQUEST']._serialized_start=347
+  _globals['_SHUTDOWNREQUEST']._serialized_end=364
+  _globals['_SHUTDOWNRESPONSE']._serialized_start=366
+  _globals['_SHUTDOWNRESPONSE']._serialized_end=384
+  _globals['_ADMINSERVICE']._serialized_start=387
+  _globals['_ADMINSERVICE']._serialized_end=696
 # @@protoc_insertion_point(module_scope)

@@ -50,6 +50,11 @@ class AdminServiceStub:
                 request_serializer=moeserve_dot_v1_dot_admin__service__pb2.DrainHostRequest.SerializeToString,
                 response_deserializer=moeserve_dot_v1_dot_admin__service__pb2.DrainHostResponse.FromString,
                 _registered_method=True)
+        self.Shutdown = channel.unary_unary(
+                '/moeserve.v1.AdminService/Shutdown',
+                request_serializer=moeserve_dot_v1_dot_admin__service__pb2.ShutdownRequest.SerializeToString,
+                response_deserializer=moeserve_dot_v1_dot_admin__service__pb2.ShutdownResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -78,6 +83,13 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Shutdown(self, request, context):
+        """Ends the service as SIGTERM does: running requests finish. Answers at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +107,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.DrainHost,
                     request_deserializer=moeserve_dot_v1_dot_admin__service__pb2.DrainHostRequest.FromString,
                     response_serializer=moeserve_dot_v1_dot_admin__service__pb2.DrainHostResponse.SerializeToString,
+            ),
+            'Shutdown': grpc.unary_unary_rpc_method_handler(
+                    servicer.Shutdown,
+                    request_deserializer=moeserve_dot_v1_dot_admin__service__pb2.ShutdownRequest.FromString,
+                    response_serializer=moeserve_dot_v1_dot_admin__service__pb2.ShutdownResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -179,6 +196,33 @@ class AdminService:
             '/moeserve.v1.AdminService/DrainHost',
             moeserve_dot_v1_dot_admin__service__pb2.DrainHostRequest.SerializeToString,
             moeserve_dot_v1_dot_admin__service__pb2.DrainHostResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Shutdown(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moeserve.v1.AdminService/Shutdown',
+            moeserve_dot_v1_dot_admin__service__pb2.ShutdownRequest.SerializeToString,
+            moeserve_dot_v1_dot_admin__service__pb2.ShutdownResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import moeserve
-from moeserve import Client, ConfigError, MoELayer
+from moeserve import Client, ConfigError, ExpertUnavailable, MoELayer
+from moeserve.client import AdminClient
 from tests.cluster.test_hosts import processes
 from tests.harness import assert_same
 
@@ -21,13 +22,14 @@ pytestmark = pytest.mark.ray
 CALLERS = 8
 
 
-def test_two_six_two_and_every_host_replaced_under_load(tiny_moe: Path, local_ray: None) -> None:
+def test_two_six_two_and_every_host_replaced_under_load(tiny_moe: Path, tmp_path: Path, local_ray: None) -> None:
     config = {
         "model": {"checkpoint": tiny_moe, "dtype": "float32"},
         "placement": {"num_hosts": 2, "cpus_per_host": 0.1},
-        "server": {"port": 0, "metrics_port": 0},
+        "server": {"port": 0, "metrics_port": 0, "admin_token_file": tmp_path / "admin"},
     }
     references = [MoELayer.from_checkpoint(tiny_moe, layer, dtype=torch.float32) for layer in range(4)]
+    (tmp_path / "admin").write_text("secret")
     before = len(processes().get("ray::ExpertHost", []))
     with moeserve.serve(config) as service:
         stop, answered = threading.Event(), threading.Semaphore(0)
@@ -63,6 +65,8 @@ def test_two_six_two_and_every_host_replaced_under_load(tiny_moe: Path, local_ra
                 with Client(service.target) as client:
                     (survivor, other) = client.stats().hosts
                 assert (survivor.name, other.name) == ("host-6", "host-7")
+                whole = sum(each.bank.nbytes for each in references)
+                assert survivor.weights_bytes + other.weights_bytes == whole
                 assert len(processes()["ray::ExpertHost"]) == before + 2
                 goes_on()
                 os.kill(processes()["ray::ExpertHost"][-1], signal.SIGKILL)
@@ -70,3 +74,10 @@ def test_two_six_two_and_every_host_replaced_under_load(tiny_moe: Path, local_ra
             finally:
                 stop.set()
             assert sum(future.result() for future in running) > 30 * CALLERS
+        with AdminClient(service.target, "secret") as admin:
+            admin.shutdown()
+        with Client(service.target) as client, pytest.raises(ExpertUnavailable):
+            while True:
+                client.layers()
+        service.stop()
+    assert len(processes().get("ray::ExpertHost", [])) == before

@@ -1,0 +1,14 @@
+"""`moeserve shutdown`: end a running service from elsewhere."""
+
+from __future__ import annotations
+
+import typer
+
+from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of
+
+
+def shutdown(target: Target, admin_token_file: AdminTokenFile, tls_ca: TlsCa = None) -> None:
+    """End a service as SIGTERM does: running requests finish, new ones are refused."""
+    with admin_of(target, admin_token_file, tls_ca) as client:
+        client.shutdown()
+    typer.echo(f"{target} is draining")
