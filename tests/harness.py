@@ -191,7 +191,9 @@ class ServiceHarness:
         self._releases.append(release)
         self._add([number for number in release.placement.hosts if number not in {host.number for host in self.hosts}])
         for host in self.hosts:
-            await asyncio.to_thread(host.holdings.take, release)
+            if host.number in release.placement.hosts:
+                await host.find()
+                await asyncio.to_thread(host.holdings.take, release)
 
     async def withdraw(self, epoch: int) -> None:
         self._releases[:] = [release for release in self._releases if release.epoch < epoch]
@@ -206,7 +208,8 @@ class ServiceHarness:
     async def remove(self, numbers: Sequence[int]) -> None:
         for host in [host for host in self.hosts if host.number in numbers]:
             self.hosts.remove(host)
-            await asyncio.to_thread(host.stop)
+            if host.is_up:
+                await asyncio.to_thread(host.stop)
 
     def introduce(self) -> None:
         """Every host learns where all of them are now."""

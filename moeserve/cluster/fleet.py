@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import signal
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from moeserve.cluster.expert_host import ExpertHost, FrontendAddress, HostOrder
 from moeserve.config import PlacementConfig, ServiceConfig
@@ -98,31 +101,32 @@ class Fleet:
         """
         self._releases.append(release)
         self._add([number for number in release.placement.hosts if number not in self._actors])
-        await self._tell_all(lambda actor: actor.take.remote(release))
+        await self._tell(release.placement.hosts, lambda actor: actor.take.remote(release))
 
     async def withdraw(self, epoch: int) -> None:
         """Hosts forget a release that will not be."""
         self._releases = [release for release in self._releases if release.epoch < epoch]
-        await self._tell_all(lambda actor: actor.withdraw.remote(epoch))
+        await self._tell(self._releases[-1].placement.hosts, lambda actor: actor.withdraw.remote(epoch))
 
     async def retire(self, epoch: int) -> None:
         """Hosts forget what was before the release of `epoch`."""
         self._releases = [release for release in self._releases if release.epoch >= epoch]
-        await self._tell_all(lambda actor: actor.retire.remote(epoch))
+        await self._tell(self._releases[-1].placement.hosts, lambda actor: actor.retire.remote(epoch))
 
     async def remove(self, numbers: Sequence[int]) -> None:
         """Stop these hosts for good; the others stop talking to them."""
         leaving = [self._actors.pop(number) for number in numbers if number in self._actors]
-        for number in numbers:
-            self._directory.pop(number, None)
+        known = [self._directory.pop(number) for number in numbers if number in self._directory]
         await _stop(leaving)
+        await asyncio.to_thread(_end_processes, known)
         if leaving:
             await self._meet()
 
-    async def _tell_all(self, call: Call) -> None:
-        await asyncio.gather(*(self._tell(number, call) for number in self._actors))
+    async def _tell(self, numbers: Sequence[int], call: Call) -> None:
+        """`call` these hosts; those that leave may be dead for good, and are not waited for."""
+        await asyncio.gather(*(self._tell_one(number, call) for number in numbers))
 
-    async def _tell(self, number: int, call: Call) -> None:
+    async def _tell_one(self, number: int, call: Call) -> None:
         """`call` an actor; one that has died knows when it is found again, because it then starts with the releases in force."""
         while True:
             await self.find(number)
@@ -169,6 +173,22 @@ async def _met(meeting: Awaitable[None]) -> None:
     except RayActorError as error:
         # A host that is gone is introduced when it is found again; until then rows are sent to each host directly.
         log.info("a host missed who the others are: %s", str(error).splitlines()[0])
+
+
+def _end_processes(hosts: Sequence[HostInfo]) -> None:
+    """A process that hangs does not hear Ray's request to exit: it is killed on its node."""
+    ends = [
+        _end_process.options(scheduling_strategy=NodeAffinitySchedulingStrategy(host.node, soft=False)).remote(host.pid) for host in hosts
+    ]
+    if ends:
+        ray.wait(ends, num_returns=len(ends), timeout=_STOP_TIMEOUT_S)
+
+
+@ray.remote(num_cpus=0)
+def _end_process(pid: int) -> None:
+    command = Path(f"/proc/{pid}/cmdline")
+    if command.exists() and b"ExpertHost" in command.read_bytes():
+        os.kill(pid, signal.SIGKILL)
 
 
 def _name(number: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -116,13 +116,15 @@ class Exchange:
     def _gone(self, parts: Sequence[Part]) -> list[HostWork]:
         """What was lost and can be sent nowhere now, when that is all there is to do. Raises ExpertUnavailable if that is the policy."""
         lost = [work for part in parts for work in part.lost]
-        gone = [work for work in lost if self._links[work.host].channel is None]
+        gone = [work for work in lost if self._channel(work.host) is None]
         if gone and self._resilience.on_expert_failure == "fail":
             raise ExpertUnavailable(f"experts of layer {self._spec.name} were lost with {self._names(gone)}")
         return gone if len(gone) == len(lost) else []
 
     async def _some_host_is_back(self, parts: Sequence[Part]) -> None:
-        waits = [asyncio.ensure_future(self._links[work.host].connected()) for part in parts for work in part.lost]
+        links = [self._links[work.host] for part in parts for work in part.lost if work.host in self._links]
+        # A host that has left will not be back: another view is about to be used, or the deadline comes.
+        waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(link.connected()) for link in links] or [asyncio.Future()]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -141,7 +143,7 @@ class Exchange:
 
     def _write(self, part: Part, works: Sequence[HostWork], pattern: str) -> list[Draft]:
         """Rows go straight to where their channel sends from: the one copy of the data on this side."""
-        channels = {number: link.channel for number, link in self._links.items()}
+        channels = {work.host: self._channel(work.host) for work in works}
         part.lost += [work for work in works if channels[work.host] is None]
         nodes = {number: link.node for number, link in self._links.items()}
         drafts = []
@@ -160,5 +162,9 @@ class Exchange:
             drafts.append(Draft(message, channel, lease))
         return drafts
 
+    def _channel(self, host: int) -> Channel | None:
+        link = self._links.get(host)
+        return None if link is None else link.channel
+
     def _names(self, works: Sequence[HostWork]) -> str:
-        return ", ".join(self._links[host].name for host in sorted({work.host for work in works}))
+        return ", ".join(f"host-{host}" for host in sorted({work.host for work in works}))

@@ -5,6 +5,7 @@ T tokens, H hidden size.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 
@@ -40,8 +41,10 @@ class Forward:
         Requests that need a host that died go to other copies, or wait for it (or fail, as `resilience.on_expert_failure` says); the
         others are answered at once. Raises ExpertUnavailable for those that are still without an answer.
         """
-        with self.views.use() as view:
-            await self._run(batch, view)
+        is_answered = False
+        while not is_answered:
+            with self.views.use() as view:
+                is_answered = await self._run(batch, view)
 
     async def try_out(self, view: LayerView, deadline: float) -> None:
         """One row through every expert on hosts of a view that is not published yet. Raises what goes wrong."""
@@ -58,7 +61,8 @@ class Forward:
         finally:
             part.give_up()
 
-    async def _run(self, batch: Batch, view: LayerView) -> None:
+    async def _run(self, batch: Batch, view: LayerView) -> bool:
+        """False when hosts were lost and, before they came back, another view was published: then the batch begins again with that."""
         size = batch.num_tokens * self.spec.hidden_size
         routing, parts = await self._compute(size, self._route, batch, view)
         try:
@@ -76,11 +80,28 @@ class Forward:
             self._metrics.observe_stage("experts", time.perf_counter() - sent)
             if any(part.lost for part in parts):
                 await self._answer(batch, routings, parts, _untouched(batch, parts))
-                await self._exchange.retry(parts, batch.deadline)
+                if not await self._retry(parts, batch.deadline, view):
+                    return False
             await self._answer(batch, routings, parts, range(len(batch.members)))
+            return True
         finally:
             for part in parts:
                 part.give_up()
+
+    async def _retry(self, parts: Sequence[Part], deadline: float, view: LayerView) -> bool:
+        """Whether what was lost has been answered; otherwise `view` is not the present one any more. Raises ExpertUnavailable."""
+        retrying = asyncio.ensure_future(self._exchange.retry(parts, deadline))
+        superseded = asyncio.ensure_future(self.views.superseded(view))
+        try:
+            await asyncio.wait({retrying, superseded}, return_when=asyncio.FIRST_COMPLETED)
+            if not retrying.done():
+                return False
+            await retrying
+            return True
+        finally:
+            for task in (retrying, superseded):
+                task.cancel()
+            await asyncio.gather(retrying, superseded, return_exceptions=True)
 
     def _route(self, batch: Batch, view: LayerView) -> tuple[BatchRouting, list[Part]]:
         """The gate sees the whole batch, so that its answer does not depend on how the batch is cut."""

@@ -123,6 +123,16 @@ class Rollout:
         log.info("epoch %d: experts stand on hosts %s", release.epoch, ", ".join(map(str, numbers)))
         return release
 
+    async def _let_go(self) -> None:
+        """Batches end as they began; those that wait too long for a host that leaves, because it hangs, begin again with the others."""
+        try:
+            async with asyncio.timeout(self._config.server.drain_timeout_s):
+                await self._frontend.drained()
+        except TimeoutError:
+            log.warning("epoch %d: batches still wait for hosts that leave; they begin again on the others", self.release.epoch)
+        await self._frontend.forget()
+        await self._frontend.drained()
+
     async def _bring_in(self, release: Release) -> None:
         sources = await asyncio.to_thread(release.sources, self._config)
         try:
@@ -136,7 +146,6 @@ class Rollout:
             await self._hosts.remove(sorted(set(release.placement.hosts) - set(self.release.placement.hosts)))
             raise
         self.release = release
-        await self._frontend.drained()
-        await self._frontend.forget()
+        await self._let_go()
         await self._hosts.retire(release.epoch)
         await self._frontend.refresh()

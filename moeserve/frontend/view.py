@@ -29,6 +29,7 @@ class Views:
         self.current = view
         self._running: Counter[int] = Counter()
         self._left = asyncio.Event()
+        self._superseded = asyncio.Event()
 
     @contextmanager
     def use(self) -> Iterator[LayerView]:
@@ -45,6 +46,13 @@ class Views:
         """Batches that begin from now on see `view`."""
         assert view.epoch > self.current.epoch, "epochs only grow"
         self.current = view
+        self._superseded.set()
+        self._superseded = asyncio.Event()
+
+    async def superseded(self, view: LayerView) -> None:
+        """Until another view than `view` is the present one."""
+        while self.current is view:
+            await self._superseded.wait()
 
     async def drained(self) -> None:
         """Until no batch uses an earlier epoch than the present one."""

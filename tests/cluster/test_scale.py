@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import moeserve
-from moeserve import Client, ConfigError, ExpertUnavailable, MoELayer
+from moeserve import BackgroundService, Client, ConfigError, ExpertUnavailable, MoELayer
 from moeserve.client import AdminClient
 from tests.cluster.test_hosts import processes
 from tests.harness import assert_same
@@ -22,11 +22,17 @@ pytestmark = pytest.mark.ray
 CALLERS = 8
 
 
+def pid_of(service: BackgroundService, host: str) -> int:
+    """Of the present incarnation."""
+    links = service._service._rollout._frontend._links.values()  # type: ignore[union-attr]
+    return next(link.info.pid for link in links if link.name == host)
+
+
 def test_two_six_two_and_every_host_replaced_under_load(tiny_moe: Path, tmp_path: Path, local_ray: None) -> None:
     config = {
         "model": {"checkpoint": tiny_moe, "dtype": "float32"},
         "placement": {"num_hosts": 2, "cpus_per_host": 0.1},
-        "server": {"port": 0, "metrics_port": 0, "admin_token_file": tmp_path / "admin"},
+        "server": {"port": 0, "metrics_port": 0, "admin_token_file": tmp_path / "admin", "drain_timeout_s": 2.0},
     }
     references = [MoELayer.from_checkpoint(tiny_moe, layer, dtype=torch.float32) for layer in range(4)]
     (tmp_path / "admin").write_text("secret")
@@ -69,7 +75,10 @@ def test_two_six_two_and_every_host_replaced_under_load(tiny_moe: Path, tmp_path
                 assert survivor.weights_bytes + other.weights_bytes == whole
                 assert len(processes()["ray::ExpertHost"]) == before + 2
                 goes_on()
-                os.kill(processes()["ray::ExpertHost"][-1], signal.SIGKILL)
+                os.kill(pid_of(service, "host-7"), signal.SIGKILL)
+                goes_on()
+                os.kill(pid_of(service, "host-6"), signal.SIGSTOP)
+                assert service.drain_host("host-6") == 8, "a host that hangs is left, and nobody waits for it for long"
                 goes_on()
             finally:
                 stop.set()

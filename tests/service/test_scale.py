@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from moeserve import Client, ConfigError, MoELayer
+from tests.frontend.test_failure import gone, until
 from tests.harness import CHANNELS, Kind, ServiceHarness, assert_same
+from tests.service.test_pipeline import Held
 
 LAYERS = [{"hidden_size": 16, "intermediate_size": 24, "num_experts": 8, "seed": seed, "gating": {"top_k": 3}} for seed in range(2)]
 CONFIG = {"layers": LAYERS, "placement": {"num_hosts": 2}}
@@ -100,3 +102,36 @@ def test_what_cannot_be_leaves_everything_as_it_was(tmp_path: Path) -> None:
             load.goes_on()
             assert service.rollout.release.epoch == 1
         assert service.call(service.rollout.scale(2)).epoch == 1, "nothing to do"
+
+
+@pytest.mark.parametrize("kind", CHANNELS)
+def test_a_host_that_never_comes_back_is_left_and_those_who_wait_for_it_are_answered(kind: Kind, tmp_path: Path) -> None:
+    rows = tokens(0)
+    with ServiceHarness({**CONFIG, "placement": {"num_hosts": 3}}, kind, tmp_path) as service, ThreadPoolExecutor() as pool:
+        service.hosts[1].stop()
+        service.call(gone(service, 1))
+        with Client(service.target) as client:
+            waiting = [pool.submit(client.forward, rows, layer) for layer in (0, 1)]
+            service.call(until(lambda: service.frontend.stats().queue_tokens == 2 * len(rows)))
+            assert not any(future.done() for future in waiting)
+            assert service.call(service.rollout.drain("host-1")).placement.hosts == (0, 2)
+            for layer, future in enumerate(waiting):
+                assert_same(future.result(timeout=30).hidden_states, MoELayer(**LAYERS[layer])(rows))
+            assert client.ready()
+
+
+def test_a_host_that_hangs_is_left_too(tmp_path: Path) -> None:
+    """Its answers never come, and nothing says so: after server.drain_timeout_s the batches that wait for it begin again elsewhere."""
+    rows = tokens(0)
+    config = {**CONFIG, "placement": {"num_hosts": 3}, "server": {"port": 0, "drain_timeout_s": 0.2}}
+    with ServiceHarness(config, "shm", tmp_path) as service, ThreadPoolExecutor() as pool:
+        held = [Held(service.hosts[1], layer) for layer in (0, 1)]
+        with Client(service.target) as client:
+            waiting = [pool.submit(client.forward, rows, layer) for layer in (0, 1)]
+            assert held[0].begun.acquire(timeout=30) or held[1].begun.acquire(timeout=30)
+            drained = pool.submit(service.call, service.rollout.drain("host-1"))
+            for layer, future in enumerate(waiting):
+                assert_same(future.result(timeout=30).hidden_states, MoELayer(**LAYERS[layer])(rows))
+            for bank in held:
+                bank.leave.release(10)
+            assert drained.result(timeout=30).placement.hosts == (0, 2)
