@@ -27,11 +27,12 @@ def plan(
     placement = plan_placement(specs, config.placement)
     nbytes = host_bytes(sources, placement)
 
-    layers = Table("", "layer", title=f"{len(specs)} MoE layers", title_justify="left", box=SIMPLE_HEAD)
+    layers = Table("", title=f"{len(specs)} MoE layers", title_justify="left", box=SIMPLE_HEAD)
+    layers.add_column("layer", overflow="fold")
     for column in ("H x I", "experts", "type", "capacity"):
         layers.add_column(column, justify="right", no_wrap=True)
     for number, spec in enumerate(specs):
-        factor = spec.gating.capacity_factor
+        factor = spec.gating.capacity_factor if spec.gating.drop_tokens else None
         layers.add_row(
             str(number),
             spec.name,

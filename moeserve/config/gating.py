@@ -174,6 +174,7 @@ class GatingConfig(BaseModel):
 
     def _chance_rules(self) -> list[tuple[bool, str]]:
         on_selection = self.noise in {"rsample", "gumbel_second"}
+        on_logits = self.noise in {"jitter", "normal", "uniform"}
         return [
             *(
                 (is_random and self.seed is None, f"gating.seed is required with gating.{key}")
@@ -188,11 +189,15 @@ class GatingConfig(BaseModel):
                 f"gating.noise = {self.noise!r} cannot be combined with gating.num_expert_groups",
             ),
             (
+                on_logits and self.routing in {"hash", "random", "least_loaded", "similarity"},
+                f"gating.noise = {self.noise!r} has no meaning with gating.routing = {self.routing!r}, which does not look at the logits",
+            ),
+            (
                 self.noise == "gumbel_second" and self.top_k != 2,
                 f"gating.noise = 'gumbel_second' is about the second of two choices; gating.top_k is {self.top_k}",
             ),
             (
-                self.noise_scale is not None and self.noise not in {"jitter", "normal", "uniform"},
+                self.noise_scale is not None and not on_logits,
                 f"gating.noise_scale has no meaning with gating.noise = {self.noise!r}",
             ),
         ]
