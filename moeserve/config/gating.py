@@ -89,7 +89,7 @@ class GatingConfig(BaseModel):
 
     @model_validator(mode="after")
     def _knobs_fit_together(self) -> Self:
-        for is_impossible, sentence in (*self._selection_rules(), *self._capacity_rules(), *self._chance_rules()):
+        for is_impossible, sentence in (*self._selection_rules(), *self._capacity_rules(), *self._chance_rules(), *self._noise_rules()):
             if is_impossible:
                 raise ValueError(sentence)
         return self
@@ -173,13 +173,15 @@ class GatingConfig(BaseModel):
         ]
 
     def _chance_rules(self) -> list[tuple[bool, str]]:
+        return [
+            (is_random and self.seed is None, f"gating.seed is required with gating.{key}")
+            for key, is_random in self._drawn_by_chance().items()
+        ]
+
+    def _noise_rules(self) -> list[tuple[bool, str]]:
         on_selection = self.noise in {"rsample", "gumbel_second"}
         on_logits = self.noise in {"jitter", "normal", "uniform"}
         return [
-            *(
-                (is_random and self.seed is None, f"gating.seed is required with gating.{key}")
-                for key, is_random in self._drawn_by_chance().items()
-            ),
             (
                 on_selection and self.routing != "learned",
                 f"gating.noise = {self.noise!r} acts on learned routing only; gating.routing is {self.routing!r}",
