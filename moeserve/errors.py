@@ -91,6 +91,7 @@ class PermissionDenied(MoEServeError):
 _BY_CODE = {
     cls.code: cls
     for cls in (
+        ConfigError,
         InvalidRequest,
         UnknownLayer,
         Overloaded,

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from moeserve.checkpoints import check_memory, host_bytes, layer_sources, memory_bytes
 from moeserve.cli.flags import Overrides
-from moeserve.config import load_config
+from moeserve.config import GatingConfig, load_config
 from moeserve.experts import ExpertShard
 from moeserve.placement import LayerPlacement, plan_placement
 
@@ -27,18 +27,18 @@ def plan(
     placement = plan_placement(specs, config.placement)
     nbytes = host_bytes(sources, placement)
 
-    layers = Table("", "layer", title=f"{len(specs)} MoE layers", title_justify="left", box=SIMPLE_HEAD)
+    layers = Table("", title=f"{len(specs)} MoE layers", title_justify="left", box=SIMPLE_HEAD)
+    layers.add_column("layer", overflow="fold")
     for column in ("H x I", "experts", "type", "capacity"):
         layers.add_column(column, justify="right", no_wrap=True)
     for number, spec in enumerate(specs):
-        factor = spec.gating.capacity_factor
         layers.add_row(
             str(number),
             spec.name,
             f"{spec.hidden_size} x {spec.intermediate_size}",
             f"{spec.num_experts}, top {spec.gating.top_k}",
             f"{spec.expert_kind} {spec.quantization or spec.dtype}",
-            "unlimited" if factor is None else f"factor {factor:g}",
+            _capacity(spec.gating),
         )
 
     hosts = Table("host", title=f"{placement.num_hosts} hosts", title_justify="left", box=SIMPLE_HEAD)
@@ -60,6 +60,11 @@ def plan(
     console.print(layers)
     console.print(hosts)
     check_memory(nbytes, config, memory_bytes())
+
+
+def _capacity(gating: GatingConfig) -> str:
+    factor = gating.capacity_factor if gating.drop_tokens else None
+    return "unlimited" if factor is None else f"factor {factor:g}"
 
 
 def _share(layer: LayerPlacement, host: int) -> float:

@@ -15,7 +15,7 @@ from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from moeserve.config import PlacementConfig, RayConfig
-from moeserve.errors import ConfigError
+from moeserve.errors import ConfigError, MoEServeError
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class RayRuntime:
         return node_id
 
     def start(self) -> None:
-        """Blocks for some seconds. Raises ConfigError when the address does not answer."""
+        """Blocks for some seconds. Raises ConfigError when the address does not answer, MoEServeError when a local Ray does not start."""
         self.private_dir = Path(tempfile.mkdtemp(prefix="moeserve-"))
         if ray.is_initialized():
             log.info("using the Ray this process is connected to already")
@@ -89,6 +89,13 @@ class RayRuntime:
         # This process has cached the absence of a token when ray was imported.
         Config.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()
+        self._owns_ray = True  # and whatever of it a failed start leaves
+        try:
+            self._init_local()
+        except Exception as error:  # Ray raises plain Exceptions, too
+            raise MoEServeError(f"a local Ray did not start: {' '.join(str(error).split())}") from error
+
+    def _init_local(self) -> None:
         hosts = self._placement.num_hosts
         num_cpus = self._config.num_cpus or max(os.cpu_count() or 1, int(hosts * self._placement.cpus_per_host + 0.999))
         ray.init(
@@ -99,7 +106,6 @@ class RayRuntime:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-        self._owns_ray = True
 
     def _setenv(self, name: str, value: str) -> None:
         self._previous_environment.setdefault(name, os.environ.get(name))

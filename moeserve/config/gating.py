@@ -89,7 +89,7 @@ class GatingConfig(BaseModel):
 
     @model_validator(mode="after")
     def _knobs_fit_together(self) -> Self:
-        for is_impossible, sentence in (*self._selection_rules(), *self._capacity_rules(), *self._chance_rules()):
+        for is_impossible, sentence in (*self._selection_rules(), *self._capacity_rules(), *self._chance_rules(), *self._noise_rules()):
             if is_impossible:
                 raise ValueError(sentence)
         return self
@@ -173,12 +173,15 @@ class GatingConfig(BaseModel):
         ]
 
     def _chance_rules(self) -> list[tuple[bool, str]]:
-        on_selection = self.noise in {"rsample", "gumbel_second"}
         return [
-            *(
-                (is_random and self.seed is None, f"gating.seed is required with gating.{key}")
-                for key, is_random in self._drawn_by_chance().items()
-            ),
+            (is_random and self.seed is None, f"gating.seed is required with gating.{key}")
+            for key, is_random in self._drawn_by_chance().items()
+        ]
+
+    def _noise_rules(self) -> list[tuple[bool, str]]:
+        on_selection = self.noise in {"rsample", "gumbel_second"}
+        on_logits = self.noise in {"jitter", "normal", "uniform"}
+        return [
             (
                 on_selection and self.routing != "learned",
                 f"gating.noise = {self.noise!r} acts on learned routing only; gating.routing is {self.routing!r}",
@@ -188,11 +191,15 @@ class GatingConfig(BaseModel):
                 f"gating.noise = {self.noise!r} cannot be combined with gating.num_expert_groups",
             ),
             (
+                on_logits and self.routing in {"hash", "random", "least_loaded", "similarity"},
+                f"gating.noise = {self.noise!r} has no meaning with gating.routing = {self.routing!r}, which does not look at the logits",
+            ),
+            (
                 self.noise == "gumbel_second" and self.top_k != 2,
                 f"gating.noise = 'gumbel_second' is about the second of two choices; gating.top_k is {self.top_k}",
             ),
             (
-                self.noise_scale is not None and self.noise not in {"jitter", "normal", "uniform"},
+                self.noise_scale is not None and not on_logits,
                 f"gating.noise_scale has no meaning with gating.noise = {self.noise!r}",
             ),
         ]

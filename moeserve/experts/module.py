@@ -44,7 +44,7 @@ def module_class(path: str) -> type[nn.Module]:
     try:
         found = getattr(import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"expert {path!r} cannot be imported: {error}") from None
+        raise ConfigError(f"expert {path!r} cannot be imported: {error}; its module must be installed or on PYTHONPATH") from None
     if not callable(found):
         raise ConfigError(f"expert {path!r} is not a class of nn.Module")
     made: type[nn.Module] = found

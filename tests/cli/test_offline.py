@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,54 @@ def test_plan_of_a_checkpoint(capsys: pytest.CaptureFixture[str], tiny_moe: Path
     code, out, _ = run(capsys, "plan", str(tiny_moe), "--num-hosts", "3")
     assert code == 0
     assert "model.layers.3.mlp" in out and "host-2" in out and "3 hosts" in out
+
+
+def test_plan_cuts_no_name_and_shows_the_limit_in_force(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    file = tmp_path / "service.toml"
+    file.write_text(
+        LAYER
+        + "name = 'a-layer-with-a-name-of-sixty-letters-that-fits-no-column-at-all'\n"
+        + "gating.capacity_factor = 1.25\n"
+        + "gating.drop_tokens = false\n"
+    )
+    code, out, _ = run(capsys, "plan", str(file))
+    assert code == 0
+    assert "…" not in out
+    assert "unlimited" in out and "1.25" not in out
+
+
+def test_python_m_finds_experts_in_the_working_folder(tmp_path: Path) -> None:
+    """`moeserve` does not look there, and says where it looks."""
+    (tmp_path / "experts_of_mine.py").write_text("from torch.nn import Linear as Mine\n")
+    (tmp_path / "service.toml").write_text(
+        "[[layers]]\nhidden_size = 4\nnum_experts = 2\nexpert = 'experts_of_mine:Mine'\n"
+        "expert_args = { in_features = 4, out_features = 4 }\n"
+    )
+    ends = {}
+    for how in (("-m", "moeserve"), ("-c", "import sys; sys.path.remove(''); from moeserve.cli.app import entry; entry()")):
+        ends[how[0]] = subprocess.run(
+            [sys.executable, *how, "config", "check", "service.toml"], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+    assert (ends["-m"].returncode, ends["-m"].stdout) == (0, "service.toml: ok, 1 MoE layers on 1 hosts\n")
+    assert ends["-c"].returncode == 2 and "its module must be installed or on PYTHONPATH" in ends["-c"].stderr
+
+
+def test_a_ray_that_does_not_start_is_one_sentence(tmp_path: Path) -> None:
+    """The names of its sockets would be too long."""
+    (tmp_path / "service.toml").write_text(LAYER + "[server]\nport = 0\nmetrics_port = 0\n")
+    ended = subprocess.run(
+        [sys.executable, "-m", "moeserve", "serve", "service.toml"],
+        cwd=tmp_path,
+        env={**os.environ, "RAY_TMPDIR": str(tmp_path / ("long" * 25))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr and "error: a local Ray did not start: " in ended.stderr
 
 
 def test_environment_loses_to_flags_and_wins_over_the_file(

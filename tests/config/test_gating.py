@@ -41,6 +41,10 @@ from moeserve.config import GatingConfig
             "gating.noise = 'rsample' cannot be combined with gating.num_expert_groups",
         ),
         ({"noise": "gumbel_second", "seed": 0, "top_k": 3}, "gating.noise = 'gumbel_second' is about the second of two choices"),
+        (
+            {"noise": "normal", "seed": 0, "routing": "least_loaded"},
+            "gating.noise = 'normal' has no meaning with gating.routing = 'least_loaded'",
+        ),
         ({"noise_scale": 0.1}, "gating.noise_scale has no meaning with gating.noise = 'none'"),
         (
             {"drop_tokens": False, "request_overrides": ["capacity_factor"]},

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moeserve import Client, InvalidRequest, MoELayer, MoEServeError, Unauthenticated, UnknownLayer
+from moeserve import Client, ConfigError, InvalidRequest, MoELayer, MoEServeError, Unauthenticated, UnknownLayer
 from moeserve.cli.app import main
 from moeserve.client import AdminClient
 from tests.harness import ServiceHarness, assert_same
@@ -54,7 +54,7 @@ def test_what_the_service_refuses_is_raised_by_the_client(service: ServiceHarnes
             admin.swap("a", folders[1])
         with pytest.raises(InvalidRequest, match="allowed: the absolute path of a folder"):
             admin.swap(LAYER, "new")
-        with pytest.raises(MoEServeError, match="/nowhere does not exist"):
+        with pytest.raises(ConfigError, match="/nowhere does not exist"):
             admin.swap(LAYER, "/nowhere")
 
 
@@ -75,6 +75,8 @@ def test_from_the_shell(service: ServiceHarness, folders: tuple[Path, Path], tmp
     assert "'one' is not the number of an expert" in capsys.readouterr().err
     assert main([*command, "--experts", "7"]) != 0
     assert "has no expert 7; it has 0..3" in capsys.readouterr().err
+    assert main([*command[:5], str(tmp_path / "nowhere"), *command[6:]]) == 2
+    assert "nowhere does not exist" in capsys.readouterr().err
 
 
 def test_scaling_and_draining(service: ServiceHarness, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,8 @@ def load_plugin(gating: GatingConfig) -> Routing:
     try:
         plugin: type[RoutingPlugin] = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"gating.routing = {gating.routing!r} cannot be imported: {error}") from None
+        sentence = f"gating.routing = {gating.routing!r} cannot be imported: {error}; its module must be installed or on PYTHONPATH"
+        raise ConfigError(sentence) from None
     return _Checked(gating.routing, plugin(gating))
 
 

@@ -1,0 +1,5 @@
+"""`python -m moeserve`: the command line, with the working folder on the import path."""
+
+from moeserve.cli.app import entry
+
+entry()
