@@ -161,7 +161,7 @@ class Metrics:
         """One gRPC call was answered."""
         self.requests.labels(method, code).inc()
         self.request_duration.labels(method).observe(seconds)
-        if code != "OK":
+        if code not in {"OK", "CANCELLED"}:  # a caller who hangs up has not been failed
             self.events.add("call_failed", f"{method} {code}")
 
     def observe_stage(self, stage: Stage, seconds: float) -> None:

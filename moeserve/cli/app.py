@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib import metadata
 
 import typer
 
@@ -22,7 +23,13 @@ from moeserve.cli.swap import swap
 from moeserve.cli.top import top
 from moeserve.errors import ConfigError, MoEServeError, ServiceUnreachable
 
-app = typer.Typer(name="moeserve", help="Serve the experts of Mixture-of-Experts models.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    name="moeserve",
+    help="Serve the experts of Mixture-of-Experts models.",
+    no_args_is_help=True,
+    invoke_without_command=True,
+    add_completion=False,
+)
 app.command()(with_config_flags(serve))
 app.command()(with_config_flags(plan))
 app.command()(infer)
@@ -38,7 +45,13 @@ EXIT_FAILURE, EXIT_CONFIGURATION, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 2, 3, 
 
 
 @app.callback()
-def _options(debug: bool = typer.Option(False, "--debug", help="Show tracebacks and debug logs.")) -> None:
+def _options(
+    debug: bool = typer.Option(False, "--debug", help="Show tracebacks and debug logs."),
+    version: bool = typer.Option(False, "--version", help="Show the version and exit."),
+) -> None:
+    if version:
+        typer.echo(f"moeserve {metadata.version('moeserve')}")
+        raise typer.Exit
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -11,9 +12,9 @@ from rich.table import Table
 
 from moeserve.checkpoints import check_memory, host_bytes, layer_sources, memory_bytes
 from moeserve.cli.flags import Overrides
-from moeserve.config import GatingConfig, load_config
+from moeserve.config import GatingConfig, LayerSpec, PlacementConfig, load_config
 from moeserve.experts import ExpertShard
-from moeserve.placement import LayerPlacement, plan_placement
+from moeserve.placement import LayerPlacement, Placement, plan_placement
 
 
 def plan(
@@ -27,12 +28,19 @@ def plan(
     placement = plan_placement(specs, config.placement)
     nbytes = host_bytes(sources, placement)
 
-    layers = Table("", title=f"{len(specs)} MoE layers", title_justify="left", box=SIMPLE_HEAD)
-    layers.add_column("layer", overflow="fold")
+    console = Console()
+    console.print(_layers(specs))
+    console.print(_hosts(placement, config.placement, nbytes))
+    check_memory(nbytes, config, memory_bytes())
+
+
+def _layers(specs: Sequence[LayerSpec]) -> Table:
+    table = Table("", title=f"{len(specs)} MoE layers", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("layer", overflow="fold")
     for column in ("H x I", "experts", "type", "capacity"):
-        layers.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right", no_wrap=True)
     for number, spec in enumerate(specs):
-        layers.add_row(
+        table.add_row(
             str(number),
             spec.name,
             f"{spec.hidden_size} x {spec.intermediate_size}",
@@ -40,26 +48,27 @@ def plan(
             f"{spec.expert_kind} {spec.quantization or spec.dtype}",
             _capacity(spec.gating),
         )
+    return table
 
-    hosts = Table("host", title=f"{placement.num_hosts} hosts", title_justify="left", box=SIMPLE_HEAD)
+
+def _hosts(placement: Placement, config: PlacementConfig, nbytes: Sequence[int]) -> Table:
+    title = "1 host" if placement.num_hosts == 1 else f"{placement.num_hosts} hosts"
+    table = Table("host", title=title, title_justify="left", box=SIMPLE_HEAD)
     for column in ("GPUs", "CPUs", "experts", "expected load", "weights", "of layer 0"):
-        hosts.add_column(column, justify="right")
+        table.add_column(column, justify="right")
     for number in range(placement.num_hosts):
         held = [layer.shards_on(number) for layer in placement.layers]
-        share = sum(_share(layer, number) for layer in placement.layers) / len(specs)
-        hosts.add_row(
+        share = sum(_share(layer, number) for layer in placement.layers) / len(placement.layers)
+        table.add_row(
             f"host-{number}",
-            f"{config.placement.gpus_per_host:g}",
-            f"{config.placement.cpus_per_host:g}",
+            f"{config.gpus_per_host:g}",
+            f"{config.cpus_per_host:g}",
             str(sum(map(len, held))),
             f"{share:.0%}",
             f"{nbytes[number] / 2**20:.1f} MiB",
             ", ".join(map(_name, held[0])),
         )
-    console = Console()
-    console.print(layers)
-    console.print(hosts)
-    check_memory(nbytes, config, memory_bytes())
+    return table
 
 
 def _capacity(gating: GatingConfig) -> str:

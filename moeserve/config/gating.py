@@ -115,6 +115,10 @@ class GatingConfig(BaseModel):
                 f"gating.topk_groups is {self.topk_groups}, more than gating.num_expert_groups = {self.num_expert_groups}",
             ),
             (
+                self.group_score != "max" and not has_groups,
+                f"gating.group_score = {self.group_score!r} needs gating.num_expert_groups and gating.topk_groups",
+            ),
+            (
                 has_groups and self.routing != "learned",
                 f"gating.num_expert_groups limits learned routing only; gating.routing is {self.routing!r}",
             ),

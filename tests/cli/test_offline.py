@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,7 +82,7 @@ def test_environment_loses_to_flags_and_wins_over_the_file(
 ) -> None:
     file = tmp_path / "service.toml"
     file.write_text(LAYER + "[placement]\nnum_hosts = 1\n")
-    assert "1 hosts" in run(capsys, "plan", str(file))[1]
+    assert "1 host " in run(capsys, "plan", str(file))[1]
     monkeypatch.setenv("MOESERVE_NUM_HOSTS", "2")
     assert "2 hosts" in run(capsys, "plan", str(file))[1]
     assert "4 hosts" in run(capsys, "plan", str(file), "--num-hosts", "4")[1]
@@ -133,3 +134,9 @@ def test_infer_says_what_is_wrong_with_its_input(capsys: pytest.CaptureFixture[s
     save_file({"hidden_states": torch.zeros(1, 4)}, tmp_path / "x")
     unreachable = run(capsys, "infer", "127.0.0.1:1", "--layer", "0", "--input", str(tmp_path / "x"), "--output", output, "--timeout", "2")
     assert unreachable[0] == 3 and "127.0.0.1:1" in unreachable[2]
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "--version")
+    assert (code, err) == (0, "")
+    assert re.fullmatch(r"moeserve \d+\.\d+\.\d+\n", out)

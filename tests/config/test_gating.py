@@ -15,6 +15,7 @@ from moeserve.config import GatingConfig
     [
         ({"num_expert_groups": 4}, "gating.num_expert_groups and gating.topk_groups must be given together"),
         ({"topk_groups": 4}, "gating.num_expert_groups and gating.topk_groups must be given together"),
+        ({"group_score": "top2_sum"}, "gating.group_score = 'top2_sum' needs gating.num_expert_groups"),
         ({"num_expert_groups": 2, "topk_groups": 3}, "gating.topk_groups is 3, more than gating.num_expert_groups = 2"),
         ({"num_expert_groups": 2, "topk_groups": 1, "routing": "hash"}, "gating.num_expert_groups limits learned routing only"),
         ({"routing": "hash", "scoring_func": "sigmoid"}, "gating.scoring_func = 'sigmoid' has no meaning with gating.routing = 'hash'"),
