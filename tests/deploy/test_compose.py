@@ -62,6 +62,7 @@ def test_other_machines_need_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
         "tls_cert": Path("/tls/tls.crt"),
         "tls_key": Path("/tls/tls.key"),
         "auth_token_file": Path("/tls/token"),
+        "admin_token_file": Path("/tls/admin-token"),
     }
     assert not _refused(server)
     assert _refused({**server, "auth_token_file": None})

@@ -57,6 +57,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
                 server.has_seen(1)
                 load(service)
                 while_down = lose_and_regain(service, server)
+                service.call(service.rollout.scale(2))
                 server.has_seen(2)
                 yield Watched(service, server, while_down)
         finally:
@@ -83,7 +84,7 @@ def test_every_panel_has_numbers(query: Query, watched: Watched) -> None:
 
 
 def value(watched: Watched, title: str) -> float:
-    """The number on a tile."""
+    """The number on a panel that has one."""
     (query,) = (query for query in panels() if query.name == f"{title} A")
     ((_, number),) = watched.prometheus.ask(query.expression)
     return number
@@ -97,6 +98,10 @@ def test_tiles_say_what_the_service_counted(watched: Watched) -> None:
     assert value(watched, "Balance of the worst layer") == pytest.approx(min(balancedness(demand(layer)) for layer in layers)) == 1 / 8
     assert 0 < value(watched, "p50") <= value(watched, "p99")
     assert (value(watched, "Queue"), value(watched, "Hosts down"), value(watched, "Experts without a live copy")) == (0, 0, 0)
+
+
+def test_the_epoch_is_that_of_the_latest_placement(watched: Watched) -> None:
+    assert value(watched, "Epoch of the placement") == watched.service.frontend.stats().epoch == 2
 
 
 def test_the_heat_map_has_a_cell_per_layer_and_expert(watched: Watched) -> None:
