@@ -34,6 +34,8 @@ class ExpertCounts(Collector):
 
     def __init__(self, specs: Sequence[LayerSpec], detail: ExpertDetail) -> None:
         self._names = [spec.name for spec in specs]
+        #: experts without weights live nowhere, so they have no copies
+        self._hosted = [spec.num_hosted_experts for spec in specs]
         self._detail = detail
         self.tokens = [0] * len(specs)
         self.processed = [torch.zeros(spec.num_experts, dtype=torch.int64) for spec in specs]
@@ -61,7 +63,8 @@ class ExpertCounts(Collector):
             for expert in self._shown(done + lost):
                 processed.add_metric([name, str(expert)], int(done[expert]))
                 dropped.add_metric([name, str(expert), "capacity"], int(lost[expert]))
-                copies.add_metric([name, str(expert), "live"], int(self.live_copies[layer][expert]))
+                if expert < self._hosted[layer]:
+                    copies.add_metric([name, str(expert), "live"], int(self.live_copies[layer][expert]))
             balance.add_metric([name], balancedness(done + lost))
         return [tokens, processed, dropped, copies, balance]
 
@@ -149,6 +152,7 @@ class Metrics:
         self._stages = {stage: self.stage_duration.labels(stage) for stage in get_args(Stage)}
         self.batch_tokens = self._histogram("moeserve_batch_tokens", "Tokens run together", _TOKENS)
         self.queue_tokens = self._gauge("moeserve_queue_tokens", "Tokens admitted and not yet answered")
+        self.placement_epoch = self._gauge("moeserve_placement_epoch", "Epoch of the placement that new batches use")
         self.host_up = HostStates(self.events)
         self.registry.register(self.host_up)
         self.host_queue_tokens = self._gauge("moeserve_host_queue_tokens", "Rows sent to a host and not yet answered", "host")

@@ -37,6 +37,7 @@ def busy(detail: ExpertDetail) -> Metrics:
         metrics.observe_stage(stage, 0.001)
     metrics.batch_tokens.observe(12)
     metrics.queue_tokens.set(3)
+    metrics.placement_epoch.set(2)
     metrics.host_up.labels("host-0").set(1)
     metrics.host_queue_tokens.labels("host-0").set(4)
     metrics.host_restarts.inc()
@@ -56,6 +57,7 @@ def test_names_and_labels_are_the_documented_ones() -> None:
         "moeserve_stage_duration_seconds_count": {"stage"},
         "moeserve_batch_tokens_count": set(),
         "moeserve_queue_tokens": set(),
+        "moeserve_placement_epoch": set(),
         "moeserve_expert_copies": {"layer", "expert", "state"},
         "moeserve_expert_balancedness_ratio": {"layer"},
         "moeserve_host_up": {"host"},
@@ -104,6 +106,13 @@ def test_balancedness_is_mean_over_max_of_the_demand() -> None:
     demand = [expert + 2 for expert in range(NUM_EXPERTS)]
     assert ratio[(("layer", "layers.0"),)] == pytest.approx(sum(demand) / NUM_EXPERTS / max(demand))
     assert ratio[(("layer", "layers.1"),)] == 1
+
+
+def test_experts_without_weights_have_no_copies_that_could_be_missed() -> None:
+    spec = LayerSpec("l", 8, 8, 6, "swiglu", False, "float32", GatingConfig(), identity_experts=1, zero_experts=1)
+    series = scraped(Metrics([spec]))
+    assert {int(dict(labels)["expert"]) for labels in series["moeserve_expert_copies"]} == {0, 1, 2, 3}
+    assert {int(dict(labels)["expert"]) for labels in series["moeserve_expert_tokens_total"]} == set(range(6))
 
 
 def test_calls_and_stages_are_timed() -> None:

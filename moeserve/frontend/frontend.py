@@ -53,8 +53,8 @@ class Frontend:
     ) -> None:
         self.model = model
         self.layers = [source.spec for source in sources]
-        self._release = release
         self._metrics = metrics
+        self._use(release)
         self._on_health = on_health
         self._timeout_s = config.resilience.request_timeout_s
         self._find, self._keys, self._here = find, keys, ""
@@ -108,7 +108,7 @@ class Frontend:
         for forward, view in zip(self._forwards, views, strict=True):
             forward.views.publish(view)
         self.layers = [source.spec for source in sources]
-        self._release = release
+        self._use(release)
         self._hosts_changed()
 
     async def drained(self) -> None:
@@ -153,6 +153,10 @@ class Frontend:
             calls=metrics.calls(),
             events=metrics.events.latest(),
         )
+
+    def _use(self, release: Release) -> None:
+        self._release = release
+        self._metrics.placement_epoch.set(release.epoch)
 
     def _hosts_changed(self) -> None:
         up = np.zeros(self._release.placement.num_hosts, dtype=np.bool_)
