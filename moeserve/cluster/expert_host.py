@@ -15,6 +15,7 @@ import ray.util
 import torch
 
 from moeserve.config import ServiceConfig
+from moeserve.errors import ConfigError
 from moeserve.host import Holdings, HostLoop, Relay
 from moeserve.release import Release
 from moeserve.stats import HostInfo
@@ -133,6 +134,9 @@ def _socket_dir(frontend: FrontendAddress) -> Path:
         return frontend.socket_dir
     folder = Path(tempfile.gettempdir(), frontend.socket_dir.name)
     folder.mkdir(mode=0o700, exist_ok=True)
+    made = folder.stat()
+    if made.st_uid != os.getuid() or made.st_mode & 0o077:
+        raise ConfigError(f"{folder} belongs to somebody else, or others may look into it; sockets need a folder of their own")
     return folder
 
 
