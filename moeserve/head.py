@@ -40,13 +40,13 @@ class Planned:
 
 
 class LayerHead:
-    """Routes, plans and finishes batches of one layer; everything between happens where the experts are."""
+    """The gate of one layer; plans batches that it has routed, and finishes them. What is between happens where the experts are."""
 
     def __init__(self, source: LayerSource) -> None:
         self.spec = source.spec
         self.router = source.router()
         self._source = source
-        self._mixer = source.mixer()
+        self.mixer = source.mixer()
 
     def plan(
         self,
@@ -65,8 +65,8 @@ class LayerHead:
         is_routed: the callers chose the experts themselves, and get these alone, without the shared one.
         """
         shared = None
-        if self._mixer is not None and not is_routed:
-            routed, share = self._mixer(hidden_states)
+        if self.mixer is not None and not is_routed:
+            routed, share = self.mixer(hidden_states)
             topk_weights = topk_weights if routed is None else topk_weights * routed[:, None]
             shared = SharedWork(share, used_token)
         dispatch = plan(topk_ids, topk_weights, kept, placement, hosts, shared)

@@ -103,7 +103,6 @@ class MoELayer:
         everyone = source.spec.num_hosted_experts
         self._placement = LayerPlacement(1, np.arange(everyone), np.zeros(everyone, dtype=np.int64))
         self.bank = load_bank(source, self._placement.shards_on(0))
-        self._mixer = source.mixer()
 
     def save(self, folder: str | Path, name: str | None = None) -> None:
         """Write a checkpoint folder that `moeserve serve` and `from_checkpoint` take. Raises ConfigError for experts it cannot hold."""
@@ -111,7 +110,7 @@ class MoELayer:
 
     def saved(self, name: str, expert_args: object = None) -> SavedLayer:
         """This layer as it goes into a folder, under `name`; expert_args are known already."""
-        return saved_experts(name, self.spec, self.router, self._mixer, self.bank.experts)
+        return saved_experts(name, self.spec, self.router, self.head.mixer, self.bank.experts)
 
     @property
     def router(self) -> Router:

@@ -138,7 +138,8 @@ class Exchange:
         for message, channel, lease in drafts:
             future = channel.send(lease, layer=self._layer, epoch=part.view.epoch, timeout_s=timeout_s, pass_on=message.pass_on)
             for work in message.works:
-                self._links[work.host].count_until(future, len(work.rows))
+                if work.host in self._links:  # it may have left while its rows were written
+                    self._links[work.host].count_until(future, len(work.rows))
             part.sent.append(Sent(tuple(message.works), message.rows, future))
 
     def _write(self, part: Part, works: Sequence[HostWork], pattern: str) -> list[Draft]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from moeserve.checkpoints import LayerSource, Swap, check_memory, host_bytes, memory_bytes
 from moeserve.config import ServiceConfig
-from moeserve.errors import ConfigError, MoEServeError
+from moeserve.errors import ConfigError
 from moeserve.placement import plan_placement
 from moeserve.release import Release
 
@@ -77,6 +77,7 @@ class Rollout:
         self._epoch = release.epoch
         self._next_number = release.placement.num_hosts
         self._one_at_a_time = asyncio.Lock()
+        self._changes: set[asyncio.Task[Release]] = set()
 
     async def swap(self, layer: str, checkpoint: Path, experts: Sequence[int] | None = None) -> Release:
         """Serve a layer, or some of its experts, with the weights of another folder of the same model.
@@ -84,23 +85,41 @@ class Rollout:
         Raises UnknownLayer, ConfigError or CheckpointError; then everything is as it was. Files are read on the hosts: `checkpoint` must
         be there, and here.
         """
-        async with self._one_at_a_time:
-            self._epoch += 1
-            release = self.release.swapped(Swap(layer, checkpoint, None if experts is None else frozenset(experts)), self._epoch)
-            await self._bring_in(release)
-            log.info("epoch %d: layer %s has revision %d, from %s", release.epoch, layer, release.revision(layer), checkpoint)
-            return release
+        return await self._to_its_end(self._swap(Swap(layer, checkpoint, None if experts is None else frozenset(experts))))
 
     async def scale(self, num_hosts: int) -> Release:
         """Spread the experts over so many hosts: new ones start, or the last ones leave. Raises ConfigError; then all is as it was."""
+        return await self._to_its_end(self._scale(num_hosts))
+
+    async def drain(self, host: str) -> Release:
+        """Place the experts of a host on the others, and let it go. Raises ConfigError when there is no such host, or no room."""
+        return await self._to_its_end(self._drain(host))
+
+    async def _to_its_end(self, change: Coroutine[Any, Any, Release]) -> Release:
+        """A caller who hangs up does not leave a change half made."""
+        task = asyncio.ensure_future(change)
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        return await asyncio.shield(task)
+
+    async def _swap(self, swap: Swap) -> Release:
+        async with self._one_at_a_time:
+            self._epoch += 1
+            release = self.release.swapped(swap, self._epoch)
+            await self._bring_in(release)
+            log.info(
+                "epoch %d: layer %s has revision %d, from %s", release.epoch, swap.layer, release.revision(swap.layer), swap.checkpoint
+            )
+            return release
+
+    async def _scale(self, num_hosts: int) -> Release:
         async with self._one_at_a_time:
             present = self.release.placement.hosts
             more = range(self._next_number, self._next_number + max(0, num_hosts - len(present)))
             self._next_number += len(more)
             return await self._move((*present[:num_hosts], *more))
 
-    async def drain(self, host: str) -> Release:
-        """Place the experts of a host on the others, and let it go. Raises ConfigError when there is no such host, or no room."""
+    async def _drain(self, host: str) -> Release:
         async with self._one_at_a_time:
             names = {f"host-{number}": number for number in self.release.placement.hosts}
             if host not in names:
@@ -140,7 +159,7 @@ class Rollout:
             await self._frontend.welcome(release)
             await self._frontend.try_out(release, sources)
             self._frontend.publish(release, sources)
-        except MoEServeError:
+        except BaseException:  # whatever it was: a release that hosts have and frontends do not would be mistaken for what is served
             await self._frontend.forget()
             await self._hosts.withdraw(release.epoch)
             await self._hosts.remove(sorted(set(release.placement.hosts) - set(self.release.placement.hosts)))

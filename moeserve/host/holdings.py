@@ -59,14 +59,19 @@ class Holdings:
         served = None if before is None else self.shelf.bank(layer, before.epoch)
         if before is None or served is None or before.placement.layers[layer].shards_on(self._number) != shards:
             return load_bank(source, shards, self._device)
-        new = [swap for swap in release.swaps[len(before.swaps) :] if swap.layer == source.spec.name]
-        if any(swap.experts is None for swap in new):
+        old, all_swaps = _swaps_of(before, source.spec.name), _swaps_of(release, source.spec.name)
+        new = all_swaps[len(old) :]
+        if all_swaps[: len(old)] != old or any(swap.experts is None for swap in new):
             return load_bank(source, shards, self._device)
         return served.replaced(_changed_experts(source, shards, new))
 
 
+def _swaps_of(release: Release, layer: str) -> list[Swap]:
+    return [swap for swap in release.swaps if swap.layer == layer]
+
+
 def _is_changed(before: Release, after: Release, layer: int, host: int, name: str) -> bool:
-    if any(swap.layer == name for swap in after.swaps[len(before.swaps) :]):
+    if _swaps_of(before, name) != _swaps_of(after, name):
         return True
     return before.placement.layers[layer].shards_on(host) != after.placement.layers[layer].shards_on(host)
 

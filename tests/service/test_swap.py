@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -101,3 +102,47 @@ def test_what_cannot_be_leaves_everything_as_it_was(tmp_path: Path) -> None:
             assert torch.equal(after.hidden_states, before.hidden_states)
         service.call(service.rollout.swap(LAYER, new, [1]))
         assert client.forward(tokens(0)).model_revision == 2
+
+
+def test_a_caller_who_hangs_up_leaves_nothing_half_made(tmp_path: Path) -> None:
+    """The change goes on to its end; the next one begins from there."""
+    old, new, newest = (folder(tmp_path / name, seed) for seed, name in enumerate(("old", "new", "newest")))
+    with ServiceHarness(configuration(old), "local", tmp_path) as service, Client(service.target) as client:
+
+        async def hang_up() -> None:
+            asking = asyncio.ensure_future(service.rollout.swap(LAYER, new))
+            await asyncio.sleep(0)
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+
+        service.call(hang_up())
+        service.call(service.rollout.swap(LAYER, newest, [2]))
+        answer = client.forward(tokens(0))
+        assert answer.model_revision == 3
+        mixed = tmp_path / "mixed"
+        mixed.mkdir()
+        base, added = (load_file(path / "model.safetensors") for path in (new, newest))
+        write_folder(mixed, CONFIG, base | {name: value for name, value in added.items() if f"{MLP}.experts.2." in name})
+        assert_same(answer.hidden_states, MoELayer.from_checkpoint(mixed, dtype=torch.float32)(tokens(0)))
+
+
+def test_a_change_that_fails_on_a_host_does_not_show_in_the_next_one(tmp_path: Path) -> None:
+    """One host has the failed release already when another refuses it; what comes next must not be built on that."""
+    old, new = folder(tmp_path / "old", 0), folder(tmp_path / "new", 1)
+    with ServiceHarness(configuration(old), "local", tmp_path) as service, Client(service.target) as client:
+        before = client.forward(tokens(0)).hidden_states
+        take = service.hosts[1].holdings.take
+
+        def fail(_: object) -> None:
+            raise RuntimeError("no error of ours")
+
+        service.hosts[1].holdings.take = fail  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError):
+            service.call(service.rollout.swap(LAYER, new))
+        service.hosts[1].holdings.take = take  # type: ignore[method-assign]
+        assert torch.equal(client.forward(tokens(0)).hidden_states, before)
+        service.call(service.rollout.swap(LAYER, old))
+        answer = client.forward(tokens(0))
+        assert answer.model_revision == 2
+        assert torch.equal(answer.hidden_states, before)
