@@ -12,8 +12,9 @@ from pathlib import Path
 from moeserve.checkpoints import check_memory, host_bytes, layer_sources, memory_bytes
 from moeserve.cluster import Fleet, RayRuntime
 from moeserve.config import ServiceConfig
+from moeserve.control import Rollout
 from moeserve.errors import ConfigError
-from moeserve.frontend import Frontend, Rollout
+from moeserve.frontend import Frontend
 from moeserve.metrics import Metrics
 from moeserve.page import StatusPage
 from moeserve.placement import plan_placement

@@ -13,8 +13,9 @@ import torch
 
 from moeserve.checkpoints import layer_sources
 from moeserve.config import ServiceConfig, load_config
+from moeserve.control import Rollout
 from moeserve.experts import ExpertBank
-from moeserve.frontend import Frontend, Rollout
+from moeserve.frontend import Frontend
 from moeserve.host import Holdings, HostLoop, Relay
 from moeserve.metrics import Metrics
 from moeserve.placement import plan_placement

@@ -12,7 +12,7 @@ import typer
 
 from moeserve.config import ServiceConfig
 
-_TABLES = ("server", "model", "placement", "batching", "communication", "resilience", "observability", "ray")
+_TABLES = ("server", "model", "placement", "batching", "communication", "resilience", "observability", "controller", "ray")
 Overrides = dict[str, dict[str, Any]]
 
 
@@ -47,7 +47,8 @@ def _scalars() -> Iterator[tuple[str, str, type]]:
 
 def _scalar_type(annotation: Any) -> type | None:
     if get_origin(annotation) in (Union, types.UnionType):
-        annotation = next(part for part in get_args(annotation) if part is not type(None))
+        parts = [part for part in get_args(annotation) if part is not type(None)]
+        annotation = next((part for part in parts if get_origin(part) is Literal), parts[0])
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     if get_origin(annotation) is Literal:

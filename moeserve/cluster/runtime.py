@@ -96,9 +96,10 @@ class RayRuntime:
             raise MoEServeError(f"a local Ray did not start: {' '.join(str(error).split())}") from error
 
     def _init_local(self) -> None:
-        hosts = self._placement.num_hosts
+        hosts = 0 if self._placement.num_hosts == "all" else self._placement.num_hosts
         num_cpus = self._config.num_cpus or max(os.cpu_count() or 1, int(hosts * self._placement.cpus_per_host + 0.999))
         ray.init(
+            address="local",  # or Ray would join one that somebody else runs on this machine
             num_cpus=num_cpus,
             num_gpus=self._config.num_gpus,
             object_store_memory=_OBJECT_STORE_BYTES,

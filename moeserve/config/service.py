@@ -16,6 +16,13 @@ Activation = Literal["swiglu", "geglu", "gelu", "relu", "swigluoai"]
 Mixing = Literal["add", "sigmoid", "residual"]
 CopyChoice = Literal["least_outstanding", "round_robin"]
 Size = Annotated[int, Field(ge=1)]
+
+
+def _number_or_all(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.isdigit() else value
+
+
+NumHosts = Annotated[Size | Literal["all"], BeforeValidator(_number_or_all)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 File = Annotated[Path, Field(strict=False)]
 
@@ -150,12 +157,19 @@ class LayerConfig(Table):
 class PlacementConfig(Table):
     """[placement]: how many hosts, and what each is given."""
 
-    #: where experts_per_host is given, unset = as many as it takes
-    num_hosts: Size = 1
+    #: "all" = as many as the nodes of the cluster have room for, followed as nodes come and go; where experts_per_host is given, unset = as
+    #: many as it takes
+    num_hosts: NumHosts = 1
     #: physical experts of a layer that one host holds at most
     experts_per_host: Size | None = None
     gpus_per_host: float = Field(default=0, ge=0)
     cpus_per_host: float = Field(default=1, ge=0)
+    #: hosts are only put on nodes that Ray knows by these labels
+    node_labels: dict[str, str] = {}
+    #: how hosts share the nodes: evenly, as few nodes as possible, or evenly and at most one on each
+    node_strategy: Literal["spread", "pack", "strict_spread"] = "spread"
+    #: how long to wait for nodes that are missing, once the cluster's autoscaler has been asked for them; 0 = refuse at once
+    wait_for_nodes_s: float = Field(default=0, ge=0)
     #: of weights, at most; unset = not checked, but for hosts in the memory of this machine
     memory_per_host_bytes: Size | None = None
     #: how often every expert is there, on different hosts; or by layer name; or by layer name and expert; "default" = all others
@@ -203,10 +217,24 @@ class ObservabilityConfig(Table):
     expert_detail: Literal["off", "top", "full"] = "full"
 
 
+class ControllerConfig(Table):
+    """[controller]: of a deployed service, what changes it and tells frontends what to serve. TLS files are those of [server]."""
+
+    control_host: str = "127.0.0.1"
+    #: 0 = any free port
+    control_port: Port = 50050
+    #: how many it starts on the nodes of the cluster, each listening as [server] says; 0 = all of them are `moeserve frontend`
+    frontends: int = Field(default=1, ge=0)
+    #: file holding the token with which frontends that it has not started may follow it; unset = none may
+    frontend_token_file: File | None = None
+
+
 class RayConfig(Table):
     """[ray]: the cluster to join; unset = a local one, started and stopped by the service."""
 
     address: str | None = None
+    #: where a deployed service has its actors: one service in each
+    namespace: str = "moeserve"
     #: logical resources of a local Ray; unset = what the hosts ask for
     num_cpus: int | None = Field(default=None, ge=1)
     num_gpus: int | None = Field(default=None, ge=0)
@@ -223,6 +251,7 @@ class ServiceConfig(Table):
     communication: CommunicationConfig = CommunicationConfig()
     resilience: ResilienceConfig = ResilienceConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
+    controller: ControllerConfig = ControllerConfig()
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="before")

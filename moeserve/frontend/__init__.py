@@ -2,6 +2,5 @@
 
 from moeserve.frontend.frontend import Frontend
 from moeserve.frontend.link import HostLink
-from moeserve.frontend.rollout import Rollout
 
-__all__ = ["Frontend", "HostLink", "Rollout"]
+__all__ = ["Frontend", "HostLink"]

@@ -37,6 +37,8 @@ def plan_placement(specs: Sequence[LayerSpec], config: PlacementConfig, epoch: i
 
 
 def _num_hosts(specs: Sequence[LayerSpec], config: PlacementConfig) -> int:
+    if config.num_hosts == "all":
+        raise ConfigError("placement.num_hosts is 'all', which the nodes of a cluster decide: give a number to plan with")
     if config.experts_per_host is None:
         return config.num_hosts
     largest = max(int(_copies_of(spec, config).sum()) * config.tensor_parallel for spec in specs)
