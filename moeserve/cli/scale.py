@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,13 +12,13 @@ from moeserve.client.admin import Placed
 
 def scale(
     target: Target,
-    hosts: Annotated[int, typer.Option(min=1, help="How many expert hosts there shall be.")],
+    hosts: Annotated[str, typer.Option(help="How many expert hosts there shall be: a number, or all that the nodes have room for.")],
     admin_token_file: AdminTokenFile,
     tls_ca: TlsCa = None,
 ) -> None:
     """Spread the experts of a running service over another number of hosts; no request fails meanwhile."""
     with admin_of(target, admin_token_file, tls_ca) as client:
-        _show(client.scale(hosts))
+        _show(client.scale(_number_or_all(hosts)))
 
 
 def drain(
@@ -30,6 +30,14 @@ def drain(
     """Place the experts of one host on the others and let it go; no request fails meanwhile."""
     with admin_of(target, admin_token_file, tls_ca) as client:
         _show(client.drain(host))
+
+
+def _number_or_all(text: str) -> int | Literal["all"]:
+    if text == "all":
+        return "all"
+    if not text.isdigit() or not int(text):
+        raise typer.BadParameter(f"{text!r} is neither a number of at least 1 nor all", param_hint="--hosts")
+    return int(text)
 
 
 def _show(placed: Placed) -> None:

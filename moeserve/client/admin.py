@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import grpc
 
 from moeserve.client.connection import TLS, call_metadata, open_channel
 from moeserve.client.failures import to_error
+from moeserve.standing import FrontendStanding, HostStanding, LayerStanding, Standing
+from moeserve.stats import HostShards
 from moeserve.v1 import admin_service_pb2 as pb
 from moeserve.v1 import admin_service_pb2_grpc as pb_grpc
 
@@ -44,6 +46,11 @@ class AdminClient:
         self._channel = open_channel(target, tls)
         self._service = pb_grpc.AdminServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
+    def status(self, timeout: float = 30.0) -> Standing:
+        """What is deployed and where, now."""
+        answer = self._call(self._service.GetPlacement, pb.GetPlacementRequest(), timeout)
+        return _standing(answer)
+
     def swap(self, layer: str, checkpoint: str | Path, experts: Iterable[int] = (), timeout: float = 3600.0) -> Swapped:
         """Serve `layer` with the weights of another folder of the same model; only these `experts` of it if any are named.
 
@@ -53,9 +60,9 @@ class AdminClient:
         answer = self._call(self._service.SwapExperts, request, timeout)
         return Swapped(answer.epoch, answer.model_revision)
 
-    def scale(self, hosts: int, timeout: float = 3600.0) -> Placed:
-        """Spread the experts over so many hosts. Returns when the new ones serve and those that left are gone."""
-        answer = self._call(self._service.Scale, pb.ScaleRequest(hosts=hosts), timeout)
+    def scale(self, hosts: int | Literal["all"], timeout: float = 3600.0) -> Placed:
+        """Spread the experts over so many hosts, or over all that the nodes have room for. Returns when the new ones serve and those that left are gone."""
+        answer = self._call(self._service.Scale, pb.ScaleRequest(hosts=0 if hosts == "all" else hosts), timeout)
         return Placed(answer.epoch, tuple(answer.hosts))
 
     def drain(self, host: str, timeout: float = 3600.0) -> Placed:
@@ -82,3 +89,26 @@ class AdminClient:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _standing(answer: pb.GetPlacementResponse) -> Standing:
+    return Standing(
+        epoch=answer.epoch,
+        wanted_hosts=answer.wanted_hosts,
+        is_changing=answer.is_changing,
+        shortage=answer.shortage,
+        hosts=[
+            HostStanding(host.name, host.node, host.is_up, host.pid, host.device, host.cuda_visible_devices, host.weights_bytes)
+            for host in answer.hosts
+        ],
+        frontends=[FrontendStanding(one.name, one.target, one.metrics_target, one.node, one.epoch) for one in answer.frontends],
+        layers=[
+            LayerStanding(
+                layer.name,
+                layer.model_revision,
+                layer.tensor_parallel,
+                [HostShards(held.host, tuple(held.experts), tuple(held.shards)) for held in layer.placement],
+            )
+            for layer in answer.layers
+        ],
+    )

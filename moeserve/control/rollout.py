@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from moeserve.checkpoints import LayerSource, Swap, check_memory, host_bytes, memory_bytes
 from moeserve.config import ServiceConfig
-from moeserve.errors import ConfigError
-from moeserve.placement import plan_placement
+from moeserve.control.limits import plan_for
+from moeserve.control.seats import Seat
+from moeserve.control.state import NumHosts, State
 from moeserve.release import Release
 
 log = logging.getLogger(__name__)
@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 class Hosts(Protocol):
     """All expert hosts, by number."""
 
-    async def take(self, release: Release) -> None:
-        """Every host of `release`, started if need be, can serve it beside what it serves. Raises what a host raised."""
+    async def take(self, release: Release, seats: Sequence[Seat]) -> None:
+        """Every host of `release`, started on its node if need be, can serve it beside what it serves. Raises what a host raised."""
         ...
 
     async def withdraw(self, epoch: int) -> None:
@@ -67,104 +67,85 @@ class Publisher(Protocol):
 
 
 class Rollout:
-    """Make before break: hosts load, frontends switch, running batches end, hosts forget. One change at a time."""
+    """Make before break: hosts load, frontends switch, running batches end, hosts forget. Its owner makes one change at a time.
 
-    def __init__(self, config: ServiceConfig, release: Release, hosts: Hosts, frontend: Publisher) -> None:
-        self.release = release
+    `save` is given the state before it is used: epochs and numbers before they are given out, a release before it is published.
+    """
+
+    def __init__(self, config: ServiceConfig, state: State, hosts: Hosts, frontends: Publisher, save: Callable[[State], None]) -> None:
+        self.state = state
+        self.is_under_way = False
         self._config = config
         self._hosts = hosts
-        self._frontend = frontend
-        self._epoch = release.epoch
-        self._next_number = release.placement.num_hosts
-        self._one_at_a_time = asyncio.Lock()
-        self._changes: set[asyncio.Task[Release]] = set()
+        self._frontends = frontends
+        self._save = save
 
-    async def swap(self, layer: str, checkpoint: Path, experts: Sequence[int] | None = None) -> Release:
-        """Serve a layer, or some of its experts, with the weights of another folder of the same model.
+    async def swap(self, swap: Swap) -> Release:
+        """New weights in the same places. Raises UnknownLayer, ConfigError or CheckpointError; then everything is as it was."""
+        before = self.state
+        release = before.release.swapped(swap, before.last_epoch + 1)
+        await self._bring_in(replace(before, release=release))
+        log.info("epoch %d: layer %s has revision %d, from %s", release.epoch, swap.layer, release.revision(swap.layer), swap.checkpoint)
+        return release
 
-        Raises UnknownLayer, ConfigError or CheckpointError; then everything is as it was. Files are read on the hosts: `checkpoint` must
-        be there, and here.
-        """
-        return await self._to_its_end(self._swap(Swap(layer, checkpoint, None if experts is None else frozenset(experts))))
-
-    async def scale(self, num_hosts: int) -> Release:
-        """Spread the experts over so many hosts: new ones start, or the last ones leave. Raises ConfigError; then all is as it was."""
-        return await self._to_its_end(self._scale(num_hosts))
-
-    async def drain(self, host: str) -> Release:
-        """Place the experts of a host on the others, and let it go. Raises ConfigError when there is no such host, or no room."""
-        return await self._to_its_end(self._drain(host))
-
-    async def _to_its_end(self, change: Coroutine[Any, Any, Release]) -> Release:
-        """A caller who hangs up does not leave a change half made."""
-        task = asyncio.ensure_future(change)
-        self._changes.add(task)
-        task.add_done_callback(self._changes.discard)
-        return await asyncio.shield(task)
-
-    async def _swap(self, swap: Swap) -> Release:
-        async with self._one_at_a_time:
-            self._epoch += 1
-            release = self.release.swapped(swap, self._epoch)
-            await self._bring_in(release)
-            log.info(
-                "epoch %d: layer %s has revision %d, from %s", release.epoch, swap.layer, release.revision(swap.layer), swap.checkpoint
-            )
-            return release
-
-    async def _scale(self, num_hosts: int) -> Release:
-        async with self._one_at_a_time:
-            present = self.release.placement.hosts
-            more = range(self._next_number, self._next_number + max(0, num_hosts - len(present)))
-            self._next_number += len(more)
-            return await self._move((*present[:num_hosts], *more))
-
-    async def _drain(self, host: str) -> Release:
-        async with self._one_at_a_time:
-            names = {f"host-{number}": number for number in self.release.placement.hosts}
-            if host not in names:
-                raise ConfigError(f"there is no host {host!r}; there are {', '.join(names)}")
-            return await self._move([number for name, number in names.items() if name != host])
-
-    async def _move(self, numbers: Sequence[int]) -> Release:
-        if not numbers:
-            raise ConfigError("at least one host is needed")
-        if tuple(numbers) == self.release.placement.hosts:
-            return self.release
-        self._epoch += 1
-        placing = self._config.placement.model_copy(update={"num_hosts": len(numbers), "experts_per_host": None})
-        sources = await asyncio.to_thread(self.release.sources, self._config)
-        placement = plan_placement([source.spec for source in sources], placing).renumbered(numbers, self._epoch)
+    async def move(self, seats: tuple[Seat, ...], num_hosts: NumHosts) -> Release:
+        """The same weights on these hosts, `num_hosts` being what was asked for. Raises ConfigError; then everything is as it was."""
+        before = self.state
+        if seats == before.seats:
+            self._remember(replace(before, num_hosts=num_hosts))
+            return before.release
+        sources = await asyncio.to_thread(before.release.sources, self._config)
+        numbers = [seat.number for seat in seats]
+        placement = plan_for(len(seats), sources, self._config).renumbered(numbers, before.last_epoch + 1)
         check_memory(host_bytes(sources, placement), self._config, memory_bytes())
-        release, gone = replace(self.release, placement=placement), set(self.release.placement.hosts) - set(numbers)
-        await self._bring_in(release)
+        next_number = max(before.next_number, numbers[-1] + 1)
+        release = replace(before.release, placement=placement)
+        await self._bring_in(State(release, seats, num_hosts, release.epoch, next_number))
+        gone = {seat.number for seat in before.seats} - set(numbers)
         await self._hosts.remove(sorted(gone))
         log.info("epoch %d: experts stand on hosts %s", release.epoch, ", ".join(map(str, numbers)))
         return release
+
+    async def _bring_in(self, after: State) -> None:
+        self.is_under_way = True
+        try:
+            await self._offer(after)
+            await self._let_go()
+            await self._hosts.retire(after.release.epoch)
+            await self._frontends.refresh()
+        finally:
+            self.is_under_way = False
+
+    async def _offer(self, after: State) -> None:
+        before, release = self.state, after.release
+        # Should this process die on the way, neither the epoch nor the numbers of new hosts are ever given out again.
+        self._remember(replace(before, last_epoch=release.epoch, next_number=after.next_number))
+        try:
+            sources = await asyncio.to_thread(release.sources, self._config)
+            await self._hosts.take(release, after.seats)
+            await self._frontends.welcome(release)
+            await self._frontends.try_out(release, sources)
+            self._save(replace(after, last_epoch=release.epoch))
+            self._frontends.publish(release, sources)
+        except BaseException:  # whatever it was: a release that hosts have and frontends do not would be mistaken for what is served
+            self._save(self.state)
+            await self._frontends.forget()
+            await self._hosts.withdraw(release.epoch)
+            await self._hosts.remove(sorted({seat.number for seat in after.seats} - {seat.number for seat in before.seats}))
+            raise
+        self.state = replace(after, last_epoch=release.epoch)
+
+    def _remember(self, state: State) -> None:
+        if state != self.state:
+            self._save(state)
+        self.state = state
 
     async def _let_go(self) -> None:
         """Batches end as they began; those that wait too long for a host that leaves, because it hangs, begin again with the others."""
         try:
             async with asyncio.timeout(self._config.server.drain_timeout_s):
-                await self._frontend.drained()
+                await self._frontends.drained()
         except TimeoutError:
-            log.warning("epoch %d: batches still wait for hosts that leave; they begin again on the others", self.release.epoch)
-        await self._frontend.forget()
-        await self._frontend.drained()
-
-    async def _bring_in(self, release: Release) -> None:
-        sources = await asyncio.to_thread(release.sources, self._config)
-        try:
-            await self._hosts.take(release)
-            await self._frontend.welcome(release)
-            await self._frontend.try_out(release, sources)
-            self._frontend.publish(release, sources)
-        except BaseException:  # whatever it was: a release that hosts have and frontends do not would be mistaken for what is served
-            await self._frontend.forget()
-            await self._hosts.withdraw(release.epoch)
-            await self._hosts.remove(sorted(set(release.placement.hosts) - set(self.release.placement.hosts)))
-            raise
-        self.release = release
-        await self._let_go()
-        await self._hosts.retire(release.epoch)
-        await self._frontend.refresh()
+            log.warning("epoch %d: batches still wait for hosts that leave; they begin again on the others", self.state.release.epoch)
+        await self._frontends.forget()
+        await self._frontends.drained()

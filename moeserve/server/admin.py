@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import grpc
 
 from moeserve.errors import InvalidRequest
 from moeserve.server.boundary import Context
+from moeserve.standing import Standing
 from moeserve.v1 import admin_service_pb2 as pb
 
 ADMIN_SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["AdminService"].full_name
@@ -30,12 +31,16 @@ class Served(Protocol):
 class Admin(Protocol):
     """Whoever can change what is served."""
 
+    def standing(self) -> Standing:
+        """What is deployed and where, now."""
+        ...
+
     async def swap(self, layer: str, checkpoint: Path, experts: Sequence[int] | None) -> Served:
         """New weights for a layer (experts = None) or some of its experts. Raises MoEServeError; then nothing has changed."""
         ...
 
-    async def scale(self, num_hosts: int) -> Served:
-        """Another number of hosts. Raises MoEServeError; then nothing has changed."""
+    async def scale(self, num_hosts: int | Literal["all"]) -> Served:
+        """Another number of hosts, or as many as there is room for. Raises MoEServeError; then nothing has changed."""
         ...
 
     async def drain(self, host: str) -> Served:
@@ -56,6 +61,7 @@ class AdminService:
     def handlers(self) -> grpc.GenericRpcHandler:
         """To add to a server."""
         methods: dict[str, tuple[Any, Any, Any]] = {
+            "GetPlacement": (self.get_placement, pb.GetPlacementRequest, pb.GetPlacementResponse),
             "SwapExperts": (self.swap_experts, pb.SwapExpertsRequest, pb.SwapExpertsResponse),
             "Scale": (self.scale, pb.ScaleRequest, pb.ScaleResponse),
             "DrainHost": (self.drain_host, pb.DrainHostRequest, pb.DrainHostResponse),
@@ -67,6 +73,27 @@ class AdminService:
         }
         return grpc.method_handlers_generic_handler(ADMIN_SERVICE_NAME, handlers)
 
+    async def get_placement(self, _request: pb.GetPlacementRequest, _context: Context) -> pb.GetPlacementResponse:
+        """A `Standing`, at once."""
+        standing = self._admin.standing()
+        return pb.GetPlacementResponse(
+            epoch=standing.epoch,
+            is_changing=standing.is_changing,
+            wanted_hosts=standing.wanted_hosts,
+            shortage=standing.shortage,
+            hosts=[pb.PlacedHost(**vars(host)) for host in standing.hosts],
+            frontends=[pb.FollowingFrontend(**vars(frontend)) for frontend in standing.frontends],
+            layers=[
+                pb.PlacedLayer(
+                    name=layer.name,
+                    model_revision=layer.revision,
+                    tensor_parallel=layer.tensor_parallel,
+                    placement=[pb.PlacedExperts(**vars(held)) for held in layer.placement],
+                )
+                for layer in standing.layers
+            ],
+        )
+
     async def swap_experts(self, request: pb.SwapExpertsRequest, _context: Context) -> pb.SwapExpertsResponse:
         """One `SwapExpertsRequest`; returns when no request is answered with the old weights any more."""
         if not Path(request.checkpoint).is_absolute():
@@ -76,7 +103,7 @@ class AdminService:
 
     async def scale(self, request: pb.ScaleRequest, _context: Context) -> pb.ScaleResponse:
         """One `ScaleRequest`; returns when the hosts are as many as asked for."""
-        served = await self._admin.scale(request.hosts)
+        served = await self._admin.scale(request.hosts or "all")
         return pb.ScaleResponse(epoch=served.epoch, hosts=served.host_names)
 
     async def drain_host(self, request: pb.DrainHostRequest, _context: Context) -> pb.DrainHostResponse:

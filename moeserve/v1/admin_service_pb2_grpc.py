@@ -35,6 +35,11 @@ class AdminServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.GetPlacement = channel.unary_unary(
+                '/moeserve.v1.AdminService/GetPlacement',
+                request_serializer=moeserve_dot_v1_dot_admin__service__pb2.GetPlacementRequest.SerializeToString,
+                response_deserializer=moeserve_dot_v1_dot_admin__service__pb2.GetPlacementResponse.FromString,
+                _registered_method=True)
         self.SwapExperts = channel.unary_unary(
                 '/moeserve.v1.AdminService/SwapExperts',
                 request_serializer=moeserve_dot_v1_dot_admin__service__pb2.SwapExpertsRequest.SerializeToString,
@@ -60,6 +65,13 @@ class AdminServiceStub:
 class AdminServiceServicer:
     """Changes what a running service serves. Answered only with the admin token, which is not the one callers of MoEService have.
     """
+
+    def GetPlacement(self, request, context):
+        """What is deployed and where.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def SwapExperts(self, request, context):
         """New weights for a layer, or for some of its experts, from a folder of the same model; requests go on meanwhile.
@@ -93,6 +105,11 @@ class AdminServiceServicer:
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'GetPlacement': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPlacement,
+                    request_deserializer=moeserve_dot_v1_dot_admin__service__pb2.GetPlacementRequest.FromString,
+                    response_serializer=moeserve_dot_v1_dot_admin__service__pb2.GetPlacementResponse.SerializeToString,
+            ),
             'SwapExperts': grpc.unary_unary_rpc_method_handler(
                     servicer.SwapExperts,
                     request_deserializer=moeserve_dot_v1_dot_admin__service__pb2.SwapExpertsRequest.FromString,
@@ -124,6 +141,33 @@ def add_AdminServiceServicer_to_server(servicer, server):
 class AdminService:
     """Changes what a running service serves. Answered only with the admin token, which is not the one callers of MoEService have.
     """
+
+    @staticmethod
+    def GetPlacement(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moeserve.v1.AdminService/GetPlacement',
+            moeserve_dot_v1_dot_admin__service__pb2.GetPlacementRequest.SerializeToString,
+            moeserve_dot_v1_dot_admin__service__pb2.GetPlacementResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def SwapExperts(request,

@@ -1,0 +1,74 @@
+"""`moeserve status`: what is deployed, and where."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of
+from moeserve.standing import Standing
+
+
+def status(
+    target: Target,
+    admin_token_file: AdminTokenFile,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    tls_ca: TlsCa = None,
+) -> None:
+    """Hosts, frontends and layers of a service: what was asked for, what there is, and what is missing."""
+    with admin_of(target, admin_token_file, tls_ca) as client:
+        standing = client.status()
+    if as_json:
+        print(json.dumps(asdict(standing)))
+    else:
+        _show(standing, Console(highlight=False))
+
+
+def _show(standing: Standing, console: Console) -> None:
+    up = sum(host.is_up for host in standing.hosts)
+    changing = ", changing" if standing.is_changing else ""
+    console.print(f"epoch {standing.epoch}{changing}: {up} of {len(standing.hosts)} hosts up, {standing.wanted_hosts} wanted")
+    if standing.shortage:
+        console.print(f"[yellow]short: {standing.shortage}[/]", soft_wrap=True)
+    console.print(_hosts(standing))
+    console.print(_frontends(standing))
+    console.print(_layers(standing))
+
+
+def _hosts(standing: Standing) -> Table:
+    table = Table("host", "state", "node", "pid", "device", "GPUs", box=SIMPLE_HEAD)
+    for column in ("experts", "weights"):
+        table.add_column(column, justify="right")
+    experts = Counter({held.host: 0 for layer in standing.layers for held in layer.placement})
+    for layer in standing.layers:
+        for held in layer.placement:
+            experts[held.host] += len(held.experts)
+    for position, host in enumerate(standing.hosts):
+        state = "[green]up[/]" if host.is_up else "[red]down[/]"
+        weights = f"{host.weights_bytes / 2**20:.1f} MiB"
+        pid, number = str(host.pid) if host.pid else "", str(experts[position])
+        table.add_row(host.name, state, host.node[:12], pid, host.device, host.cuda_visible_devices, number, weights)
+    return table
+
+
+def _frontends(standing: Standing) -> Table:
+    table = Table("frontend", "gRPC", "metrics", "node", "epoch", box=SIMPLE_HEAD)
+    for frontend in standing.frontends:
+        table.add_row(frontend.name, frontend.target, frontend.metrics_target, frontend.node[:12], str(frontend.epoch))
+    return table
+
+
+def _layers(standing: Standing) -> Table:
+    table = Table("layer", box=SIMPLE_HEAD)
+    for column in ("revision", "hosts", "shards per expert"):
+        table.add_column(column, justify="right")
+    for layer in standing.layers:
+        table.add_row(layer.name, str(layer.revision), str(len(layer.placement)), str(layer.tensor_parallel))
+    return table

@@ -1,0 +1,149 @@
+"""Programs that live in detached actors: Ray starts them again when their process dies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+
+from moeserve.errors import ExpertUnavailable
+
+log = logging.getLogger(__name__)
+
+_RETRY_S = 0.2
+_KILL_TIMEOUT_S = 10.0
+
+
+class Program(Protocol):
+    """Something that is started and stopped in an event loop of its own."""
+
+    async def start(self) -> None:
+        """Until it is of use to others."""
+        ...
+
+    async def stop(self) -> None:
+        """In order, and only once."""
+        ...
+
+    def describe(self) -> Any:
+        """What others want to know of it, once it has started; from any thread."""
+        ...
+
+
+class _Resident:
+    """Runs the program that `make` makes, in a thread with an event loop; its methods are called from other threads at once."""
+
+    def __init__(self, make: Callable[[Callable[[str], None]], Program]) -> None:
+        self._told: list[str] = []
+        self._program = make(self._told.append)
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="program", daemon=True).start()
+        self._started = asyncio.run_coroutine_threadsafe(self._program.start(), self._loop)
+
+    def ready(self) -> Any:
+        """What the program says of itself, once it has started. Raises what kept it from starting."""
+        self._started.result()
+        return self._program.describe()
+
+    def told(self, since: int) -> list[str]:
+        """How its start goes, in words, from the line `since` on."""
+        return self._told[since:]
+
+    def stop(self) -> None:
+        """Stop the program, or give up starting it."""
+        if not self._started.done():
+            self._started.cancel()
+            return
+        asyncio.run_coroutine_threadsafe(self._program.stop(), self._loop).result()
+
+
+# The name of the class is what the process is called.
+@ray.remote
+class MoEController(_Resident):
+    """The controller's process."""
+
+
+@ray.remote
+class MoEFrontend(_Resident):
+    """A frontend's process."""
+
+
+KINDS: dict[str, Any] = {"controller": MoEController, "frontend": MoEFrontend}
+
+
+def settle(kind: str, name: str, make: Callable[[Callable[[str], None]], Program], scheduling: dict[str, Any]) -> Resident:
+    """Start a program in a detached actor of this name; Ray starts it again, as often as it dies."""
+    actor = KINDS[kind].options(
+        name=name, lifetime="detached", max_restarts=-1, max_task_retries=0, max_concurrency=8, num_cpus=0, **scheduling
+    )
+    return Resident(name, actor.remote(make))
+
+
+class Resident:
+    """A handle on such an actor."""
+
+    def __init__(self, name: str, actor: ActorHandle[Any]) -> None:
+        self.name = name
+        self._actor = actor
+
+    @classmethod
+    def find(cls, name: str) -> Resident | None:
+        """The actor of this name in this namespace; None = there is none."""
+        try:
+            return cls(name, ray.get_actor(name))
+        except ValueError:
+            return None
+
+    @staticmethod
+    def names() -> Sequence[str]:
+        """Of all actors in this namespace."""
+        found: list[str] = ray.util.list_named_actors()
+        return found
+
+    async def ready(self, tell: Callable[[str], None] = lambda _: None) -> Any:
+        """What the program says of itself, once it has started; `tell` hears how that goes. Raises what kept it from starting."""
+        heard, ready = 0, asyncio.ensure_future(self._call("ready"))
+        while True:
+            done, _ = await asyncio.wait({ready}, timeout=_RETRY_S)
+            for line in await self._call("told", heard):
+                heard += 1
+                tell(line)
+            if done:
+                return ready.result()
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        while True:
+            try:
+                return await getattr(self._actor, method).remote(*arguments)
+            except ActorUnavailableError:
+                await asyncio.sleep(_RETRY_S)
+            except RayActorError as error:
+                raise ExpertUnavailable(f"{self.name} is gone for good: {str(error).splitlines()[0]}") from None
+            except RayTaskError as error:
+                raise error.cause from None
+
+    async def stop(self, timeout_s: float) -> None:
+        """Ask the program to stop, and end its process for good, after `timeout_s` in any case."""
+        try:
+            await asyncio.wait_for(self._call("stop"), timeout_s)
+        except (TimeoutError, ExpertUnavailable) as error:
+            log.info("%s did not stop in order: %r", self.name, error)
+        self.kill()
+
+    def kill(self) -> None:
+        """End its process for good, at once."""
+        ray.kill(self._actor, no_restart=True)
+
+
+def end_this_process() -> None:
+    """End the actor that this runs in, for good."""
+    actor = ray.get_runtime_context().current_actor
+    threading.Timer(0.1, lambda: ray.kill(actor, no_restart=True)).start()
+    threading.Timer(_KILL_TIMEOUT_S, lambda: os._exit(1)).start()

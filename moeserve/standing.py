@@ -1,0 +1,58 @@
+"""What is deployed, and where: what `moeserve status` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moeserve.stats import HostShards
+
+
+@dataclass(frozen=True)
+class HostStanding:
+    """One host; is_up = it has answered within the last seconds. `cuda_visible_devices` is empty where no GPU was granted."""
+
+    name: str
+    node: str
+    is_up: bool
+    pid: int = 0
+    device: str = ""
+    cuda_visible_devices: str = ""
+    weights_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class FrontendStanding:
+    """One frontend; `epoch` is what new batches use there."""
+
+    name: str
+    target: str
+    metrics_target: str
+    node: str
+    epoch: int
+
+
+@dataclass(frozen=True)
+class LayerStanding:
+    """One layer; `placement` names hosts by their position in `Standing.hosts`."""
+
+    name: str
+    revision: int
+    tensor_parallel: int
+    placement: Sequence[HostShards]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """`wanted_hosts` is a number or "all"; `shortage` says what of that cannot be had, "" = nothing.
+
+    `is_changing`: a new epoch is being brought in.
+    """
+
+    epoch: int
+    wanted_hosts: str
+    is_changing: bool
+    shortage: str
+    hosts: Sequence[HostStanding]
+    frontends: Sequence[FrontendStanding]
+    layers: Sequence[LayerStanding]
