@@ -62,7 +62,8 @@ class AdminClient:
 
     def scale(self, hosts: int | Literal["all"], timeout: float = 3600.0) -> Placed:
         """Spread the experts over so many hosts, or over all that the nodes have room for. Returns when the new ones serve and those that left are gone."""
-        answer = self._call(self._service.Scale, pb.ScaleRequest(hosts=0 if hosts == "all" else hosts), timeout)
+        request = pb.ScaleRequest(all=True) if hosts == "all" else pb.ScaleRequest(hosts=hosts)
+        answer = self._call(self._service.Scale, request, timeout)
         return Placed(answer.epoch, tuple(answer.hosts))
 
     def drain(self, host: str, timeout: float = 3600.0) -> Placed:

@@ -59,7 +59,7 @@ def _first_wish(config: ServiceConfig, sources: Sequence[LayerSource]) -> NumHos
     placing = config.placement
     if placing.experts_per_host is None or "num_hosts" in placing.model_fields_set:
         return placing.num_hosts
-    return host_limits(sources, config)[0]
+    return host_limits(sources, config).start
 
 
 def wanted_hosts(config: ServiceConfig, sources: Sequence[LayerSource], num_hosts: NumHosts) -> Wanted:
@@ -67,8 +67,10 @@ def wanted_hosts(config: ServiceConfig, sources: Sequence[LayerSource], num_host
     placing = config.placement
     if num_hosts != "all":
         plan_for(num_hosts, sources, config)
-    least, most = host_limits(sources, config)
-    return Wanted(num_hosts, placing.cpus_per_host, placing.gpus_per_host, placing.node_labels, placing.node_strategy, least, most)
+    limits = host_limits(sources, config)
+    return Wanted(
+        num_hosts, placing.cpus_per_host, placing.gpus_per_host, placing.node_labels, placing.node_strategy, limits[0], limits[-1]
+    )
 
 
 async def _seating_with_patience(config: ServiceConfig, nodes: Nodes, seat: Callable[[Sequence[Node]], Seating]) -> Seating:
@@ -97,7 +99,7 @@ class Controller:
         self._rollout = Rollout(config, state, hosts, frontends, save)
         self._one_at_a_time = asyncio.Lock()
         self._changes: set[asyncio.Task[Release]] = set()
-        self._limits: tuple[int, int] | None = None
+        self._wanted_now: Wanted | None = None
         #: what of the wish cannot be had, in a sentence
         self.shortage: str | None = None
 
@@ -158,6 +160,8 @@ class Controller:
             return await change()
 
     async def _scale(self, num_hosts: NumHosts) -> Release:
+        if num_hosts != "all" and num_hosts < 1:
+            raise ConfigError("at least one host is needed")
         sources = await asyncio.to_thread(self.state.release.sources, self._config)
         wanted = await asyncio.to_thread(wanted_hosts, self._config, sources, num_hosts)
         if num_hosts != "all":
@@ -197,13 +201,10 @@ class Controller:
         return await self._rollout.move(seating.seats, self.state.num_hosts)
 
     async def _wanted(self) -> Wanted:
-        placing = self._config.placement
-        if self._limits is None:
+        if self._wanted_now is None or self._wanted_now.num_hosts != self.state.num_hosts:
             sources = await asyncio.to_thread(self.state.release.sources, self._config)
-            self._limits = await asyncio.to_thread(host_limits, sources, self._config)
-        return Wanted(
-            self.state.num_hosts, placing.cpus_per_host, placing.gpus_per_host, placing.node_labels, placing.node_strategy, *self._limits
-        )
+            self._wanted_now = await asyncio.to_thread(wanted_hosts, self._config, sources, self.state.num_hosts)
+        return self._wanted_now
 
     def _seating(self, nodes: Sequence[Node], wanted: Wanted) -> Seating:
         return reconcile(nodes, self.state.seats, wanted, self.state.next_number, self._hosts.given_up)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import takewhile
+from typing import Final
 
 from moeserve.checkpoints import LayerSource, host_bytes
 from moeserve.config import ServiceConfig
 from moeserve.errors import ConfigError
 from moeserve.placement import Placement, plan_placement
+
+#: beyond this nobody looks whether more hosts could share a model
+_MOST_HOSTS: Final = 1024
 
 
 def plan_for(num_hosts: int, sources: Sequence[LayerSource], config: ServiceConfig, epoch: int = 1) -> Placement:
@@ -17,56 +21,41 @@ def plan_for(num_hosts: int, sources: Sequence[LayerSource], config: ServiceConf
     return plan_placement([source.spec for source in sources], placing, epoch)
 
 
-def host_limits(sources: Sequence[LayerSource], config: ServiceConfig) -> tuple[int, int]:
-    """The least number of hosts that hold every expert, each within placement.memory_per_host_bytes and placement.experts_per_host, and
-    the largest at which none is left without experts.
+def host_limits(sources: Sequence[LayerSource], config: ServiceConfig) -> range:
+    """From the least number of hosts that hold every expert, each within placement.memory_per_host_bytes and placement.experts_per_host,
+    up to the last at which none is left without experts (or 1024).
 
     Raises ConfigError when no number does.
     """
-    candidates = range(1, _upper_bound(sources, config) + 1)
-    most = bisect_left(candidates, True, key=lambda number: _is_too_many(number, sources, config))
-    for number in range(1, most + 1):
-        if _holds(number, sources, config):
-            return number, most
-    plan_for(most, sources, config)
-    raise ConfigError(
-        f"no number of hosts holds these experts: with {most}, which is the most that all have some of them, a host would still hold more "
-        "than placement.memory_per_host_bytes or placement.experts_per_host allows"
-    )
+    upper = min(_upper_bound(sources, config), _MOST_HOSTS)
+    possible = (number for number in range(1, upper + 1) if _is_possible(number, sources, config))
+    least = next((number for number in possible if _holds(number, sources, config)), None)
+    if least is None:
+        raise ConfigError(
+            "these experts cannot be shared out: whatever the number of hosts, copies, shards and stages do not fit, or a host would hold "
+            "more than placement.memory_per_host_bytes or placement.experts_per_host allows"
+        )
+    numbers = range(least, upper + 1)
+    return numbers[: sum(1 for _ in takewhile(lambda number: _is_possible(number, sources, config), numbers))]
 
 
 def _upper_bound(sources: Sequence[LayerSource], config: ServiceConfig) -> int:
-    """More hosts than this cannot all have a physical expert of some layer, even with every layer in a stage of its own."""
-    placing = config.placement
-    widest = max(source.spec.num_hosted_experts for source in sources) * placing.tensor_parallel
-    return widest * _most_copies(config) * placing.pipeline_stages
-
-
-def _most_copies(config: ServiceConfig) -> int:
+    """More hosts than this cannot all have a physical expert: there are not so many."""
     copies = config.placement.copies
-    if isinstance(copies, int):
-        return copies
-    return max(max(one.values()) if isinstance(one, dict) else one for one in copies.values())
+    most_copies = copies if isinstance(copies, int) else max(max(one.values()) if isinstance(one, dict) else one for one in copies.values())
+    return sum(source.spec.num_hosted_experts for source in sources) * config.placement.tensor_parallel * most_copies
 
 
-def _is_too_many(num_hosts: int, sources: Sequence[LayerSource], config: ServiceConfig) -> bool:
+def _is_possible(num_hosts: int, sources: Sequence[LayerSource], config: ServiceConfig) -> bool:
     try:
         plan_for(num_hosts, sources, config)
     except ConfigError:
-        return num_hosts > _at_least(config)
-    return False
-
-
-def _at_least(config: ServiceConfig) -> int:
-    placing = config.placement
-    return max(_most_copies(config), placing.tensor_parallel) * placing.pipeline_stages
+        return False
+    return True
 
 
 def _holds(num_hosts: int, sources: Sequence[LayerSource], config: ServiceConfig) -> bool:
-    try:
-        placement = plan_for(num_hosts, sources, config)
-    except ConfigError:
-        return False
+    placement = plan_for(num_hosts, sources, config)
     bytes_limit, experts_limit = config.placement.memory_per_host_bytes, config.placement.experts_per_host
     if bytes_limit is not None and max(host_bytes(sources, placement)) > bytes_limit:
         return False

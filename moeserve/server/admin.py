@@ -103,7 +103,7 @@ class AdminService:
 
     async def scale(self, request: pb.ScaleRequest, _context: Context) -> pb.ScaleResponse:
         """One `ScaleRequest`; returns when the hosts are as many as asked for."""
-        served = await self._admin.scale(request.hosts or "all")
+        served = await self._admin.scale("all" if request.all else request.hosts)
         return pb.ScaleResponse(epoch=served.epoch, hosts=served.host_names)
 
     async def drain_host(self, request: pb.DrainHostRequest, _context: Context) -> pb.DrainHostResponse:

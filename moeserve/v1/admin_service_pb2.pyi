@@ -25,10 +25,12 @@ class SwapExpertsResponse(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., model_revision: _Optional[int] = ...) -> None: ...
 
 class ScaleRequest(_message.Message):
-    __slots__ = ("hosts",)
+    __slots__ = ("hosts", "all")
     HOSTS_FIELD_NUMBER: _ClassVar[int]
+    ALL_FIELD_NUMBER: _ClassVar[int]
     hosts: int
-    def __init__(self, hosts: _Optional[int] = ...) -> None: ...
+    all: bool
+    def __init__(self, hosts: _Optional[int] = ..., all: _Optional[bool] = ...) -> None: ...
 
 class ScaleResponse(_message.Message):
     __slots__ = ("epoch", "hosts")

@@ -1,0 +1,66 @@
+"""How few and how many hosts can share a model's experts, against trying every number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moeserve import ConfigError, load_config
+from moeserve.checkpoints import host_bytes, layer_sources
+from moeserve.control.limits import host_limits, plan_for
+
+LAYER = {"hidden_size": 8, "intermediate_size": 4, "num_experts": 6}
+
+
+def limits(layers: list[dict[str, Any]], placement: Mapping[str, Any]) -> range:
+    config = load_config({"layers": layers, "placement": placement})
+    return host_limits(layer_sources(config), config)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    experts=st.lists(st.integers(2, 7), min_size=1, max_size=3),
+    copies=st.integers(1, 3),
+    tensor_parallel=st.integers(1, 2),
+    stages=st.integers(1, 2),
+    strategy=st.sampled_from(["contiguous", "round_robin"]),
+)
+def test_limits_are_those_of_trying_every_number(
+    experts: list[int], copies: int, tensor_parallel: int, stages: int, strategy: str
+) -> None:
+    if stages > len(experts):
+        return
+    placement = {"copies": copies, "tensor_parallel": tensor_parallel, "pipeline_stages": stages, "strategy": strategy}
+    config = load_config({"layers": [{**LAYER, "num_experts": number} for number in experts], "placement": placement})
+    sources = layer_sources(config)
+    possible = [number for number in range(1, 100) if is_possible(number, sources, config)]
+    if possible:
+        gap = next(number for number in range(possible[0], 101) if number not in possible)
+        assert host_limits(sources, config) == range(possible[0], gap)
+    else:
+        with pytest.raises(ConfigError):
+            host_limits(sources, config)
+
+
+def is_possible(number: int, sources: Any, config: Any) -> bool:
+    try:
+        plan_for(number, sources, config)
+    except ConfigError:
+        return False
+    return True
+
+
+def test_memory_and_experts_per_host_ask_for_more_hosts() -> None:
+    config = load_config({"layers": [LAYER]})
+    sources = layer_sources(config)
+    whole = host_bytes(sources, plan_for(1, sources, config))[0]
+    assert limits([LAYER], {}) == range(1, 7)
+    assert limits([LAYER], {"memory_per_host_bytes": whole}) == range(1, 7)
+    assert limits([LAYER], {"memory_per_host_bytes": whole - 1}) == range(2, 7)
+    assert limits([LAYER], {"experts_per_host": 2}) == range(3, 7)
+    with pytest.raises(ConfigError, match="cannot be shared out"):
+        limits([LAYER], {"memory_per_host_bytes": 1})
