@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from moeserve.checkpoints import LayerSource, Swap
 from moeserve.config import ServiceConfig
-from moeserve.control.limits import host_limits, plan_for
+from moeserve.control.limits import least_hosts, most_hosts, plan_for
 from moeserve.control.reconcile import reconcile
 from moeserve.control.rollout import Hosts, Publisher, Rollout
 from moeserve.control.seats import Node, Seat, Seating, Wanted
@@ -59,7 +59,7 @@ def _first_wish(config: ServiceConfig, sources: Sequence[LayerSource]) -> NumHos
     placing = config.placement
     if placing.experts_per_host is None or "num_hosts" in placing.model_fields_set:
         return placing.num_hosts
-    return host_limits(sources, config).start
+    return least_hosts(sources, config)
 
 
 def wanted_hosts(config: ServiceConfig, sources: Sequence[LayerSource], num_hosts: NumHosts) -> Wanted:
@@ -67,10 +67,9 @@ def wanted_hosts(config: ServiceConfig, sources: Sequence[LayerSource], num_host
     placing = config.placement
     if num_hosts != "all":
         plan_for(num_hosts, sources, config)
-    limits = host_limits(sources, config)
-    return Wanted(
-        num_hosts, placing.cpus_per_host, placing.gpus_per_host, placing.node_labels, placing.node_strategy, limits[0], limits[-1]
-    )
+    least = least_hosts(sources, config)
+    most = most_hosts(least, sources, config) if num_hosts == "all" else None
+    return Wanted(num_hosts, placing.cpus_per_host, placing.gpus_per_host, placing.node_labels, placing.node_strategy, least, most)
 
 
 async def _seating_with_patience(config: ServiceConfig, nodes: Nodes, seat: Callable[[Sequence[Node]], Seating]) -> Seating:

@@ -21,29 +21,32 @@ def plan_for(num_hosts: int, sources: Sequence[LayerSource], config: ServiceConf
     return plan_placement([source.spec for source in sources], placing, epoch)
 
 
-def host_limits(sources: Sequence[LayerSource], config: ServiceConfig) -> range:
-    """From the least number of hosts that hold every expert, each within placement.memory_per_host_bytes and placement.experts_per_host,
-    up to the last at which none is left without experts (or 1024).
+def least_hosts(sources: Sequence[LayerSource], config: ServiceConfig) -> int:
+    """The least number of hosts that hold every expert, each within placement.memory_per_host_bytes and placement.experts_per_host.
 
     Raises ConfigError when no number does.
     """
-    upper = min(_upper_bound(sources, config), _MOST_HOSTS)
-    possible = (number for number in range(1, upper + 1) if _is_possible(number, sources, config))
-    least = next((number for number in possible if _holds(number, sources, config)), None)
-    if least is None:
-        raise ConfigError(
-            "these experts cannot be shared out: whatever the number of hosts, copies, shards and stages do not fit, or a host would hold "
-            "more than placement.memory_per_host_bytes or placement.experts_per_host allows"
-        )
-    numbers = range(least, upper + 1)
-    return numbers[: sum(1 for _ in takewhile(lambda number: _is_possible(number, sources, config), numbers))]
+    for number in range(1, _upper_bound(sources, config) + 1):
+        if _is_possible(number, sources, config) and _holds(number, sources, config):
+            return number
+    raise ConfigError(
+        "these experts cannot be shared out: whatever the number of hosts, copies, shards and stages do not fit, or a host would hold "
+        "more than placement.memory_per_host_bytes or placement.experts_per_host allows"
+    )
+
+
+def most_hosts(least: int, sources: Sequence[LayerSource], config: ServiceConfig) -> int:
+    """Up to which number of hosts, from `least` on, none is left without experts."""
+    numbers = range(least, _upper_bound(sources, config) + 1)
+    return least - 1 + sum(1 for _ in takewhile(lambda number: _is_possible(number, sources, config), numbers))
 
 
 def _upper_bound(sources: Sequence[LayerSource], config: ServiceConfig) -> int:
     """More hosts than this cannot all have a physical expert: there are not so many."""
     copies = config.placement.copies
     most_copies = copies if isinstance(copies, int) else max(max(one.values()) if isinstance(one, dict) else one for one in copies.values())
-    return sum(source.spec.num_hosted_experts for source in sources) * config.placement.tensor_parallel * most_copies
+    physical = sum(source.spec.num_hosted_experts for source in sources) * config.placement.tensor_parallel * most_copies
+    return min(physical, _MOST_HOSTS)
 
 
 def _is_possible(num_hosts: int, sources: Sequence[LayerSource], config: ServiceConfig) -> bool:

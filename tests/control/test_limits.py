@@ -11,14 +11,19 @@ from hypothesis import strategies as st
 
 from moeserve import ConfigError, load_config
 from moeserve.checkpoints import host_bytes, layer_sources
-from moeserve.control.limits import host_limits, plan_for
+from moeserve.control.limits import least_hosts, most_hosts, plan_for
 
 LAYER = {"hidden_size": 8, "intermediate_size": 4, "num_experts": 6}
 
 
-def limits(layers: list[dict[str, Any]], placement: Mapping[str, Any]) -> range:
+def limits(layers: list[dict[str, Any]], placement: Mapping[str, Any]) -> tuple[int, int]:
     config = load_config({"layers": layers, "placement": placement})
-    return host_limits(layer_sources(config), config)
+    return both(layer_sources(config), config)
+
+
+def both(sources: Any, config: Any) -> tuple[int, int]:
+    least = least_hosts(sources, config)
+    return least, most_hosts(least, sources, config)
 
 
 @settings(max_examples=40, deadline=None)
@@ -40,10 +45,10 @@ def test_limits_are_those_of_trying_every_number(
     possible = [number for number in range(1, 100) if is_possible(number, sources, config)]
     if possible:
         gap = next(number for number in range(possible[0], 101) if number not in possible)
-        assert host_limits(sources, config) == range(possible[0], gap)
+        assert both(sources, config) == (possible[0], gap - 1)
     else:
         with pytest.raises(ConfigError):
-            host_limits(sources, config)
+            both(sources, config)
 
 
 def is_possible(number: int, sources: Any, config: Any) -> bool:
@@ -58,9 +63,9 @@ def test_memory_and_experts_per_host_ask_for_more_hosts() -> None:
     config = load_config({"layers": [LAYER]})
     sources = layer_sources(config)
     whole = host_bytes(sources, plan_for(1, sources, config))[0]
-    assert limits([LAYER], {}) == range(1, 7)
-    assert limits([LAYER], {"memory_per_host_bytes": whole}) == range(1, 7)
-    assert limits([LAYER], {"memory_per_host_bytes": whole - 1}) == range(2, 7)
-    assert limits([LAYER], {"experts_per_host": 2}) == range(3, 7)
+    assert limits([LAYER], {}) == (1, 6)
+    assert limits([LAYER], {"memory_per_host_bytes": whole}) == (1, 6)
+    assert limits([LAYER], {"memory_per_host_bytes": whole - 1}) == (2, 6)
+    assert limits([LAYER], {"experts_per_host": 2}) == (3, 6)
     with pytest.raises(ConfigError, match="cannot be shared out"):
         limits([LAYER], {"memory_per_host_bytes": 1})
