@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import ray
@@ -78,10 +78,17 @@ class MoEFrontend(_Resident):
 KINDS: dict[str, Any] = {"controller": MoEController, "frontend": MoEFrontend}
 
 
-def settle(kind: str, name: str, make: Callable[[Callable[[str], None]], Program], scheduling: dict[str, Any]) -> Resident:
-    """Start a program in a detached actor of this name; Ray starts it again, as often as it dies."""
+def settle(kind: str, name: str, namespace: str, make: Callable[[Callable[[str], None]], Program], where: dict[str, Any]) -> Resident:
+    """Start a program in a detached actor of this name; Ray starts it again, as often as it dies. `where` are options of the actor."""
     actor = KINDS[kind].options(
-        name=name, lifetime="detached", max_restarts=-1, max_task_retries=0, max_concurrency=8, num_cpus=0, **scheduling
+        name=name,
+        namespace=namespace,
+        lifetime="detached",
+        max_restarts=-1,
+        max_task_retries=0,
+        max_concurrency=8,
+        num_cpus=0,
+        **where,
     )
     return Resident(name, actor.remote(make))
 
@@ -94,18 +101,18 @@ class Resident:
         self._actor = actor
 
     @classmethod
-    def find(cls, name: str) -> Resident | None:
-        """The actor of this name in this namespace; None = there is none."""
+    def find(cls, name: str, namespace: str) -> Resident | None:
+        """The actor of this name; None = there is none."""
         try:
-            return cls(name, ray.get_actor(name))
+            return cls(name, ray.get_actor(name, namespace=namespace))
         except ValueError:
             return None
 
-    @staticmethod
-    def names() -> Sequence[str]:
-        """Of all actors in this namespace."""
-        found: list[str] = ray.util.list_named_actors()
-        return found
+    @classmethod
+    def find_all(cls, namespace: str) -> list[Resident]:
+        """Every actor that has a name there."""
+        names = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True) if one["namespace"] == namespace]
+        return [found for name in sorted(names) if (found := cls.find(name, namespace)) is not None]
 
     async def ready(self, tell: Callable[[str], None] = lambda _: None) -> Any:
         """What the program says of itself, once it has started; `tell` hears how that goes. Raises what kept it from starting."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,11 +14,15 @@ from moeserve.checkpoints import LayerSource, Swap
 from moeserve.config import ServiceConfig
 from moeserve.control.limits import least_hosts, most_hosts, plan_for
 from moeserve.control.reconcile import reconcile
-from moeserve.control.rollout import Hosts, Publisher, Rollout
+from moeserve.control.frontends import Frontends
+from moeserve.control.overview import overview
+from moeserve.control.rollout import Hosts, Rollout
 from moeserve.control.seats import Node, Seat, Seating, Wanted
 from moeserve.control.state import NumHosts, State
 from moeserve.errors import ConfigError, MoEServeError
 from moeserve.release import Release
+from moeserve.standing import Standing
+from moeserve.stats import HostInfo
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +48,11 @@ class HostFleet(Hosts, Protocol):
     @property
     def given_up(self) -> Collection[int]:
         """Hosts that Ray will not bring back."""
+        ...
+
+    @property
+    def present(self) -> Mapping[int, HostInfo]:
+        """What hosts that are up have said of themselves."""
         ...
 
 
@@ -90,27 +99,42 @@ class Controller:
     """One change at a time, and each to its end, even if whoever asked for it hangs up. `save` is given what a successor must know."""
 
     def __init__(
-        self, config: ServiceConfig, state: State, nodes: Nodes, hosts: HostFleet, frontends: Publisher, save: Callable[[State], None]
+        self,
+        config: ServiceConfig,
+        sources: Sequence[LayerSource],
+        state: State,
+        nodes: Nodes,
+        hosts: HostFleet,
+        frontends: Frontends,
+        save: Callable[[State], None],
     ) -> None:
+        #: set when somebody who may has asked for the service to end
+        self.stop_requested = asyncio.Event()
         self._config = config
+        self._sources = sources
+        self._frontends = frontends
         self._nodes = nodes
         self._hosts = hosts
         self._rollout = Rollout(config, state, hosts, frontends, save)
         self._one_at_a_time = asyncio.Lock()
         self._changes: set[asyncio.Task[Release]] = set()
         self._wanted_now: Wanted | None = None
-        #: what of the wish cannot be had, in a sentence
-        self.shortage: str | None = None
+        self._shortage: str | None = None
 
     @property
     def state(self) -> State:
         """What is served, and what was asked for."""
         return self._rollout.state
 
-    @property
-    def is_changing(self) -> bool:
-        """A new epoch is being brought in."""
-        return self._rollout.is_under_way
+    def standing(self) -> Standing:
+        """What is deployed and where, for people."""
+        names = [source.spec.name for source in self._sources]
+        present, frontends = self._hosts.present, self._frontends.members()
+        return overview(self.state, self._rollout.is_under_way, self._shortage, names, present, frontends)
+
+    def ask_to_stop(self) -> None:
+        """Whoever runs the service is told by `stop_requested`."""
+        self.stop_requested.set()
 
     async def swap(self, layer: str, checkpoint: Path, experts: Sequence[int] | None = None) -> Release:
         """Serve a layer, or some of its experts, with the weights of another folder of the same model.
@@ -161,8 +185,7 @@ class Controller:
     async def _scale(self, num_hosts: NumHosts) -> Release:
         if num_hosts != "all" and num_hosts < 1:
             raise ConfigError("at least one host is needed")
-        sources = await asyncio.to_thread(self.state.release.sources, self._config)
-        wanted = await asyncio.to_thread(wanted_hosts, self._config, sources, num_hosts)
+        wanted = await asyncio.to_thread(wanted_hosts, self._config, self._sources, num_hosts)
         if num_hosts != "all":
             await self._nodes.ask_for(num_hosts)
         try:
@@ -194,15 +217,14 @@ class Controller:
 
     async def _follow(self) -> Release:
         seating = self._seating(await self._nodes.list(), await self._wanted())
-        if seating.shortage != self.shortage:
-            self.shortage = seating.shortage
+        if seating.shortage != self._shortage:
+            self._shortage = seating.shortage
             log.warning("%s", seating.shortage or "nothing is short any more")
         return await self._rollout.move(seating.seats, self.state.num_hosts)
 
     async def _wanted(self) -> Wanted:
         if self._wanted_now is None or self._wanted_now.num_hosts != self.state.num_hosts:
-            sources = await asyncio.to_thread(self.state.release.sources, self._config)
-            self._wanted_now = await asyncio.to_thread(wanted_hosts, self._config, sources, self.state.num_hosts)
+            self._wanted_now = await asyncio.to_thread(wanted_hosts, self._config, self._sources, self.state.num_hosts)
         return self._wanted_now
 
     def _seating(self, nodes: Sequence[Node], wanted: Wanted) -> Seating:

@@ -1,0 +1,53 @@
+"""What outlives a controller, as bytes: JSON, with the release as the message that frontends get."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass, field
+
+from moeserve.control.record import read_release, release_message
+from moeserve.control.seats import Seat
+from moeserve.control.state import State
+from moeserve.v1 import control_service_pb2 as pb
+
+
+@dataclass(frozen=True)
+class Saved:
+    """`service_id` names folders of sockets; `frontend_token` is what the frontends that the controller starts follow it with.
+
+    `frontend_keys` are the public keys that hosts let in.
+    """
+
+    service_id: str
+    frontend_token: str = field(repr=False)
+    state: State
+    frontend_keys: tuple[str, ...] = ()
+
+    def to_bytes(self) -> bytes:
+        state = self.state
+        return json.dumps(
+            {
+                "service_id": self.service_id,
+                "frontend_token": self.frontend_token,
+                "frontend_keys": self.frontend_keys,
+                "release": base64.b64encode(release_message(state.release).SerializeToString()).decode(),
+                "seats": [[seat.number, seat.node] for seat in state.seats],
+                "num_hosts": state.num_hosts,
+                "last_epoch": state.last_epoch,
+                "next_number": state.next_number,
+            }
+        ).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Saved:
+        """What `to_bytes` made; whoever can write there can do anything to the cluster."""
+        read = json.loads(data)
+        state = State(
+            read_release(pb.Release.FromString(base64.b64decode(read["release"]))),
+            tuple(Seat(number, node) for number, node in read["seats"]),
+            read["num_hosts"],
+            read["last_epoch"],
+            read["next_number"],
+        )
+        return cls(read["service_id"], read["frontend_token"], state, tuple(read["frontend_keys"]))

@@ -1,0 +1,70 @@
+"""The frontends that a controller starts, as actors beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
+from moeserve.cluster import Resident, node_address, on_this_node, settle, spread
+from moeserve.config import ServiceConfig
+from moeserve.errors import ExpertUnavailable
+from moeserve.server import is_loopback
+
+log = logging.getLogger(__name__)
+
+_LOOK_S: Final = 5.0
+
+
+class Crew:
+    """controller.frontends of them, found again or started, and replaced when Ray has given them up."""
+
+    def __init__(self, config: ServiceConfig, control_port: int, token: str, tell: Callable[[str], None]) -> None:
+        self._config = config
+        self._token = token
+        self._tell = tell
+        self._names = [f"frontend-{number}" for number in range(config.controller.frontends)]
+        self._targets: dict[str, str] = {}
+        host = config.controller.control_host
+        # Others cannot call a loopback address of this node.
+        self._where: dict[str, Any] = on_this_node() if is_loopback(host) else spread()
+        self._controller = f"{host if is_loopback(host) else node_address()}:{control_port}"
+
+    @property
+    def targets(self) -> list[str]:
+        """host:port of each that is ready, in their order."""
+        return [self._targets[name] for name in self._names if name in self._targets]
+
+    async def muster(self) -> None:
+        """Until all are ready. Raises what kept one from starting."""
+        await asyncio.gather(*map(self._have, self._names))
+
+    async def keep(self) -> None:
+        """Replace those that are gone for good, until cancelled."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            await self.muster()
+
+    async def stop(self) -> None:
+        """They drain and leave."""
+        found = [Resident.find(name, self._config.ray.namespace) for name in self._names]
+        timeout_s = self._config.server.drain_timeout_s + _LOOK_S
+        await asyncio.gather(*(resident.stop(timeout_s) for resident in found if resident is not None))
+
+    async def _have(self, name: str) -> None:
+        namespace = self._config.ray.namespace
+        while True:
+            resident = Resident.find(name, namespace)
+            if resident is None:
+                self._tell(f"starting {name}")
+                make = partial(frontend_program, self._config, name, self._controller, self._token)
+                resident = settle("frontend", name, namespace, make, self._where)
+            try:
+                self._targets[name] = await resident.ready()
+                return
+            except ExpertUnavailable as error:
+                log.warning("%s is replaced: %s", name, error)
+                resident.kill()
+                await asyncio.sleep(_LOOK_S)

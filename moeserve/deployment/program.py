@@ -1,0 +1,124 @@
+"""What the controller's process does, from its start to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moeserve.checkpoints import LayerSource, check_memory, host_bytes, layer_sources, memory_bytes
+from moeserve.cluster import Fleet, RayNodes, Store, end_this_process
+from moeserve.config import ServiceConfig
+from moeserve.control import Controller, Frontends, Saved, State, first_state
+from moeserve.deployment.crew import Crew
+from moeserve.server import GrpcServer
+
+log = logging.getLogger(__name__)
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """host:port of the controller and of the frontends that it has started; the configuration as JSON."""
+
+    controller: str
+    frontends: Sequence[str]
+    config_json: str
+
+
+class ControllerProgram:
+    """All of a deployed service that is not a host or a frontend. A later incarnation finds the hosts and frontends that are there."""
+
+    def __init__(self, config: ServiceConfig, tell: Tell) -> None:
+        self._config = config
+        self._tell = tell
+        self._store = Store(config.ray.namespace)
+        self._running = AsyncExitStack()
+        self._duties: set[asyncio.Task[None]] = set()
+        self._target = ""
+
+    async def start(self) -> None:
+        """Until hosts and frontends are ready. When something fails, a first incarnation stops what it has started."""
+        data = self._store.load()
+        try:
+            await self._start(None if data is None else Saved.from_bytes(data))
+        except BaseException:
+            if data is None:
+                await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Frontends drain, hosts leave, and nothing of the service remains but this process."""
+        for duty in self._duties:
+            duty.cancel()
+        await asyncio.gather(*self._duties, return_exceptions=True)
+        await self._running.aclose()
+        self._store.clear()
+
+    def describe(self) -> Deployed:
+        return Deployed(self._target, self._crew.targets, self._config.model_dump_json())
+
+    async def _start(self, saved: Saved | None) -> None:
+        config, sources = self._config, await asyncio.to_thread(layer_sources, self._config)
+        nodes = RayNodes(config)
+        self._saved = saved or await self._first(sources, nodes)
+        state = self._saved.state
+        self._fleet = Fleet(config, detached=True)
+        self._fleet.start(self._saved.service_id)
+        self._running.push_async_callback(self._fleet.stop)
+        frontends = Frontends(config, self._admit, self._saved.frontend_keys)
+        frontends.begin(state.release)
+        controller = Controller(config, sources, state, nodes, self._fleet, frontends, self._remember)
+        if saved is not None:
+            await self._fleet.adopt(state.release, state.seats)
+        await self._serve(controller, frontends)
+        self._tell(f"loading the experts of {len(sources)} layers on {len(state.seats)} hosts")
+        await self._fleet.take(state.release, state.seats)
+        self._later(self._fleet.watch(frontends.directory))
+        await self._crew.muster()
+        self._later(self._crew.keep())
+        self._later(controller.keep())
+        self._later(self._end_when_asked(controller))
+
+    async def _first(self, sources: Sequence[LayerSource], nodes: RayNodes) -> Saved:
+        state = await first_state(self._config, sources, nodes)
+        check_memory(host_bytes(sources, state.release.placement), self._config, memory_bytes())
+        saved = Saved(secrets.token_hex(6), secrets.token_hex(32), state)
+        self._store.save(saved.to_bytes())
+        return saved
+
+    async def _serve(self, controller: Controller, frontends: Frontends) -> None:
+        """Listen before the weights are there: who asks for a status meanwhile gets one."""
+        where, token = self._config.controller, self._saved.frontend_token
+        server = GrpcServer(control_server(self._config), admin=controller, frontends=frontends, frontend_tokens=[token])
+        port = await server.start()
+        self._running.push_async_callback(server.stop)
+        self._target = f"{where.control_host}:{port}"
+        self._crew = Crew(self._config, port, token, self._tell)
+        self._running.push_async_callback(self._crew.stop)
+
+    async def _admit(self, public_keys: frozenset[str]) -> None:
+        """Hosts let these frontends in, and a later incarnation knows."""
+        self._saved = replace(self._saved, frontend_keys=tuple(sorted(public_keys)))
+        self._store.save(self._saved.to_bytes())
+        await self._fleet.admit(public_keys)
+
+    def _remember(self, state: State) -> None:
+        self._saved = replace(self._saved, state=state)
+        self._store.save(self._saved.to_bytes())
+
+    def _later(self, duty: Coroutine[Any, Any, None]) -> None:
+        """Beside everything else, until the end; one that fails ends this process, and the next incarnation begins anew."""
+        task = asyncio.ensure_future(duty)
+        self._duties.add(task)
+
+    async def _end_when_asked(self, controller: Controller) -> None:
+        await controller.stop_requested.wait()
+        self._duties.discard(asyncio.current_task())
+        await self.stop()
+        end_this_process()
