@@ -13,12 +13,14 @@ import typer
 
 from moeserve.cli.bench import bench
 from moeserve.cli.config import config_app
+from moeserve.cli.deploy import deploy
 from moeserve.cli.flags import with_config_flags
 from moeserve.cli.infer import infer
 from moeserve.cli.plan import plan
 from moeserve.cli.scale import drain, scale
 from moeserve.cli.serve import serve
 from moeserve.cli.shutdown import shutdown
+from moeserve.cli.status import status
 from moeserve.cli.swap import swap
 from moeserve.cli.top import top
 from moeserve.errors import ConfigError, MoEServeError, ServiceUnreachable
@@ -31,9 +33,11 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(with_config_flags(serve))
+app.command()(with_config_flags(deploy))
 app.command()(with_config_flags(plan))
 app.command()(infer)
 app.command()(swap)
+app.command()(status)
 app.command()(scale)
 app.command()(drain)
 app.command()(shutdown)

@@ -15,7 +15,7 @@ from moeserve.cluster import Fleet, RayNodes, Store, end_this_process
 from moeserve.config import ServiceConfig
 from moeserve.control import Controller, Frontends, Saved, State, first_state
 from moeserve.deployment.crew import Crew
-from moeserve.server import GrpcServer
+from moeserve.server import Control, GrpcServer, controller_address, frontend_tokens
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,8 @@ class ControllerProgram:
     async def _serve(self, controller: Controller, frontends: Frontends) -> None:
         """Listen before the weights are there: who asks for a status meanwhile gets one."""
         where, token = self._config.controller, self._saved.frontend_token
-        server = GrpcServer(control_server(self._config), admin=controller, frontends=frontends, frontend_tokens=[token])
+        control = Control(frontends, frontend_tokens(where, token))
+        server = GrpcServer(controller_address(self._config), _ignore, admin=controller, control=control)
         port = await server.start()
         self._running.push_async_callback(server.stop)
         self._target = f"{where.control_host}:{port}"
@@ -122,3 +123,7 @@ class ControllerProgram:
         self._duties.discard(asyncio.current_task())
         await self.stop()
         end_this_process()
+
+
+def _ignore(_method: str, _code: str, _seconds: float) -> None:
+    """Nobody counts what administrators ask."""

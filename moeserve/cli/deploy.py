@@ -1,0 +1,47 @@
+"""`moeserve deploy`: a service on a Ray cluster that stays when this command ends."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import Annotated
+
+import typer
+
+from moeserve.cli.flags import Overrides
+from moeserve.config import load_config
+from moeserve.deployment import Deployer
+
+_LOOK_S = 2.0
+
+
+def deploy(
+    source: Annotated[str, typer.Argument(help="A TOML configuration or a checkpoint folder.")],
+    overrides: Overrides,
+    keep: Annotated[bool, typer.Option("--keep", help="Stay, and deploy again whenever the service is gone, until Ctrl-C or SIGTERM.")] = False,
+) -> None:
+    """Put a service on the Ray cluster at --address and return once it is ready; `status`, `scale`, `drain` and `shutdown` act on it."""
+    config = load_config(source, overrides)
+    deployer = Deployer(config)
+    deployer.join()
+    try:
+        asyncio.run(_deploy(deployer, keep))
+    finally:
+        deployer.close()
+
+
+async def _deploy(deployer: Deployer, keep: bool) -> None:
+    while True:
+        deployed = await deployer.deploy(_tell)
+        _tell(f"controller {deployed.controller}")
+        for target in deployed.frontends:
+            _tell(f"ready {target}")
+        if not keep:
+            return
+        while deployer.is_there():
+            await asyncio.sleep(_LOOK_S)
+        _tell("the service is gone: deploying it again")
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,71 @@
+"""Putting a service on a Ray cluster, where it stays."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+from moeserve.cluster import RayRuntime, Resident, on_head, settle
+from moeserve.config import ServiceConfig
+from moeserve.deployment.program import ControllerProgram, Deployed, Tell
+from moeserve.errors import ConfigError
+from moeserve.server import controller_address
+
+log = logging.getLogger(__name__)
+
+_CONTROLLER = "controller"
+_STOP_TIMEOUT_S = 30.0
+
+
+class Deployer:
+    """This process, joined to the cluster at ray.address; `close` leaves the cluster and what is deployed there alone."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        """Raises ConfigError for a configuration that cannot be deployed."""
+        if config.ray.address is None:
+            raise ConfigError("ray.address is not set: a service is deployed on a Ray cluster that runs, for example --address auto")
+        if config.server.admin_token_file is None:
+            raise ConfigError("server.admin_token_file is not set: with its token a deployed service is asked for a status and shut down")
+        controller_address(config)
+        self._config = config
+        self._runtime = RayRuntime(config.ray, config.placement)
+
+    def join(self) -> None:
+        """Raises ConfigError when the cluster does not answer."""
+        self._runtime.start()
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._runtime.stop()
+
+    def is_there(self) -> bool:
+        """Somebody has deployed a service in this namespace."""
+        return self._find() is not None
+
+    async def deploy(self, tell: Tell) -> Deployed:
+        """Until the service is ready, which it may have been before; `tell` hears, in words, how that goes.
+
+        Raises ConfigError when it cannot be deployed, or another one is; then nothing has changed.
+        """
+        there = self._find()
+        controller = there or self._start(tell)
+        try:
+            deployed: Deployed = await controller.ready(tell)
+        except BaseException:
+            if there is None:
+                await controller.stop(_STOP_TIMEOUT_S)
+            raise
+        if deployed.config_json != self._config.model_dump_json():
+            raise ConfigError(
+                f"another service, or this one with another configuration, is deployed in ray.namespace {self._config.ray.namespace!r}: "
+                f"shut it down first (moeserve shutdown {deployed.controller}) or choose another namespace"
+            )
+        return deployed
+
+    def _find(self) -> Resident | None:
+        return Resident.find(_CONTROLLER, self._config.ray.namespace)
+
+    def _start(self, tell: Tell) -> Resident:
+        tell(f"starting a controller in namespace {self._config.ray.namespace}")
+        make = partial(ControllerProgram, self._config)
+        return settle("controller", _CONTROLLER, self._config.ray.namespace, make, on_head())
