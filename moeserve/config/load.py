@@ -48,7 +48,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 def _absolute_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     of_server = ("tls_cert", "tls_key", "client_ca", "auth_token_file", "admin_token_file")
-    for table, keys in (("model", ("checkpoint",)), ("server", of_server), ("controller", ("frontend_token_file",))):
+    for table, keys in (("model", ("checkpoint",)), ("server", of_server), ("controller", ("frontend_token_file", "control_ca"))):
         for key in keys:
             value = data.get(table, {}).get(key) if isinstance(data.get(table), dict) else None
             if isinstance(value, str):

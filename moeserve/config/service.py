@@ -225,6 +225,8 @@ class ControllerConfig(Table):
     control_port: Port = 50050
     #: how many it starts on the nodes of the cluster, each listening as [server] says; 0 = all of them are `moeserve frontend`
     frontends: int = Field(default=1, ge=0)
+    #: certificate authority with which the frontends that it starts check it; unset = server.tls_cert itself, as is right if self-signed
+    control_ca: File | None = None
     #: file holding the token with which frontends that it has not started may follow it; unset = none may
     frontend_token_file: File | None = None
 

@@ -14,7 +14,7 @@ from moeserve.v1 import control_service_pb2 as pb
 
 @dataclass(frozen=True)
 class Saved:
-    """`service_id` names folders of sockets; `frontend_token` is what the frontends that the controller starts follow it with.
+    """`control_port`: where the controller listens, 0 = it has not listened yet. `service_id` names folders of sockets; `frontend_token` is what the frontends that the controller starts follow it with.
 
     `frontend_keys` are the public keys that hosts let in.
     """
@@ -23,6 +23,7 @@ class Saved:
     frontend_token: str = field(repr=False)
     state: State
     frontend_keys: tuple[str, ...] = ()
+    control_port: int = 0
 
     def to_bytes(self) -> bytes:
         state = self.state
@@ -30,6 +31,7 @@ class Saved:
             {
                 "service_id": self.service_id,
                 "frontend_token": self.frontend_token,
+                "control_port": self.control_port,
                 "frontend_keys": self.frontend_keys,
                 "release": base64.b64encode(release_message(state.release).SerializeToString()).decode(),
                 "seats": [[seat.number, seat.node] for seat in state.seats],
@@ -50,4 +52,4 @@ class Saved:
             read["last_epoch"],
             read["next_number"],
         )
-        return cls(read["service_id"], read["frontend_token"], state, tuple(read["frontend_keys"]))
+        return cls(read["service_id"], read["frontend_token"], state, tuple(read["frontend_keys"]), read["control_port"])

@@ -96,8 +96,13 @@ class ControllerProgram:
         """Listen before the weights are there: who asks for a status meanwhile gets one."""
         where, token = self._config.controller, self._saved.frontend_token
         control = Control(frontends, frontend_tokens(where, token))
-        server = GrpcServer(controller_address(self._config), _ignore, admin=controller, control=control)
+        address = controller_address(self._config)
+        if self._saved.control_port:  # where frontends look for it
+            address = address.model_copy(update={"port": self._saved.control_port})
+        server = GrpcServer(address, _ignore, admin=controller, control=control)
         port = await server.start()
+        self._saved = replace(self._saved, control_port=port)
+        self._store.save(self._saved.to_bytes())
         self._running.push_async_callback(server.stop)
         self._target = f"{where.control_host}:{port}"
         self._crew = Crew(self._config, port, token, self._tell)

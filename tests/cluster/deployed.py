@@ -1,0 +1,185 @@
+"""A service deployed on a Ray cluster of three nodes on this machine, from its deployment to its end. Run by test_deploy.py in a process
+of its own; every line it prints is something seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from ray._private import ray_constants
+from ray._raylet import GcsClient
+from ray.cluster_utils import Cluster
+
+from moeserve import Client, ConfigError, ExpertUnavailable, MoELayer, load_config
+from moeserve.client import AdminClient
+from moeserve.deployment import Deployed, Deployer
+from tests.cluster.test_hosts import processes
+from tests.harness import assert_same
+
+ray_constants.ENABLE_RAY_CLUSTER = False  # every port on 127.0.0.1
+CALLERS = 4
+
+
+def say(*words: object) -> None:
+    print(*words, flush=True)
+
+
+def until(is_so: Callable[[], bool], what: str, timeout_s: float = 90.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < end, f"never: {what}"
+        time.sleep(0.1)
+
+
+@contextmanager
+def load(target: str, references: list[MoELayer]) -> Iterator[Callable[[], None]]:
+    """Callers that never stop asking, each answer compared; what is yielded waits until all have had a few more."""
+    stop, answered = threading.Event(), threading.Semaphore(0)
+
+    def caller(number: int) -> int:
+        count = 0
+        with Client(target) as client:
+            while not stop.is_set():
+                layer, rows = count % len(references), torch.randn(8, 128, generator=torch.Generator().manual_seed(1000 * number + count))
+                assert_same(client.forward(rows, layer=layer).hidden_states, references[layer](rows))
+                count += 1
+                answered.release()
+        return count
+
+    def goes_on() -> None:
+        for _ in range(4 * CALLERS):
+            assert answered.acquire(timeout=90)
+
+    with ThreadPoolExecutor(CALLERS) as pool:
+        running = [pool.submit(caller, number) for number in range(CALLERS)]
+        try:
+            yield goes_on
+        finally:
+            stop.set()
+        say("answered", "enough" if sum(future.result() for future in running) > 20 * CALLERS else "too few")
+
+
+NAMES = ("ray::ExpertHost", "ray::MoEFrontend", "ray::MoEController")
+
+
+class Scene:
+    """A cluster with a head that holds nothing and two nodes of two CPUs, and what runs there since then."""
+
+    def __init__(self, folder: Path, checkpoint: Path) -> None:
+        self.others = {pid for pids in processes().values() for pid in pids}
+        (folder / "admin-token").write_text("secret")
+        self.config = folder / "service.toml"
+        self.config.write_text(
+            f'[model]\ncheckpoint = "{checkpoint}"\ndtype = "float32"\n[placement]\nnum_hosts = 2\n[controller]\ncontrol_port = 0\n'
+            f'[server]\nport = 0\nmetrics_port = 0\nadmin_token_file = "{folder}/admin-token"\ndrain_timeout_s = 5.0\n'
+        )
+        quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
+        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": quick}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.nodes = [self.cluster.add_node(num_cpus=2) for _ in range(2)]
+
+    def pids(self, name: str) -> list[int]:
+        return [pid for pid in processes().get(name, []) if pid not in self.others]
+
+    def deploy(self, **overrides: dict[str, object]) -> Deployed:
+        deployer = Deployer(load_config(self.config, {"ray": {"address": self.cluster.address}, **overrides}))
+        deployer.join()
+        try:
+            return asyncio.run(deployer.deploy(say))
+        finally:
+            deployer.close()
+
+    def command(self, verb: str, target: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "moeserve", verb, target, "--admin-token-file", str(self.config.parent / "admin-token"), *arguments]
+        return subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+
+
+def main(folder: Path, checkpoint: Path) -> None:
+    references = [MoELayer.from_checkpoint(checkpoint, layer, dtype=torch.float32) for layer in range(4)]
+    scene = Scene(folder, checkpoint)
+    try:
+        deployed = scene.deploy()
+        with AdminClient(deployed.controller, "secret") as admin, load(deployed.frontends[0], references) as goes_on:
+            live(scene, deployed, admin, goes_on)
+        say("shutdown", scene.command("shutdown", deployed.controller).returncode)
+        until(lambda: not any(map(scene.pids, NAMES)), "all processes are gone")
+        again = scene.deploy()
+        with AdminClient(again.controller, "secret") as admin:
+            say("deployed again: epoch", admin.status().epoch)
+            admin.shutdown()
+        until(lambda: not any(map(scene.pids, NAMES)), "all processes are gone")
+    finally:
+        scene.cluster.shutdown()
+    say("done")
+
+
+def live(scene: Scene, deployed: Deployed, admin: AdminClient, goes_on: Callable[[], None]) -> None:
+    def settled(hosts: int, short: bool = False) -> bool:
+        try:
+            seen = admin.status()
+        except ExpertUnavailable:
+            return False
+        up = len(seen.hosts) == hosts and all(host.is_up for host in seen.hosts)
+        return up and not seen.is_changing and bool(seen.shortage) == short
+
+    goes_on()
+    say("hosts on", len({host.node for host in admin.status().hosts}), "nodes")
+    say("once more the same:", scene.deploy().controller == deployed.controller)
+    for what, change in (("another", lambda: scene.deploy(placement={"num_hosts": 3})), ("five", lambda: admin.scale(5))):
+        try:
+            change()
+        except ConfigError as error:
+            say(f"{what}: {error}")
+    say("four hosts: epoch", admin.scale(4).epoch)
+    goes_on()
+
+    hosts = sorted(scene.pids("ray::ExpertHost"))
+    os.kill(scene.pids("ray::MoEController")[0], signal.SIGKILL)
+    goes_on()
+    until(lambda: settled(4), "the controller is back, and has all hosts")
+    seen = admin.status()
+    say("after the controller's death: epoch", seen.epoch, "frontends", len(seen.frontends), "the same hosts:", sorted(host.pid for host in seen.hosts) == hosts)
+
+    scene.cluster.remove_node(scene.nodes[0], allow_graceful=False)
+    goes_on()
+    until(lambda: settled(2, short=True), "the experts of the lost node are on the other")
+    say("after a node's death:", admin.status().shortage)
+    scene.nodes[0] = scene.cluster.add_node(num_cpus=2)
+    until(lambda: settled(4), "the new node is used")
+    goes_on()
+
+    admin.scale("all")
+    scene.nodes.append(scene.cluster.add_node(num_cpus=1))
+    until(lambda: settled(5), "a node that joins is used")
+    goes_on()
+    leaving = admin.status().hosts[0].node
+    say("drains:", drain_node(scene.cluster.address, leaving))
+    until(lambda: settled(3) and leaving not in {host.node for host in admin.status().hosts}, "a node that drains is left")
+    goes_on()
+    shown = scene.command("status", deployed.controller, "--json")
+    read = json.loads(shown.stdout)
+    say("status:", read["wanted_hosts"], "wanted,", len(read["hosts"]), "hosts,", read["frontends"][0]["target"] == deployed.frontends[0])
+    say(scene.command("status", deployed.controller).stdout)
+
+
+def drain_node(address: str, node: str) -> bool:
+    """As an autoscaler does, or whoever takes a machine away."""
+    gcs = GcsClient(address=address)
+    accepted, _ = gcs.drain_node(node, 2, "taken away", int((time.time() + 600) * 1000))
+    return bool(accepted)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
