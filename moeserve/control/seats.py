@@ -9,7 +9,8 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Node:
-    """A live node. `total` and `free` are amounts of "CPU" and "GPU", `free` without what hosts of this service use already.
+    """A live node. `total` and `free` are amounts of "CPU" and "GPU"; `free` is all that others do not use: what hosts of this service
+    have there counts as free, because seats say where they are.
 
     `is_leaving`: it takes nothing new, and what is there should go elsewhere.
     """

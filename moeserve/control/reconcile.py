@@ -1,0 +1,101 @@
+"""Which hosts there shall be next, and on which nodes: a pure function of the nodes, the hosts there are, and the wish."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+
+from moeserve.control.seats import Node, Seat, Seating, Wanted
+from moeserve.control.shortage import describe
+
+_NO_LIMIT = 2**31
+
+
+def reconcile(nodes: Sequence[Node], seats: Sequence[Seat], wanted: Wanted, next_number: int, given_up: Collection[int] = ()) -> Seating:
+    """The seats there shall be, given the live `nodes` and the seats there are; numbers of `given_up` hosts will not come back.
+
+    A seat stays where it is as long as its node lives, is not leaving and has the labels. Others are replaced by new numbers, from
+    `next_number` on, where there is room. Of too many, those leave that make the rest as even (or, with "pack", as dense) as it can be,
+    the highest numbers first. Where fewer than wanted fit, as many as fit; where fewer than `wanted.least` fit, all stays as it is.
+    In both cases `shortage` says why. What comes out is what comes out of itself, so a healthy service is left alone.
+    """
+    places = {node.id: node for node in nodes if is_place(node, wanted)}
+    kept = _kept([seat for seat in seats if seat.node in places and seat.number not in given_up], wanted)
+    held = Counter(seat.node for seat in kept)
+    room = {id: max(room_on(node, wanted), held[id]) for id, node in places.items()}
+    fit = sum(room.values())
+    number = _number(wanted, fit)
+    shortage = describe(nodes, room, wanted, number) if fit < number else None
+    if fit < min(wanted.least, number):
+        return Seating(_by_number(seats), shortage)
+    kept = _without_surplus(kept, number, wanted)
+    return Seating(_by_number([*kept, *_added(kept, room, min(number, fit), wanted, next_number)]), shortage)
+
+
+def is_place(node: Node, wanted: Wanted) -> bool:
+    """Hosts may be put there, as far as there is room."""
+    return not node.is_leaving and wanted.labels.items() <= node.labels.items()
+
+
+def room_on(node: Node, wanted: Wanted) -> int:
+    """How many hosts `node` can hold, with those that are there."""
+    limits = [1] if wanted.strategy == "strict_spread" else []
+    if wanted.cpus:
+        limits.append(_fit(node.free.get("CPU", 0), wanted.cpus))
+    if wanted.gpus:
+        limits.append(_fit_gpus(node.free.get("GPU", 0), wanted.gpus))
+    if not limits and wanted.num_hosts == "all":
+        return 1  # a host that takes nothing would fit any number of times
+    return min(limits, default=_NO_LIMIT)
+
+
+def _fit(free: float, each: float) -> int:
+    return math.floor(max(0.0, free) / each + 1e-9)
+
+
+def _fit_gpus(free: float, each: float) -> int:
+    """A fraction is of one GPU: what is left over on several does not add up."""
+    if each >= 1:
+        return _fit(free, each)
+    whole = math.floor(max(0.0, free) + 1e-9)
+    return whole * _fit(1, each) + _fit(free - whole, each)
+
+
+def _number(wanted: Wanted, fit: int) -> int:
+    if wanted.num_hosts != "all":
+        return wanted.num_hosts
+    return max(wanted.least, fit if wanted.most is None else min(fit, wanted.most))
+
+
+def _kept(seats: Sequence[Seat], wanted: Wanted) -> list[Seat]:
+    """Seats that can stay: where only one may be on a node, its first."""
+    ordered = _by_number(seats)
+    if wanted.strategy != "strict_spread":
+        return list(ordered)
+    return list({seat.node: seat for seat in reversed(ordered)}.values())
+
+
+def _without_surplus(seats: Sequence[Seat], number: int, wanted: Wanted) -> list[Seat]:
+    left = list(seats)
+    while len(left) > number:
+        held = Counter(seat.node for seat in left)
+        sign = -1 if wanted.strategy == "pack" else 1
+        left.remove(max(left, key=lambda seat: (sign * held[seat.node], seat.number)))
+    return left
+
+
+def _added(kept: Sequence[Seat], room: Mapping[str, int], number: int, wanted: Wanted, next_number: int) -> list[Seat]:
+    """As many more as there shall be, one by one where there is room: on the node with fewest hosts, or with most to fill it up."""
+    held = Counter(seat.node for seat in kept)
+    sign = -1 if wanted.strategy == "pack" else 1
+    added = []
+    for new in range(next_number, next_number + number - len(kept)):
+        node = min((id for id in room if held[id] < room[id]), key=lambda id: (sign * held[id], held[id] - room[id], id))
+        held[node] += 1
+        added.append(Seat(new, node))
+    return added
+
+
+def _by_number(seats: Sequence[Seat]) -> tuple[Seat, ...]:
+    return tuple(sorted(seats, key=lambda seat: seat.number))
