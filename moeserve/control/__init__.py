@@ -3,5 +3,6 @@
 from moeserve.control.reconcile import reconcile
 from moeserve.control.rollout import Rollout
 from moeserve.control.seats import Node, Seat, Seating, Wanted
+from moeserve.control.wish import wanted_hosts
 
-__all__ = ["Node", "Rollout", "Seat", "Seating", "Wanted", "reconcile"]
+__all__ = ["Node", "Rollout", "Seat", "Seating", "Wanted", "reconcile", "wanted_hosts"]

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from moeserve.checkpoints import LayerSource, Swap, check_memory, host_bytes, memory_bytes
 from moeserve.config import ServiceConfig
+from moeserve.control.reconcile import reconcile
+from moeserve.control.seats import Node, Seat
+from moeserve.control.wish import wanted_hosts
 from moeserve.errors import ConfigError
 from moeserve.placement import plan_placement
 from moeserve.release import Release
 
 log = logging.getLogger(__name__)
 
+FindNodes = Callable[[], Awaitable[Sequence[Node]]]
+
 
 class Hosts(Protocol):
     """All expert hosts, by number."""
 
-    async def take(self, release: Release) -> None:
-        """Every host of `release`, started if need be, can serve it beside what it serves. Raises what a host raised."""
+    async def take(self, release: Release, seats: Sequence[Seat]) -> None:
+        """Every host of `release`, started on its seat if need be, can serve it beside what it serves. Raises what a host raised."""
         ...
 
     async def withdraw(self, epoch: int) -> None:
-        """The release of `epoch` will not be."""
+        """The release of `epoch` will not be, nor any after it."""
         ...
 
     async def retire(self, epoch: int) -> None:
@@ -69,13 +74,17 @@ class Publisher(Protocol):
 class Rollout:
     """Make before break: hosts load, frontends switch, running batches end, hosts forget. One change at a time."""
 
-    def __init__(self, config: ServiceConfig, release: Release, hosts: Hosts, frontend: Publisher) -> None:
+    def __init__(
+        self, config: ServiceConfig, release: Release, seats: Sequence[Seat], hosts: Hosts, frontend: Publisher, nodes: FindNodes
+    ) -> None:
         self.release = release
+        self.seats = tuple(seats)
         self._config = config
+        self._nodes = nodes
         self._hosts = hosts
         self._frontend = frontend
         self._epoch = release.epoch
-        self._next_number = release.placement.num_hosts
+        self._next_number = max(release.placement.hosts) + 1
         self._one_at_a_time = asyncio.Lock()
         self._changes: set[asyncio.Task[Release]] = set()
 
@@ -95,6 +104,10 @@ class Rollout:
         """Place the experts of a host on the others, and let it go. Raises ConfigError when there is no such host, or no room."""
         return await self._to_its_end(self._drain(host))
 
+    async def move(self, seats: Sequence[Seat]) -> Release:
+        """Have the experts on these hosts, and let the others go. Raises ConfigError; then all is as it was."""
+        return await self._to_its_end(self._alone(seats))
+
     async def _to_its_end(self, change: Coroutine[Any, Any, Release]) -> Release:
         """A caller who hangs up does not leave a change half made."""
         task = asyncio.ensure_future(change)
@@ -106,38 +119,46 @@ class Rollout:
         async with self._one_at_a_time:
             self._epoch += 1
             release = self.release.swapped(swap, self._epoch)
-            await self._bring_in(release)
+            await self._bring_in(release, self.seats)
             log.info(
                 "epoch %d: layer %s has revision %d, from %s", release.epoch, swap.layer, release.revision(swap.layer), swap.checkpoint
             )
             return release
 
+    async def _alone(self, seats: Sequence[Seat]) -> Release:
+        async with self._one_at_a_time:
+            return await self._move(seats)
+
     async def _scale(self, num_hosts: int) -> Release:
         async with self._one_at_a_time:
-            present = self.release.placement.hosts
-            more = range(self._next_number, self._next_number + max(0, num_hosts - len(present)))
-            self._next_number += len(more)
-            return await self._move((*present[:num_hosts], *more))
+            wanted = wanted_hosts(self._config, await asyncio.to_thread(self.release.sources, self._config))
+            wanted = replace(wanted, num_hosts=num_hosts)
+            seating = reconcile(await self._nodes(), self.seats, wanted, self._next_number)
+            if seating.shortage is not None:
+                raise ConfigError(seating.shortage)
+            return await self._move(seating.seats)
 
     async def _drain(self, host: str) -> Release:
         async with self._one_at_a_time:
-            names = {f"host-{number}": number for number in self.release.placement.hosts}
+            names = {f"host-{seat.number}": seat for seat in self.seats}
             if host not in names:
                 raise ConfigError(f"there is no host {host!r}; there are {', '.join(names)}")
-            return await self._move([number for name, number in names.items() if name != host])
+            return await self._move([seat for name, seat in names.items() if name != host])
 
-    async def _move(self, numbers: Sequence[int]) -> Release:
+    async def _move(self, seats: Sequence[Seat]) -> Release:
+        numbers = [seat.number for seat in seats]
         if not numbers:
             raise ConfigError("at least one host is needed")
-        if tuple(numbers) == self.release.placement.hosts:
+        if tuple(seats) == self.seats:
             return self.release
         self._epoch += 1
+        self._next_number = max(self._next_number, max(numbers) + 1)
         placing = self._config.placement.model_copy(update={"num_hosts": len(numbers), "experts_per_host": None})
         sources = await asyncio.to_thread(self.release.sources, self._config)
         placement = plan_placement([source.spec for source in sources], placing).renumbered(numbers, self._epoch)
         check_memory(host_bytes(sources, placement), self._config, memory_bytes())
         release, gone = replace(self.release, placement=placement), set(self.release.placement.hosts) - set(numbers)
-        await self._bring_in(release)
+        await self._bring_in(release, seats)
         await self._hosts.remove(sorted(gone))
         log.info("epoch %d: experts stand on hosts %s", release.epoch, ", ".join(map(str, numbers)))
         return release
@@ -152,10 +173,10 @@ class Rollout:
         await self._frontend.forget()
         await self._frontend.drained()
 
-    async def _bring_in(self, release: Release) -> None:
+    async def _bring_in(self, release: Release, seats: Sequence[Seat]) -> None:
         sources = await asyncio.to_thread(release.sources, self._config)
         try:
-            await self._hosts.take(release)
+            await self._hosts.take(release, seats)
             await self._frontend.welcome(release)
             await self._frontend.try_out(release, sources)
             self._frontend.publish(release, sources)
@@ -164,7 +185,7 @@ class Rollout:
             await self._hosts.withdraw(release.epoch)
             await self._hosts.remove(sorted(set(release.placement.hosts) - set(self.release.placement.hosts)))
             raise
-        self.release = release
+        self.release, self.seats = release, tuple(seats)
         await self._let_go()
         await self._hosts.retire(release.epoch)
         await self._frontend.refresh()
