@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
-from moeserve.checkpoints import check_memory, host_bytes, layer_sources, memory_bytes
-from moeserve.cluster import Fleet, RayRuntime
+from moeserve.checkpoints import LayerSource, check_memory, host_bytes, layer_sources, memory_bytes
+from moeserve.cluster import Fleet, Nodes, RayRuntime
 from moeserve.config import ServiceConfig
-from moeserve.control import Rollout
+from moeserve.control import Rollout, wanted_hosts
 from moeserve.errors import ConfigError
 from moeserve.frontend import Frontend
 from moeserve.metrics import Metrics
 from moeserve.page import StatusPage
-from moeserve.placement import plan_placement
+from moeserve.placement import Placement, plan_placement
 from moeserve.release import Release
 from moeserve.server import GrpcServer, check_exposure
 from moeserve.stats import HostInfo
@@ -83,31 +84,32 @@ class Service:
         check_exposure(config.server)
         sources = layer_sources(config)
         specs = [source.spec for source in sources]
-        release = Release(plan_placement(specs, config.placement))
-        check_memory(host_bytes(sources, release.placement), config, memory_bytes())
-        self._config = config = _with_num_hosts(config, release.placement.num_hosts)
-        metrics = Metrics(specs, config.observability.expert_detail)
-        runtime = RayRuntime(config.ray, config.placement)
-        fleet, keys = Fleet(config, release), KeyPair.generate()
-        frontend = Frontend(sources, release, fleet.find, config, metrics, _model_name(config), self._health_changed, keys)
+        if config.placement.num_hosts != "all":
+            self._config = config = _with_num_hosts(config, _plan(sources, config).num_hosts)
+        wanted = wanted_hosts(config, sources)
+        metrics, runtime = Metrics(specs, config.observability.expert_detail), RayRuntime(config.ray, config.placement)
+        fleet, keys = Fleet(config, detached=False), KeyPair.generate()
+        nodes = Nodes(fleet)
 
         self._progress("starting Ray" if config.ray.address is None else f"joining Ray at {config.ray.address}")
         self._running.callback(runtime.stop)
         runtime.start()
+        seats = await nodes.first_seats(wanted, config.placement.wait_for_nodes_s)
+        release = Release(_plan(sources, _with_num_hosts(config, len(seats))))
 
         # The ports come before the weights: whoever probes them is told that the service is starting.
-        self._rollout = Rollout(config, release, fleet, frontend)
+        frontend = Frontend(sources, release, fleet.find, config, metrics, _model_name(config), self._health_changed, keys)
+        self._rollout = Rollout(config, release, seats, fleet, frontend, nodes.list)
         self._server = GrpcServer(frontend, config.server, metrics.observe_call, self)
         self._running.push_async_callback(self._drain)
         self.target = f"{config.server.host}:{await self._server.start()}"
         self.metrics_target = f"{config.server.host}:{self._start_metrics(metrics, frontend)}"
 
-        self._progress(
-            f"loading {sum(spec.num_experts for spec in specs)} experts of {len(specs)} layers on {len(release.placement.hosts)} hosts"
-        )
+        self._progress(f"loading {sum(spec.num_experts for spec in specs)} experts of {len(specs)} layers on {len(seats)} hosts")
         self._running.push_async_callback(fleet.stop)
-        fleet.start(runtime.private_dir, keys.public)
-        await fleet.wait(partial(self._host_ready, runtime.node_id))
+        fleet.start(secrets.token_hex(8), over_tcp=not runtime.is_private)
+        await fleet.admit({keys.public})
+        await fleet.take(release, seats, partial(self._host_ready, runtime.node_id, len(seats)))
         self._running.push_async_callback(frontend.close)
         await frontend.start(runtime.node_id)
 
@@ -120,13 +122,13 @@ class Service:
         self._running.callback(page.stop)
         return page.port
 
-    def _host_ready(self, here: str, info: HostInfo) -> None:
+    def _host_ready(self, here: str, num_hosts: int, info: HostInfo) -> None:
         self.hosts.append(info)
         gpus = f", CUDA_VISIBLE_DEVICES={info.cuda_visible_devices}" if info.cuda_visible_devices else ""
         channel = choose_endpoint(info.endpoints, is_same_node=info.node == here).partition(":")[0]
         self._progress(
             f"{info.name} ready on {info.device}{gpus}: {info.weights_bytes / 2**20:.1f} MiB, {info.num_threads} threads, "
-            f"reached over {channel}, pid {info.pid} ({len(self.hosts)} of {self._config.placement.num_hosts})"
+            f"reached over {channel}, pid {info.pid} ({len(self.hosts)} of {num_hosts})"
         )
 
     def _health_changed(self, layer: int, healthy: bool) -> None:
@@ -138,8 +140,15 @@ class Service:
             await self._server.drain(self._config.server.drain_timeout_s)
 
 
+def _plan(sources: Sequence[LayerSource], config: ServiceConfig) -> Placement:
+    """Raises ConfigError when the experts cannot be placed so, or do not fit."""
+    placement = plan_placement([source.spec for source in sources], config.placement)
+    check_memory(host_bytes(sources, placement), config, memory_bytes())
+    return placement
+
+
 def _with_num_hosts(config: ServiceConfig, num_hosts: int) -> ServiceConfig:
-    """What placement.experts_per_host left open, written down for everyone who reads the configuration."""
+    """What placement.experts_per_host, or the nodes of the cluster, left open."""
     placement = config.placement.model_copy(update={"num_hosts": num_hosts})
     return config.model_copy(update={"placement": placement})
 

@@ -13,7 +13,7 @@ import torch
 
 from moeserve.checkpoints import layer_sources
 from moeserve.config import ServiceConfig, load_config
-from moeserve.control import Rollout
+from moeserve.control import Node, Rollout, Seat
 from moeserve.experts import ExpertBank
 from moeserve.frontend import Frontend
 from moeserve.host import Holdings, HostLoop, Relay
@@ -158,10 +158,11 @@ class ServiceHarness:
 
     async def _start(self) -> None:
         self._add(self.placement.hosts)
+        seats = [Seat(number, self.nodes[number]) for number in self.placement.hosts]
         self.frontend = Frontend(
             self.sources, self._releases[0], self.find, self.config, self.metrics, "model", self._on_health, self._keys
         )
-        self.rollout = Rollout(self.config, self._releases[0], self, self.frontend)
+        self.rollout = Rollout(self.config, self._releases[0], seats, self, self.frontend, self.list_nodes)
         self.server = GrpcServer(self.frontend, self.config.server, self.metrics.observe_call, self)
         self.target = f"127.0.0.1:{await self.server.start()}"
         await self.frontend.start(self.nodes[0])
@@ -188,7 +189,11 @@ class ServiceHarness:
     def ask_to_stop(self) -> None:
         self.asked_to_stop.set()
 
-    async def take(self, release: Release) -> None:
+    async def list_nodes(self) -> list[Node]:
+        room = {"CPU": 1000.0, "GPU": 0.0}
+        return [Node(name, name, room, room) for name in dict.fromkeys(self.nodes)]
+
+    async def take(self, release: Release, seats: Sequence[Seat]) -> None:
         self._releases.append(release)
         self._add([number for number in release.placement.hosts if number not in {host.number for host in self.hosts}])
         for host in self.hosts:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import stat
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,21 +24,17 @@ from moeserve.transport import HostKeys, KeyPair, listen
 
 @dataclass(frozen=True)
 class HostOrder:
-    """What a host needs to know to come up, again and again: who it is and whom it works for."""
+    """What a host needs to know to come up, again and again.
+
+    Its sockets are in `socket_dir`, a private folder on each node that whoever comes first makes. `over_tcp`: frontends and hosts of other
+    nodes, or of no node at all, reach it, too.
+    """
 
     name: str
     number: int
     config: ServiceConfig
-    frontend: FrontendAddress
-
-
-@dataclass(frozen=True)
-class FrontendAddress:
-    """The Ray node of the frontend, a private folder for sockets there, and the public key it shows to hosts on other nodes."""
-
-    node: str
     socket_dir: Path
-    public_key: str
+    over_tcp: bool
 
 
 @ray.remote
@@ -54,14 +50,20 @@ class ExpertHost:
         self._holdings: Holdings | None = None
         self._loop: HostLoop | None = None
         self._thread: threading.Thread | None = None
-        self._directory: Mapping[int, HostInfo] = {}
         self._relay: Relay | None = None
         self._keys: HostKeys | None = None
 
-    def start(self, releases: Sequence[Release]) -> HostInfo:
-        """Load the experts of the releases in force and listen, once per incarnation. Raises ConfigError."""
+    def present(self) -> HostInfo | None:
+        """What this incarnation says of itself; None until it has been started."""
+        return self._info
+
+    def start(self, releases: Sequence[Release], frontends: Collection[str]) -> HostInfo:
+        """Load the experts of the releases in force and listen, once per incarnation; the `frontends` of these public keys may talk to it.
+
+        Raises ConfigError.
+        """
         if self._info is None:
-            self._info = self._start(releases)
+            self._info = self._start(releases, frontends)
         return self._info
 
     def take(self, release: Release) -> None:
@@ -76,16 +78,28 @@ class ExpertHost:
         """Forget what was before a release that everybody uses now."""
         self._change(lambda holdings: holdings.retire(epoch))
 
+    def settle(self, release: Release) -> None:
+        """This release and no other, whatever was under way."""
+
+        def change(holdings: Holdings) -> None:
+            holdings.withdraw(release.epoch + 1)
+            holdings.take(release)
+            holdings.retire(release.epoch)
+
+        self._change(change)
+
     def _change(self, change: Callable[[Holdings], None]) -> None:
         assert self._holdings is not None and self._info is not None, "a host that has started"
         change(self._holdings)
         self._info = replace(self._info, weights_bytes=self._holdings.shelf.nbytes)
 
-    def meet(self, directory: Mapping[int, HostInfo]) -> None:
-        """All hosts by number as they are now: these, and the frontend, may talk to this one, and it may pass rows on to them."""
-        self._directory = directory
+    def meet(self, directory: Mapping[int, HostInfo], frontends: Collection[str]) -> None:
+        """All hosts by number as they are now, and the public keys of all frontends: these may talk to this one, and nobody else.
+
+        Before it has started it does not listen, and will be introduced again.
+        """
         if self._relay is not None and self._keys is not None:
-            self._keys.allow({self._order.frontend.public_key, *(info.public_key for info in directory.values())})
+            self._keys.allow({*frontends, *(info.public_key for info in directory.values())})
             self._relay.meet(directory)
 
     def stop(self) -> None:
@@ -94,9 +108,9 @@ class ExpertHost:
             self._loop.stop()
             self._thread.join()
             with suppress(OSError):
-                _socket_dir(self._order.frontend).rmdir()
+                self._order.socket_dir.rmdir()
 
-    def _start(self, releases: Sequence[Release]) -> HostInfo:
+    def _start(self, releases: Sequence[Release], frontends: Collection[str]) -> HostInfo:
         order = self._order
         granted = ray.get_runtime_context().get_assigned_resources()
         num_threads = max(1, int(granted.get("CPU", 1)))
@@ -108,10 +122,9 @@ class ExpertHost:
         for release in releases:
             self._holdings.take(release)
         keys = KeyPair.generate()
-        self._keys = HostKeys(keys, frozenset())
-        listener = listen(*_endpoints(order.name, _socket_dir(order.frontend)), keys=self._keys)
+        self._keys = HostKeys(keys, frozenset(frontends))
+        listener = listen(*_endpoints(order), keys=self._keys)
         self._relay = Relay(order.number, keys)
-        self.meet(self._directory)
         self._loop = HostLoop(self._holdings.shelf, listener, self._relay)
         self._thread = threading.Thread(target=_run, args=(self._loop, num_threads), name="expert-host", daemon=True)
         self._thread.start()
@@ -128,25 +141,17 @@ class ExpertHost:
         )
 
 
-def _socket_dir(frontend: FrontendAddress) -> Path:
-    """A private folder on this node: the frontend's own if it is here, otherwise one of the same name, which the first host makes."""
-    if ray.get_runtime_context().get_node_id() == frontend.node:
-        return frontend.socket_dir
-    folder = Path(tempfile.gettempdir(), frontend.socket_dir.name)
+def _endpoints(order: HostOrder) -> list[str]:
+    """Shared memory for everybody on this node, and encrypted TCP for everybody else."""
+    folder = order.socket_dir
     folder.mkdir(mode=0o700, exist_ok=True)
-    made = folder.stat()
-    if made.st_uid != os.getuid() or made.st_mode & 0o077:
+    made = folder.lstat()
+    if not stat.S_ISDIR(made.st_mode) or made.st_uid != os.getuid() or made.st_mode & 0o077:
         raise ConfigError(f"{folder} belongs to somebody else, or others may look into it; sockets need a folder of their own")
-    return folder
-
-
-def _endpoints(name: str, socket_dir: Path) -> list[str]:
-    """Shared memory for everybody on this node, and encrypted TCP when there is another node."""
-    for left_behind in socket_dir.glob(f"{name}-*.sock"):
+    for left_behind in folder.glob(f"{order.name}-*.sock"):
         left_behind.unlink(missing_ok=True)  # by an incarnation that was killed
-    unix = f"unix:{socket_dir / name}-{os.getpid()}.sock"
-    is_only_node = sum(node["Alive"] for node in ray.nodes()) == 1
-    return [unix] if is_only_node else [unix, f"tcp://{ray.util.get_node_ip_address()}:0"]
+    unix = f"unix:{folder / order.name}-{os.getpid()}.sock"
+    return [unix, f"tcp://{ray.util.get_node_ip_address()}:0"] if order.over_tcp else [unix]
 
 
 def _run(loop: HostLoop, num_threads: int) -> None:

@@ -1,210 +1,243 @@
-"""A placement's hosts as Ray actors: started side by side, found again after a restart, stopped together."""
+"""A release's hosts as Ray actors on the nodes they are given: started side by side, found again after a restart, stopped together."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import signal
-from collections.abc import Awaitable, Callable, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
-from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from moeserve.cluster.expert_host import ExpertHost, FrontendAddress, HostOrder
-from moeserve.config import PlacementConfig, ServiceConfig
-from moeserve.errors import ConfigError, ExpertUnavailable
+from moeserve.cluster.ending import end_hosts
+from moeserve.cluster.expert_host import HostOrder
+from moeserve.cluster.member import MAX_DEATHS, Call, Member
+from moeserve.cluster.reservation import await_granted, find_hosts, find_reservations, give_back, host_name, reserve
+from moeserve.config import ServiceConfig
+from moeserve.control import Seat
+from moeserve.errors import ConfigError, ExpertUnavailable, MoEServeError
 from moeserve.release import Release
 from moeserve.stats import HostInfo
 
 log = logging.getLogger(__name__)
 
-_RETRY_S = 0.1
-_STOP_TIMEOUT_S = 5.0
+_WATCH_S = 1.0
 _MEET_TIMEOUT_S = 5.0
-
-Call = Callable[[ActorHandle[ExpertHost]], Awaitable[None]]
+#: hosts hear in the end what they are to forget; nobody waits for one that is busy or hangs
+_FORGET_TIMEOUT_S = 10.0
 
 
 class Fleet:
-    """All hosts, by number, and the releases they have: one, or two while the second is brought in."""
+    """All hosts, by number, and the releases they have: one, or two while the second is brought in.
 
-    def __init__(self, config: ServiceConfig, release: Release) -> None:
+    `detached`: they outlive this process, and one that comes after it `adopt`s them by their names in its Ray namespace.
+    """
+
+    def __init__(self, config: ServiceConfig, *, detached: bool) -> None:
         self._config = config
-        self._releases = [release]
-        self._actors: dict[int, ActorHandle[ExpertHost]] = {}
+        self._detached = detached
+        self._releases: list[Release] = []
+        self._members: dict[int, Member] = {}
         self._directory: dict[int, HostInfo] = {}
-        self._frontend: FrontendAddress | None = None
+        self._frontends: frozenset[str] = frozenset()
+        self._socket_dir = Path()
+        self._over_tcp = True
+        #: hosts that Ray has given up, until they are removed: their node is gone
+        self.given_up: set[int] = set()
 
-    def start(self, socket_dir: Path, frontend_key: str) -> None:
-        """Ask Ray for every host at once, spread over the nodes.
+    @property
+    def reservations(self) -> set[str]:
+        """Ids of the placement groups that its hosts stand in."""
+        return {member.group.id.hex() for member in self._members.values()}
 
-        Hosts on this node put their sockets into `socket_dir`, a private folder; others admit the frontend by its public key.
-        Raises ConfigError when the cluster cannot hold them.
+    def start(self, service_id: str, *, over_tcp: bool = True) -> None:
+        """To be called first. `service_id` is in the name of the private folder for sockets that hosts make on every node.
+
+        `over_tcp`: frontends and hosts on other nodes, or outside Ray, reach hosts, too, with keys (`admit`).
         """
-        self._frontend = FrontendAddress(ray.get_runtime_context().get_node_id(), socket_dir, frontend_key)
-        self._add(self._releases[-1].placement.hosts)
+        self._socket_dir, self._over_tcp = Path(tempfile.gettempdir(), f"moeserve-{service_id}"), over_tcp
 
-    def _add(self, numbers: Sequence[int]) -> None:
-        """Ask Ray for these hosts, beside those there are."""
-        assert self._frontend is not None, "the fleet was started"
-        check_resources(self._config.placement, len(self._actors) + len(numbers))
-        wanted = self._config.placement
-        host = ExpertHost.options(  # type: ignore[attr-defined]
-            num_cpus=wanted.cpus_per_host,
-            num_gpus=wanted.gpus_per_host,
-            scheduling_strategy="SPREAD",
-            max_restarts=-1,
-            max_task_retries=0,
-        )
-        for number in numbers:
-            self._actors[number] = host.remote(HostOrder(_name(number), number, self._config, self._frontend))
+    async def take(self, release: Release, seats: Sequence[Seat], on_ready: Callable[[HostInfo], None] = lambda _: None) -> None:
+        """Every host of `release`, started on its seat if need be, loads what is new in it; `on_ready` tells of each that was started.
 
-    async def wait(self, on_ready: Callable[[HostInfo], None]) -> None:
-        """Until every host is ready; `on_ready` tells of each. Raises what a host raised, for example CheckpointError."""
-        waiting = [asyncio.ensure_future(self.find(number)) for number in self._actors]
-        try:
-            for next_ready in asyncio.as_completed(waiting):
-                on_ready(await next_ready)
-        finally:
-            for future in waiting:
-                future.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
-
-    async def find(self, number: int) -> HostInfo:
-        """The present incarnation of a host, once it is ready; while Ray restarts it, waits.
-
-        Raises ExpertUnavailable when Ray has given the host up, or what the host raised.
-        """
-        while True:
-            if number not in self._actors:
-                raise ExpertUnavailable(f"{_name(number)} has left")
-            try:
-                info: HostInfo = await self._actors[number].start.remote(self._releases)
-                await self._introduce(number, info)
-                return info
-            except ActorUnavailableError:
-                await asyncio.sleep(_RETRY_S)
-            except RayActorError as error:
-                raise ExpertUnavailable(f"{_name(number)} is gone for good: {str(error).splitlines()[0]}") from None
-            except RayTaskError as error:
-                raise error.cause from None
-
-    async def take(self, release: Release) -> None:
-        """Every host of `release`, started if need be, loads what is new in it; one that dies meanwhile comes back with it.
-
-        Raises ConfigError when the cluster cannot hold the new ones, or what a host raised.
+        One that dies meanwhile comes back with it. Raises ConfigError when there is no room on a node any more, what a host raised,
+        or ExpertUnavailable when one dies again and again or Ray gives it up.
         """
         self._releases.append(release)
-        self._add([number for number in release.placement.hosts if number not in self._actors])
-        await self._tell(release.placement.hosts, lambda actor: actor.take.remote(release))
+        new = [seat for seat in seats if seat.number not in self._members]
+        await self._add(new)
+        await _all(self._come_up(seat.number, on_ready) for seat in new)
+        await _all(self._tell(number, lambda actor: actor.take.remote(release)) for number in release.placement.hosts)
+
+    async def adopt(self, release: Release, seats: Sequence[Seat]) -> None:
+        """Make the detached hosts of an earlier process one's own: those of `seats` shall serve `release`, all others end.
+
+        What is missing is started, unless its node is gone: then it is `given_up`. Does not wait long for hosts that are not ready.
+        """
+        self._releases = [release]
+        groups, living = await asyncio.to_thread(find_reservations), await asyncio.to_thread(find_hosts)
+        nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        ours = {seat.number for seat in seats}
+        await end_hosts([ray.get_actor(host_name(number)) for number in living - ours], self._socket_dir)
+        for number in groups.keys() - (living & ours):
+            give_back(groups[number])
+        for number in living & ours:
+            self._members[number] = Member.found(number, groups[number])
+        missing = [seat for seat in seats if seat.number not in self._members]
+        self.given_up = {seat.number for seat in missing if seat.node not in nodes}
+        await self._add([seat for seat in missing if seat.node in nodes])
+        await self._have_forget(lambda actor: actor.settle.remote(release))
+
+    def admit(self, public_keys: Collection[str]) -> asyncio.Future[None]:
+        """Frontends that show these keys may talk to hosts over TCP, and no others; done when hosts have been told."""
+        self._frontends = frozenset(public_keys)
+        return asyncio.ensure_future(self._meet())
+
+    async def find(self, number: int, *, patient: bool = True) -> HostInfo:
+        """The present incarnation of a host, once it is ready; while Ray restarts it, waits.
+
+        Raises ExpertUnavailable when Ray has given the host up or, unless `patient`, it dies again and again; or what the host raised.
+        """
+        if number not in self._members:
+            raise ExpertUnavailable(f"{host_name(number)} {'is gone for good' if number in self.given_up else 'has left'}")
+        member = self._members[number]
+        try:
+            info = await member.find(lambda: self._releases, lambda: self._frontends, patient)
+        except ExpertUnavailable:
+            if member.is_lost and self._members.get(number) is member:
+                self._give_up(number)
+            raise
+        if self._members.get(number) is member:
+            await self._introduce(number, info)
+        return info
+
+    async def watch(self, on_change: Callable[[Mapping[int, HostInfo]], None]) -> None:
+        """For ever: looks about once a second where each host is, and tells whenever that, or which there are, has changed."""
+        looking: dict[int, asyncio.Task[None]] = {}
+        told: dict[int, HostInfo] | None = None
+        try:
+            while True:
+                looking |= {number: asyncio.create_task(self._look(number)) for number in self._members if number not in looking}
+                if looking:
+                    await asyncio.wait(looking.values(), timeout=_WATCH_S)
+                looking = {number: task for number, task in looking.items() if not task.done()}
+                if self._directory != told:
+                    told = dict(self._directory)
+                    on_change(told)
+                await asyncio.sleep(_WATCH_S)
+        finally:
+            for task in looking.values():
+                task.cancel()
 
     async def withdraw(self, epoch: int) -> None:
-        """Hosts forget a release that will not be."""
+        """Hosts forget the release of `epoch`, which will not be, and all after it."""
         self._releases = [release for release in self._releases if release.epoch < epoch]
-        await self._tell(self._releases[-1].placement.hosts, lambda actor: actor.withdraw.remote(epoch))
+        await self._have_forget(lambda actor: actor.withdraw.remote(epoch))
 
     async def retire(self, epoch: int) -> None:
         """Hosts forget what was before the release of `epoch`."""
         self._releases = [release for release in self._releases if release.epoch >= epoch]
-        await self._tell(self._releases[-1].placement.hosts, lambda actor: actor.retire.remote(epoch))
+        await self._have_forget(lambda actor: actor.retire.remote(epoch))
 
     async def remove(self, numbers: Sequence[int]) -> None:
-        """Stop these hosts for good; the others stop talking to them."""
-        leaving = [self._actors.pop(number) for number in numbers if number in self._actors]
-        known = [self._directory.pop(number) for number in numbers if number in self._directory]
-        await _stop(leaving)
-        await asyncio.to_thread(_end_processes, known)
+        """Stop these hosts for good and give their places back; the others stop talking to them."""
+        leaving = [self._members.pop(number) for number in numbers if number in self._members]
+        self.given_up.difference_update(numbers)
+        for number in numbers:
+            self._directory.pop(number, None)
+        await self._end(leaving)
         if leaving:
             await self._meet()
 
-    async def _tell(self, numbers: Sequence[int], call: Call) -> None:
-        """`call` these hosts; those that leave may be dead for good, and are not waited for."""
-        await asyncio.gather(*(self._tell_one(number, call) for number in numbers))
+    async def stop(self) -> None:
+        """Stop the hosts, whatever state they are in."""
+        leaving = list(self._members.values())
+        self._members.clear()
+        self._directory.clear()
+        await self._end(leaving)
 
-    async def _tell_one(self, number: int, call: Call) -> None:
-        """`call` an actor; one that has died knows when it is found again, because it then starts with the releases in force."""
-        while True:
-            await self.find(number)
-            try:
-                await call(self._actors[number])
+    async def _add(self, seats: Sequence[Seat]) -> None:
+        """Ask Ray for these hosts, beside those there are. Raises ConfigError when there is no room for one on its node; then for none."""
+        placing = self._config.placement
+        groups = [reserve(seat, placing, detached=self._detached) for seat in seats]
+        late = [seat for seat, is_granted in zip(seats, await await_granted(groups), strict=True) if not is_granted]
+        if late:
+            for group in groups:
+                give_back(group)
+            where = ", ".join(f"{host_name(seat.number)} on {seat.node}" for seat in late)
+            raise ConfigError(f"there is no room any more for {where}: something else has taken it, or the node is gone")
+        for seat, group in zip(seats, groups, strict=True):
+            order = HostOrder(host_name(seat.number), seat.number, self._config, self._socket_dir, self._over_tcp)
+            self._members[seat.number] = Member.started(order, group, detached=self._detached)
+
+    async def _come_up(self, number: int, on_ready: Callable[[HostInfo], None]) -> None:
+        on_ready(await self.find(number, patient=False))
+
+    async def _tell(self, number: int, call: Call) -> None:
+        """`call` a host; one that has died knows when it is found again, because it then starts with the releases in force."""
+        for _ in range(MAX_DEATHS):
+            await self.find(number, patient=False)
+            member = self._members[number]
+            if await member.is_told(call):
                 return
-            except RayTaskError as error:
-                raise error.cause from None
-            except RayActorError as error:
-                log.info("%s was lost meanwhile: %s", _name(number), str(error).splitlines()[0])
+        raise member.died_too_often()
+
+    async def _have_forget(self, call: Call) -> None:
+        """`call` the hosts of the release in force, and wait for a while until they have heard."""
+        numbers = self._releases[-1].placement.hosts if self._releases else ()
+        calls = {asyncio.ensure_future(self._tell(number, call)): number for number in numbers}
+        if not calls:
+            return
+        done, late = await asyncio.wait(calls, timeout=_FORGET_TIMEOUT_S)
+        for future in done:
+            if (error := future.exception()) is not None:
+                log.warning("%s could not be told what to forget: %s", host_name(calls[future]), error)
+        for future in late:
+            log.warning("%s has not answered yet", host_name(calls[future]))
+            future.cancel()
+
+    async def _look(self, number: int) -> None:
+        try:
+            await self.find(number)
+        except MoEServeError as error:
+            log.warning("%s: %s", host_name(number), error)
+            await asyncio.sleep(_WATCH_S)
 
     async def _introduce(self, number: int, info: HostInfo) -> None:
         """Tells all hosts of all hosts, once all have been found, and again of every new incarnation."""
         if self._directory.get(number) == info:
             return
         self._directory[number] = info
-        if len(self._directory) < len(self._actors):
-            return
-        await self._meet()
+        if len(self._directory) == len(self._members):
+            await self._meet()
 
     async def _meet(self) -> None:
-        meetings = [asyncio.ensure_future(_met(actor.meet.remote(self._directory))) for actor in self._actors.values()]
+        directory, frontends = dict(self._directory), self._frontends
+        meetings = [asyncio.ensure_future(member.meet(directory, frontends)) for member in self._members.values()]
         if meetings:
             await asyncio.wait(meetings, timeout=_MEET_TIMEOUT_S)
 
-    async def stop(self) -> None:
-        """Stop the hosts, whatever state they are in."""
-        await _stop(list(self._actors.values()))
-        self._actors.clear()
-        self._directory.clear()
+    def _give_up(self, number: int) -> None:
+        """Its place is free for another: nothing will come back there."""
+        self._members.pop(number).leave()
+        self._directory.pop(number, None)
+        self.given_up.add(number)
+        log.warning("%s is gone for good", host_name(number))
+
+    async def _end(self, members: Sequence[Member]) -> None:
+        await end_hosts([member.actor for member in members], self._socket_dir)
+        for member in members:
+            member.leave()
 
 
-async def _stop(actors: Sequence[ActorHandle[ExpertHost]]) -> None:
-    stops: list[Any] = [actor.stop.remote() for actor in actors]
-    if stops:
-        await asyncio.to_thread(ray.wait, stops, num_returns=len(stops), timeout=_STOP_TIMEOUT_S)
-    for actor in actors:
-        ray.kill(actor)
-
-
-async def _met(meeting: Awaitable[None]) -> None:
+async def _all(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Until all are done; the first error ends the others."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
-        await meeting
-    except RayActorError as error:
-        # A host that is gone is introduced when it is found again; until then rows are sent to each host directly.
-        log.info("a host missed who the others are: %s", str(error).splitlines()[0])
-
-
-def _end_processes(hosts: Sequence[HostInfo]) -> None:
-    """A process that hangs does not hear Ray's request to exit: it is killed on its node."""
-    ends = [
-        _end_process.options(scheduling_strategy=NodeAffinitySchedulingStrategy(host.node, soft=False)).remote(host.pid) for host in hosts
-    ]
-    if ends:
-        ray.wait(ends, num_returns=len(ends), timeout=_STOP_TIMEOUT_S)
-
-
-@ray.remote(num_cpus=0)
-def _end_process(pid: int) -> None:
-    command = Path(f"/proc/{pid}/cmdline")
-    if command.exists() and b"ExpertHost" in command.read_bytes():
-        os.kill(pid, signal.SIGKILL)
-
-
-def _name(number: int) -> str:
-    return f"host-{number}"
-
-
-def check_resources(placement: PlacementConfig, num_hosts: int) -> None:
-    """Raises ConfigError unless the live nodes can hold so many hosts; Ray itself would wait for ever."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for resource, key, each in (("CPU", "cpus_per_host", placement.cpus_per_host), ("GPU", "gpus_per_host", placement.gpus_per_host)):
-        if not each:
-            continue
-        room = sum(int(node.get(resource, 0) / each + 1e-9) for node in nodes)
-        if room < num_hosts:
-            there = " + ".join(f"{node.get(resource, 0):g}" for node in nodes)
-            raise ConfigError(
-                f"placement.num_hosts is {num_hosts} and each takes placement.{key} = {each:g}, "
-                f"but the cluster has {there} {resource}s: room for {room} hosts"
-            )
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

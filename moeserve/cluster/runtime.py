@@ -38,6 +38,11 @@ class RayRuntime:
         self.private_dir = Path()
 
     @property
+    def is_private(self) -> bool:
+        """It is a local one that this object started: nobody outside this machine takes part."""
+        return self._owns_ray and self._config.address is None
+
+    @property
     def node_id(self) -> str:
         """The Ray node this process is on."""
         node_id: str = ray.get_runtime_context().get_node_id()
@@ -68,7 +73,7 @@ class RayRuntime:
         self._setenv("RAY_USAGE_STATS_ENABLED", "0")
         _knock(address)
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address=address, namespace=self._config.namespace, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             raise ConfigError(f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}") from None
         self._owns_ray = True

@@ -12,13 +12,13 @@ from typing import Any, Protocol
 
 from moeserve.checkpoints import LayerSource, Swap
 from moeserve.config import ServiceConfig
-from moeserve.control.limits import least_hosts, most_hosts, plan_for
 from moeserve.control.reconcile import reconcile
 from moeserve.control.frontends import Frontends
 from moeserve.control.overview import overview
 from moeserve.control.rollout import Hosts, Rollout
 from moeserve.control.seats import Node, Seat, Seating, Wanted
 from moeserve.control.state import NumHosts, State
+from moeserve.control.wish import first_wish, plan_for, wanted_hosts
 from moeserve.errors import ConfigError, MoEServeError
 from moeserve.release import Release
 from moeserve.standing import Standing
@@ -27,6 +27,9 @@ from moeserve.stats import HostInfo
 log = logging.getLogger(__name__)
 
 _LOOK_S = 1.0
+#: what Ray says is free may be a moment old
+_SETTLE_S = 2.0
+_RETRY_S = 0.25
 _LONGEST_PAUSE_S = 60.0
 
 
@@ -37,8 +40,8 @@ class Nodes(Protocol):
         """Those that live."""
         ...
 
-    async def ask_for(self, num_hosts: int) -> None:
-        """Tell the cluster's autoscaler, if there is one, that so many hosts shall have room."""
+    def ask_for(self, wanted: Wanted, num_hosts: int) -> None:
+        """Have the cluster's autoscaler, if there is one, keep nodes for so many hosts; 0 = as it likes."""
         ...
 
 
@@ -58,40 +61,28 @@ class HostFleet(Hosts, Protocol):
 
 async def first_state(config: ServiceConfig, sources: Sequence[LayerSource], nodes: Nodes) -> State:
     """Where the hosts of a new service go. Raises ConfigError when the nodes do not hold them, after placement.wait_for_nodes_s."""
-    wish = _first_wish(config, sources)
-    seating = await _seating_with_patience(config, nodes, lambda known: reconcile(known, (), wanted_hosts(config, sources, wish), 0))
+    wish = first_wish(config, sources)
+    wanted = wanted_hosts(wish, sources, config)
+    seating = await _seated(lambda known: reconcile(known, (), wanted, 0), wanted, nodes, config.placement.wait_for_nodes_s)
     release = Release(plan_for(len(seating.seats), sources, config))
     return State(release, seating.seats, wish, release.epoch, len(seating.seats))
 
 
-def _first_wish(config: ServiceConfig, sources: Sequence[LayerSource]) -> NumHosts:
-    placing = config.placement
-    if placing.experts_per_host is None or "num_hosts" in placing.model_fields_set:
-        return placing.num_hosts
-    return least_hosts(sources, config)
+async def _seated(seat: Callable[[Sequence[Node]], Seating], wanted: Wanted, nodes: Nodes, wait_s: float) -> Seating:
+    """What `seat` makes of the nodes, once nothing is short. Raises ConfigError when it still is after `wait_s`.
 
-
-def wanted_hosts(config: ServiceConfig, sources: Sequence[LayerSource], num_hosts: NumHosts) -> Wanted:
-    """What `reconcile` needs to know of the configuration. Raises ConfigError when so many hosts cannot share the experts."""
-    placing = config.placement
-    if num_hosts != "all":
-        plan_for(num_hosts, sources, config)
-    least = least_hosts(sources, config)
-    most = most_hosts(least, sources, config) if num_hosts == "all" else None
-    return Wanted(num_hosts, placing.cpus_per_host, placing.gpus_per_host, placing.node_labels, placing.node_strategy, least, most)
-
-
-async def _seating_with_patience(config: ServiceConfig, nodes: Nodes, seat: Callable[[Sequence[Node]], Seating]) -> Seating:
-    """What `seat` makes of the nodes, once nothing is short; what is short may be on its way for placement.wait_for_nodes_s."""
-    until = time.monotonic() + config.placement.wait_for_nodes_s
-    said = None
+    Meanwhile the cluster's autoscaler is asked for what is missing.
+    """
+    deadline, said = time.monotonic() + max(wait_s, _SETTLE_S), None
     while (seating := seat(await nodes.list())).shortage is not None:
-        if time.monotonic() >= until:
+        if wait_s:
+            nodes.ask_for(wanted, wanted.least if wanted.num_hosts == "all" else wanted.num_hosts)
+        if time.monotonic() > deadline:
             raise ConfigError(seating.shortage)
-        if seating.shortage != said:
+        if wait_s and seating.shortage != said:
             log.info("waiting for nodes: %s", seating.shortage)
         said = seating.shortage
-        await asyncio.sleep(_LOOK_S)
+        await asyncio.sleep(_RETRY_S)
     return seating
 
 
@@ -185,24 +176,19 @@ class Controller:
     async def _scale(self, num_hosts: NumHosts) -> Release:
         if num_hosts != "all" and num_hosts < 1:
             raise ConfigError("at least one host is needed")
-        wanted = await asyncio.to_thread(wanted_hosts, self._config, self._sources, num_hosts)
-        if num_hosts != "all":
-            await self._nodes.ask_for(num_hosts)
+        wanted = await asyncio.to_thread(wanted_hosts, num_hosts, self._sources, self._config)
         try:
-            # Nodes may be minutes away: meanwhile others are followed.
-            await _seating_with_patience(self._config, self._nodes, lambda nodes: self._seating(nodes, wanted))
-        except ConfigError:
-            await self._ask_for_what_is_wished()
-            raise
-        return await self._change(lambda: self._reach(num_hosts, wanted))
+            # Nodes may be minutes away: meanwhile those that there are are followed.
+            await _seated(lambda nodes: self._seating(nodes, wanted), wanted, self._nodes, self._config.placement.wait_for_nodes_s)
+            return await self._change(lambda: self._reach(num_hosts, wanted))
+        finally:
+            self._ask_for(await self._wanted())
 
     async def _reach(self, num_hosts: NumHosts, wanted: Wanted) -> Release:
         seating = self._seating(await self._nodes.list(), wanted)
         if seating.shortage is not None:
             raise ConfigError(seating.shortage)
-        release = await self._rollout.move(seating.seats, num_hosts)
-        await self._ask_for_what_is_wished()
-        return release
+        return await self._rollout.move(seating.seats, num_hosts)
 
     async def _drain(self, host: str) -> Release:
         seats = self.state.seats
@@ -212,24 +198,27 @@ class Controller:
         if not left:
             raise ConfigError(f"{host} is the only host: at least one is needed")
         release = await self._rollout.move(left, len(left))
-        await self._ask_for_what_is_wished()
+        self._ask_for(await self._wanted())
         return release
 
     async def _follow(self) -> Release:
-        seating = self._seating(await self._nodes.list(), await self._wanted())
+        wanted = await self._wanted()
+        seating = self._seating(await self._nodes.list(), wanted)
         if seating.shortage != self._shortage:
             self._shortage = seating.shortage
             log.warning("%s", seating.shortage or "nothing is short any more")
+            self._ask_for(wanted)
         return await self._rollout.move(seating.seats, self.state.num_hosts)
 
     async def _wanted(self) -> Wanted:
         if self._wanted_now is None or self._wanted_now.num_hosts != self.state.num_hosts:
-            self._wanted_now = await asyncio.to_thread(wanted_hosts, self._config, self._sources, self.state.num_hosts)
+            self._wanted_now = await asyncio.to_thread(wanted_hosts, self.state.num_hosts, self._sources, self._config)
         return self._wanted_now
 
     def _seating(self, nodes: Sequence[Node], wanted: Wanted) -> Seating:
         return reconcile(nodes, self.state.seats, wanted, self.state.next_number, self._hosts.given_up)
 
-    async def _ask_for_what_is_wished(self) -> None:
-        if self.state.num_hosts != "all":
-            await self._nodes.ask_for(self.state.num_hosts)
+    def _ask_for(self, wanted: Wanted) -> None:
+        """Where nodes are waited for there is an autoscaler, which shall keep those that are needed and no more."""
+        if self._config.placement.wait_for_nodes_s:
+            self._nodes.ask_for(wanted, 0 if wanted.num_hosts == "all" else wanted.num_hosts)

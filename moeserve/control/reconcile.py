@@ -23,7 +23,7 @@ def reconcile(nodes: Sequence[Node], seats: Sequence[Seat], wanted: Wanted, next
     places = {node.id: node for node in nodes if is_place(node, wanted)}
     kept = _kept([seat for seat in seats if seat.node in places and seat.number not in given_up], wanted)
     held = Counter(seat.node for seat in kept)
-    room = {id: max(room_on(node, wanted), held[id]) for id, node in places.items()}
+    room = {key: max(room_on(node, wanted), held[key]) for key, node in places.items()}
     fit = sum(room.values())
     number = _number(wanted, fit)
     shortage = describe(nodes, room, wanted, number) if fit < number else None
@@ -91,7 +91,7 @@ def _added(kept: Sequence[Seat], room: Mapping[str, int], number: int, wanted: W
     sign = -1 if wanted.strategy == "pack" else 1
     added = []
     for new in range(next_number, next_number + number - len(kept)):
-        node = min((id for id in room if held[id] < room[id]), key=lambda id: (sign * held[id], held[id] - room[id], id))
+        node = min((key for key in room if held[key] < room[key]), key=lambda key: (sign * held[key], held[key] - room[key], key))
         held[node] += 1
         added.append(Seat(new, node))
     return added

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from moeserve.checkpoints import LayerSource, Swap, check_memory, host_bytes, memory_bytes
+from moeserve.checkpoints import LayerSource, Swap
 from moeserve.config import ServiceConfig
-from moeserve.control.limits import plan_for
 from moeserve.control.seats import Seat
 from moeserve.control.state import NumHosts, State
+from moeserve.control.wish import plan_for
 from moeserve.release import Release
 
 log = logging.getLogger(__name__)
@@ -22,11 +22,11 @@ class Hosts(Protocol):
     """All expert hosts, by number."""
 
     async def take(self, release: Release, seats: Sequence[Seat]) -> None:
-        """Every host of `release`, started on its node if need be, can serve it beside what it serves. Raises what a host raised."""
+        """Every host of `release`, started on its seat if need be, can serve it beside what it serves. Raises what a host raised."""
         ...
 
     async def withdraw(self, epoch: int) -> None:
-        """The release of `epoch` will not be."""
+        """The release of `epoch` will not be, nor any after it."""
         ...
 
     async def retire(self, epoch: int) -> None:
@@ -97,7 +97,6 @@ class Rollout:
         sources = await asyncio.to_thread(before.release.sources, self._config)
         numbers = [seat.number for seat in seats]
         placement = plan_for(len(seats), sources, self._config).renumbered(numbers, before.last_epoch + 1)
-        check_memory(host_bytes(sources, placement), self._config, memory_bytes())
         next_number = max(before.next_number, numbers[-1] + 1)
         release = replace(before.release, placement=placement)
         await self._bring_in(State(release, seats, num_hosts, release.epoch, next_number))

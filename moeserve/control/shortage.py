@@ -19,7 +19,8 @@ def describe(nodes: Sequence[Node], room: Mapping[str, int], wanted: Wanted, num
     there = [_node(node, room.get(node.id), wanted) for node in nodes]
     if len(there) > _MAX_NODES:
         there = [*there[:_MAX_NODES], f"and {len(there) - _MAX_NODES} nodes more"]
-    return f"{asked}{each}, but there is room for {fit}: {'; '.join(there) or 'there are no nodes'}. Missing: {_missing(wanted, number - fit)}"
+    nodes_are = "; ".join(there) or "there are no nodes"
+    return f"{asked}{each}, but there is room for {fit}: {nodes_are}. Missing: {_missing(wanted, number - fit)}"
 
 
 def _resources(wanted: Wanted) -> list[tuple[str, str, float]]:

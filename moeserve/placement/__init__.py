@@ -1,7 +1,8 @@
 """Where every physical expert lives, and which copy does what: pure functions; no clock, no I/O."""
 
+from moeserve.placement.bounds import fewest_hosts, most_hosts
 from moeserve.placement.copies import choose_copies
 from moeserve.placement.layer import LayerPlacement, Placement
 from moeserve.placement.plan import plan_placement
 
-__all__ = ["LayerPlacement", "Placement", "choose_copies", "plan_placement"]
+__all__ = ["LayerPlacement", "Placement", "choose_copies", "fewest_hosts", "most_hosts", "plan_placement"]

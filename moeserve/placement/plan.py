@@ -22,7 +22,7 @@ def plan_placement(specs: Sequence[LayerSpec], config: PlacementConfig, epoch: i
     """
     num_hosts = _num_hosts(specs, config)
     stages = _stages(num_hosts, len(specs), config.pipeline_stages)
-    copies = [_copies_of(spec, config) for spec in specs]
+    copies = [copies_of(spec, config) for spec in specs]
     layers = []
     for number, spec in enumerate(specs):
         hosts = stages[number * config.pipeline_stages // len(specs)]
@@ -41,7 +41,7 @@ def _num_hosts(specs: Sequence[LayerSpec], config: PlacementConfig) -> int:
         raise ConfigError("placement.num_hosts is 'all', which the nodes of a cluster decide: give a number to plan with")
     if config.experts_per_host is None:
         return config.num_hosts
-    largest = max(int(_copies_of(spec, config).sum()) * config.tensor_parallel for spec in specs)
+    largest = max(int(copies_of(spec, config).sum()) * config.tensor_parallel for spec in specs)
     needed = -(-largest // config.experts_per_host) * config.pipeline_stages
     if "num_hosts" not in config.model_fields_set:
         return needed
@@ -62,7 +62,7 @@ def _stages(num_hosts: int, num_layers: int, stages: int) -> list[range]:
     return [range(stage * num_hosts // stages, (stage + 1) * num_hosts // stages) for stage in range(stages)]
 
 
-def _copies_of(spec: LayerSpec, config: PlacementConfig) -> Integers:
+def copies_of(spec: LayerSpec, config: PlacementConfig) -> Integers:
     """[E]: how many copies each expert of this layer gets."""
     wanted = config.copies.get(spec.name, config.copies.get("default", 1)) if isinstance(config.copies, dict) else config.copies
     if isinstance(wanted, int):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moeserve import ConfigError, load_config
 from moeserve.checkpoints import host_bytes, layer_sources
-from moeserve.control.limits import least_hosts, most_hosts, plan_for
+from moeserve.control.wish import plan_for, wanted_hosts
 
 LAYER = {"hidden_size": 8, "intermediate_size": 4, "num_experts": 6}
 
@@ -22,8 +22,9 @@ def limits(layers: list[dict[str, Any]], placement: Mapping[str, Any]) -> tuple[
 
 
 def both(sources: Any, config: Any) -> tuple[int, int]:
-    least = least_hosts(sources, config)
-    return least, most_hosts(least, sources, config)
+    wanted = wanted_hosts("all", sources, config)
+    assert wanted.most is not None
+    return wanted.least, wanted.most
 
 
 @settings(max_examples=40, deadline=None)
@@ -67,5 +68,5 @@ def test_memory_and_experts_per_host_ask_for_more_hosts() -> None:
     assert limits([LAYER], {"memory_per_host_bytes": whole}) == (1, 6)
     assert limits([LAYER], {"memory_per_host_bytes": whole - 1}) == (2, 6)
     assert limits([LAYER], {"experts_per_host": 2}) == (3, 6)
-    with pytest.raises(ConfigError, match="cannot be shared out"):
+    with pytest.raises(ConfigError, match="memory_per_host_bytes"):
         limits([LAYER], {"memory_per_host_bytes": 1})

@@ -52,7 +52,18 @@ def test_where_the_first_hosts_go(strategy: str, number: int, expected: dict[str
 
 @pytest.mark.parametrize(
     ("free", "each", "room"),
-    [(1, 0.5, 2), (1, 0.3, 3), (1, 0.1, 10), (3, 0.7, 3), (2.5, 0.5, 5), (2.4, 0.5, 4), (1.2, 0.6, 1), (4, 2, 2), (3, 2, 1), (0.25, 0.5, 0)],
+    [
+        (1, 0.5, 2),
+        (1, 0.3, 3),
+        (1, 0.1, 10),
+        (3, 0.7, 3),
+        (2.5, 0.5, 5),
+        (2.4, 0.5, 4),
+        (1.2, 0.6, 1),
+        (4, 2, 2),
+        (3, 2, 1),
+        (0.25, 0.5, 0),
+    ],
 )
 def test_a_fraction_of_a_gpu_is_of_one_gpu(free: float, each: float, room: int) -> None:
     seating = reconcile([node("a", 0, free)], (), Wanted("all", cpus=0, gpus=each, most=99, least=0), 0)

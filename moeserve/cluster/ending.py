@@ -1,0 +1,58 @@
+"""Ending hosts for good, whatever state they are in."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import ray
+from ray._private import state
+from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from moeserve.cluster.expert_host import ExpertHost
+
+_STOP_TIMEOUT_S = 5.0
+
+
+async def end_hosts(actors: Sequence[ActorHandle[ExpertHost]], socket_dir: Path) -> None:
+    """Each finishes the pass that is running; one that does not answer is killed on its node, because it would not hear Ray either."""
+    stops = [actor.stop.remote() for actor in actors]
+    if stops:
+        stopped, _ = await asyncio.to_thread(ray.wait, stops, num_returns=len(stops), timeout=_STOP_TIMEOUT_S)
+        hanging = [actor for actor, stop in zip(actors, stops, strict=True) if stop not in stopped]
+        processes = await asyncio.to_thread(_processes_of, hanging)
+        for actor in actors:
+            ray.kill(actor)
+        await asyncio.to_thread(_end_processes, processes, socket_dir)
+
+
+def _processes_of(actors: Sequence[ActorHandle[ExpertHost]]) -> list[tuple[str, int]]:
+    """Node and process id of each that is on a node where something can still be started."""
+    usable = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - set(state.state.get_draining_nodes())
+    tables = [state.actors(actor._actor_id.hex()) for actor in actors]
+    return [(table["Address"]["NodeID"], table["Pid"]) for table in tables if table and table["Address"]["NodeID"] in usable]
+
+
+def _end_processes(processes: Sequence[tuple[str, int]], socket_dir: Path) -> None:
+    ends = [
+        _end_process.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(pid, socket_dir)
+        for node, pid in processes
+    ]
+    if ends:
+        ray.wait(ends, num_returns=len(ends), timeout=_STOP_TIMEOUT_S)
+
+
+@ray.remote(num_cpus=0)
+def _end_process(pid: int, socket_dir: Path) -> None:
+    command = Path(f"/proc/{pid}/cmdline")
+    if command.exists() and b"ExpertHost" in command.read_bytes():
+        os.kill(pid, signal.SIGKILL)
+    for left_behind in socket_dir.glob(f"host-*-{pid}.sock"):
+        left_behind.unlink(missing_ok=True)
+    with suppress(OSError):
+        socket_dir.rmdir()
