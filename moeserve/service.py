@@ -89,7 +89,7 @@ class Service:
         metrics = Metrics(specs, config.observability.expert_detail)
         runtime = RayRuntime(config.ray, config.placement)
         fleet, keys = Fleet(config, release), KeyPair.generate()
-        frontend = Frontend(sources, release, fleet.find, config, metrics, _model_name(config), self._health_changed, keys)
+        frontend = Frontend(sources, release, fleet.find, config, metrics, self._health_changed, keys)
 
         self._progress("starting Ray" if config.ray.address is None else f"joining Ray at {config.ray.address}")
         self._running.callback(runtime.stop)
@@ -97,7 +97,7 @@ class Service:
 
         # The ports come before the weights: whoever probes them is told that the service is starting.
         self._rollout = Rollout(config, release, fleet, frontend)
-        self._server = GrpcServer(frontend, config.server, metrics.observe_call, self)
+        self._server = GrpcServer(config.server, metrics.observe_call, engine=frontend, admin=self)
         self._running.push_async_callback(self._drain)
         self.target = f"{config.server.host}:{await self._server.start()}"
         self.metrics_target = f"{config.server.host}:{self._start_metrics(metrics, frontend)}"
@@ -142,9 +142,3 @@ def _with_num_hosts(config: ServiceConfig, num_hosts: int) -> ServiceConfig:
     """What placement.experts_per_host left open, written down for everyone who reads the configuration."""
     placement = config.placement.model_copy(update={"num_hosts": num_hosts})
     return config.model_copy(update={"placement": placement})
-
-
-def _model_name(config: ServiceConfig) -> str:
-    if config.model.name is not None:
-        return config.model.name
-    return config.model.checkpoint.name if config.model.checkpoint is not None else "moe"
