@@ -7,7 +7,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from moeserve.config import ServiceConfig, load_config
 from moeserve.service import Progress, Service, log
@@ -44,12 +44,12 @@ class BackgroundService:
     def stop(self) -> None:
         """Drain, then stop everything; idempotent."""
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._service.ask_to_stop)
+            self._loop.call_soon_threadsafe(self._service.controller.ask_to_stop)
             self._ending.result()
             self._end_thread()
 
     async def _stop_when_asked(self) -> None:
-        await self._service.stop_requested.wait()
+        await self._service.controller.stop_requested.wait()
         await self._service.stop()
 
     def swap(self, layer: str, checkpoint: str | Path, experts: Sequence[int] | None = None) -> int:
@@ -57,16 +57,19 @@ class BackgroundService:
 
         Returns the layer's new revision, which answers name. Raises MoEServeError; then nothing has changed.
         """
-        work = self._service.swap(layer, Path(checkpoint), experts)
+        work = self._service.controller.swap(layer, Path(checkpoint), experts)
         return asyncio.run_coroutine_threadsafe(work, self._loop).result().revision(layer)
 
-    def scale(self, num_hosts: int) -> int:
-        """Spread the experts over so many hosts; no request fails meanwhile. Returns the epoch. Raises ConfigError."""
-        return asyncio.run_coroutine_threadsafe(self._service.scale(num_hosts), self._loop).result().epoch
+    def scale(self, num_hosts: int | Literal["all"]) -> int:
+        """Spread the experts over so many hosts, or over all that the nodes hold; no request fails meanwhile.
+
+        Returns the epoch. Raises ConfigError.
+        """
+        return asyncio.run_coroutine_threadsafe(self._service.controller.scale(num_hosts), self._loop).result().epoch
 
     def drain_host(self, host: str) -> int:
         """Place the experts of a host on the others and let it go; no request fails meanwhile. Returns the epoch. Raises ConfigError."""
-        return asyncio.run_coroutine_threadsafe(self._service.drain(host), self._loop).result().epoch
+        return asyncio.run_coroutine_threadsafe(self._service.controller.drain(host), self._loop).result().epoch
 
     def _end_thread(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

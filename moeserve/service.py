@@ -5,22 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from functools import partial
-from pathlib import Path
+from typing import Any
 
-from moeserve.checkpoints import LayerSource, check_memory, host_bytes, layer_sources, memory_bytes
+from moeserve.checkpoints import layer_sources
 from moeserve.cluster import Fleet, Nodes, RayRuntime
 from moeserve.config import ServiceConfig
-from moeserve.control import Rollout, wanted_hosts
+from moeserve.control import Controller, FrontendInfo, Frontends, State, first_state, first_wish
 from moeserve.errors import ConfigError
 from moeserve.frontend import Frontend
 from moeserve.metrics import Metrics
 from moeserve.page import StatusPage
-from moeserve.placement import Placement, plan_placement
-from moeserve.release import Release
-from moeserve.server import GrpcServer, check_exposure
+from moeserve.server import Control, GrpcServer, check_exposure, frontend_tokens
 from moeserve.stats import HostInfo
 from moeserve.transport import KeyPair, choose_endpoint
 
@@ -37,8 +35,7 @@ class Service:
         self._progress = progress
         self._running = AsyncExitStack()
         self._server: GrpcServer | None = None
-        self._rollout: Rollout | None = None
-        self.stop_requested = asyncio.Event()
+        self._controller: Controller | None = None
         self.hosts: list[HostInfo] = []
         #: host:port of the gRPC service, and of the metrics endpoint
         self.target = ""
@@ -55,63 +52,65 @@ class Service:
             await self._running.aclose()
             raise
 
+    @property
+    def controller(self) -> Controller:
+        """Changes what is served."""
+        assert self._controller is not None, "a service that has started"
+        return self._controller
+
     async def stop(self) -> None:
         """Refuse new requests, finish the running ones (at most server.drain_timeout_s), then stop everything."""
         await self._drain()
         await self._running.aclose()
 
-    async def swap(self, layer: str, checkpoint: Path, experts: Sequence[int] | None = None) -> Release:
-        """As `Rollout.swap`; returns what is served then."""
-        assert self._rollout is not None, "a service that has started"
-        return await self._rollout.swap(layer, checkpoint, experts)
-
-    async def scale(self, num_hosts: int) -> Release:
-        """As `Rollout.scale`; returns what is served then."""
-        assert self._rollout is not None, "a service that has started"
-        return await self._rollout.scale(num_hosts)
-
-    async def drain(self, host: str) -> Release:
-        """As `Rollout.drain`; returns what is served then."""
-        assert self._rollout is not None, "a service that has started"
-        return await self._rollout.drain(host)
-
-    def ask_to_stop(self) -> None:
-        """Somebody who may wants the service to end: whoever started it is told by `stop_requested`."""
-        self.stop_requested.set()
-
     async def _start(self) -> None:
         config = self._config
         check_exposure(config.server)
         sources = layer_sources(config)
+        first_wish(config, sources)  # what cannot be is said before anything starts
         specs = [source.spec for source in sources]
-        if config.placement.num_hosts != "all":
-            self._config = config = _with_num_hosts(config, _plan(sources, config).num_hosts)
-        wanted = wanted_hosts(config, sources)
         metrics, runtime = Metrics(specs, config.observability.expert_detail), RayRuntime(config.ray, config.placement)
         fleet, keys = Fleet(config, detached=False), KeyPair.generate()
-        nodes = Nodes(fleet)
 
         self._progress("starting Ray" if config.ray.address is None else f"joining Ray at {config.ray.address}")
         self._running.callback(runtime.stop)
         runtime.start()
-        seats = await nodes.first_seats(wanted, config.placement.wait_for_nodes_s)
-        release = Release(_plan(sources, _with_num_hosts(config, len(seats))))
+        nodes = Nodes(fleet)
+        state = await first_state(config, sources, nodes)
+        frontend = Frontend(sources, state.release, fleet.find, config, metrics, self._health_changed, keys)
+
+        async def admit(followers: frozenset[str]) -> None:
+            await fleet.admit({keys.public, *followers})
 
         # The ports come before the weights: whoever probes them is told that the service is starting.
-        frontend = Frontend(sources, release, fleet.find, config, metrics, _model_name(config), self._health_changed, keys)
-        self._rollout = Rollout(config, release, seats, fleet, frontend, nodes.list)
-        self._server = GrpcServer(frontend, config.server, metrics.observe_call, self)
+        frontends = Frontends(config, admit)
+        frontends.include(frontend, lambda: self._info(frontend, runtime.node_id))
+        frontends.begin(state.release)
+        self._controller = Controller(config, sources, state, nodes, fleet, frontends, _forget)
+        control = Control(frontends, frontend_tokens(config.controller))
+        self._server = GrpcServer(config.server, metrics.observe_call, engine=frontend, admin=self._controller, control=control)
         self._running.push_async_callback(self._drain)
         self.target = f"{config.server.host}:{await self._server.start()}"
         self.metrics_target = f"{config.server.host}:{self._start_metrics(metrics, frontend)}"
 
-        self._progress(f"loading {sum(spec.num_experts for spec in specs)} experts of {len(specs)} layers on {len(seats)} hosts")
+        num_hosts = len(state.seats)
+        self._progress(f"loading {sum(spec.num_experts for spec in specs)} experts of {len(specs)} layers on {num_hosts} hosts")
         self._running.push_async_callback(fleet.stop)
-        fleet.start(secrets.token_hex(8), over_tcp=not runtime.is_private)
-        await fleet.admit({keys.public})
-        await fleet.take(release, seats, partial(self._host_ready, runtime.node_id, len(seats)))
+        fleet.start(secrets.token_hex(8), over_tcp=not runtime.is_private or bool(control.tokens))
+        await admit(frozenset())
+        await fleet.take(state.release, state.seats, partial(self._host_ready, runtime.node_id, num_hosts))
         self._running.push_async_callback(frontend.close)
         await frontend.start(runtime.node_id)
+        self._later(fleet.watch(frontends.directory))
+        self._later(self._controller.keep())
+
+    def _later(self, duty: Coroutine[Any, Any, None]) -> None:
+        """Beside everything else, until the end."""
+        task = asyncio.ensure_future(duty)
+        self._running.callback(task.cancel)
+
+    def _info(self, frontend: Frontend, node: str) -> FrontendInfo:
+        return FrontendInfo("serve", self.target, self.metrics_target, node, frontend.epoch, frontend.oldest_epoch)
 
     def _start_metrics(self, metrics: Metrics, frontend: Frontend) -> int:
         host, port = self._config.server.host, self._config.server.metrics_port
@@ -140,20 +139,5 @@ class Service:
             await self._server.drain(self._config.server.drain_timeout_s)
 
 
-def _plan(sources: Sequence[LayerSource], config: ServiceConfig) -> Placement:
-    """Raises ConfigError when the experts cannot be placed so, or do not fit."""
-    placement = plan_placement([source.spec for source in sources], config.placement)
-    check_memory(host_bytes(sources, placement), config, memory_bytes())
-    return placement
-
-
-def _with_num_hosts(config: ServiceConfig, num_hosts: int) -> ServiceConfig:
-    """What placement.experts_per_host, or the nodes of the cluster, left open."""
-    placement = config.placement.model_copy(update={"num_hosts": num_hosts})
-    return config.model_copy(update={"placement": placement})
-
-
-def _model_name(config: ServiceConfig) -> str:
-    if config.model.name is not None:
-        return config.model.name
-    return config.model.checkpoint.name if config.model.checkpoint is not None else "moe"
+def _forget(_state: State) -> None:
+    """Nothing of the service outlives this process, so nobody needs to know."""

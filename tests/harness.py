@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -13,14 +13,14 @@ import torch
 
 from moeserve.checkpoints import layer_sources
 from moeserve.config import ServiceConfig, load_config
-from moeserve.control import Node, Rollout, Seat
+from moeserve.control import Controller, FrontendInfo, Frontends, Node, Seat, State, Wanted
 from moeserve.experts import ExpertBank
 from moeserve.frontend import Frontend
 from moeserve.host import Holdings, HostLoop, Relay
 from moeserve.metrics import Metrics
 from moeserve.placement import plan_placement
 from moeserve.release import Release
-from moeserve.server import GrpcServer
+from moeserve.server import Control, GrpcServer, controller_address, frontend_tokens
 from moeserve.stats import HostInfo
 from moeserve.transport import HostKeys, KeyPair, Work, listen
 
@@ -71,11 +71,11 @@ class ThreadedHost:
         config: ServiceConfig,
         releases: list[Release],
         node: str,
-        frontend_key: str,
+        admitted: Callable[[], frozenset[str]],
         on_start: Callable[[], None],
     ) -> None:
         self.number, self._kind, self._folder, self._config, self._releases, self.node = number, kind, folder, config, releases, node
-        self._frontend_key, self._on_start = frontend_key, on_start
+        self._admitted, self._on_start = admitted, on_start
         self._incarnation = 0
         self._loop_of_service = asyncio.get_running_loop()
         self._up = asyncio.Event()
@@ -86,7 +86,7 @@ class ThreadedHost:
         name = f"host-{self.number}-{self._incarnation}"
         endpoint = {"local": f"local:{self._folder}/{name}", "shm": f"unix:{self._folder}/{name}.sock", "tcp": "tcp://127.0.0.1:0"}
         own = KeyPair.generate()
-        self.keys = HostKeys(own, frozenset({self._frontend_key}))
+        self.keys = HostKeys(own, self._admitted())
         listener = listen(*dict.fromkeys((endpoint[self._kind], endpoint["tcp"])), keys=self.keys)
         self.info = HostInfo(f"host-{self.number}", listener.endpoints, own.public, self.node, 0, "cpu", "", 1, 0)
         self.relay = Relay(self.number, own)
@@ -101,7 +101,7 @@ class ThreadedHost:
         self._loop_of_service.call_soon_threadsafe(self._up.set)
 
     def meet(self, directory: Mapping[int, HostInfo]) -> None:
-        self.keys.allow({self._frontend_key, *(info.public_key for info in directory.values())})
+        self.keys.allow({*self._admitted(), *(info.public_key for info in directory.values())})
         self.relay.meet(directory)
 
     def stop(self) -> None:
@@ -113,6 +113,20 @@ class ThreadedHost:
     async def find(self) -> HostInfo:
         await self._up.wait()
         return self.info
+
+
+class EndlessNodes:
+    """Nodes of these names, with room for everything."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = dict.fromkeys(names)
+
+    async def list(self) -> list[Node]:
+        room = {"CPU": 1000.0, "GPU": 0.0}
+        return [Node(name, name, room, room) for name in self._names]
+
+    def ask_for(self, wanted: Wanted, num_hosts: int) -> None:
+        raise AssertionError("there is always room")
 
 
 class ServiceHarness:
@@ -135,7 +149,11 @@ class ServiceHarness:
         self._thread = threading.Thread(target=self._loop.run_forever)
         self.hosts: list[ThreadedHost] = []
         self.target = ""
-        self.asked_to_stop = threading.Event()
+        self.given_up: set[int] = set()
+        #: keys of frontends elsewhere
+        self._followers: frozenset[str] = frozenset()
+        self.control_server: GrpcServer | None = None
+        self.control_target = ""
 
     def call(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Run a coroutine on the service's loop."""
@@ -147,6 +165,8 @@ class ServiceHarness:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.control_server is not None:
+            self.call(self.control_server.stop())
         self.call(self.server.drain(5.0))
         self.call(self.frontend.close())
         for host in self.hosts:
@@ -158,14 +178,49 @@ class ServiceHarness:
 
     async def _start(self) -> None:
         self._add(self.placement.hosts)
-        seats = [Seat(number, self.nodes[number]) for number in self.placement.hosts]
-        self.frontend = Frontend(
-            self.sources, self._releases[0], self.find, self.config, self.metrics, "model", self._on_health, self._keys
-        )
-        self.rollout = Rollout(self.config, self._releases[0], seats, self, self.frontend, self.list_nodes)
-        self.server = GrpcServer(self.frontend, self.config.server, self.metrics.observe_call, self)
+        self.frontend = Frontend(self.sources, self._releases[0], self.find, self.config, self.metrics, self._on_health, self._keys)
+        release, seats = self._releases[0], tuple(Seat(number, self.nodes[number]) for number in self.placement.hosts)
+        self._begin(State(release, seats, len(seats), release.epoch, len(seats)), ())
+        self.server = GrpcServer(self.config.server, self.metrics.observe_call, engine=self.frontend, admin=self.controller)
         self.target = f"127.0.0.1:{await self.server.start()}"
         await self.frontend.start(self.nodes[0])
+
+    def _begin(self, state: State, keys: Collection[str]) -> None:
+        """A controller that knows this state, and the keys of frontends elsewhere."""
+        self.frontends = Frontends(self.config, self._admit, keys)
+        self.frontends.include(
+            self.frontend, lambda: FrontendInfo("local", self.target, "", "", self.frontend.epoch, self.frontend.oldest_epoch)
+        )
+        self.frontends.begin(state.release)
+        self.frontends.directory(self.present)
+        self.controller = Controller(self.config, self.sources, state, EndlessNodes(self.nodes), self, self.frontends, lambda _: None)
+
+    async def open_control(self, port: int = 0) -> None:
+        """Lets frontends follow with the token "follow", from `control_target` on."""
+        address = controller_address(self.config).model_copy(update={"port": port})
+        control = Control(self.frontends, frontend_tokens(self.config.controller, "follow"))
+        self.control_server = GrpcServer(address, self.metrics.observe_call, control=control)
+        self.control_target = f"127.0.0.1:{await self.control_server.start()}"
+
+    async def close_control(self) -> None:
+        """As a controller that is killed."""
+        await self.control_server.stop()
+
+    async def reopen_control(self) -> None:
+        """As a controller that has been started again: it knows what is served, and the keys it wrote down."""
+        self._begin(self.controller.state, self._followers)
+        await self.open_control(int(self.control_target.rpartition(":")[2]))
+
+    async def _admit(self, keys: frozenset[str]) -> None:
+        self._followers = keys
+        self.introduce()
+
+    def _admitted(self) -> frozenset[str]:
+        return self._followers | {self._keys.public}
+
+    @property
+    def present(self) -> dict[int, HostInfo]:
+        return {host.number: host.info for host in self.hosts if host.is_up}
 
     async def find(self, number: int) -> HostInfo:
         return await next(host for host in self.hosts if host.number == number).find()
@@ -173,25 +228,9 @@ class ServiceHarness:
     def _add(self, numbers: Sequence[int]) -> None:
         for number in numbers:
             node = self.nodes[number] if number < len(self.nodes) else self.nodes[0]
-            key = self._keys.public
-            self.hosts.append(ThreadedHost(number, self._kind, self._folder, self.config, self._releases, node, key, self.introduce))
+            host = ThreadedHost(number, self._kind, self._folder, self.config, self._releases, node, self._admitted, self.introduce)
+            self.hosts.append(host)
         self.introduce()
-
-    async def swap(self, layer: str, checkpoint: Path, experts: Sequence[int] | None) -> Release:
-        return await self.rollout.swap(layer, checkpoint, experts)
-
-    async def scale(self, num_hosts: int) -> Release:
-        return await self.rollout.scale(num_hosts)
-
-    async def drain(self, host: str) -> Release:
-        return await self.rollout.drain(host)
-
-    def ask_to_stop(self) -> None:
-        self.asked_to_stop.set()
-
-    async def list_nodes(self) -> list[Node]:
-        room = {"CPU": 1000.0, "GPU": 0.0}
-        return [Node(name, name, room, room) for name in dict.fromkeys(self.nodes)]
 
     async def take(self, release: Release, seats: Sequence[Seat]) -> None:
         self._releases.append(release)
@@ -222,6 +261,8 @@ class ServiceHarness:
         directory = {host.number: host.info for host in self.hosts}
         for host in self.hosts:
             host.meet(directory)
+        if hasattr(self, "frontends"):
+            self._loop.call_soon_threadsafe(self.frontends.directory, directory)
 
     def _on_health(self, layer: int, healthy: bool) -> None:
         self.server.set_serving(layer, healthy)

@@ -15,6 +15,7 @@ from moeserve.cli.bench import bench
 from moeserve.cli.config import config_app
 from moeserve.cli.deploy import deploy
 from moeserve.cli.flags import with_config_flags
+from moeserve.cli.frontend import frontend
 from moeserve.cli.infer import infer
 from moeserve.cli.plan import plan
 from moeserve.cli.scale import drain, scale
@@ -35,6 +36,7 @@ app = typer.Typer(
 app.command()(with_config_flags(serve))
 app.command()(with_config_flags(deploy))
 app.command()(with_config_flags(plan))
+app.command()(with_config_flags(frontend, tables=("server",), without=("admin_token_file",)))
 app.command()(infer)
 app.command()(swap)
 app.command()(status)

@@ -12,13 +12,13 @@ from moeserve.cli.flags import Overrides
 from moeserve.config import load_config
 from moeserve.deployment import Deployer
 
-_LOOK_S = 2.0
-
 
 def deploy(
     source: Annotated[str, typer.Argument(help="A TOML configuration or a checkpoint folder.")],
     overrides: Overrides,
-    keep: Annotated[bool, typer.Option("--keep", help="Stay, and deploy again whenever the service is gone, until Ctrl-C or SIGTERM.")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Stay, and deploy again whenever the service is gone, until Ctrl-C or SIGTERM.")
+    ] = False,
 ) -> None:
     """Put a service on the Ray cluster at --address and return once it is ready; `status`, `scale`, `drain` and `shutdown` act on it."""
     config = load_config(source, overrides)
@@ -38,8 +38,7 @@ async def _deploy(deployer: Deployer, keep: bool) -> None:
             _tell(f"ready {target}")
         if not keep:
             return
-        while deployer.is_there():
-            await asyncio.sleep(_LOOK_S)
+        await deployer.until_gone()
         _tell("the service is gone: deploying it again")
 
 

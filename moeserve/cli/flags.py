@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -16,27 +16,31 @@ _TABLES = ("server", "model", "placement", "batching", "communication", "resilie
 Overrides = dict[str, dict[str, Any]]
 
 
-def with_config_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command that takes `overrides` one option per scalar key; what is set by flag or environment arrives there."""
+def with_config_flags(command: Callable[..., None], tables: Sequence[str] = _TABLES, without: Collection[str] = ()) -> Callable[..., None]:
+    """Give a command that takes `overrides` one option per scalar key of `tables`; what is set by flag or environment arrives there.
+
+    `without` are keys that have no meaning for this command.
+    """
+    scalars = [found for found in _scalars(tables) if found[1] not in without]
 
     def wrapped(**arguments: Any) -> None:
         overrides: Overrides = {}
-        for table, key, _ in _scalars():
+        for table, key, _ in scalars:
             value = arguments.pop(key)
             if value is not None:
                 overrides.setdefault(table, {})[key] = value
         command(**arguments, overrides=overrides)
 
     own = [parameter for parameter in inspect.signature(command, eval_str=True).parameters.values() if parameter.name != "overrides"]
-    options = [_option(table, key, kind) for table, key, kind in _scalars()]
+    options = [_option(table, key, kind) for table, key, kind in scalars]
     wrapped.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
     wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *options)}
     wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
     return wrapped
 
 
-def _scalars() -> Iterator[tuple[str, str, type]]:
-    for table in _TABLES:
+def _scalars(tables: Sequence[str]) -> Iterator[tuple[str, str, type]]:
+    for table in tables:
         model = ServiceConfig.model_fields[table].annotation
         assert model is not None
         for key, field in model.model_fields.items():

@@ -12,6 +12,7 @@ from moeserve.client.answers import LayerInfo
 from moeserve.client.async_client import AsyncClient
 from moeserve.client.client import Client
 from moeserve.client.connection import TLS
+from moeserve.client.control import ControlClient
 from moeserve.client.pipeline import through_layers
 from moeserve.wire import WireRequest, WireResponse
 
@@ -24,6 +25,7 @@ __all__ = [
     "AdminClient",
     "AsyncClient",
     "Client",
+    "ControlClient",
     "LayerInfo",
     "WireRequest",
     "WireResponse",

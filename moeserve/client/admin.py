@@ -61,7 +61,10 @@ class AdminClient:
         return Swapped(answer.epoch, answer.model_revision)
 
     def scale(self, hosts: int | Literal["all"], timeout: float = 3600.0) -> Placed:
-        """Spread the experts over so many hosts, or over all that the nodes have room for. Returns when the new ones serve and those that left are gone."""
+        """Spread the experts over so many hosts, or over all that the nodes have room for.
+
+        Returns when the new ones serve and those that left are gone.
+        """
         request = pb.ScaleRequest(all=True) if hosts == "all" else pb.ScaleRequest(hosts=hosts)
         answer = self._call(self._service.Scale, request, timeout)
         return Placed(answer.epoch, tuple(answer.hosts))

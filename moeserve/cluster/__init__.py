@@ -2,6 +2,22 @@
 
 from moeserve.cluster.fleet import Fleet
 from moeserve.cluster.nodes import Nodes
+from moeserve.cluster.resident import Resident, end_this_process, settle
 from moeserve.cluster.runtime import RayRuntime
+from moeserve.cluster.store import Store
+from moeserve.cluster.where import node_address, on_head, on_this_node, spread, this_node
 
-__all__ = ["Fleet", "Nodes", "RayRuntime"]
+__all__ = [
+    "Fleet",
+    "Nodes",
+    "RayRuntime",
+    "Resident",
+    "Store",
+    "end_this_process",
+    "node_address",
+    "on_head",
+    "on_this_node",
+    "settle",
+    "spread",
+    "this_node",
+]

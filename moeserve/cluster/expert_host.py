@@ -37,7 +37,8 @@ class HostOrder:
     over_tcp: bool
 
 
-@ray.remote
+# A host that loads for minutes says meanwhile that it is there.
+@ray.remote(concurrency_groups={"ask": 1})  # type: ignore[call-overload]
 class ExpertHost:
     """Holds the physical experts that releases give to host `order.number`, of every layer.
 
@@ -53,6 +54,7 @@ class ExpertHost:
         self._relay: Relay | None = None
         self._keys: HostKeys | None = None
 
+    @ray.method(concurrency_group="ask")
     def present(self) -> HostInfo | None:
         """What this incarnation says of itself; None until it has been started."""
         return self._info

@@ -41,6 +41,7 @@ class Fleet:
         self._releases: list[Release] = []
         self._members: dict[int, Member] = {}
         self._directory: dict[int, HostInfo] = {}
+        self._late: frozenset[int] = frozenset()
         self._frontends: frozenset[str] = frozenset()
         self._socket_dir = Path()
         self._over_tcp = True
@@ -51,6 +52,11 @@ class Fleet:
     def reservations(self) -> set[str]:
         """Ids of the placement groups that its hosts stand in."""
         return {member.group.id.hex() for member in self._members.values()}
+
+    @property
+    def present(self) -> dict[int, HostInfo]:
+        """What hosts have said of themselves that are up, as far as `watch` has seen."""
+        return {number: info for number, info in self._directory.items() if number not in self._late}
 
     def start(self, service_id: str, *, over_tcp: bool = True) -> None:
         """To be called first. `service_id` is in the name of the private folder for sockets that hosts make on every node.
@@ -123,6 +129,7 @@ class Fleet:
                 if looking:
                     await asyncio.wait(looking.values(), timeout=_WATCH_S)
                 looking = {number: task for number, task in looking.items() if not task.done()}
+                self._late = frozenset(looking)
                 if self._directory != told:
                     told = dict(self._directory)
                     on_change(told)

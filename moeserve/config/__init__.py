@@ -1,12 +1,13 @@
 """What can be configured, and reading it; no environment, no argv."""
 
 from moeserve.config.gating import GatingConfig
-from moeserve.config.load import load_config
+from moeserve.config.load import load_config, load_json, load_server
 from moeserve.config.overrides import GatingOverrides, override
 from moeserve.config.service import (
     Activation,
     BatchingConfig,
     CommunicationConfig,
+    ControllerConfig,
     CopyChoice,
     Dtype,
     LayerConfig,
@@ -27,6 +28,7 @@ __all__ = [
     "Activation",
     "BatchingConfig",
     "CommunicationConfig",
+    "ControllerConfig",
     "CopyChoice",
     "Dtype",
     "GatingConfig",
@@ -44,5 +46,7 @@ __all__ = [
     "ServiceConfig",
     "SharedExpertConfig",
     "load_config",
+    "load_json",
+    "load_server",
     "override",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moeserve.config.service import ServiceConfig
+from moeserve.config.service import ServerConfig, ServiceConfig
 from moeserve.errors import ConfigError
 
 Overrides = Mapping[str, Mapping[str, Any]]
@@ -29,6 +29,22 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Overrides | N
         return ServiceConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError(f"{where}: {_sentence(error)}") from None
+
+
+def load_json(text: str) -> ServiceConfig:
+    """The configuration that somebody else has loaded and passes on. Raises ConfigError."""
+    try:
+        return ServiceConfig.model_validate_json(text)
+    except ValidationError as error:
+        raise ConfigError(f"the configuration that was passed on cannot be used: {_sentence(error)}") from None
+
+
+def load_server(values: Mapping[str, Any]) -> ServerConfig:
+    """The table [server] alone, for a process that is told the rest. Raises ConfigError."""
+    try:
+        return ServerConfig.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(f"server: {_sentence(error)}") from None
 
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

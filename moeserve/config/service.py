@@ -256,6 +256,13 @@ class ServiceConfig(Table):
     controller: ControllerConfig = ControllerConfig()
     ray: RayConfig = RayConfig()
 
+    @property
+    def model_name(self) -> str:
+        """What clients see."""
+        if self.model.name is not None:
+            return self.model.name
+        return self.model.checkpoint.name if self.model.checkpoint is not None else "moe"
+
     @model_validator(mode="before")
     @classmethod
     def _one_table_means_every_layer(cls, data: Any) -> Any:

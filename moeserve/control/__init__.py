@@ -1,14 +1,18 @@
 """What shall be served and where, and how to get there from what is: no Ray, no gRPC; off the path of a request."""
 
 from moeserve.control.controller import Controller, first_state
+from moeserve.control.follower import CannotFollow, Follower
 from moeserve.control.frontends import FrontendInfo, Frontends
 from moeserve.control.reconcile import reconcile
 from moeserve.control.saved import Saved
 from moeserve.control.seats import Node, Seat, Seating, Wanted
 from moeserve.control.state import NumHosts, State
+from moeserve.control.wish import first_wish
 
 __all__ = [
+    "CannotFollow",
     "Controller",
+    "Follower",
     "FrontendInfo",
     "Frontends",
     "Node",
@@ -19,5 +23,6 @@ __all__ = [
     "State",
     "Wanted",
     "first_state",
+    "first_wish",
     "reconcile",
 ]

@@ -6,17 +6,16 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from moeserve.checkpoints import LayerSource, Swap
 from moeserve.config import ServiceConfig
-from moeserve.control.reconcile import reconcile
 from moeserve.control.frontends import Frontends
 from moeserve.control.overview import overview
+from moeserve.control.reconcile import reconcile
 from moeserve.control.rollout import Hosts, Rollout
-from moeserve.control.seats import Node, Seat, Seating, Wanted
+from moeserve.control.seats import Node, Seating, Wanted
 from moeserve.control.state import NumHosts, State
 from moeserve.control.wish import first_wish, plan_for, wanted_hosts
 from moeserve.errors import ConfigError, MoEServeError

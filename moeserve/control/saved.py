@@ -14,9 +14,8 @@ from moeserve.v1 import control_service_pb2 as pb
 
 @dataclass(frozen=True)
 class Saved:
-    """`control_port`: where the controller listens, 0 = it has not listened yet. `service_id` names folders of sockets; `frontend_token` is what the frontends that the controller starts follow it with.
-
-    `frontend_keys` are the public keys that hosts let in.
+    """`service_id` names folders of sockets; `frontend_token` is what the frontends that the controller starts follow it with;
+    `frontend_keys` are the public keys that hosts let in; `control_port` is where the controller listens, 0 = nowhere yet.
     """
 
     service_id: str

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from moeserve.cluster import Resident, node_address, on_this_node, settle, spread
 from moeserve.config import ServiceConfig
+from moeserve.deployment.frontend import FrontendProgram
 from moeserve.errors import ExpertUnavailable
 from moeserve.server import is_loopback
 
@@ -59,7 +60,7 @@ class Crew:
             resident = Resident.find(name, namespace)
             if resident is None:
                 self._tell(f"starting {name}")
-                make = partial(frontend_program, self._config, name, self._controller, self._token)
+                make = partial(FrontendProgram, self._config, name, self._controller, self._token)
                 resident = settle("frontend", name, namespace, make, self._where)
             try:
                 self._targets[name] = await resident.ready()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from functools import partial
 
@@ -15,6 +16,7 @@ log = logging.getLogger(__name__)
 
 _CONTROLLER = "controller"
 _STOP_TIMEOUT_S = 30.0
+_LOOK_S = 2.0
 
 
 class Deployer:
@@ -38,9 +40,12 @@ class Deployer:
         """Idempotent."""
         self._runtime.stop()
 
-    def is_there(self) -> bool:
-        """Somebody has deployed a service in this namespace."""
-        return self._find() is not None
+    async def until_gone(self) -> None:
+        """Until no service is deployed in this namespace any more."""
+        there = True
+        while there:
+            await asyncio.sleep(_LOOK_S)
+            there = await asyncio.to_thread(self._find) is not None
 
     async def deploy(self, tell: Tell) -> Deployed:
         """Until the service is ready, which it may have been before; `tell` hears, in words, how that goes.

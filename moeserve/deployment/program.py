@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moeserve.checkpoints import LayerSource, check_memory, host_bytes, layer_sources, memory_bytes
-from moeserve.cluster import Fleet, RayNodes, Store, end_this_process
+from moeserve.checkpoints import LayerSource, layer_sources
+from moeserve.cluster import Fleet, Nodes, Store, end_this_process
 from moeserve.config import ServiceConfig
 from moeserve.control import Controller, Frontends, Saved, State, first_state
 from moeserve.deployment.crew import Crew
 from moeserve.server import Control, GrpcServer, controller_address, frontend_tokens
+from moeserve.stats import HostInfo
 
 log = logging.getLogger(__name__)
 
@@ -65,29 +67,33 @@ class ControllerProgram:
 
     async def _start(self, saved: Saved | None) -> None:
         config, sources = self._config, await asyncio.to_thread(layer_sources, self._config)
-        nodes = RayNodes(config)
+        self._fleet = Fleet(config, detached=True)
+        nodes = Nodes(self._fleet)
         self._saved = saved or await self._first(sources, nodes)
         state = self._saved.state
-        self._fleet = Fleet(config, detached=True)
         self._fleet.start(self._saved.service_id)
         self._running.push_async_callback(self._fleet.stop)
         frontends = Frontends(config, self._admit, self._saved.frontend_keys)
         frontends.begin(state.release)
         controller = Controller(config, sources, state, nodes, self._fleet, frontends, self._remember)
-        if saved is not None:
-            await self._fleet.adopt(state.release, state.seats)
         await self._serve(controller, frontends)
-        self._tell(f"loading the experts of {len(sources)} layers on {len(state.seats)} hosts")
-        await self._fleet.take(state.release, state.seats)
+        await self._fleet.admit(self._saved.frontend_keys)
+        if saved is None:
+            self._tell(f"loading the experts of {len(sources)} layers on {len(state.seats)} hosts")
+            await self._fleet.take(state.release, state.seats, self._host_ready)
+        else:
+            await self._fleet.adopt(state.release, state.seats)
         self._later(self._fleet.watch(frontends.directory))
         await self._crew.muster()
         self._later(self._crew.keep())
         self._later(controller.keep())
         self._later(self._end_when_asked(controller))
 
-    async def _first(self, sources: Sequence[LayerSource], nodes: RayNodes) -> Saved:
+    def _host_ready(self, info: HostInfo) -> None:
+        self._tell(f"{info.name} ready on {info.device} of node {info.node[:12]}: {info.weights_bytes / 2**20:.1f} MiB, pid {info.pid}")
+
+    async def _first(self, sources: Sequence[LayerSource], nodes: Nodes) -> Saved:
         state = await first_state(self._config, sources, nodes)
-        check_memory(host_bytes(sources, state.release.placement), self._config, memory_bytes())
         saved = Saved(secrets.token_hex(6), secrets.token_hex(32), state)
         self._store.save(saved.to_bytes())
         return saved
@@ -119,15 +125,23 @@ class ControllerProgram:
         self._store.save(self._saved.to_bytes())
 
     def _later(self, duty: Coroutine[Any, Any, None]) -> None:
-        """Beside everything else, until the end; one that fails ends this process, and the next incarnation begins anew."""
-        task = asyncio.ensure_future(duty)
-        self._duties.add(task)
+        """Beside everything else, until the end."""
+        self._duties.add(asyncio.ensure_future(_dutiful(duty)))
 
     async def _end_when_asked(self, controller: Controller) -> None:
         await controller.stop_requested.wait()
         self._duties.discard(asyncio.current_task())
         await self.stop()
         end_this_process()
+
+
+async def _dutiful(duty: Coroutine[Any, Any, None]) -> None:
+    """One that fails ends this process, and the next incarnation begins anew."""
+    try:
+        await duty
+    except Exception:
+        log.exception("the controller cannot go on; Ray starts it again")
+        os._exit(1)
 
 
 def _ignore(_method: str, _code: str, _seconds: float) -> None:

@@ -47,11 +47,10 @@ class Frontend:
         find: Find,
         config: ServiceConfig,
         metrics: Metrics,
-        model: str,
         on_health: OnHealth,
         keys: KeyPair,
     ) -> None:
-        self.model = model
+        self.model = config.model_name
         self.layers = [source.spec for source in sources]
         self._metrics = metrics
         self._use(release)
@@ -74,6 +73,16 @@ class Frontend:
 
     def _link(self, number: int) -> HostLink:
         return HostLink(f"host-{number}", partial(self._find, number), self._keys, self._metrics, self._hosts_changed)
+
+    @property
+    def epoch(self) -> int:
+        """What batches that begin now use."""
+        return self._release.epoch
+
+    @property
+    def oldest_epoch(self) -> int:
+        """What some batch may still use."""
+        return min(forward.views.oldest_epoch for forward in self._forwards)
 
     async def welcome(self, release: Release) -> None:
         """Connect to the hosts of `release` that are new."""

@@ -58,10 +58,16 @@ class HostLink:
         self._queue_gauge.set(self.queue_tokens)
 
     async def start(self, here: str) -> None:
-        """Connect for the first time, from the node `here`, and stay connected until `close`."""
+        """Connect for the first time, from the node `here`, and stay connected until `close`, even if this is not waited for."""
         self._here = here
-        await self._connect()
         self._keeper = asyncio.create_task(self._keep())
+        connected = asyncio.create_task(self.connected())
+        try:
+            await asyncio.wait({connected, self._keeper}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            connected.cancel()
+        if self._keeper.done() and not self._keeper.cancelled():
+            self._keeper.result()
 
     async def refresh(self) -> None:
         """Ask what the host says of itself now; one that is down will say when it is back."""
@@ -83,10 +89,11 @@ class HostLink:
             await self._channel.close()
 
     async def _keep(self) -> None:
+        await self._connect()
         while True:
             assert self._channel is not None
             await self._channel.closed.wait()
-            log.warning("host %s is gone; waiting for Ray to restart it", self.name)
+            log.warning("host %s is gone; waiting for it to come back", self.name)
             self._channel = None
             self._set_up(False)
             await self._connect()

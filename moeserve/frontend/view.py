@@ -40,7 +40,14 @@ class Views:
             yield view
         finally:
             self._running[view.epoch] -= 1
+            if not self._running[view.epoch]:
+                del self._running[view.epoch]
             self._left.set()
+
+    @property
+    def oldest_epoch(self) -> int:
+        """The earliest that a batch still uses, or new ones would."""
+        return min(self._running, default=self.current.epoch)
 
     def publish(self, view: LayerView) -> None:
         """Batches that begin from now on see `view`."""
@@ -56,6 +63,6 @@ class Views:
 
     async def drained(self) -> None:
         """Until no batch uses an earlier epoch than the present one."""
-        while any(count for epoch, count in self._running.items() if epoch < self.current.epoch):
+        while self.oldest_epoch < self.current.epoch:
             self._left.clear()
             await self._left.wait()

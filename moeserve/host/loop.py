@@ -12,7 +12,7 @@ from itertools import accumulate
 
 import torch
 
-from moeserve.errors import InvalidRequest, MoEServeError
+from moeserve.errors import ExpertUnavailable, InvalidRequest, MoEServeError
 from moeserve.experts import ExpertBank
 from moeserve.host.relay import Errand, Relay
 from moeserve.host.shelf import Shelf
@@ -63,7 +63,7 @@ class HostLoop:
                 _check(work, layer, bank)
                 self._pass_on(work)
                 valid.append(work)
-            except InvalidRequest as error:
+            except MoEServeError as error:
                 work.fail(error)
         if bank is not None and valid:
             for work, failure in zip(valid, _compute(bank, valid), strict=True):
@@ -98,7 +98,8 @@ class HostLoop:
 def _check(work: Work, layer: int, bank: ExpertBank | None) -> None:
     """What the transport cannot know: which experts and widths there are here."""
     if bank is None:
-        raise InvalidRequest(f"this host holds no experts of layer {layer} at epoch {work.epoch}")
+        # Its frontend is behind; the caller may ask again, or another one.
+        raise ExpertUnavailable(f"this host holds no experts of layer {layer} at epoch {work.epoch}")
     if work.hidden_states.shape[1] != bank.hidden_size:
         raise InvalidRequest(f"rows of layer {layer} are {bank.hidden_size} wide, got {work.hidden_states.shape[1]}")
     if int(work.slots[-1]) >= bank.num_experts:

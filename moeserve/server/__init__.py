@@ -2,8 +2,19 @@
 
 from moeserve.server.allocator import keep_large_blocks
 from moeserve.server.boundary import Observe
+from moeserve.server.control import Control
 from moeserve.server.engine import Engine
 from moeserve.server.grpc_server import GrpcServer
-from moeserve.server.security import check_exposure
+from moeserve.server.security import check_exposure, controller_address, frontend_tokens, is_loopback
 
-__all__ = ["Engine", "GrpcServer", "Observe", "check_exposure", "keep_large_blocks"]
+__all__ = [
+    "Control",
+    "Engine",
+    "GrpcServer",
+    "Observe",
+    "check_exposure",
+    "controller_address",
+    "frontend_tokens",
+    "is_loopback",
+    "keep_large_blocks",
+]

@@ -10,7 +10,7 @@ import asyncio
 import hmac
 import inspect
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from contextlib import aclosing
 from typing import Any, Final, Never, TypeAlias
 
@@ -29,6 +29,7 @@ Behavior = Callable[[Any, Context], Any]
 
 _HEALTH: Final = "/grpc.health.v1.Health/"
 _ADMIN: Final = "/moeserve.v1.AdminService/"
+_CONTROL: Final = "/moeserve.v1.ControlService/"
 _BEHAVIORS: Final = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 
@@ -69,14 +70,20 @@ class Boundary(grpc.aio.ServerInterceptor):
         return self._guarded[method]
 
     def _refusal(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> MoEServeError | None:
-        is_admin = method.startswith(_ADMIN)
-        token = self._tokens.admin if is_admin else self._tokens.caller
-        if token is not None and not _carries(metadata, token):
-            which = "admin" if is_admin else "bearer"
+        which, allowed = self._let_in(method)
+        if allowed and not any(_carries(metadata, token) for token in allowed):
             return Unauthenticated(f"the {which} token is missing or wrong; send it as metadata: authorization: Bearer TOKEN")
         if self.draining.is_set():
             return ExpertUnavailable("the service is draining and takes no new requests")
         return None
+
+    def _let_in(self, method: str) -> tuple[str, Collection[bytes]]:
+        """What the token for a method is called, and those that do; none = anyone may."""
+        tokens = self._tokens
+        if method.startswith(_CONTROL):
+            return "frontend", tokens.frontends
+        which, token = ("admin", tokens.admin) if method.startswith(_ADMIN) else ("bearer", tokens.caller)
+        return which, () if token is None else (token,)
 
     def _guard(self, method: str, inner: Behavior, is_stream: bool = False) -> Behavior:
         async def guarded(request: Any, context: Context) -> Any:

@@ -15,6 +15,7 @@ from moeserve.config import ServerConfig
 from moeserve.errors import ConfigError
 from moeserve.server.admin import ADMIN_SERVICE_NAME, Admin, AdminService
 from moeserve.server.boundary import Boundary, Observe
+from moeserve.server.control import CONTROL_SERVICE_NAME, Control, ControlService
 from moeserve.server.engine import Engine
 from moeserve.server.health import Health
 from moeserve.server.security import check_exposure, read_tokens, server_credentials
@@ -25,30 +26,55 @@ _FLUSH_S: Final = 1.0
 
 
 class GrpcServer:
-    """Serves `engine` as `config` says; `admin` too, to whoever has the admin token, if there is one.
+    """Serves as `config` says what it is given: an `engine`; `admin`, to whoever has the admin token, if there is one; `control`, to
+    frontends that have a token for that, if there is any.
 
-    Health is NOT_SERVING until `set_serving` was called for every layer.
+    Health is NOT_SERVING until `set_serving` was called for every layer of the engine. `is_starting`: there will be an engine, which is for
+    `serve` to say; until then callers are asked to wait.
 
     `observe` is called for every call with method, status code and seconds. Raises ConfigError for a configuration that is
     refused: exposed without protection, unreadable files. To be made and used inside one event loop.
     """
 
-    def __init__(self, engine: Engine, config: ServerConfig, observe: Observe, admin: Admin | None = None) -> None:
-        check_exposure(config)
-        tokens = read_tokens(config)
+    def __init__(
+        self,
+        config: ServerConfig,
+        observe: Observe,
+        *,
+        engine: Engine | None = None,
+        is_starting: bool = False,
+        admin: Admin | None = None,
+        control: Control | None = None,
+    ) -> None:
+        has_engine = is_starting or engine is not None
+        if has_engine:
+            check_exposure(config)
+        tokens = read_tokens(config, frozenset() if control is None else control.tokens)
         self._config = config
-        self._layers = [spec.name for spec in engine.layers]
-        self._health = Health(self._layers)
+        self._where = "server.host, server.port" if has_engine else "controller.control_host, controller.control_port"
+        self._layers: list[str] = []
         self._credentials = server_credentials(config)
         self._boundary = Boundary(tokens, observe)
         self._server = grpc.aio.server(interceptors=[self._boundary], options=_options(config))
-        service = MoEService(engine, config.max_tokens_per_request, observe, self._boundary.draining)
-        self._server.add_generic_rpc_handlers((service.handlers(),))
-        names = [SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        self._service = MoEService(config.max_tokens_per_request, observe, self._boundary.draining)
+        services: dict[str, grpc.GenericRpcHandler] = {}
+        if has_engine:
+            services[SERVICE_NAME] = self._service.handlers()
         if admin is not None and tokens.admin is not None:
-            self._server.add_generic_rpc_handlers((AdminService(admin).handlers(),))
-            names.append(ADMIN_SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+            services[ADMIN_SERVICE_NAME] = AdminService(admin).handlers()
+        if control is not None and tokens.frontends:
+            services[CONTROL_SERVICE_NAME] = ControlService(control.frontends, self._boundary.draining).handlers()
+        self._server.add_generic_rpc_handlers(tuple(services.values()))
+        self._health = Health(list(services), None if has_engine else ())
+        reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
+        if engine is not None:
+            self.serve(engine)
+
+    def serve(self, engine: Engine) -> None:
+        """What to serve, from now on."""
+        self._layers = [spec.name for spec in engine.layers]
+        self._service.serve(engine)
+        self._health.set_layers(self._layers)
 
     async def start(self) -> int:
         """Listens; returns the port. Raises ConfigError when the address cannot be had."""
@@ -63,7 +89,7 @@ class GrpcServer:
                 port = self._server.add_secure_port(address, self._credentials)
         except (OSError, RuntimeError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise ConfigError(f"server.host, server.port: cannot listen on {address}: {reason}") from None
+            raise ConfigError(f"{self._where}: cannot listen on {address}: {reason}") from None
         await self._server.start()
         return port
 
@@ -113,5 +139,6 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
         # Notices a client whose machine vanished, and lets clients do the same to us.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.max_pings_without_data", 0),  # also on a stream on which nothing happens for days
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ]

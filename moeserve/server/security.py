@@ -6,11 +6,15 @@ import ipaddress
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import grpc
 
-from moeserve.config import ServerConfig
+from moeserve.config import ControllerConfig, ServerConfig, ServiceConfig
 from moeserve.errors import ConfigError
+
+#: what a controller is told is short
+_MAX_CONTROL_BYTES: Final = 2**20
 
 
 def check_exposure(config: ServerConfig) -> None:
@@ -19,7 +23,7 @@ def check_exposure(config: ServerConfig) -> None:
     Callers are known by their token or, with client_ca, by their certificate.
     """
     knows_callers = config.auth_token_file is not None or config.client_ca is not None
-    if config.insecure or _is_loopback(config.host) or (config.tls_cert is not None and knows_callers):
+    if config.insecure or is_loopback(config.host) or (config.tls_cert is not None and knows_callers):
         return
     raise ConfigError(
         f"server.host {config.host} can be reached from other machines: set server.tls_cert, server.tls_key and "
@@ -27,19 +31,50 @@ def check_exposure(config: ServerConfig) -> None:
     )
 
 
+def controller_address(config: ServiceConfig) -> ServerConfig:
+    """Where the controller of a deployed service listens: [server] with the address of [controller].
+
+    Raises ConfigError when other machines could reach it unencrypted. Whoever calls it needs a token in any case.
+    """
+    host, server = config.controller.control_host, config.server
+    if not (server.insecure or is_loopback(host) or server.tls_cert is not None):
+        raise ConfigError(
+            f"controller.control_host {host} can be reached from other machines: set server.tls_cert and server.tls_key, or "
+            "server.insecure = true to send tokens and keys in the clear"
+        )
+    return server.model_copy(
+        update={"host": host, "port": config.controller.control_port, "auth_token_file": None, "max_message_bytes": _MAX_CONTROL_BYTES}
+    )
+
+
+def frontend_tokens(config: ControllerConfig, *own: str) -> frozenset[bytes]:
+    """Those with which frontends may follow: that of the configuration, if there is one, and `own`.
+
+    Raises ConfigError naming the file that cannot be used.
+    """
+    told = _read_token(config.frontend_token_file, "controller.frontend_token_file")
+    return frozenset(token for token in (told, *(token.encode() for token in own)) if token)
+
+
 @dataclass(frozen=True)
 class Tokens:
-    """Bearer tokens: of callers, None = they need none; of the administrator, None = there is none."""
+    """Bearer tokens: of callers, None = they need none; of the administrator, None = there is none; of frontends that follow."""
 
     caller: bytes | None = None
     admin: bytes | None = None
+    frontends: frozenset[bytes] = frozenset()
 
 
-def read_tokens(config: ServerConfig) -> Tokens:
-    """Raises ConfigError naming the file that cannot be used."""
+def read_tokens(config: ServerConfig, frontends: frozenset[bytes] = frozenset()) -> Tokens:
+    """Raises ConfigError naming the file that cannot be used, or that holds the token of somebody who may do less."""
     tokens = Tokens(
-        _read_token(config.auth_token_file, "server.auth_token_file"), _read_token(config.admin_token_file, "server.admin_token_file")
+        _read_token(config.auth_token_file, "server.auth_token_file"),
+        _read_token(config.admin_token_file, "server.admin_token_file"),
+        frontends,
     )
+    for token, key in ((tokens.caller, "server.auth_token_file"), (tokens.admin, "server.admin_token_file")):
+        if token is not None and token in frontends:
+            raise ConfigError(f"controller.frontend_token_file and {key} hold the same token; each needs one of its own")
     if tokens.admin is not None and tokens.admin == tokens.caller:
         raise ConfigError("server.admin_token_file and server.auth_token_file hold the same token: callers could change what is served")
     return tokens
@@ -73,7 +108,8 @@ def server_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
     return grpc.ssl_server_credentials([(key, cert)], ca, require_client_auth=ca is not None)
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can call it."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

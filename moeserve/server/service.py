@@ -30,17 +30,26 @@ MAX_STREAM_REQUESTS: Final = 64
 
 
 class MoEService:
-    """Handlers that raise MoEServeError; a `Boundary` around them turns that into a status.
+    """Handlers that raise MoEServeError; a `Boundary` around them turns that into a status. Unavailable until `serve`.
 
     Forward messages arrive and leave as raw bytes: a deserializer inside gRPC could only fail with INTERNAL.
     """
 
-    def __init__(self, engine: Engine, max_tokens: int, observe: Observe, draining: asyncio.Event) -> None:
-        self._engine = engine
-        self._catalog = Catalog(engine.model, engine.layers)
+    def __init__(self, max_tokens: int, observe: Observe, draining: asyncio.Event) -> None:
+        self._engine: Engine | None = None
+        self._catalog = Catalog("", ())
         self._max_tokens = max_tokens
         self._observe = observe
         self._draining = draining
+
+    def serve(self, engine: Engine) -> None:
+        """Requests are for `engine` from now on."""
+        self._engine, self._catalog = engine, Catalog(engine.model, engine.layers)
+
+    def _served(self) -> tuple[Engine, Catalog]:
+        if self._engine is None:
+            raise ExpertUnavailable("the service is starting: it does not know yet what to serve")
+        return self._engine, self._catalog
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """To add to a server."""
@@ -73,11 +82,13 @@ class MoEService:
 
     async def list_layers(self, _request: pb.ListLayersRequest, _context: Context) -> pb.ListLayersResponse:
         """The served layers, in model order."""
-        return self._catalog.describe()
+        _, catalog = self._served()
+        return catalog.describe()
 
     async def get_stats(self, _request: pb.GetStatsRequest, _context: Context) -> pb.GetStatsResponse:
         """The engine's counts, now."""
-        return describe_stats(self._engine.stats())
+        engine, _ = self._served()
+        return describe_stats(engine.stats())
 
     async def _answer(self, message: bytes, context: Context) -> bytes:
         code, start = grpc.StatusCode.OK, time.perf_counter()
@@ -95,8 +106,9 @@ class MoEService:
             self._observe("ForwardStream", code.name, time.perf_counter() - start)
 
     async def _run(self, wire: WireRequest, context: Context) -> ForwardOutput:
-        layer = self._catalog.resolve(wire.model, wire.layer)
-        spec = self._catalog.layers[layer]
+        engine, catalog = self._served()
+        layer = catalog.resolve(wire.model, wire.layer)
+        spec = catalog.layers[layer]
         remaining_s = context.time_remaining()
         request = LayerRequest(
             hidden_states=wire.hidden_states,
@@ -113,7 +125,7 @@ class MoEService:
         validate(request, spec, self._max_tokens)
         if not request.num_tokens:
             return _empty_output(request, spec)
-        return await self._engine.forward(layer, request)
+        return await engine.forward(layer, request)
 
 
 def _empty_output(request: LayerRequest, spec: LayerSpec) -> ForwardOutput:

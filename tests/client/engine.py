@@ -89,7 +89,7 @@ def served(engine: FunctionEngine, **config: object) -> Iterator[tuple[str, Grpc
     thread.start()
 
     async def start() -> tuple[GrpcServer, int]:
-        server = GrpcServer(engine, ServerConfig(port=0, **config), lambda method, code, seconds: None)
+        server = GrpcServer(ServerConfig(port=0, **config), lambda method, code, seconds: None, engine=engine)
         return server, await server.start()
 
     server, port = asyncio.run_coroutine_threadsafe(start(), loop).result()

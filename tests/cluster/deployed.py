@@ -150,7 +150,14 @@ def live(scene: Scene, deployed: Deployed, admin: AdminClient, goes_on: Callable
     goes_on()
     until(lambda: settled(4), "the controller is back, and has all hosts")
     seen = admin.status()
-    say("after the controller's death: epoch", seen.epoch, "frontends", len(seen.frontends), "the same hosts:", sorted(host.pid for host in seen.hosts) == hosts)
+    say(
+        "after the controller's death: epoch",
+        seen.epoch,
+        "frontends",
+        len(seen.frontends),
+        "the same hosts:",
+        sorted(host.pid for host in seen.hosts) == hosts,
+    )
 
     scene.cluster.remove_node(scene.nodes[0], allow_graceful=False)
     goes_on()

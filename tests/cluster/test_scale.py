@@ -24,8 +24,7 @@ CALLERS = 8
 
 def pid_of(service: BackgroundService, host: str) -> int:
     """Of the present incarnation."""
-    links = service._service._rollout._frontend._links.values()  # type: ignore[union-attr]
-    return next(link.info.pid for link in links if link.name == host)
+    return next(seen.pid for seen in service._service.controller.standing().hosts if seen.name == host)
 
 
 def test_two_six_two_and_every_host_replaced_under_load(tiny_moe: Path, tmp_path: Path, local_ray: None) -> None:

@@ -35,9 +35,7 @@ def both(sources: Any, config: Any) -> tuple[int, int]:
     stages=st.integers(1, 2),
     strategy=st.sampled_from(["contiguous", "round_robin"]),
 )
-def test_limits_are_those_of_trying_every_number(
-    experts: list[int], copies: int, tensor_parallel: int, stages: int, strategy: str
-) -> None:
+def test_limits_are_those_of_trying_every_number(experts: list[int], copies: int, tensor_parallel: int, stages: int, strategy: str) -> None:
     if stages > len(experts):
         return
     placement = {"copies": copies, "tensor_parallel": tensor_parallel, "pipeline_stages": stages, "strategy": strategy}

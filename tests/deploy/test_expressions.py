@@ -57,7 +57,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
                 server.has_seen(1)
                 load(service)
                 while_down = lose_and_regain(service, server)
-                service.call(service.rollout.scale(2))
+                service.call(service.controller.scale(2))
                 server.has_seen(2)
                 yield Watched(service, server, while_down)
         finally:

@@ -54,7 +54,7 @@ class Running:
 
 async def run(**config: object) -> Running:
     engine, observed = EchoEngine(), Observed()
-    server = GrpcServer(engine, ServerConfig(port=0, **config), observed.observe)
+    server = GrpcServer(ServerConfig(port=0, **config), observed.observe, engine=engine)
     port = await server.start()
     return Running(engine, server, port, grpc.aio.insecure_channel(f"127.0.0.1:{port}"), observed)
 

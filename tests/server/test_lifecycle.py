@@ -97,7 +97,7 @@ async def test_draining_gives_up_after_its_time(running: Running) -> None:
 
 
 async def test_stopping_twice_or_before_starting_is_nothing_special() -> None:
-    server = GrpcServer(EchoEngine(), ServerConfig(port=0), lambda method, code, seconds: None)
+    server = GrpcServer(ServerConfig(port=0), lambda method, code, seconds: None, engine=EchoEngine())
     await server.stop()
     started = await run()
     await started.channel.close()
@@ -107,13 +107,13 @@ async def test_stopping_twice_or_before_starting_is_nothing_special() -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 async def test_a_port_in_use_is_named(running: Running, host: str) -> None:
-    second = GrpcServer(EchoEngine(), ServerConfig(host=host, port=running.port), lambda method, code, seconds: None)
+    second = GrpcServer(ServerConfig(host=host, port=running.port), lambda method, code, seconds: None, engine=EchoEngine())
     with pytest.raises(ConfigError, match=f"{host}:{running.port}"):
         await second.start()
 
 
 async def test_the_ipv6_loopback_is_an_address_too() -> None:
-    server = GrpcServer(EchoEngine(), ServerConfig(host="::1", port=0), lambda method, code, seconds: None)
+    server = GrpcServer(ServerConfig(host="::1", port=0), lambda method, code, seconds: None, engine=EchoEngine())
     try:
         port = await server.start()
     except ConfigError as error:

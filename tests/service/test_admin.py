@@ -91,13 +91,13 @@ def test_scaling_and_draining(service: ServiceHarness, tmp_path: Path, capsys: p
     assert main(["scale", service.target, "--hosts", "1", *token]) == 0
     assert capsys.readouterr().out == "epoch 4: the experts stand on host-0\n"
     assert main(["drain", service.target, "host-0", *token]) != 0
-    assert "at least one host is needed" in capsys.readouterr().err
+    assert "host-0 is the only host: at least one is needed" in capsys.readouterr().err
     assert main(["scale", service.target, "--hosts", "0", *token]) == 2
 
 
 def test_shutdown(service: ServiceHarness, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["shutdown", service.target, "--admin-token-file", str(tmp_path / "caller")]) != 0
-    assert not service.asked_to_stop.is_set()
+    assert not service.controller.stop_requested.is_set()
     assert main(["shutdown", service.target, "--admin-token-file", str(tmp_path / "admin")]) == 0
-    assert service.asked_to_stop.is_set()
+    assert service.controller.stop_requested.is_set()
     assert capsys.readouterr().out == f"{service.target} is draining\n"

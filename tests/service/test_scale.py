@@ -61,7 +61,7 @@ def test_from_two_to_six_to_two_under_load(kind: Kind, pattern: str, tmp_path: P
     with ServiceHarness({**CONFIG, "communication": {"pattern": pattern}}, kind, tmp_path) as service, Load(service.target, 4) as load:
         for wanted, epoch in ((6, 2), (3, 3), (2, 4)):
             load.goes_on()
-            release = service.call(service.rollout.scale(wanted))
+            release = service.call(service.controller.scale(wanted))
             assert (release.epoch, len(release.placement.hosts), len(service.hosts)) == (epoch, wanted, wanted)
         load.goes_on()
         with Client(service.target) as client:
@@ -74,16 +74,16 @@ def test_from_two_to_six_to_two_under_load(kind: Kind, pattern: str, tmp_path: P
 def test_every_host_is_replaced_under_load(tmp_path: Path) -> None:
     with ServiceHarness(CONFIG, "local", tmp_path) as service, Load(service.target, 4) as load:
         for old in ("host-0", "host-1"):
-            service.call(service.rollout.scale(3))
+            service.call(service.controller.scale(3))
             load.goes_on()
-            service.call(service.rollout.drain(old))
+            service.call(service.controller.drain(old))
             load.goes_on()
-        assert service.rollout.release.placement.hosts == (2, 3)
+        assert service.controller.state.release.placement.hosts == (2, 3)
 
 
 def test_a_host_that_dies_after_a_change_comes_back_with_what_it_has_now(tmp_path: Path) -> None:
     with ServiceHarness(CONFIG, "local", tmp_path) as service, Load(service.target, 2) as load:
-        service.call(service.rollout.scale(3))
+        service.call(service.controller.scale(3))
         for host in service.hosts:
             host.stop()
             host.start()
@@ -93,15 +93,15 @@ def test_a_host_that_dies_after_a_change_comes_back_with_what_it_has_now(tmp_pat
 def test_what_cannot_be_leaves_everything_as_it_was(tmp_path: Path) -> None:
     with ServiceHarness(CONFIG, "local", tmp_path) as service, Load(service.target, 2) as load:
         for change, sentence in (
-            (service.rollout.scale(17), "no layer has enough experts to share out among so many"),
-            (service.rollout.scale(0), "at least one host is needed"),
-            (service.rollout.drain("host-7"), "there is no host 'host-7'; there are host-0, host-1"),
+            (service.controller.scale(17), "no layer has enough experts to share out among so many"),
+            (service.controller.scale(0), "at least one host is needed"),
+            (service.controller.drain("host-7"), "there is no host 'host-7'; there are host-0, host-1"),
         ):
             with pytest.raises(ConfigError, match=sentence):
                 service.call(change)
             load.goes_on()
-            assert service.rollout.release.epoch == 1
-        assert service.call(service.rollout.scale(2)).epoch == 1, "nothing to do"
+            assert service.controller.state.release.epoch == 1
+        assert service.call(service.controller.scale(2)).epoch == 1, "nothing to do"
 
 
 @pytest.mark.parametrize("kind", CHANNELS)
@@ -114,7 +114,7 @@ def test_a_host_that_never_comes_back_is_left_and_those_who_wait_for_it_are_answ
             waiting = [pool.submit(client.forward, rows, layer) for layer in (0, 1)]
             service.call(until(lambda: service.frontend.stats().queue_tokens == 2 * len(rows)))
             assert not any(future.done() for future in waiting)
-            assert service.call(service.rollout.drain("host-1")).placement.hosts == (0, 2)
+            assert service.call(service.controller.drain("host-1")).placement.hosts == (0, 2)
             for layer, future in enumerate(waiting):
                 assert_same(future.result(timeout=30).hidden_states, MoELayer(**LAYERS[layer])(rows))
             assert client.ready()
@@ -129,7 +129,7 @@ def test_a_host_that_hangs_is_left_too(tmp_path: Path) -> None:
         with Client(service.target) as client:
             waiting = [pool.submit(client.forward, rows, layer) for layer in (0, 1)]
             service.call(until(lambda: service.frontend._links[1].queue_tokens > 0))
-            drained = pool.submit(service.call, service.rollout.drain("host-1"))
+            drained = pool.submit(service.call, service.controller.drain("host-1"))
             for layer, future in enumerate(waiting):
                 assert_same(future.result(timeout=30).hidden_states, MoELayer(**LAYERS[layer])(rows))
             for bank in held:

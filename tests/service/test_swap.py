@@ -54,7 +54,7 @@ def test_under_load_no_request_fails_and_none_is_a_mix(kind: Kind, tmp_path: Pat
             for path in folders[1:]:
                 for _ in range(20):
                     assert answered.acquire(timeout=30)
-                service.call(service.rollout.swap(LAYER, path))
+                service.call(service.controller.swap(LAYER, path))
             for _ in range(20):
                 assert answered.acquire(timeout=30)
             stop.set()
@@ -73,7 +73,7 @@ def test_one_expert_is_new_and_a_host_that_comes_back_has_it(tmp_path: Path) -> 
     expected = MoELayer.from_checkpoint(mixed, dtype=torch.float32)(tokens(0))
     with ServiceHarness(configuration(old), "local", tmp_path) as service, Client(service.target) as client:
         assert client.forward(tokens(0)).model_revision == 1
-        release = service.call(service.rollout.swap(LAYER, new, [2]))
+        release = service.call(service.controller.swap(LAYER, new, [2]))
         answer = client.forward(tokens(0))
         assert (release.epoch, answer.model_revision, client.stats().epoch) == (2, 2, 2)
         assert_same(answer.hidden_states, expected)
@@ -96,11 +96,11 @@ def test_what_cannot_be_leaves_everything_as_it_was(tmp_path: Path) -> None:
             (CheckpointError, LAYER, broken, None),
         ):
             with pytest.raises(refused):
-                service.call(service.rollout.swap(layer, path, experts))
+                service.call(service.controller.swap(layer, path, experts))
             after = client.forward(tokens(0))
             assert after.model_revision == 1
             assert torch.equal(after.hidden_states, before.hidden_states)
-        service.call(service.rollout.swap(LAYER, new, [1]))
+        service.call(service.controller.swap(LAYER, new, [1]))
         assert client.forward(tokens(0)).model_revision == 2
 
 
@@ -110,14 +110,14 @@ def test_a_caller_who_hangs_up_leaves_nothing_half_made(tmp_path: Path) -> None:
     with ServiceHarness(configuration(old), "local", tmp_path) as service, Client(service.target) as client:
 
         async def hang_up() -> None:
-            asking = asyncio.ensure_future(service.rollout.swap(LAYER, new))
+            asking = asyncio.ensure_future(service.controller.swap(LAYER, new))
             await asyncio.sleep(0)
             asking.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await asking
 
         service.call(hang_up())
-        service.call(service.rollout.swap(LAYER, newest, [2]))
+        service.call(service.controller.swap(LAYER, newest, [2]))
         answer = client.forward(tokens(0))
         assert answer.model_revision == 3
         mixed = tmp_path / "mixed"
@@ -139,10 +139,10 @@ def test_a_change_that_fails_on_a_host_does_not_show_in_the_next_one(tmp_path: P
 
         service.hosts[1].holdings.take = fail  # type: ignore[method-assign]
         with pytest.raises(RuntimeError):
-            service.call(service.rollout.swap(LAYER, new))
+            service.call(service.controller.swap(LAYER, new))
         service.hosts[1].holdings.take = take  # type: ignore[method-assign]
         assert torch.equal(client.forward(tokens(0)).hidden_states, before)
-        service.call(service.rollout.swap(LAYER, old))
+        service.call(service.controller.swap(LAYER, old))
         answer = client.forward(tokens(0))
         assert answer.model_revision == 2
         assert torch.equal(answer.hidden_states, before)

@@ -1,0 +1,63 @@
+"""`moeserve frontend`: one more frontend for a deployed service, until Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from moeserve.cli.flags import Overrides
+from moeserve.cli.signals import on_signals, tell
+from moeserve.cli.target import TlsCa
+from moeserve.cli.token import read_token
+from moeserve.client import TLS
+from moeserve.config import ServerConfig, load_server
+from moeserve.frontend_service import FrontendService
+from moeserve.server import keep_large_blocks
+
+
+def frontend(
+    controller: Annotated[str, typer.Option(envvar="MOESERVE_CONTROLLER", help="host:port of the controller to follow.")],
+    frontend_token_file: Annotated[Path, typer.Option(envvar="MOESERVE_FRONTEND_TOKEN_FILE", help="File holding the frontend token.")],
+    overrides: Overrides,
+    tls_ca: TlsCa = None,
+    name: Annotated[str, typer.Option(help="What people know it by; default: host name and process.")] = "",
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for the controller.")] = 60.0,
+) -> None:
+    """Serve what a controller says, beside any number of others; drains at the end.
+
+    The model and how it is served come from the controller; its checkpoint must be at the same path here, as the gate is read from it.
+    """
+    server = load_server(overrides.get("server", {}))
+    # A controller that asks for certificates is shown this process's own.
+    tls = TLS(ca=tls_ca, cert=server.tls_cert, key=server.tls_key) if tls_ca else None
+    torch.set_num_threads(1)
+    keep_large_blocks()
+    asyncio.run(_serve(controller, read_token(frontend_token_file), server, tls, name, timeout))
+
+
+async def _serve(controller: str, token: str, server: ServerConfig, tls: TLS | None, name: str, timeout_s: float) -> None:
+    service = FrontendService(controller, token, server, tls=tls, name=name, progress=tell)
+    stop = asyncio.Event()
+    on_signals(stop.set)
+    starting, stopping = asyncio.ensure_future(service.start(timeout_s)), asyncio.ensure_future(stop.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if stop.is_set():
+        starting.cancel()
+        await asyncio.wait({starting})
+        raise KeyboardInterrupt
+    await starting
+    tell(f"metrics at http://{service.metrics_target}/metrics")
+    tell(f"ready {service.target}")
+    ends: set[asyncio.Future[Any]] = {stopping, service.broken}
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    tell("draining; once more to stop at once")
+    on_signals(None)
+    await service.stop()
+    if service.broken.done():
+        raise service.broken.result()
+    tell("stopped")

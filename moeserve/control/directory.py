@@ -1,0 +1,39 @@
+"""Where hosts are, as a controller says it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Final
+
+from moeserve.control.pulse import Pulse
+from moeserve.stats import HostInfo
+
+#: an incarnation that was not reached a moment ago is tried again after this long, as it may have been the network
+_PATIENCE_S: Final = 2.0
+
+
+class Directory:
+    """The present incarnations of all hosts, by number."""
+
+    def __init__(self) -> None:
+        self._hosts: dict[int, HostInfo] = {}
+        self._given: dict[int, tuple[HostInfo, float]] = {}
+        self._changed = Pulse()
+
+    def replace(self, hosts: Mapping[int, HostInfo]) -> None:
+        """What is known from now on."""
+        self._hosts = dict(hosts)
+        self._changed.beat()
+
+    async def find(self, number: int) -> HostInfo:
+        """The present incarnation of a host, once one is announced.
+
+        Whoever asks again within seconds could not reach it: he waits a little for another, as nobody may be behind that door.
+        """
+        given, asked_at = self._given.get(number, (None, 0.0))
+        await self._changed.until(lambda: number in self._hosts and self._hosts[number] != given, asked_at + _PATIENCE_S)
+        await self._changed.until(lambda: number in self._hosts)
+        info = self._hosts[number]
+        self._given[number] = info, time.monotonic()
+        return info

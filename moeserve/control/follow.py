@@ -1,0 +1,109 @@
+"""What a controller and a frontend that follows it tell each other: always what is, so that only the latest matters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from moeserve.config import ServiceConfig
+from moeserve.control.record import hosts_messages, read_hosts, read_release, release_message, require_key, require_short
+from moeserve.release import Release
+from moeserve.stats import HostInfo
+from moeserve.transport import KeyPair
+from moeserve.v1 import control_service_pb2 as pb
+
+_MAX_NAME_CHARS: Final = 256
+_MAX_SENTENCE_CHARS: Final = 1000
+
+#: tables of which a frontend has its own, or that concern nobody but the controller
+_NOT_FOLLOWED: Final[dict[str, Any]] = {
+    "server": True,
+    "controller": True,
+    "ray": True,
+    "placement": {"num_hosts", "node_labels", "node_strategy", "wait_for_nodes_s"},
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a frontend says of itself.
+
+    name, target and metrics_target are for people, node is the Ray node it is on, public_key the key it was given earlier;
+    new batches use `epoch`, running ones `oldest_epoch` at least (0 = it serves nothing yet); it is ready for the candidate of
+    `tried_epoch`, or is not: `refusal` says why. is_leaving = it ends for good, and does not come back with its key.
+    """
+
+    name: str
+    target: str = ""
+    metrics_target: str = ""
+    node: str = ""
+    public_key: str = ""
+    epoch: int = 0
+    oldest_epoch: int = 0
+    tried_epoch: int = 0
+    refusal: str = ""
+    is_leaving: bool = False
+
+    def to_message(self) -> pb.FrontendReport:
+        """To be read by `from_message`."""
+        return pb.FrontendReport(**{**vars(self), "refusal": self.refusal[:_MAX_SENTENCE_CHARS]})
+
+    @classmethod
+    def from_message(cls, message: pb.FrontendReport) -> Report:
+        """Raises InvalidRequest when it is too long, or no key."""
+        for name in ("name", "target", "metrics_target", "node"):
+            require_short(getattr(message, name), name, _MAX_NAME_CHARS)
+        require_short(message.refusal, "refusal", _MAX_SENTENCE_CHARS)
+        require_key(message.public_key, "public_key")
+        return cls(**{name: getattr(message, name) for name in cls.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """What a frontend is told once: how to serve, the keys it shows to hosts (None = it has some), how long batches may take to finish."""
+
+    config_json: str
+    keys: KeyPair | None
+    drain_timeout_s: float
+
+
+@dataclass(frozen=True)
+class Order:
+    """What shall be: `current` is served (None = not known yet), `candidate` tried, if there is one; `hosts` are reached there."""
+
+    current: Release | None = None
+    candidate: Release | None = None
+    hosts: Mapping[int, HostInfo] = field(default_factory=dict)
+    welcome: Welcome | None = None
+
+    def to_message(self) -> pb.FrontendOrder:
+        """To be read by `from_message`."""
+        message = pb.FrontendOrder(hosts=hosts_messages(self.hosts))
+        for name, release in (("current", self.current), ("candidate", self.candidate)):
+            if release is not None:
+                getattr(message, name).CopyFrom(release_message(release))
+        if (told := self.welcome) is not None:
+            keys = told.keys or KeyPair("", "")
+            message.welcome.CopyFrom(pb.Welcome(config_json=told.config_json, public_key=keys.public, secret_key=keys.secret))
+            message.welcome.drain_timeout_s = told.drain_timeout_s
+        return message
+
+    @classmethod
+    def from_message(cls, message: pb.FrontendOrder) -> Order:
+        """Raises InvalidRequest when it cannot be carried out."""
+        told = message.welcome
+        for key in (told.public_key, told.secret_key):
+            require_key(key, "welcome.keys")
+        keys = KeyPair(told.public_key, told.secret_key) if told.public_key and told.secret_key else None
+        return cls(
+            current=read_release(message.current) if message.HasField("current") else None,
+            candidate=read_release(message.candidate) if message.HasField("candidate") else None,
+            hosts=read_hosts(list(message.hosts)),
+            welcome=Welcome(told.config_json, keys, told.drain_timeout_s) if message.HasField("welcome") else None,
+        )
+
+
+def followed_config(config: ServiceConfig) -> str:
+    """As JSON: what every frontend of a service does alike. What was not said stays unsaid, as that makes a difference."""
+    return config.model_dump_json(exclude=_NOT_FOLLOWED, exclude_unset=True)

@@ -1,0 +1,211 @@
+"""A frontend that follows a controller: what it is told becomes what it does."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Coroutine
+from typing import Any, Final, Protocol
+
+from moeserve.checkpoints import LayerSource
+from moeserve.config import ServerConfig, ServiceConfig, load_json
+from moeserve.control.directory import Directory
+from moeserve.control.follow import Order, Report, Welcome
+from moeserve.control.pulse import Pulse
+from moeserve.errors import ConfigError, MoEServeError
+from moeserve.frontend import Frontend
+from moeserve.metrics import Metrics
+from moeserve.release import Release
+from moeserve.transport import KeyPair
+
+log = logging.getLogger(__name__)
+
+#: what was missed is used at once, reached or not; but where hosts are reached, this is enough
+_REACH_S: Final = 5.0
+
+
+class CannotFollow(ConfigError):
+    """Only a new start can do what the controller says."""
+
+
+class Stage(Protocol):
+    """Where the frontend appears, once there is one."""
+
+    def enter(self, frontend: Frontend, metrics: Metrics) -> None:
+        """Requests may come."""
+        ...
+
+    def health_changed(self, layer: int, healthy: bool) -> None:
+        """As `Frontend` tells it."""
+        ...
+
+
+class Follower:
+    """Builds a `Frontend` of the first order and has it do what each later one says, the latest only; `report` says how far it is.
+
+    Orders may stop coming at any time: then everything stays as it is. `server` is its own, the rest of the configuration the controller's.
+    """
+
+    def __init__(self, server: ServerConfig, report: Report, stage: Stage) -> None:
+        self.report = report
+        #: told of every new `report`
+        self.reported = Pulse()
+        self._server, self._stage = server, stage
+        self._directory = Directory()
+        self._order = Order()
+        self._ordered = Pulse()
+        self._told: Welcome | None = None
+        self._config: ServiceConfig | None = None
+        self._keys: KeyPair | None = None
+        self._frontend: Frontend | None = None
+        #: number of the stream: what was tried for one controller says nothing to the next
+        self._stream = 0
+        #: which candidate of which stream is tried, or was
+        self._trial: tuple[int, int] | None = None
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def begin(self) -> None:
+        """A stream of orders begins, perhaps of another controller."""
+        self._stream += 1
+        self.say(tried_epoch=0, refusal="")
+
+    def hear(self, order: Order) -> None:
+        """What shall be from now on. Raises CannotFollow."""
+        if order.welcome is not None:
+            self._greet(order.welcome)
+        if self._told is None:
+            raise CannotFollow("the controller does not say what it serves")
+        if order.current is not None and order.current.epoch < self.report.epoch:
+            raise CannotFollow(
+                f"the controller is at epoch {order.current.epoch}, this frontend at {self.report.epoch}: it must start anew"
+            )
+        self._order = order
+        self._directory.replace(order.hosts)
+        self._ordered.beat()
+
+    def say(self, **changes: object) -> None:
+        """Something of the report is different now."""
+        report = Report(**{**vars(self.report), **changes})
+        if report != self.report:
+            self.report = report
+            self.reported.beat()
+
+    async def run(self) -> None:
+        """Until cancelled. Raises ConfigError or CheckpointError when what is served cannot be served here."""
+        done: Order | None = None
+        while True:
+            while (order := self._order) is done or order.current is None:
+                await self._ordered.wait()
+            await self._carry_out(order.current, order.candidate)
+            if done is None or order.hosts != done.hosts:
+                self._do("refresh", self._refresh())
+            done = order
+
+    async def close(self) -> None:
+        """Let go of the hosts; requests that are still running fail."""
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        if self._frontend is not None:
+            await self._frontend.close()
+
+    def _greet(self, welcome: Welcome) -> None:
+        if self._told is not None and self._told.config_json != welcome.config_json:
+            raise CannotFollow("the controller serves with another configuration now: this frontend must start anew")
+        self._keys = self._keys or welcome.keys
+        if self._keys is None:
+            raise CannotFollow("the controller gives this frontend no keys")
+        self._told = welcome
+        self.say(public_key=self._keys.public)
+
+    async def _carry_out(self, current: Release, candidate: Release | None) -> None:
+        if self._frontend is None:
+            await self._build(current)
+        assert self._frontend is not None
+        wanted = None if candidate is None else (self._stream, candidate.epoch)
+        if self._trial not in (None, wanted):
+            self._trial = None
+            await self._end("trial")
+        if current.epoch > self._frontend.epoch:
+            await self._move_to(current, self._frontend)
+        elif candidate is None:
+            await self._frontend.forget()
+        if candidate is not None and self._trial is None and candidate.epoch > current.epoch:
+            self._trial = wanted
+            self._do("trial", self._try_out(candidate, self._frontend))
+
+    async def _build(self, release: Release) -> None:
+        assert self._told is not None and self._keys is not None
+        self._config = load_json(self._told.config_json).model_copy(update={"server": self._server})
+        sources = await asyncio.to_thread(self._sources, release)
+        metrics = Metrics([source.spec for source in sources], self._config.observability.expert_detail)
+        find, health = self._directory.find, self._stage.health_changed
+        self._frontend = Frontend(sources, release, find, self._config, metrics, health, self._keys)
+        self._stage.enter(self._frontend, metrics)
+        self._do("start", self._frontend.start(self.report.node))
+        self.say(epoch=release.epoch, oldest_epoch=release.epoch)
+
+    def _sources(self, release: Release) -> list[LayerSource]:
+        assert self._config is not None
+        sources = release.sources(self._config)
+        if len(sources) != len(release.placement.layers):
+            raise ConfigError(f"the controller places {len(release.placement.layers)} layers, the configuration has {len(sources)} here")
+        return sources
+
+    async def _move_to(self, release: Release, frontend: Frontend) -> None:
+        """New batches use the release; when those under way have ended, or have had their time, hosts that are not needed are let go."""
+        sources = await asyncio.to_thread(self._sources, release)
+        await _within(_REACH_S, frontend.welcome(release))
+        frontend.publish(release, sources)
+        self.say(epoch=release.epoch, oldest_epoch=frontend.oldest_epoch)
+        log.info("epoch %d is served", release.epoch)
+        assert self._told is not None
+        if not await _within(self._told.drain_timeout_s, frontend.drained()):
+            log.warning("epoch %d: batches still wait for hosts that leave; they begin again on the others", release.epoch)
+        await frontend.forget()
+        self._do("drain", self._tell_when_drained(frontend))
+
+    async def _tell_when_drained(self, frontend: Frontend) -> None:
+        await frontend.drained()
+        self.say(oldest_epoch=frontend.oldest_epoch)
+
+    async def _refresh(self) -> None:
+        if self._frontend is not None:
+            await self._frontend.refresh()
+
+    async def _try_out(self, release: Release, frontend: Frontend) -> None:
+        assert self._config is not None
+        refusal, timeout_s, trial = "", self._config.resilience.request_timeout_s, self._trial
+        try:
+            sources = await asyncio.to_thread(self._sources, release)
+            if not await _within(timeout_s, frontend.welcome(release)):
+                raise ConfigError(f"not all hosts were reached within {timeout_s:g} s")
+            await frontend.try_out(release, sources)
+        except MoEServeError as error:
+            refusal = str(error)
+        except Exception as error:  # whatever it is, the controller must not wait for it
+            log.exception("epoch %d cannot be tried", release.epoch)
+            refusal = f"{type(error).__name__}: {error}"
+        if trial == (self._stream, release.epoch):
+            self.say(tried_epoch=release.epoch, refusal=refusal)
+
+    def _do(self, what: str, work: Coroutine[Any, Any, None]) -> None:
+        """Beside everything else; instead of the same thing done before."""
+        if what in self._tasks:
+            self._tasks[what].cancel()
+        self._tasks[what] = asyncio.create_task(work)
+
+    async def _end(self, what: str) -> None:
+        task = self._tasks.pop(what)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _within(timeout_s: float, work: Awaitable[None]) -> bool:
+    """Whether it ended in time."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await work
+    except TimeoutError:
+        return False
+    return True

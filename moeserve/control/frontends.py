@@ -1,0 +1,221 @@
+"""All frontends of a service as one: those in this process, and any number that follow from elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from moeserve.checkpoints import LayerSource
+from moeserve.config import ServiceConfig
+from moeserve.control.follow import Order, Report, Welcome, followed_config
+from moeserve.control.pulse import Pulse
+from moeserve.control.rollout import Publisher
+from moeserve.errors import ConfigError
+from moeserve.release import Release
+from moeserve.stats import HostInfo
+from moeserve.transport import KeyPair
+
+log = logging.getLogger(__name__)
+
+#: beyond what a frontend may take anyway, for it to say so
+_GRACE_S: Final = 5.0
+#: how long hosts let in a frontend whose stream broke: it serves on meanwhile, and comes back
+_KEEP_KEY_S: Final = 3600.0
+
+#: the public keys that hosts shall let in, from now on
+OnKeys = Callable[[frozenset[str]], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class FrontendInfo:
+    """One frontend: new batches use `epoch`, running ones `oldest_epoch` at least; 0 = it serves nothing yet."""
+
+    name: str
+    target: str
+    metrics_target: str
+    node: str
+    epoch: int
+    oldest_epoch: int
+
+
+class Member:
+    """A frontend that follows, for as long as its stream lasts."""
+
+    def __init__(self, report: Report, keys: KeyPair | None) -> None:
+        self.report = report
+        self.keys = keys
+        self.public_key = report.public_key if keys is None else keys.public
+        #: the epoch it was told of first: until it says more, it may be using that
+        self.told_epoch = 0
+        self.is_dismissed = False
+
+    @property
+    def oldest_epoch(self) -> int:
+        """No batch of it uses an earlier one; 0 = it has not been told of any."""
+        return self.report.oldest_epoch or self.told_epoch
+
+    @property
+    def info(self) -> FrontendInfo:
+        said = self.report
+        return FrontendInfo(said.name, said.target, said.metrics_target, said.node, said.epoch, said.oldest_epoch)
+
+
+class Frontends:
+    """The `Publisher` of a roll-out. Those that follow are counted from when they serve until they leave, or say nothing for too long.
+
+    `on_keys` is told whom hosts shall let in whenever that changes. `keys` are of frontends that followed an earlier controller: they stay
+    valid for an hour, within which those come back.
+    """
+
+    def __init__(self, config: ServiceConfig, on_keys: OnKeys, keys: Collection[str] = ()) -> None:
+        self._local: list[tuple[Publisher, Callable[[], FrontendInfo]]] = []
+        self._config_json = followed_config(config)
+        self._drain_timeout_s = config.server.drain_timeout_s
+        self._try_timeout_s = 2 * config.resilience.request_timeout_s + _GRACE_S
+        self._on_keys = on_keys
+        self._members: list[Member] = []
+        self._order = Order()
+        self._let_go_at = 0.0
+        #: keys of those that left without a word, and until when they stay valid
+        self._absent = dict.fromkeys(keys, time.monotonic() + _KEEP_KEY_S)
+        self._heard, self._changed = Pulse(), Pulse()
+
+    def members(self) -> list[FrontendInfo]:
+        """Those in this process, then those that follow now."""
+        return [*(info() for _, info in self._local), *(member.info for member in self._members)]
+
+    def include(self, frontend: Publisher, info: Callable[[], FrontendInfo]) -> None:
+        """A frontend in this process, for good; `info` is asked what to say of it."""
+        self._local.append((frontend, info))
+
+    def begin(self, release: Release) -> None:
+        """The first release: what is served already, or will be once its hosts are there."""
+        self._tell(replace(self._order, current=release))
+
+    def directory(self, hosts: Mapping[int, HostInfo]) -> None:
+        """The present incarnations of all hosts."""
+        if dict(hosts) != dict(self._order.hosts):
+            self._tell(replace(self._order, hosts=dict(hosts)))
+
+    async def join(self, report: Report) -> Member:
+        """A frontend follows from now on; hosts let it in when this returns. It may have followed before: then it brings its key."""
+        member = Member(report, None if report.public_key else KeyPair.generate())
+        for same in [other for other in self._members if other.public_key == member.public_key]:
+            self._dismiss(same)
+        self._members.append(member)
+        self._absent.pop(member.public_key, None)
+        log.info("frontend %s follows", report.name)
+        self._heard.beat()
+        try:
+            await self._admit()
+        except BaseException:
+            self.leave(member)
+            raise
+        return member
+
+    def hear(self, member: Member, report: Report) -> None:
+        """What a member says now."""
+        member.report = report
+        self._heard.beat()
+
+    def leave(self, member: Member) -> None:
+        """Its stream broke: it is not counted, but may serve on and come back."""
+        if member in self._members:
+            self._members.remove(member)
+            self._absent[member.public_key] = time.monotonic() + _KEEP_KEY_S
+            log.info("frontend %s does not follow any more", member.report.name)
+        self._heard.beat()
+
+    async def farewell(self, member: Member) -> None:
+        """It has left for good: hosts let it in no longer."""
+        self.leave(member)
+        self._absent.pop(member.public_key, None)
+        await self._admit()
+
+    async def orders(self, member: Member) -> AsyncIterator[Order]:
+        """What the member shall do, at once and whenever that changes; changes it is too slow for are one. Ends when it is dismissed."""
+        told: Order | None = None
+        welcome: Welcome | None = Welcome(self._config_json, member.keys, self._drain_timeout_s)
+        while not member.is_dismissed:
+            if told is self._order:
+                await self._changed.wait()
+                continue
+            told = self._order
+            member.told_epoch = member.told_epoch or (0 if told.current is None else told.current.epoch)
+            yield told if welcome is None else replace(told, welcome=welcome)
+            welcome = None
+
+    async def welcome(self, release: Release) -> None:
+        """Those elsewhere connect to new hosts and try them in one go; `try_out` waits for it."""
+        self._tell(replace(self._order, candidate=release))
+        await asyncio.gather(*(frontend.welcome(release) for frontend, _ in self._local))
+
+    async def try_out(self, release: Release, sources: Sequence[LayerSource]) -> None:
+        """Until each has had an answer of every expert. Raises what went wrong with one in this process, ConfigError if elsewhere."""
+        await asyncio.gather(*(frontend.try_out(release, sources) for frontend, _ in self._local))
+        await self._tried(release.epoch)
+
+    async def _tried(self, epoch: int) -> None:
+        def missing() -> list[Member]:
+            return [member for member in self._members if member.report.epoch and member.report.tried_epoch != epoch]
+
+        def refusing() -> list[Report]:
+            said = (member.report for member in self._members)
+            return [report for report in said if report.tried_epoch == epoch and report.refusal]
+
+        deadline = time.monotonic() + self._try_timeout_s
+        await self._heard.until(lambda: refusing() or not missing(), deadline)
+        for report in refusing():
+            raise ConfigError(f"frontend {report.name} cannot use epoch {epoch}: {report.refusal}")
+        for member in missing():
+            log.warning("frontend %s did not try epoch %d within %g s: it is hung up on", member.report.name, epoch, self._try_timeout_s)
+            self._dismiss(member)
+
+    def publish(self, release: Release, sources: Sequence[LayerSource]) -> None:
+        """From now on, or as soon as they hear of it."""
+        for frontend, _ in self._local:
+            frontend.publish(release, sources)
+        self._let_go_at = time.monotonic() + self._drain_timeout_s + _GRACE_S
+        self._tell(replace(self._order, current=release, candidate=None))
+
+    async def drained(self) -> None:
+        """Until no batch anywhere uses an earlier release; a frontend elsewhere that takes too long is waited for no longer."""
+        await asyncio.gather(*(frontend.drained() for frontend, _ in self._local), self._followers_drained())
+
+    async def _followers_drained(self) -> None:
+        epoch = 0 if self._order.current is None else self._order.current.epoch
+
+        def behind() -> list[Member]:
+            return [member for member in self._members if 0 < member.oldest_epoch < epoch]
+
+        await self._heard.until(lambda: not behind(), self._let_go_at)
+        for member in behind():
+            log.warning("frontend %s still uses epoch %d, and is waited for no longer", member.report.name, member.oldest_epoch)
+
+    async def refresh(self) -> None:
+        """Those elsewhere know what hosts hold by the directory."""
+        await asyncio.gather(*(frontend.refresh() for frontend, _ in self._local))
+
+    async def forget(self) -> None:
+        """There is no candidate any more; those elsewhere let go of hosts on their own, once they have drained."""
+        if self._order.candidate is not None:
+            self._tell(replace(self._order, candidate=None))
+        await asyncio.gather(*(frontend.forget() for frontend, _ in self._local))
+
+    def _tell(self, order: Order) -> None:
+        self._order = order
+        self._changed.beat()
+
+    def _dismiss(self, member: Member) -> None:
+        member.is_dismissed = True
+        self.leave(member)
+        self._changed.beat()
+
+    async def _admit(self) -> None:
+        now = time.monotonic()
+        self._absent = {key: until for key, until in self._absent.items() if until > now}
+        await self._on_keys(frozenset({*self._absent, *(member.public_key for member in self._members)}))

@@ -1,0 +1,130 @@
+"""What controllers write down and tell frontends, as protobuf messages; what comes back is checked, whoever sent it.
+
+P physical experts of a layer, U units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from moeserve.checkpoints import Swap
+from moeserve.errors import InvalidRequest
+from moeserve.placement import LayerPlacement, Placement
+from moeserve.release import Release
+from moeserve.stats import HostInfo
+from moeserve.v1 import control_service_pb2 as pb
+
+#: bounds on what is believed of a message; a service comes nowhere near them
+_MAX_HOSTS: Final = 2**16
+_MAX_LAYERS: Final = 2**12
+_MAX_PHYSICAL: Final = 2**20
+_MAX_SWAPS: Final = 2**12
+_MAX_ENDPOINTS: Final = 16
+_KEY_CHARS: Final = 40
+
+
+def release_message(release: Release) -> pb.Release:
+    """To be read by `read_release`."""
+    placement = release.placement
+    return pb.Release(
+        epoch=placement.epoch,
+        num_hosts=placement.num_hosts,
+        layers=[
+            pb.LayerPlacement(
+                unit_of_physical=_packed(layer.unit_of_physical),
+                host_of_physical=_packed(layer.host_of_physical),
+                tensor_parallel=layer.tensor_parallel,
+            )
+            for layer in placement.layers
+        ],
+        swaps=[pb.Swap(layer=swap.layer, checkpoint=str(swap.checkpoint), experts=sorted(swap.experts or ())) for swap in release.swaps],
+    )
+
+
+def read_release(message: pb.Release) -> Release:
+    """Raises InvalidRequest unless it is one that can be served."""
+    _require(message.epoch >= 1, "epoch", "at least 1")
+    _require(1 <= message.num_hosts <= _MAX_HOSTS, "num_hosts", f"1..{_MAX_HOSTS}")
+    _require(1 <= len(message.layers) <= _MAX_LAYERS, "layers", f"1..{_MAX_LAYERS} of them")
+    _require(len(message.swaps) <= _MAX_SWAPS, "swaps", f"at most {_MAX_SWAPS}")
+    layers = tuple(_read_layer(layer, message.num_hosts) for layer in message.layers)
+    return Release(Placement(message.epoch, message.num_hosts, layers), tuple(map(_read_swap, message.swaps)))
+
+
+def _read_layer(message: pb.LayerPlacement, num_hosts: int) -> LayerPlacement:
+    units, hosts = _unpacked(message.unit_of_physical, "unit_of_physical"), _unpacked(message.host_of_physical, "host_of_physical")
+    _require(len(units) == len(hosts), "host_of_physical", "as many as unit_of_physical")
+    _require(bool((hosts >= 0).all() and (hosts < num_hosts).all()), "host_of_physical", f"0..{num_hosts - 1}")
+    _require(bool((np.diff(hosts) >= 0).all()), "host_of_physical", "ascending")
+    # As every unit exists at least once, there are at most P.
+    _require(bool((units >= 0).all() and (units < len(units)).all()), "unit_of_physical", f"0..{len(units) - 1}")
+    _require(bool(np.bincount(units).all()), "unit_of_physical", "every unit at least once")
+    shards = message.tensor_parallel
+    _require(shards >= 1 and (int(units.max()) + 1) % shards == 0, "tensor_parallel", "a divisor of the number of units")
+    return LayerPlacement(num_hosts, units, hosts, shards)
+
+
+def _read_swap(message: pb.Swap) -> Swap:
+    _require(bool(message.layer), "swaps.layer", "the name of a layer")
+    _require(Path(message.checkpoint).is_absolute(), "swaps.checkpoint", "the absolute path of a folder")
+    return Swap(message.layer, Path(message.checkpoint), frozenset(message.experts) or None)
+
+
+def host_message(number: int, info: HostInfo) -> pb.Host:
+    """To be read by `read_hosts`."""
+    return pb.Host(number=number, **vars(info))
+
+
+def read_hosts(messages: list[pb.Host]) -> dict[int, HostInfo]:
+    """Hosts by number. Raises InvalidRequest when one cannot be reached by what is said of it."""
+    hosts: dict[int, HostInfo] = {}
+    for message in messages:
+        _require(message.number < _MAX_HOSTS and message.number not in hosts, "hosts.number", f"below {_MAX_HOSTS}, each once")
+        _require(1 <= len(message.endpoints) <= _MAX_ENDPOINTS, "hosts.endpoints", f"1..{_MAX_ENDPOINTS} of them")
+        require_key(message.public_key, "hosts.public_key")
+        hosts[message.number] = HostInfo(
+            name=message.name,
+            endpoints=tuple(message.endpoints),
+            public_key=message.public_key,
+            node=message.node,
+            pid=message.pid,
+            device=message.device,
+            cuda_visible_devices=message.cuda_visible_devices,
+            num_threads=message.num_threads,
+            weights_bytes=message.weights_bytes,
+        )
+    return hosts
+
+
+def hosts_messages(hosts: Mapping[int, HostInfo]) -> list[pb.Host]:
+    """To be read by `read_hosts`."""
+    return [host_message(number, info) for number, info in hosts.items()]
+
+
+def require_key(key: str, field: str) -> None:
+    """Raises InvalidRequest unless it is empty or of the form of a key."""
+    _require(not key or (len(key) == _KEY_CHARS and key.isascii() and key.isprintable()), field, f"{_KEY_CHARS} characters of Z85, or none")
+
+
+def require_short(text: str, field: str, max_chars: int) -> None:
+    """Raises InvalidRequest when it is longer than that."""
+    _require(len(text) <= max_chars, field, f"at most {max_chars} characters")
+
+
+def _packed(numbers: npt.NDArray[np.integer]) -> bytes:
+    return numbers.astype("<i4").tobytes()
+
+
+def _unpacked(numbers: bytes, field: str) -> npt.NDArray[np.int64]:
+    _require(4 <= len(numbers) <= 4 * _MAX_PHYSICAL and len(numbers) % 4 == 0, field, f"1..{_MAX_PHYSICAL} numbers of 4 bytes each")
+    return np.frombuffer(numbers, "<i4").astype(np.int64)
+
+
+def _require(is_so: bool, field: str, allowed: str) -> None:
+    if not is_so:
+        raise InvalidRequest(f"{field} is not what it should be; allowed: {allowed}", field)

@@ -1,0 +1,94 @@
+"""`moeserve.v1.ControlService`: frontends elsewhere follow what is served."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from moeserve.control import Frontends
+from moeserve.control.follow import Report
+from moeserve.control.frontends import Member
+from moeserve.errors import ExpertUnavailable, InvalidRequest
+from moeserve.server.boundary import Context, Handler
+from moeserve.v1 import control_service_pb2 as pb
+
+CONTROL_SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["ControlService"].full_name
+
+#: a report is a few short strings
+_MAX_REPORT_BYTES: Final = 2**14
+
+
+@dataclass(frozen=True)
+class Control:
+    """Whom frontends follow, and the tokens with which they may: see `frontend_tokens`."""
+
+    frontends: Frontends
+    tokens: frozenset[bytes]
+
+
+class ControlService:
+    """Handlers that raise MoEServeError; the `Boundary` around them asks for a frontend token."""
+
+    def __init__(self, frontends: Frontends, draining: asyncio.Event) -> None:
+        self._frontends = frontends
+        self._draining = draining
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """To add to a server."""
+        follow: Handler = grpc.stream_stream_rpc_method_handler(self.follow, response_serializer=pb.FrontendOrder.SerializeToString)
+        return grpc.method_handlers_generic_handler(CONTROL_SERVICE_NAME, {"Follow": follow})
+
+    async def follow(self, _reports: Any, context: Context) -> None:
+        """One frontend, for as long as it follows; when this service drains, the stream ends with UNAVAILABLE."""
+        first = await context.read()
+        if first is grpc.aio.EOF:
+            return
+        member = await self._frontends.join(_report(first))
+        tasks = (
+            hearing := asyncio.create_task(self._hear(member, context)),
+            telling := asyncio.create_task(_tell(self._frontends.orders(member), context)),
+            asyncio.create_task(self._draining.wait()),
+        )
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if hearing in done:
+                if hearing.result():
+                    await self._frontends.farewell(member)
+                return
+            if telling in done:
+                telling.result()
+                raise ExpertUnavailable("this frontend follows by another stream, or has not answered in time")
+            raise ExpertUnavailable("the controller is stopping")
+        finally:
+            self._frontends.leave(member)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _hear(self, member: Member, context: Context) -> bool:
+        """Whether the frontend said that it leaves; it may also just break off."""
+        while (message := await context.read()) is not grpc.aio.EOF:
+            report = _report(message)
+            if report.is_leaving:
+                return True
+            self._frontends.hear(member, report)
+        return False
+
+
+async def _tell(orders: AsyncIterator[Any], context: Context) -> None:
+    async for order in orders:
+        await context.write(order.to_message())
+
+
+def _report(message: bytes) -> Report:
+    if len(message) > _MAX_REPORT_BYTES:
+        raise InvalidRequest(f"a report of {len(message)} bytes; at most {_MAX_REPORT_BYTES} are allowed")
+    try:
+        return Report.from_message(pb.FrontendReport.FromString(message))
+    except DecodeError:
+        raise InvalidRequest("this is not a FrontendReport") from None

@@ -1,0 +1,111 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class FrontendReport(_message.Message):
+    __slots__ = ("name", "target", "metrics_target", "node", "public_key", "epoch", "oldest_epoch", "tried_epoch", "refusal", "is_leaving")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    METRICS_TARGET_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TRIED_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    IS_LEAVING_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    target: str
+    metrics_target: str
+    node: str
+    public_key: str
+    epoch: int
+    oldest_epoch: int
+    tried_epoch: int
+    refusal: str
+    is_leaving: bool
+    def __init__(self, name: _Optional[str] = ..., target: _Optional[str] = ..., metrics_target: _Optional[str] = ..., node: _Optional[str] = ..., public_key: _Optional[str] = ..., epoch: _Optional[int] = ..., oldest_epoch: _Optional[int] = ..., tried_epoch: _Optional[int] = ..., refusal: _Optional[str] = ..., is_leaving: _Optional[bool] = ...) -> None: ...
+
+class FrontendOrder(_message.Message):
+    __slots__ = ("welcome", "current", "candidate", "hosts")
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    CURRENT_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATE_FIELD_NUMBER: _ClassVar[int]
+    HOSTS_FIELD_NUMBER: _ClassVar[int]
+    welcome: Welcome
+    current: Release
+    candidate: Release
+    hosts: _containers.RepeatedCompositeFieldContainer[Host]
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., current: _Optional[_Union[Release, _Mapping]] = ..., candidate: _Optional[_Union[Release, _Mapping]] = ..., hosts: _Optional[_Iterable[_Union[Host, _Mapping]]] = ...) -> None: ...
+
+class Welcome(_message.Message):
+    __slots__ = ("config_json", "public_key", "secret_key", "drain_timeout_s")
+    CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
+    PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
+    SECRET_KEY_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    config_json: str
+    public_key: str
+    secret_key: str
+    drain_timeout_s: float
+    def __init__(self, config_json: _Optional[str] = ..., public_key: _Optional[str] = ..., secret_key: _Optional[str] = ..., drain_timeout_s: _Optional[float] = ...) -> None: ...
+
+class Release(_message.Message):
+    __slots__ = ("epoch", "num_hosts", "layers", "swaps")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    NUM_HOSTS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    SWAPS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    num_hosts: int
+    layers: _containers.RepeatedCompositeFieldContainer[LayerPlacement]
+    swaps: _containers.RepeatedCompositeFieldContainer[Swap]
+    def __init__(self, epoch: _Optional[int] = ..., num_hosts: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerPlacement, _Mapping]]] = ..., swaps: _Optional[_Iterable[_Union[Swap, _Mapping]]] = ...) -> None: ...
+
+class LayerPlacement(_message.Message):
+    __slots__ = ("unit_of_physical", "host_of_physical", "tensor_parallel")
+    UNIT_OF_PHYSICAL_FIELD_NUMBER: _ClassVar[int]
+    HOST_OF_PHYSICAL_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    unit_of_physical: bytes
+    host_of_physical: bytes
+    tensor_parallel: int
+    def __init__(self, unit_of_physical: _Optional[bytes] = ..., host_of_physical: _Optional[bytes] = ..., tensor_parallel: _Optional[int] = ...) -> None: ...
+
+class Swap(_message.Message):
+    __slots__ = ("layer", "checkpoint", "experts")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    layer: str
+    checkpoint: str
+    experts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, layer: _Optional[str] = ..., checkpoint: _Optional[str] = ..., experts: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Host(_message.Message):
+    __slots__ = ("number", "name", "endpoints", "public_key", "node", "pid", "device", "cuda_visible_devices", "num_threads", "weights_bytes")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+    PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    CUDA_VISIBLE_DEVICES_FIELD_NUMBER: _ClassVar[int]
+    NUM_THREADS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    name: str
+    endpoints: _containers.RepeatedScalarFieldContainer[str]
+    public_key: str
+    node: str
+    pid: int
+    device: str
+    cuda_visible_devices: str
+    num_threads: int
+    weights_bytes: int
+    def __init__(self, number: _Optional[int] = ..., name: _Optional[str] = ..., endpoints: _Optional[_Iterable[str]] = ..., public_key: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., cuda_visible_devices: _Optional[str] = ..., num_threads: _Optional[int] = ..., weights_bytes: _Optional[int] = ...) -> None: ...
