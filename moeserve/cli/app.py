@@ -15,6 +15,7 @@ from moeserve.cli.bench import bench
 from moeserve.cli.config import config_app
 from moeserve.cli.flags import with_config_flags
 from moeserve.cli.infer import infer
+from moeserve.cli.leave import leave
 from moeserve.cli.plan import plan
 from moeserve.cli.scale import drain, scale
 from moeserve.cli.serve import serve
@@ -36,6 +37,7 @@ app.command()(infer)
 app.command()(swap)
 app.command()(scale)
 app.command()(drain)
+app.command()(leave)
 app.command()(shutdown)
 app.command()(bench)
 app.command()(top)
