@@ -17,6 +17,7 @@ from moeserve.cli.deploy import deploy
 from moeserve.cli.flags import with_config_flags
 from moeserve.cli.frontend import frontend
 from moeserve.cli.infer import infer
+from moeserve.cli.leave import leave
 from moeserve.cli.plan import plan
 from moeserve.cli.scale import drain, scale
 from moeserve.cli.serve import serve
@@ -42,6 +43,7 @@ app.command()(swap)
 app.command()(status)
 app.command()(scale)
 app.command()(drain)
+app.command()(leave)
 app.command()(shutdown)
 app.command()(bench)
 app.command()(top)

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray._private import state
@@ -21,7 +22,7 @@ _STOP_TIMEOUT_S = 5.0
 
 async def end_hosts(actors: Sequence[ActorHandle[ExpertHost]], socket_dir: Path) -> None:
     """Each finishes the pass that is running; one that does not answer is killed on its node, because it would not hear Ray either."""
-    stops = [actor.stop.remote() for actor in actors]
+    stops: list[Any] = [actor.stop.remote() for actor in actors]
     if stops:
         stopped, _ = await asyncio.to_thread(ray.wait, stops, num_returns=len(stops), timeout=_STOP_TIMEOUT_S)
         hanging = [actor for actor, stop in zip(actors, stops, strict=True) if stop not in stopped]

@@ -50,7 +50,8 @@ def reserve(seat: Seat, placement: PlacementConfig, *, detached: bool) -> Placem
     bundle = {resource: amount for resource, amount in amounts.items() if amount} or {"memory": 1}  # an empty one is refused; 1 byte
     where = {"ray.io/node-id": seat.node, **placement.node_labels}
     name, lifetime = (host_name(seat.number), "detached") if detached else ("", None)
-    return placement_group([bundle], strategy="STRICT_PACK", bundle_label_selector=[where], name=name, lifetime=lifetime)
+    group: PlacementGroup = placement_group([bundle], strategy="STRICT_PACK", bundle_label_selector=[where], name=name, lifetime=lifetime)
+    return group
 
 
 async def await_granted(groups: Sequence[PlacementGroup]) -> list[bool]:

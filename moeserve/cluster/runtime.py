@@ -71,7 +71,7 @@ class RayRuntime:
 
     def _join(self, address: str) -> None:
         self._setenv("RAY_USAGE_STATS_ENABLED", "0")
-        _knock(address)
+        knock(address)
         try:
             ray.init(address=address, namespace=self._config.namespace, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
@@ -118,8 +118,8 @@ class RayRuntime:
         os.environ[name] = value
 
 
-def _knock(address: str) -> None:
-    """Ray itself tries for minutes and then ends the process."""
+def knock(address: str) -> None:
+    """Raises ConfigError when nobody listens there; Ray itself tries for minutes and then ends the process."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         return  # "auto" and the like: Ray finds out at once

@@ -17,9 +17,8 @@ SERVER = {"port": 0, "metrics_port": 0}
 
 def test_more_gpus_than_exist(local_ray: None) -> None:
     config = {"layers": [LAYER], "placement": {"num_hosts": 9, "gpus_per_host": 1, "cpus_per_host": 0}, "server": SERVER}
-    with pytest.raises(
-        ConfigError, match=r"num_hosts is 9 and each takes placement.gpus_per_host = 1, but the cluster has 8 GPUs: room for 8"
-    ):
+    sentence = r"num_hosts is 9 and each takes placement.gpus_per_host = 1, but there is room for 8: .* holds 8 .*Missing: 1 GPU$"
+    with pytest.raises(ConfigError, match=sentence):
         serve(config)
 
 

@@ -205,7 +205,7 @@ class Cluster(RuleBasedStateMachine):
 
     def _usable(self) -> dict[str, Node]:
         labels = self.wanted.labels.items()
-        return {id: one for id, one in self.nodes.items() if not one.is_leaving and labels <= one.labels.items()}
+        return {name: one for name, one in self.nodes.items() if not one.is_leaving and labels <= one.labels.items()}
 
     def _room(self, one: Node, held: int) -> int:
         """By another way than the code: put hosts there until no more fit."""
@@ -226,9 +226,11 @@ class Cluster(RuleBasedStateMachine):
         usable = self._usable()
         stay = [seat for seat in self.before if seat.node in usable and seat.number not in self.given_up]
         if self.wanted.strategy == "strict_spread":
-            stay = [min((seat for seat in stay if seat.node == id), key=lambda seat: seat.number) for id in {seat.node for seat in stay}]
+            stay = [
+                min((seat for seat in stay if seat.node == name), key=lambda seat: seat.number) for name in {seat.node for seat in stay}
+            ]
         held = Counter(seat.node for seat in stay)
-        room = {id: self._room(one, held[id]) for id, one in usable.items()}
+        room = {name: self._room(one, held[name]) for name, one in usable.items()}
         fit, wish = sum(room.values()), self.wanted.num_hosts
         number = max(self.wanted.least, min(fit, SPEC.num_experts)) if wish == "all" else wish
         assert (self.seating.shortage is not None) == (fit < number)
@@ -237,7 +239,7 @@ class Cluster(RuleBasedStateMachine):
             return
         assert len(self.seating.seats) == min(number, fit)
         assert all(seat.node in usable and seat.number not in self.given_up for seat in self.seating.seats)
-        assert all(count <= room[id] for id, count in Counter(seat.node for seat in self.seating.seats).items())
+        assert all(count <= room[name] for name, count in Counter(seat.node for seat in self.seating.seats).items())
         moved = [seat for seat in stay if seat not in self.seating.seats]
         assert not moved or (len(stay) > number and not self.new), "hosts are not moved without need"
 

@@ -1,0 +1,20 @@
+"""`moeserve leave`: empty a node of the cluster before it goes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from moeserve.cluster.leave import leave as leave_node
+
+
+def leave(
+    address: Annotated[str, typer.Option(help="The Ray cluster: host:port, or auto.")] = "auto",
+    namespace: Annotated[str, typer.Option(help="ray.namespace of the deployed service.")] = "moeserve",
+    timeout_s: Annotated[float, typer.Option(min=0, help="How long to wait for hosts to leave.")] = 300.0,
+    node: Annotated[str | None, typer.Option(help="Ray's id of the node; default: the one that runs here.")] = None,
+) -> None:
+    """Tell Ray that this node drains, and wait until a deployed service has no expert host left on it."""
+    leave_node(address, namespace, timeout_s, node)
+    typer.echo("no expert host is left here")
