@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moeserve.errors import InvalidRequest, MoEServeError
+from moeserve.errors import ExpertUnavailable, InvalidRequest, MoEServeError
 from moeserve.experts import ExpertBank, FeedForward
 from moeserve.host import HostLoop
 from moeserve.transport import Channel, Partial, WorkShape, connect, listen
@@ -94,18 +94,20 @@ async def test_what_waits_from_all_frontends_is_computed_in_one_pass(bank: Count
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "error", "sentence"),
     [
-        ({"slots": [0, 3]}, "names expert slot 3 of layer 5; this host has 0..2"),
-        ({"slots": [0], "layer": 4}, "holds no experts of layer 4"),
-        ({"slots": [0], "width": 6}, "rows of layer 5 are 8 wide, got 6"),
+        ({"slots": [0, 3]}, InvalidRequest, "names expert slot 3 of layer 5; this host has 0..2"),
+        ({"slots": [0], "layer": 4}, ExpertUnavailable, "holds no experts of layer 4"),
+        ({"slots": [0], "width": 6}, InvalidRequest, "rows of layer 5 are 8 wide, got 6"),
     ],
 )
-async def test_work_that_does_not_fit_is_refused_and_harms_no_other(bank: CountingBank, endpoint: str, arguments, sentence: str) -> None:
+async def test_work_that_does_not_fit_is_refused_and_harms_no_other(
+    bank: CountingBank, endpoint: str, arguments, error, sentence: str
+) -> None:
     channel = await connect(endpoint)
     bank.go.set()
     bad, good = send(channel, 2, **arguments), send(channel, 2, [0, 2])
-    with pytest.raises(InvalidRequest, match=sentence):
+    with pytest.raises(error, match=sentence):
         await bad
     torch.testing.assert_close((await good).tensor, expected(2, [0, 2]))
     await channel.close()
