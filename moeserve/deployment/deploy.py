@@ -53,13 +53,7 @@ class Deployer:
         Raises ConfigError when it cannot be deployed, or another one is; then nothing has changed.
         """
         there = self._find()
-        controller = there or self._start(tell)
-        try:
-            deployed: Deployed = await controller.ready(tell)
-        except BaseException:
-            if there is None:
-                await controller.stop(_STOP_TIMEOUT_S)
-            raise
+        deployed: Deployed = await there.ready() if there is not None else await self._new(tell)
         if deployed.config_json != self._config.model_dump_json():
             raise ConfigError(
                 f"another service, or this one with another configuration, is deployed in ray.namespace {self._config.ray.namespace!r}: "
@@ -70,7 +64,13 @@ class Deployer:
     def _find(self) -> Resident | None:
         return Resident.find(_CONTROLLER, self._config.ray.namespace)
 
-    def _start(self, tell: Tell) -> Resident:
+    async def _new(self, tell: Tell) -> Deployed:
         tell(f"starting a controller in namespace {self._config.ray.namespace}")
         make = partial(ControllerProgram, self._config)
-        return settle("controller", _CONTROLLER, self._config.ray.namespace, make, on_head())
+        controller = settle("controller", _CONTROLLER, self._config.ray.namespace, make, on_head())
+        try:
+            deployed: Deployed = await controller.ready(tell)
+        except BaseException:
+            await controller.stop(_STOP_TIMEOUT_S)
+            raise
+        return deployed

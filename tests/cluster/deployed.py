@@ -131,7 +131,7 @@ def live(scene: Scene, deployed: Deployed, admin: AdminClient, goes_on: Callable
             seen = admin.status()
         except ExpertUnavailable:
             return False
-        up = len(seen.hosts) == hosts and all(host.is_up for host in seen.hosts)
+        up = len(seen.hosts) == hosts and all(host.is_up for host in seen.hosts) and len(seen.frontends) == 1
         return up and not seen.is_changing and bool(seen.shortage) == short
 
     goes_on()
@@ -150,14 +150,18 @@ def live(scene: Scene, deployed: Deployed, admin: AdminClient, goes_on: Callable
     goes_on()
     until(lambda: settled(4), "the controller is back, and has all hosts")
     seen = admin.status()
-    say(
-        "after the controller's death: epoch",
-        seen.epoch,
-        "frontends",
-        len(seen.frontends),
-        "the same hosts:",
-        sorted(host.pid for host in seen.hosts) == hosts,
-    )
+    kept = sorted(host.pid for host in seen.hosts) == hosts
+    say("after the controller's death: epoch", seen.epoch, "the same hosts:", kept, "frontends:", len(seen.frontends))
+
+    with ThreadPoolExecutor(1) as pool:
+        interrupted = pool.submit(admin.scale, 3)
+        until(lambda: admin.status().is_changing, "the change is under way")
+        os.kill(scene.pids("ray::MoEController")[0], signal.SIGKILL)
+        say("interrupted:", type(interrupted.exception()).__name__)
+    goes_on()
+    until(lambda: settled(3) or settled(4), "the change was made, or was not")
+    say("after an interrupted change: epoch", "higher" if admin.scale(4).epoch > seen.epoch or settled(4) else "?")
+    goes_on()
 
     scene.cluster.remove_node(scene.nodes[0], allow_graceful=False)
     goes_on()
