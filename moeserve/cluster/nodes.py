@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import ray
 from ray._private import state
@@ -38,10 +39,11 @@ class Nodes:
         Raises ConfigError, with what there is and what is missing.
         """
         deadline = time.monotonic() + max(wait_s, _SETTLE_S)
-        while (seating := reconcile(await self.list(), (), wanted, 0)).shortage is not None:
+        while (seating := reconcile(nodes := await self.list(), (), wanted, 0)).shortage is not None:
             if wait_s:
                 self.ask_for(wanted, wanted.least if wanted.num_hosts == "all" else wanted.num_hosts)
-            if time.monotonic() > deadline:
+            is_hopeless = reconcile([replace(node, free=node.total) for node in nodes], (), wanted, 0).shortage is not None
+            if time.monotonic() > deadline or (is_hopeless and not wait_s):
                 raise ConfigError(seating.shortage)
             await asyncio.sleep(_RETRY_S)
         return seating.seats
