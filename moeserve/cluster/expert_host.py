@@ -53,6 +53,7 @@ class ExpertHost:
         self._thread: threading.Thread | None = None
         self._relay: Relay | None = None
         self._keys: HostKeys | None = None
+        self._frontends: Collection[str] = ()
 
     @ray.method(concurrency_group="ask")
     def present(self) -> HostInfo | None:
@@ -95,13 +96,14 @@ class ExpertHost:
         change(self._holdings)
         self._info = replace(self._info, weights_bytes=self._holdings.shelf.nbytes)
 
-    def meet(self, directory: Mapping[int, HostInfo], frontends: Collection[str]) -> None:
+    def meet(self, directory: Mapping[int, HostInfo], frontends: Collection[str] | None) -> None:
         """All hosts by number as they are now, and the public keys of all frontends: these may talk to this one, and nobody else.
 
-        Before it has started it does not listen, and will be introduced again.
+        None = the frontends it knows. Before it has started it does not listen, and will be introduced again.
         """
         if self._relay is not None and self._keys is not None:
-            self._keys.allow({*frontends, *(info.public_key for info in directory.values())})
+            self._frontends = self._frontends if frontends is None else frontends
+            self._keys.allow({*self._frontends, *(info.public_key for info in directory.values())})
             self._relay.meet(directory)
 
     def stop(self) -> None:
@@ -123,7 +125,7 @@ class ExpertHost:
         self._holdings = Holdings(order.config, order.number, device)
         for release in releases:
             self._holdings.take(release)
-        keys = KeyPair.generate()
+        keys, self._frontends = KeyPair.generate(), frontends
         self._keys = HostKeys(keys, frozenset(frontends))
         listener = listen(*_endpoints(order), keys=self._keys)
         self._relay = Relay(order.number, keys)

@@ -24,6 +24,7 @@ from moeserve.stats import HostInfo
 log = logging.getLogger(__name__)
 
 _WATCH_S = 1.0
+_RETRY_S = 0.1
 _MEET_TIMEOUT_S = 5.0
 #: hosts hear in the end what they are to forget; nobody waits for one that is busy or hangs
 _FORGET_TIMEOUT_S = 10.0
@@ -42,7 +43,8 @@ class Fleet:
         self._members: dict[int, Member] = {}
         self._directory: dict[int, HostInfo] = {}
         self._late: frozenset[int] = frozenset()
-        self._frontends: frozenset[str] = frozenset()
+        #: None until it is known: then hosts go on with those they know
+        self._frontends: frozenset[str] | None = None
         self._socket_dir = Path()
         self._over_tcp = True
         #: hosts that Ray has given up, until they are removed: their node is gone
@@ -85,12 +87,12 @@ class Fleet:
         self._releases = [release]
         groups, living = await asyncio.to_thread(find_reservations), await asyncio.to_thread(find_hosts)
         nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        ours = {seat.number for seat in seats}
-        await end_hosts([ray.get_actor(host_name(number)) for number in living - ours], self._socket_dir)
-        for number in groups.keys() - (living & ours):
+        whole = living & groups.keys() & {seat.number for seat in seats}
+        await end_hosts([ray.get_actor(host_name(number)) for number in living - whole], self._socket_dir)
+        for number in groups.keys() - whole:
             give_back(groups[number])
-        for number in living & ours:
-            self._members[number] = Member.found(number, groups[number])
+        self._members = {seat.number: Member.found(seat, groups[seat.number]) for seat in seats if seat.number in whole}
+        await _forgotten((living | groups.keys()) - whole)
         missing = [seat for seat in seats if seat.number not in self._members]
         self.given_up = {seat.number for seat in missing if seat.node not in nodes}
         await self._add([seat for seat in missing if seat.node in nodes])
@@ -177,7 +179,7 @@ class Fleet:
             raise ConfigError(f"there is no room any more for {where}: something else has taken it, or the node is gone")
         for seat, group in zip(seats, groups, strict=True):
             order = HostOrder(host_name(seat.number), seat.number, self._config, self._socket_dir, self._over_tcp)
-            self._members[seat.number] = Member.started(order, group, detached=self._detached)
+            self._members[seat.number] = Member.started(seat, order, group, detached=self._detached)
 
     async def _come_up(self, number: int, on_ready: Callable[[HostInfo], None]) -> None:
         on_ready(await self.find(number, patient=False))
@@ -209,7 +211,7 @@ class Fleet:
         try:
             await self.find(number)
         except MoEServeError as error:
-            log.warning("%s: %s", host_name(number), error)
+            log.warning("%s", error)
             await asyncio.sleep(_WATCH_S)
 
     async def _introduce(self, number: int, info: HostInfo) -> None:
@@ -228,15 +230,24 @@ class Fleet:
 
     def _give_up(self, number: int) -> None:
         """Its place is free for another: nothing will come back there."""
-        self._members.pop(number).leave()
+        lost = self._members.pop(number)
+        ray.kill(lost.actor)
+        give_back(lost.group)
         self._directory.pop(number, None)
         self.given_up.add(number)
-        log.warning("%s is gone for good", host_name(number))
 
     async def _end(self, members: Sequence[Member]) -> None:
         await end_hosts([member.actor for member in members], self._socket_dir)
         for member in members:
-            member.leave()
+            give_back(member.group)
+
+
+async def _forgotten(numbers: Collection[int]) -> None:
+    """Until Ray has forgotten these hosts, so that their names are free."""
+    for _ in range(int(_FORGET_TIMEOUT_S / _RETRY_S)):
+        if (find_hosts() | find_reservations().keys()).isdisjoint(numbers):
+            return
+        await asyncio.sleep(_RETRY_S)
 
 
 async def _all(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:

@@ -9,7 +9,7 @@ import time
 
 from ray._private import services
 from ray._private.state import GlobalState
-from ray._raylet import GcsClient, GcsClientOptions
+from ray._raylet import GcsClient, GcsClientOptions  # type: ignore[attr-defined]
 
 from moeserve.cluster.reservation import host_name, host_number
 from moeserve.cluster.runtime import knock
@@ -44,7 +44,7 @@ def leave(address: str, namespace: str, timeout_s: float, node: str | None = Non
 
 
 def _node(cluster: GlobalState, node: str | None) -> str:
-    live = {each["NodeID"] for each in cluster.node_table() if each["Alive"]}
+    live: set[str] = {each["NodeID"] for each in cluster.node_table() if each["Alive"]}
     if node is not None:
         if node not in live:
             raise ConfigError(f"there is no live node {node!r} in this cluster")

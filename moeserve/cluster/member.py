@@ -14,7 +14,8 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from moeserve.cluster.expert_host import ExpertHost, HostOrder
-from moeserve.cluster.reservation import give_back, host_name
+from moeserve.cluster.reservation import host_name
+from moeserve.control import Seat
 from moeserve.errors import ExpertUnavailable
 from moeserve.release import Release
 from moeserve.stats import HostInfo
@@ -31,15 +32,16 @@ Call = Callable[[ActorHandle[ExpertHost]], Awaitable[None]]
 class Member:
     """Ray starts its process again whenever it dies, on the same place, until the place is given back or its node is gone."""
 
-    def __init__(self, number: int, actor: ActorHandle[ExpertHost], group: PlacementGroup) -> None:
-        self.name = host_name(number)
+    def __init__(self, seat: Seat, actor: ActorHandle[ExpertHost], group: PlacementGroup) -> None:
+        self.name = host_name(seat.number)
+        self.node = seat.node
         self.actor = actor
         self.group = group
         #: Ray has given it up
         self.is_lost = False
 
     @classmethod
-    def started(cls, order: HostOrder, group: PlacementGroup, *, detached: bool) -> Member:
+    def started(cls, seat: Seat, order: HostOrder, group: PlacementGroup, *, detached: bool) -> Member:
         """A new one, on a place that has been granted."""
         placing = order.config.placement
         host = ExpertHost.options(  # type: ignore[attr-defined]
@@ -50,14 +52,16 @@ class Member:
             max_task_retries=0,
             **({"name": order.name, "lifetime": "detached"} if detached else {}),
         )
-        return cls(order.number, host.remote(order), group)
+        return cls(seat, host.remote(order), group)
 
     @classmethod
-    def found(cls, number: int, group: PlacementGroup) -> Member:
+    def found(cls, seat: Seat, group: PlacementGroup) -> Member:
         """A detached one that lives."""
-        return cls(number, ray.get_actor(host_name(number)), group)
+        return cls(seat, ray.get_actor(host_name(seat.number)), group)
 
-    async def find(self, releases: Callable[[], Sequence[Release]], frontends: Callable[[], Collection[str]], patient: bool) -> HostInfo:
+    async def find(
+        self, releases: Callable[[], Sequence[Release]], frontends: Callable[[], Collection[str] | None], patient: bool
+    ) -> HostInfo:
         """The present incarnation, once it is ready with the `releases` in force by then.
 
         Raises ExpertUnavailable when Ray has given it up or, unless `patient`, it dies again and again; or what the host raised.
@@ -66,16 +70,17 @@ class Member:
         while True:
             try:
                 info: HostInfo | None = await self.actor.present.remote()
-                return info or await self.actor.start.remote(releases(), frontends())
+                return info or await self.actor.start.remote(releases(), frontends() or ())
             except ActorUnavailableError:
-                deaths = await asyncio.to_thread(self._deaths)
+                deaths, is_node_live = await asyncio.to_thread(self._fate)
+                if not is_node_live:
+                    raise self._lost(f"its node {self.node} is gone") from None
                 deaths_before = deaths if deaths_before is None else deaths_before
                 if not patient and deaths - deaths_before >= MAX_DEATHS:
                     raise self.died_too_often() from None
                 await asyncio.sleep(_RETRY_S)
             except RayActorError as error:
-                self.is_lost = True
-                raise ExpertUnavailable(f"{self.name} is gone for good: {str(error).splitlines()[0]}") from None
+                raise self._lost(str(error).splitlines()[0]) from None
             except RayTaskError as error:
                 raise error.cause from None
 
@@ -90,18 +95,18 @@ class Member:
             log.info("%s was lost meanwhile: %s", self.name, str(error).splitlines()[0])
             return False
 
-    async def meet(self, directory: Mapping[int, HostInfo], frontends: Collection[str]) -> None:
+    async def meet(self, directory: Mapping[int, HostInfo], frontends: Collection[str] | None) -> None:
         """One that is gone is introduced when it is found again; until then rows are sent to each host directly."""
         await self.is_told(lambda actor: actor.meet.remote(directory, frontends))
-
-    def leave(self) -> None:
-        """Give its place back, which ends it."""
-        give_back(self.group)
 
     def died_too_often(self) -> ExpertUnavailable:
         return ExpertUnavailable(f"{self.name} died {MAX_DEATHS} times while it loaded its experts; Ray's logs of it say why")
 
-    def _deaths(self) -> int:
-        """How often Ray has started it again."""
-        deaths: int = state.actors(self.actor._actor_id.hex())["NumRestarts"]
-        return deaths
+    def _lost(self, why: str) -> ExpertUnavailable:
+        self.is_lost = True
+        return ExpertUnavailable(f"{self.name} is gone for good: {why}")
+
+    def _fate(self) -> tuple[int, bool]:
+        """How often Ray has started it again, and whether it can do so once more: a place that is lost with its node never comes back."""
+        is_node_live = any(node["Alive"] and node["NodeID"] == self.node for node in ray.nodes())
+        return state.actors(self.actor._actor_id.hex())["NumRestarts"], is_node_live

@@ -73,10 +73,11 @@ async def _seated(seat: Callable[[Sequence[Node]], Seating], wanted: Wanted, nod
     Meanwhile the cluster's autoscaler is asked for what is missing.
     """
     deadline, said = time.monotonic() + max(wait_s, _SETTLE_S), None
-    while (seating := seat(await nodes.list())).shortage is not None:
+    while (seating := seat(known := await nodes.list())).shortage is not None:
         if wait_s:
             nodes.ask_for(wanted, wanted.least if wanted.num_hosts == "all" else wanted.num_hosts)
-        if time.monotonic() > deadline:
+        is_hopeless = seat([replace(node, free=node.total) for node in known]).shortage is not None
+        if time.monotonic() > deadline or (is_hopeless and not wait_s):
             raise ConfigError(seating.shortage)
         if wait_s and seating.shortage != said:
             log.info("waiting for nodes: %s", seating.shortage)

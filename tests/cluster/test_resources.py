@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+from torch import nn
 
-from moeserve import CheckpointError, ConfigError, serve
+from moeserve import CheckpointError, ConfigError, ExpertUnavailable, serve
 
 pytestmark = pytest.mark.ray
 
@@ -20,6 +22,21 @@ def test_more_gpus_than_exist(local_ray: None) -> None:
     sentence = r"num_hosts is 9 and each takes placement.gpus_per_host = 1, but there is room for 8: .* holds 8 .*Missing: 1 GPU$"
     with pytest.raises(ConfigError, match=sentence):
         serve(config)
+
+
+class Dying(nn.Linear):
+    """An expert that takes its host with it."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size, hidden_size)
+        if b"ExpertHost" in Path("/proc/self/cmdline").read_bytes():
+            os._exit(1)
+
+
+def test_a_host_that_dies_again_and_again_is_not_waited_for(local_ray: None) -> None:
+    layer = {"hidden_size": 16, "num_experts": 2, "expert": "tests.cluster.test_resources:Dying", "expert_args": {"hidden_size": 16}}
+    with pytest.raises(ExpertUnavailable, match="host-0 died 3 times while it loaded its experts"):
+        serve({"layers": [layer], "placement": {"num_hosts": 1}, "server": SERVER})
 
 
 def test_a_host_that_cannot_read_its_weights_ends_the_start(local_ray: None, tiny_moe: Path, tmp_path: Path) -> None:

@@ -1,0 +1,190 @@
+"""A Ray cluster of three nodes on this machine, and a fleet that outlives its drivers. Run by test_three_nodes.py in a process of its own.
+
+The head has no label; `wide` has two logical GPUs, `narrow` has one. With an argument it is the second driver, which adopts the fleet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray._private import ray_constants
+from ray.cluster_utils import Cluster
+
+from moeserve import MoELayer, MoEServeError
+from moeserve.checkpoints import layer_sources
+from moeserve.cli.app import main as cli
+from moeserve.cluster import Fleet, Nodes, RayRuntime
+from moeserve.cluster.leave import leave
+from moeserve.cluster.reservation import find_hosts, find_reservations
+from moeserve.config import ServiceConfig, load_config
+from moeserve.control import Seat, reconcile, wanted_hosts
+from moeserve.frontend import Frontend
+from moeserve.metrics import Metrics
+from moeserve.placement import plan_placement
+from moeserve.release import Release
+from moeserve.request import LayerRequest
+from moeserve.stats import HostInfo
+from moeserve.transport import KeyPair
+
+ray_constants.ENABLE_RAY_CLUSTER = False  # every port on 127.0.0.1
+LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8}
+SERVICE, STRANGER = f"three-nodes-{os.getpid()}", 7
+FOLDER = Path(tempfile.gettempdir(), f"moeserve-{SERVICE}")
+QUICK = {f"health_check_{key}": value for key, value in (("period_ms", 500), ("timeout_ms", 500), ("failure_threshold", 3))}
+
+
+def config_for(address: str, **placement: Any) -> ServiceConfig:
+    placing = {"num_hosts": 3, "cpus_per_host": 0.25, "gpus_per_host": 0.5, "node_labels": {"pool": "experts"}, **placement}
+    return load_config({"layers": [LAYER], "placement": placing, "ray": {"address": address}})
+
+
+def release_on(seats: list[Seat], config: ServiceConfig, epoch: int) -> Release:
+    placing = config.placement.model_copy(update={"num_hosts": len(seats)})
+    specs = [source.spec for source in layer_sources(config)]
+    return Release(plan_placement(specs, placing).renumbered([seat.number for seat in seats], epoch))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.05)
+
+
+async def first_driver(cluster: Cluster, wide: Any, narrow: Any) -> None:
+    config = config_for(cluster.address)
+    fleet, sources = Fleet(config, detached=True), layer_sources(config)
+    nodes, wanted = Nodes(fleet), wanted_hosts(config, sources)
+    await only_what_fits(nodes, config)
+
+    seats = list(await nodes.first_seats(wanted, 0))
+    names = {wide.node_id: "wide", narrow.node_id: "narrow"}
+    print("seats", [names[seat.node] for seat in seats])
+    fleet.start(SERVICE)
+    ready: list[HostInfo] = []
+    release = release_on(seats, config, 1)
+    await fleet.take(release, [*seats, Seat(STRANGER, wide.node_id)], ready.append)
+    infos = {info.name: info for info in ready}
+    for seat in seats:
+        info = infos[f"host-{seat.number}"]
+        assert info.node == seat.node
+        assert [endpoint.partition(":")[0] for endpoint in info.endpoints] == ["unix", "tcp"]
+    gpus = sorted((names[info.node], info.cuda_visible_devices) for info in ready)
+    print("GPUs", gpus)
+    assert FOLDER.stat().st_mode & 0o777 == 0o700 and len(list(FOLDER.iterdir())) == 4  # noqa: ASYNC240
+    listed = {node.id: node for node in await nodes.list()}
+    assert {key: listed[key].free["GPU"] for key in names} == {wide.node_id: 2, narrow.node_id: 1}, "own hosts are counted by their seats"
+    assert reconcile(list(listed.values()), seats, wanted, 8).seats == tuple(seats)
+
+    pids = {info.name: info.pid for info in ready}
+    told = json.dumps({"service": SERVICE, "address": cluster.address, "seats": [(seat.number, seat.node) for seat in seats], "pids": pids})
+    second = await asyncio.to_thread(subprocess.run, [sys.executable, __file__, told], text=True, check=False, stdout=subprocess.PIPE)
+    print(second.stdout.strip())
+    assert second.returncode == 0
+
+    changes: list[dict[int, HostInfo]] = []
+    watching = asyncio.create_task(fleet.watch(lambda hosts: changes.append(dict(hosts))))
+    await until(lambda: fleet.given_up == {STRANGER})
+    cluster.remove_node(narrow, allow_graceful=False)
+    lost = next(seat.number for seat in seats if seat.node == narrow.node_id)
+    await until(lambda: fleet.given_up == {STRANGER, lost} and lost not in changes[-1])
+    watching.cancel()
+    print("given up with its node", lost)
+
+    after = reconcile(await nodes.list(), seats, wanted, 8, fleet.given_up)
+    assert after.shortage is None
+    await fleet.take(release_on(list(after.seats), config, 2), after.seats)
+    await fleet.retire(2)
+    await fleet.remove([STRANGER, lost])
+    print("then", [(seat.number, names[seat.node]) for seat in after.seats], sorted(fleet.given_up), sorted(find_hosts()))
+    await a_node_is_left(cluster, fleet, nodes, wide.node_id)
+
+
+async def only_what_fits(nodes: Nodes, config: ServiceConfig) -> None:
+    """What cannot be had is said; what is there is used."""
+    sources = layer_sources(config)
+    for placement in ({"num_hosts": 7}, {"node_strategy": "strict_spread"}, {"node_labels": {"pool": "none"}}):
+        try:
+            await nodes.first_seats(wanted_hosts(config_for(config.ray.address or "", **placement), sources), 0)
+        except MoEServeError as error:
+            print("refused:", error)
+    everywhere = await nodes.first_seats(wanted_hosts(config_for("", num_hosts="all"), sources), 0)
+    packed = await nodes.first_seats(wanted_hosts(config_for("", num_hosts=4, node_strategy="pack"), sources), 0)
+    print("all", len(everywhere), "packed on", len({seat.node for seat in packed}))
+
+
+async def a_node_is_left(cluster: Cluster, fleet: Fleet, nodes: Nodes, node: str) -> None:
+    try:
+        await asyncio.to_thread(leave, cluster.address, "moeserve", 1.0, node)
+    except MoEServeError as error:
+        print("leaving:", str(error).replace(node, "wide"))
+    assert {each.id for each in await nodes.list() if each.is_leaving} == {node}
+    leaving = asyncio.create_task(asyncio.to_thread(cli, ["leave", "--address", cluster.address, "--node", node, "--timeout-s", "60"]))
+    await asyncio.sleep(0)
+    await fleet.stop()
+    print("left:", await leaving, find_hosts(), find_reservations())
+
+
+def assert_same(answer: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (answer - expected).norm() <= 1e-6 * expected.norm()
+
+
+async def second_driver(address: str, service: str, seats: list[Seat], pids: dict[str, int]) -> None:
+    config = config_for(address)
+    assert STRANGER in find_hosts()
+    fleet, keys, release = Fleet(config, detached=True), KeyPair.generate(), release_on(seats, config, 1)
+    fleet.start(service)
+    await fleet.adopt(release, seats)
+    for seat in seats:
+        assert (await fleet.find(seat.number)).pid == pids[f"host-{seat.number}"], "the same process as before"
+    await until(lambda: find_hosts() == {seat.number for seat in seats} == set(find_reservations()))
+    await fleet.admit({keys.public})
+    sources, hidden_states = layer_sources(config), torch.randn(20, 16)
+    metrics = Metrics([source.spec for source in sources], "off")
+    frontend = Frontend(sources, release, fleet.find, config, metrics, "model", lambda layer, healthy: None, keys)
+    await frontend.start("no node of this cluster")
+    expected = MoELayer(**LAYER)(hidden_states)
+    assert_same((await frontend.forward(0, LayerRequest(hidden_states))).hidden_states, expected)
+    once_more = Fleet(config, detached=True)
+    once_more.start(service)
+    await once_more.adopt(release, seats)
+    assert {(await once_more.find(seat.number)).pid for seat in seats} <= set(pids.values())
+    assert_same((await frontend.forward(0, LayerRequest(hidden_states))).hidden_states, expected)
+    assert not any(link.restarts for link in frontend._links.values()), "who adopts hosts does not cut off frontends it does not know yet"
+    await frontend.close()
+    print("adopted", sorted(fleet.given_up), "and answered over TCP")
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        told = json.loads(sys.argv[1])
+        runtime = RayRuntime(config_for(told["address"]).ray, config_for("").placement)
+        runtime.start()
+        asyncio.run(second_driver(told["address"], told["service"], [Seat(*seat) for seat in told["seats"]], told["pids"]))
+        runtime.stop()
+        return
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False, "_system_config": QUICK})
+    wide = cluster.add_node(num_cpus=2, num_gpus=2, labels={"pool": "experts"})
+    narrow = cluster.add_node(num_cpus=2, num_gpus=1, labels={"pool": "experts"})
+    runtime = RayRuntime(config_for(cluster.address).ray, config_for("").placement)
+    try:
+        runtime.start()
+        asyncio.run(first_driver(cluster, wide, narrow))
+    finally:
+        runtime.stop()
+        cluster.shutdown()
+        shutil.rmtree(FOLDER, ignore_errors=True)  # the node that died has left its socket, which here is everybody's folder
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
