@@ -20,7 +20,7 @@ _MAX_ORDER_BYTES: Final = 64 * 2**20
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", _MAX_ORDER_BYTES),
     # Notices a controller whose machine vanished, even after days without a word.
-    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_time_ms", 15_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
 )

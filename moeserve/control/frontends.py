@@ -83,6 +83,7 @@ class Frontends:
         #: keys of those that left without a word, and until when they stay valid
         self._absent = dict.fromkeys(keys, time.monotonic() + _KEEP_KEY_S)
         self._heard, self._changed = Pulse(), Pulse()
+        self._admitting = asyncio.Lock()
 
     def members(self) -> list[FrontendInfo]:
         """Those in this process, then those that follow now."""
@@ -95,6 +96,10 @@ class Frontends:
     def begin(self, release: Release) -> None:
         """The first release: what is served already, or will be once its hosts are there."""
         self._tell(replace(self._order, current=release))
+
+    async def reunited(self, timeout_s: float) -> None:
+        """Until those that followed an earlier controller do again; some may be gone. A change before that would pass them by."""
+        await self._heard.until(lambda: not self._absent, time.monotonic() + timeout_s)
 
     def directory(self, hosts: Mapping[int, HostInfo]) -> None:
         """The present incarnations of all hosts."""
@@ -216,6 +221,7 @@ class Frontends:
         self._changed.beat()
 
     async def _admit(self) -> None:
-        now = time.monotonic()
-        self._absent = {key: until for key, until in self._absent.items() if until > now}
-        await self._on_keys(frozenset({*self._absent, *(member.public_key for member in self._members)}))
+        async with self._admitting:  # or an earlier set might arrive last
+            now = time.monotonic()
+            self._absent = {key: until for key, until in self._absent.items() if until > now}
+            await self._on_keys(frozenset({*self._absent, *(member.public_key for member in self._members)}))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from moeserve.config import LayerSpec, PlacementConfig
 from moeserve.errors import ConfigError
 from moeserve.placement.plan import copies_of, plan_placement
+
+_MOST_LOOKED_AT: Final = 1024
 
 
 def fewest_hosts(specs: Sequence[LayerSpec], config: PlacementConfig) -> int:
@@ -19,13 +22,14 @@ def fewest_hosts(specs: Sequence[LayerSpec], config: PlacementConfig) -> int:
 
 
 def most_hosts(specs: Sequence[LayerSpec], config: PlacementConfig) -> int:
-    """Up to this number every host gets something, and so it does with any smaller one that is enough."""
+    """Up to this number every host gets something, and so it does with any smaller one that is enough; beyond 1024 nobody looks."""
     stages = config.pipeline_stages
     layers_of = [[spec for number, spec in enumerate(specs) if number * stages // len(specs) == stage] for stage in range(stages)]
     # Every expert begins on another host, so that many hosts are never idle; with copies and shards there may be more.
-    most = stages * min(max((spec.num_hosted_experts for spec in layers), default=0) for layers in layers_of)
+    never_idle = stages * min(max((spec.num_hosted_experts for spec in layers), default=0) for layers in layers_of)
+    most = max(never_idle, fewest_hosts(specs, config) - 1)
     units = [[int(copies_of(spec, config).sum()) * config.tensor_parallel for spec in layers] for layers in layers_of]
-    limit = stages * min(max(each, default=0) for each in units)
+    limit = min(stages * (min(sum(each) for each in units) + 1), _MOST_LOOKED_AT)
     while most < limit and _is_possible(specs, config, most + 1):
         most += 1
     return most

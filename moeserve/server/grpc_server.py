@@ -55,7 +55,7 @@ class GrpcServer:
         self._layers: list[str] = []
         self._credentials = server_credentials(config)
         self._boundary = Boundary(tokens, observe)
-        self._server = grpc.aio.server(interceptors=[self._boundary], options=_options(config))
+        self._server = grpc.aio.server(interceptors=[self._boundary], options=_options(config, 30_000 if control is None else 10_000))
         self._service = MoEService(config.max_tokens_per_request, observe, self._boundary.draining)
         services: dict[str, grpc.GenericRpcHandler] = {}
         if has_engine:
@@ -130,14 +130,14 @@ async def _require_free(host: str, port: int) -> None:
                     raise
 
 
-def _options(config: ServerConfig) -> list[tuple[str, int]]:
+def _options(config: ServerConfig, keepalive_ms: int) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", config.max_message_bytes),
         ("grpc.max_send_message_length", config.max_message_bytes),
         # Two servers on one port would share its connections at random; the second one must fail instead.
         ("grpc.so_reuseport", 0),
         # Notices a client whose machine vanished, and lets clients do the same to us.
-        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_time_ms", keepalive_ms),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.http2.max_pings_without_data", 0),  # also on a stream on which nothing happens for days
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),

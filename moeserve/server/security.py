@@ -13,8 +13,8 @@ import grpc
 from moeserve.config import ControllerConfig, ServerConfig, ServiceConfig
 from moeserve.errors import ConfigError
 
-#: what a controller is told is short
-_MAX_CONTROL_BYTES: Final = 2**20
+#: the placement of the largest models takes some hundred KB
+_MAX_CONTROL_BYTES: Final = 64 * 2**20
 
 
 def check_exposure(config: ServerConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,16 @@ def test_a_host_that_comes_back_is_found_where_it_is_now(tmp_path: Path) -> None
                 host.stop()
                 host.start()
             load.goes_on(10)
+
+
+def test_what_hosts_say_of_themselves_reaches_frontends_elsewhere(tmp_path: Path) -> None:
+    with ServiceHarness(CONFIG, "shm", tmp_path) as service:
+        service.call(service.open_control())
+        with ThreadedFrontend(service.control_target) as follower, Client(follower.target) as client:
+            for host in service.hosts:
+                host.info = replace(host.info, weights_bytes=99)
+            service.introduce()
+            service.call(until(lambda: {host.weights_bytes for host in client.stats().hosts} == {99}))
 
 
 def test_without_its_controller_a_frontend_serves_on_and_catches_up_later(tmp_path: Path) -> None:

@@ -1,0 +1,143 @@
+"""Who follows, who is counted, and whom hosts let in."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+
+from moeserve.config import load_config
+from moeserve.control import frontends as room
+from moeserve.control.follow import Order, Report
+from moeserve.control.frontends import Frontends
+from moeserve.errors import ConfigError
+from moeserve.placement import plan_placement
+from moeserve.release import Release
+from moeserve.transport import KeyPair
+from tests.control.test_record import spec
+from tests.service.test_scale import CONFIG
+
+SERVES = Report("f", epoch=1, oldest_epoch=1)
+
+
+class Case:
+    """Frontends of one epoch, and everything that was said of keys."""
+
+    def __init__(self, keys: frozenset[str] = frozenset()) -> None:
+        self.config = load_config(CONFIG)
+        self.keys: list[frozenset[str]] = []
+        self.frontends = Frontends(self.config, self.admit, keys)
+        self.frontends.begin(self.release(1))
+
+    async def admit(self, keys: frozenset[str]) -> None:
+        self.keys.append(keys)
+
+    def release(self, epoch: int) -> Release:
+        return Release(plan_placement([spec()] * 2, self.config.placement, epoch))
+
+
+async def next_of(orders: AsyncIterator[Order]) -> Order:
+    async with asyncio.timeout(10):
+        return await anext(orders)
+
+
+async def test_each_gets_keys_of_its_own_and_keeps_them_when_it_comes_back() -> None:
+    case = Case()
+    one, two = await case.frontends.join(Report("one")), await case.frontends.join(Report("two"))
+    assert one.keys and two.keys and one.keys != two.keys
+    assert case.keys[-1] == {one.public_key, two.public_key}
+    case.frontends.leave(one)
+    three = await case.frontends.join(Report("three"))
+    assert case.keys[-1] == {one.public_key, two.public_key, three.public_key}, "it may serve on, and come back"
+    back = await case.frontends.join(Report("one", public_key=one.public_key))
+    assert (back.keys, back.public_key) == (None, one.public_key)
+    await case.frontends.farewell(back)
+    assert case.keys[-1] == {two.public_key, three.public_key}
+
+
+async def test_one_that_does_not_come_back_loses_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "_KEEP_KEY_S", 0.0)
+    case = Case()
+    case.frontends.leave(await case.frontends.join(Report("one")))
+    two = await case.frontends.join(Report("two"))
+    assert case.keys[-1] == {two.public_key}
+
+
+async def test_keys_of_an_earlier_controller_are_valid_and_their_owners_are_waited_for() -> None:
+    key = KeyPair.generate().public
+    case = Case(frozenset({key}))
+    await case.frontends.join(Report("new"))
+    assert key in case.keys[-1]
+    waiting = asyncio.create_task(case.frontends.reunited(3600.0))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    await case.frontends.join(Report("old", public_key=key))
+    await waiting
+    await Case(frozenset({key})).frontends.reunited(0.01)
+
+
+async def test_a_second_stream_of_the_same_frontend_ends_the_first() -> None:
+    case = Case()
+    first = await case.frontends.join(Report("one"))
+    orders = case.frontends.orders(first)
+    assert (await next_of(orders)).welcome is not None
+    second = await case.frontends.join(Report("one", public_key=first.public_key))
+    with pytest.raises(StopAsyncIteration):
+        await next_of(orders)
+    case.frontends.leave(first)
+    assert [info.name for info in case.frontends.members()] == ["one"]
+    assert first.public_key in case.keys[-1] and not second.is_dismissed
+
+
+async def test_the_slow_are_told_the_latest_only() -> None:
+    case = Case()
+    orders = case.frontends.orders(await case.frontends.join(Report("one")))
+    first = await next_of(orders)
+    assert first.current is not None and first.current.epoch == 1 and first.candidate is None
+    for epoch in (2, 3):
+        await case.frontends.welcome(case.release(epoch))
+        case.frontends.publish(case.release(epoch), ())
+    await case.frontends.welcome(case.release(4))
+    order = await next_of(orders)
+    assert order.current is not None and order.candidate is not None
+    assert (order.current.epoch, order.candidate.epoch, order.welcome) == (3, 4, None)
+    await case.frontends.forget()
+    assert (await next_of(orders)).candidate is None
+
+
+async def test_who_is_waited_for_when_a_release_is_tried() -> None:
+    case = Case()
+    serving, starting = await case.frontends.join(SERVES), await case.frontends.join(Report("starting"))
+    await case.frontends.welcome(case.release(2))
+    trying = asyncio.create_task(case.frontends.try_out(case.release(2), ()))
+    late = await case.frontends.join(SERVES)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert not trying.done()
+    case.frontends.hear(serving, replace(SERVES, tried_epoch=2))
+    await asyncio.sleep(0.01)
+    assert not trying.done(), "the late one serves, so it counts"
+    case.frontends.leave(late)
+    await trying
+    assert starting.report.tried_epoch == 0
+    case.frontends.hear(serving, replace(SERVES, tried_epoch=3, refusal="no gate"))
+    with pytest.raises(ConfigError, match="frontend f cannot use epoch 3: no gate"):
+        await case.frontends.try_out(case.release(3), ())
+
+
+async def test_who_is_waited_for_when_a_release_is_left() -> None:
+    case = Case()
+    serving, starting, fresh = [await case.frontends.join(report) for report in (SERVES, Report("starting"), Report("fresh"))]
+    await next_of(case.frontends.orders(starting))  # it may be about to serve epoch 1
+    case.frontends.publish(case.release(2), ())
+    await next_of(case.frontends.orders(fresh))
+    draining = asyncio.create_task(case.frontends.drained())
+    for member, report in ((serving, replace(SERVES, epoch=2)), (serving, replace(SERVES, epoch=2, oldest_epoch=2))):
+        case.frontends.hear(member, report)
+        await asyncio.sleep(0.01)
+        assert not draining.done()
+    case.frontends.hear(starting, replace(SERVES, epoch=2, oldest_epoch=2))
+    await asyncio.wait_for(draining, 10)
+    assert fresh.report.epoch == 0, "it has never heard of epoch 1"
