@@ -46,11 +46,11 @@ def test_hosts_come_and_go_under_load_from_all_frontends(nodes: tuple[str, str],
         for wanted, epoch in ((6, 2), (3, 3), (2, 4)):
             for load in loads:
                 load.goes_on(10)
-            assert service.call(service.rollout.scale(wanted)).epoch == epoch
+            assert service.call(service.controller.scale(wanted)).epoch == epoch
             assert epochs(service) == [epoch] * 3
             assert {member.oldest_epoch for member in service.frontends.members()} == {epoch}
             assert len(service.hosts) == wanted
-        service.call(service.rollout.drain("host-0"))
+        service.call(service.controller.drain("host-0"))
         for load in loads:
             load.goes_on(10)
         with Client(followers[0].target) as client:
@@ -88,8 +88,8 @@ def test_without_its_controller_a_frontend_serves_on_and_catches_up_later(tmp_pa
                 service.call(until(lambda: epochs(service) == [1]))
                 load.goes_on(20)
                 assert service._followers == {key}
-            service.call(service.rollout.scale(4))
-            service.call(service.rollout.scale(3))
+            service.call(service.controller.scale(4))
+            service.call(service.controller.scale(3))
             with Client(follower.target, timeout=10) as client, pytest.raises(ExpertUnavailable, match=r"holds no experts .* at epoch 1"):
                 client.forward(tokens(0))
             service.call(service.reopen_control())
@@ -99,7 +99,7 @@ def test_without_its_controller_a_frontend_serves_on_and_catches_up_later(tmp_pa
             answers(follower.target)
             with Client(follower.target) as client:
                 assert len(client.stats().hosts) == 3
-            service.call(service.rollout.scale(2))
+            service.call(service.controller.scale(2))
             assert epochs(service) == [4, 4]
             answers(follower.target)
         assert service._followers == frozenset()
@@ -110,7 +110,7 @@ def test_one_that_joins_in_the_middle_of_a_roll_out_takes_part(tmp_path: Path, m
         service.call(service.open_control())
         early = stack.enter_context(ThreadedFrontend(service.control_target))
         gate = _Gate(service, monkeypatch)
-        scaling = pool.submit(service.call, service.rollout.scale(4))
+        scaling = pool.submit(service.call, service.controller.scale(4))
         service.call(until(lambda: gate.waits))
         late = stack.enter_context(ThreadedFrontend(service.control_target, name="late"))
         answers(late.target)
@@ -155,13 +155,13 @@ def test_one_that_cannot_use_it_stops_the_roll_out_with_its_sentence(tmp_path: P
         with monkeypatch.context() as patch:
             patch.setattr(bad.service._follower, "_sources", unreadable)
             with pytest.raises(ConfigError, match=r"frontend bad cannot use epoch 2: /model/gate\.safetensors does not exist"):
-                service.call(service.rollout.scale(4))
+                service.call(service.controller.scale(4))
         assert epochs(service) == [1, 1, 1] and len(service.hosts) == 2
         for load in loads:
             load.goes_on(5)
         with Client(good.target) as client:
             service.call(until(lambda: len(client.stats().hosts) == 2))
-        assert service.call(service.rollout.scale(4)).epoch == 3
+        assert service.call(service.controller.scale(4)).epoch == 3
         assert epochs(service) == [3, 3, 3]
 
 
@@ -174,7 +174,7 @@ def test_a_host_that_hangs_is_left_by_all(tmp_path: Path) -> None:
             held = Held(service.hosts[1], 0)
             waiting = pool.submit(client.forward, tokens(0), 0)
             assert held.begun.acquire(timeout=30)
-            drained = pool.submit(service.call, service.rollout.drain("host-1"))
+            drained = pool.submit(service.call, service.controller.drain("host-1"))
             assert_same(waiting.result(timeout=30).hidden_states, MoELayer(**LAYERS[0])(tokens(0)))
             held.leave.release(10)
             assert drained.result(timeout=30).placement.hosts == (0, 2)
@@ -188,7 +188,7 @@ def test_one_that_does_not_move_over_is_not_waited_for_for_ever(tmp_path: Path, 
         with ThreadedFrontend(service.control_target) as follower:
             hear = service.frontends.hear
             monkeypatch.setattr(service.frontends, "hear", lambda member, said: hear(member, said) if said.epoch == 1 else None)
-            assert service.call(service.rollout.scale(3)).epoch == 2
+            assert service.call(service.controller.scale(3)).epoch == 2
             assert epochs(service) == [2, 1], "as far as anybody knows"
             answers(follower.target)
 
