@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -154,11 +155,12 @@ class Fleet:
             await self._meet()
 
     async def stop(self) -> None:
-        """Stop the hosts, whatever state they are in."""
+        """Stop the hosts, whatever state they are in; nothing of theirs is left on this node, nor on others where they could be asked."""
         leaving = list(self._members.values())
         self._members.clear()
         self._directory.clear()
         await self._end(leaving)
+        await asyncio.to_thread(shutil.rmtree, self._socket_dir, ignore_errors=True)
 
     async def _add(self, seats: Sequence[Seat]) -> None:
         """Ask Ray for these hosts, beside those there are. Raises ConfigError when there is no room for one on its node; then for none."""
