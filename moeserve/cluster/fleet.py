@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -45,7 +46,7 @@ class Fleet:
         self._late: frozenset[int] = frozenset()
         #: None until it is known: then hosts go on with those they know
         self._frontends: frozenset[str] | None = None
-        self._socket_dir = Path()
+        self._service_id = ""
         self._over_tcp = True
         #: hosts that Ray has given up, until they are removed: their node is gone
         self.given_up: set[int] = set()
@@ -65,7 +66,12 @@ class Fleet:
 
         `over_tcp`: frontends and hosts on other nodes, or outside Ray, reach hosts, too, with keys (`admit`).
         """
-        self._socket_dir, self._over_tcp = Path(tempfile.gettempdir(), f"moeserve-{service_id}"), over_tcp
+        self._service_id, self._over_tcp = service_id, over_tcp
+
+    @property
+    def _socket_dir(self) -> Path:
+        assert self._service_id, "the fleet was started"
+        return Path(tempfile.gettempdir(), f"moeserve-{self._service_id}")
 
     async def take(self, release: Release, seats: Sequence[Seat], on_ready: Callable[[HostInfo], None] = lambda _: None) -> None:
         """Every host of `release`, started on its seat if need be, loads what is new in it; `on_ready` tells of each that was started.
@@ -161,11 +167,13 @@ class Fleet:
             await self._meet()
 
     async def stop(self) -> None:
-        """Stop the hosts, whatever state they are in."""
+        """Stop the hosts, whatever state they are in; nothing of theirs is left on this node, nor on others where they could be asked."""
         leaving = list(self._members.values())
         self._members.clear()
         self._directory.clear()
-        await self._end(leaving)
+        if self._service_id:
+            await self._end(leaving)
+            await asyncio.to_thread(shutil.rmtree, self._socket_dir, ignore_errors=True)
 
     async def _add(self, seats: Sequence[Seat]) -> None:
         """Ask Ray for these hosts, beside those there are. Raises ConfigError when there is no room for one on its node; then for none."""

@@ -66,7 +66,7 @@ class Member:
 
         Raises ExpertUnavailable when Ray has given it up or, unless `patient`, it dies again and again; or what the host raised.
         """
-        deaths_before: int | None = None
+        deaths_before, _ = await asyncio.to_thread(self._fate)
         while True:
             try:
                 info: HostInfo | None = await self.actor.present.remote()
@@ -75,7 +75,6 @@ class Member:
                 deaths, is_node_live = await asyncio.to_thread(self._fate)
                 if not is_node_live:
                     raise self._lost(f"its node {self.node} is gone") from None
-                deaths_before = deaths if deaths_before is None else deaths_before
                 if not patient and deaths - deaths_before >= MAX_DEATHS:
                     raise self.died_too_often() from None
                 await asyncio.sleep(_RETRY_S)
@@ -109,4 +108,4 @@ class Member:
     def _fate(self) -> tuple[int, bool]:
         """How often Ray has started it again, and whether it can do so once more: a place that is lost with its node never comes back."""
         is_node_live = any(node["Alive"] and node["NodeID"] == self.node for node in ray.nodes())
-        return state.actors(self.actor._actor_id.hex())["NumRestarts"], is_node_live
+        return state.actors(self.actor._actor_id.hex()).get("NumRestarts", 0), is_node_live

@@ -162,6 +162,7 @@ class PlacementConfig(Table):
     num_hosts: NumHosts = 1
     #: physical experts of a layer that one host holds at most
     experts_per_host: Size | None = None
+    #: of one GPU a fraction, or whole ones
     gpus_per_host: float = Field(default=0, ge=0)
     cpus_per_host: float = Field(default=1, ge=0)
     #: hosts are only put on nodes that Ray knows by these labels
@@ -182,6 +183,12 @@ class PlacementConfig(Table):
     strategy: Literal["contiguous", "round_robin"] = "contiguous"
     #: which copy of an expert computes: those that even out what hosts have to do, or each in turn
     copy_choice: CopyChoice = "least_outstanding"
+
+    @model_validator(mode="after")
+    def _gpus_can_be_had(self) -> Self:
+        if self.gpus_per_host > 1 and self.gpus_per_host % 1:
+            raise ValueError(f"placement.gpus_per_host is {self.gpus_per_host:g}; allowed: a fraction of one GPU, or whole GPUs")
+        return self
 
 
 class BatchingConfig(Table):

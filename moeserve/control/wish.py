@@ -37,9 +37,8 @@ def wanted_hosts(num_hosts: NumHosts, sources: Sequence[LayerSource], config: Se
     placing, specs = config.placement, [source.spec for source in sources]
     fewest, most = fewest_hosts(specs, placing), most_hosts(specs, placing)
     if fewest > most:
-        raise ConfigError(
-            f"placement.copies, tensor_parallel, pipeline_stages and experts_per_host need {fewest} hosts, but there are experts for {most}"
-        )
+        plan_placement(specs, placing.model_copy(update={"num_hosts": fewest, "experts_per_host": None}))  # says why not
+        raise ConfigError(f"placement needs {fewest} hosts, of which some would hold no expert; allowed: at most {most}")
     return Wanted(
         num_hosts=num_hosts,
         cpus=placing.cpus_per_host,

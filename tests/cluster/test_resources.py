@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from moeserve import CheckpointError, ConfigError, ExpertUnavailable, serve
+from moeserve import CheckpointError, Client, ConfigError, ExpertUnavailable, serve
 
 pytestmark = pytest.mark.ray
 
@@ -22,6 +22,12 @@ def test_more_gpus_than_exist(local_ray: None) -> None:
     sentence = r"num_hosts is 9 and each takes placement.gpus_per_host = 1, but there is room for 8: .* holds 8 .*Missing: 1 GPU$"
     with pytest.raises(ConfigError, match=sentence):
         serve(config)
+
+
+def test_all_is_what_the_nodes_have_room_for(local_ray: None) -> None:
+    placement = {"num_hosts": "all", "gpus_per_host": 4, "cpus_per_host": 0}
+    with serve({"layers": [LAYER], "placement": placement, "server": SERVER}) as service, Client(service.target) as client:
+        assert [len(host.cuda_visible_devices.split(",")) for host in client.stats().hosts] == [4, 4]
 
 
 class Dying(nn.Linear):

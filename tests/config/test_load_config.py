@@ -211,3 +211,11 @@ def test_a_file_that_is_missing_or_not_toml_is_refused(tmp_path: Path) -> None:
     assert "is not a readable TOML file" in refusal(written(tmp_path, "[server\nport = 1"))
     (tmp_path / "weights.bin").write_bytes(b"\xff\xfe\x00")
     assert "is not a readable TOML file" in refusal(tmp_path / "weights.bin")
+
+
+def test_gpus_of_a_host_are_a_fraction_of_one_or_whole() -> None:
+    layer = {"hidden_size": 4, "intermediate_size": 4, "num_experts": 2}
+    for gpus in (0.0, 0.25, 1.0, 2.0):
+        load_config({"layers": [layer], "placement": {"gpus_per_host": gpus}})
+    with pytest.raises(ConfigError, match=r"gpus_per_host is 1\.5; allowed: a fraction of one GPU, or whole GPUs"):
+        load_config({"layers": [layer], "placement": {"gpus_per_host": 1.5}})
