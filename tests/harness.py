@@ -174,7 +174,7 @@ class ServiceHarness:
     def _new_frontends(self, release: Release, keys: Collection[str]) -> Frontends:
         frontends = Frontends(self.config, self._admit, keys)
         frontends.include(
-            self.frontend, lambda: FrontendInfo("local", self.target, "", "", self.frontend.epoch, self.frontend.oldest_epoch)
+            self.frontend, lambda: FrontendInfo("local", self.target, "", "", self.frontend.epoch, self.frontend.oldest_epoch, True)
         )
         frontends.begin(release)
         frontends.directory({host.number: host.info for host in self.hosts})
