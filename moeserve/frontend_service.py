@@ -89,6 +89,8 @@ class FrontendService:
 
     async def stop(self) -> None:
         """Refuse new requests, finish the running ones (at most server.drain_timeout_s), leave the controller, then stop everything."""
+        self._healthy.clear()
+        self._follower.say(is_ready=False)
         await self._grpc.drain(self._server.drain_timeout_s)
         self._following.leave()
         if self._tasks:
@@ -115,8 +117,11 @@ class FrontendService:
 
     def health_changed(self, layer: int, healthy: bool) -> None:
         """As `Frontend` tells it."""
-        self._healthy[layer] = healthy
         self._grpc.set_serving(layer, healthy)
+        if not self._healthy:
+            return  # it is stopping
+        self._healthy[layer] = healthy
+        self._follower.say(is_ready=all(self._healthy))
         if all(self._healthy):
             self._ready.set()
 

@@ -189,7 +189,7 @@ class ServiceHarness:
         """A controller that knows this state, and the keys of frontends elsewhere."""
         self.frontends = Frontends(self.config, self._admit, keys)
         self.frontends.include(
-            self.frontend, lambda: FrontendInfo("local", self.target, "", "", self.frontend.epoch, self.frontend.oldest_epoch)
+            self.frontend, lambda: FrontendInfo("local", self.target, "", "", self.frontend.epoch, self.frontend.oldest_epoch, True)
         )
         self.frontends.begin(state.release)
         self.frontends.directory(self.present)

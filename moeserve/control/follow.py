@@ -31,7 +31,8 @@ class Report:
 
     name, target and metrics_target are for people, node is the Ray node it is on, public_key the key it was given earlier;
     new batches use `epoch`, running ones `oldest_epoch` at least (0 = it serves nothing yet); it is ready for the candidate of
-    `tried_epoch`, or is not: `refusal` says why. is_leaving = it ends for good, and does not come back with its key.
+    `tried_epoch`, or is not: `refusal` says why. is_leaving = it ends for good, and does not come back with its key; is_ready = it takes
+    requests, and every expert can be reached.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Report:
     tried_epoch: int = 0
     refusal: str = ""
     is_leaving: bool = False
+    is_ready: bool = False
 
     def to_message(self) -> pb.FrontendReport:
         """To be read by `from_message`."""

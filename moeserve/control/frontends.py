@@ -32,7 +32,10 @@ OnKeys = Callable[[frozenset[str]], Awaitable[None]]
 
 @dataclass(frozen=True)
 class FrontendInfo:
-    """One frontend: new batches use `epoch`, running ones `oldest_epoch` at least; 0 = it serves nothing yet."""
+    """One frontend: new batches use `epoch`, running ones `oldest_epoch` at least; 0 = it serves nothing yet.
+
+    is_ready = it takes requests, and every expert can be reached.
+    """
 
     name: str
     target: str
@@ -40,6 +43,7 @@ class FrontendInfo:
     node: str
     epoch: int
     oldest_epoch: int
+    is_ready: bool
 
 
 class Member:
@@ -61,7 +65,7 @@ class Member:
     @property
     def info(self) -> FrontendInfo:
         said = self.report
-        return FrontendInfo(said.name, said.target, said.metrics_target, said.node, said.epoch, said.oldest_epoch)
+        return FrontendInfo(said.name, said.target, said.metrics_target, said.node, said.epoch, said.oldest_epoch, said.is_ready)
 
 
 class Frontends:

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class FrontendReport(_message.Message):
-    __slots__ = ("name", "target", "metrics_target", "node", "public_key", "epoch", "oldest_epoch", "tried_epoch", "refusal", "is_leaving")
+    __slots__ = ("name", "target", "metrics_target", "node", "public_key", "epoch", "oldest_epoch", "tried_epoch", "refusal", "is_leaving", "is_ready")
     NAME_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     METRICS_TARGET_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +18,7 @@ class FrontendReport(_message.Message):
     TRIED_EPOCH_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     IS_LEAVING_FIELD_NUMBER: _ClassVar[int]
+    IS_READY_FIELD_NUMBER: _ClassVar[int]
     name: str
     target: str
     metrics_target: str
@@ -28,7 +29,8 @@ class FrontendReport(_message.Message):
     tried_epoch: int
     refusal: str
     is_leaving: bool
-    def __init__(self, name: _Optional[str] = ..., target: _Optional[str] = ..., metrics_target: _Optional[str] = ..., node: _Optional[str] = ..., public_key: _Optional[str] = ..., epoch: _Optional[int] = ..., oldest_epoch: _Optional[int] = ..., tried_epoch: _Optional[int] = ..., refusal: _Optional[str] = ..., is_leaving: _Optional[bool] = ...) -> None: ...
+    is_ready: bool
+    def __init__(self, name: _Optional[str] = ..., target: _Optional[str] = ..., metrics_target: _Optional[str] = ..., node: _Optional[str] = ..., public_key: _Optional[str] = ..., epoch: _Optional[int] = ..., oldest_epoch: _Optional[int] = ..., tried_epoch: _Optional[int] = ..., refusal: _Optional[str] = ..., is_leaving: _Optional[bool] = ..., is_ready: _Optional[bool] = ...) -> None: ...
 
 class FrontendOrder(_message.Message):
     __slots__ = ("welcome", "current", "candidate", "hosts")

@@ -92,7 +92,7 @@ def test_an_order_is_read_back(current: Release, candidate: Release | None, host
 
 @given(st.builds(Report, public_key=st.sampled_from(["", KEYS.public]), **dict.fromkeys(("name", "target", "node", "refusal"), TEXT)))
 def test_a_report_is_read_back(report: Report) -> None:
-    report = replace(report, epoch=3, oldest_epoch=2, tried_epoch=4, is_leaving=True)
+    report = replace(report, epoch=3, oldest_epoch=2, tried_epoch=4, is_leaving=True, is_ready=True)
     assert Report.from_message(pb.FrontendReport.FromString(report.to_message().SerializeToString())) == report
 
 

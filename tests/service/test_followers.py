@@ -63,8 +63,11 @@ def test_a_host_that_comes_back_is_found_where_it_is_now(tmp_path: Path) -> None
         with ThreadedFrontend(service.control_target) as follower, Load(follower.target, 2) as load:
             for host in service.hosts:
                 load.goes_on(5)
+                assert service.frontends.members()[1].is_ready
                 host.stop()
+                service.call(until(lambda: not service.frontends.members()[1].is_ready))
                 host.start()
+                service.call(until(lambda: service.frontends.members()[1].is_ready))
             load.goes_on(10)
 
 
