@@ -1,9 +1,10 @@
-"""The standard health service: every layer by its name, and the service as a whole."""
+"""The standard health service: every layer by its name, the service as a whole, and whether the process lives."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from typing import Final
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -11,9 +12,12 @@ from grpc_health.v1.health import aio
 
 from moeserve.server.service import SERVICE_NAME
 
+#: SERVING as long as this process answers and does not drain, whatever becomes of experts: for who would restart it
+LIVENESS: Final = "moeserve.v1.liveness"
+
 
 class Health:
-    """A layer is NOT_SERVING until told otherwise; "" and the service's name are SERVING while every layer is."""
+    """A layer is NOT_SERVING until told otherwise; "" and the service's name are SERVING while every layer is, `LIVENESS` always."""
 
     def __init__(self, layers: Iterable[str]) -> None:
         self._layers = dict.fromkeys(layers, False)
@@ -21,7 +25,7 @@ class Health:
         self._publishing: set[asyncio.Task[None]] = set()
 
     async def add_to(self, server: grpc.aio.Server) -> None:
-        """Registers the service; to be called before the server starts."""
+        """Registers the service, on as many servers as are to tell; to be called before they start."""
         await self._publish()
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
 
@@ -39,6 +43,6 @@ class Health:
 
     async def _publish(self) -> None:
         everything = all(self._layers.values())
-        for name, serving in {"": everything, SERVICE_NAME: everything, **self._layers}.items():
+        for name, serving in {"": everything, SERVICE_NAME: everything, **self._layers, LIVENESS: True}.items():
             status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
             await self._servicer.set(name, status)
