@@ -34,7 +34,7 @@ _SERVICE_CONFIG: Final = {
                 "retryableStatusCodes": ["UNAVAILABLE"],
             },
         }
-    ]
+    ],
 }
 
 CHANNEL_OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
