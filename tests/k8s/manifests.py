@@ -1,12 +1,7 @@
-"""What k8s/ comes to, overlay by overlay and with any choice of components, as `kubectl apply -k` would send it."""
+"""What k8s/ comes to, overlay by overlay and with any choice of components, as `kubectl apply -k` sends it."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -14,15 +9,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import pytest
-import yaml
+from tests.k8s.kustomize import Manifest, build
 
 REPOSITORY = Path(__file__).parents[2]
 K8S = REPOSITORY / "k8s"
 #: the oldest restarts init containers that keep running (restartPolicy: Always); the newest is the newest there is
 KUBERNETES = ("1.29", "1.37")
 
-Manifest = dict[str, Any]
 OVERLAYS = ("base", "overlays/cpu-kind", "overlays/gpu", "overlays/ha")
 _AUTOSCALING = ((), ("autoscaling",), ("autoscaling/experts",), ("autoscaling/hpa",), ("autoscaling/experts", "autoscaling/keda"))
 
@@ -58,31 +51,8 @@ def plain() -> list[Choice]:
 
 
 @cache
-def _program() -> list[str]:
-    """Skips the test where there is nothing that renders, or something too old for components."""
-    if found := shutil.which("kubectl"):
-        said = subprocess.run([found, "version", "--client", "--output=json"], capture_output=True, text=True, timeout=30, check=False)
-        known = json.loads(said.stdout) if said.returncode == 0 else {}
-        if int(known.get("kustomizeVersion", "v0").removeprefix("v").split(".")[0]) >= 4:
-            return [found, "kustomize"]
-    if found := shutil.which("kustomize"):
-        return [found, "build"]
-    pytest.skip("neither kustomize nor a kubectl of at least 1.24 is installed")
-
-
-@cache
 def render(choice: Choice) -> tuple[Manifest, ...]:
-    program = _program()
-    with tempfile.TemporaryDirectory() as folder:
-        here = Path(folder).resolve()
-        wanted: Manifest = {"resources": [os.path.relpath(K8S / choice.overlay, here)]}
-        if choice.components:
-            wanted["components"] = [os.path.relpath(K8S / "components" / name, here) for name in choice.components]
-        (here / "kustomization.yaml").write_text(yaml.safe_dump({**wanted, "namespace": "moeserve"}))
-        done = subprocess.run([*program, str(here)], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr, done.stderr
-    return tuple(yaml.load_all(done.stdout, yaml.CSafeLoader))
+    return tuple(build(K8S / choice.overlay, tuple(K8S / "components" / name for name in choice.components)))
 
 
 def kinds(choice: Choice, kind: str) -> list[Manifest]:

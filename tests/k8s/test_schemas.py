@@ -37,7 +37,7 @@ def test_nothing_is_there_twice_and_all_in_one_namespace(choice: Choice) -> None
     assert [kind for kind, name in names if kind == "Namespace"] == ["Namespace"]
 
 
-@pytest.mark.parametrize("path", [path for path in K8S.rglob("loader.yaml")], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(K8S.rglob("loader.yaml")), ids=lambda path: path.name)
 def test_a_file_that_is_applied_alone_is_known(path: Path) -> None:
     check(yaml.safe_load(path.read_text()))
 
