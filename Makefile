@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test lint protos bench clean
+.PHONY: setup demo test lint protos k8s bench clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,12 @@ lint: setup
 
 protos: setup
 	@$(BIN)/python -m grpc_tools.protoc --proto_path=protos --python_out=. --pyi_out=. --grpc_python_out=. protos/moeserve/v1/*.proto
+
+# kustomize reads nothing outside its folder, so what deploy/ says of dashboard and alerts is copied.
+k8s:
+	@cp deploy/grafana/dashboards/moeserve.json k8s/components/monitoring/dashboard.json
+	@sed -i '/^spec:/q' k8s/components/monitoring/rules.yaml
+	@sed -n '/^groups:/,$$p' deploy/prometheus/alerts.yml | sed 's/^./  &/' >> k8s/components/monitoring/rules.yaml
 
 bench: setup
 	@$(BIN)/python benchmarks/bench_forward.py

@@ -88,7 +88,9 @@ class Service:
         frontends.begin(state.release)
         self._controller = Controller(config, sources, state, nodes, fleet, frontends, _forget)
         control = Control(frontends, frontend_tokens(config.controller))
-        self._server = GrpcServer(config.server, metrics.observe_call, engine=frontend, admin=self._controller, control=control)
+        self._server = GrpcServer(
+            config.server, metrics.observe_call, engine=frontend, admin=self._controller, control=control if control.tokens else None
+        )
         self._running.push_async_callback(self._drain)
         self.target = f"{config.server.host}:{await self._server.start()}"
         self.metrics_target = f"{config.server.host}:{self._start_metrics(metrics, frontend)}"

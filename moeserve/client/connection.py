@@ -19,8 +19,10 @@ _MAX_MESSAGE_BYTES: Final = 2**30
 #: larger requests are not sent again when the service turns out to be unavailable
 _RETRY_BUFFER_BYTES: Final = 64 * 2**20
 
-# A forward can be run twice without harm, and UNAVAILABLE says that it may not have been run at all.
+# A name may stand for several frontends: requests are shared out among them. A forward can be run twice without harm, and UNAVAILABLE says
+# that it may not have been run at all.
 _SERVICE_CONFIG: Final = {
+    "loadBalancingConfig": [{"round_robin": {}}],
     "methodConfig": [
         {
             "name": [{"service": SERVICE_NAME}],
@@ -32,7 +34,7 @@ _SERVICE_CONFIG: Final = {
                 "retryableStatusCodes": ["UNAVAILABLE"],
             },
         }
-    ]
+    ],
 }
 
 CHANNEL_OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (

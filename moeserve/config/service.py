@@ -49,6 +49,8 @@ class ServerConfig(Table):
     #: 0 = any free port
     port: Port = 50051
     metrics_port: Port = 9464
+    #: the standard health service and nothing else, in plain text whatever `port` speaks, for probes that cannot do TLS; unset = none
+    health_port: Port | None = None
     tls_cert: File | None = None
     tls_key: File | None = None
     #: certificate authority of the clients; set = clients must present a certificate (mutual TLS)

@@ -51,11 +51,14 @@ class GrpcServer:
             check_exposure(config)
         tokens = read_tokens(config, frozenset() if control is None else control.tokens)
         self._config = config
-        self._where = "server.host, server.port" if has_engine else "controller.control_host, controller.control_port"
+        self._where = ("server.host", "server.port") if has_engine else ("controller.control_host", "controller.control_port")
         self._layers: list[str] = []
         self._credentials = server_credentials(config)
         self._boundary = Boundary(tokens, observe)
         self._server = grpc.aio.server(interceptors=[self._boundary], options=_options(config, 30_000 if control is None else 10_000))
+        self._probed = None if config.health_port is None else grpc.aio.server(options=_options(config, 30_000))
+        #: where health alone is told in plain text; None = nowhere
+        self.health_port = config.health_port
         self._service = MoEService(config.max_tokens_per_request, observe, self._boundary.draining)
         services: dict[str, grpc.GenericRpcHandler] = {}
         if has_engine:
@@ -79,18 +82,11 @@ class GrpcServer:
     async def start(self) -> int:
         """Listens; returns the port. Raises ConfigError when the address cannot be had."""
         await self._health.add_to(self._server)
-        host, port = self._config.host, self._config.port
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        try:
-            await _require_free(host, port)
-            if self._credentials is None:
-                port = self._server.add_insecure_port(address)
-            else:
-                port = self._server.add_secure_port(address, self._credentials)
-        except (OSError, RuntimeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise ConfigError(f"{self._where}: cannot listen on {address}: {reason}") from None
-        await self._server.start()
+        port = await _listen(self._server, self._config.host, self._config.port, self._credentials, *self._where)
+        if self._probed is not None:
+            assert self.health_port is not None
+            await self._health.add_to(self._probed)
+            self.health_port = await _listen(self._probed, self._config.host, self.health_port, None, "server.host", "server.health_port")
         return port
 
     def set_serving(self, layer: int, serving: bool) -> None:
@@ -109,12 +105,31 @@ class GrpcServer:
         except TimeoutError:
             await self.stop()
         else:
-            await self._server.stop(_FLUSH_S)
+            await self._stop(_FLUSH_S)
 
     async def stop(self) -> None:
         """Ends the service now and cancels what is running; does nothing after `drain`."""
-        await self._server.stop(None)
+        await self._stop(None)
         await self._boundary.idle()
+
+    async def _stop(self, grace_s: float | None) -> None:
+        await self._server.stop(grace_s)
+        if self._probed is not None:
+            await self._probed.stop(None)
+
+
+async def _listen(
+    server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None, host_key: str, port_key: str
+) -> int:
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        await _require_free(host, port)
+        port = server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"{host_key}, {port_key}: cannot listen on {address}: {reason}") from None
+    await server.start()
+    return port
 
 
 async def _require_free(host: str, port: int) -> None:

@@ -1,17 +1,21 @@
-"""The standard health service: every layer by its name, and the service as a whole."""
+"""The standard health service: every layer by its name, the service as a whole, and whether the process lives."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio
 
+#: SERVING as long as this process answers and does not drain, whatever becomes of experts: for who would restart it
+LIVENESS: Final = "moeserve.v1.liveness"
+
 
 class Health:
-    """A layer is NOT_SERVING until told otherwise; "" and the services' names are SERVING while every layer is.
+    """A layer is NOT_SERVING until told otherwise; "" and the services' names are SERVING while every layer is, `LIVENESS` always.
 
     `layers` = None: they are not known yet, so nothing is SERVING.
     """
@@ -23,7 +27,7 @@ class Health:
         self._publishing: set[asyncio.Task[None]] = set()
 
     async def add_to(self, server: grpc.aio.Server) -> None:
-        """Registers the service; to be called before the server starts."""
+        """Registers the service, on as many servers as are to tell; to be called before they start."""
         await self._publish()
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
 
@@ -50,6 +54,6 @@ class Health:
     async def _publish(self) -> None:
         layers = self._layers or {}
         everything = self._layers is not None and all(layers.values())
-        for name, serving in (dict.fromkeys(("", *self._services), everything) | layers).items():
+        for name, serving in (dict.fromkeys(("", *self._services), everything) | layers | {LIVENESS: True}).items():
             status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
             await self._servicer.set(name, status)

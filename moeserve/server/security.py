@@ -43,7 +43,13 @@ def controller_address(config: ServiceConfig) -> ServerConfig:
             "server.insecure = true to send tokens and keys in the clear"
         )
     return server.model_copy(
-        update={"host": host, "port": config.controller.control_port, "auth_token_file": None, "max_message_bytes": _MAX_CONTROL_BYTES}
+        update={
+            "host": host,
+            "port": config.controller.control_port,
+            "auth_token_file": None,
+            "health_port": None,
+            "max_message_bytes": _MAX_CONTROL_BYTES,
+        }
     )
 
 
