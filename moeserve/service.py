@@ -36,6 +36,7 @@ class Service:
         self._running = AsyncExitStack()
         self._server: GrpcServer | None = None
         self._controller: Controller | None = None
+        self._healthy: dict[int, bool] = {}
         self.hosts: list[HostInfo] = []
         #: host:port of the gRPC service, and of the metrics endpoint
         self.target = ""
@@ -87,10 +88,9 @@ class Service:
         frontends.include(frontend, lambda: self._info(frontend, runtime.node_id))
         frontends.begin(state.release)
         self._controller = Controller(config, sources, state, nodes, fleet, frontends, _forget)
-        control = Control(frontends, frontend_tokens(config.controller))
-        self._server = GrpcServer(
-            config.server, metrics.observe_call, engine=frontend, admin=self._controller, control=control if control.tokens else None
-        )
+        tokens = frontend_tokens(config.controller)
+        control = Control(frontends, tokens) if tokens else None
+        self._server = GrpcServer(config.server, metrics.observe_call, engine=frontend, admin=self._controller, control=control)
         self._running.push_async_callback(self._drain)
         self.target = f"{config.server.host}:{await self._server.start()}"
         self.metrics_target = f"{config.server.host}:{self._start_metrics(metrics, frontend)}"
@@ -98,7 +98,7 @@ class Service:
         num_hosts = len(state.seats)
         self._progress(f"loading {sum(spec.num_experts for spec in specs)} experts of {len(specs)} layers on {num_hosts} hosts")
         self._running.push_async_callback(fleet.stop)
-        fleet.start(secrets.token_hex(8), over_tcp=not runtime.is_private or bool(control.tokens))
+        fleet.start(secrets.token_hex(8), over_tcp=not runtime.is_private or control is not None)
         await admit(frozenset())
         await fleet.take(state.release, state.seats, partial(self._host_ready, runtime.node_id, num_hosts))
         self._running.push_async_callback(frontend.close)
@@ -112,7 +112,8 @@ class Service:
         self._running.callback(task.cancel)
 
     def _info(self, frontend: Frontend, node: str) -> FrontendInfo:
-        return FrontendInfo("serve", self.target, self.metrics_target, node, frontend.epoch, frontend.oldest_epoch)
+        is_ready = bool(self._healthy) and all(self._healthy.values())
+        return FrontendInfo("serve", self.target, self.metrics_target, node, frontend.epoch, frontend.oldest_epoch, is_ready)
 
     def _start_metrics(self, metrics: Metrics, frontend: Frontend) -> int:
         host, port = self._config.server.host, self._config.server.metrics_port
@@ -134,6 +135,7 @@ class Service:
 
     def _health_changed(self, layer: int, healthy: bool) -> None:
         assert self._server is not None
+        self._healthy[layer] = healthy
         self._server.set_serving(layer, healthy)
 
     async def _drain(self) -> None:

@@ -23,13 +23,14 @@ class HostStanding:
 
 @dataclass(frozen=True)
 class FrontendStanding:
-    """One frontend; `epoch` is what new batches use there."""
+    """One frontend; `epoch` is what new batches use there; is_ready = it takes requests, and every expert can be reached."""
 
     name: str
     target: str
     metrics_target: str
     node: str
     epoch: int
+    is_ready: bool
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,10 @@ def _hosts(standing: Standing) -> Table:
 
 
 def _frontends(standing: Standing) -> Table:
-    table = Table("frontend", "gRPC", "metrics", "node", "epoch", box=SIMPLE_HEAD)
+    table = Table("frontend", "state", "gRPC", "metrics", "node", "epoch", box=SIMPLE_HEAD)
     for frontend in standing.frontends:
-        table.add_row(frontend.name, frontend.target, frontend.metrics_target, frontend.node[:12], str(frontend.epoch))
+        state = "[green]ready[/]" if frontend.is_ready else "[red]not ready[/]"
+        table.add_row(frontend.name, state, frontend.target, frontend.metrics_target, frontend.node[:12], str(frontend.epoch))
     return table
 
 

@@ -105,7 +105,9 @@ def _standing(answer: pb.GetPlacementResponse) -> Standing:
             HostStanding(host.name, host.node, host.is_up, host.pid, host.device, host.cuda_visible_devices, host.weights_bytes)
             for host in answer.hosts
         ],
-        frontends=[FrontendStanding(one.name, one.target, one.metrics_target, one.node, one.epoch) for one in answer.frontends],
+        frontends=[
+            FrontendStanding(one.name, one.target, one.metrics_target, one.node, one.epoch, one.is_ready) for one in answer.frontends
+        ],
         layers=[
             LayerStanding(
                 layer.name,

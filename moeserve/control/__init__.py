@@ -7,7 +7,7 @@ from moeserve.control.reconcile import reconcile
 from moeserve.control.saved import Saved
 from moeserve.control.seats import Node, Seat, Seating, Wanted
 from moeserve.control.state import NumHosts, State
-from moeserve.control.wish import first_wish
+from moeserve.control.wish import first_wish, wanted_hosts
 
 __all__ = [
     "CannotFollow",
@@ -25,4 +25,5 @@ __all__ = [
     "first_state",
     "first_wish",
     "reconcile",
+    "wanted_hosts",
 ]

@@ -28,7 +28,7 @@ def overview(
         is_changing=is_changing,
         shortage=shortage or "",
         hosts=[_host(seat, present.get(seat.number)) for seat in state.seats],
-        frontends=[FrontendStanding(one.name, one.target, one.metrics_target, one.node, one.epoch) for one in frontends],
+        frontends=[FrontendStanding(one.name, one.target, one.metrics_target, one.node, one.epoch, one.is_ready) for one in frontends],
         layers=[
             LayerStanding(name, release.revision(name), layer.tensor_parallel, _held(release.placement, number))
             for number, (name, layer) in enumerate(zip(layer_names, release.placement.layers, strict=True))

@@ -42,15 +42,8 @@ def controller_address(config: ServiceConfig) -> ServerConfig:
             f"controller.control_host {host} can be reached from other machines: set server.tls_cert and server.tls_key, or "
             "server.insecure = true to send tokens and keys in the clear"
         )
-    return server.model_copy(
-        update={
-            "host": host,
-            "port": config.controller.control_port,
-            "auth_token_file": None,
-            "health_port": None,
-            "max_message_bytes": _MAX_CONTROL_BYTES,
-        }
-    )
+    own = {"host": host, "port": config.controller.control_port, "health_port": None, "auth_token_file": None}
+    return server.model_copy(update={**own, "max_message_bytes": _MAX_CONTROL_BYTES})
 
 
 def frontend_tokens(config: ControllerConfig, *own: str) -> frozenset[bytes]:

@@ -95,18 +95,20 @@ class PlacedHost(_message.Message):
     def __init__(self, name: _Optional[str] = ..., node: _Optional[str] = ..., is_up: _Optional[bool] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., cuda_visible_devices: _Optional[str] = ..., weights_bytes: _Optional[int] = ...) -> None: ...
 
 class FollowingFrontend(_message.Message):
-    __slots__ = ("name", "target", "metrics_target", "node", "epoch")
+    __slots__ = ("name", "target", "metrics_target", "node", "epoch", "is_ready")
     NAME_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     METRICS_TARGET_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    IS_READY_FIELD_NUMBER: _ClassVar[int]
     name: str
     target: str
     metrics_target: str
     node: str
     epoch: int
-    def __init__(self, name: _Optional[str] = ..., target: _Optional[str] = ..., metrics_target: _Optional[str] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+    is_ready: bool
+    def __init__(self, name: _Optional[str] = ..., target: _Optional[str] = ..., metrics_target: _Optional[str] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., is_ready: _Optional[bool] = ...) -> None: ...
 
 class PlacedLayer(_message.Message):
     __slots__ = ("name", "model_revision", "tensor_parallel", "placement")

@@ -131,7 +131,7 @@ def live(scene: Scene, deployed: Deployed, admin: AdminClient, goes_on: Callable
             seen = admin.status()
         except ExpertUnavailable:
             return False
-        up = len(seen.hosts) == hosts and all(host.is_up for host in seen.hosts) and len(seen.frontends) == 1
+        up = len(seen.hosts) == hosts and all(host.is_up for host in seen.hosts) and len(seen.frontends) == 1 and seen.frontends[0].is_ready
         return up and not seen.is_changing and bool(seen.shortage) == short
 
     goes_on()
