@@ -51,8 +51,9 @@ def _end_processes(processes: Sequence[tuple[str, int]], socket_dir: Path) -> No
 @ray.remote(num_cpus=0)
 def _end_process(pid: int, socket_dir: Path) -> None:
     command = Path(f"/proc/{pid}/cmdline")
-    if command.exists() and b"ExpertHost" in command.read_bytes():
-        os.kill(pid, signal.SIGKILL)
+    with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+        if b"ExpertHost" in command.read_bytes():
+            os.kill(pid, signal.SIGKILL)
     for left_behind in socket_dir.glob(f"host-*-{pid}.sock"):
         left_behind.unlink(missing_ok=True)
     with suppress(OSError):
