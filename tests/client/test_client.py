@@ -16,7 +16,7 @@ from moeserve.client import AsyncClient, WireRequest
 from moeserve.output import ForwardOutput
 
 from .conftest import Calls
-from .engine import EXPERTS, HIDDEN, FunctionEngine, X, served
+from .engine import EXPERTS, HIDDEN, FunctionEngine, X, served, spec
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -141,6 +141,21 @@ async def test_unavailable_is_tried_again(calls: Calls, engine: FunctionEngine) 
     large = torch.randn(2**14, HIDDEN)
     assert torch.equal((await calls.forward(large)).hidden_states, large)
     assert len(engine.requests) == 4
+
+
+async def test_requests_are_shared_out_among_the_frontends_behind_a_name(
+    target: str, engine: FunctionEngine, connect: Callable[..., Calls]
+) -> None:
+    """As a headless Service of Kubernetes has several addresses."""
+    other = FunctionEngine([(spec("model.layers.0.mlp", HIDDEN, EXPERTS), lambda x, ids, weights: x)])
+    with served(other) as (second, _, _):
+        calls = connect(f"ipv4:{target},{second}")
+        while not (engine.requests and other.requests):  # the first ones go to whichever is connected to first
+            await calls.forward(X, layer=0)
+        before = len(engine.requests), len(other.requests)
+        for _ in range(10):
+            await calls.forward(X, layer=0)
+        assert (len(engine.requests) - before[0], len(other.requests) - before[1]) == (5, 5)
 
 
 async def test_nothing_else_is_tried_again(calls: Calls, engine: FunctionEngine) -> None:
