@@ -44,6 +44,7 @@ class Fleet:
         self._members: dict[int, Member] = {}
         self._directory: dict[int, HostInfo] = {}
         self._late: frozenset[int] = frozenset()
+        self._on_change: Callable[[Mapping[int, HostInfo]], None] = lambda _: None
         #: None until it is known: then hosts go on with those they know
         self._frontends: frozenset[str] | None = None
         self._service_id = ""
@@ -128,9 +129,10 @@ class Fleet:
         return info
 
     async def watch(self, on_change: Callable[[Mapping[int, HostInfo]], None]) -> None:
-        """For ever: looks about once a second where each host is, and tells whenever that, or which there are, has changed."""
+        """For ever: looks about once a second where each host is, and tells at once when that, or which there are, has changed."""
         looking: dict[int, asyncio.Task[None]] = {}
-        told: dict[int, HostInfo] | None = None
+        self._on_change = on_change
+        self._announce()
         try:
             while True:
                 looking |= {number: asyncio.create_task(self._look(number)) for number in self._members if number not in looking}
@@ -138,9 +140,6 @@ class Fleet:
                     await asyncio.wait(looking.values(), timeout=_WATCH_S)
                 looking = {number: task for number, task in looking.items() if not task.done()}
                 self._late = frozenset(looking)
-                if self._directory != told:
-                    told = dict(self._directory)
-                    on_change(told)
                 await asyncio.sleep(_WATCH_S)
         finally:
             for task in looking.values():
@@ -162,6 +161,7 @@ class Fleet:
         self.given_up.difference_update(numbers)
         for number in numbers:
             self._directory.pop(number, None)
+        self._announce()
         await self._end(leaving)
         if leaving:
             await self._meet()
@@ -227,8 +227,12 @@ class Fleet:
         if self._directory.get(number) == info:
             return
         self._directory[number] = info
+        self._announce()
         if len(self._directory) == len(self._members):
             await self._meet()
+
+    def _announce(self) -> None:
+        self._on_change(dict(self._directory))
 
     async def _meet(self) -> None:
         directory, frontends = dict(self._directory), self._frontends
@@ -242,6 +246,7 @@ class Fleet:
         ray.kill(lost.actor)
         give_back(lost.group)
         self._directory.pop(number, None)
+        self._announce()
         self.given_up.add(number)
 
     async def _end(self, members: Sequence[Member]) -> None:

@@ -18,11 +18,12 @@ Overrides = Mapping[str, Mapping[str, Any]]
 def load_config(source: str | Path | Mapping[str, Any], overrides: Overrides | None = None) -> ServiceConfig:
     """The configuration of `source`: a TOML file, a checkpoint folder, or a mapping of the same shape as the TOML.
 
-    `overrides` (table -> key -> value) win over the file. Relative paths in a file count from the file's folder.
+    `overrides` (table -> key -> value) win over the file. Relative paths in a file count from the file's folder,
+    those in `overrides` from the working directory.
     Raises ConfigError naming the dotted key, the value and what is allowed.
     """
     where, data = _read(source)
-    for table, values in (overrides or {}).items():
+    for table, values in _absolute_paths(overrides or {}, Path.cwd()).items():
         given = data.get(table, {})
         data[table] = {**given, **values} if isinstance(given, Mapping) else given
     try:
@@ -62,14 +63,20 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return str(path), _absolute_paths(data, path.resolve().parent)
 
 
-def _absolute_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _absolute_paths(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A copy in which paths count from `folder`; what is of another type than it should be stays, to be refused."""
     of_server = ("tls_cert", "tls_key", "client_ca", "auth_token_file", "admin_token_file")
-    for table, keys in (("model", ("checkpoint",)), ("server", of_server), ("controller", ("frontend_token_file", "control_ca"))):
-        for key in keys:
-            value = data.get(table, {}).get(key) if isinstance(data.get(table), dict) else None
-            if isinstance(value, str):
-                data[table][key] = folder / Path(value).expanduser()
-    return data
+    paths = {"model": ("checkpoint",), "server": of_server, "controller": ("frontend_token_file", "control_ca")}
+    return {
+        table: {key: _absolute(value, folder) if key in paths.get(table, ()) else value for key, value in values.items()}
+        if isinstance(values, Mapping)
+        else values
+        for table, values in data.items()
+    }
+
+
+def _absolute(value: Any, folder: Path) -> Any:
+    return folder / Path(value).expanduser() if isinstance(value, str | Path) else value
 
 
 def _sentence(error: ValidationError) -> str:

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from moeserve.checkpoints import LayerSource, layer_sources
 from moeserve.cluster import Fleet, Nodes, Store, end_this_process
@@ -20,6 +20,9 @@ from moeserve.server import Control, GrpcServer, controller_address, frontend_to
 from moeserve.stats import HostInfo
 
 log = logging.getLogger(__name__)
+
+#: for frontends that followed an earlier incarnation: they come back within seconds, or have gone
+_REUNION_S: Final = 10.0
 
 Tell = Callable[[str], None]
 
@@ -84,6 +87,7 @@ class ControllerProgram:
         else:
             await self._fleet.adopt(state.release, state.seats)
         self._later(self._fleet.watch(frontends.directory))
+        await frontends.reunited(_REUNION_S)
         await self._crew.muster()
         self._later(self._crew.keep())
         self._later(controller.keep())

@@ -22,7 +22,7 @@ from moeserve.server.security import check_exposure, read_tokens, server_credent
 from moeserve.server.service import SERVICE_NAME, MoEService
 
 #: after the last call has ended: for its answer to leave, and before watchers of the health service are cut off
-_FLUSH_S: Final = 1.0
+_FLUSH_S: Final = 3.0
 
 
 class GrpcServer:

@@ -219,3 +219,11 @@ def test_gpus_of_a_host_are_a_fraction_of_one_or_whole() -> None:
         load_config({"layers": [layer], "placement": {"gpus_per_host": gpus}})
     with pytest.raises(ConfigError, match=r"gpus_per_host is 1\.5; allowed: a fraction of one GPU, or whole GPUs"):
         load_config({"layers": [layer], "placement": {"gpus_per_host": 1.5}})
+
+
+def test_relative_paths_of_overrides_count_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides = {"server": {"admin_token_file": Path("token")}, "model": {"checkpoint": "model"}}
+    config = load_config({}, overrides)
+    assert config.server.admin_token_file == tmp_path / "token"
+    assert config.model.checkpoint == tmp_path / "model"
