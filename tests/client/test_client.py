@@ -150,8 +150,9 @@ async def test_requests_are_shared_out_among_the_frontends_behind_a_name(
     other = FunctionEngine([(spec("model.layers.0.mlp", HIDDEN, EXPERTS), lambda x, ids, weights: x)])
     with served(other) as (second, _, _):
         calls = connect(f"ipv4:{target},{second}")
-        while not (engine.requests and other.requests):  # the first ones go to whichever is connected to first
-            await calls.forward(X, layer=0)
+        async with asyncio.timeout(30):
+            while not (engine.requests and other.requests):  # the first ones go to whichever is connected to first
+                await calls.forward(X, layer=0)
         before = len(engine.requests), len(other.requests)
         for _ in range(10):
             await calls.forward(X, layer=0)
