@@ -27,7 +27,7 @@ from moeserve.cluster import Fleet, Nodes, RayRuntime
 from moeserve.cluster.leave import leave
 from moeserve.cluster.reservation import find_hosts, find_reservations
 from moeserve.config import ServiceConfig, load_config
-from moeserve.control import Seat, reconcile, wanted_hosts
+from moeserve.control import Seat, first_state, reconcile, wanted_hosts
 from moeserve.frontend import Frontend
 from moeserve.metrics import Metrics
 from moeserve.placement import plan_placement
@@ -63,10 +63,10 @@ async def until(condition: Callable[[], bool]) -> None:
 async def first_driver(cluster: Cluster, wide: Any, narrow: Any) -> None:
     config = config_for(cluster.address)
     fleet, sources = Fleet(config, detached=True), layer_sources(config)
-    nodes, wanted = Nodes(fleet), wanted_hosts(config, sources)
+    nodes, wanted = Nodes(fleet), wanted_hosts(config.placement.num_hosts, sources, config)
     await only_what_fits(nodes, config)
 
-    seats = list(await nodes.first_seats(wanted, 0))
+    seats = list((await first_state(config, sources, nodes)).seats)
     names = {wide.node_id: "wide", narrow.node_id: "narrow"}
     print("seats", [names[seat.node] for seat in seats])
     fleet.start(SERVICE)
@@ -114,11 +114,11 @@ async def only_what_fits(nodes: Nodes, config: ServiceConfig) -> None:
     sources = layer_sources(config)
     for placement in ({"num_hosts": 7}, {"node_strategy": "strict_spread"}, {"node_labels": {"pool": "none"}}):
         try:
-            await nodes.first_seats(wanted_hosts(config_for(config.ray.address or "", **placement), sources), 0)
+            await first_state(config_for(config.ray.address or "", **placement), sources, nodes)
         except MoEServeError as error:
             print("refused:", error)
-    everywhere = await nodes.first_seats(wanted_hosts(config_for("", num_hosts="all"), sources), 0)
-    packed = await nodes.first_seats(wanted_hosts(config_for("", num_hosts=4, node_strategy="pack"), sources), 0)
+    everywhere = (await first_state(config_for("", num_hosts="all"), sources, nodes)).seats
+    packed = (await first_state(config_for("", num_hosts=4, node_strategy="pack"), sources, nodes)).seats
     print("all", len(everywhere), "packed on", len({seat.node for seat in packed}))
 
 
@@ -150,7 +150,7 @@ async def second_driver(address: str, service: str, seats: list[Seat], pids: dic
     await fleet.admit({keys.public})
     sources, hidden_states = layer_sources(config), torch.randn(20, 16)
     metrics = Metrics([source.spec for source in sources], "off")
-    frontend = Frontend(sources, release, fleet.find, config, metrics, "model", lambda layer, healthy: None, keys)
+    frontend = Frontend(sources, release, fleet.find, config, metrics, lambda layer, healthy: None, keys)
     await frontend.start("no node of this cluster")
     expected = MoELayer(**LAYER)(hidden_states)
     assert_same((await frontend.forward(0, LayerRequest(hidden_states))).hidden_states, expected)
