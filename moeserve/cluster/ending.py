@@ -32,6 +32,11 @@ async def end_hosts(actors: Sequence[ActorHandle[ExpertHost]], socket_dir: Path)
         await asyncio.to_thread(_end_processes, processes, socket_dir)
 
 
+async def kill_process(actor: ActorHandle[ExpertHost], socket_dir: Path) -> None:
+    """End the process of a host that hangs; Ray starts another in its place."""
+    await asyncio.to_thread(lambda: _end_processes(_processes_of([actor]), socket_dir))
+
+
 def _processes_of(actors: Sequence[ActorHandle[ExpertHost]]) -> list[tuple[str, int]]:
     """Node and process id of each that is on a node where something can still be started."""
     usable = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - set(state.state.get_draining_nodes())

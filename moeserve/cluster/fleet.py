@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from moeserve.cluster.ending import end_hosts
+from moeserve.cluster.ending import end_hosts, kill_process
 from moeserve.cluster.expert_host import HostOrder
 from moeserve.cluster.member import MAX_DEATHS, Call, Member
 from moeserve.cluster.reservation import await_granted, find_hosts, find_reservations, give_back, host_name, reserve
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 _WATCH_S = 1.0
 _RETRY_S = 0.1
 _MEET_TIMEOUT_S = 5.0
+#: no host that is well is silent for so long
+_HANG_S = 60.0
 #: hosts hear in the end what they are to forget; nobody waits for one that is busy or hangs
 _FORGET_TIMEOUT_S = 10.0
 
@@ -216,7 +218,11 @@ class Fleet:
             future.cancel()
 
     async def _look(self, number: int) -> None:
+        member = self._members[number]
         try:
+            if not await member.answers(_HANG_S):
+                log.warning("%s has not answered for %g s: it is killed, and starts anew", host_name(number), _HANG_S)
+                await kill_process(member.actor, self._socket_dir)
             await self.find(number)
         except MoEServeError as error:
             log.warning("%s", error)

@@ -83,6 +83,17 @@ class Member:
             except RayTaskError as error:
                 raise error.cause from None
 
+    async def answers(self, timeout_s: float) -> bool:
+        """False when its process lives and says nothing, as one does that hangs; loading does not keep it from answering."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.actor.present.remote()
+        except TimeoutError:
+            return False
+        except RayActorError as error:
+            log.debug("%s is on its way: %s", self.name, error)  # for `find` to see to
+        return True
+
     async def is_told(self, call: Call) -> bool:
         """`call` the actor; False when it has died meanwhile. Raises what the host raised."""
         try:

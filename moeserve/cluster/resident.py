@@ -45,7 +45,8 @@ class _Resident:
         self._program = make(self._told.append)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="program", daemon=True).start()
-        self._started = asyncio.run_coroutine_threadsafe(self._program.start(), self._loop)
+        self._starting: asyncio.Task[None] | None = None
+        self._started = asyncio.run_coroutine_threadsafe(self._start(), self._loop)
 
     def ready(self) -> Any:
         """What the program says of itself, once it has started. Raises what kept it from starting."""
@@ -57,11 +58,27 @@ class _Resident:
         return self._told[since:]
 
     def stop(self) -> None:
-        """Stop the program, or give up starting it."""
-        if not self._started.done():
-            self._started.cancel()
-            return
-        asyncio.run_coroutine_threadsafe(self._program.stop(), self._loop).result()
+        """Stop the program, or give up starting it; returns when it has ended."""
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
+
+    async def _start(self) -> None:
+        self._starting = asyncio.create_task(self._program.start())
+        try:
+            await self._starting
+        except Exception:
+            if ray.get_runtime_context().was_current_actor_reconstructed:
+                # Nobody waits for what kept it from starting, as somebody did for the first incarnation.
+                log.exception("it did not start again; Ray gives it another try")
+                await asyncio.sleep(_RETRY_S)
+                os._exit(1)
+            raise
+
+    async def _stop(self) -> None:
+        if self._starting is None or self._starting.done():
+            await self._program.stop()
+        else:
+            self._starting.cancel()
+            await asyncio.wait({self._starting})
 
 
 # The name of the class is what the process is called.

@@ -11,7 +11,7 @@ from typing import Any, Final
 from moeserve.cluster import Resident, node_address, on_this_node, settle, spread
 from moeserve.config import ServiceConfig
 from moeserve.deployment.frontend import FrontendProgram
-from moeserve.errors import ExpertUnavailable
+from moeserve.errors import MoEServeError
 from moeserve.server import is_loopback
 
 log = logging.getLogger(__name__)
@@ -43,10 +43,23 @@ class Crew:
         await asyncio.gather(*map(self._have, self._names))
 
     async def keep(self) -> None:
-        """Replace those that are gone for good, until cancelled."""
+        """Replace those that are gone for good, or cannot start, until cancelled."""
+        await asyncio.gather(*map(self._keep, self._names))
+
+    async def _keep(self, name: str) -> None:
         while True:
+            try:
+                await self._have(name)
+            except MoEServeError as error:
+                log.warning("%s is replaced: %s", name, error)
+                self._drop(name)
             await asyncio.sleep(_LOOK_S)
-            await self.muster()
+
+    def _drop(self, name: str) -> None:
+        self._targets.pop(name, None)
+        resident = Resident.find(name, self._config.ray.namespace)
+        if resident is not None:
+            resident.kill()
 
     async def stop(self) -> None:
         """They drain and leave."""
@@ -56,16 +69,9 @@ class Crew:
 
     async def _have(self, name: str) -> None:
         namespace = self._config.ray.namespace
-        while True:
-            resident = Resident.find(name, namespace)
-            if resident is None:
-                self._tell(f"starting {name}")
-                make = partial(FrontendProgram, self._config, name, self._controller, self._token)
-                resident = settle("frontend", name, namespace, make, self._where)
-            try:
-                self._targets[name] = await resident.ready()
-                return
-            except ExpertUnavailable as error:
-                log.warning("%s is replaced: %s", name, error)
-                resident.kill()
-                await asyncio.sleep(_LOOK_S)
+        resident = Resident.find(name, namespace)
+        if resident is None:
+            self._tell(f"starting {name}")
+            make = partial(FrontendProgram, self._config, name, self._controller, self._token)
+            resident = settle("frontend", name, namespace, make, self._where)
+        self._targets[name] = await resident.ready()

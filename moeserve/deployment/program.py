@@ -87,8 +87,10 @@ class ControllerProgram:
         else:
             await self._fleet.adopt(state.release, state.seats)
         self._later(self._fleet.watch(frontends.directory))
-        await frontends.reunited(_REUNION_S)
-        await self._crew.muster()
+        if saved is None:
+            await self._crew.muster()
+        else:
+            await frontends.reunited(_REUNION_S)
         self._later(self._crew.keep())
         self._later(controller.keep())
         self._later(self._end_when_asked(controller))

@@ -24,12 +24,17 @@ pytestmark = pytest.mark.ray
 
 
 def processes() -> dict[str, list[int]]:
-    """Names of this session's processes that Ray named, with their ids."""
+    """Names of the processes that Ray named, with their ids: those that this process has started, by however many others."""
+    shown = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout.splitlines()[1:]
+    rows = {int(pid): (int(parent), name) for pid, parent, name in (line.split(maxsplit=2) for line in shown)}
+
+    def is_ours(pid: int) -> bool:
+        return pid in rows and (rows[pid][0] == os.getpid() or is_ours(rows[pid][0]))
+
     found: dict[str, list[int]] = {}
-    for line in subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines():
-        pid, _, name = line.strip().partition(" ")
-        if name.startswith("ray::"):
-            found.setdefault(name.split(".")[0].split(" ")[0], []).append(int(pid))
+    for pid, (_, name) in rows.items():
+        if name.startswith("ray::") and is_ours(pid):
+            found.setdefault(name.split(".")[0].split(" ")[0], []).append(pid)
     return found
 
 
@@ -143,3 +148,20 @@ def wait_until(condition) -> None:
             return
         tick.wait(0.1)
     raise AssertionError("the condition did not come true within 60 s")
+
+
+def test_a_host_that_hangs_is_started_again(service: BackgroundService, tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moeserve.cluster.fleet._HANG_S", 2.0)
+    controller = service._service.controller
+    before = {host.name: host.pid for host in controller.standing().hosts}
+    os.kill(before["host-2"], signal.SIGSTOP)
+    for _ in range(600):
+        after = {host.name: host.pid for host in controller.standing().hosts if host.is_up}
+        if after.keys() == before.keys() and after != before:
+            break
+        threading.Event().wait(0.1)
+    assert {name for name in before if after.get(name) != before[name]} == {"host-2"}
+    local = MoELayer.from_checkpoint(tiny_moe, 0, dtype=torch.float32)
+    hidden_states = torch.randn(100, local.spec.hidden_size)
+    with Client(service.target) as client:
+        assert_same(client.forward(hidden_states, layer=0).hidden_states, local(hidden_states))
