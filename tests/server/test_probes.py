@@ -80,7 +80,7 @@ async def test_its_port_in_use_is_named() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        server = GrpcServer(EchoEngine(), ServerConfig(port=0, health_port=port), lambda method, code, seconds: None)
+        server = GrpcServer(ServerConfig(port=0, health_port=port), lambda method, code, seconds: None, engine=EchoEngine())
         with pytest.raises(ConfigError, match=rf"server\.health_port: cannot listen on 127\.0\.0\.1:{port}"):
             await server.start()
         await server.stop()
