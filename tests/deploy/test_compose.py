@@ -48,7 +48,7 @@ def command() -> Any:
 
 def test_what_is_served_in_the_clear_stays_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     said = settings({**IMAGE_ENV, **SERVICE["environment"]}, monkeypatch)
-    assert said == {"source": "/model", "host": "0.0.0.0", "insecure": True, "num_hosts": 2}
+    assert said == {"source": "/model", "host": "0.0.0.0", "insecure": True, "num_hosts": "2"}
     published = [port for service in COMPOSE["services"].values() for port in service["ports"]]
     assert published and all(port.startswith("127.0.0.1:") for port in published)
 
