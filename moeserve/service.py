@@ -100,7 +100,7 @@ class Service:
         self._running.push_async_callback(fleet.stop)
         fleet.start(secrets.token_hex(8), over_tcp=not runtime.is_private or control is not None)
         await admit(frozenset())
-        await fleet.take(state.release, state.seats, partial(self._host_ready, runtime.node_id, num_hosts))
+        await self._controller.begin(fleet.take(state.release, state.seats, partial(self._host_ready, runtime.node_id, num_hosts)))
         self._running.push_async_callback(frontend.close)
         await frontend.start(runtime.node_id)
         self._later(fleet.watch(frontends.directory))

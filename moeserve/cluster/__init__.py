@@ -5,6 +5,7 @@ from moeserve.cluster.nodes import Nodes
 from moeserve.cluster.resident import Resident, end_this_process, settle
 from moeserve.cluster.runtime import RayRuntime
 from moeserve.cluster.store import Store
+from moeserve.cluster.sweep import sweep
 from moeserve.cluster.where import node_address, on_head, on_this_node, spread, this_node
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "on_this_node",
     "settle",
     "spread",
+    "sweep",
     "this_node",
 ]

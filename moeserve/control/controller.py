@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -150,6 +150,11 @@ class Controller:
         Raises ConfigError when there is no such host, or no room.
         """
         return await self._to_its_end(self._change(lambda: self._drain(host)))
+
+    async def begin(self, work: Awaitable[None]) -> None:
+        """Bring up the hosts of the first state by `work`; whoever asks for a change meanwhile waits."""
+        async with self._one_at_a_time:
+            await work
 
     async def keep(self) -> None:
         """Follow the nodes and the hosts, until cancelled: what is lost is replaced or placed on the rest, what joins is used."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from functools import partial
 
-from moeserve.cluster import RayRuntime, Resident, on_head, settle
+from moeserve.cluster import RayRuntime, Resident, on_head, settle, sweep
 from moeserve.config import ServiceConfig
 from moeserve.deployment.program import ControllerProgram, Deployed, Tell
 from moeserve.errors import ConfigError
@@ -65,6 +65,7 @@ class Deployer:
         return Resident.find(_CONTROLLER, self._config.ray.namespace)
 
     async def _new(self, tell: Tell) -> Deployed:
+        await sweep(self._config.ray.namespace)
         tell(f"starting a controller in namespace {self._config.ray.namespace}")
         make = partial(ControllerProgram, self._config)
         controller = settle("controller", _CONTROLLER, self._config.ray.namespace, make, on_head())

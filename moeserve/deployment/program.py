@@ -83,9 +83,9 @@ class ControllerProgram:
         await self._fleet.admit(self._saved.frontend_keys)
         if saved is None:
             self._tell(f"loading the experts of {len(sources)} layers on {len(state.seats)} hosts")
-            await self._fleet.take(state.release, state.seats, self._host_ready)
+            await controller.begin(self._fleet.take(state.release, state.seats, self._host_ready))
         else:
-            await self._fleet.adopt(state.release, state.seats)
+            await controller.begin(self._fleet.adopt(state.release, state.seats))
         self._later(self._fleet.watch(frontends.directory))
         if saved is None:
             await self._crew.muster()

@@ -58,19 +58,21 @@ def test_two_of_them_scale_and_swap_under_load_of_eight_callers(tmp_path: Path, 
         targets = [process.target for process in processes]
         with ThreadPoolExecutor(8) as pool:
             running = [pool.submit(caller, targets[number % 2], number) for number in range(8)]
-            goes_on()
-            changes = (
-                service.rollout.scale(4),
-                service.rollout.swap(LAYER, folders[1]),
-                service.rollout.scale(2),
-                service.rollout.swap(LAYER, folders[2]),
-                service.rollout.drain("host-0"),
-            )
-            for epoch, change in enumerate(changes, 2):
-                assert service.call(change).epoch == epoch
-                assert epochs(service) == [epoch] * 3
+            try:
                 goes_on()
-            stop.set()
+                changes = (
+                    lambda: service.controller.scale(4),
+                    lambda: service.controller.swap(LAYER, folders[1]),
+                    lambda: service.controller.scale(2),
+                    lambda: service.controller.swap(LAYER, folders[2]),
+                    lambda: service.controller.drain("host-0"),
+                )
+                for epoch, change in enumerate(changes, 2):
+                    assert service.call(change()).epoch == epoch
+                    assert epochs(service) == [epoch] * 3
+                    goes_on()
+            finally:
+                stop.set()
             got = [future.result() for future in running]
         for process in processes:
             process.process.send_signal(signal.SIGTERM)
@@ -102,7 +104,7 @@ def test_one_that_is_killed_during_a_roll_out_does_not_hold_it_up(
     service, (_, killed) = two
     monkeypatch.setattr(service.frontends, "_try_timeout_s", 3600.0)
     with ThreadPoolExecutor() as pool:
-        scaling = pool.submit(service.call, service.rollout.scale(4))
+        scaling = pool.submit(service.call, service.controller.scale(4))
         service.call(until(lambda: sorted(member.report.tried_epoch for member in service.frontends._members) == [0, 2]))
         assert not scaling.done()
         os.kill(killed.process.pid, signal.SIGKILL)
@@ -112,7 +114,7 @@ def test_one_that_is_killed_during_a_roll_out_does_not_hold_it_up(
 
 def test_one_that_hangs_is_left_behind_and_catches_up(two: tuple[ServiceHarness, list[FrontendProcess]]) -> None:
     service, (_, hanging) = two
-    assert service.call(service.rollout.scale(4)).epoch == 2
+    assert service.call(service.controller.scale(4)).epoch == 2
     assert epochs(service) == [2, 2]
     hanging.process.send_signal(signal.SIGCONT)
     service.call(until(lambda: epochs(service) == [2, 2, 2]))
