@@ -84,7 +84,8 @@ class Service:
             await fleet.admit({keys.public, *followers})
 
         # The ports come before the weights: whoever probes them is told that the service is starting.
-        frontends = Frontends(config, admit)
+        service_id = secrets.token_hex(8)
+        frontends = Frontends(service_id, config, admit)
         frontends.include(frontend, lambda: self._info(frontend, runtime.node_id))
         frontends.begin(state.release)
         self._controller = Controller(config, sources, state, nodes, fleet, frontends, _forget)
@@ -98,7 +99,7 @@ class Service:
         num_hosts = len(state.seats)
         self._progress(f"loading {sum(spec.num_experts for spec in specs)} experts of {len(specs)} layers on {num_hosts} hosts")
         self._running.push_async_callback(fleet.stop)
-        fleet.start(secrets.token_hex(8), over_tcp=not runtime.is_private or control is not None)
+        fleet.start(service_id, over_tcp=not runtime.is_private or control is not None)
         await admit(frozenset())
         await self._controller.begin(fleet.take(state.release, state.seats, partial(self._host_ready, runtime.node_id, num_hosts)))
         self._running.push_async_callback(frontend.close)

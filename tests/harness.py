@@ -150,6 +150,7 @@ class ServiceHarness:
         self.hosts: list[ThreadedHost] = []
         self.target = ""
         self.given_up: set[int] = set()
+        self.service_id = "the-service"
         #: keys of frontends elsewhere
         self._followers: frozenset[str] = frozenset()
         self.control_server: GrpcServer | None = None
@@ -187,7 +188,7 @@ class ServiceHarness:
 
     def _begin(self, state: State, keys: Collection[str]) -> None:
         """A controller that knows this state, and the keys of frontends elsewhere."""
-        self.frontends = Frontends(self.config, self._admit, keys)
+        self.frontends = Frontends(self.service_id, self.config, self._admit, keys)
         self.frontends.include(
             self.frontend, lambda: FrontendInfo("local", self.target, "", "", self.frontend.epoch, self.frontend.oldest_epoch, True)
         )

@@ -63,8 +63,11 @@ class Report:
 
 @dataclass(frozen=True)
 class Welcome:
-    """What a frontend is told once: how to serve, the keys it shows to hosts (None = it has some), how long batches may take to finish."""
+    """What a frontend is told once: which deployment it follows, how to serve, the keys it shows to hosts (None = it has some), and how
+    long batches may take to finish.
+    """
 
+    service_id: str
     config_json: str
     keys: KeyPair | None
     drain_timeout_s: float
@@ -89,6 +92,7 @@ class Order:
             keys = told.keys or KeyPair("", "")
             message.welcome.CopyFrom(pb.Welcome(config_json=told.config_json, public_key=keys.public, secret_key=keys.secret))
             message.welcome.drain_timeout_s = told.drain_timeout_s
+            message.welcome.service_id = told.service_id
         return message
 
     @classmethod
@@ -102,7 +106,7 @@ class Order:
             current=read_release(message.current) if message.HasField("current") else None,
             candidate=read_release(message.candidate) if message.HasField("candidate") else None,
             hosts=read_hosts(list(message.hosts)),
-            welcome=Welcome(told.config_json, keys, told.drain_timeout_s) if message.HasField("welcome") else None,
+            welcome=Welcome(told.service_id, told.config_json, keys, told.drain_timeout_s) if message.HasField("welcome") else None,
         )
 
 

@@ -110,6 +110,9 @@ class Follower:
             await self._frontend.close()
 
     def _greet(self, welcome: Welcome) -> None:
+        if self._told is not None and self._told.service_id != welcome.service_id:
+            # Its epochs count anew: what they say of places and weights is not what they said before.
+            raise CannotFollow("the controller serves another deployment now: this frontend must start anew")
         if self._told is not None and self._told.config_json != welcome.config_json:
             raise CannotFollow("the controller serves with another configuration now: this frontend must start anew")
         self._keys = self._keys or welcome.keys

@@ -71,11 +71,12 @@ class Member:
 class Frontends:
     """The `Publisher` of a roll-out. Those that follow are counted from when they serve until they leave, or say nothing for too long.
 
-    `on_keys` is told whom hosts shall let in whenever that changes. `keys` are of frontends that followed an earlier controller: they stay
+    `service_id` is of this deployment. `on_keys` is told whom hosts shall let in whenever that changes. `keys` are of frontends that followed an earlier controller: they stay
     valid for an hour, within which those come back.
     """
 
-    def __init__(self, config: ServiceConfig, on_keys: OnKeys, keys: Collection[str] = ()) -> None:
+    def __init__(self, service_id: str, config: ServiceConfig, on_keys: OnKeys, keys: Collection[str] = ()) -> None:
+        self._service_id = service_id
         self._local: list[tuple[Publisher, Callable[[], FrontendInfo]]] = []
         self._config_json = followed_config(config)
         self._drain_timeout_s = config.server.drain_timeout_s
@@ -148,7 +149,7 @@ class Frontends:
     async def orders(self, member: Member) -> AsyncIterator[Order]:
         """What the member shall do, at once and whenever that changes; changes it is too slow for are one. Ends when it is dismissed."""
         told: Order | None = None
-        welcome: Welcome | None = Welcome(self._config_json, member.keys, self._drain_timeout_s)
+        welcome: Welcome | None = Welcome(self._service_id, self._config_json, member.keys, self._drain_timeout_s)
         while not member.is_dismissed:
             if told is self._order:
                 await self._changed.wait()

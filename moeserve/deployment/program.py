@@ -76,7 +76,7 @@ class ControllerProgram:
         state = self._saved.state
         self._fleet.start(self._saved.service_id)
         self._running.push_async_callback(self._fleet.stop)
-        frontends = Frontends(config, self._admit, self._saved.frontend_keys)
+        frontends = Frontends(self._saved.service_id, config, self._admit, self._saved.frontend_keys)
         frontends.begin(state.release)
         controller = Controller(config, sources, state, nodes, self._fleet, frontends, self._remember)
         await self._serve(controller, frontends)

@@ -45,16 +45,18 @@ class FrontendOrder(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., current: _Optional[_Union[Release, _Mapping]] = ..., candidate: _Optional[_Union[Release, _Mapping]] = ..., hosts: _Optional[_Iterable[_Union[Host, _Mapping]]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("config_json", "public_key", "secret_key", "drain_timeout_s")
+    __slots__ = ("config_json", "public_key", "secret_key", "service_id", "drain_timeout_s")
     CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
     PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
     SECRET_KEY_FIELD_NUMBER: _ClassVar[int]
+    SERVICE_ID_FIELD_NUMBER: _ClassVar[int]
     DRAIN_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     config_json: str
     public_key: str
     secret_key: str
+    service_id: str
     drain_timeout_s: float
-    def __init__(self, config_json: _Optional[str] = ..., public_key: _Optional[str] = ..., secret_key: _Optional[str] = ..., drain_timeout_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, config_json: _Optional[str] = ..., public_key: _Optional[str] = ..., secret_key: _Optional[str] = ..., service_id: _Optional[str] = ..., drain_timeout_s: _Optional[float] = ...) -> None: ...
 
 class Release(_message.Message):
     __slots__ = ("epoch", "num_hosts", "layers", "swaps")

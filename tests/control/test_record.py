@@ -81,7 +81,7 @@ def test_hosts_are_read_back(hosts: dict[int, HostInfo]) -> None:
 
 @given(releases(), st.none() | releases(), st.dictionaries(st.integers(0, 99), HOSTS, max_size=2), st.sampled_from([None, KEYS]))
 def test_an_order_is_read_back(current: Release, candidate: Release | None, hosts: dict[int, HostInfo], keys: KeyPair | None) -> None:
-    order = Order(current, candidate, hosts, Welcome("{}", keys, 2.5))
+    order = Order(current, candidate, hosts, Welcome("id", "{}", keys, 2.5))
     read = Order.from_message(pb.FrontendOrder.FromString(order.to_message().SerializeToString()))
     assert (read.hosts, read.welcome) == (order.hosts, order.welcome)
     assert read.current is not None

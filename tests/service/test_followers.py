@@ -259,6 +259,18 @@ def test_another_configuration_needs_a_new_start(tmp_path: Path) -> None:
             answers(follower.target)
 
 
+def test_another_deployment_needs_a_new_start(tmp_path: Path) -> None:
+    """Its first epoch is not that of the one before, although both are number 1: experts may be elsewhere."""
+    with ServiceHarness(CONFIG, "shm", tmp_path) as service:
+        service.call(service.open_control())
+        with ThreadedFrontend(service.control_target) as follower:
+            service.call(service.close_control())
+            service.service_id = "another"
+            service.call(service.reopen_control())
+            service.call(until(lambda: follower.broken))
+            assert "the controller serves another deployment now" in str(follower.broken)
+
+
 class Passes(Held):
     """Also says how many rows each pass had."""
 
