@@ -14,6 +14,11 @@ import pytest
 os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import torch
+from hypothesis import settings
+
+# How long something takes is measured in benchmarks/, not here.
+settings.register_profile("moeserve", deadline=None)
+settings.load_profile("moeserve")
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -71,8 +71,8 @@ class Member:
 class Frontends:
     """The `Publisher` of a roll-out. Those that follow are counted from when they serve until they leave, or say nothing for too long.
 
-    `service_id` is of this deployment. `on_keys` is told whom hosts shall let in whenever that changes. `keys` are of frontends that followed an earlier controller: they stay
-    valid for an hour, within which those come back.
+    `service_id` is of this deployment. `on_keys` is told whom hosts shall let in whenever that changes. `keys` are of frontends that
+    followed an earlier controller: they stay valid for an hour, within which those come back.
     """
 
     def __init__(self, service_id: str, config: ServiceConfig, on_keys: OnKeys, keys: Collection[str] = ()) -> None:
