@@ -89,23 +89,27 @@ class Service:
         frontends.include(frontend, lambda: self._info(frontend, runtime.node_id))
         frontends.begin(state.release)
         self._controller = Controller(config, sources, state, nodes, fleet, frontends, _forget)
-        tokens = frontend_tokens(config.controller)
-        control = Control(frontends, tokens) if tokens else None
-        self._server = GrpcServer(config.server, metrics.observe_call, engine=frontend, admin=self._controller, control=control)
-        self._running.push_async_callback(self._drain)
-        self.target = f"{config.server.host}:{await self._server.start()}"
-        self.metrics_target = f"{config.server.host}:{self._start_metrics(metrics, frontend)}"
+        control = Control(frontends, frontend_tokens(config.controller))
+        await self._listen(frontend, control, metrics)
 
         num_hosts = len(state.seats)
         self._progress(f"loading {sum(spec.num_experts for spec in specs)} experts of {len(specs)} layers on {num_hosts} hosts")
         self._running.push_async_callback(fleet.stop)
-        fleet.start(service_id, over_tcp=not runtime.is_private or control is not None)
+        fleet.start(service_id, over_tcp=not runtime.is_private or bool(control.tokens))
         await admit(frozenset())
         await self._controller.begin(fleet.take(state.release, state.seats, partial(self._host_ready, runtime.node_id, num_hosts)))
         self._running.push_async_callback(frontend.close)
         await frontend.start(runtime.node_id)
         self._later(fleet.watch(frontends.directory))
         self._later(self._controller.keep())
+
+    async def _listen(self, frontend: Frontend, control: Control, metrics: Metrics) -> None:
+        server = self._config.server
+        followed = control if control.tokens else None
+        self._server = GrpcServer(server, metrics.observe_call, engine=frontend, admin=self._controller, control=followed)
+        self._running.push_async_callback(self._drain)
+        self.target = f"{server.host}:{await self._server.start()}"
+        self.metrics_target = f"{server.host}:{self._start_metrics(metrics, frontend)}"
 
     def _later(self, duty: Coroutine[Any, Any, None]) -> None:
         """Beside everything else, until the end."""

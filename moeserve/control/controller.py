@@ -164,9 +164,10 @@ class Controller:
             try:
                 await self._to_its_end(self._change(self._follow))
                 pause_s = _LOOK_S
-            except MoEServeError as error:
+            except Exception as error:  # whatever it is, of Ray for example, it must not be the last try
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-                log.warning("hosts cannot follow the nodes: %s; next try in %g s", error, pause_s)
+                is_known = isinstance(error, MoEServeError)
+                log.warning("hosts cannot follow the nodes: %r; next try in %g s", error, pause_s, exc_info=not is_known)
 
     async def _to_its_end(self, change: Coroutine[Any, Any, Release]) -> Release:
         """A caller who hangs up does not leave a change half made."""
