@@ -11,7 +11,7 @@ from moeserve.checkpoints import layer_sources
 from moeserve.cli.import_file import read_mapping, to_toml
 from moeserve.compat import load
 from moeserve.config import load_config
-from moeserve.placement import plan_placement
+from moeserve.control import first_wish, wanted_hosts
 from moeserve.server import check_exposure
 
 config_app = typer.Typer(help="Look at a configuration, or import another system's.", no_args_is_help=True)
@@ -22,9 +22,10 @@ def check(file: Annotated[Path, typer.Argument(help="A TOML configuration or a c
     """Validate a configuration and the checkpoint it names; exit 2 with one sentence when something is wrong."""
     config = load_config(file)
     check_exposure(config.server)
-    specs = [source.spec for source in layer_sources(config)]
-    plan_placement(specs, config.placement)
-    typer.echo(f"{file}: ok, {len(specs)} MoE layers on {config.placement.num_hosts} hosts")
+    sources = layer_sources(config)
+    wanted = wanted_hosts(first_wish(config, sources), sources, config)
+    hosts = f"{wanted.least} hosts or more" if wanted.num_hosts == "all" else f"{wanted.num_hosts} hosts"
+    typer.echo(f"{file}: ok, {len(sources)} MoE layers on {hosts}")
 
 
 @config_app.command(name="import")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from typing import Annotated
 
 import typer
 
 from moeserve.cli.flags import Overrides
+from moeserve.cli.signals import on_signals, tell
 from moeserve.config import load_config
 from moeserve.deployment import Deployer
 
@@ -26,21 +26,26 @@ def deploy(
     deployer.join()
     try:
         asyncio.run(_deploy(deployer, keep))
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
     finally:
         deployer.close()
 
 
 async def _deploy(deployer: Deployer, keep: bool) -> None:
+    this = asyncio.current_task()
+    assert this is not None
+    on_signals(lambda: _cancel(this))  # Ray's own handler of SIGTERM ends this process at once: what was begun would stay
     while True:
-        deployed = await deployer.deploy(_tell)
-        _tell(f"controller {deployed.controller}")
+        deployed = await deployer.deploy(tell)
+        tell(f"controller {deployed.controller}")
         for target in deployed.frontends:
-            _tell(f"ready {target}")
+            tell(f"ready {target}")
         if not keep:
             return
         await deployer.until_gone()
-        _tell("the service is gone: deploying it again")
+        tell("the service is gone: deploying it again")
 
 
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()

@@ -62,5 +62,5 @@ def _scalar_type(annotation: Any) -> type | None:
 
 def _option(table: str, key: str, kind: type) -> inspect.Parameter:
     flag = "--" + key.replace("_", "-")
-    option = typer.Option(flag, envvar=f"MOESERVE_{key.upper()}", help=f"{table}.{key}", show_default=False, rich_help_panel=f"[{table}]")
+    option = typer.Option(flag, envvar=f"MOESERVE_{key.upper()}", help=f"{table}.{key}", show_default=False, rich_help_panel=rf"\[{table}]")
     return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])

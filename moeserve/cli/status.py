@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of
 from moeserve.standing import Standing
@@ -43,7 +43,7 @@ def _show(standing: Standing, console: Console) -> None:
 
 
 def _hosts(standing: Standing) -> Table:
-    table = Table("host", "state", "node", "pid", "device", "GPUs", box=SIMPLE_HEAD)
+    table = _table("host", "state", "node", "pid", "device", "GPUs")
     for column in ("experts", "weights"):
         table.add_column(column, justify="right")
     experts = Counter({held.host: 0 for layer in standing.layers for held in layer.placement})
@@ -59,7 +59,7 @@ def _hosts(standing: Standing) -> Table:
 
 
 def _frontends(standing: Standing) -> Table:
-    table = Table("frontend", "state", "gRPC", "metrics", "node", "epoch", box=SIMPLE_HEAD)
+    table = _table("frontend", "state", "gRPC", "metrics", "node", "epoch")
     for frontend in standing.frontends:
         state = "[green]ready[/]" if frontend.is_ready else "[red]not ready[/]"
         table.add_row(frontend.name, state, frontend.target, frontend.metrics_target, frontend.node[:12], str(frontend.epoch))
@@ -67,9 +67,14 @@ def _frontends(standing: Standing) -> Table:
 
 
 def _layers(standing: Standing) -> Table:
-    table = Table("layer", box=SIMPLE_HEAD)
+    table = _table("layer")
     for column in ("revision", "hosts", "shards per expert"):
         table.add_column(column, justify="right")
     for layer in standing.layers:
         table.add_row(layer.name, str(layer.revision), str(len(layer.placement)), str(layer.tensor_parallel))
     return table
+
+
+def _table(*columns: str) -> Table:
+    """On a narrow terminal what is too long goes on in the next line: an address without its end is of no use."""
+    return Table(*(Column(column, overflow="fold") for column in columns), box=SIMPLE_HEAD)

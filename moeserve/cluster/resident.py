@@ -74,11 +74,12 @@ class _Resident:
             raise
 
     async def _stop(self) -> None:
-        if self._starting is None or self._starting.done():
-            await self._program.stop()
-        else:
-            self._starting.cancel()
-            await asyncio.wait({self._starting})
+        starting = self._starting
+        if starting is not None and not starting.done():
+            starting.cancel()
+            await asyncio.wait({starting})
+        elif starting is not None and not starting.cancelled() and starting.exception() is None:
+            await self._program.stop()  # one that failed to start has stopped what it had started
 
 
 # The name of the class is what the process is called.
@@ -159,7 +160,8 @@ class Resident:
             await asyncio.wait_for(self._call("stop"), timeout_s)
         except (TimeoutError, ExpertUnavailable) as error:
             log.info("%s did not stop in order: %r", self.name, error)
-        self.kill()
+        finally:
+            self.kill()
 
     def kill(self) -> None:
         """End its process for good, at once."""

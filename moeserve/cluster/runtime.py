@@ -13,6 +13,7 @@ from pathlib import Path
 import ray
 from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+from ray.exceptions import AuthenticationError
 
 from moeserve.config import PlacementConfig, RayConfig
 from moeserve.errors import ConfigError, MoEServeError
@@ -51,12 +52,16 @@ class RayRuntime:
     def start(self) -> None:
         """Blocks for some seconds. Raises ConfigError when the address does not answer, MoEServeError when a local Ray does not start."""
         self.private_dir = Path(tempfile.mkdtemp(prefix="moeserve-"))
-        if ray.is_initialized():
-            log.info("using the Ray this process is connected to already")
-        elif self._config.address is not None:
-            self._join(self._config.address)
-        else:
-            self._start_local()
+        try:
+            if ray.is_initialized():
+                log.info("using the Ray this process is connected to already")
+            elif self._config.address is not None:
+                self._join(self._config.address)
+            else:
+                self._start_local()
+        except BaseException:
+            self.stop()
+            raise
 
     def stop(self) -> None:
         """Idempotent."""
@@ -74,6 +79,8 @@ class RayRuntime:
         knock(address)
         try:
             ray.init(address=address, namespace=self._config.namespace, log_to_driver=False, logging_level=logging.ERROR)
+        except AuthenticationError as error:
+            raise ConfigError(f"the Ray cluster at {address} asks for a token: {str(error).split('. ')[0]}") from None
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             raise ConfigError(f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}") from None
         self._owns_ray = True
