@@ -41,7 +41,7 @@ def flags(found: Manifest, names: dict[str, str], token: str) -> list[str]:
     said += [word for name in inner["capabilities"]["drop"] for word in ("--cap-drop", name)]
     for mount in found["volumeMounts"]:
         if mount["name"] in names:
-            said += ["--volume", f"{names[mount['name']]}:{mount['mountPath']}"]
+            said += ["--volume", f"{names[mount['name']]}:{mount['mountPath']}:nocopy"]
     given = {variable["name"]: variable.get("value", token) for variable in found.get("env", [])}
     given |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}  # KubeRay's part
     return [*said, *(word for name, value in given.items() for word in ("--env", f"{name}={value}"))]
