@@ -43,7 +43,11 @@ async def _deploy(deployer: Deployer, keep: bool) -> None:
             tell(f"ready {target}")
         if not keep:
             return
-        await deployer.until_gone()
+        try:
+            await deployer.until_gone()
+        except asyncio.CancelledError:
+            tell("stopped; the service stays")
+            return
         tell("the service is gone: deploying it again")
 
 
