@@ -114,14 +114,31 @@ def main(folder: Path, checkpoint: Path) -> None:
             live(scene, deployed, admin, goes_on)
         say("shutdown", scene.command("shutdown", deployed.controller).returncode)
         until(lambda: not any(map(scene.pids, NAMES)), "all processes are gone")
-        again = scene.deploy()
-        with AdminClient(again.controller, "secret") as admin:
-            say("deployed again: epoch", admin.status().epoch)
-            admin.shutdown()
+        kept(scene)
         until(lambda: not any(map(scene.pids, NAMES)), "all processes are gone")
     finally:
         scene.cluster.shutdown()
     say("done")
+
+
+def kept(scene: Scene) -> None:
+    """As a sidecar does it: deploys again what has been ended, and leaves it alone when it is told to go."""
+    line = [sys.executable, "-m", "moeserve", "deploy", str(scene.config), "--address", scene.cluster.address, "--keep"]
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as keeper:
+        assert keeper.stderr is not None
+        told = iter(keeper.stderr)
+
+        def controller() -> str:
+            return next(line.split()[1] for line in told if line.startswith("controller "))
+
+        with AdminClient(controller(), "secret") as admin:
+            admin.shutdown()
+        with AdminClient(controller(), "secret") as admin:
+            next(line for line in told if line.startswith("ready "))
+            keeper.send_signal(signal.SIGTERM)
+            say("told to go:", list(told)[-1].strip(), keeper.wait(timeout=60))
+            say("deployed again: epoch", admin.status().epoch)
+            admin.shutdown()
 
 
 def live(scene: Scene, deployed: Deployed, admin: AdminClient, goes_on: Callable[[], None]) -> None:
