@@ -12,7 +12,7 @@ from grpc_status import rpc_status
 from moeserve.errors import Cancelled, DeadlineExceeded, FieldViolation, InvalidRequest, MoEServeError, ServiceUnreachable, from_status
 
 _SERVER_DOMAIN: Final = "moeserve"
-_NOT_HERE: Final = "does not answer this: of a deployed service, frontends answer requests, the controller answers status and changes"
+_NOT_HERE: Final = "of a deployed service, frontends answer requests, and the controller answers status and changes"
 
 
 def to_error(failure: grpc.RpcError, target: str, timeout_s: float) -> MoEServeError:
@@ -30,7 +30,9 @@ def to_error(failure: grpc.RpcError, target: str, timeout_s: float) -> MoEServeE
         return Cancelled(f"the call to {target} was cancelled")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in sentence:
         return InvalidRequest(f"the message is too large: {sentence}")
-    return from_status(code, f"{target} {_NOT_HERE}" if code is grpc.StatusCode.UNIMPLEMENTED else sentence)
+    return from_status(
+        code, f"{target} does not answer this ({sentence}): {_NOT_HERE}" if code is grpc.StatusCode.UNIMPLEMENTED else sentence
+    )
 
 
 def _is_ours(status: status_pb2.Status) -> bool:

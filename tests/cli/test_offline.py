@@ -88,10 +88,23 @@ def test_environment_loses_to_flags_and_wins_over_the_file(
     assert "4 hosts" in run(capsys, "plan", str(file), "--num-hosts", "4")[1]
 
 
+def test_a_cluster_that_does_not_answer_leaves_no_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    (tmp_path / "service.toml").write_text(LAYER + '[server]\nadmin_token_file = "token"\n[ray]\naddress = "127.0.0.1:1"\n')
+    command = [sys.executable, "-m", "moeserve", "deploy", "service.toml"]
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    end = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
+    assert (end.returncode, end.stderr) == (2, "error: no Ray cluster answers at 127.0.0.1:1: Connection refused\n")
+    assert not [one for one in folder.iterdir() if one.name.startswith("moeserve-")]
+
+
 def test_config_check(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "service.toml"
     file.write_text(LAYER)
     assert run(capsys, "config", "check", str(file))[:2] == (0, f"{file}: ok, 1 MoE layers on 1 hosts\n")
+    file.write_text(LAYER + '[placement]\nnum_hosts = "all"\n')
+    assert run(capsys, "config", "check", str(file))[:2] == (0, f"{file}: ok, 1 MoE layers on 1 hosts or more\n")
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,8 @@ class Stock(pb_grpc.MoEServiceServicer):
             context.abort(grpc.StatusCode.NOT_FOUND, "not here")
         if request.layer_name == "foreign code":
             context.abort(grpc.StatusCode.DATA_LOSS, "oh no")
+        if request.layer_name == "another service":
+            context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         if request.layer_name == "unavailable":
             context.abort(grpc.StatusCode.UNAVAILABLE, "closed")
         return pb.ForwardResponse() if request.layer_name == "empty answer" else echo(request)
@@ -87,6 +89,7 @@ async def test_tensors_survive(target: str, dtype: torch.dtype, num_tokens: int)
     [
         ("plain error", errors.UnknownLayer, "^not here$"),
         ("foreign code", errors.MoEServeError, "^oh no$"),
+        ("another service", errors.MoEServeError, r"does not answer this \(Method not found!\): of a deployed service"),
         ("unavailable", errors.ServiceUnreachable, "is unavailable: closed$"),
         ("empty answer", errors.MoEServeError, "the server's answer cannot be read"),
     ],
