@@ -54,6 +54,10 @@ class Deployer:
         """
         there = self._find()
         deployed: Deployed = await there.ready() if there is not None else await self._new(tell)
+        if deployed.is_ending:
+            tell(f"the service at {deployed.controller} is being shut down: waiting until it has ended")
+            await self.until_gone()
+            deployed = await self._new(tell)
         if deployed.config_json != self._config.model_dump_json():
             raise ConfigError(
                 f"another service, or this one with another configuration, is deployed in ray.namespace {self._config.ray.namespace!r}: "

@@ -29,11 +29,12 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Deployed:
-    """host:port of the controller and of the frontends that it has started; the configuration as JSON."""
+    """host:port of the controller and of the frontends that it has started; the configuration as JSON; is_ending = it is shut down."""
 
     controller: str
     frontends: Sequence[str]
     config_json: str
+    is_ending: bool
 
 
 class ControllerProgram:
@@ -46,6 +47,7 @@ class ControllerProgram:
         self._running = AsyncExitStack()
         self._duties: set[asyncio.Task[None]] = set()
         self._target = ""
+        self._is_ending = False
 
     async def start(self) -> None:
         """Until hosts and frontends are ready. When something fails, a first incarnation stops what it has started."""
@@ -66,7 +68,7 @@ class ControllerProgram:
         self._store.clear()
 
     def describe(self) -> Deployed:
-        return Deployed(self._target, self._crew.targets, self._config.model_dump_json())
+        return Deployed(self._target, self._crew.targets, self._config.model_dump_json(), self._is_ending)
 
     async def _start(self, saved: Saved | None) -> None:
         config, sources = self._config, await asyncio.to_thread(layer_sources, self._config)
@@ -136,6 +138,7 @@ class ControllerProgram:
 
     async def _end_when_asked(self, controller: Controller) -> None:
         await controller.stop_requested.wait()
+        self._is_ending = True
         self._duties.discard(asyncio.current_task())
         await self.stop()
         end_this_process()
