@@ -89,6 +89,7 @@ class Service:
         frontends.include(frontend, lambda: self._info(frontend, runtime.node_id))
         frontends.begin(state.release)
         self._controller = Controller(config, sources, state, nodes, fleet, frontends, _forget)
+        self._running.push_async_callback(self._controller.end)
         control = Control(frontends, frontend_tokens(config.controller))
         await self._listen(frontend, control, metrics)
 

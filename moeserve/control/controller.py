@@ -63,7 +63,13 @@ async def first_state(config: ServiceConfig, sources: Sequence[LayerSource], nod
     """Where the hosts of a new service go. Raises ConfigError when the nodes do not hold them, after placement.wait_for_nodes_s."""
     wish = first_wish(config, sources)
     wanted = wanted_hosts(wish, sources, config)
-    seating = await _seated(lambda known: reconcile(known, (), wanted, 0), wanted, nodes, config.placement.wait_for_nodes_s)
+    wait_s = config.placement.wait_for_nodes_s
+    try:
+        seating = await _seated(lambda known: reconcile(known, (), wanted, 0), wanted, nodes, wait_s)
+    except BaseException:
+        if wait_s:
+            nodes.ask_for(wanted, 0)
+        raise
     release = Release(plan_for(len(seating.seats), sources, config))
     return State(release, seating.seats, wish, release.epoch, len(seating.seats))
 
@@ -155,6 +161,11 @@ class Controller:
         """Bring up the hosts of the first state by `work`; whoever asks for a change meanwhile waits."""
         async with self._one_at_a_time:
             await work
+
+    async def end(self) -> None:
+        """Nobody needs the nodes any more: an autoscaler may take those away that it has brought."""
+        if self._config.placement.wait_for_nodes_s:
+            self._nodes.ask_for(await self._wanted(), 0)
 
     async def keep(self) -> None:
         """Follow the nodes and the hosts, until cancelled: what is lost is replaced or placed on the rest, what joins is used."""

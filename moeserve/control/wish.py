@@ -32,20 +32,23 @@ def first_wish(config: ServiceConfig, sources: Sequence[LayerSource]) -> NumHost
 
 def wanted_hosts(num_hosts: NumHosts, sources: Sequence[LayerSource], config: ServiceConfig) -> Wanted:
     """What `num_hosts` of them ask of the nodes. Raises ConfigError when so many, or any number, cannot share the experts."""
-    if num_hosts != "all":
-        plan_for(num_hosts, sources, config)
     placing, specs = config.placement, [source.spec for source in sources]
-    fewest, most = fewest_hosts(specs, placing), most_hosts(specs, placing)
-    if fewest > most:
-        plan_placement(specs, placing.model_copy(update={"num_hosts": fewest, "experts_per_host": None}))  # says why not
-        raise ConfigError(f"placement needs {fewest} hosts, of which some would hold no expert; allowed: at most {most}")
+    fewest = fewest_hosts(specs, placing)
+    if num_hosts == "all":  # the search takes seconds for the largest models, and nobody else needs it
+        upper = most = most_hosts(specs, placing)
+        if fewest > most:
+            plan_placement(specs, placing.model_copy(update={"num_hosts": fewest, "experts_per_host": None}))  # says why not
+            raise ConfigError(f"placement needs {fewest} hosts, of which some would hold no expert; allowed: at most {most}")
+    else:
+        plan_for(num_hosts, sources, config)
+        upper, most = max(fewest, num_hosts), None
     return Wanted(
         num_hosts=num_hosts,
         cpus=placing.cpus_per_host,
         gpus=placing.gpus_per_host,
         labels=placing.node_labels,
         strategy=placing.node_strategy,
-        least=_least(config, sources, fewest, most),
+        least=_least(config, sources, fewest, upper),
         most=most,
     )
 

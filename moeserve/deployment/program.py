@@ -68,6 +68,7 @@ class ControllerProgram:
         self._store.clear()
 
     def describe(self) -> Deployed:
+        """What whoever deploys it is told."""
         return Deployed(self._target, self._crew.targets, self._config.model_dump_json(), self._is_ending)
 
     async def _start(self, saved: Saved | None) -> None:
@@ -81,6 +82,7 @@ class ControllerProgram:
         frontends = Frontends(self._saved.service_id, config, self._admit, self._saved.frontend_keys)
         frontends.begin(state.release)
         controller = Controller(config, sources, state, nodes, self._fleet, frontends, self._remember)
+        self._running.push_async_callback(controller.end)
         await self._serve(controller, frontends)
         await self._fleet.admit(self._saved.frontend_keys)
         if saved is None:
