@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import threading
+import time
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,6 +38,13 @@ def processes() -> dict[str, list[int]]:
         if name.startswith("ray::") and is_ours(pid):
             found.setdefault(name.split(".")[0].split(" ")[0], []).append(pid)
     return found
+
+
+def until(is_so: Callable[[], bool], timeout_s: float = 90.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < end, "never happened"
+        threading.Event().wait(0.1)
 
 
 def metric(service: BackgroundService, name: str, **labels: str) -> float:
@@ -154,14 +163,16 @@ def wait_until(condition) -> None:
 def test_a_host_that_hangs_is_started_again(service: BackgroundService, tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moeserve.cluster.fleet._HANG_S", 2.0)
     controller = service._service.controller
-    before = {host.name: host.pid for host in controller.standing().hosts}
+
+    def pids() -> dict[str, int]:
+        return {host.name: host.pid for host in controller.standing().hosts if host.is_up}
+
+    # Hosts that an earlier test has killed may have come back without being known yet.
+    until(lambda: sorted(pids().values()) == sorted(processes()["ray::ExpertHost"]))
+    before = pids()
     os.kill(before["host-2"], signal.SIGSTOP)
-    for _ in range(600):
-        after = {host.name: host.pid for host in controller.standing().hosts if host.is_up}
-        if after.keys() == before.keys() and after != before:
-            break
-        threading.Event().wait(0.1)
-    assert {name for name in before if after.get(name) != before[name]} == {"host-2"}
+    until(lambda: pids().keys() == before.keys() and pids()["host-2"] != before["host-2"])
+    assert {name for name, pid in pids().items() if pid != before[name]} == {"host-2"}
     local = MoELayer.from_checkpoint(tiny_moe, 0, dtype=torch.float32)
     hidden_states = torch.randn(100, local.spec.hidden_size)
     with Client(service.target) as client:
