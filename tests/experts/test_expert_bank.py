@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moeserve.config import Activation
 from moeserve.experts import ExpertBank, is_gated
-from moeserve.experts.feed_forward import NARROW_ROWS
+from moeserve.experts.feed_forward import ROWS
 from moeserve.experts.ragged import Stack
 from tests.stacked import Stacked
 
