@@ -134,7 +134,7 @@ class MoELayer:
         noise: str | None = None,
         seed: int | None = None,
     ) -> ForwardOutput:
-        """One request; arguments and answer as in `Client.forward`. Raises InvalidRequest."""
+        """One request; arguments and answer as in `Client.forward`. Raises InvalidRequest, and NonFiniteOutput."""
         request = LayerRequest(
             hidden_states,
             used_token,
@@ -146,9 +146,10 @@ class MoELayer:
             noise=noise,
             seed=seed,
         )
-        validate(request, self.spec, _MAX_TOKENS)
+        request = validate(request, self.spec, _MAX_TOKENS)
+        hidden_states, ids, weights = request.hidden_states, request.topk_ids, request.topk_weights
         routing = route_batch(
-            self.router, hidden_states, [request.num_tokens], used_token, topk_ids, topk_weights, token_ids, request.overrides
+            self.router, hidden_states, [request.num_tokens], used_token, ids, weights, request.token_ids, request.overrides
         )
         answers = []
         choices = routing.topk_ids, routing.topk_weights, routing.kept
@@ -158,7 +159,8 @@ class MoELayer:
             self.bank.run(permute(hidden_states, work.rows), work.row_index, work.slots, work.weights, out=partial)
             answers.append((work.rows, partial))
         total = self.head.finish(combine(answers, request.num_tokens, self.spec.hidden_size), hidden_states, planned)
-        return to_output(routing.request(0), total.to(hidden_states.dtype), return_routing)
+        of_request = routing.request(0)
+        return to_output(of_request, self.head.rounded(total, request, of_request), return_routing)
 
 
 def route_batch(
