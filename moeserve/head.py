@@ -102,11 +102,12 @@ class LayerHead:
         bad = ~output.isfinite()
         token = int(bad.any(dim=1).nonzero()[0])
         value = total[token][bad[token]][0].item()
-        makers = [f"expert {expert}" for expert in sorted(routing.topk_ids[token][routing.kept[token]].tolist())]
+        experts = sorted(routing.topk_ids[token][routing.kept[token]].tolist())
+        makers = [f"expert{'s' * (len(experts) > 1)} {', '.join(map(str, experts))}"] if experts else []
         makers += ["the shared expert"] if self.mixer is not None and not request.is_routed else []
-        what = "is not finite" if not isfinite(value) else f"does not fit {dtype_name(output.dtype)}"
+        what = f"does not fit {dtype_name(output.dtype)}" if isfinite(value) else "is not finite"
         raise NonFiniteOutput(
-            f"layer {self.spec.name}: the output of token {token} {what} (it has {value:g}); computed by {', '.join(makers)}"
+            f"layer {self.spec.name}: the output of token {token} {what} (it has {value:g}); computed by {' and '.join(makers)}"
         )
 
     @cached_property

@@ -75,6 +75,8 @@ def _without_what_does_not_count(request: LayerRequest) -> LayerRequest:
         return replace(request, hidden_states=without_unused(request.hidden_states, used), token_ids=token_ids)
     topk_ids = without_unused(request.topk_ids, used, NO_CHOICE)
     is_choice = topk_ids != NO_CHOICE
+    if is_choice.all():
+        return request
     return replace(
         request,
         hidden_states=without_unused(request.hidden_states, is_choice.any(dim=1)),  # no expert reads a row without a choice
@@ -136,8 +138,8 @@ def _validate_choices(request: LayerRequest, spec: LayerSpec) -> None:
             "topk_ids",
         )
     ordered = topk_ids.sort(dim=1).values
-    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NO_CHOICE)
-    if twice.any():
+    twice = ordered[:, 1:] == ordered[:, :-1]
+    if twice.any() and (twice := twice & (ordered[:, 1:] != NO_CHOICE)).any():
         token, place = twice.nonzero()[0].tolist()
         raise InvalidRequest(f"topk_ids[{token}] names an expert twice: {int(ordered[token, place])}", "topk_ids")
     _require_finite(topk_weights, "topk_weights")

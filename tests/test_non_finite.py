@@ -35,7 +35,7 @@ def test_an_expert_that_overflows_is_named_with_its_layer_and_token() -> None:
         layer().run(rows, **choices([0, 1], [4, 2], [3, 5]))
     sentence = str(caught.value)
     assert sentence.startswith("layer layers.0: the output of token 1 is not finite (it has ")
-    assert sentence.endswith("); computed by expert 2, expert 4")
+    assert sentence.endswith("); computed by experts 2, 4")
 
 
 def test_the_gate_chooses_who_is_named() -> None:
@@ -50,10 +50,14 @@ def test_the_gate_chooses_who_is_named() -> None:
 
 def test_the_shared_expert_is_named_when_it_took_part() -> None:
     rows, with_shared = torch.full((1, HIDDEN), HUGE), layer(shared_expert={"intermediate_size": 4})
-    with pytest.raises(NonFiniteOutput, match=r"computed by expert \d, expert \d, the shared expert$"):
+    with pytest.raises(NonFiniteOutput, match=r"computed by experts \d, \d and the shared expert$"):
         with_shared.run(rows)
     with pytest.raises(NonFiniteOutput, match=r"computed by expert 3$"):
         with_shared.run(rows, **choices([3]))
+    dropping = layer(shared_expert={"intermediate_size": 4}, gating=GatingConfig(top_k=1, capacity_factor=0.5))
+    kept = torch.ones(1, HIDDEN)
+    with pytest.raises(NonFiniteOutput, match=r"token 1 .* computed by the shared expert$"):
+        dropping.run(torch.cat([kept, kept * HUGE]))
 
 
 @pytest.mark.parametrize(("dtype", "weight"), [(torch.float16, 1e6), (torch.bfloat16, 3.4e38)])

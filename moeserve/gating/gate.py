@@ -152,16 +152,18 @@ def apply_choices(
     requests = Segments(request_sizes, used_token, num_experts, topk_ids.device)
     assert topk_ids.shape == topk_weights.shape
     assert topk_ids.shape[0] == requests.num_tokens
-    chosen = requests.chosen(topk_ids) & (topk_ids >= 0)
-    experts, weights = topk_ids.long().masked_fill(~chosen, 0), topk_weights.float().masked_fill(~chosen, 0.0)
+    topk_ids, topk_weights = topk_ids.long(), topk_weights.float()
+    experts, chosen = topk_ids, None
+    if used_token is not None or (topk_ids < 0).any():
+        chosen = requests.chosen(topk_ids) & (topk_ids >= 0)
+        experts, topk_weights = topk_ids.masked_fill(~chosen, 0), topk_weights.masked_fill(~chosen, 0.0)
     chance = Chance(requests.sizes, topk_ids.device, gating.seed, None)
-    admitted = _admit(Selection(weights, experts, weights, chosen=chosen), gating, requests, chance)
-    return replace(
-        admitted,
-        topk_ids=topk_ids.long(),
-        topk_weights=keep_total(weights, admitted.kept) if gating.renormalize == "post_drop" else admitted.topk_weights,
-        dropped_tokens=(admitted.kept != chosen).any(dim=1),
-    )
+    admitted = _admit(Selection(topk_weights, experts, topk_weights, chosen=chosen), gating, requests, chance)
+    if gating.renormalize == "post_drop":
+        admitted = replace(admitted, topk_weights=keep_total(topk_weights, admitted.kept))
+    if chosen is None:
+        return admitted
+    return replace(admitted, topk_ids=topk_ids, dropped_tokens=(admitted.kept != chosen).any(dim=1))
 
 
 def check_layer_tensors(num_experts: int, score_correction_bias: Tensor | None, centroids: Tensor | None) -> None:
