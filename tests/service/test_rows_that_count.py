@@ -21,6 +21,7 @@ from moeserve import Client, ForwardOutput, MoELayer, connect_experts
 from moeserve.cli.app import main
 from moeserve.compat.deepspeed import MoE
 from moeserve.wire import WireRequest
+from tests.closeness import assert_close
 from tests.harness import ServiceHarness
 
 HIDDEN, EXPERTS, TOKENS = 16, 6, 10
@@ -84,7 +85,7 @@ def test_the_gate_of_the_service(client: Client, layer: int, padding: list[float
     assert_same(got, client.forward(rows(), layer=layer, used_token=USED, token_ids=IDS, return_routing=True))
     assert not got.hidden_states[~USED].any()
     expected = MoELayer(**LAYERS[layer]).run(dirty, USED, token_ids=dirty_ids)
-    torch.testing.assert_close(got.hidden_states, expected.hidden_states, rtol=1e-5, atol=1e-6)
+    assert_close(got.hidden_states, expected.hidden_states)
     assert torch.equal(got.requested, expected.requested)
 
 
@@ -111,7 +112,7 @@ def test_streams_and_batches(client: Client) -> None:
     alone = {str(n): client.forward(rows(0.0, n), layer=0, used_token=torch.arange(n) % 3 != 1) for n in range(1, 40)}
     for answer in client.forward_stream(requests):
         assert isinstance(answer.result, ForwardOutput)
-        torch.testing.assert_close(answer.result.hidden_states, alone[answer.request_id].hidden_states, rtol=1e-5, atol=1e-6)
+        assert_close(answer.result.hidden_states, alone[answer.request_id].hidden_states)
 
 
 def test_from_the_shell(service: ServiceHarness, client: Client, tmp_path: Path) -> None:
@@ -134,7 +135,7 @@ def test_a_layer_of_deepspeed_here_and_with_its_experts_there(k: int, tmp_path: 
         remote = MoE(HIDDEN, nn.Identity(), **shape, target=service.target).eval()
         remote.load_state_dict({"deepspeed_moe.gate.wg.weight": layer.deepspeed_moe.gate.wg.weight})
         for answer in (layer(rows(NAN), USED), remote(rows(NAN), USED)):
-            torch.testing.assert_close(answer[0], want[0], rtol=1e-5, atol=1e-5)
+            assert_close(answer[0], want[0])
             assert torch.isfinite(answer[1])
             assert answer[2].tolist() == want[2].tolist()
 
@@ -152,6 +153,6 @@ def test_experts_of_a_transformers_model(tiny_moe: Path, tmp_path: Path) -> None
         clean = experts(x[[0, 3]], ids[[0, 3]], weights[[0, 3]])
         x[2], weights[1, 1], weights[2] = NAN, NAN, torch.inf
         got = experts(x, ids, weights)
-        torch.testing.assert_close(got[[0, 3]], clean, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(got[1:2], experts(x[1:2], ids[1:2, :1], weights[1:2, :1]), rtol=1e-5, atol=1e-6)
+        assert_close(got[[0, 3]], clean)
+        assert_close(got[1:2], experts(x[1:2], ids[1:2, :1], weights[1:2, :1]))
         assert not got[2].any()
