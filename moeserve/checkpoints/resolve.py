@@ -31,8 +31,8 @@ def layer_sources(config: ServiceConfig) -> list[LayerSource]:
         found: Sequence[SeededLayer | StoredLayer] = [_seeded(index, layer, config) for index, layer in enumerate(config.layers)]
     else:
         found = _stored(model.checkpoint, config)
-    for source in found:
-        sources.append(replace(source, spec=replace(source.spec, kernel=model.kernel, deterministic=model.deterministic)))
+    for layer in found:
+        sources.append(replace(layer, spec=replace(layer.spec, kernel=model.kernel, deterministic=model.deterministic)))
     for source in sources:
         if source.spec.gating.top_k > source.spec.num_experts:
             raise ConfigError(

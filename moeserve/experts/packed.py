@@ -185,14 +185,11 @@ def kernels_for(dtype: torch.dtype, activation: Activation, kernel: Kernel) -> t
     if kernel != "auto":
         if kernel not in there:
             name = str(dtype).removeprefix("torch.")
-            raise ConfigError(f"model.kernel is {kernel!r}, which cannot compute {name} {activation} experts here; allowed: {_allowed(there)}")
+            allowed = ", ".join(("auto", "torch", *there))
+            raise ConfigError(f"model.kernel is {kernel!r}, which cannot compute {name} {activation} experts here; allowed: {allowed}")
         return (kernel,)
     # What runs everywhere is only worth trying where nothing better does.
     return tuple(name for name in there if name != "generic") or there
-
-
-def _allowed(there: Sequence[str]) -> str:
-    return ", ".join(("auto", "torch", *there))
 
 
 def _kind(expert: FeedForward) -> tuple[Activation, torch.dtype, int]:
@@ -210,18 +207,21 @@ def _panels(matrix: torch.Tensor, parts: int, depth: int | None = None) -> torch
     padding = 0, (depth or _padded(inputs)) - inputs, 0, _padded(outputs) - outputs
     matrix = F.pad(matrix, padding) if any(padding) else matrix
     side_by_side = 1 if depth else _SIDE_BY_SIDE[matrix.dtype]
-    return matrix.unflatten(2, (-1, side_by_side)).unflatten(1, (-1, PANEL)).permute(1, 0, 3, 2, 4)
+    panels: torch.Tensor = matrix.unflatten(2, (-1, side_by_side)).unflatten(1, (-1, PANEL))
+    return panels.permute(1, 0, 3, 2, 4)
 
 
 def _unpacked(panels: torch.Tensor, parts: int, outputs: int, inputs: int) -> torch.Tensor:
     """[parts * O, K] of what `_panels` made."""
     shape = _padded(outputs) // PANEL, parts, _padded(inputs) // _SIDE_BY_SIDE[panels.dtype], PANEL, _SIDE_BY_SIDE[panels.dtype]
     matrix = panels.view(shape).permute(1, 0, 3, 2, 4).reshape(parts, _padded(outputs), _padded(inputs))
-    return matrix[:, :outputs, :inputs].reshape(parts * outputs, inputs)
+    whole: torch.Tensor = matrix[:, :outputs, :inputs].reshape(parts * outputs, inputs)
+    return whole
 
 
 def _unpacked_bias(panels: torch.Tensor, parts: int, outputs: int) -> torch.Tensor:
-    return panels.view(_padded(outputs) // PANEL, parts, PANEL).transpose(0, 1).reshape(parts, -1)[:, :outputs].flatten()
+    whole: torch.Tensor = panels.view(_padded(outputs) // PANEL, parts, PANEL).transpose(0, 1).reshape(parts, -1)
+    return whole[:, :outputs].flatten()
 
 
 def _addresses(tensors: Sequence[torch.Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
