@@ -6,7 +6,7 @@ T tokens, H hidden size, K choices per token.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite
 
@@ -49,9 +49,10 @@ class LayerHead:
 
     def __init__(self, source: LayerSource) -> None:
         self.spec = source.spec
-        self.router = source.router()
+        self.router = source.router().invariant() if self.spec.deterministic else source.router()
         self._source = source
-        self.mixer = source.mixer()
+        mixer = source.mixer()
+        self.mixer = mixer and replace(mixer, is_invariant=self.spec.deterministic)
 
     def plan(
         self,

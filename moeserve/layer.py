@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from moeserve.checkpoints import LayerSource, SavedLayer, layer_sources, load_bank, save, saved_experts
-from moeserve.config import Activation, GatingConfig, GatingOverrides, LayerSpec, Quantization, load_config, override
+from moeserve.config import Activation, GatingConfig, GatingOverrides, Kernel, LayerSpec, Quantization, load_config, override
 from moeserve.dispatch import combine, permute
 from moeserve.errors import ConfigError, UnknownLayer
 from moeserve.gating import BatchRouting, Router, Routing, apply_choices
@@ -50,6 +50,8 @@ class MoELayer:
         seed: int = 0,
         gating: GatingConfig | None = None,
         quantization: Quantization | None = None,
+        kernel: Kernel = "auto",
+        deterministic: bool = False,
     ) -> None:
         layer = {
             "hidden_size": hidden_size,
@@ -65,7 +67,7 @@ class MoELayer:
             "seed": seed,
             "gating": gating or GatingConfig(),
         }
-        model = {"dtype": _dtype_key(dtype), "quantization": quantization}
+        model = {"dtype": _dtype_key(dtype), "quantization": quantization, "kernel": kernel, "deterministic": deterministic}
         self._load(layer_sources(load_config({"model": model, "layers": [layer]}))[0])
 
     @classmethod
@@ -77,6 +79,8 @@ class MoELayer:
         gating: GatingConfig | None = None,
         quantization: Quantization | None = None,
         trusted_modules: Sequence[str] = (),
+        kernel: Kernel = "auto",
+        deterministic: bool = False,
     ) -> MoELayer:
         """MoE layer `layer` (position among the MoE layers, or name) of a checkpoint folder; `gating` changes the settings it names.
 
@@ -88,6 +92,8 @@ class MoELayer:
             "dtype": None if dtype is None else _dtype_key(dtype),
             "quantization": quantization,
             "trusted_modules": list(trusted_modules),
+            "kernel": kernel,
+            "deterministic": deterministic,
         }
         sources = layer_sources(load_config({"model": model, "layers": [{"gating": gating}] if gating else []}))
         by_key = {key: source for index, source in enumerate(sources) for key in (index, source.spec.name)}

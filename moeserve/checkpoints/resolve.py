@@ -42,6 +42,11 @@ def layer_sources(config: ServiceConfig) -> list[LayerSource]:
             raise ConfigError(
                 f"placement.tensor_parallel must be 1: the experts of layer {source.spec.name} are modules, which cannot be split"
             )
+        if model.deterministic and config.placement.copies != 1:
+            raise ConfigError(
+                f"model.deterministic is true, but placement.copies is {config.placement.copies}; allowed: 1, because which copies compute, "
+                f"and so which answers are added up where, depends on load"
+            )
         if (source.spec.module or source.spec.shared_module) and config.model.quantization is not None:
             raise ConfigError(
                 f"model.quantization is {config.model.quantization!r}, but the experts of layer {source.spec.name} are modules; "

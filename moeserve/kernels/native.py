@@ -12,8 +12,6 @@ from typing import Final
 
 log = logging.getLogger(__name__)
 
-#: output channels that lie together
-PANEL: Final = 32
 #: from the widest to the one that runs everywhere
 KERNELS: Final = ("amx", "avx512_bf16", "avx512", "avx2", "generic")
 
@@ -73,6 +71,9 @@ def library() -> ctypes.CDLL | None:
         return None
     loaded.find_kernel.restype, loaded.find_kernel.argtypes = c_void_p, (c_char_p, c_int32)
     loaded.scratch_bytes.restype, loaded.scratch_bytes.argtypes = c_int64, (POINTER(Bank), POINTER(Work))
+    loaded.linear_scratch_bytes.restype, loaded.linear_scratch_bytes.argtypes = c_int64, (c_int64, c_int32)
+    loaded.run_linear.restype = None
+    loaded.run_linear.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int32)
     loaded.run_pass.restype, loaded.run_pass.argtypes = None, (POINTER(Bank), POINTER(Work))
     return loaded
 
