@@ -76,8 +76,14 @@ renormalize = "post_drop"
 drop_policy = "choice_major"
 ```
 
-These files are pickles. They are read by torch's restricted reader, which makes tensors and plain containers and runs nothing; a file that
-names anything else is refused. Experts are read one by one, by the host that holds them. One model-parallel rank is supported.
+These files are pickles, and a pickle can name any code. moeserve reads them itself: tensors, numbers, strings and containers come out;
+what the pickle would import or call is passed over, never imported, made or run. So trainers may put what they like beside the model, as
+Megatron-DeepSpeed does with its arguments, random states and loss scaler, of packages that are not installed here. `module` may be flat or
+nested by parts of the model, and have a wrapper's name in front (`module.`) that the files of the experts lack, or the other way. An object
+in place of a tensor that is needed is refused by file and name.
+
+Experts are read one by one, by the host that holds them. One model-parallel rank is supported. Files from before torch 1.6 are no zip:
+load such a file with torch, and save it again.
 """
 
 #: what a row of a table cannot say
