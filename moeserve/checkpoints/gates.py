@@ -100,9 +100,7 @@ def _renormalize(config: Config, default: bool) -> str:
 def _groups(config: Config, score: str) -> Knobs:
     """Without `n_group`, or with null, there are none, whatever transformers' default is; one group is no limit at all."""
     count = 1 if config.get("n_group") is None else whole(config, "n_group")
-    if count == 1:
-        return {}
-    best = whole(config, "topk_group")
+    best = 1 if count == 1 and config.get("topk_group") is None else whole(config, "topk_group")
     if best > count:
-        raise must_be(config, "topk_group", f"at most n_group = {count}")
-    return {"num_expert_groups": count, "topk_groups": best, "group_score": score}
+        raise must_be(config, "topk_group", f"at most n_group = {shown(config.get('n_group'))}")
+    return {} if count == 1 else {"num_expert_groups": count, "topk_groups": best, "group_score": score}
