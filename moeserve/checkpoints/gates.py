@@ -19,8 +19,15 @@ def plain(config: Config) -> Knobs:
 
 
 def renormalized(config: Config) -> Knobs:
-    """Mixtral, MiniMax, Hunyuan, Ernie 4.5."""
+    """Mixtral, MiniMax, Hunyuan."""
     return {"renormalize": "pre_drop"}
+
+
+def ernie(config: Config) -> Knobs:
+    """The sum that the chosen scores are divided by has a floor, which must be one that no sum touches."""
+    if number(config, "moe_norm_min", 1e-12, may_be_zero=True) > 1e-6:
+        raise must_be(config, "moe_norm_min", "at most 1e-06")
+    return renormalized(config)
 
 
 def chosen_logits(config: Config) -> Knobs:
