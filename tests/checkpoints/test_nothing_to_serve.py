@@ -14,7 +14,7 @@ import torch
 from moeserve import CheckpointError, load_config
 from moeserve.checkpoints import layer_sources
 from moeserve.cli.app import main
-from tests.checkpoints.saved import saved, tensors_of
+from tests.checkpoints.saved import config_of, saved, tensors_of
 from tests.checkpoints.tiny_models import SETTINGS, tiny_model
 from tests.checkpoints_on_disk import CONFIG, layer_tensors, write_folder
 
@@ -56,7 +56,7 @@ def test_a_dense_model(model_type: str | None, keys: Mapping[str, Any], tmp_path
     ],
 )
 def test_a_model_all_of_whose_layers_are_dense(family: str, keys: Mapping[str, Any], tmp_path: Path) -> None:
-    config = json.loads((saved(family) / "config.json").read_text())
+    config = config_of(family)
     sizes = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_experts_per_tok", "moe_k")
     for size in sizes:
         assert NONE_IS in refusal(write_folder(tmp_path, {**config, **keys, size: None}, tensors_of(saved(family))))

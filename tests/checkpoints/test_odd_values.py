@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,8 +14,7 @@ from hypothesis import strategies as st
 
 from moeserve import CheckpointError, load_config
 from moeserve.checkpoints import layer_sources
-from moeserve.checkpoints.families import FAMILIES
-from tests.checkpoints.saved import saved
+from tests.checkpoints.saved import config_of, language_model, saved
 from tests.checkpoints.tiny_models import SETTINGS
 
 PYTHONS_OWN_WORDS = re.compile(r"object|not supported|TypeError|KeyError|subscriptable|iterable|unhashable|NoneType|attribute|int\(\)")
@@ -37,20 +34,14 @@ ODD = (
 )
 
 
-@cache
-def config_of(family: str) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((saved(family) / "config.json").read_text())
-    return config
-
-
 def section_of(family: str) -> dict[str, Any]:
-    section: dict[str, Any] = config_of(family)["text_config"] if FAMILIES[family].section else config_of(family)
-    return section
+    return language_model(config_of(family))
 
 
-def layers(family: str, section: Mapping[str, Any]) -> list[Any]:
+def layers(family: str, section: dict[str, Any]) -> list[Any]:
     """All that is known of the layers when the language model is described like that."""
-    text = config_of(family) | {"text_config": section} if FAMILIES[family].section else section
+    text = config_of(family)
+    text = {**text, "text_config": section} if "text_config" in text else section
     with TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(text))
         (Path(folder) / "model.safetensors").symlink_to(saved(family) / "model.safetensors")
@@ -89,7 +80,7 @@ def test_an_odd_value_is_named_or_is_as_good_as_none(oddity: tuple[str, str, Any
     assert found in ([layers(family, section)] + ([layers(family, drop(section, key))] if can_be_dropped(family, key) else []))
 
 
-def drop(section: Mapping[str, Any], key: str) -> dict[str, Any]:
+def drop(section: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in section.items() if name != key}
 
 
