@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from typing import get_args
 
@@ -54,9 +55,9 @@ def main() -> None:
         down = torch.stack([expert.down_proj for expert in experts])
         for tokens in TOKENS[:3] if options.quick else TOKENS:
             work = some_work(tokens, hidden, count, top_k, device)
-            bare = (lambda work=work: grouped(work, gate_up, down)) if device.type == "cuda" else None
+            bare = partial(grouped, work, gate_up, down) if device.type == "cuda" else None
             rows.append(measured("grouped", name, bank, work, bare, experts))
-        del bank, gate_up, down
+        del bank, gate_up, down, bare
         rows += decoded(name, experts, top_k, device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     about = f"{date.today()}, {where}, moeserve {version('moeserve')}, torch {version('torch')}"
@@ -109,7 +110,7 @@ def decoded(shape: str, experts: list[FeedForward], top_k: int, device: torch.de
         for tokens in (1, 64, 1024) if device.type == "cuda" else (1,):
             work = some_work(tokens, hidden, len(few), min(top_k, len(few)), device)
             out = torch.empty(work[0].shape, device=device)
-            rows.append(measured(quantization, shape, bank, work, lambda work=work, out=out: plain.run(*work, out=out), few))
+            rows.append(measured(quantization, shape, bank, work, partial(plain.run, *work, out), few))
     return rows
 
 
