@@ -74,7 +74,7 @@ def library() -> ctypes.CDLL | None:
     loaded.linear_scratch_bytes.restype, loaded.linear_scratch_bytes.argtypes = c_int64, (c_int64, c_int32)
     loaded.run_linear.restype = None
     loaded.run_linear.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int32)
-    loaded.run_pass.restype, loaded.run_pass.argtypes = None, (POINTER(Bank), POINTER(Work))
+    loaded.run_pass.restype, loaded.run_pass.argtypes = c_int32, (POINTER(Bank), POINTER(Work))
     return loaded
 
 
