@@ -1,4 +1,4 @@
-"""Feed-forward experts in the order in which the compiled pass reads them: native/kernels.h says which.
+"""Feed-forward experts in the order in which the compiled pass reads them: csrc/kernels.h says which.
 
 E experts, R rows, N (row, expert) pairs, H hidden size, I intermediate size, O output and K input channels of a projection,
 P panels of 32 output channels.
