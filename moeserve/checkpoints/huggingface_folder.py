@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from moeserve.checkpoints.families import family_of
 from moeserve.checkpoints.family import Family, Layout, lookup
+from moeserve.checkpoints.formats import scheme_of
 from moeserve.checkpoints.huggingface import HuggingFaceLayer
 from moeserve.checkpoints.safetensors_folder import SafetensorsFolder, read_json
 from moeserve.config import Dtype, GatingConfig, LayerSpec
@@ -31,7 +32,7 @@ def huggingface_layers(folder: Path, dtype: Dtype | None) -> list[HuggingFaceLay
     config = read_json(path)
     try:
         family = family_of(str(config.get("model_type")))
-        return _Model(family, config, SafetensorsFolder(folder, _fp8_block(config)), dtype).layers()
+        return _Model(family, config, SafetensorsFolder(folder, scheme_of(config)), dtype).layers()
     except ValidationError as error:
         raise CheckpointError(f"{path}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
     except ValueError as error:
@@ -114,11 +115,3 @@ class _Model:
 def _has(config: Mapping[str, Any], key: str) -> bool:
     table, _, name = key.rpartition(".")
     return name in ((lookup(config, table) or {}) if table else config)
-
-
-def _fp8_block(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns that share a scale."""
-    block = lookup(config, "quantization_config.weight_block_size") or [128, 128]
-    if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
-        raise ValueError(f"quantization_config.weight_block_size is {block}; allowed: two positive whole numbers")
-    return block[0], block[1]

@@ -1,0 +1,43 @@
+"""The table of published formats: what `quantization_config` of config.json can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping
+from typing import Final
+
+from moeserve.checkpoints.formats import fp8, mxfp4
+from moeserve.checkpoints.formats.number_format import NumberFormat
+from moeserve.checkpoints.formats.scheme import Scheme, Settings
+
+#: `quant_method` -> what its settings (and the rest of config.json) say
+METHODS: Final[Mapping[str, Callable[[Settings, Settings], Scheme]]] = {
+    "fp8": fp8.fine_grained,
+    "fbgemm_fp8": fp8.fbgemm,
+    "mxfp4": mxfp4.gpt_oss,
+}
+
+
+def scheme_of(config: Settings) -> Scheme:
+    """How the weights of a checkpoint with this config.json are stored. Raises ValueError with one sentence that names the key."""
+    settings = config.get("quantization_config")
+    if settings is None:
+        return UNSAID
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"quantization_config is {settings!r}; allowed: a table")
+    method = settings.get("quant_method")
+    if method is None and "weight_block_size" in settings:
+        return fp8.fine_grained(settings, config)
+    if method not in METHODS:
+        raise ValueError(f"quantization_config.quant_method is {method!r}; supported: {', '.join(METHODS)}")
+    return METHODS[str(method)](settings, config)
+
+
+def _by_names(name: str, index: Container[str]) -> NumberFormat | None:
+    """Blocks of 128 x 128 in FP8, and MXFP4, are told by the names of their scales alone."""
+    if f"{name}_scale_inv" in index:
+        return fp8.fine_grained({}, {}).format_of(name, index)
+    return mxfp4.blocks(name, index)
+
+
+#: config.json has no quantization_config
+UNSAID: Final = Scheme(lambda module: _by_names, lambda module: True, "config.json without quantization_config")
