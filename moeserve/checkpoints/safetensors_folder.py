@@ -63,7 +63,7 @@ class SafetensorsFolder:
         return name in self._file_of or any(told in self._file_of for told in telltales(name))
 
     def format_of(self, name: str) -> NumberFormat:
-        """How a weight is stored; the names in the index and config.json are enough to tell."""
+        """How a weight is stored, and that all of it is there; the names in the index and config.json are enough to tell."""
         try:
             found = self.scheme.format_of(name, self._file_of)
         except ValueError as error:
@@ -71,6 +71,13 @@ class SafetensorsFolder:
         if found is None:
             raise CheckpointError(f"{self.folder}: tensor {name} is missing")
         return found
+
+    def stored_as(self, name: str) -> tuple[str, ...]:
+        """The tensors that a tensor is stored as and those about it that do not matter; none when it is missing. Reads no header."""
+        if name not in self:
+            return ()
+        number_format = self.format_of(name)
+        return (*number_format.names, *(known for known in number_format.known if known in self._file_of))
 
     def dtype(self, name: str) -> Dtype:
         """Element type of a tensor, from the file's header alone; bfloat16 for weights in few bits."""

@@ -6,6 +6,10 @@ from collections.abc import Callable, Container, Mapping
 from typing import Final
 
 from moeserve.checkpoints.formats import fp8, mxfp4
+from moeserve.checkpoints.formats.awq import awq
+from moeserve.checkpoints.formats.compressed_tensors import compressed_tensors
+from moeserve.checkpoints.formats.gptq import gptq
+from moeserve.checkpoints.formats.modelopt import modelopt
 from moeserve.checkpoints.formats.number_format import NumberFormat
 from moeserve.checkpoints.formats.scheme import Scheme, Settings
 
@@ -14,6 +18,12 @@ METHODS: Final[Mapping[str, Callable[[Settings, Settings], Scheme]]] = {
     "fp8": fp8.fine_grained,
     "fbgemm_fp8": fp8.fbgemm,
     "mxfp4": mxfp4.gpt_oss,
+    "compressed-tensors": compressed_tensors,
+    "gptq": gptq,
+    "awq": awq,
+    "modelopt": modelopt,
+    "modelopt_fp4": modelopt,
+    "modelopt_mxfp8": modelopt,
 }
 
 

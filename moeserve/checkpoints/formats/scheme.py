@@ -15,7 +15,7 @@ Settings = Mapping[str, Any]
 Recipe = Callable[[str, Container[str]], NumberFormat | None]
 
 #: what is beside a weight, or in its place, when it is stored in some format of few bits
-_TELLTALE: Final = ("_scale_inv", "_scale", "_packed", "_blocks", "_scale_2", "_global_scale")
+_TELLTALE: Final = ("_scale_inv", "_scale", "_packed", "_blocks", "_scale_2", "_global_scale", "_weight_scale")
 _TELLTALE_OF_MODULES: Final = (".qweight", ".qscale_weight", ".scale", ".scales", ".qzeros")
 
 
@@ -37,15 +37,27 @@ class Scheme:
         recipe = self.recipe(module_of(name))
         found = recipe(name, index) if recipe is not None else None
         if found is not None:
+            missing = next((part for part in found.names if part not in index), None)
+            if missing is not None:
+                raise ValueError(f"tensor {missing} is missing, which belongs to {name} as {found.title}")
             return found
         for told in telltales(name):
             if told in index:
                 raise ValueError(f"the index has {told}, but {self.title} does not say how {name} is stored")
-        return Plain(name) if name in index else None
+        if name not in index:
+            return None
+        if recipe is not None and _is_expert(name) and not self.is_excluded(module_of(name)):
+            raise ValueError(f"{self.title} says that {name} is stored in few bits, but the index has no scales of it")
+        return Plain(name)
 
 
 #: every tensor is what its name says
 AS_IS: Final = Scheme(lambda module: lambda name, index: Plain(name) if name in index else None, lambda module: True, "the checkpoint")
+
+
+def _is_expert(name: str) -> bool:
+    """Of gates and the like configurations do not always say that they stay as they are."""
+    return ".experts." in name and name.endswith(".weight")
 
 
 def module_of(name: str) -> str:
