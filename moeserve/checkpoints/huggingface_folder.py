@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 from moeserve.checkpoints.families import family_of
 from moeserve.checkpoints.family import Family, Layout, lookup
-from moeserve.checkpoints.formats import scheme_of
 from moeserve.checkpoints.huggingface import HuggingFaceLayer
+from moeserve.checkpoints.quantization_config import read_scheme
 from moeserve.checkpoints.safetensors_folder import SafetensorsFolder, read_json
 from moeserve.config import Dtype, GatingConfig, LayerSpec
 from moeserve.errors import CheckpointError
@@ -32,7 +32,7 @@ def huggingface_layers(folder: Path, dtype: Dtype | None) -> list[HuggingFaceLay
     config = read_json(path)
     try:
         family = family_of(str(config.get("model_type")))
-        return _Model(family, config, SafetensorsFolder(folder, scheme_of(config)), dtype).layers()
+        return _Model(family, config, SafetensorsFolder(folder, read_scheme(folder, config)), dtype).layers()
     except ValidationError as error:
         raise CheckpointError(f"{path}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
     except ValueError as error:

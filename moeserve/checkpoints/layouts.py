@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from moeserve.checkpoints.safetensors_folder import SafetensorsFolder
+from moeserve.errors import CheckpointError
 from moeserve.experts import FeedForward
 
 
@@ -39,6 +40,12 @@ class Part:
         """As `SafetensorsFolder.read_into`; a stack [E, ...] is cut at the expert."""
         name = f"{self.prefix}.{name.format(expert=self.expert)}"
         self.files.read_into(out, name, shape, self.expert if is_stacked else None, rows, columns)
+
+    def check_unbiased(self, weight: str, width: int) -> None:
+        """AutoGPTQ writes biases for projections that have none. Raises CheckpointError when they are not zero."""
+        name = f"{self.prefix}.{_bias(weight).format(expert=self.expert)}"
+        if name in self.files and self.files.read(name, (width,), torch.float32).any():
+            raise CheckpointError(f"{self.files.folder}: tensor {name} is not zero, but experts of this model have no biases")
 
 
 class ExpertLayout(Protocol):
@@ -75,6 +82,9 @@ class Separate:
             for name, out in zip((self.gate, self.up), expert.gate_up_bias.chunk(2), strict=True):
                 part.read(out[None], _bias(name), (intermediate,), columns=channels)
             part.read(expert.down_bias[None], _bias(self.down), (hidden,))
+        else:
+            for name, width in ((self.gate, intermediate), (self.up, intermediate), (self.down, hidden)):
+                part.check_unbiased(name, width)
 
 
 @dataclass(frozen=True)

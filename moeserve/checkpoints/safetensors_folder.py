@@ -83,6 +83,10 @@ class SafetensorsFolder:
         """Element type of a tensor, from the file's header alone; bfloat16 for weights in few bits."""
         if not isinstance(self.format_of(name), Plain):
             return "bfloat16"
+        if not self._path(name).exists():
+            raise CheckpointError(
+                f"{self._path(name)} is not there yet, and config.json names no dtype: set model.dtype to plan before it is"
+            )
         return dtype_name(self._plain_type(name))  # type: ignore[return-value]
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -89,8 +89,10 @@ def _recipe(settings: Mapping[str, Any]) -> Recipe:
         module = module_of(name)
         if f"{module}.qweight" not in index:
             return None
-        order = f"{module}.g_idx" if f"{module}.g_idx" in index else ""
-        return PackedInputs(f"{module}.qweight", f"{module}.scales", bits, group, f"{module}.qzeros", order, is_v1=written == "gptq")
+        order, bias = f"{module}.g_idx" if f"{module}.g_idx" in index else "", f"{module}.bias"
+        return PackedInputs(
+            f"{module}.qweight", f"{module}.scales", bits, group, f"{module}.qzeros", order, (bias,), is_v1=written == "gptq"
+        )
 
     return recipe
 

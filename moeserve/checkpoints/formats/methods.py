@@ -27,9 +27,11 @@ METHODS: Final[Mapping[str, Callable[[Settings, Settings], Scheme]]] = {
 }
 
 
-def scheme_of(config: Settings) -> Scheme:
-    """How the weights of a checkpoint with this config.json are stored. Raises ValueError with one sentence that names the key."""
-    settings = config.get("quantization_config")
+def scheme_of(settings: object, config: Settings) -> Scheme:
+    """What a `quantization_config`, None = there is none, says beside the rest of config.json.
+
+    Raises ValueError with one sentence that names the key.
+    """
     if settings is None:
         return UNSAID
     if not isinstance(settings, Mapping):

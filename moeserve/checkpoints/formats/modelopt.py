@@ -20,7 +20,8 @@ def modelopt(settings: Settings, config: Settings) -> Scheme:
         raise ValueError(f"quantization_config.quantization is {inner!r}; allowed: a table")
     kept = mentions(inner.get("exclude_modules") or inner.get("ignore"))
     if str(inner.get("quant_algo")).upper() != "MIXED_PRECISION":
-        recipe = _recipe(inner)
+        # Where only what attention remembers is quantized there is no algorithm.
+        recipe = None if inner.get("quant_algo") is None and "quant_algo" in inner else _recipe(inner)
         return Scheme(lambda module: recipe, kept, "modelopt")
     layers = inner.get("quantized_layers")
     if not isinstance(layers, Mapping) or not all(isinstance(layer, Mapping) for layer in layers.values()):
