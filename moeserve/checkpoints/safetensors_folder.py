@@ -6,8 +6,10 @@ E experts, R rows, C columns of a matrix.
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from threading import Lock
@@ -16,7 +18,7 @@ from typing import Any, Final
 import torch
 
 from moeserve.checkpoints.number_formats import FP8, PLAIN, Fp8Blocks, Mxfp4, NumberFormat, Plain
-from moeserve.checkpoints.tensor_file import StoredTensor, TensorFile
+from moeserve.checkpoints.tensor_file import StoredTensor, TensorFile, reject_pointer
 from moeserve.config import Dtype
 from moeserve.errors import CheckpointError
 from moeserve.tensors import dtype_name
@@ -47,6 +49,21 @@ class SafetensorsFolder:
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Of all tensors, sorted."""
+        return sorted(self._file_of)
+
+    def below(self, prefix: str) -> list[str]:
+        """Names of the tensors below a module."""
+        first, last = (bisect_left(self.names, f"{prefix}{end}") for end in (".", "/"))
+        return self.names[first:last]
+
+    def stored_as(self, name: str) -> tuple[str, ...]:
+        """The tensors of the folder that a tensor is stored as, its scales among them; none when it is missing. Reads no header."""
+        scales = f"{name.removesuffix('_blocks')}_scales" if name.endswith("_blocks") else f"{name}_scale_inv"
+        return tuple(part for part in (name, scales) if part in self) if name in self else ()
 
     def dtype(self, name: str) -> Dtype:
         """Element type of a tensor, from the file's header alone; bfloat16 for those that are stored in blocks with scales."""
@@ -211,6 +228,7 @@ def _chunks(out: torch.Tensor, rows: slice, columns: slice) -> Iterator[tuple[sl
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError naming the file."""
     try:
+        reject_pointer(path)
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
