@@ -24,6 +24,8 @@ class Claim:
 
     keys: tuple[str, ...]
     agreeing: Callable[[HuggingFaceLayer], Sequence[Any]]
+    #: a key and the value with which the others say nothing
+    unless: tuple[str, Any] = ("", None)
 
 
 def _scoring(layer: HuggingFaceLayer) -> list[str]:
@@ -99,8 +101,13 @@ CLAIMS: Final = (
     Claim(
         ("n_group", "num_expert_group", "num_expert_groups", "moe_router_num_groups"),
         lambda layer: [layer.spec.gating.num_expert_groups or 1],
+        unless=("topk_method", "greedy"),
     ),
-    Claim(("topk_group", "topk_groups", "moe_router_group_topk"), lambda layer: [layer.spec.gating.topk_groups or 1]),
+    Claim(
+        ("topk_group", "topk_groups", "moe_router_group_topk"),
+        lambda layer: [layer.spec.gating.topk_groups or 1],
+        unless=("topk_method", "greedy"),
+    ),
     Claim(
         ("use_routing_bias", "use_expert_bias", "moe_router_enable_expert_bias", "use_moe_router_bias", "moe_use_aux_free"),
         lambda layer: [layer.has_selection_bias],
@@ -133,18 +140,22 @@ CLAIMS: Final = (
 def check_claims(config: Config, layer: HuggingFaceLayer, family: Family, model_type: str) -> None:
     """Raises ValueError naming the first key that says something else than `layer` does."""
     for claim in CLAIMS:
+        key, value = claim.unless
+        if value is not None and config.get(key) == value:
+            continue
         agreeing = claim.agreeing(layer)
-        for key in claim.keys:
-            said = _of_layer(config.get(key), layer.index)
-            if said is not None and key not in family.unrelated and not any(_same(said, value) for value in agreeing):
-                raise _contradiction(key, said, agreeing, model_type)
+        said = {key: _of_layer(config.get(key), layer.index) for key in claim.keys if key not in family.unrelated}
+        agrees = {key: any(_same(value, other) for other in agreeing) for key, value in said.items() if value is not None}
+        wrong = next((key for key, is_right in agrees.items() if not is_right), None)
+        if wrong is not None:
+            right = next((f"{key} is {shown(said[key])}" for key, is_right in agrees.items() if is_right), _having(agreeing, model_type))
+            raise ValueError(f"{wrong} is {shown(said[wrong])}, but {right}")
     if layer.shared_size and family.shared_bias and flag(config, family.shared_bias, layer.shared_bias) != layer.shared_bias:
-        raise _contradiction(family.shared_bias, config[family.shared_bias], [layer.shared_bias], model_type)
+        raise ValueError(f"{family.shared_bias} is {shown(config[family.shared_bias])}, but {_having([layer.shared_bias], model_type)}")
 
 
-def _contradiction(key: str, said: Any, agreeing: Sequence[Any], model_type: str) -> ValueError:
-    has = " or ".join(map(shown, agreeing)) or "no such thing"
-    return ValueError(f"{key} is {shown(said)}, but a {model_type} model with the tensors of this folder has {has}")
+def _having(agreeing: Sequence[Any], model_type: str) -> str:
+    return f"a {model_type} model with the tensors of this folder has {' or '.join(map(shown, agreeing)) or 'no such thing'}"
 
 
 def _of_layer(said: Any, index: int) -> Any:

@@ -88,6 +88,8 @@ def llama4(config: Config) -> Knobs:
 
 
 def phimoe(config: Config) -> Knobs:
+    if config.get("num_experts_per_tok") != 2:
+        raise must_be(config, "num_experts_per_tok", "2, as many as SparseMixer chooses")
     return {"routing": "sparsemixer", "sparsemixer_eps": number(config, "router_jitter_noise", 0.01, may_be_zero=True)}
 
 

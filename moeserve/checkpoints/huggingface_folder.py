@@ -18,11 +18,12 @@ from moeserve.checkpoints.claims import check_claims
 from moeserve.checkpoints.families import FAMILIES, family_of
 from moeserve.checkpoints.family import Family, Layout
 from moeserve.checkpoints.huggingface import HuggingFaceLayer
-from moeserve.checkpoints.keys import Config, LastRead, is_whole, lookup, must_be, shown, table
+from moeserve.checkpoints.keys import Config, LastRead, is_whole, lookup, must_be, shown, table, whole
 from moeserve.checkpoints.layer_tensors import check_dense, check_tensors, is_dense
 from moeserve.checkpoints.safetensors_folder import SafetensorsFolder, read_json
 from moeserve.config import Dtype, GatingConfig, LayerSpec
-from moeserve.errors import CheckpointError
+from moeserve.errors import CheckpointError, ConfigError
+from moeserve.gating.expert_groups import check_groups
 
 log = logging.getLogger(__name__)
 
@@ -104,17 +105,13 @@ class _Model:
 
     def layers(self, model_type: str) -> list[HuggingFaceLayer]:
         count = self._count = self._size(self._family.num_hidden_layers)
-        indexes = [index for index in range(count) if self._family.is_moe_layer(self._config, index)]
-        if not indexes:
+        layers = [self._layer(index, model_type) for index in range(count) if self._family.is_moe_layer(self._config, index)]
+        if not layers:
             raise ValueError("none of the layers is an MoE layer")
-        layers = [self._layer(index) for index in indexes]
-        for layer in layers:
-            check_claims(self._config, layer, self._family, model_type)
-            check_tensors(layer, self._family)
-        check_dense(sorted({*range(count)} - {*indexes}), self._files, self._family)
+        check_dense({*range(count)} - {layer.index for layer in layers}, self._files, self._family)
         return layers
 
-    def _layer(self, index: int) -> HuggingFaceLayer:
+    def _layer(self, index: int, model_type: str) -> HuggingFaceLayer:
         family, config = self._family, self._config
         sizes = {
             name: self._size(getattr(family, name), index)
@@ -123,7 +120,7 @@ class _Model:
         layout = self._layout(index)
         prefix, shared = layout.prefix.format(index=index), layout.shared_projections
         shared_size = family.shared_size(config) if self._has_any(prefix, shared.weights(1)) else 0
-        identity_experts = int(config.get(family.identity_experts) or 0) if family.identity_experts else 0
+        identity_experts = self._identity_experts()
         spec = LayerSpec(
             name=family.layer_name.format(index=index),
             hidden_size=sizes["hidden_size"],
@@ -137,11 +134,28 @@ class _Model:
             shared_mixing=family.shared_mixing if shared_size else None,
         )
         has_shared_bias = bool(family.shared_bias) and self._has_any(prefix, shared.biases(1))
-        return HuggingFaceLayer(spec, layout, index, self._files, shared_size, has_shared_bias)
+        layer = HuggingFaceLayer(spec, layout, index, self._files, shared_size, has_shared_bias)
+        check_claims(config, layer, family, model_type)
+        check_tensors(layer, family)
+        self._check_choices(spec)
+        return layer
+
+    def _identity_experts(self) -> int:
+        key = self._family.identity_experts
+        return whole(self._config, key, 0, at_least=0) if key and self._config.get(key) is not None else 0
+
+    def _check_choices(self, spec: LayerSpec) -> None:
+        if spec.gating.top_k > spec.num_experts:
+            key = self._key(self._family.num_experts_per_tok)
+            raise must_be(self._config, key, f"at most {spec.num_experts}, the number of experts")
+        try:
+            check_groups(spec.num_experts, spec.gating)
+        except ConfigError as error:
+            raise ValueError(f"n_group and topk_group do not fit: {error}") from None
 
     def _size(self, keys: tuple[str, ...], index: int | None = None) -> int:
         """Of a layer, which may have its own in a list of one for each."""
-        key = next((key for key in keys if lookup(self._config, key) is not None), keys[0])
+        key = self._key(keys)
         value = lookup(self._config, key)
         if isinstance(value, list) and index is not None and len(value) == self._count and all(is_whole(size, 1) for size in value):
             return int(value[index])
@@ -149,6 +163,9 @@ class _Model:
             per_layer = f", or a list of one for each of the {self._count} layers" if isinstance(value, list) and index is not None else ""
             raise must_be(self._config, key, f"a positive whole number{per_layer}")
         return int(value)
+
+    def _key(self, keys: tuple[str, ...]) -> str:
+        return next((key for key in keys if lookup(self._config, key) is not None), keys[0])
 
     def _layout(self, index: int) -> Layout:
         """The first whose tensors are there, or at least its router's; without the biases that are not there."""

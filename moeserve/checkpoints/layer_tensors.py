@@ -51,7 +51,7 @@ def check_tensors(layer: HuggingFaceLayer, family: Family) -> None:
 
 def check_dense(indexes: Iterable[int], files: SafetensorsFolder, family: Family) -> None:
     """Layers that config.json says are dense have no gate. Raises CheckpointError naming the tensor."""
-    for index in indexes:
+    for index in sorted(indexes):
         for layout in family.layouts:
             router = f"{layout.prefix.format(index=index)}.{layout.router}"
             if router in files:
