@@ -5,6 +5,7 @@ E experts, H hidden size, I intermediate size, i channels of a shard (I of a who
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,6 +57,14 @@ class ExpertLayout(Protocol):
         """A tensor that has weights of expert 0: its presence tells the layout, its type that of the weights."""
         ...
 
+    def weights(self, num_experts: int) -> Iterator[str]:
+        """All tensors of the layer's experts but their biases."""
+        ...
+
+    def biases(self, num_experts: int) -> Iterator[str]:
+        """The biases that experts of this layout have if they have any."""
+        ...
+
     def fill(self, expert: FeedForward, part: Part) -> None:
         """gate_up_proj [2i, H], gate first, down_proj [H, i], gate_up_bias [2i] and down_bias [H] where there are biases."""
         ...
@@ -72,6 +81,12 @@ class Separate:
     @property
     def first(self) -> str:
         return self.gate.format(expert=0)
+
+    def weights(self, num_experts: int) -> Iterator[str]:
+        return (name.format(expert=expert) for expert in range(num_experts) for name in (self.gate, self.up, self.down))
+
+    def biases(self, num_experts: int) -> Iterator[str]:
+        return map(_bias, self.weights(num_experts))
 
     def fill(self, expert: FeedForward, part: Part) -> None:
         hidden, intermediate, channels = part.hidden_size, part.intermediate_size, part.channels
@@ -104,6 +119,12 @@ class Stacked:
     @property
     def first(self) -> str:
         return self.gate_up
+
+    def weights(self, num_experts: int) -> Iterator[str]:
+        return iter((self.gate_up, self.down))
+
+    def biases(self, num_experts: int) -> Iterator[str]:
+        return iter((self.gate_up_bias, self.down_bias))
 
     def fill(self, expert: FeedForward, part: Part) -> None:
         count, hidden, intermediate = part.num_experts, part.hidden_size, part.intermediate_size
@@ -143,6 +164,12 @@ class Flat:
     @property
     def first(self) -> str:
         return self.gate
+
+    def weights(self, num_experts: int) -> Iterator[str]:
+        return iter((self.gate, self.up, self.down))
+
+    def biases(self, num_experts: int) -> Iterator[str]:
+        return iter(())
 
     def fill(self, expert: FeedForward, part: Part) -> None:
         shape = (part.num_experts * part.intermediate_size, part.hidden_size)

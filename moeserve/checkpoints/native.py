@@ -49,6 +49,14 @@ class NativeLayer:
     layer: LayerConfig
     files: NamedTensors
 
+    @property
+    def has_router_bias(self) -> bool:
+        return f"{self.spec.name}.gate.bias" in self.files
+
+    @property
+    def has_selection_bias(self) -> bool:
+        return f"{self.spec.name}.gate.score_correction_bias" in self.files
+
     def router(self) -> Router:
         experts, hidden = self.spec.num_experts, self.spec.hidden_size
         return Router(

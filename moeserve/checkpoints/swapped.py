@@ -72,6 +72,14 @@ class SwappedLayer:
     def spec(self) -> LayerSpec:
         return self._rest.spec
 
+    @property
+    def has_router_bias(self) -> bool:
+        return self._rest.has_router_bias
+
+    @property
+    def has_selection_bias(self) -> bool:
+        return self._rest.has_selection_bias
+
     def router(self) -> Router:
         return self._rest.router()
 

@@ -33,7 +33,8 @@ def models(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     # Their grouped matrix product asks for rows of whole 16 bytes.
     changes: dict[str, Any] = {intermediate_key: 4 * draw(st.integers(1, 10))}
     changes |= dict.fromkeys(EXPERTS_KEYS & set(own), draw(st.sampled_from([8, 12, 16])))
-    changes |= dict.fromkeys(TOP_K_KEYS & set(own), draw(st.integers(1, 4)))
+    # Theirs cannot take one choice.
+    changes |= dict.fromkeys(TOP_K_KEYS & set(own), draw(st.integers(2 if family == "longcat_flash" else 1, 4)))
     return family, changes
 
 

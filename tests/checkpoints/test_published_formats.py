@@ -23,7 +23,7 @@ from tests.stacked import stacked
 
 LAYER = "model.layers.1.mlp"
 HIDDEN, INTERMEDIATE = 128, 192
-SIZES = {"hidden_size": HIDDEN, "moe_intermediate_size": INTERMEDIATE, "shared_expert_intermediate_size": 64}
+SIZES = {"hidden_size": HIDDEN, "moe_intermediate_size": INTERMEDIATE, "shared_expert_intermediate_size": 64, "mlp_only_layers": [0]}
 
 Case = tuple[Path, nn.Module]
 
