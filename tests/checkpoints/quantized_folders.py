@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeserve import MoELayer
+from moeserve.checkpoints import layer_sources
+from moeserve.config import load_config
+from moeserve.experts import ExpertShard
 from tests.checkpoints.published import PUBLISHED, Stored, Writer, compressed
 from tests.checkpoints_on_disk import write_folder
+from tests.stacked import stacked
 
 SIZE, EXPERTS = 64, 4
 KINDS = ("gate", "up", "down")
@@ -83,7 +86,9 @@ def folder_of(folder: Path, settings: object, tensors: Mapping[str, Tensor], **c
 
 def check_held(folder: Path, numbers: Mapping[str, Tensor]) -> None:
     """Whether experts have exactly these numbers, but for one rounding."""
-    for number, expert in enumerate(MoELayer.from_checkpoint(folder, dtype=torch.float32).bank.experts):
-        gate, up, down = (numbers[f"{LAYER}.experts.{number}.{kind}_proj"] for kind in KINDS)
-        torch.testing.assert_close(expert.gate_up_proj, torch.cat([gate, up]), rtol=1e-6, atol=0)
-        torch.testing.assert_close(expert.down_proj, down, rtol=1e-6, atol=0)
+    (source,) = layer_sources(load_config({"model": {"checkpoint": folder, "dtype": "float32"}}))
+    held = stacked(source.experts([ExpertShard(expert) for expert in range(EXPERTS)]))
+    for expert in range(EXPERTS):
+        gate, up, down = (numbers[f"{LAYER}.experts.{expert}.{kind}_proj"] for kind in KINDS)
+        torch.testing.assert_close(held.gate_up_proj[expert], torch.cat([gate, up]), rtol=1e-6, atol=0)
+        torch.testing.assert_close(held.down_proj[expert], down, rtol=1e-6, atol=0)

@@ -12,9 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moeserve import CheckpointError, MoELayer
+from moeserve.checkpoints import layer_sources
+from moeserve.config import load_config
+from moeserve.experts import ExpertShard
 from tests.checkpoints.published import PUBLISHED
 from tests.checkpoints.quantized_folders import EXPERTS, LAYER, SIZE, folder_of, plain, weights
 from tests.checkpoints_on_disk import write_folder
+from tests.stacked import stacked
 
 _IN_BITS = {
     8: "BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ",
@@ -141,5 +145,6 @@ def test_the_smallest_and_the_largest_exponent(tmp_path: Path) -> None:
     tensors[f"{UP}.weight"].fill_(1)
     tensors[f"{UP}.weight_scale_inv"][0, 0], tensors[f"{UP}.weight_scale_inv"][1, 1] = 0, 254
     save_file(tensors, folder / "model.safetensors")
-    up = MoELayer.from_checkpoint(folder, dtype=torch.float32).bank.experts[1].gate_up_proj[SIZE:]
+    (source,) = layer_sources(load_config({"model": {"checkpoint": folder, "dtype": "float32"}}))
+    up = stacked(source.experts([ExpertShard(1)])).gate_up_proj[0, SIZE:]
     assert (up[0, 0].item(), up[-1, -1].item()) == (2.0**-127, 2.0**127)
