@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Final, Protocol
+from typing import ClassVar, Final, Protocol
 
 import torch
 
@@ -56,6 +56,11 @@ class NumberFormat(Protocol):
         ...
 
     @property
+    def is_turned(self) -> bool:
+        """Whether a row of the weight is a column in the file, so that a part of few rows is in many places."""
+        ...
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The stored tensors, the one with the numbers first."""
         ...
@@ -77,6 +82,8 @@ class NumberFormat(Protocol):
 class CodedFormat(ABC):
     """A `NumberFormat` of few bits: numbers are codes, scales, and perhaps zeros."""
 
+    is_turned: ClassVar[bool] = False
+
     @abstractmethod
     def coded(self, read: Read, rows: slice, columns: slice) -> Coded:
         """The part as it is stored, for those who keep it so."""
@@ -91,6 +98,7 @@ class Plain:
 
     name: str
 
+    is_turned = False
     title = "as they are"
     known = ()
 
