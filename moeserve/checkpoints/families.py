@@ -187,7 +187,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "llama4": replace(_LLAMA4, section="text_config"),
     "ernie4_5_moe": Family(
         _both(Layout(_MLP, score_correction_bias="moe_statics.e_score_correction_bias")),
-        gates.renormalized,
+        gates.ernie,
         rules.ernie,
         shared_size=rules.times_expert("moe_num_shared_experts", 2),
         shared_bias="use_bias",

@@ -19,8 +19,15 @@ def plain(config: Config) -> Knobs:
 
 
 def renormalized(config: Config) -> Knobs:
-    """Mixtral, MiniMax, Hunyuan, Ernie 4.5."""
+    """Mixtral, MiniMax, Hunyuan."""
     return {"renormalize": "pre_drop"}
+
+
+def ernie(config: Config) -> Knobs:
+    """The sum that the chosen scores are divided by has a floor, which must be one that no sum touches."""
+    if number(config, "moe_norm_min", 1e-12, may_be_zero=True) > 1e-6:
+        raise must_be(config, "moe_norm_min", "at most 1e-06")
+    return renormalized(config)
 
 
 def chosen_logits(config: Config) -> Knobs:
@@ -100,9 +107,7 @@ def _renormalize(config: Config, default: bool) -> str:
 def _groups(config: Config, score: str) -> Knobs:
     """Without `n_group`, or with null, there are none, whatever transformers' default is; one group is no limit at all."""
     count = 1 if config.get("n_group") is None else whole(config, "n_group")
-    if count == 1:
-        return {}
-    best = whole(config, "topk_group")
+    best = 1 if count == 1 and config.get("topk_group") is None else whole(config, "topk_group")
     if best > count:
-        raise must_be(config, "topk_group", f"at most n_group = {count}")
-    return {"num_expert_groups": count, "topk_groups": best, "group_score": score}
+        raise must_be(config, "topk_group", f"at most n_group = {shown(config.get('n_group'))}")
+    return {} if count == 1 else {"num_expert_groups": count, "topk_groups": best, "group_score": score}

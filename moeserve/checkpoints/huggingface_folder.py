@@ -98,7 +98,7 @@ def _read(model_type: str, config: Mapping[str, Any], files: SafetensorsFolder, 
 class _Model:
     """One reading of config.json. Raises ValueError with a sentence that names the key."""
 
-    def __init__(self, family: Family, config: Config, files: SafetensorsFolder, dtype: Dtype | None) -> None:
+    def __init__(self, family: Family, config: LastRead, files: SafetensorsFolder, dtype: Dtype | None) -> None:
         self._family = family
         self._config = config
         self._files = files
@@ -120,7 +120,7 @@ class _Model:
         }
         layout = self._layout(index)
         prefix, shared = layout.prefix.format(index=index), layout.shared_projections
-        shared_size = family.shared_size(config) if self._has_any(prefix, shared.weights(1)) else 0
+        shared_size = self._shared_size() if self._has_any(prefix, shared.weights(1)) else 0
         identity_experts = self._identity_experts()
         spec = LayerSpec(
             name=family.layer_name.format(index=index),
@@ -141,9 +141,17 @@ class _Model:
         self._check_choices(spec)
         return layer
 
+    def _shared_size(self) -> int:
+        """Of a shared expert that the files have; 0 in a family that has none."""
+        self._config.key = ""
+        size, key = self._family.shared_size(self._config), self._config.key
+        if key and not size:
+            raise ValueError(f"{key} is {shown(self._config.get(key))}, but the files have a shared expert")
+        return size
+
     def _identity_experts(self) -> int:
         key = self._family.identity_experts
-        return whole(self._config, key, 0, at_least=0) if key and self._config.get(key) is not None else 0
+        return whole(self._config, key, 0, at_least=0) if key else 0
 
     def _check_choices(self, spec: LayerSpec) -> None:
         if spec.gating.top_k > spec.num_experts:

@@ -18,6 +18,7 @@ HARMLESS: Final = re.compile(
 )
 
 
+_OF_EXPERTS: Final = re.compile("expert|moe|router")
 #: how many experts there are, in the words of all families
 _COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 
@@ -26,7 +27,7 @@ def is_dense(config: Config, files: SafetensorsFolder) -> bool:
     """Whether nothing in the folder is about experts, whatever its `model_type`."""
     tables = [config, *(value for value in config.values() if isinstance(value, Mapping))]
     has_count = any(table.get(key) not in (None, 0, 1) for table in tables for key in _COUNTS)
-    return not has_count and not any("expert" in name for name in files.names)
+    return not has_count and not any(_OF_EXPERTS.search(name) for name in files.names)
 
 
 def check_tensors(layer: HuggingFaceLayer, family: Family) -> None:

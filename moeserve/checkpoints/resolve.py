@@ -26,10 +26,13 @@ StoredLayer = HuggingFaceLayer | NativeLayer
 def layer_sources(config: ServiceConfig) -> list[LayerSource]:
     """The served layers in order. Raises ConfigError or CheckpointError with one sentence; reads no weights."""
     sources: list[LayerSource] = []
-    if config.model.checkpoint is None:
-        sources.extend(_seeded(index, layer, config) for index, layer in enumerate(config.layers))
+    model = config.model
+    if model.checkpoint is None:
+        found: Sequence[SeededLayer | StoredLayer] = [_seeded(index, layer, config) for index, layer in enumerate(config.layers)]
     else:
-        sources.extend(_stored(config.model.checkpoint, config))
+        found = _stored(model.checkpoint, config)
+    for layer in found:
+        sources.append(replace(layer, spec=replace(layer.spec, kernel=model.kernel, deterministic=model.deterministic)))
     for source in sources:
         if source.spec.gating.top_k > source.spec.num_experts:
             raise ConfigError(
@@ -38,6 +41,11 @@ def layer_sources(config: ServiceConfig) -> list[LayerSource]:
         if source.spec.module is not None and config.placement.tensor_parallel > 1:
             raise ConfigError(
                 f"placement.tensor_parallel must be 1: the experts of layer {source.spec.name} are modules, which cannot be split"
+            )
+        if model.deterministic and config.placement.copies != 1:
+            raise ConfigError(
+                f"model.deterministic is true, but placement.copies is {config.placement.copies}; allowed: 1, because which copies compute, "
+                f"and so which answers are added up where, depends on load"
             )
         if (source.spec.module or source.spec.shared_module) and config.model.quantization is not None:
             raise ConfigError(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -65,12 +66,14 @@ def load_bank(source: LayerSource, shards: Sequence[ExpertShard], device: torch.
     """
     spec, shared = source.spec, source.shared_expert()
     bank = ExpertBank(
-        load_experts(source, shards),
+        _OneByOne(source, shards),
         spec.hidden_size,
         FLOAT_DTYPES[spec.dtype],
         shared=None if shared is None else _held(shared, spec),
         device=device,
         scale_inputs=spec.gating.scale_inputs,
+        kernel=spec.kernel,
+        deterministic=spec.deterministic,
     )
     if spec.quantization is not None:
         held = (spec.name, bank.num_experts, spec.quantization, bank.nbytes / 2**20)
@@ -80,10 +83,23 @@ def load_bank(source: LayerSource, shards: Sequence[ExpertShard], device: torch.
 
 def load_experts(source: LayerSource, shards: Sequence[ExpertShard]) -> list[Expert]:
     """The given shards as a host holds them, in that order. Raises CheckpointError."""
-    if source.spec.quantization is None:
-        return source.experts(shards)
-    # One by one: beside what is quantized already, memory holds the weights of one expert as they are stored.
-    return [_held(source.experts([shard])[0], source.spec) for shard in shards]
+    return list(_OneByOne(source, shards))
+
+
+@dataclass(frozen=True)
+class _OneByOne:
+    """Loads the experts while it is iterated: beside what is held already, memory has the weights of one as they are stored."""
+
+    source: LayerSource
+    shards: Sequence[ExpertShard]
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __iter__(self) -> Iterator[Expert]:
+        for shard in self.shards:
+            (expert,) = self.source.experts([shard])
+            yield _held(expert, self.source.spec)
 
 
 def bank_bytes(source: LayerSource, shards: Sequence[ExpertShard]) -> int:

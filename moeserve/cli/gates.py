@@ -40,7 +40,7 @@ def gate_line(source: LayerSource) -> str:
         learned if gating.routing == "learned" else gating.routing,
         "selection bias" if source.has_selection_bias else "",
         _choice(gating),
-        _weight(gating),
+        *_weights(gating),
         f"{spec.identity_experts} experts answer the token itself" if spec.identity_experts else "",
         _MIXING[spec.shared_mixing] if spec.shared_mixing else "no shared expert",
     ]
@@ -54,11 +54,13 @@ def _choice(gating: GatingConfig) -> str:
     return f"top {gating.top_k} in {gating.topk_groups} of {gating.num_expert_groups} groups by {by}"
 
 
-def _weight(gating: GatingConfig) -> str:
-    scale = "" if gating.routed_scaling_factor == 1 else f" times {gating.routed_scaling_factor:g}"
-    where = " on what goes in" if gating.scale_inputs else ""
+def _weights(gating: GatingConfig) -> list[str]:
     renormalized = {"none": "not renormalized", "pre_drop": "renormalized", "post_drop": "renormalized after drops"}[gating.renormalize]
-    return f"{'renormalized' if gating.scoring_func == 'softmax_topk' else renormalized}{scale}{where}"
+    return [
+        "renormalized" if gating.scoring_func == "softmax_topk" else renormalized,
+        "" if gating.routed_scaling_factor == 1 else f"times {gating.routed_scaling_factor:g}",
+        "weights multiply what goes in" if gating.scale_inputs else "",
+    ]
 
 
 def _ranges(numbers: Sequence[int]) -> str:

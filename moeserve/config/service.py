@@ -11,6 +11,8 @@ from moeserve.config.gating import GatingConfig
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Quantization = Literal["int8", "fp8"]
+#: what computes feed-forward experts on CPUs: the fastest as measured, torch's operators, or a compiled kernel
+Kernel = Literal["auto", "torch", "amx", "avx512_bf16", "avx512", "avx2", "generic"]
 Activation = Literal["swiglu", "geglu", "gelu", "relu", "swigluoai"]
 #: how the answer of a shared expert is added to that of the chosen ones
 Mixing = Literal["add", "sigmoid", "residual"]
@@ -87,6 +89,10 @@ class ModelConfig(Table):
     dtype: Dtype | None = None
     #: element type of the weights of feed-forward experts, quantized while they are loaded; unset = dtype
     quantization: Quantization | None = None
+    #: what computes feed-forward experts on CPUs: auto = the fastest here, measured at start; torch = its operators; or a compiled kernel
+    kernel: Kernel = "auto"
+    #: the answer to a token is bitwise the same whatever else is in its batch
+    deterministic: bool = False
     #: which MoE layers of the checkpoint to serve, by position or name; unset = all
     layers: Annotated[tuple[LayerKey, ...], Field(strict=False, min_length=1)] | None = None
     #: packages whose classes a checkpoint may name as its experts or its routing, beside those of torch.nn: making one runs its code

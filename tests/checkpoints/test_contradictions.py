@@ -9,28 +9,33 @@ from typing import Any
 import pytest
 import torch
 
-from moeserve import CheckpointError, MoELayer
+from moeserve import CheckpointError, MoELayer, load_config
+from moeserve.checkpoints import layer_sources
 from moeserve.checkpoints.architectures import named_family
 from moeserve.checkpoints.claims import CLAIMS
-from moeserve.checkpoints.families import FAMILIES
-from tests.checkpoints.saved import rewritten, saved, tensors_of
+from moeserve.checkpoints.families import FAMILIES, family_of
+from tests.checkpoints.saved import config_of, language_model, rewritten, saved, second_layer, tensors_of
 from tests.checkpoints.tiny_models import NESTED, SETTINGS, answer_of, moe_block, some_tokens, tiny_model
+from tests.closeness import assert_close
 
-SECTIONED = {name for name, family in FAMILIES.items() if family.section}
-LAYER_1 = {name: family.layer_name.format(index=1) for name, family in FAMILIES.items()}
 #: as MiniMax-M2 was first published, besides its `model_type`
 FIRST_PUBLISHED = {"scoring_func": "sigmoid", "use_routing_bias": True}
 
 
 def changed_config(family: str, folder: Path, **changes: Any) -> Path:
     """The saved model with other keys about its language model."""
-    text = json.loads((saved(family) / "config.json").read_text())
-    (text["text_config"] if family in SECTIONED else text).update(changes)
+    text = config_of(family)
+    language_model(text).update(changes)
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(text))
     if not (folder / "model.safetensors").exists():
         (folder / "model.safetensors").symlink_to(saved(family) / "model.safetensors")
     return folder
+
+
+def layer_source(family: str) -> Any:
+    (source,) = layer_sources(load_config({"model": {"checkpoint": saved(family), "layers": [second_layer(family)]}}))
+    return source
 
 
 def other_values(agreeing: list[Any]) -> list[Any]:
@@ -54,25 +59,25 @@ def their_answer(family: str, folder: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", SETTINGS)
 def test_each_key_that_says_something_else_is_refused_or_followed(family: str, tmp_path: Path) -> None:
-    layer = MoELayer.from_checkpoint(saved(family), LAYER_1[family])
+    layer = MoELayer.from_checkpoint(saved(family), second_layer(family))
     source = layer_source(family)
     num_refused = 0
     for claim in CLAIMS:
         for key in claim.keys:
             for value in other_values(list(claim.agreeing(source))):
                 folder = changed_config(family, tmp_path, **{key: value})
-                if key in FAMILIES[family].unrelated:
-                    assert torch.equal(MoELayer.from_checkpoint(folder, LAYER_1[family])(some_tokens(64)), layer(some_tokens(64)))
+                if key in family_of(family).unrelated:
+                    assert torch.equal(MoELayer.from_checkpoint(folder, second_layer(family))(some_tokens(64)), layer(some_tokens(64)))
                     continue
                 try:
-                    followed = MoELayer.from_checkpoint(folder, LAYER_1[family])
+                    followed = MoELayer.from_checkpoint(folder, second_layer(family))
                 except CheckpointError as error:
                     num_refused += 1
                     assert str(folder) in str(error)
                     assert key in str(error) or "tensor " in str(error), "the key, or what it makes of the tensors"
                 else:
                     theirs = their_answer(family, folder)
-                    torch.testing.assert_close(followed(some_tokens(64)), theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+                    assert_close(followed(some_tokens(64)), theirs)
     assert num_refused > 30
 
 
@@ -80,19 +85,10 @@ def test_each_key_that_says_something_else_is_refused_or_followed(family: str, t
 def test_keys_that_say_what_the_layer_does_change_nothing(family: str, tmp_path: Path) -> None:
     source = layer_source(family)
     said = {key: claim.agreeing(source)[0] for claim in CLAIMS if claim.agreeing(source) for key in claim.keys}
-    own = json.loads((saved(family) / "config.json").read_text())
-    own = own["text_config"] if family in SECTIONED else own
+    own = language_model(config_of(family))
     folder = changed_config(family, tmp_path, **{key: value for key, value in said.items() if key not in own})
-    ours = MoELayer.from_checkpoint(folder, LAYER_1[family])(some_tokens(64))
-    assert torch.equal(ours, MoELayer.from_checkpoint(saved(family), LAYER_1[family])(some_tokens(64)))
-
-
-def layer_source(family: str) -> Any:
-    from moeserve import load_config
-    from moeserve.checkpoints import layer_sources
-
-    (source,) = layer_sources(load_config({"model": {"checkpoint": saved(family), "layers": [LAYER_1[family]]}}))
-    return source
+    ours = MoELayer.from_checkpoint(folder, second_layer(family))(some_tokens(64))
+    assert torch.equal(ours, MoELayer.from_checkpoint(saved(family), second_layer(family))(some_tokens(64)))
 
 
 PUBLISHED = {
@@ -114,8 +110,8 @@ PUBLISHED = {
 def test_keys_that_are_published_with_a_family(family: str, tmp_path: Path) -> None:
     """Which their classes in transformers do not know."""
     folder = changed_config(family, tmp_path, **PUBLISHED[family])
-    ours = MoELayer.from_checkpoint(folder, LAYER_1[family])(some_tokens(64))
-    assert torch.equal(ours, MoELayer.from_checkpoint(saved(family), LAYER_1[family])(some_tokens(64)))
+    ours = MoELayer.from_checkpoint(folder, second_layer(family))(some_tokens(64))
+    assert torch.equal(ours, MoELayer.from_checkpoint(saved(family), second_layer(family))(some_tokens(64)))
 
 
 @pytest.mark.parametrize("model_type", ["minimax", "mixtral", "qwen3_moe", "deepseek_v3"])
@@ -123,7 +119,7 @@ def test_a_model_is_served_as_the_class_it_wholly_is(model_type: str, tmp_path: 
     folder = rewritten(saved("minimax_m2"), tmp_path, tensors_of(saved("minimax_m2")), model_type=model_type, **FIRST_PUBLISHED)
     layer = MoELayer.from_checkpoint(folder, 1)
     theirs = answer_of(moe_block(tiny_model("minimax_m2"), "minimax_m2"), some_tokens(513))
-    torch.testing.assert_close(layer(some_tokens(513)), theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+    assert_close(layer(some_tokens(513)), theirs)
     assert layer.spec.gating.scoring_func == "sigmoid" and layer.router.score_correction_bias is not None
 
 

@@ -1,9 +1,7 @@
-"""A checkpoint as DeepSpeed writes it, served as it is; files that hold code are refused and nothing of them runs."""
+"""A checkpoint as DeepSpeed writes it, served as it is."""
 
 from __future__ import annotations
 
-import os
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from moeserve.compat.deepspeed import MoE
 from moeserve.config import GatingConfig, load_config
 from moeserve.errors import CheckpointError, ConfigError
 from moeserve.experts import ExpertShard
+from tests.closeness import assert_close
 from tests.compat.modules import EXPERTS, HIDDEN, Block, sequential, shaken
 from tests.harness import ServiceHarness
 
@@ -83,7 +82,7 @@ def test_it_is_served_as_it_is(kind: str, use_residual: bool, tmp_path: Path) ->
         for name in ("encoder.1", "encoder.3"):
             remote = MoE(HIDDEN, nn.Identity(), use_residual=use_residual, target=service.target, layer=name, **PARAMETERS)  # type: ignore
             for here, there in zip(model.get_submodule(name)(x), remote.eval()(x), strict=True):
-                torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-5)
+                assert_close(there, here, summed=4 * HIDDEN + len(x))
 
 
 @torch.no_grad()
@@ -94,7 +93,7 @@ def test_a_model_that_is_one_layer(tmp_path: Path) -> None:
     x = torch.randn(30, HIDDEN)
     read = MoELayer.__new__(MoELayer)
     read._load(source)
-    torch.testing.assert_close(read(x), layer(x)[0], rtol=1e-5, atol=1e-5)
+    assert_close(read(x), layer(x)[0])
 
 
 def test_experts_are_read_when_asked_for_and_cast(tmp_path: Path) -> None:
@@ -143,37 +142,6 @@ def test_newer_weights_come_from_files_of_the_same_kind(tmp_path: Path) -> None:
     ]
     assert torch.equal(experts[1][1].down_proj, experts[0][1].down_proj)
     assert torch.equal(experts[1][2].down_proj, 2 * experts[0][2].down_proj)
-
-
-class RunsCode:
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
-        return os.system, (f"touch {self.trace}",)
-
-
-@pytest.mark.parametrize("name", ["layer_0_expert_0", "layer_1_expert_4", ""])
-@pytest.mark.parametrize("is_zip", [True, False])
-def test_code_in_a_file_is_refused_and_not_run(name: str, is_zip: bool, tmp_path: Path) -> None:
-    folder = write(tmp_path / "tag", model_of(sequential()))
-    trace, file = tmp_path / "trace", folder / f"{name}_mp_rank_00_model_states.pt".lstrip("_")
-    assert file.exists()
-    state = {"module": {}, "more": RunsCode(trace)}
-    if is_zip:
-        torch.save(state, file)
-    else:
-        file.write_bytes(pickle.dumps(state))
-    with pytest.raises(CheckpointError) as refusal:
-        for source in sources(folder, activation="gelu"):
-            source.experts([ExpertShard(expert) for expert in range(EXPERTS)])
-            source.router()
-    assert str(file) in str(refusal.value) and "\n" not in str(refusal.value)
-    assert not is_zip or f"names {os.system.__module__}.system, which is code and not a tensor" in str(refusal.value)
-    assert not trace.exists()
-    if is_zip:  # it would have run
-        torch.load(file, weights_only=False)
-        assert trace.exists()
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,11 @@ FFN = {"ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 3}
             r"moe_topk must be a positive whole number, or a list of one for each of the 2 layers, but is \[3, 0\]",
         ),
         ("granitemoe", {"hidden_act": "relu"}, r'config\.json: hidden_act must be one of silu, swish, gelu, but is "relu"'),
+        ("ernie4_5_moe", {"moe_norm_min": 0.5}, r"config\.json: moe_norm_min must be at most 1e-06, but is 0\.5"),
+        ("phimoe", {"num_experts_per_tok": 3}, r"config\.json: num_experts_per_tok must be 2, as many as SparseMixer chooses, but is 3"),
+        ("deepseek_v3", {"n_group": 3, "topk_group": 2}, r"n_group and topk_group do not fit: .* is 3, which does not divide .* 8 experts"),
+        ("deepseek_v3", {"n_group": 8, "topk_group": 4}, r"n_group and topk_group do not fit: .* needs two experts in a group"),
+        ("deepseek_v3", {"n_group": 4, "topk_group": 1}, r"n_group and topk_group do not fit: .* leaves 2 experts to choose from"),
         ("llama4", {"text_config": {}}, r"config\.json: num_hidden_layers must be a positive whole number, but is missing"),
     ],
 )

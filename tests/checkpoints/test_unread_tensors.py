@@ -11,9 +11,9 @@ import torch
 
 from moeserve import CheckpointError, MoELayer, load_config
 from moeserve.checkpoints import layer_sources
-from moeserve.checkpoints.families import FAMILIES
+from moeserve.checkpoints.families import family_of
 from moeserve.cli.app import main
-from tests.checkpoints.saved import rewritten, saved, tensors_of
+from tests.checkpoints.saved import config_of, rewritten, saved, tensors_of
 from tests.checkpoints.tiny_models import EXPERTS, HIDDEN, INTERMEDIATE, SETTINGS
 from tests.checkpoints_on_disk import CONFIG, MLP, layer_tensors, write_folder
 
@@ -21,7 +21,7 @@ from tests.checkpoints_on_disk import CONFIG, MLP, layer_tensors, write_folder
 def prefix_of(family: str) -> str:
     """Of the second layer, as it is stored."""
     names = tensors_of(saved(family))
-    prefixes = {layout.prefix.format(index=1) for layout in FAMILIES[family].layouts}
+    prefixes = {layout.prefix.format(index=1) for layout in family_of(family).layouts}
     (prefix,) = {prefix for prefix in prefixes if any(name.startswith(f"{prefix}.") for name in names)}
     return prefix
 
@@ -43,8 +43,7 @@ def test_of_every_family(family: str, name: str, tmp_path: Path) -> None:
     unread = f"{prefix_of(family)}.{name}"
     weight_map = dict.fromkeys([*tensors_of(saved(family)), unread], "model-00001-of-00001.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    config = json.loads((saved(family) / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    (tmp_path / "config.json").write_text(json.dumps(config_of(family) | {"dtype": "float32"}))
     with pytest.raises(CheckpointError) as caught:
         layer_sources(load_config(tmp_path))
     assert f"{tmp_path}: tensor {unread} belongs to an MoE layer, but" in str(caught.value)
@@ -122,7 +121,7 @@ def as_qwen(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("expert", [0, EXPERTS - 1])
 def test_a_plan_misses_what_is_not_in_the_index(part: str, expert: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = f"model.layers.1.mlp.experts.{expert}.{part}.weight"
-    write_folder(tmp_path, json.loads((saved("qwen3_moe") / "config.json").read_text()), {}, {})
+    write_folder(tmp_path, config_of("qwen3_moe"), {}, {})
     names = [name for name in tensors_of(saved("qwen3_moe")) if name != missing]
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, "model-1.safetensors")}))
     assert main(["plan", str(tmp_path)]) == 2
