@@ -42,12 +42,6 @@ class Part:
         name = f"{self.prefix}.{name.format(expert=self.expert)}"
         self.files.read_into(out, name, shape, self.expert if is_stacked else None, rows, columns)
 
-    def check_unbiased(self, weight: str, width: int) -> None:
-        """AutoGPTQ writes biases for projections that have none. Raises CheckpointError when they are not zero."""
-        name = f"{self.prefix}.{_bias(weight).format(expert=self.expert)}"
-        if name in self.files and self.files.read(name, (width,), torch.float32).any():
-            raise CheckpointError(f"{self.files.folder}: tensor {name} is not zero, but experts of this model have no biases")
-
 
 class ExpertLayout(Protocol):
     """Names of tensors below the prefix of a layer, and how to fill a gated expert from them."""
@@ -67,6 +61,10 @@ class ExpertLayout(Protocol):
 
     def fill(self, expert: FeedForward, part: Part) -> None:
         """gate_up_proj [2i, H], gate first, down_proj [H, i], gate_up_bias [2i] and down_bias [H] where there are biases."""
+        ...
+
+    def check_unbiased(self, part: Part) -> None:
+        """Of experts without biases: AutoGPTQ writes some all the same. Raises CheckpointError when they are not zero."""
         ...
 
 
@@ -97,9 +95,13 @@ class Separate:
             for name, out in zip((self.gate, self.up), expert.gate_up_bias.chunk(2), strict=True):
                 part.read(out[None], _bias(name), (intermediate,), columns=channels)
             part.read(expert.down_bias[None], _bias(self.down), (hidden,))
-        else:
-            for name, width in ((self.gate, intermediate), (self.up, intermediate), (self.down, hidden)):
-                part.check_unbiased(name, width)
+
+    def check_unbiased(self, part: Part) -> None:
+        widths = {self.gate: part.intermediate_size, self.up: part.intermediate_size, self.down: part.hidden_size}
+        for weight, width in widths.items():
+            name = f"{part.prefix}.{_bias(weight).format(expert=part.expert)}"
+            if name in part.files and part.files.read(name, (width,), torch.float32).any():
+                raise CheckpointError(f"{part.files.folder}: tensor {name} is not zero, but this projection has no bias")
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,9 @@ class Stacked:
                 part.read(out[None], self.gate_up_bias, (count, 2 * intermediate), columns=channels, is_stacked=True)
             part.read(expert.down_bias[None], self.down_bias, (count, hidden), is_stacked=True)
 
+    def check_unbiased(self, part: Part) -> None:
+        """Nobody writes biases of stacks that have none."""
+
     def _spans(self, gate_up: torch.Tensor, part: Part) -> list[tuple[torch.Tensor, slice]]:
         """[2i, ...] as what can be filled in one go, and from which of the 2I channels on disk."""
         start, stop = part.channels.start, part.channels.stop
@@ -178,6 +183,9 @@ class Flat:
         gate, up = expert.gate_up_proj.chunk(2)
         for name, out in ((self.gate, gate), (self.up, up), (self.down, expert.down_proj.t())):
             part.read(out, name, shape, rows=rows)
+
+    def check_unbiased(self, part: Part) -> None:
+        """As for stacks."""
 
 
 def _bias(weight: str) -> str:

@@ -130,7 +130,7 @@ def test_biases_that_autogptq_adds_must_be_zero(tmp_path: Path) -> None:
     check_held(folder_of(tmp_path, GPTQ, tensors), numbers)
     name = f"{LAYER}.experts.2.down_proj.bias"
     save_file({**load_file(tmp_path / "model.safetensors"), name: torch.ones(SIZE)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=rf"tensor {name} is not zero, but experts of this model have no biases"):
+    with pytest.raises(CheckpointError, match=rf"tensor {name} is not zero, but this projection has no bias"):
         MoELayer.from_checkpoint(tmp_path)
 
 

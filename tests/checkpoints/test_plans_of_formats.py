@@ -102,7 +102,7 @@ REFUSED: dict[str, tuple[object, str]] = {
     "2:4": ({**PACKED_SETTINGS, "format": "marlin-24", "config_groups": NO_FORMAT}, "format is 'marlin-24'; supported for "),
     "sparse": ({**PACKED_SETTINGS, "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config is "),
     "rotated": ({**PACKED_SETTINGS, "transform_config": {"config_groups": {"a": {}}}}, "transform_config is "),
-    "not compressed yet": ({**PACKED_SETTINGS, "quantization_status": "frozen"}, "quantization_status is 'frozen'"),
+    "not compressed yet": ({**PACKED_SETTINGS, "quantization_status": "calibration"}, "quantization_status is 'calibration'"),
     "packed, 3 bits": (packed_as(num_bits=3), "weights of type int with 3 bits; supported in this format: int with 2, 4, 8"),
     "packed, in blocks": (packed_as(strategy="block", group_size=None, block_structure=[8, 8]), "packed weights in blocks"),
     "no groups": ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "config_groups is not a table"),
@@ -131,6 +131,8 @@ CONTRADICTIONS: dict[str, tuple[object, Stored, str]] = {
     "weights as they are": (FP8, weights(plain)[0], r"fp8 says that .*weight is stored in few bits, but the index has no scales of it"),
     "packed weights as they are": (GPTQ, weights(plain)[0], "gptq says that .* is stored in few bits"),
     "no zeros": (GPTQ, without("qzeros", gptq()), r"tensor .*\.qzeros is missing, which belongs to .*weight as GPTQ int4"),
+    "no order": ({**GPTQ, "desc_act": True}, without("g_idx", gptq(desc_act=True)), r"tensor .*\.g_idx is missing"),
+    "no order of packed columns": (packed_as(actorder="group"), weights(PACKED.write)[0], r"tensor .*\.weight_g_idx is missing"),
     "no second scale": (NVFP4, without("weight_scale_2", nvfp4_modelopt), r"weight_scale_2 is missing"),
     "ignored, but packed": (
         {**PACKED_SETTINGS, "ignore": ["re:.*experts.*"]},
