@@ -50,6 +50,10 @@ MIXED: dict[str, tuple[Mapping[str, Any], tuple[Stored, Stored]]] = {
         {**AWQ, "modules_to_not_convert": ["experts.0", "experts.1"]},
         joined(weights(plain, FIRST), written("awq", REST)),
     ),
+    "gptq, modules_in_block_to_quantize": (
+        {**GPTQ, "modules_in_block_to_quantize": [["self_attn.q_proj"], ["mlp.experts.2.up_proj"]]},
+        joined(weights(plain, FIRST), weights(gptq(), REST)),
+    ),
     "gptq, dynamic": (
         {**GPTQ, "dynamic": {r"-:.*experts\.0\..*": {}, r"+:.*experts\.1\..*": {"bits": 8, "group_size": -1}}},
         joined(weights(plain, range(1)), weights(gptq(8, -1), range(1, 2)), weights(gptq(), REST)),

@@ -97,6 +97,7 @@ REFUSED: dict[str, tuple[object, str]] = {
     "gptq, groups of none": ({**GPTQ, "group_size": 0}, "group_size is 0; allowed: a positive whole number"),
     "gptq, a rule that is none": ({**GPTQ, "dynamic": {"+:(": {}}}, "dynamic has the pattern "),
     "awq, gemv": ({**AWQ, "version": "gemv"}, "version is 'gemv'; supported for awq: 'gemm'"),
+    "awq, llm-awq": ({**AWQ, "format": "llm-awq"}, "format is 'llm-awq'; supported for awq: 'gemm'"),
     "awq, 8 bits": ({**AWQ, "bits": 8}, "bits is 8; supported for awq: 4"),
     "awq, no zeros": ({**AWQ, "zero_point": False}, "zero_point is False; supported for awq: True"),
     "2:4": ({**PACKED_SETTINGS, "format": "marlin-24", "config_groups": NO_FORMAT}, "format is 'marlin-24'; supported for "),

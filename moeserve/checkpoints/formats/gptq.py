@@ -65,8 +65,9 @@ def gptq(settings: Settings, config: Settings) -> Scheme:
     def recipe(module: str) -> Recipe | None:
         return next((own for pattern, own in recipes if pattern.match(module)), others)
 
-    kept = mentions(settings.get("modules_to_not_convert"))
-    return Scheme(recipe, lambda module: recipe(module) is None or kept(module), "gptq")
+    is_kept = mentions(settings.get("modules_to_not_convert"))
+    are_some = bool(settings.get("modules_in_block_to_quantize"))
+    return Scheme(recipe, lambda module: are_some or recipe(module) is None or is_kept(module), "gptq")
 
 
 def _pattern(rule: str) -> re.Pattern[str]:
