@@ -105,8 +105,10 @@ class HuggingFaceLayer:
     def shared_expert(self) -> Expert | None:
         if not self.shared_size:
             return None
-        expert = self._empty(self.shared_size, self.shared_bias)
-        self.layout.shared_projections.fill(expert, self._part(ExpertShard(0), self.shared_size))
+        expert, part = self._empty(self.shared_size, self.shared_bias), self._part(ExpertShard(0), self.shared_size)
+        self.layout.shared_projections.fill(expert, part)
+        if not self.shared_bias:
+            self.layout.shared_projections.check_unbiased(part)
         return expert
 
     def mixer(self) -> Mixer | None:
@@ -129,6 +131,8 @@ class HuggingFaceLayer:
         part = self._part(shard, self.spec.intermediate_size)
         expert = self._empty(part.channels.stop - part.channels.start, self.spec.bias)
         self.layout.experts.fill(expert, part)
+        if not self.spec.bias:
+            self.layout.experts.check_unbiased(part)
         if expert.down_bias is not None and not shard.is_first:
             expert.down_bias.zero_()
         return expert

@@ -20,6 +20,7 @@ from moeserve.checkpoints.family import Family, Layout
 from moeserve.checkpoints.huggingface import HuggingFaceLayer
 from moeserve.checkpoints.keys import Config, LastRead, is_whole, lookup, must_be, shown, table, whole
 from moeserve.checkpoints.layer_tensors import check_dense, check_tensors, is_dense
+from moeserve.checkpoints.quantization_config import read_scheme
 from moeserve.checkpoints.safetensors_folder import SafetensorsFolder, read_json
 from moeserve.config import Dtype, GatingConfig, LayerSpec
 from moeserve.errors import CheckpointError, ConfigError
@@ -40,7 +41,7 @@ def huggingface_layers(folder: Path, dtype: Dtype | None) -> list[HuggingFaceLay
     path = folder / "config.json"
     config = read_json(path)
     try:
-        files = SafetensorsFolder(folder, _fp8_block(config))
+        files = SafetensorsFolder(folder, read_scheme(folder, config))
         if is_dense(config, files):
             raise ValueError("none of the layers is an MoE layer: no key and no tensor is about experts")
         own = str(config.get("model_type"))
@@ -199,11 +200,3 @@ def _written_dtype(*configs: Config) -> Dtype | None:
             if name in get_args(Dtype):
                 return name  # type: ignore[return-value]
     return None
-
-
-def _fp8_block(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns that share a scale."""
-    block = lookup(config, "quantization_config.weight_block_size") or [128, 128]
-    if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
-        raise ValueError(f"quantization_config.weight_block_size is {block}; allowed: two positive whole numbers")
-    return block[0], block[1]

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from moeserve.checkpoints.safetensors_folder import SafetensorsFolder
+from moeserve.errors import CheckpointError
 from moeserve.experts import FeedForward
 
 
@@ -62,6 +63,10 @@ class ExpertLayout(Protocol):
         """gate_up_proj [2i, H], gate first, down_proj [H, i], gate_up_bias [2i] and down_bias [H] where there are biases."""
         ...
 
+    def check_unbiased(self, part: Part) -> None:
+        """Of experts without biases: AutoGPTQ writes some all the same. Raises CheckpointError when they are not zero."""
+        ...
+
 
 @dataclass(frozen=True)
 class Separate:
@@ -90,6 +95,13 @@ class Separate:
             for name, out in zip((self.gate, self.up), expert.gate_up_bias.chunk(2), strict=True):
                 part.read(out[None], _bias(name), (intermediate,), columns=channels)
             part.read(expert.down_bias[None], _bias(self.down), (hidden,))
+
+    def check_unbiased(self, part: Part) -> None:
+        widths = {self.gate: part.intermediate_size, self.up: part.intermediate_size, self.down: part.hidden_size}
+        for weight, width in widths.items():
+            name = f"{part.prefix}.{_bias(weight).format(expert=part.expert)}"
+            if name in part.files and part.files.read(name, (width,), torch.float32).any():
+                raise CheckpointError(f"{part.files.folder}: tensor {name} is not zero, but this projection has no bias")
 
 
 @dataclass(frozen=True)
@@ -134,6 +146,9 @@ class Stacked:
                 part.read(out[None], self.gate_up_bias, (count, 2 * intermediate), columns=channels, is_stacked=True)
             part.read(expert.down_bias[None], self.down_bias, (count, hidden), is_stacked=True)
 
+    def check_unbiased(self, part: Part) -> None:
+        """Nobody writes biases of stacks that have none."""
+
     def _spans(self, gate_up: torch.Tensor, part: Part) -> list[tuple[torch.Tensor, slice]]:
         """[2i, ...] as what can be filled in one go, and from which of the 2I channels on disk."""
         start, stop = part.channels.start, part.channels.stop
@@ -168,6 +183,9 @@ class Flat:
         gate, up = expert.gate_up_proj.chunk(2)
         for name, out in ((self.gate, gate), (self.up, up), (self.down, expert.down_proj.t())):
             part.read(out, name, shape, rows=rows)
+
+    def check_unbiased(self, part: Part) -> None:
+        """As for stacks."""
 
 
 def _bias(weight: str) -> str:

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final
 
 import torch
 
-from moeserve.checkpoints.number_formats import FP8, PLAIN, Fp8Blocks, Mxfp4, NumberFormat, Plain
+from moeserve.checkpoints.formats import AS_IS, FLOATS, Coded, CodedFormat, NumberFormat, Piece, Plain, Scheme, telltales
 from moeserve.checkpoints.tensor_file import StoredTensor, TensorFile, reject_pointer
 from moeserve.config import Dtype
 from moeserve.errors import CheckpointError
@@ -26,29 +25,56 @@ from moeserve.tensors import dtype_name
 _INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_STORED: Final = {**PLAIN, FP8: torch.float8_e4m3fn, "U8": torch.uint8}
+#: what safetensors calls the types that formats know -> what torch calls them
+_TYPES: Final = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
+}
 # What is converted goes through a buffer of at most so many numbers, so that a host needs hardly more memory than its weights.
 _CHUNK: Final = 2**17
+# Of a weight that stands the other way round in the file, a row more costs hardly more reads.
+_CHUNK_TURNED: Final = 2**20
 
 
 class SafetensorsFolder:
     """Tensors by name, out of one `model.safetensors` or of the shards its index names; only what is asked for is read.
 
-    FP8 tensors with a `_scale_inv` beside them and MXFP4 `_blocks` with their `_scales` read as the numbers they stand for.
+    A weight in few bits is asked for by the name it would have as it is (`up_proj.weight`), and read as the numbers it stands for; which
+    tensors it is stored as, `scheme` says.
     bytes_read: how much of the tensors has been read so far. Any number of threads may read.
     Raises CheckpointError naming the file when something is missing, truncated, changed, not safetensors or not finite.
     """
 
-    def __init__(self, folder: Path, fp8_block: tuple[int, int] = (128, 128)) -> None:
+    def __init__(self, folder: Path, scheme: Scheme = AS_IS) -> None:
         self.folder = folder
         self.bytes_read = 0
-        self._fp8_block = fp8_block
+        self.scheme = scheme
         self._lock = Lock()
         self._files: dict[Path, TensorFile] = {}
         self._file_of = self._index()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        """Whether the index has a tensor, or a weight in whatever format."""
+        return name in self._file_of or any(told in self._file_of for told in telltales(name))
+
+    def format_of(self, name: str) -> NumberFormat:
+        """How a weight is stored, and that all of it is there; the names in the index and config.json are enough to tell."""
+        try:
+            found = self.scheme.format_of(name, self._file_of)
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder}: {error}") from None
+        if found is None:
+            raise CheckpointError(f"{self.folder}: tensor {name} is missing")
+        return found
 
     @cached_property
     def names(self) -> list[str]:
@@ -61,16 +87,21 @@ class SafetensorsFolder:
         return self.names[first:last]
 
     def stored_as(self, name: str) -> tuple[str, ...]:
-        """The tensors of the folder that a tensor is stored as, its scales among them; none when it is missing. Reads no header."""
-        scales = f"{name.removesuffix('_blocks')}_scales" if name.endswith("_blocks") else f"{name}_scale_inv"
-        return tuple(part for part in (name, scales) if part in self) if name in self else ()
+        """The tensors that a tensor is stored as and those about it that do not matter; none when it is missing. Reads no header."""
+        if name not in self:
+            return ()
+        number_format = self.format_of(name)
+        return (*number_format.names, *(known for known in number_format.known if known in self._file_of))
 
     def dtype(self, name: str) -> Dtype:
-        """Element type of a tensor, from the file's header alone; bfloat16 for those that are stored in blocks with scales."""
-        stored = self._stored(name).dtype
-        if isinstance(self._format(name, stored), Plain):
-            return dtype_name(PLAIN[stored])  # type: ignore[return-value]
-        return "bfloat16"
+        """Element type of a tensor, from the file's header alone; bfloat16 for weights in few bits."""
+        if not isinstance(self.format_of(name), Plain):
+            return "bfloat16"
+        if not self._path(name).exists():
+            raise CheckpointError(
+                f"{self._path(name)} is not there yet, and config.json names no dtype: set model.dtype to plan before it is"
+            )
+        return dtype_name(self._plain_type(name))  # type: ignore[return-value]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor as it is stored, from the file's header alone."""
@@ -96,23 +127,28 @@ class SafetensorsFolder:
         The tensor must have `shape`: [R, C], or [E, R, C], and then `expert` says which matrix; a vector is a matrix of one row.
         `out` [R', ...] takes the numbers in the order they are stored in, one row or several to each of its own rows.
         """
-        stored = self._stored(name)
-        number_format = self._format(name, stored.dtype)
-        self._check_shape(name, stored, shape, number_format)
-        height, width = _matrix(shape, expert)
+        number_format, pieces = self._checked(name, shape, expert)
+        height, width = pieces[name].matrix if isinstance(number_format, Plain) else (shape[-2], shape[-1])
         rows, columns = rows or slice(0, height), columns or slice(0, width)
         if not out.numel():
             return
         with ExitStack() as opened:
-            source = _Source(self, opened, expert, is_vector=height == 1)
-            if isinstance(number_format, Plain) and out.dtype == PLAIN[stored.dtype] and out.is_contiguous():
+            source = _Source(self, opened, pieces, expert or 0)
+            if isinstance(number_format, Plain) and out.dtype == self._plain_type(name) and out.is_contiguous():
                 source.fill(name, rows, columns, out.view(rows.stop - rows.start, -1))
-                self._must_be_finite(name, out, out.dtype)
+                self._must_be_finite(number_format, out, out.dtype)
             else:
-                for part, into in _chunks(out, rows, columns):
-                    numbers = number_format.read(source.read, part, columns)
-                    self._must_be_finite(name, numbers, out.dtype)
+                for part, into in _chunks(out, rows, columns, _CHUNK_TURNED if number_format.is_turned else _CHUNK):
+                    numbers = source.numbers(number_format, part, columns)
+                    self._must_be_finite(number_format, numbers, out.dtype)
                     into.copy_(numbers.reshape(into.shape))
+
+    def read_coded(self, name: str, shape: Sequence[int], expert: int | None, rows: slice, columns: slice) -> Coded:
+        """That part of a weight in few bits as it is stored. Its numbers may not be finite."""
+        number_format, pieces = self._checked(name, shape, expert)
+        assert isinstance(number_format, CodedFormat), f"{name} is stored as it is"
+        with ExitStack() as opened:
+            return number_format.coded(_Source(self, opened, pieces, expert or 0).read, rows, columns)
 
     def file_of(self, name: str) -> tuple[TensorFile, StoredTensor]:
         """Where a tensor is."""
@@ -123,26 +159,35 @@ class SafetensorsFolder:
         with self._lock:
             self.bytes_read += nbytes
 
-    def _format(self, name: str, stored: str) -> NumberFormat:
-        scales = f"{name}_scale_inv"
-        if stored in PLAIN:
-            return Plain(name)
-        if stored == FP8 and scales in self:
-            return Fp8Blocks(name, scales, self._fp8_block)
-        if stored == "U8" and name.endswith("_blocks"):
-            return Mxfp4(name, f"{name.removesuffix('_blocks')}_scales")
-        without = f" without {scales}" if stored == FP8 else ""
-        raise CheckpointError(f"{self._path(name)}: tensor {name} is stored as {stored}{without}; supported: {', '.join(PLAIN)}")
+    def _plain_type(self, name: str) -> torch.dtype:
+        self._check_type(name, FLOATS)
+        return _TYPES[self._stored(name).dtype]
 
-    def _check_shape(self, name: str, stored: StoredTensor, shape: Sequence[int], number_format: NumberFormat) -> None:
-        for part, expected in number_format.shapes(tuple(shape)).items():
+    def _checked(self, name: str, shape: Sequence[int], expert: int | None) -> tuple[NumberFormat, Mapping[str, Piece]]:
+        """The format of a weight and what it is stored as; types and shapes are right."""
+        number_format = self.format_of(name)
+        stack, own = (shape[:1], shape[1:]) if expert is not None else ((), shape)
+        try:
+            pieces = number_format.pieces(tuple(own))
+        except ValueError as error:
+            raise CheckpointError(f"{self._path(number_format.names[0])}: {name} {error}") from None
+        for part, piece in pieces.items():
+            self._check_type(part, piece.types)
             found = self._stored(part).shape
-            if found != expected:
-                raise CheckpointError(f"{self._path(part)}: tensor {part} has shape {list(found)}, config.json says {list(expected)}")
+            if not piece.fits(found, tuple(stack)):
+                expected = [*stack, *piece.shape]
+                raise CheckpointError(f"{self._path(part)}: tensor {part} has shape {list(found)}, config.json says {expected}")
+        return number_format, pieces
 
-    def _must_be_finite(self, name: str, numbers: torch.Tensor, dtype: torch.dtype) -> None:
+    def _check_type(self, name: str, types: Sequence[str]) -> None:
+        stored = self._stored(name).dtype
+        if stored not in types:
+            raise CheckpointError(f"{self._path(name)}: tensor {name} is stored as {stored}; supported: {', '.join(types)}")
+
+    def _must_be_finite(self, number_format: NumberFormat, numbers: torch.Tensor, dtype: torch.dtype) -> None:
         # Casting keeps the order, so the extremes tell whether all numbers fit; NaN is both.
         if not all(torch.isfinite(extreme.to(dtype)) for extreme in torch.aminmax(numbers)):
+            name = number_format.names[0]
             raise CheckpointError(f"{self._path(name)}: tensor {name} holds NaN or Inf as {dtype_name(dtype)}")
 
     def _path(self, name: str) -> Path:
@@ -181,19 +226,26 @@ class SafetensorsFolder:
 
 
 class _Source:
-    """Reads of one matrix, and of the scales that belong to it; `expert` as in `SafetensorsFolder.read_into`."""
+    """Reads of the pieces of one matrix, the one of `expert` in stacks."""
 
-    def __init__(self, folder: SafetensorsFolder, opened: ExitStack, expert: int | None, is_vector: bool) -> None:
+    def __init__(self, folder: SafetensorsFolder, opened: ExitStack, pieces: Mapping[str, Piece], expert: int) -> None:
         self._folder = folder
         self._opened = opened
+        self._pieces = pieces
         self._expert = expert
-        self._is_vector = is_vector
         self._descriptors: dict[TensorFile, int] = {}
+
+    def numbers(self, number_format: NumberFormat, rows: slice, columns: slice) -> torch.Tensor:
+        """[R, C] decoded. Raises CheckpointError for what no file in this format says."""
+        try:
+            return number_format.read(self.read, rows, columns)
+        except ValueError as error:
+            raise CheckpointError(f"{self._folder.folder}: {error}") from None
 
     def read(self, name: str, rows: slice, columns: slice) -> torch.Tensor:
         """[R, C] as stored."""
         _, stored = self._folder.file_of(name)
-        out = torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=_STORED[stored.dtype])
+        out = torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=_TYPES[stored.dtype])
         self.fill(name, rows, columns, out)
         return out
 
@@ -202,24 +254,22 @@ class _Source:
         file, stored = self._folder.file_of(name)
         if file not in self._descriptors:
             self._descriptors[file] = self._opened.enter_context(file.opened())
-        height, width = _matrix(stored.shape, self._expert, self._is_vector)
+        height, width = self._pieces[name].matrix
+        if rows.stop > height:
+            raise CheckpointError(
+                f"{file.path}: tensor {name} has {height} rows, but what tells groups of the weight names {rows.stop - 1}"
+            )
         size = out.dtype.itemsize
-        first = (self._expert or 0) * height + rows.start
+        first = self._expert * height + rows.start
         part = slice(columns.start * size, columns.stop * size)
         file.read_rows(self._descriptors[file], stored.offset + first * width * size, width * size, part, out)
         self._folder.count(out.nbytes)
 
 
-def _matrix(shape: Sequence[int], expert: int | None, is_vector: bool = False) -> tuple[int, int]:
-    """Rows and columns of the tensor, or of the slice of one expert."""
-    own = list(shape) if expert is None else list(shape[1:])
-    return (1, prod(own)) if is_vector or len(own) == 1 else (own[0], prod(own[1:]))
-
-
-def _chunks(out: torch.Tensor, rows: slice, columns: slice) -> Iterator[tuple[slice, torch.Tensor]]:
+def _chunks(out: torch.Tensor, rows: slice, columns: slice, numbers: int) -> Iterator[tuple[slice, torch.Tensor]]:
     """Stored rows, and the rows of `out` they fill."""
     group = (rows.stop - rows.start) // len(out)
-    at_once = max(1, _CHUNK // max(1, group * (columns.stop - columns.start)))
+    at_once = max(1, numbers // max(1, group * (columns.stop - columns.start)))
     for start in range(0, len(out), at_once):
         into = out[start : start + at_once]
         yield slice(rows.start + start * group, rows.start + (start + len(into)) * group), into

@@ -1,0 +1,100 @@
+"""What config.json says of how weights are stored, and what the names in the index say: which format each weight has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from moeserve.checkpoints.formats.number_format import NumberFormat, Plain
+
+Settings = Mapping[str, Any]
+
+#: (name of a weight, names in the index) -> its format, None when the index has no tensors of that format for it
+Recipe = Callable[[str, Container[str]], NumberFormat | None]
+
+#: what is beside a weight, or in its place, when it is stored in some format of few bits
+_TELLTALE: Final = ("_scale_inv", "_scale", "_packed", "_scale_2", "_global_scale", "_weight_scale")
+_TELLTALE_OF_MODULES: Final = (".qweight", ".qscale_weight", ".scale", ".scales", ".qzeros")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the weights of one checkpoint are stored.
+
+    recipe: that of a module, by name; None = the configuration says nothing of it. is_excluded: whether the configuration may mean that
+    the module stays as it is, by the widest reading there is: what is stored decides.
+    """
+
+    recipe: Callable[[str], Recipe | None]
+    is_excluded: Callable[[str], bool]
+    #: as messages call what the configuration says
+    title: str
+
+    def format_of(self, name: str, index: Container[str]) -> NumberFormat | None:
+        """None when no tensor of it is in the index. Raises ValueError for tensors that the configuration does not explain."""
+        recipe = self.recipe(module_of(name))
+        found = recipe(name, index) if recipe is not None else None
+        if found is not None:
+            missing = next((part for part in found.names if part not in index), None)
+            if missing is not None:
+                raise ValueError(f"tensor {missing} is missing, which belongs to {name} as {found.title}")
+            return found
+        if name not in index:
+            told = next((told for told in telltales(name) if told in index), None)
+            if told is not None:
+                raise ValueError(f"the index has {told}, but {self.title} does not say how {name} is stored")
+            return None
+        if recipe is not None and _is_expert(name) and not self.is_excluded(module_of(name)):
+            raise ValueError(f"{self.title} says that {name} is stored in few bits, but the index has no scales of it")
+        return Plain(name)
+
+
+#: every tensor is what its name says
+AS_IS: Final = Scheme(lambda module: lambda name, index: Plain(name) if name in index else None, lambda module: True, "the checkpoint")
+
+
+def _is_expert(name: str) -> bool:
+    """Of gates and the like configurations do not always say that they stay as they are."""
+    return ".experts." in name and name.endswith(".weight")
+
+
+def module_of(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def telltales(name: str) -> list[str]:
+    """Tensors that only a weight in few bits has, whatever the format."""
+    beside = [f"{name}{suffix}" for suffix in _TELLTALE]
+    return beside + [f"{module_of(name)}{suffix}" for suffix in _TELLTALE_OF_MODULES] if name.endswith(".weight") else beside
+
+
+def mentions(patterns: object) -> Callable[[str], bool]:
+    """Whether one of the patterns, in whatever style (part of a name, `re:`, shell), could mean a module."""
+    if not isinstance(patterns, list):
+        return lambda module: False
+    texts = [str(pattern).removeprefix("re:") for pattern in patterns]
+
+    def is_mentioned(module: str) -> bool:
+        return any(text in module or _finds(text, module) for text in texts)
+
+    return is_mentioned
+
+
+def _finds(pattern: str, module: str) -> bool:
+    for text in (pattern, pattern.replace(".", r"\.").replace("*", ".*")):
+        try:
+            if re.search(text, module):
+                return True
+        except re.error:
+            continue
+    return False
+
+
+def positive(settings: Settings, key: str, default: int | None = None) -> int:
+    """Raises ValueError with one sentence."""
+    value = settings.get(key, default)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"quantization_config.{key} is {value!r}; allowed: a positive whole number")
+    return value
