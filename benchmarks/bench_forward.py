@@ -86,10 +86,8 @@ def measure(client: moeserve.Client, echo: Echo, layer: int, intermediate: int, 
     sizes = {"hidden_size": HIDDEN, "intermediate_size": intermediate, "num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K}
     model = made("mixtral", sizes, dtype)
     block = model.get_submodule("model.layers.0.mlp")
-    print(
-        "| T | transformers tok/s | in process tok/s | one client tok/s | ratio | two clients tok/s | ratio | p50 | p99 | echo p50 | p99 | p50 / echo |"
-    )
-    print("|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    print(HEADER)
+    print("|--:" * HEADER.count(" |") + "|")
     pool = ThreadPoolExecutor(2)
     for tokens in options.tokens:
         hidden_states = torch.randn(tokens, HIDDEN).to(dtype)
