@@ -49,6 +49,10 @@ class NativeLayer:
     layer: LayerConfig
     files: NamedTensors
 
+    @property
+    def held_as(self) -> str:
+        return self.spec.quantized_to or self.spec.dtype
+
     def router(self) -> Router:
         experts, hidden = self.spec.num_experts, self.spec.hidden_size
         return Router(

@@ -39,7 +39,7 @@ def layer_sources(config: ServiceConfig) -> list[LayerSource]:
             raise ConfigError(
                 f"placement.tensor_parallel must be 1: the experts of layer {source.spec.name} are modules, which cannot be split"
             )
-        if (source.spec.module or source.spec.shared_module) and config.model.quantization is not None:
+        if (source.spec.module or source.spec.shared_module) and source.spec.quantized_to is not None:
             raise ConfigError(
                 f"model.quantization is {config.model.quantization!r}, but the experts of layer {source.spec.name} are modules; "
                 f"allowed: only feed-forward experts are quantized"

@@ -136,6 +136,13 @@ class SafetensorsFolder:
         with ExitStack() as opened:
             return number_format.coded(_Source(self, opened, pieces, expert or 0).read, rows, columns)
 
+    def scale_type(self, number_format: CodedFormat) -> torch.dtype:
+        """Of its scales, from the file's header; while there is no file, the usual one."""
+        name = number_format.names[1]
+        stored = self._stored(name).dtype if self._path(name).is_file() else number_format.scale_types[0]
+        # In a byte there are exponents.
+        return torch.float8_e8m0fnu if stored == "U8" else _TYPES[stored]
+
     def file_of(self, name: str) -> tuple[TensorFile, StoredTensor]:
         """Where a tensor is."""
         return self._file(self._path(name)), self._stored(name)

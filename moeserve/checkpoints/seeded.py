@@ -31,6 +31,10 @@ class SeededLayer:
     intermediate_sizes: Sequence[int] = ()
     shared: SharedExpertConfig | None = None
 
+    @property
+    def held_as(self) -> str:
+        return self.spec.quantized_to or self.spec.dtype
+
     def router(self) -> Router:
         return Router(self._draw("gate", (self.spec.num_experts, self.spec.hidden_size), self.spec.hidden_size**-0.5), self.spec.gating)
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from moeserve.config import LayerSpec
-from moeserve.experts import Expert, ExpertBank, ExpertShard, FeedForward, quantize
+from moeserve.experts import Expert, ExpertBank, ExpertShard, FeedForward, QuantizedFeedForward, quantize
 from moeserve.gating import Mixer, Router
 from moeserve.tensors import FLOAT_DTYPES
 
@@ -23,12 +23,20 @@ class LayerSource(Protocol):
     @property
     def spec(self) -> LayerSpec: ...
 
+    @property
+    def held_as(self) -> str:
+        """What the weights of most experts are held in, for people."""
+        ...
+
     def router(self) -> Router:
         """The gate with all that it owns."""
         ...
 
     def experts(self, shards: Sequence[ExpertShard]) -> list[Expert]:
-        """The given experts, or shards of them, in that order, in the spec's dtype; nothing else is read."""
+        """The given experts, or shards of them, in that order; nothing else is read.
+
+        In the few bits they are stored in if the spec allows that, else in its dtype.
+        """
         ...
 
     def shared_expert(self) -> Expert | None:
@@ -53,26 +61,26 @@ def load_bank(source: LayerSource, shards: Sequence[ExpertShard], device: torch.
 
     Raises CheckpointError.
     """
-    spec, shared = source.spec, source.shared_expert()
+    spec, shared, experts = source.spec, source.shared_expert(), load_experts(source, shards)
     bank = ExpertBank(
-        load_experts(source, shards),
+        experts,
         spec.hidden_size,
         FLOAT_DTYPES[spec.dtype],
         shared=None if shared is None else _held(shared, spec),
         device=device,
         scale_inputs=spec.gating.scale_inputs,
     )
-    if spec.quantization is not None:
-        held = (spec.name, bank.num_experts, spec.quantization, bank.nbytes / 2**20)
-        log.info("layer %s: %d experts quantized to %s (%.1f MiB), decoded for every projection", *held)
+    if any(isinstance(expert, QuantizedFeedForward) for expert in experts):
+        held = (spec.name, bank.num_experts, source.held_as, bank.nbytes / 2**20)
+        log.info("layer %s: %d experts held as %s (%.1f MiB), decoded for every projection", *held)
     return bank
 
 
 def load_experts(source: LayerSource, shards: Sequence[ExpertShard]) -> list[Expert]:
     """The given shards as a host holds them, in that order. Raises CheckpointError."""
-    if source.spec.quantization is None:
+    if source.spec.quantized_to is None:
         return source.experts(shards)
-    # One by one: beside what is quantized already, memory holds the weights of one expert as they are stored.
+    # One by one: beside what is quantized already, memory holds the weights of one expert in full.
     return [_held(source.experts([shard])[0], source.spec) for shard in shards]
 
 
@@ -82,7 +90,8 @@ def bank_bytes(source: LayerSource, shards: Sequence[ExpertShard]) -> int:
 
 
 def _held(expert: Expert, spec: LayerSpec) -> Expert:
-    if spec.quantization is None:
+    # Those that are stored in the bits that are asked for keep the numbers they have.
+    if spec.quantized_to is None or isinstance(expert, QuantizedFeedForward):
         return expert
     assert isinstance(expert, FeedForward), "modules are not quantized: checked when layers are resolved"
-    return quantize(expert, spec.quantization)
+    return quantize(expert, spec.quantized_to)

@@ -72,6 +72,10 @@ class SwappedLayer:
     def spec(self) -> LayerSpec:
         return self._rest.spec
 
+    @property
+    def held_as(self) -> str:
+        return self._rest.held_as
+
     def router(self) -> Router:
         return self._rest.router()
 

@@ -10,7 +10,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from moeserve.config.gating import GatingConfig
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-Quantization = Literal["int8", "fp8"]
+#: what weights can be quantized to while they are loaded
+Bits = Literal["int8", "fp8"]
+Quantization = Literal["int8", "fp8", "none"]
 Activation = Literal["swiglu", "geglu", "gelu", "relu", "swigluoai"]
 #: how the answer of a shared expert is added to that of the chosen ones
 Mixing = Literal["add", "sigmoid", "residual"]
@@ -83,9 +85,10 @@ class ModelConfig(Table):
     #: name clients see; default: the checkpoint folder's name
     name: str | None = None
     checkpoint: File | None = None
-    #: element type the experts are held in; unset = as stored
+    #: element type of rows, and of weights that are not quantized; unset = as stored
     dtype: Dtype | None = None
-    #: element type of the weights of feed-forward experts, quantized while they are loaded; unset = dtype
+    #: what the weights of feed-forward experts are quantized to while they are loaded; unset = as stored, in few bits if they are
+    #: published so; none = dtype, whatever they are published in
     quantization: Quantization | None = None
     #: which MoE layers of the checkpoint to serve, by position or name; unset = all
     layers: Annotated[tuple[LayerKey, ...], Field(strict=False, min_length=1)] | None = None

@@ -2,21 +2,29 @@
 
 from moeserve.experts.activations import is_gated
 from moeserve.experts.bank import ExpertBank
+from moeserve.experts.codes import INT4, INT8, Code, float_code
 from moeserve.experts.expert import Expert, ExpertShard
 from moeserve.experts.feed_forward import FeedForward, feed_forward_bytes
 from moeserve.experts.module import ModuleExpert, check_module, make_module, module_bytes, module_class
-from moeserve.experts.quantized import QuantizedFeedForward, QuantizedMatrix, quantize
+from moeserve.experts.quantized import QuantizedFeedForward, computed_in, quantize
+from moeserve.experts.quantized_matrix import Groups, QuantizedMatrix
 
 __all__ = [
+    "INT4",
+    "INT8",
+    "Code",
     "Expert",
     "ExpertBank",
     "ExpertShard",
     "FeedForward",
+    "Groups",
     "ModuleExpert",
     "QuantizedFeedForward",
     "QuantizedMatrix",
     "check_module",
+    "computed_in",
     "feed_forward_bytes",
+    "float_code",
     "is_gated",
     "make_module",
     "module_bytes",
