@@ -36,7 +36,7 @@ def held_projections(layout: ExpertLayout, part: Part) -> tuple[tuple[QuantizedM
 
 
 def held_bytes(layout: ExpertLayout, part: Part) -> int:
-    """Bytes of these, known from the index and headers; fewer where a tensor names the group of each column, and they are in order."""
+    """Bytes of these, known from the index and headers; it may turn out to be less where a tensor names the group of each column."""
     spans = layout.spans(part)
     return sum(_span_bytes(span, part) for span in (*spans.gate_up, spans.down))
 
@@ -65,14 +65,18 @@ def _span_bytes(span: Span, part: Part) -> int:
     outputs, inputs = (columns, rows) if span.transposed else (rows, columns)
     if not outputs * inputs:
         return 0
+    if number_format.has_order:
+        # Any of the columns may be in any group.
+        extent = (extent[0], slice(0, span.shape[-1]))
     scales = prod(
         1 if size is None else Groups(size, each.start % size).count(each.stop - each.start)
         for each, size in zip(extent, number_format.block, strict=True)
     )
     codes = outputs * -(-inputs * _BITS[number_format.kind] // 8)
     order = torch.int32.itemsize * inputs if number_format.has_order else 0
-    of_group: int = part.files.scale_type(number_format).itemsize + number_format.has_zeros
-    return codes + order + scales * of_group
+    of_group = part.files.scale_type(number_format).itemsize + number_format.has_zeros
+    held: int = codes + order + scales * of_group
+    return held
 
 
 def _matrices(span: Span, part: Part) -> Iterator[QuantizedMatrix]:
