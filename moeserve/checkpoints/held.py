@@ -12,7 +12,7 @@ from typing import Final
 
 import torch
 
-from moeserve.checkpoints.formats import Coded, CodedFormat, Kind, NumberFormat
+from moeserve.checkpoints.formats import Coded, CodedFormat, Kind
 from moeserve.checkpoints.layouts import ExpertLayout, Part, Span
 from moeserve.config import Quantization
 from moeserve.errors import CheckpointError
@@ -21,31 +21,44 @@ from moeserve.experts import INT4, INT8, Code, Groups, QuantizedMatrix, float_co
 _BITS: Final[Mapping[Kind, int]] = {"int8": 8, "fp8": 8, "int4": 4, "fp4": 4}
 
 
-def is_held(layout: ExpertLayout, part: Part, quantization: Quantization | None) -> bool:
-    """Whether this expert stays as it is stored: all of it is in few bits, and in those of `quantization` if there is one."""
-    spans = layout.spans(part)
-    return all(_stays(part.files.format_of(span.tensor(part)), span, quantization) for span in (*spans.gate_up, spans.down))
+def held_projections(
+    layout: ExpertLayout, part: Part, quantization: Quantization | None
+) -> tuple[tuple[QuantizedMatrix, ...], QuantizedMatrix] | None:
+    """gate_up_proj, gate first, and down_proj, as they are stored; None when they are not to be held so.
+
+    They are where all three are in few bits, and in those of `quantization` if there is one. Raises CheckpointError naming the file when
+    something is not a finite number.
+    """
+    stored = _stored(layout, part, quantization)
+    if stored is None:
+        return None
+    *gate_up, down = [list(_matrices(span, number_format, part)) for span, number_format in stored]
+    return tuple(matrix for matrices in gate_up for matrix in matrices), down[0]
 
 
-def held_projections(layout: ExpertLayout, part: Part) -> tuple[tuple[QuantizedMatrix, ...], QuantizedMatrix]:
-    """gate_up_proj, gate first, and down_proj. Raises CheckpointError naming the file when something is not a finite number."""
-    spans = layout.spans(part)
-    gate_up = tuple(matrix for span in spans.gate_up for matrix in _matrices(span, part))
-    (down,) = _matrices(spans.down, part)
-    return gate_up, down
-
-
-def held_bytes(layout: ExpertLayout, part: Part) -> int:
+def held_bytes(layout: ExpertLayout, part: Part, quantization: Quantization | None) -> int | None:
     """Bytes of these, known from the index and headers; it may turn out to be less where a tensor names the group of each column."""
+    stored = _stored(layout, part, quantization)
+    return None if stored is None else sum(_span_bytes(span, number_format, part) for span, number_format in stored)
+
+
+def held_title(layout: ExpertLayout, part: Part, quantization: Quantization | None) -> str | None:
+    """What people call the format of these."""
+    stored = _stored(layout, part, quantization)
+    return None if stored is None else stored[0][1].title
+
+
+def _stored(layout: ExpertLayout, part: Part, quantization: Quantization | None) -> list[tuple[Span, CodedFormat]] | None:
     spans = layout.spans(part)
-    return sum(_span_bytes(span, part) for span in (*spans.gate_up, spans.down))
-
-
-def _stays(number_format: NumberFormat, span: Span, quantization: Quantization | None) -> bool:
-    if not isinstance(number_format, CodedFormat) or quantization not in (None, number_format.kind):
-        return False
-    # Gate and up must not share scales.
-    return not span.interleaved or number_format.block[1 if span.transposed else 0] in (1, None)
+    found: list[tuple[Span, CodedFormat]] = []
+    for span in (*spans.gate_up, spans.down):
+        number_format = part.files.format_of(span.tensor(part))
+        if not isinstance(number_format, CodedFormat) or quantization not in (None, number_format.kind):
+            return None
+        if span.interleaved and number_format.block[1 if span.transposed else 0] not in (1, None):
+            return None  # gate and up share scales
+        found.append((span, number_format))
+    return found
 
 
 def _extent(span: Span) -> tuple[slice, slice]:
@@ -53,36 +66,26 @@ def _extent(span: Span) -> tuple[slice, slice]:
     return span.rows or slice(0, height), span.columns or slice(0, width)
 
 
-def _coded_format(span: Span, part: Part) -> CodedFormat:
-    number_format = part.files.format_of(span.tensor(part))
-    assert isinstance(number_format, CodedFormat), "asked before"
-    return number_format
-
-
-def _span_bytes(span: Span, part: Part) -> int:
-    number_format, extent = _coded_format(span, part), _extent(span)
-    rows, columns = (each.stop - each.start for each in extent)
-    outputs, inputs = (columns, rows) if span.transposed else (rows, columns)
-    if not outputs * inputs:
-        return 0
-    if number_format.has_order:
-        # Any of the columns may be in any group.
-        extent = (extent[0], slice(0, span.shape[-1]))
-    scales = prod(
-        1 if size is None else Groups(size, each.start % size).count(each.stop - each.start)
-        for each, size in zip(extent, number_format.block, strict=True)
-    )
-    codes = outputs * -(-inputs * _BITS[number_format.kind] // 8)
-    order = torch.int32.itemsize * inputs if number_format.has_order else 0
+def _span_bytes(span: Span, number_format: CodedFormat, part: Part) -> int:
+    rows, columns = _extent(span)
+    outputs, inputs = (each.stop - each.start for each in ((columns, rows) if span.transposed else (rows, columns)))
+    # In another order, any of the columns may be in any group.
+    across = slice(0, span.shape[-1]) if number_format.has_order else columns
+    scales = prod(_count(each, size) for each, size in zip((rows, across), number_format.block, strict=True))
     of_group = part.files.scale_type(number_format).itemsize + number_format.has_zeros
-    held: int = codes + order + scales * of_group
+    order = torch.int32.itemsize * inputs if number_format.has_order else 0
+    held: int = outputs * -(-inputs * _BITS[number_format.kind] // 8) + scales * of_group + order
     return held
 
 
-def _matrices(span: Span, part: Part) -> Iterator[QuantizedMatrix]:
+def _count(part: slice, size: int | None) -> int:
+    """Groups of `size` neighbors that it is in."""
+    return 1 if size is None else Groups(size, part.start % size).count(part.stop - part.start)
+
+
+def _matrices(span: Span, number_format: CodedFormat, part: Part) -> Iterator[QuantizedMatrix]:
     """One, or the two that are interleaved."""
-    number_format, expert = _coded_format(span, part), part.expert if span.is_stacked else None
-    coded = part.files.read_coded(span.tensor(part), span.shape, expert, *_extent(span))
+    coded = part.files.read_coded(span.tensor(part), span.shape, part.expert if span.is_stacked else None, *_extent(span))
     if span.transposed:
         coded = _transposed(coded)
     for each in [_every_second(coded, first) for first in range(2)] if span.interleaved else [coded]:

@@ -16,7 +16,7 @@ import torch
 
 from moeserve.checkpoints.described import expert_bytes
 from moeserve.checkpoints.family import Layout
-from moeserve.checkpoints.held import held_bytes, held_projections, is_held
+from moeserve.checkpoints.held import held_bytes, held_projections, held_title
 from moeserve.checkpoints.layouts import ExpertLayout, Part, Separate
 from moeserve.checkpoints.safetensors_folder import SafetensorsFolder
 from moeserve.config import LayerSpec
@@ -88,10 +88,8 @@ class HuggingFaceLayer:
 
     @property
     def held_as(self) -> str:
-        names, part = self.layout.experts, self._part(ExpertShard(0), self.spec.intermediate_size)
-        if self._is_held(names, part):
-            return self.files.format_of(names.spans(part).down.tensor(part)).title
-        return self.spec.quantized_to or self.spec.dtype
+        part = self._part(ExpertShard(0), self.spec.intermediate_size)
+        return held_title(self.layout.experts, part, self.spec.quantization) or self.spec.quantized_to or self.spec.dtype
 
     def nbytes(self, shard: ExpertShard) -> int:
         return self._nbytes(self.layout.experts, shard, self.spec.intermediate_size, self.spec.bias)
@@ -101,9 +99,10 @@ class HuggingFaceLayer:
 
     def _nbytes(self, names: ExpertLayout, shard: ExpertShard, intermediate_size: int, bias: bool) -> int:
         part = self._part(shard, intermediate_size)
-        if not self._is_held(names, part):
+        held = held_bytes(names, part, self.spec.quantization)
+        if held is None:
             return expert_bytes(self.spec, intermediate_size, shard, bias)
-        return held_bytes(names, part) + sum(each.nbytes for each in self._biases(part, bias) if each is not None)
+        return held + sum(each.nbytes for each in self._biases(part, bias) if each is not None)
 
     @property
     def _shared_names(self) -> Separate:
@@ -124,17 +123,14 @@ class HuggingFaceLayer:
         return expert
 
     def _read_expert(self, names: ExpertLayout, part: Part, bias: bool) -> FeedForward | QuantizedFeedForward:
-        if self._is_held(names, part):
-            gate_up_bias, down_bias = self._biases(part, bias)
-            names.fill_biases(gate_up_bias, down_bias, part)
-            gate_up, down = held_projections(names, part)
-            return QuantizedFeedForward(self.spec.activation, gate_up, down, gate_up_bias, down_bias, computed_in(self._dtype))
-        expert = self._empty(part, bias)
-        names.fill(expert, part)
-        return expert
-
-    def _is_held(self, names: ExpertLayout, part: Part) -> bool:
-        return self.spec.quantization != "none" and is_held(names, part, self.spec.quantized_to)
+        held = held_projections(names, part, self.spec.quantization)
+        if held is None:
+            expert = self._empty(part, bias)
+            names.fill(expert, part)
+            return expert
+        gate_up_bias, down_bias = self._biases(part, bias)
+        names.fill_biases(gate_up_bias, down_bias, part)
+        return QuantizedFeedForward(self.spec.activation, *held, gate_up_bias, down_bias, computed_in(self._dtype))
 
     def _empty(self, part: Part, bias: bool) -> FeedForward:
         assert is_gated(self.spec.activation), "every family here has a gate projection"

@@ -143,7 +143,7 @@ class QuantizedMatrix:
     def _tile(self, first: int, last: int, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """[r, C] in the order of `Code.numbers`; scaled unless `_scales_sums`."""
         codes = self.codes[first:last]
-        if self._scales_sums:
+        if self._scales_sums or not codes.numel():
             return self.code.numbers(codes, dtype)
         numbers = self.code.numbers(codes, torch.float32)
         if self.zeros is not None:

@@ -53,7 +53,7 @@ def decoded(
 def matrices(draw: st.DrawFn) -> tuple[QuantizedMatrix, np.ndarray]:
     """Of any code, shape, groups and scales; with the numbers it stands for."""
     code = draw(st.sampled_from(CODES))
-    shape = draw(st.integers(1, 7)), draw(st.integers(1, 40))
+    shape = draw(st.integers(0, 7)), draw(st.integers(0, 40))
     generator = np.random.default_rng(draw(st.integers(0, 2**32)))
     sizes = draw(st.sampled_from([1, 2, 3, 7, 50])), draw(st.sampled_from([1, 2, 3, 4, 5, 8, 50]))
     rows, columns = (Groups(size, draw(st.integers(0, size - 1))) for size in sizes)

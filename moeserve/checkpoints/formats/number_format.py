@@ -83,6 +83,11 @@ class CodedFormat(ABC):
 
     @property
     @abstractmethod
+    def title(self) -> str:
+        """As documents and messages call it."""
+
+    @property
+    @abstractmethod
     def names(self) -> tuple[str, ...]:
         """The stored tensors: codes, scales, and others."""
 
