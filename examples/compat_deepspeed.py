@@ -28,7 +28,8 @@ def main() -> None:
         with moeserve.serve(config) as service:  # or: moeserve serve FOLDER --num-hosts 2
             remote = MoE(expert=expert, target=service.target, **parameters).eval()  # type: ignore[arg-type]
             answer, l_aux, exp_counts = remote(hidden_states)
-    print(f"served      difference {(answer - output).abs().max():.1e}, l_aux {l_aux.item():.3f}, exp_counts {exp_counts.tolist()}")
+    difference = (answer - output).norm() / output.norm()
+    print(f"served      relative difference {difference:.1e}, l_aux {l_aux.item():.3f}, exp_counts {exp_counts.tolist()}")
 
     imported = moeserve.compat.load("deepspeed", parameters)
     print(imported.config.layers[0].gating)

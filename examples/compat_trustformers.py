@@ -26,7 +26,8 @@ def main() -> None:
     config = imported.config.model_dump(exclude_unset=True) | {"server": {"port": 0, "metrics_port": 0}}
     with moeserve.serve(config) as service, moeserve.Client(service.target) as client:
         out = client.forward(hidden_states)
-    print(f"served      difference {(out.hidden_states - here.hidden_states).abs().max():.1e}, {out.processed.tolist()}")
+    difference = (out.hidden_states - here.hidden_states).norm() / here.hidden_states.norm()
+    print(f"served      relative difference {difference:.1e}, {out.processed.tolist()}")
 
 
 if __name__ == "__main__":

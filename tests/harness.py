@@ -29,12 +29,6 @@ Kind = Literal["local", "shm", "tcp"]
 CHANNELS: tuple[Kind, ...] = ("local", "shm", "tcp")
 
 
-def assert_same(answer: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal but for the order of float32 sums, which single elements near zero feel more than any fixed tolerance allows."""
-    assert answer.shape == expected.shape
-    assert (answer - expected).norm() <= 1e-6 * expected.norm()
-
-
 class Killed(BaseException):
     """Raised by a bank under a test's hand: the host is gone, in the middle of a pass."""
 

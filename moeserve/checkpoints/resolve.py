@@ -26,10 +26,13 @@ StoredLayer = HuggingFaceLayer | NativeLayer
 def layer_sources(config: ServiceConfig) -> list[LayerSource]:
     """The served layers in order. Raises ConfigError or CheckpointError with one sentence; reads no weights."""
     sources: list[LayerSource] = []
-    if config.model.checkpoint is None:
-        sources.extend(_seeded(index, layer, config) for index, layer in enumerate(config.layers))
+    model = config.model
+    if model.checkpoint is None:
+        found: Sequence[SeededLayer | StoredLayer] = [_seeded(index, layer, config) for index, layer in enumerate(config.layers)]
     else:
-        sources.extend(_stored(config.model.checkpoint, config))
+        found = _stored(model.checkpoint, config)
+    for source in found:
+        sources.append(replace(source, spec=replace(source.spec, kernel=model.kernel, deterministic=model.deterministic)))
     for source in sources:
         if source.spec.gating.top_k > source.spec.num_experts:
             raise ConfigError(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -61,16 +62,18 @@ def load_bank(source: LayerSource, shards: Sequence[ExpertShard], device: torch.
 
     Raises CheckpointError.
     """
-    spec, shared, experts = source.spec, source.shared_expert(), load_experts(source, shards)
+    spec, shared = source.spec, source.shared_expert()
     bank = ExpertBank(
-        experts,
+        _OneByOne(source, shards),
         spec.hidden_size,
         FLOAT_DTYPES[spec.dtype],
         shared=None if shared is None else _held(shared, spec),
         device=device,
         scale_inputs=spec.gating.scale_inputs,
+        kernel=spec.kernel,
+        deterministic=spec.deterministic,
     )
-    if any(isinstance(expert, QuantizedFeedForward) for expert in experts):
+    if source.held_as != spec.dtype:
         held = (spec.name, bank.num_experts, source.held_as, bank.nbytes / 2**20)
         log.info("layer %s: %d experts held as %s (%.1f MiB), decoded for every projection", *held)
     return bank
@@ -78,10 +81,23 @@ def load_bank(source: LayerSource, shards: Sequence[ExpertShard], device: torch.
 
 def load_experts(source: LayerSource, shards: Sequence[ExpertShard]) -> list[Expert]:
     """The given shards as a host holds them, in that order. Raises CheckpointError."""
-    if source.spec.quantized_to is None:
-        return source.experts(shards)
-    # One by one: beside what is quantized already, memory holds the weights of one expert in full.
-    return [_held(source.experts([shard])[0], source.spec) for shard in shards]
+    return list(_OneByOne(source, shards))
+
+
+@dataclass(frozen=True)
+class _OneByOne:
+    """Loads the experts while it is iterated: beside what is held already, memory has the weights of one as they are stored."""
+
+    source: LayerSource
+    shards: Sequence[ExpertShard]
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __iter__(self) -> Iterator[Expert]:
+        for shard in self.shards:
+            (expert,) = self.source.experts([shard])
+            yield _held(expert, self.source.spec)
 
 
 def bank_bytes(source: LayerSource, shards: Sequence[ExpertShard]) -> int:

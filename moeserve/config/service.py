@@ -13,6 +13,8 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 #: what weights can be quantized to while they are loaded
 Bits = Literal["int8", "fp8"]
 Quantization = Literal["int8", "fp8", "none"]
+#: what computes feed-forward experts on CPUs: the fastest as measured, torch's operators, or a compiled kernel
+Kernel = Literal["auto", "torch", "amx", "avx512_bf16", "avx512", "avx2", "generic"]
 Activation = Literal["swiglu", "geglu", "gelu", "relu", "swigluoai"]
 #: how the answer of a shared expert is added to that of the chosen ones
 Mixing = Literal["add", "sigmoid", "residual"]
@@ -90,6 +92,10 @@ class ModelConfig(Table):
     #: what the weights of feed-forward experts are quantized to while they are loaded; unset = as stored, in few bits if they are
     #: published so; none = dtype, whatever they are published in
     quantization: Quantization | None = None
+    #: what computes feed-forward experts on CPUs: auto = the fastest here, measured at start; torch = its operators; or a compiled kernel
+    kernel: Kernel = "auto"
+    #: the answer to a token is bitwise the same whatever else is in its batch
+    deterministic: bool = False
     #: which MoE layers of the checkpoint to serve, by position or name; unset = all
     layers: Annotated[tuple[LayerKey, ...], Field(strict=False, min_length=1)] | None = None
     #: packages whose classes a checkpoint may name as its experts or its routing, beside those of torch.nn: making one runs its code

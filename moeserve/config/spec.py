@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeserve.config.gating import GatingConfig
-from moeserve.config.service import Activation, Bits, Dtype, Mixing, Quantization
+from moeserve.config.service import Activation, Bits, Dtype, Kernel, Mixing, Quantization
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class LayerSpec:
     shared_mixing: Mixing | None = None
     shared_module: str | None = None
     quantization: Quantization | None = None
+    kernel: Kernel = "auto"
+    deterministic: bool = False
 
     @property
     def quantized_to(self) -> Bits | None:

@@ -6,12 +6,19 @@ R rows received, N (row, expert) pairs, H hidden size, E experts held here (thei
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from operator import length_hint
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from moeserve.config import Kernel
+from moeserve.experts.choice import chosen
 from moeserve.experts.expert import Expert
+from moeserve.experts.feed_forward import FeedForward
+from moeserve.experts.packed import PackedExperts
 from moeserve.experts.ragged import Stack, can_stack
 
 _CPU = torch.device("cpu")
@@ -20,39 +27,66 @@ _CPU = torch.device("cpu")
 class ExpertBank:
     """Experts (or shards) ready to run on one device, and after them, in the last slot, the layer's shared expert if there is one.
 
-    dtype: of the rows, unless an expert knows better. scale_inputs: weights multiply what goes into an expert instead of what comes out
-    (Llama 4); that of the shared expert always multiplies what comes out.
+    Those of one kind that stand first are computed together, in one call, where there is such a call for them; the others one by one.
     """
 
     def __init__(
         self,
-        experts: Sequence[Expert],
+        experts: Iterable[Expert],
         hidden_size: int,
         dtype: torch.dtype,
         *,
         shared: Expert | None = None,
         device: torch.device = _CPU,
         scale_inputs: bool = False,
+        kernel: Kernel = "auto",
+        deterministic: bool = False,
     ) -> None:
+        """experts: all of them, or an iterable that loads one after the other: no more than one is in memory beside what is held.
+        dtype: of the rows, unless an expert knows better. scale_inputs: weights multiply what goes into an expert instead of what comes
+        out (Llama 4); that of the shared expert always multiplies what comes out. kernel: what computes feed-forward experts on the CPU.
+        deterministic: the answer to a row is bitwise the same whatever other rows there are.
+
+        Raises ConfigError when `kernel` cannot run here.
+        """
         self.hidden_size = hidden_size
         self.dtype = dtype
         self.device = device
-        everyone = [*experts, *([] if shared is None else [shared])]
-        self.num_experts = len(everyone)
-        self.nbytes = sum(expert.nbytes for expert in everyone)
-        self._scale_inputs = [scale_inputs] * len(experts) + [False] * (len(everyone) - len(experts))
-        # A stack is one kernel call for all experts; made of the experts one by one, it never holds the weights twice.
-        self._stack = Stack(experts, device) if device.type == "cuda" and can_stack(experts) else None
-        self.experts: Sequence[Expert] = [expert.to(device) for expert in (everyone[len(experts) :] if self._stack else everyone)]
+        self._deterministic = deterministic
+        self._together: PackedExperts | Stack | None = None
+        self._others: list[Expert] = []
+        self.nbytes = 0
+        self._room_for = length_hint(experts) + (shared is not None)
+        if device.type == "cuda" and can_stack(experts := list(experts)):
+            self._together, self.nbytes = Stack(experts, device), sum(expert.nbytes for expert in experts)
+            experts = ()
+        for expert in experts:
+            self._take(expert, kernel)
+        if shared is not None:
+            self._take(shared, kernel)
+        self._weighs_inputs = np.full(self.num_experts, scale_inputs)
+        self._weighs_inputs[self.num_experts - (shared is not None) :] = False
+
+    @property
+    def num_experts(self) -> int:
+        return self._num_together + len(self._others)
+
+    @property
+    def experts(self) -> list[Expert]:
+        """All of them; of those that are computed together, copies."""
+        together = [] if self._together is None else [self._together.expert(slot) for slot in range(self._num_together)]
+        return [*together, *self._others]
 
     def replaced(self, changes: Mapping[int, Expert]) -> ExpertBank:
-        """A bank with other experts in the slots of `changes`; it shares the rest with this one."""
-        twin = copy.copy(self)
-        stacked = self.num_experts - len(self.experts)
-        if self._stack is not None:
-            twin._stack = self._stack.replaced({slot: expert for slot, expert in changes.items() if slot < stacked})
-        experts = enumerate(self.experts, start=stacked)
-        twin.experts = [changes[slot].to(self.device) if slot in changes else expert for slot, expert in experts]
+        """A bank with other experts in the slots of `changes`; it shares the rest with this one.
+
+        Raises ConfigError when an expert is of another kind than those it is computed with.
+        """
+        twin, first = copy.copy(self), self._num_together
+        if self._together is not None:
+            twin._together = self._together.replaced({slot: expert for slot, expert in changes.items() if slot < first})
+        others = enumerate(self._others, start=first)
+        twin._others = [changes[slot].to(self.device) if slot in changes else expert for slot, expert in others]
         return twin
 
     @torch.inference_mode()
@@ -69,43 +103,57 @@ class ExpertBank:
         """
         hidden_states = hidden_states.to(self.device, self.dtype)
         # Counted by NumPy: a third of the time of a torch call, and the numbers are needed here, not on the device.
-        tokens_per_expert = np.bincount(slots.numpy(force=True), minlength=self.num_experts).tolist()
-        total = torch.zeros_like(out, device=self.device) if self.device.type == "cuda" else out.zero_()
-        row_index, weights = row_index.to(self.device), weights.to(self.device)[:, None]
-        done = len(tokens_per_expert) - len(self.experts)
-        if self._stack is not None:
-            pairs = sum(tokens_per_expert[:done])
-            self._ragged(self._stack, hidden_states, row_index[:pairs], tokens_per_expert[:done], weights[:pairs], total)
-            row_index, weights = row_index[pairs:], weights[pairs:]
-        self._one_by_one(hidden_states, row_index, tokens_per_expert[done:], weights, total)
+        counts = np.bincount(slots.numpy(force=True), minlength=self.num_experts)
+        total = out if out.device == self.device and out.is_contiguous() else torch.empty(out.shape, device=self.device)
+        row_index, weights, first = row_index.to(self.device), weights.to(self.device), self._num_together
+        pairs = int(counts[:first].sum())
+        if self._together is None:
+            total.zero_()
+        else:
+            weighed = self._weighed(counts[:first], weights[:pairs])
+            self._together.run(hidden_states, row_index[:pairs], counts[:first], *weighed, total)
+        self._one_by_one(hidden_states, row_index[pairs:], counts[first:].tolist(), weights[pairs:, None], total)
         if total is not out:
             out.copy_(total)
+
+    @property
+    def _num_together(self) -> int:
+        return 0 if self._together is None else self._together.num_experts
+
+    def _take(self, expert: Expert, kernel: Kernel) -> None:
+        self.nbytes += expert.nbytes
+        if isinstance(expert, FeedForward) and self.device.type == "cpu":
+            choice = chosen(expert, kernel, self._deterministic)
+            if self._together is None and not self._others and choice.kernel is not None:
+                self._together = PackedExperts(choice.kernel, self._room_for)
+            if isinstance(self._together, PackedExperts) and not self._others and self._together.takes(expert):
+                self._together.add(expert)
+                return
+            expert = replace(expert, forms=choice.forms)
+        self._others.append(expert.to(self.device))
+
+    def _weighed(self, counts: npt.NDArray[np.int64], weights: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Weights of what goes into those that are computed together, None = all are 1, and of what comes out."""
+        weighs_inputs = self._weighs_inputs[: len(counts)]
+        if not weighs_inputs.any():
+            return None, weights
+        is_input = torch.from_numpy(np.repeat(weighs_inputs, counts)).to(self.device)
+        return torch.where(is_input, self._rounded(weights), 1), torch.where(is_input, 1, weights)
 
     def _one_by_one(
         self, hidden_states: torch.Tensor, row_index: torch.Tensor, counts: Sequence[int], weights: torch.Tensor, total: torch.Tensor
     ) -> None:
-        """Every busy expert once, its rows together: what CPU kernels and caches like best, and any kind of expert."""
-        kinds = zip(self.experts, counts, self._scale_inputs[-len(counts) :], strict=True) if counts else ()
-        busy = [(expert, count, scale_inputs) for expert, count, scale_inputs in kinds if count]
+        """Every busy expert once, its rows together."""
+        kinds = zip(self._others, counts, self._weighs_inputs[self._num_together :], strict=True)
+        busy = [(expert, count, weighs_inputs) for expert, count, weighs_inputs in kinds if count]
         sizes = [count for _, count, _ in busy]
-        for (expert, count, scale_inputs), index, scale in zip(busy, row_index.split(sizes), weights.split(sizes), strict=True):
+        for (expert, count, weighs_inputs), index, scale in zip(busy, row_index.split(sizes), weights.split(sizes), strict=True):
             rows = hidden_states if count == len(hidden_states) == 1 else hidden_states.index_select(0, index)
-            answer = expert(self._scaled(rows, scale)) if scale_inputs else expert(rows).mul_(scale)
-            total.index_add_(0, index, answer)
+            rows = rows * self._rounded(scale).to(self.dtype) if weighs_inputs else rows
+            # Kernels add up in another order when there are more rows, so where that must not show there is one at a time.
+            answer = torch.cat([expert(row) for row in rows.split(1)]) if self._deterministic else expert(rows)
+            total.index_add_(0, index, answer if weighs_inputs else answer.mul_(scale))
 
-    def _ragged(
-        self,
-        stack: Stack,
-        hidden_states: torch.Tensor,
-        row_index: torch.Tensor,
-        counts: Sequence[int],
-        weights: torch.Tensor,
-        total: torch.Tensor,
-    ) -> None:
-        rows = hidden_states.index_select(0, row_index)
-        answer = stack(self._scaled(rows, weights), counts) if self._scale_inputs[0] else stack(rows, counts).mul_(weights)
-        total.index_add_(0, row_index, answer)
-
-    def _scaled(self, rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        # Rounded as the model does: the weight to the dtype of the rows first.
-        return rows * scale.to(self.dtype)
+    def _rounded(self, weights: torch.Tensor) -> torch.Tensor:
+        """As the model does where weights multiply inputs: the weight to the type of the rows first."""
+        return weights.to(self.dtype).float()

@@ -9,6 +9,8 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import TypeGuard
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
@@ -52,12 +54,35 @@ class Stack:
         return twin
 
     @property
+    def num_experts(self) -> int:
+        return len(self._tensors["down_proj"])
+
+    def expert(self, slot: int) -> FeedForward:
+        """One of them, as it lies here."""
+        return FeedForward(self._activation, **{name: tensor[slot] for name, tensor in self._tensors.items()})
+
+    @property
     def _shapes(self) -> dict[str, torch.Size]:
         return {name: tensor.shape[1:] for name, tensor in self._tensors.items()}
 
-    def __call__(self, rows: torch.Tensor, tokens_per_expert: Sequence[int]) -> torch.Tensor:
-        """rows [N, H] bfloat16, those of each expert together -> [N, H] float32."""
-        counts = torch.tensor(tokens_per_expert, device=rows.device)
+    def run(
+        self,
+        hidden_states: torch.Tensor,
+        row_index: torch.Tensor,
+        tokens_per_expert: npt.NDArray[np.int64],
+        input_weights: torch.Tensor | None,
+        weights: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """As `PackedExperts.run`: hidden_states [R, H] bfloat16, row_index [N], tokens_per_expert [E], input_weights [N] float32 or None,
+        weights [N] float32, out [R, H] float32, overwritten."""
+        rows = hidden_states.index_select(0, row_index)
+        if input_weights is not None:
+            rows *= input_weights[:, None].to(rows.dtype)
+        out.zero_().index_add_(0, row_index, self._answers(rows, torch.from_numpy(tokens_per_expert).to(rows.device)) * weights[:, None])
+
+    def _answers(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """rows [N, H] bfloat16, those of each expert together; counts [E] int64 -> [N, H] float32."""
         ends = counts.cumsum(0).to(torch.int32)
         expert_of_pair = torch.repeat_interleave(counts, output_size=len(rows))
         projected = F.grouped_mm(rows, self._tensors["gate_up_proj"].transpose(1, 2), offs=ends)

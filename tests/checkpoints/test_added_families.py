@@ -12,6 +12,7 @@ import torch
 from moeserve import CheckpointError, MoELayer
 from moeserve.checkpoints.families import FAMILIES
 from tests.checkpoints_on_disk import CONFIG, layer_tensors, write_folder
+from tests.closeness import assert_close
 
 MODULE = """
 from moeserve.checkpoints import Family, Layout, Separate
@@ -66,7 +67,7 @@ def test_a_family_from_an_entry_point(install: Callable[[str], None], folder: Pa
         for expert in scores[token].topk(2).indices.tolist():
             gate, up, down = (layer_tensors()[f"model.layers.0.mlp.experts.{expert}.{name}_proj.weight"] for name in ("gate", "up", "down"))
             expected[token] += 1.5 * scores[token, expert] * (down @ (torch.nn.functional.silu(gate @ row) * (up @ row)))
-    torch.testing.assert_close(layer(rows), expected, rtol=1e-5, atol=1e-5)
+    assert_close(layer(rows), expected)
 
 
 def test_its_own_refusals_name_the_file(install: Callable[[str], None], folder: Path) -> None:

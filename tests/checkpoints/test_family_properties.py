@@ -15,6 +15,7 @@ from moeserve.checkpoints import layer_sources
 from moeserve.checkpoints.families import FAMILIES
 from moeserve.experts import ExpertShard
 from tests.checkpoints.tiny_models import NESTED, SETTINGS, answer_of, moe_block, new_model, some_tokens
+from tests.closeness import assert_close
 from tests.stacked import stacked
 
 #: sizes by the names they go by
@@ -23,6 +24,9 @@ TOP_K_KEYS = {"num_experts_per_tok", "moe_k", "moe_topk"}
 INTERMEDIATE_KEYS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
 # Tables within tables have their own test, and SparseMixer always takes two.
 DRAWN = sorted(set(SETTINGS) - {"dbrx", "phimoe", *NESTED})
+
+# Blocks of transformers that fail on a single choice.
+NEEDS_TWO = {"longcat_flash"}
 
 
 @st.composite
@@ -33,7 +37,7 @@ def models(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     # Their grouped matrix product asks for rows of whole 16 bytes.
     changes: dict[str, Any] = {intermediate_key: 4 * draw(st.integers(1, 10))}
     changes |= dict.fromkeys(EXPERTS_KEYS & set(own), draw(st.sampled_from([8, 12, 16])))
-    changes |= dict.fromkeys(TOP_K_KEYS & set(own), draw(st.integers(1, 4)))
+    changes |= dict.fromkeys(TOP_K_KEYS & set(own), draw(st.integers(1 + (family in NEEDS_TWO), 4)))
     return family, changes
 
 
@@ -48,7 +52,7 @@ def test_random_sizes(model_of: tuple[str, dict[str, Any]], num_tokens: int, par
         hidden_states = some_tokens(num_tokens)
         theirs = answer_of(moe_block(model, family), hidden_states)
         ours = MoELayer.from_checkpoint(folder, name)(hidden_states)
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+        assert_close(ours, theirs)
 
         (source,) = layer_sources(load_config({"model": {"checkpoint": Path(folder), "layers": [name]}}))
         whole = stacked(source.experts([ExpertShard(1)]))

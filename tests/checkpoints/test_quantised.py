@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from moeserve import CheckpointError, Client, MoELayer
 from moeserve.checkpoints import layer_sources
@@ -19,6 +18,7 @@ from moeserve.config import load_config
 from moeserve.experts import ExpertShard
 from tests.checkpoints.saved import rewritten, tensors_of
 from tests.checkpoints.tiny_models import answer_of, moe_block, new_model, some_tokens
+from tests.closeness import assert_close
 from tests.harness import ServiceHarness
 from tests.stacked import stacked
 
@@ -68,10 +68,6 @@ def deepseek_v3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
         getattr(block.shared_experts, f"{kind}_proj").weight.data = numbers[f"{LAYER}.shared_experts.{kind}_proj.weight"]
     quantised = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     return rewritten(original, folder, tensors, dtype="bfloat16", quantization_config=quantised), model
-
-
-def assert_close(ours: Tensor, theirs: Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])

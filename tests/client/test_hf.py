@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import moeserve
 from moeserve import Client, ConfigError, MoEServeError, connect_experts
+from tests.closeness import assert_close
 
 from .engine import Experts, FunctionEngine, served, spec
 
@@ -29,6 +30,8 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+#: in a whole model: two layers, each with norms, attention and experts over at most eight times the hidden size; then norm and head
+SUMMED = 2 * 8 * 32 + 2 * 32
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 DEEPSEEK = {
@@ -104,7 +107,7 @@ def test_remote_experts_give_the_same_logits(family: str, tmp_path: Path, input_
     engine = serving(model)
     remote = remote_model(model, tmp_path)
     with served(engine) as (target, _, _), connect_experts(remote, target), torch.no_grad():
-        torch.testing.assert_close(remote(input_ids).logits, model(input_ids).logits, rtol=1e-4, atol=1e-4)
+        assert_close(remote(input_ids).logits, model(input_ids).logits, summed=SUMMED)
     assert [layer for layer, _ in engine.requests] == list(range(len(engine.layers)))
     assert all(request.num_tokens == 10 and request.is_routed for _, request in engine.requests)
 
@@ -154,7 +157,7 @@ def test_sequences_of_a_batch_keep_their_shape(model: PreTrainedModel, remote: P
     with torch.no_grad():
         got = experts(hidden_states, ids, weights)
         expected = model.get_submodule(name)(hidden_states.flatten(0, 1), ids.flatten(0, 1), weights.flatten(0, 1))
-    torch.testing.assert_close(got, expected.view(2, 3, 32))
+    assert_close(got, expected.view(2, 3, 32))
 
 
 def test_gradients_are_refused_not_lost(remote: PreTrainedModel, client: Client, input_ids: torch.Tensor) -> None:
@@ -186,7 +189,7 @@ def test_names_that_say_nothing_go_by_order(model: PreTrainedModel, remote: PreT
 
 def assert_same_with(engine: FunctionEngine, model: PreTrainedModel, remote: PreTrainedModel, input_ids: torch.Tensor) -> None:
     with served(engine) as (target, _, _), connect_experts(remote, target), torch.no_grad():
-        torch.testing.assert_close(remote(input_ids).logits, model(input_ids).logits, rtol=1e-4, atol=1e-4)
+        assert_close(remote(input_ids).logits, model(input_ids).logits, summed=SUMMED)
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,21 @@ import pytest
 
 pytestmark = pytest.mark.ray
 
+REPOSITORY = Path(__file__).parents[2]
+
 
 def test_a_fleet_on_three_nodes() -> None:
-    script = Path(__file__).with_name("three_nodes.py")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "GRPC_ENABLE_FORK_SUPPORT": "0", "RAY_raylet_start_wait_time_s": "60"}
-    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, env=environment, check=False)
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.cluster.three_nodes"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=REPOSITORY,
+        env=environment,
+        check=False,
+    )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     said = run.stdout
     assert re.search(r"refused: placement.num_hosts is 7 .* room for 6: .* is not labelled pool=experts", said)

@@ -11,12 +11,21 @@ import pytest
 
 pytestmark = pytest.mark.ray
 
+REPOSITORY = Path(__file__).parents[2]
+
 
 def test_a_service_over_two_nodes() -> None:
-    script = Path(__file__).with_name("two_nodes.py")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "GRPC_ENABLE_FORK_SUPPORT": "0"}
-    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, env=environment, check=False)
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.cluster.two_nodes"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=REPOSITORY,
+        env=environment,
+        check=False,
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     assert "reached over unix" in run.stdout and "reached over tcp" in run.stdout
     assert "nodes 2 hosts on the first 2" in run.stdout

@@ -35,6 +35,7 @@ from moeserve.release import Release
 from moeserve.request import LayerRequest
 from moeserve.stats import HostInfo
 from moeserve.transport import KeyPair
+from tests.closeness import assert_close
 
 ray_constants.ENABLE_RAY_CLUSTER = False  # every port on 127.0.0.1
 LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8}
@@ -87,7 +88,9 @@ async def first_driver(cluster: Cluster, wide: Any, narrow: Any) -> None:
 
     pids = {info.name: info.pid for info in ready}
     told = json.dumps({"service": SERVICE, "address": cluster.address, "seats": [(seat.number, seat.node) for seat in seats], "pids": pids})
-    second = await asyncio.to_thread(subprocess.run, [sys.executable, __file__, told], text=True, check=False, stdout=subprocess.PIPE)
+    second = await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-m", "tests.cluster.three_nodes", told], text=True, check=False, stdout=subprocess.PIPE
+    )
     print(second.stdout.strip())
     assert second.returncode == 0
 
@@ -134,10 +137,6 @@ async def a_node_is_left(cluster: Cluster, fleet: Fleet, nodes: Nodes, node: str
     print("left:", await leaving, find_hosts(), find_reservations())
 
 
-def assert_same(answer: torch.Tensor, expected: torch.Tensor) -> None:
-    assert (answer - expected).norm() <= 1e-6 * expected.norm()
-
-
 async def second_driver(address: str, service: str, seats: list[Seat], pids: dict[str, int]) -> None:
     config = config_for(address)
     assert STRANGER in find_hosts()
@@ -153,12 +152,12 @@ async def second_driver(address: str, service: str, seats: list[Seat], pids: dic
     frontend = Frontend(sources, release, fleet.find, config, metrics, lambda layer, healthy: None, keys)
     await frontend.start("no node of this cluster")
     expected = MoELayer(**LAYER)(hidden_states)
-    assert_same((await frontend.forward(0, LayerRequest(hidden_states))).hidden_states, expected)
+    assert_close((await frontend.forward(0, LayerRequest(hidden_states))).hidden_states, expected)
     once_more = Fleet(config, detached=True)
     once_more.start(service)
     await once_more.adopt(release, seats)
     assert {(await once_more.find(seat.number)).pid for seat in seats} <= set(pids.values())
-    assert_same((await frontend.forward(0, LayerRequest(hidden_states))).hidden_states, expected)
+    assert_close((await frontend.forward(0, LayerRequest(hidden_states))).hidden_states, expected)
     assert not any(link.restarts for link in frontend._links.values()), "who adopts hosts does not cut off frontends it does not know yet"
     await frontend.close()
     print("adopted", sorted(fleet.given_up), "and answered over TCP")

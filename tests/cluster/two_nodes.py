@@ -16,6 +16,7 @@ from ray._private import ray_constants
 from ray.cluster_utils import Cluster
 
 from moeserve import BackgroundService, Client, MoELayer, serve
+from tests.closeness import assert_close
 
 ray_constants.ENABLE_RAY_CLUSTER = False  # every port on 127.0.0.1
 LAYER = {"hidden_size": 64, "intermediate_size": 32, "num_experts": 8}
@@ -38,7 +39,7 @@ def check(address: str, pattern: str) -> None:
     with serve(config, progress=lambda line: print(line, flush=True)) as service, Client(service.target) as client:
         hidden_states = torch.randn(50, 64)
         expected = MoELayer(**LAYER)(hidden_states)
-        assert (client.forward(hidden_states).hidden_states - expected).norm() <= 1e-6 * expected.norm()
+        assert_close(client.forward(hidden_states).hidden_states, expected)
         nodes = [host.node for host in client.stats().hosts]
         print("nodes", len(set(nodes)), "hosts on the first", nodes.count(nodes[0]))
         sent = metric(service, f'moeserve_messages_total{{pattern="{pattern}"}}')

@@ -14,6 +14,7 @@ from torch import nn
 from moeserve.compat import SYSTEMS, load
 from moeserve.compat.colossalai import Experts, MoeLayer, NormalNoiseGenerator, Top1Router, Top2Router, UniformNoiseGenerator
 from moeserve.errors import ConfigError
+from tests.closeness import assert_close, near
 
 HIDDEN, EXPERTS = 12, 5
 ROUTERS = {1: Top1Router, 2: Top2Router}
@@ -45,9 +46,9 @@ def test_routers(k: int, factor: float, minimum: int, drops: bool) -> None:
     logits = 2 * torch.randn(23, EXPERTS, generator=torch.Generator().manual_seed(k))
     weights, mask = router(logits)
     expected, loss = oracle(logits, k, factor, minimum, drops)
-    torch.testing.assert_close(weights, expected, atol=3e-6, rtol=0)
+    assert_close(weights.flatten(1), expected.flatten(1), summed=EXPERTS)
     assert torch.equal(mask, expected.bool())
-    torch.testing.assert_close(router.pop_routing_loss(), loss, atol=2e-5, rtol=0)
+    assert_close(router.pop_routing_loss(), loss, summed=EXPERTS + len(logits))
 
 
 def layer_of(router: nn.Module, seed: int = 0) -> MoeLayer:
@@ -64,8 +65,8 @@ def test_layer(k: int) -> None:
     rows = x.view(-1, HIDDEN)
     weights, expected_loss = oracle(rows @ layer.gate_weight.T, k, 0.8, 0, True)
     every = torch.stack([expert(rows) for expert in layer.experts.experts], 1)
-    torch.testing.assert_close(answer, torch.einsum("tec,teh->th", weights, every).view_as(x), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(loss, expected_loss, atol=2e-5, rtol=0)
+    assert_close(answer, torch.einsum("tec,teh->th", weights, every).view_as(x))
+    assert_close(loss, expected_loss, summed=HIDDEN + EXPERTS + len(rows))
 
 
 def test_by_hand() -> None:
@@ -73,9 +74,9 @@ def test_by_hand() -> None:
     logits = torch.tensor([[math.log(3), 0.0], [math.log(3), 0.0], [math.log(3), 0.0], [0.0, math.log(3)]])
     router = Top1Router(capacity_factor_eval=1.0, min_capacity=0).eval()
     weights, _ = router(logits)
-    torch.testing.assert_close(weights.sum(2), torch.tensor([[0.75, 0.0], [0.75, 0.0], [0.0, 0.0], [0.0, 0.75]]))
+    assert_close(weights.sum(2), torch.tensor([[0.75, 0.0], [0.75, 0.0], [0.0, 0.0], [0.0, 0.75]]), summed=2)
     # E * sum(mean g * mean m) = 2 * (0.625 * 0.75 + 0.375 * 0.25)
-    assert router.pop_routing_loss().item() == pytest.approx(1.125)
+    assert router.pop_routing_loss().item() == near(1.125, summed=4 + 2)
 
 
 def test_training_takes_its_own_capacity_and_noise_and_gradients_reach_everything() -> None:
@@ -108,7 +109,8 @@ def test_random_selection_fills_the_capacity() -> None:
 def test_noise_generators() -> None:
     torch.manual_seed(0)
     zeros, ones = torch.zeros(4000, 8), torch.ones(4000, 8)
-    assert NormalNoiseGenerator(8)(zeros).std().item() == pytest.approx(1 / 64, rel=0.05)
+    # The deviation of n draws is off by about 1 / sqrt(2 n); five times that.
+    assert NormalNoiseGenerator(8)(zeros).std().item() == pytest.approx(1 / 64, rel=5 / (2 * zeros.numel()) ** 0.5)
     shaken = UniformNoiseGenerator(0.1)(ones)
     assert 0.9 <= shaken.min() < 0.91 and 1.09 < shaken.max() <= 1.1
 

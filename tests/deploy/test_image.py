@@ -13,7 +13,8 @@ import pytest
 
 from tests.deploy.test_compose import SERVICE, filled
 
-#: an answer of the service against the layer in one process; both inside the container
+#: an answer of the service against the layer in one process, both inside the container; their weights are bfloat16, and sums that were
+#: added up in another order are not always rounded to it alike
 FORWARD = """
 import moeserve, torch
 hidden_states = torch.randn(33, 128, generator=torch.Generator().manual_seed(0))
@@ -21,7 +22,8 @@ client = moeserve.Client("127.0.0.1:50051")
 for layer in range(4):
     out = client.forward(hidden_states, layer=layer)
     expected = moeserve.MoELayer.from_checkpoint("/model", layer=layer).run(hidden_states)
-    torch.testing.assert_close(out.hidden_states, expected.hidden_states)
+    difference = (out.hidden_states - expected.hidden_states).norm(dim=1) / expected.hidden_states.norm(dim=1)
+    assert difference.max() < 2 * torch.finfo(torch.bfloat16).eps
     assert int(out.processed.sum()) == 66
 print("restarts", sum(host.restarts for host in client.stats().hosts))
 """

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from moeserve.compat import SYSTEMS
+from tests.closeness import relative_bound
 
 FOLDER = Path(__file__).parents[2] / "examples"
 COMPAT = sorted(FOLDER.glob("compat_*.py"))
@@ -24,7 +25,8 @@ def test_example(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
     printed = capsys.readouterr().out
     assert printed.count("\n") >= 2
     differences = [float(number) for number in re.findall(r"difference ([\d.e+-]+)", printed)]
-    assert all(number < 1e-4 for number in differences)
+    # Hidden sizes of 64, intermediate ones of 256, and a shared expert.
+    assert all(number < relative_bound(2 * (64 + 64 + 256)) for number in differences)
     assert differences or "checkpoint" in path.stem
 
 
@@ -45,7 +47,7 @@ def test_an_expert_of_ones_own() -> None:
     run = subprocess.run([sys.executable, FOLDER / "custom_expert.py"], capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stderr
     (difference,) = re.findall(r"difference ([\d.e+-]+)", run.stdout)
-    assert float(difference) < 1e-5
+    assert float(difference) < relative_bound(2 * 64 + 8)
 
 
 def test_there_is_one_per_system() -> None:

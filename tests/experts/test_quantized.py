@@ -20,6 +20,7 @@ from moeserve.config import Bits, PlacementConfig
 from moeserve.experts import ExpertBank, ExpertShard, FeedForward, QuantizedFeedForward, QuantizedMatrix, quantize
 from moeserve.experts.quantized import quantize_matrix
 from moeserve.placement import plan_placement
+from tests.closeness import assert_close
 from tests.harness import ServiceHarness
 from tests.stacked import in_full
 
@@ -78,7 +79,7 @@ def test_zeros_stay_zeros_and_the_largest_weight_is_kept(quantization: Bits) -> 
     back = quantize_matrix(weight, quantization).dequantized()
     assert back.isfinite().all()
     assert back[2].eq(0).all()
-    torch.testing.assert_close(back[[0, 3], [7, 0]], weight[[0, 3], [7, 0]], rtol=1e-6, atol=0)
+    assert_close(back[[0, 3], [7, 0]][:, None], weight[[0, 3], [7, 0]][:, None], summed=0)
 
 
 @pytest.mark.parametrize("channels", [0, 1, 7, 64, 192])
@@ -92,8 +93,7 @@ def test_a_projection_of_any_shape(quantization: Bits, dtype: torch.dtype, num_r
     expected = rows.double() @ matrix.dequantized().double().t()
     ours = matrix.project(rows)
     assert ours.dtype == torch.float32
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    torch.testing.assert_close(ours.double(), expected, rtol=tolerance, atol=tolerance * (channels + 1) ** 0.5)
+    assert_close(ours, expected, summed=channels, rounded_to=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -124,7 +124,7 @@ def test_float16_sums_do_not_overflow(quantization: Bits) -> None:
     weight = torch.full((4, 512), 0.01, dtype=torch.float16)
     expert = quantize(FeedForward("relu", weight, weight[:, :4].repeat(128, 1)), quantization)
     rows = torch.full((3, 512), 200.0, dtype=torch.float16)
-    torch.testing.assert_close(expert(rows), torch.full((3, 512), 1024 * 0.04), rtol=1e-2, atol=0)
+    assert_close(expert(rows), torch.full((3, 512), 200 * 512 * 4 * float(weight[0, 0]) ** 2), rounded_to=torch.float16)
 
 
 @pytest.mark.parametrize("quantization", TYPES)
@@ -137,7 +137,7 @@ def test_biases_are_left_as_they_were_and_idle_experts_alone(quantization: Bits)
         assert before.down_bias is after.down_bias
     rows, out = drawn(3, 64), torch.empty(3, 64)
     ExpertBank(quantized, 64, torch.float32).run(rows, torch.arange(3), torch.ones(3, dtype=torch.int64), torch.ones(3), out=out)
-    torch.testing.assert_close(out, quantized[1](rows))
+    assert_close(out, quantized[1](rows))
     assert relative(out, experts[1](rows)) < LARGEST_ERROR[quantization]
 
 
@@ -171,7 +171,7 @@ def test_service_equals_layer(quantization: Bits, hosts: int, tiny_moe: Path, tm
         for num_tokens in (0, 1, 200):
             rows = drawn(num_tokens, 128)
             ours = client.forward(rows, layer=1).hidden_states
-            torch.testing.assert_close(ours, local(rows), rtol=1e-5, atol=1e-6)
+            assert_close(ours, local(rows))
             assert not num_tokens or 1e-3 < relative(ours, exact(rows)) < LARGEST_ERROR[quantization]
 
 

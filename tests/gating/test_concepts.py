@@ -17,6 +17,7 @@ from moeserve.gating.drop import DROP_POLICIES
 from moeserve.gating.scoring import SCORING, softmax
 from moeserve.gating.selection import select_top_k
 from moeserve.gating.weights import RENORMALIZE
+from tests.closeness import assert_close, near
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def test_softmax_is_exp_over_sum() -> None:
     logits = torch.randn(20, 7) * 3
     for row, scores in zip(logits.tolist(), softmax(logits).tolist(), strict=True):
         total = sum(math.exp(x) for x in row)
-        assert scores == pytest.approx([math.exp(x) / total for x in row], rel=1e-5)
+        assert scores == near([math.exp(x) / total for x in row], summed=7)
 
 
 @pytest.mark.parametrize("num_experts", [1, 2, 3, 8, 9, 16, 31, 64, 257])
@@ -106,15 +107,15 @@ def test_survivors_take_over_the_share_of_the_dropped() -> None:
 
 def test_losses_of_a_uniform_gate() -> None:
     got = route(torch.zeros(6, 4), GatingConfig(top_k=4))
-    assert got.aux_loss == pytest.approx(1.0)
-    assert got.z_loss == pytest.approx(math.log(4) ** 2)
+    assert got.aux_loss == near(1.0, summed=6 + 4)
+    assert got.z_loss == near(math.log(4) ** 2, summed=6 + 4)
 
 
 def test_losses_of_a_collapsed_gate() -> None:
     router_logits = torch.tensor([[100.0, 0.0, 0.0, 0.0]]).repeat(5, 1)
     got = route(router_logits, GatingConfig(top_k=1, aux_loss_weight=0.5, z_loss_weight=0.01))
-    assert got.aux_loss == pytest.approx(0.5 * 4)
-    assert got.z_loss == pytest.approx(0.01 * 100**2)
+    assert got.aux_loss == near(0.5 * 4, summed=5 + 4)
+    assert got.z_loss == near(0.01 * 100**2, summed=5 + 4)
 
 
 @pytest.mark.parametrize("gating", [GatingConfig(), GatingConfig(capacity_factor=1.0), GatingConfig(capacity_factor=1.0, min_capacity=4)])
@@ -164,4 +165,4 @@ def test_the_router_works_in_float32_whatever_comes_in() -> None:
     hidden_states, gate = (torch.randn(size, 16, generator=generator).bfloat16() for size in (6, 4))
     got = Router(gate, GatingConfig())(hidden_states, [6], None)
     router_logits = (hidden_states.double() @ gate.double().t()).float()
-    torch.testing.assert_close(got.request(0).dense(), route(router_logits, GatingConfig()).dense())
+    assert_close(got.request(0).dense(), route(router_logits, GatingConfig()).dense(), summed=16)

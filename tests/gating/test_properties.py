@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeserve.config import GatingConfig
 from moeserve.gating import Routing, apply_choices, route, route_requests
+from tests.closeness import assert_close, near
 
 from . import oracle
 from .cases import Case, cases
@@ -22,8 +22,10 @@ def assert_same(left: Routing, right: Routing) -> None:
     for name in TENSORS:
         assert torch.equal(getattr(left, name), getattr(right, name)), name
     assert left.capacity == right.capacity
-    assert left.aux_loss == pytest.approx(right.aux_loss, rel=1e-6)
-    assert left.z_loss == pytest.approx(right.z_loss, rel=1e-6)
+    # Rows are added up in a batch as they are alone but for what lies between; T + E terms.
+    summed = len(left.topk_ids) + len(left.requested)
+    assert left.aux_loss == near(right.aux_loss, summed)
+    assert left.z_loss == near(right.z_loss, summed)
 
 
 @settings(max_examples=100, deadline=None)
@@ -122,8 +124,8 @@ def test_renaming_the_experts_renames_the_answer(case: Case, seed: int) -> None:
     assert torch.equal(old_name[renamed.topk_ids], got.topk_ids)
     assert torch.equal(renamed.kept, got.kept)
     assert torch.equal(renamed.processed, got.processed[:, old_name])
-    torch.testing.assert_close(renamed.topk_weights, got.topk_weights)
-    torch.testing.assert_close(renamed.aux_loss, got.aux_loss)
+    assert_close(renamed.topk_weights, got.topk_weights, summed=case.num_experts)
+    assert_close(renamed.aux_loss, got.aux_loss, summed=case.num_experts + len(router_logits))
 
 
 @settings(max_examples=50, deadline=None)

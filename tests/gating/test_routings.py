@@ -14,6 +14,7 @@ from moeserve.config import GatingConfig
 from moeserve.errors import ConfigError, InvalidRequest
 from moeserve.gating import Router, route, route_requests
 from moeserve.gating.routings.hashing import fnv1a
+from tests.closeness import assert_close, near
 
 from . import routings_oracle as oracle
 from .inputs import COUNTS, SEEDS, as_list, logits_of, used_of
@@ -36,7 +37,7 @@ def test_groups(seed: int, num_tokens: int, groups: tuple[int, int], size: int, 
     ranked = scores if bias is None else scores + bias
     want = oracle.grouped(ranked.tolist(), top_k, num_groups, topk_groups, group_score)
     assert got.topk_ids.tolist() == want
-    torch.testing.assert_close(got.topk_weights, scores.gather(1, got.topk_ids))
+    assert_close(got.topk_weights, scores.gather(1, got.topk_ids), summed=0)
 
 
 def test_groups_that_do_not_fit_the_layer() -> None:
@@ -55,7 +56,7 @@ def test_the_bias_chooses_but_does_not_weigh() -> None:
     bias = torch.tensor([9.0, 0.0, 0.0])
     got = route(logits, GatingConfig(top_k=2, scoring_func="sigmoid"), score_correction_bias=bias)
     assert got.topk_ids.tolist() == [[0, 2]]
-    torch.testing.assert_close(got.topk_weights, logits.sigmoid()[:, [0, 2]])
+    assert_close(got.topk_weights, logits.sigmoid()[:, [0, 2]], summed=0)
     with pytest.raises(ConfigError, match=r"score_correction_bias must be \[3\]"):
         route(logits, GatingConfig(), score_correction_bias=bias[:2])
 
@@ -79,7 +80,7 @@ def test_expert_choice(seed: int, sizes: list[int], num_experts: int, factor: fl
         assert got.dropped_tokens[tokens].tolist() == [is_used and not taker for is_used, taker in zip(mine, takers, strict=True)]
         start += size
     assert not got.dropped.any()
-    torch.testing.assert_close(got.topk_weights, scores.gather(1, got.topk_ids) * got.kept)
+    assert_close(got.topk_weights, scores.gather(1, got.topk_ids) * got.kept, summed=num_experts)
 
 
 def test_fnv1a_of_known_words() -> None:
@@ -126,7 +127,7 @@ def test_least_loaded(seed: int, sizes: list[int], num_experts: int, scope: Any)
         for ids, experts in zip(got.topk_ids[tokens].tolist(), want, strict=True):
             assert experts is None or set(ids) == experts
         start += size
-    assert got.topk_weights[got.kept].tolist() == pytest.approx([1 / top_k] * int(got.kept.sum()))
+    assert got.topk_weights[got.kept].tolist() == near([1 / top_k] * int(got.kept.sum()), summed=0)
 
 
 @settings(max_examples=100, deadline=None)
@@ -136,7 +137,7 @@ def test_sparsemixer(seed: int, num_tokens: int, num_experts: int, eps: float, i
     got = route(logits, GatingConfig(top_k=top_k, routing="sparsemixer", sparsemixer_eps=eps))
     ids, weights = oracle.sparsemixer(logits.tolist(), top_k, eps)
     assert got.topk_ids.view(-1, top_k).tolist() == ids
-    torch.testing.assert_close(got.topk_weights, torch.tensor(weights).view(-1, top_k))
+    assert_close(got.topk_weights, torch.tensor(weights).view(-1, top_k), summed=num_experts)
 
 
 @settings(max_examples=50, deadline=None)
@@ -148,7 +149,7 @@ def test_similarity(seed: int, num_tokens: int, num_experts: int) -> None:
     got = route(torch.zeros(num_tokens, num_experts), gating, hidden_states=hidden_states, centroids=centroids)
     ids, weights = oracle.similarity(hidden_states.tolist(), centroids.tolist(), top_k)
     assert got.topk_ids.view(-1, top_k).tolist() == ids
-    torch.testing.assert_close(got.topk_weights, torch.tensor(weights).view(-1, top_k))
+    assert_close(got.topk_weights, torch.tensor(weights).view(-1, top_k), summed=2 * 5 + num_experts)
 
 
 def test_similarity_takes_the_rows_of_the_gate_as_centroids() -> None:

@@ -14,6 +14,7 @@ from moeserve.errors import ExpertUnavailable, InvalidRequest, MoEServeError
 from moeserve.experts import ExpertBank, FeedForward
 from moeserve.host import HostLoop
 from moeserve.transport import Channel, Partial, WorkShape, connect, listen
+from tests.closeness import assert_close
 from tests.stacked import Stacked, shelf_of
 
 HIDDEN, HELD = 8, 3
@@ -85,9 +86,9 @@ async def test_what_waits_from_all_frontends_is_computed_in_one_pass(bank: Count
     # The host reads its sockets when the pass is over, so the three have arrived by then.
     await asyncio.sleep(0)
     bank.go.set()
-    torch.testing.assert_close((await first).tensor, expected(2, [0, 1]))
+    assert_close((await first).tensor, expected(2, [0, 1]))
     for future, case in zip(later, ((1, [2]), (3, [0, 0, 1, 2]), (2, [1, 1])), strict=True):
-        torch.testing.assert_close((await future).tensor, expected(*case))
+        assert_close((await future).tensor, expected(*case))
     assert bank.passes == [2, 6]
     await one.close()
     await two.close()
@@ -109,7 +110,7 @@ async def test_work_that_does_not_fit_is_refused_and_harms_no_other(
     bad, good = send(channel, 2, **arguments), send(channel, 2, [0, 2])
     with pytest.raises(error, match=sentence):
         await bad
-    torch.testing.assert_close((await good).tensor, expected(2, [0, 2]))
+    assert_close((await good).tensor, expected(2, [0, 2]))
     await channel.close()
 
 
@@ -123,5 +124,5 @@ async def test_a_failing_pass_is_told_to_the_callers_and_the_host_lives_on(
     for answer in await asyncio.gather(*failing, return_exceptions=True):
         assert isinstance(answer, MoEServeError) and "failed to compute layer 5: ZeroDivisionError" in str(answer)
     bank.error = None
-    torch.testing.assert_close((await send(channel, 1, [1])).tensor, expected(1, [1]))
+    assert_close((await send(channel, 1, [1])).tensor, expected(1, [1]))
     await channel.close()

@@ -15,6 +15,7 @@ from moeserve.experts import ExpertBank
 from moeserve.host import HostLoop, Relay
 from moeserve.stats import HostInfo
 from moeserve.transport import Channel, Destination, KeyPair, Listener, Partial, PassOn, PeerLost, Work, WorkShape, connect, listen
+from tests.closeness import assert_close
 from tests.stacked import Stacked, shelf_of
 
 HIDDEN, ROWS = 8, 3
@@ -113,7 +114,7 @@ async def test_shares_are_added_up_and_a_peer_gets_only_the_rows_it_needs(hosts:
     work.reply_buffer().fill_(100)
     work.reply()
     by_hand = torch.tensor([100.0, 0, 100])[:, None]
-    torch.testing.assert_close((await future).tensor, expected([0, 1]) + by_hand)
+    assert_close((await future).tensor, expected([0, 1]) + by_hand)
     await channel.close()
 
 
@@ -129,7 +130,7 @@ async def test_a_cancelled_work_is_cancelled_at_the_peers_and_a_late_one_is_give
     late = send(channel, [0, 2], timeout_s=0.2)
     with pytest.raises(DeadlineExceeded):
         await late
-    torch.testing.assert_close((await send(channel, [0, 1])).tensor, expected([0, 1]))
+    assert_close((await send(channel, [0, 1])).tensor, expected([0, 1]))
     await channel.close()
 
 
@@ -143,7 +144,7 @@ async def test_nobody_is_talked_to_but_those_in_the_directory(hosts: Hosts) -> N
     with pytest.raises(PeerLost, match="has not met host 1"):
         await send(channel, [0, 1])
     hosts.introduce()
-    torch.testing.assert_close((await send(channel, [0, 1])).tensor, expected([0, 1]))
+    assert_close((await send(channel, [0, 1])).tensor, expected([0, 1]))
     await channel.close()
 
 
@@ -163,7 +164,7 @@ async def test_a_peer_that_goes_is_lost_and_a_new_incarnation_is_found(hosts: Ho
     work = await hosts.third_receives()
     work.reply_buffer().zero_()
     work.reply()
-    torch.testing.assert_close((await again).tensor, expected([0]))
+    assert_close((await again).tensor, expected([0]))
     await channel.close()
 
 
@@ -178,7 +179,7 @@ async def test_what_goes_wrong_here_or_there_is_said_once_everybody_has_let_go(h
     with pytest.raises(MoEServeError, match="failed to compute layer 0: ZeroDivisionError"):
         await send(channel, [0, 1])
     hosts.shelves[0].put(0, 0, bank(0))
-    torch.testing.assert_close((await send(channel, [0, 1])).tensor, expected([0, 1]))
+    assert_close((await send(channel, [0, 1])).tensor, expected([0, 1]))
     await channel.close()
 
 

@@ -11,7 +11,8 @@ import torch
 from moeserve import Client, ConfigError, InvalidRequest, MoELayer, MoEServeError, Unauthenticated, UnknownLayer
 from moeserve.cli.app import main
 from moeserve.client import AdminClient
-from tests.harness import ServiceHarness, assert_same
+from tests.closeness import assert_close
+from tests.harness import ServiceHarness
 from tests.service.test_swap import LAYER, configuration, folder, tokens
 
 ADMIN, CALLER = "of the administrator", "of callers"
@@ -37,7 +38,7 @@ def test_the_admin_swaps_and_callers_see_the_revision(service: ServiceHarness, f
         assert (done.epoch, done.model_revision) == (2, 2)
         answer = client.forward(tokens(0))
         assert answer.model_revision == 2
-        assert_same(answer.hidden_states, MoELayer.from_checkpoint(folders[1], dtype=torch.float32)(tokens(0)))
+        assert_close(answer.hidden_states, MoELayer.from_checkpoint(folders[1], dtype=torch.float32)(tokens(0)))
 
 
 @pytest.mark.parametrize("wrong", [CALLER, "", "secret"])

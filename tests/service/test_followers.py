@@ -14,12 +14,12 @@ import torch
 from moeserve import Client, ConfigError, ExpertUnavailable, MoELayer, PermissionDenied, Unauthenticated
 from moeserve.client import TLS
 from moeserve.config import BatchingConfig
-from moeserve.control import frontends as fan_out
 from moeserve.errors import CheckpointError, ServiceUnreachable
 from moeserve.transport import ChannelClosed, FrontendKeys, KeyPair, connect
+from tests.closeness import assert_close
 from tests.followers import ThreadedFrontend
 from tests.frontend.test_failure import until
-from tests.harness import ServiceHarness, ThreadedHost, assert_same
+from tests.harness import ServiceHarness, ThreadedHost
 from tests.server.certificates import Authority
 from tests.service.test_pipeline import Held
 from tests.service.test_scale import CONFIG, LAYERS, Load, tokens
@@ -34,7 +34,7 @@ def epochs(service: ServiceHarness) -> list[int]:
 def answers(target: str, times: int = 3) -> None:
     with Client(target) as client:
         for seed in range(times):
-            assert_same(client.forward(tokens(seed), layer=seed % 2).hidden_states, MoELayer(**LAYERS[seed % 2])(tokens(seed)))
+            assert_close(client.forward(tokens(seed), layer=seed % 2).hidden_states, MoELayer(**LAYERS[seed % 2])(tokens(seed)))
 
 
 @pytest.mark.parametrize("nodes", [(HERE, ""), ("", "")], ids=["memory-and-tcp", "tcp"])
@@ -178,14 +178,14 @@ def test_a_host_that_hangs_is_left_by_all(tmp_path: Path) -> None:
             waiting = pool.submit(client.forward, tokens(0), 0)
             assert held.begun.acquire(timeout=30)
             drained = pool.submit(service.call, service.controller.drain("host-1"))
-            assert_same(waiting.result(timeout=30).hidden_states, MoELayer(**LAYERS[0])(tokens(0)))
+            assert_close(waiting.result(timeout=30).hidden_states, MoELayer(**LAYERS[0])(tokens(0)))
             held.leave.release(10)
             assert drained.result(timeout=30).placement.hosts == (0, 2)
             service.call(until(lambda: service.frontends.members()[1].oldest_epoch == 2))
 
 
 def test_one_that_does_not_move_over_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fan_out, "_GRACE_S", 0.1)
+    monkeypatch.setattr("moeserve.control.frontends._GRACE_S", 0.1)
     with ServiceHarness({**CONFIG, "server": {"port": 0, "drain_timeout_s": 0.1}}, "shm", tmp_path) as service:
         service.call(service.open_control())
         with ThreadedFrontend(service.control_target) as follower:
@@ -296,5 +296,5 @@ def test_hosts_join_the_work_of_all_frontends(tmp_path: Path) -> None:
         service.call(until(lambda: [client.stats().hosts[0].queue_tokens for client in clients] == [60, 30]))
         held.leave.release(2)
         for seed, future in enumerate((first, *joined)):
-            assert_same(future.result(timeout=30).hidden_states, MoELayer(**LAYERS[0])(tokens(seed)))
+            assert_close(future.result(timeout=30).hidden_states, MoELayer(**LAYERS[0])(tokens(seed)))
         assert held.rows == [30, 60]

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from moeserve import Client, MoELayer
+from tests.closeness import assert_close
 from tests.harness import ServiceHarness
-from tests.test_kinds_of_experts import EXPERTS, HIDDEN, KINDS
+from tests.test_kinds_of_experts import EXPERTS, HIDDEN, KINDS, SUMMED
 
 PLACEMENTS: dict[str, dict[str, Any]] = {
     "one host": {"num_hosts": 1},
@@ -41,6 +42,6 @@ def test_the_service_is_the_layer(kind: str, placement: str, tmp_path: Path) -> 
                 rows = torch.randn(num_tokens, HIDDEN, generator=torch.Generator().manual_seed(num_tokens))
                 used = torch.arange(num_tokens) % 4 != 1
                 out, expected = client.forward(rows, layer=number, used_token=used), reference.run(rows, used_token=used)
-                torch.testing.assert_close(out.hidden_states, expected.hidden_states, rtol=1e-5, atol=1e-5)
+                assert_close(out.hidden_states, expected.hidden_states, SUMMED)
                 for name in ("requested", "processed", "dropped", "dropped_tokens"):
                     assert torch.equal(getattr(out, name), getattr(expected, name)), name

@@ -10,6 +10,7 @@ import torch
 
 from moeserve.errors import Cancelled, DeadlineExceeded, InvalidRequest
 from moeserve.transport import ChannelClosed, Destination, PassOn, PeerLost, WorkShape
+from tests.closeness import assert_close
 
 from .rig import Rig, answer, random_message, send, until
 
@@ -23,7 +24,7 @@ async def test_the_host_reads_what_was_sent_and_its_answer_comes_back(
     async with rig.frontend() as channel:
         partial = await rig.forward(channel, message)
         assert partial.tensor.dtype == torch.float32
-        torch.testing.assert_close(partial.tensor, message.expected())
+        assert_close(partial.tensor, message.expected())
 
 
 async def test_every_field_arrives(rig: Rig) -> None:
@@ -74,7 +75,7 @@ async def test_answers_find_their_question_in_any_order(rig: Rig) -> None:
         for work in reversed(await rig.receive(len(messages))):
             answer(work)
         for message, future in zip(messages, futures, strict=True):
-            torch.testing.assert_close((await future).tensor, message.expected())
+            assert_close((await future).tensor, message.expected())
 
 
 async def test_more_messages_than_any_socket_buffer_holds(rig: Rig) -> None:
@@ -96,9 +97,9 @@ async def test_several_frontends_share_a_host(rig: Rig) -> None:
             for work in reversed(await rig.receive(3)):
                 answer(work)
             for message, future in zip(messages, futures, strict=True):
-                torch.testing.assert_close((await future).tensor, message.expected())
-        torch.testing.assert_close((await rig.forward(first, messages[1])).tensor, messages[1].expected())
-        torch.testing.assert_close((await rig.forward(second, messages[2])).tensor, messages[2].expected())
+                assert_close((await future).tensor, message.expected())
+        assert_close((await rig.forward(first, messages[1])).tensor, messages[1].expected())
+        assert_close((await rig.forward(second, messages[2])).tensor, messages[2].expected())
 
 
 async def test_the_error_of_the_host_is_raised_here(rig: Rig) -> None:
@@ -133,7 +134,7 @@ async def test_work_cancelled_on_the_way_is_dropped_or_marked(rig: Rig) -> None:
         for work in works:
             assert work.is_cancelled == (work.layer != 5)
             answer(work)
-        torch.testing.assert_close((await wanted).tensor, random_message(seed=2).expected())
+        assert_close((await wanted).tensor, random_message(seed=2).expected())
         with pytest.raises(asyncio.CancelledError):
             await unwanted
 
@@ -147,8 +148,8 @@ async def test_a_late_answer_harms_nobody(rig: Rig) -> None:
         await rig.serve_until(lambda: work.is_cancelled)
         partial = await rig.forward(channel, random_message(seed=2))
         answer(work)
-        torch.testing.assert_close(partial.tensor, random_message(seed=2).expected())
-        torch.testing.assert_close((await rig.forward(channel, random_message(seed=3))).tensor, random_message(seed=3).expected())
+        assert_close(partial.tensor, random_message(seed=2).expected())
+        assert_close((await rig.forward(channel, random_message(seed=3))).tensor, random_message(seed=3).expected())
 
 
 async def test_a_host_may_say_that_cancelled_work_was_cancelled(rig: Rig) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from moeserve.errors import InvalidRequest, Overloaded
 from moeserve.transport import Channel, Lease, Limits, WorkShape
+from tests.closeness import assert_close
 
 from .conftest import RigFactory
 from .rig import Message, Rig, answer, random_message, send, until
@@ -102,7 +103,7 @@ async def test_leases_are_filled_by_many_threads(rig: Rig) -> None:
         futures = [channel.send(lease, layer=0, epoch=0, timeout_s=60) for lease in leases]
         await rig.serve_until(lambda: all(future.done() for future in futures))
         for message, future in zip(messages, futures, strict=True):
-            torch.testing.assert_close(future.result().tensor, message.expected())
+            assert_close(future.result().tensor, message.expected())
 
 
 async def test_a_sent_lease_cannot_be_written_to(rig: Rig) -> None:

@@ -1,0 +1,130 @@
+"""Which kernel computes the experts of one shape: measured once per process, on this processor, with the threads it has.
+
+H hidden size, I intermediate size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from math import prod
+from typing import Final
+
+import numpy as np
+import torch
+
+from moeserve.config import Activation, Kernel
+from moeserve.experts.activations import is_gated
+from moeserve.experts.feed_forward import ROWS, FeedForward, Form
+from moeserve.experts.packed import PackedExperts, kernels_for
+from moeserve.kernels import fastest_of
+
+log = logging.getLogger(__name__)
+
+_FORMS: Final[tuple[Form, ...]] = ("linear", "transposed")
+#: bytes of weights that are measured with: of one expert, so that no choice takes long; and of all, so that they come from memory
+_EXPERT_BYTES, _ALL_BYTES = 2**22, 2**24
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a choice depends on."""
+
+    dtype: torch.dtype
+    activation: Activation
+    hidden_size: int
+    intermediate_size: int
+    num_threads: int
+
+    @classmethod
+    def of(cls, expert: FeedForward) -> Shape:
+        return cls(expert.gate_up_proj.dtype, expert.activation, *expert.down_proj.shape, torch.get_num_threads())
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        return f"{name} {self.activation}, {self.hidden_size} x {self.intermediate_size}, {self.num_threads} threads"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """kernel: the compiled one, None = torch's operators, called in the form of `forms` for each of ROWS.
+
+    microseconds: what one expert took, by candidate and number of rows; empty where there was nothing to choose.
+    """
+
+    kernel: str | None
+    forms: tuple[Form, ...]
+    microseconds: Mapping[str, tuple[float, ...]]
+
+
+def chosen(expert: FeedForward, kernel: Kernel = "auto", deterministic: bool = False) -> Choice:
+    """For experts like this one. kernel: "auto" = the fastest, "torch" = the fastest form of torch's operators, or the one to take.
+    deterministic: a compiled one where there is any, because these compute a row alike whatever else they compute.
+
+    Raises ConfigError when this processor, or this type of weights, has not the kernel that is asked for.
+    """
+    return _chosen(Shape.of(expert), kernel, deterministic)
+
+
+@cache
+def _chosen(shape: Shape, kernel: Kernel, deterministic: bool) -> Choice:
+    kernels = kernels_for(shape.dtype, shape.activation, kernel)
+    if kernel not in ("auto", "torch"):
+        return Choice(kernels[0], _FORMS[:1] * len(ROWS), {})
+    choice = _measured(shape, kernels, deterministic)
+    taken = choice.kernel or f"torch ({', '.join(f'{rows}: {form}' for rows, form in zip(ROWS, choice.forms, strict=True))})"
+    times = "; ".join(f"{name} {' '.join(f'{each:.0f}' for each in row)}" for name, row in choice.microseconds.items())
+    log.info("kernel for experts of %s: %s (us per expert for %s rows: %s)", shape, taken, ", ".join(map(str, ROWS)), times)
+    return choice
+
+
+def _measured(shape: Shape, kernels: tuple[str, ...], deterministic: bool) -> Choice:
+    """The fastest kernel for all numbers of rows together, so that an answer never depends on how many there are; else the fastest forms."""
+    experts = list(_some_experts(shape))
+    seconds: dict[str, list[float]] = {}
+    runs = {**{form: _one_by_one(experts, form) for form in _FORMS}, **{name: _packed(experts, name) for name in kernels}}
+    for rows in ROWS:
+        work = torch.ones(rows, shape.hidden_size, dtype=shape.dtype)
+        for name, taken in fastest_of({name: lambda run=run: run(work) for name, run in runs.items()}).items():  # type: ignore[misc]
+            seconds.setdefault(name, []).append(taken)
+    best: tuple[Form, ...] = tuple(min(_FORMS, key=lambda form, index=index: seconds[form][index]) for index in range(len(ROWS)))  # type: ignore[misc]
+    of_torch = [seconds[form][index] for index, form in enumerate(best)]
+    fastest = min(kernels, key=lambda name: prod(seconds[name]), default=None)
+    if fastest is not None and not deterministic and prod(of_torch) < prod(seconds[fastest]):
+        fastest = None
+    return Choice(fastest, best, {name: tuple(each / len(experts) * 1e6 for each in row) for name, row in seconds.items()})
+
+
+def _some_experts(shape: Shape) -> Iterator[FeedForward]:
+    parts = 2 if is_gated(shape.activation) else 1
+    channel_bytes = (parts + 1) * shape.hidden_size * shape.dtype.itemsize
+    inner = max(1, min(shape.intermediate_size, _EXPERT_BYTES // channel_bytes // 32 * 32))
+    for _ in range(max(1, min(64, _ALL_BYTES // (inner * channel_bytes)))):
+        gate_up = torch.full((parts * inner, shape.hidden_size), 0.01, dtype=shape.dtype)
+        yield FeedForward(shape.activation, gate_up, torch.full((shape.hidden_size, inner), 0.01, dtype=shape.dtype))
+
+
+def _one_by_one(experts: list[FeedForward], form: Form) -> Callable[[torch.Tensor], object]:
+    formed = [replace(expert, forms=(form,) * len(ROWS)) for expert in experts]
+
+    def run(rows: torch.Tensor) -> None:
+        index, total = torch.arange(len(rows)), torch.zeros(rows.shape)
+        for expert in formed:
+            total.index_add_(0, index, expert(rows.index_select(0, index)).mul_(0.5))
+
+    return run
+
+
+def _packed(experts: list[FeedForward], kernel: str) -> Callable[[torch.Tensor], object]:
+    packed = PackedExperts(kernel, room_for=len(experts))
+    for expert in experts:
+        packed.add(expert)
+
+    def run(rows: torch.Tensor) -> None:
+        row_index = torch.arange(len(rows)).repeat(len(experts))
+        counts = np.full(len(experts), len(rows))
+        packed.run(rows, row_index, counts, None, torch.full((len(row_index),), 0.5), torch.empty(rows.shape))
+
+    return run

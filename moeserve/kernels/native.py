@@ -1,0 +1,93 @@
+"""The compiled grouped pass (native/*.c), where it was built and this processor can run it; no torch operators in between."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Final
+
+log = logging.getLogger(__name__)
+
+#: output channels that lie together
+PANEL: Final = 32
+#: from the widest to the one that runs everywhere
+KERNELS: Final = ("amx", "avx512_bf16", "avx512", "avx2", "generic")
+
+
+class Bank(Structure):
+    """struct bank of native/pass.c."""
+
+    _fields_ = (
+        ("kernel", c_void_p),
+        ("type", c_int32),
+        ("rows_type", c_int32),
+        ("activation", c_int32),
+        ("is_gated", c_int32),
+        ("hidden_size", c_int64),
+        ("intermediate_size", POINTER(c_int64)),
+        ("up", POINTER(c_void_p)),
+        ("down", POINTER(c_void_p)),
+        ("up_scale", POINTER(c_void_p)),
+        ("down_scale", POINTER(c_void_p)),
+        ("up_bias", POINTER(c_void_p)),
+        ("down_bias", POINTER(c_void_p)),
+    )
+
+
+class Work(Structure):
+    """struct work of native/pass.c."""
+
+    _fields_ = (
+        ("num_pairs", c_int64),
+        ("num_rows", c_int64),
+        ("hidden_states", c_void_p),
+        ("row_index", c_void_p),
+        ("tokens_per_expert", c_void_p),
+        ("num_experts", c_int64),
+        ("input_weights", c_void_p),
+        ("weights", c_void_p),
+        ("out", c_void_p),
+        ("scratch", c_void_p),
+        ("num_threads", c_int32),
+    )
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled code, None where it could not be built or loaded; says so once."""
+    spec = find_spec("moeserve.kernels._native")
+    if spec is None or spec.origin is None:
+        log.warning("the compiled kernels are missing (no C compiler when moeserve was installed?): experts run on torch's operators, slower")
+        return None
+    try:
+        _share_openmp()
+        loaded = ctypes.CDLL(spec.origin)
+    except OSError as error:
+        log.warning("the compiled kernels cannot be loaded: %s; experts run on torch's operators, slower", error)
+        return None
+    loaded.find_kernel.restype, loaded.find_kernel.argtypes = c_void_p, (c_char_p, c_int32)
+    loaded.scratch_bytes.restype, loaded.scratch_bytes.argtypes = c_int64, (POINTER(Bank), POINTER(Work))
+    loaded.run_pass.restype, loaded.run_pass.argtypes = None, (POINTER(Bank), POINTER(Work))
+    return loaded
+
+
+def find_kernel(name: str, type_number: int) -> int | None:
+    """Its address, None where it does not exist or this processor cannot run it."""
+    code = library()
+    return None if code is None else code.find_kernel(name.encode(), type_number)
+
+
+def _share_openmp() -> None:
+    """Lets the compiled code find torch's OpenMP, so that both use the same threads instead of waking two sets of them."""
+    import torch  # noqa: F401, PLC0415  (loads its runtime)
+
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    runtimes = {path for path in (line.split(maxsplit=5)[-1] for line in maps) if "/libgomp" in path or "/libomp" in path or "/libiomp" in path}
+    ctypes.CDLL(min(runtimes) if runtimes else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+
+
+__all__ = ["KERNELS", "PANEL", "Bank", "Work", "c_float", "find_kernel", "library"]

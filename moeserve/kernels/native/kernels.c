@@ -1,0 +1,232 @@
+/* The kernels there are, from the widest to the one that runs everywhere. */
+#include "kernels.h"
+
+#define AHEAD 1024 /* bytes by which weights are asked for before they are multiplied */
+
+static void nothing(void) {}
+
+#define ISA(x) x##_generic
+#define VECTOR 4
+#define MR 3
+#define WIDTH 8
+#define HALVES(p) halves_generic(p)
+typedef float four __attribute__((vector_size(16)));
+static inline four halves_generic(const f16 *p)
+{
+    four wide;
+    for (int i = 0; i < 4; i++)
+        wide[i] = from_f16(p[i]);
+    return wide;
+}
+#include "isa.h"
+const struct kernel generic_kernel = {
+    "generic", 12, 4, {multiply_float32_generic, multiply_bfloat16_generic, multiply_float16_generic, multiply_int8_generic},
+    activate_generic, add_generic, nothing, nothing,
+};
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#define ISA(x) x##_avx2
+#define VECTOR 8
+#define MR 6
+#define WIDTH 16
+#define HALVES(p) (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
+#include "isa.h"
+#pragma GCC pop_options
+const struct kernel avx2_kernel = {
+    "avx2", 12, 4, {multiply_float32_avx2, multiply_bfloat16_avx2, multiply_float16_avx2, multiply_int8_avx2},
+    activate_avx2, add_avx2, nothing, nothing,
+};
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,prefer-vector-width=512")
+#define ISA(x) x##_avx512
+#define VECTOR 16
+#define MR 12
+#define WIDTH 32
+#define HALVES(p) (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
+#include "isa.h"
+const struct kernel avx512_kernel = {
+    "avx512", 12, 4, {multiply_float32_avx512, multiply_bfloat16_avx512, multiply_float16_avx512, multiply_int8_avx512},
+    activate_avx512, add_avx512, nothing, nothing,
+};
+
+/* int8 to bfloat16 is exact, so what is stored in 8 bits is decoded, a panel at a time, and multiplied as bfloat16. */
+static const bf16 *decoded_int8(const int8_t *panel, int64_t depth, bf16 *decoded)
+{
+    for (int64_t i = 0; i < depth * PANEL; i += 16) {
+        __m512 wide = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(panel + i))));
+        _mm256_storeu_si256((__m256i *)(decoded + i), _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)wide, 16)));
+    }
+    return decoded;
+}
+
+#pragma GCC push_options
+#pragma GCC target("avx512bf16")
+typedef float vec16 __attribute__((vector_size(64), aligned(4), may_alias));
+static inline __attribute__((always_inline)) vec16 dot_bf16(vec16 acc, const bf16 *a, const bf16 *b, int v)
+{
+    int both;
+    memcpy(&both, a, 4);
+    return (vec16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(both), (__m512bh)_mm512_loadu_si512(b + 2 * v * 16));
+}
+#define NAME(x) x##_dot
+#define A bf16
+#define B bf16
+#define STEP 2
+#define DOT dot_bf16
+#define MR 12
+#define WIDTH 32
+#define VECTOR 16
+#define TILE 12
+#define vec vec16
+#include "tile.h"
+#undef MR
+#undef WIDTH
+#undef VECTOR
+#undef TILE
+#undef vec
+static void multiply_int8_dot(int count, const void *a, const void *b, int64_t depth, float *c, void *decoded)
+{
+    multiply_dot(count, a, decoded_int8(b, depth, decoded), depth, c, NULL);
+}
+
+/* Rows in bfloat16: a panel is one run of 32 numbers. */
+static inline void activate_bf16(
+    int tile, enum activation activation, struct sums sums, struct channels gate, struct channels up, bf16 *at)
+{
+    for (int r = 0; r < sums.rows; r++) {
+        __m512 y[2];
+        for (int v = 0; v < 2; v++) {
+            vec_avx512 x = finished_avx512(sums.gate + r * PANEL, gate, v);
+            y[v] = (__m512)activated_avx512(activation, x, sums.up ? finished_avx512(sums.up + r * PANEL, up, v) : x);
+        }
+        _mm512_storeu_si512(at + r * 32, (__m512i)_mm512_cvtne2ps_pbh(y[1], y[0]));
+    }
+}
+static void activate_dot(enum activation activation, struct sums sums, struct channels gate, struct channels up, void *at)
+{
+    activate_bf16(12, activation, sums, gate, up, at);
+}
+const struct kernel avx512_bf16_kernel = {
+    "avx512_bf16", 12, 2, {NULL, multiply_dot, NULL, multiply_int8_dot}, activate_dot, add_avx512, nothing, nothing,
+};
+
+#pragma GCC push_options
+#pragma GCC target("amx-tile,amx-bf16")
+struct tile_sizes {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+};
+static _Thread_local int configured; /* how many rows of two tiles */
+
+/* Tiles 0-1 and 2-3 hold sums of the first and the second 16 rows, 4 and 5 these rows, 6 and 7 weights. */
+static void configure(int count)
+{
+    if (configured == count)
+        return;
+    struct tile_sizes sizes = {.palette = 1};
+    for (int i = 0; i < 8; i++)
+        sizes.bytes[i] = 64, sizes.rows[i] = 16;
+    sizes.rows[0] = sizes.rows[1] = sizes.rows[4] = count < 16 ? count : 16;
+    sizes.rows[2] = sizes.rows[3] = sizes.rows[5] = count > 16 ? count - 16 : 16;
+    __asm__ volatile("ldtilecfg %0" ::"m"(sizes));
+    configured = count;
+}
+
+static void one_tile(const bf16 *a, const bf16 *b, int64_t depth, float *c)
+{
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t k = 0; k < depth; k += 32, a += 16 * 32, b += 32 * PANEL) {
+        _tile_loadd(6, b, 128);
+        _tile_loadd(7, b + 32, 128);
+        _tile_loadd(4, a, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+    }
+    _tile_stored(0, c, 4 * PANEL);
+    _tile_stored(1, c + 16, 4 * PANEL);
+}
+
+static void two_tiles(const bf16 *a, const bf16 *b, int64_t depth, float *c)
+{
+    const bf16 *second = a + 16 * depth;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < depth; k += 32, a += 16 * 32, second += 16 * 32, b += 32 * PANEL) {
+        _tile_loadd(6, b, 128);
+        _tile_loadd(7, b + 32, 128);
+        _tile_loadd(4, a, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, second, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, 4 * PANEL);
+    _tile_stored(1, c + 16, 4 * PANEL);
+    _tile_stored(2, c + 16 * PANEL, 4 * PANEL);
+    _tile_stored(3, c + 16 * PANEL + 16, 4 * PANEL);
+}
+
+static void multiply_amx(int count, const void *rows, const void *panel, int64_t depth, float *c, void *decoded)
+{
+    const bf16 *a = rows;
+    for (; count > 0; count -= 32, a += 32 * depth, c += 32 * PANEL) {
+        configure(count < 32 ? count : 32);
+        (count > 16 ? two_tiles : one_tile)(a, panel, depth, c);
+    }
+}
+static void multiply_int8_amx(int count, const void *a, const void *b, int64_t depth, float *c, void *decoded)
+{
+    multiply_amx(count, a, decoded_int8(b, depth, decoded), depth, c, NULL);
+}
+static void activate_amx(enum activation activation, struct sums sums, struct channels gate, struct channels up, void *at)
+{
+    activate_bf16(16, activation, sums, gate, up, at);
+}
+static void begin_amx(void) { configured = 0; }
+static void end_amx(void) { _tile_release(); }
+const struct kernel amx_kernel = {
+    "amx", 16, 2, {NULL, multiply_amx, NULL, multiply_int8_amx}, activate_amx, add_avx512, begin_amx, end_amx,
+};
+#pragma GCC pop_options
+#pragma GCC pop_options
+#pragma GCC pop_options
+
+/* Linux lends the tiles only to processes that ask. */
+static int may_use_tiles(void) { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+
+static int is_there(const struct kernel *kernel)
+{
+    __builtin_cpu_init();
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    int dot = avx512 && __builtin_cpu_supports("avx512bf16");
+    if (kernel == &amx_kernel)
+        return dot && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && may_use_tiles();
+    return kernel == &avx512_bf16_kernel ? dot : kernel == &avx512_kernel ? avx512 : kernel == &avx2_kernel ? avx2 : 1;
+}
+static const struct kernel *const all[] = {&amx_kernel, &avx512_bf16_kernel, &avx512_kernel, &avx2_kernel, &generic_kernel};
+#else
+static int is_there(const struct kernel *kernel) { return 1; }
+static const struct kernel *const all[] = {&generic_kernel};
+#endif
+
+const struct kernel *find_kernel(const char *name, int type)
+{
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        if (!strcmp(all[i]->name, name) && all[i]->multiply[type] && is_there(all[i]))
+            return all[i];
+    return NULL;
+}

@@ -1,0 +1,90 @@
+/* A tile of rows times a panel, for one instruction set and one type of weights; included once for each.
+ *
+ * NAME(x)      x as it is called here
+ * A            number type of rows
+ * B            number type of weights
+ * MR           rows at once; WIDTH output channels at once
+ * STEP         input channels that lie side by side
+ * LOAD(b, v)   STEP == 1: vector v of the output channels of one input channel
+ * PAIR(b, v)   STEP == 2: the same of two input channels, as .first and .second; or with DOT(acc, a, b, v), both at once
+ */
+#define COLUMNS (WIDTH / VECTOR)
+#define RUN (64 / (int)sizeof(A))
+
+static inline __attribute__((always_inline)) void NAME(some_rows)(const int count, const A *a, const B *b, int64_t depth, float *c)
+{
+    vec acc[MR][COLUMNS];
+    for (int r = 0; r < count; r++)
+        for (int v = 0; v < COLUMNS; v++)
+            acc[r][v] = (vec){0};
+    for (int64_t k0 = 0; k0 < depth; k0 += RUN, a += TILE * RUN)
+#pragma GCC unroll 4
+        for (int k = 0; k < RUN; k += STEP, b += STEP * PANEL) {
+            for (size_t line = 0; line < STEP * WIDTH * sizeof(B); line += 64)
+                __builtin_prefetch((const char *)b + line + AHEAD);
+#if STEP == 1
+            vec weights[COLUMNS];
+            for (int v = 0; v < COLUMNS; v++)
+                weights[v] = LOAD(b, v);
+            for (int r = 0; r < count; r++) {
+                vec x = SPREAD(a[r * RUN + k]);
+                for (int v = 0; v < COLUMNS; v++)
+                    acc[r][v] += x * weights[v];
+            }
+#elif defined(DOT)
+            for (int r = 0; r < count; r++)
+                for (int v = 0; v < COLUMNS; v++)
+                    acc[r][v] = DOT(acc[r][v], a + r * RUN + k, b, v);
+#else
+            struct pair weights[COLUMNS];
+            for (int v = 0; v < COLUMNS; v++)
+                weights[v] = PAIR(b, v);
+            for (int r = 0; r < count; r++) {
+                vec first = SPREAD(a[r * RUN + k]), second = SPREAD(a[r * RUN + k + 1]);
+                for (int v = 0; v < COLUMNS; v++)
+                    acc[r][v] += first * weights[v].first;
+                for (int v = 0; v < COLUMNS; v++)
+                    acc[r][v] += second * weights[v].second;
+            }
+#endif
+        }
+    for (int r = 0; r < count; r++)
+        for (int v = 0; v < COLUMNS; v++)
+            *(vec *)(c + r * PANEL + v * VECTOR) = acc[r][v];
+}
+
+#define ROWS(n) case n: NAME(some_rows)(n, a, b, depth, c); break;
+
+static void NAME(tile)(int count, const A *a, const B *b, int64_t depth, float *c)
+{
+    for (; count >= MR; count -= MR, a += MR * RUN, c += MR * PANEL)
+        NAME(some_rows)(MR, a, b, depth, c);
+    switch (count) {
+    ROWS(1) ROWS(2)
+#if MR > 3
+    ROWS(3) ROWS(4) ROWS(5)
+#endif
+#if MR > 6
+    ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11)
+#endif
+    }
+}
+
+static void NAME(multiply)(int count, const void *rows, const void *panel, int64_t depth, float *c, void *decoded)
+{
+    const A *a = rows;
+    for (; count > 0; count -= TILE, a += TILE * depth, c += TILE * PANEL)
+        for (int first = 0; first < PANEL; first += WIDTH)
+            NAME(tile)(count < TILE ? count : TILE, a, (const B *)panel + STEP * first, depth, c + first);
+}
+
+#undef COLUMNS
+#undef RUN
+#undef ROWS
+#undef NAME
+#undef A
+#undef B
+#undef STEP
+#undef LOAD
+#undef PAIR
+#undef DOT
