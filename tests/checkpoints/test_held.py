@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moeserve import CheckpointError, ConfigError, MoELayer
+from moeserve import CheckpointError, Client, ConfigError, MoELayer
 from moeserve.checkpoints import LayerSource, bank_bytes, layer_sources, load_bank
 from moeserve.checkpoints.swapped import Swap, swapped_layers
 from moeserve.config import Quantization, load_config
@@ -20,6 +20,8 @@ from tests.checkpoints.published import PUBLISHED
 from tests.checkpoints.published_case import HIDDEN, INTERMEDIATE, LAYER, original, published_case
 from tests.checkpoints.saved import rewritten, tensors_of
 from tests.checkpoints.tiny_models import answer_of, some_tokens
+from tests.closeness import assert_close
+from tests.harness import ServiceHarness
 from tests.stacked import in_full
 
 #: formats that say for every column in which group it is
@@ -159,6 +161,23 @@ def test_weights_in_full_replace_those_in_few_bits(fp8: tuple[Path, nn.Module]) 
     (source,) = swapped_layers(load_config({"model": {**model, "checkpoint": original()}}), [Swap(LAYER, fp8[0], frozenset({4}))])
     bank = load_bank(source, everyone)
     assert [isinstance(expert, QuantizedFeedForward) for expert in bank.experts[:8]] == [expert == 4 for expert in range(8)]
+
+
+@pytest.mark.parametrize("to_fp8", [True, False])
+def test_a_service_swaps_experts_for_those_in_other_bits(fp8: tuple[Path, nn.Module], to_fp8: bool, tmp_path: Path) -> None:
+    before, after = (original(), fp8[0]) if to_fp8 else (fp8[0], original())
+    config = {"model": {"checkpoint": before, "layers": [LAYER], "dtype": "float32"}, "placement": {"num_hosts": 2}}
+    rows = some_tokens(20, hidden_size=HIDDEN)
+    ids, weights = torch.tensor([[3, 4]]).expand(20, 2), torch.full((20, 2), 0.5)
+    with ServiceHarness(config, "local", tmp_path) as service, Client(service.target) as client:
+        assert client.forward(rows, layer=0).model_revision == 1
+        service.call(service.controller.swap(LAYER, after, [3]))
+        answer = client.forward(rows, layer=0, topk_ids=ids, topk_weights=weights)
+    assert answer.model_revision == 2
+    (source,) = swapped_layers(load_config(config), [Swap(LAYER, after, frozenset({3}))])
+    shared, *experts = (in_full(expert) for expert in (source.shared_expert(), *source.experts([ExpertShard(3), ExpertShard(4)])))
+    gate = torch.sigmoid(rows @ source.mixer().weight.t())
+    assert_close(answer.hidden_states, sum(expert(rows) for expert in experts) / 2 + gate * shared(rows))
 
 
 def test_a_layer_in_few_bits_is_saved_in_full_only(fp8: tuple[Path, nn.Module], tmp_path: Path) -> None:

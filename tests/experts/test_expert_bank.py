@@ -15,7 +15,6 @@ from torch import Tensor
 
 from moeserve.config import Activation
 from moeserve.experts import ExpertBank, is_gated
-from moeserve.experts.feed_forward import ROWS
 from moeserve.experts.ragged import Stack
 from tests.closeness import assert_close
 from tests.stacked import Stacked
