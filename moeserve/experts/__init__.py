@@ -5,9 +5,10 @@ from moeserve.experts.bank import ExpertBank
 from moeserve.experts.codes import INT4, INT8, Code, float_code
 from moeserve.experts.expert import Expert, ExpertShard
 from moeserve.experts.feed_forward import FeedForward, feed_forward_bytes
+from moeserve.experts.groups import Groups
 from moeserve.experts.module import ModuleExpert, check_module, make_module, module_bytes, module_class
 from moeserve.experts.quantized import QuantizedFeedForward, computed_in, quantize
-from moeserve.experts.quantized_matrix import Groups, QuantizedMatrix
+from moeserve.experts.quantized_matrix import QuantizedMatrix
 
 __all__ = [
     "INT4",

@@ -29,6 +29,8 @@ class Code:
     #: magnitude of the largest number
     largest: float
     numbers: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
+    #: what native/decode.c calls it, None = it has no such code
+    compiled: int | None = None
     #: bytes that are no finite number
     broken: frozenset[int] = frozenset()
 
@@ -41,7 +43,7 @@ class Code:
         if self.bits == 8:
             return codes.contiguous()
         low, high = _pairs(codes.view(torch.uint8)).unbind(2)
-        return (low & 15) | (high << 4)
+        return ((low & 15) | (high << 4)).contiguous()
 
     def apart(self, rows: torch.Tensor) -> torch.Tensor:
         """[n, C] in the order in which numbers come; an odd column is followed by a zero."""
@@ -96,18 +98,18 @@ def _halves(values: torch.Tensor) -> torch.Tensor:
 
 
 #: whole numbers -128..127
-INT8: Final = Code("int8", 8, torch.int8, 1.0, 128.0, _cast)
+INT8: Final = Code("int8", 8, torch.int8, 1.0, 128.0, _cast, 0)
 #: whole numbers -8..7, two's complement
-INT4: Final = Code("int4", 4, torch.uint8, 1.0, 8.0, _int4)
+INT4: Final = Code("int4", 4, torch.uint8, 1.0, 8.0, _int4, 3)
 #: E4M3: Micikevicius et al. 2022, "FP8 Formats for Deep Learning", arXiv 2209.05433
-FP8: Final = Code("fp8", 8, torch.float8_e4m3fn, 2.0**8, 448.0, _e4m3, _NAN_E4M3)
+FP8: Final = Code("fp8", 8, torch.float8_e4m3fn, 2.0**8, 448.0, _e4m3, 1, _NAN_E4M3)
 #: E2M1: Open Compute Project, Microscaling Formats (MX) v1.0, 2023
-FP4: Final = Code("fp4", 4, torch.uint8, 2.0**14, 6.0, _e2m1)
+FP4: Final = Code("fp4", 4, torch.uint8, 2.0**14, 6.0, _e2m1, 4)
 #: the others: E5M2 of the same paper, and those without -0 and Inf of some graphics cards
 _OTHER_FP8: Final = (
-    Code("fp8 e5m2", 8, torch.float8_e5m2, 1.0, 57344.0, _e5m2, _INF_E5M2),
-    Code("fp8 e4m3fnuz", 8, torch.float8_e4m3fnuz, 2.0**7, 240.0, _e4m3, frozenset({0x80})),
-    Code("fp8 e5m2fnuz", 8, torch.float8_e5m2fnuz, 1.0, 57344.0, _cast, frozenset({0x80})),
+    Code("fp8 e5m2", 8, torch.float8_e5m2, 1.0, 57344.0, _e5m2, 2, _INF_E5M2),
+    Code("fp8 e4m3fnuz", 8, torch.float8_e4m3fnuz, 2.0**7, 240.0, _e4m3, broken=frozenset({0x80})),
+    Code("fp8 e5m2fnuz", 8, torch.float8_e5m2fnuz, 1.0, 57344.0, _cast, broken=frozenset({0x80})),
 )
 _FP8: Final = {code.dtype: code for code in (FP8, *_OTHER_FP8)}
 

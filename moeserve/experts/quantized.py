@@ -15,7 +15,8 @@ from moeserve.config import Activation, Bits
 from moeserve.experts.activations import activate
 from moeserve.experts.codes import FP8, INT8, Code
 from moeserve.experts.feed_forward import FeedForward
-from moeserve.experts.quantized_matrix import Groups, QuantizedMatrix
+from moeserve.experts.groups import Groups
+from moeserve.experts.quantized_matrix import QuantizedMatrix
 
 #: how quantized weights are stored, and the largest number that is used
 _STORED: Final[Mapping[Bits, tuple[Code, float]]] = {"int8": (INT8, 127.0), "fp8": (FP8, 448.0)}

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moeserve.experts import INT4, INT8, Code, Groups, QuantizedMatrix, float_code
+from moeserve.experts.decoding import CompiledDecoder, TorchDecoder
+from moeserve.kernels import can_decode
 
 FP8_TYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 FP4 = float_code(torch.uint8)
@@ -92,6 +94,23 @@ def test_any_matrix(drawn: tuple[QuantizedMatrix, np.ndarray], num_rows: int, dt
     eps = torch.finfo(torch.float32 if num_rows <= 8 and matrix.code is not INT8 else dtype).eps
     bound = np.abs(rows.double().numpy()) @ np.abs(exact).T * eps * (2 + np.log2(1 + matrix.columns))
     assert (np.abs(answer.double().numpy() - expected) <= bound + 1e-30).all()
+
+
+@given(drawn=matrices(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+@settings(deadline=None, max_examples=200)
+def test_both_decoders(drawn: tuple[QuantizedMatrix, np.ndarray], dtype: torch.dtype) -> None:
+    matrix, exact = drawn
+    decoders = [TorchDecoder(matrix)]
+    if matrix.code.compiled is not None and can_decode():
+        decoders.append(CompiledDecoder(matrix))
+    for decoder in decoders:
+        for first, last in [(0, 2), (2, 7)]:
+            tile = matrix.code.together(decoder.tile(first, last, dtype), matrix.columns)
+            assert tile.dtype == dtype
+            after = 1.0 if decoder.after is None else decoder.after[first:last].double().numpy()
+            # Rounded once, to the type of the rows; scales that wait are exact.
+            bound = torch.finfo(dtype).eps / 2 + 2**-22
+            np.testing.assert_allclose(tile.double().numpy() * after, exact[first:last], rtol=bound, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
