@@ -4,11 +4,11 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test lint protos k8s bench clean
+.PHONY: setup demo test lint protos k8s bench bench-experts clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(wildcard moeserve/kernels/native/*)
 	@echo "==> virtual environment in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "==> pinned dependencies (CPU torch; some minutes the first time)"
@@ -41,5 +41,8 @@ k8s:
 bench: setup
 	@$(BIN)/python benchmarks/bench_forward.py
 
+bench-experts: setup
+	@$(BIN)/python benchmarks/bench_experts.py
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist moeserve/kernels/*.so *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -76,6 +76,12 @@ class Cancelled(MoEServeError):
     code = grpc.StatusCode.CANCELLED
 
 
+class NonFiniteOutput(MoEServeError):
+    """The experts answered a request with NaN or Inf, or with numbers that do not fit its dtype; larger dtypes may help."""
+
+    code = grpc.StatusCode.DATA_LOSS
+
+
 class Unauthenticated(MoEServeError):
     """The bearer token is missing or wrong."""
 
@@ -98,6 +104,7 @@ _BY_CODE = {
         ExpertUnavailable,
         DeadlineExceeded,
         Cancelled,
+        NonFiniteOutput,
         Unauthenticated,
         PermissionDenied,
     )

@@ -6,15 +6,20 @@ T tokens, H hidden size, K choices per token.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from math import isfinite
 
 import torch
 
 from moeserve.checkpoints import LayerSource, load_bank
 from moeserve.dispatch import Dispatch, Hosts, HostWork, SharedWork, permute, plan
+from moeserve.errors import NonFiniteOutput
 from moeserve.experts import ExpertBank
+from moeserve.gating import Routing
 from moeserve.placement import LayerPlacement
+from moeserve.request import LayerRequest
+from moeserve.tensors import dtype_name, is_finite
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +49,10 @@ class LayerHead:
 
     def __init__(self, source: LayerSource) -> None:
         self.spec = source.spec
-        self.router = source.router()
+        self.router = source.router().invariant() if self.spec.deterministic else source.router()
         self._source = source
-        self.mixer = source.mixer()
+        mixer = source.mixer()
+        self.mixer = mixer and replace(mixer, is_invariant=self.spec.deterministic)
 
     def plan(
         self,
@@ -85,6 +91,25 @@ class LayerHead:
             self._shared_expert.run(permute(hidden_states, alone), rows, slots, planned.shared.weights[alone], out=answer)
             total = total.index_add(0, alone, answer)
         return total
+
+    def rounded(self, total: torch.Tensor, request: LayerRequest, routing: Routing) -> torch.Tensor:
+        """What `finish` made of one request, [T, H] float32, in the dtype of the request.
+
+        Raises NonFiniteOutput: a value that an expert could not compute makes every sum with it NaN or Inf, and rounding may make Inf too.
+        """
+        output = total.to(request.hidden_states.dtype)
+        if is_finite(output):
+            return output
+        bad = ~output.isfinite()
+        token = int(bad.any(dim=1).nonzero()[0])
+        value = total[token][bad[token]][0].item()
+        experts = sorted(routing.topk_ids[token][routing.kept[token]].tolist())
+        makers = [f"expert{'s' * (len(experts) > 1)} {', '.join(map(str, experts))}"] if experts else []
+        makers += ["the shared expert"] if self.mixer is not None and not request.is_routed else []
+        what = f"does not fit {dtype_name(output.dtype)}" if isfinite(value) else "is not finite"
+        raise NonFiniteOutput(
+            f"layer {self.spec.name}: the output of token {token} {what} (it has {value:g}); computed by {' and '.join(makers)}"
+        )
 
     @cached_property
     def _shared_expert(self) -> ExpertBank:

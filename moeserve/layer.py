@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from moeserve.checkpoints import LayerSource, SavedLayer, layer_sources, load_bank, save, saved_experts
-from moeserve.config import Activation, GatingConfig, GatingOverrides, LayerSpec, Quantization, load_config, override
+from moeserve.config import Activation, GatingConfig, GatingOverrides, Kernel, LayerSpec, Quantization, load_config, override
 from moeserve.dispatch import combine, permute
 from moeserve.errors import ConfigError, UnknownLayer
 from moeserve.gating import BatchRouting, Router, Routing, apply_choices
@@ -50,6 +50,8 @@ class MoELayer:
         seed: int = 0,
         gating: GatingConfig | None = None,
         quantization: Quantization | None = None,
+        kernel: Kernel = "auto",
+        deterministic: bool = False,
     ) -> None:
         layer = {
             "hidden_size": hidden_size,
@@ -65,7 +67,7 @@ class MoELayer:
             "seed": seed,
             "gating": gating or GatingConfig(),
         }
-        model = {"dtype": _dtype_key(dtype), "quantization": quantization}
+        model = {"dtype": _dtype_key(dtype), "quantization": quantization, "kernel": kernel, "deterministic": deterministic}
         self._load(layer_sources(load_config({"model": model, "layers": [layer]}))[0])
 
     @classmethod
@@ -77,6 +79,8 @@ class MoELayer:
         gating: GatingConfig | None = None,
         quantization: Quantization | None = None,
         trusted_modules: Sequence[str] = (),
+        kernel: Kernel = "auto",
+        deterministic: bool = False,
     ) -> MoELayer:
         """MoE layer `layer` (position among the MoE layers, or name) of a checkpoint folder; `gating` changes the settings it names.
 
@@ -88,6 +92,8 @@ class MoELayer:
             "dtype": None if dtype is None else _dtype_key(dtype),
             "quantization": quantization,
             "trusted_modules": list(trusted_modules),
+            "kernel": kernel,
+            "deterministic": deterministic,
         }
         sources = layer_sources(load_config({"model": model, "layers": [{"gating": gating}] if gating else []}))
         by_key = {key: source for index, source in enumerate(sources) for key in (index, source.spec.name)}
@@ -134,7 +140,7 @@ class MoELayer:
         noise: str | None = None,
         seed: int | None = None,
     ) -> ForwardOutput:
-        """One request; arguments and answer as in `Client.forward`. Raises InvalidRequest."""
+        """One request; arguments and answer as in `Client.forward`. Raises InvalidRequest, and NonFiniteOutput."""
         request = LayerRequest(
             hidden_states,
             used_token,
@@ -146,9 +152,10 @@ class MoELayer:
             noise=noise,
             seed=seed,
         )
-        validate(request, self.spec, _MAX_TOKENS)
+        request = validate(request, self.spec, _MAX_TOKENS)
+        hidden_states, ids, weights = request.hidden_states, request.topk_ids, request.topk_weights
         routing = route_batch(
-            self.router, hidden_states, [request.num_tokens], used_token, topk_ids, topk_weights, token_ids, request.overrides
+            self.router, hidden_states, [request.num_tokens], used_token, ids, weights, request.token_ids, request.overrides
         )
         answers = []
         choices = routing.topk_ids, routing.topk_weights, routing.kept
@@ -158,7 +165,8 @@ class MoELayer:
             self.bank.run(permute(hidden_states, work.rows), work.row_index, work.slots, work.weights, out=partial)
             answers.append((work.rows, partial))
         total = self.head.finish(combine(answers, request.num_tokens, self.spec.hidden_size), hidden_states, planned)
-        return to_output(routing.request(0), total.to(hidden_states.dtype), return_routing)
+        of_request = routing.request(0)
+        return to_output(of_request, self.head.rounded(total, request, of_request), return_routing)
 
 
 def route_batch(

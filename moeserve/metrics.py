@@ -158,6 +158,9 @@ class Metrics:
         self.host_queue_tokens = self._gauge("moeserve_host_queue_tokens", "Rows sent to a host and not yet answered", "host")
         self.host_restarts = self._counter("moeserve_host_restarts", "Times a host came back as a new process")
         self.expert_retries = self._counter("moeserve_expert_retries", "Messages sent to a host again", "reason")
+        self.non_finite_outputs = self._counter(
+            "moeserve_non_finite_outputs", "Requests failed because what experts computed was not finite in their dtype", "layer"
+        )
         self.messages = self._counter("moeserve_messages", "Messages sent to hosts by the frontend", "pattern")
         self.aux_loss = self._gauge("moeserve_aux_loss", "Load-balancing loss of the latest request", "layer")
 

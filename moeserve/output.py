@@ -37,7 +37,8 @@ class ForwardOutput:
     dropped        [E]     int64, requested - processed
     dropped_tokens [T]     bool, at least one choice of this token was not computed
     aux_loss, z_loss       telemetry of the gate; 0 when the caller routed
-    topk_ids       [T, K]  int64, and topk_weights [T, K] float32 (0 where dropped): only when asked for
+    topk_ids       [T, K]  int64, and topk_weights [T, K] float32 (0 where dropped): only when asked for; ids a caller chose are -1 for no
+                           choice and for unused tokens
     slots          [T, K]  int64, the row of the choice among those its expert takes from the capacity group, -1 where not computed;
                            only when asked for
     drop_reasons   [T, K]  int32, 0 where not dropped, else a key of DROP_REASONS; only when asked for

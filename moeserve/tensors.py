@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
-from math import prod
+from math import isfinite, prod
 
 import torch
 
@@ -34,6 +34,20 @@ WIRE_NUMBERS = {dtype: number for number, dtype in WIRE_DTYPES.items()}
 def dtype_name(dtype: torch.dtype) -> str:
     """`torch.bfloat16` -> "bfloat16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or Inf: one pass, and no mask of the size of the tensor."""
+    # The extremes are NaN if any element is.
+    return not tensor.numel() or all(isfinite(extreme.item()) for extreme in torch.aminmax(tensor))
+
+
+def without_unused(tensor: torch.Tensor, used_token: torch.Tensor | None, fill: int = 0) -> torch.Tensor:
+    """`tensor` [T, ...], or a copy of it that holds `fill` in the rows of unused tokens where there are any; used_token [T] bool."""
+    if used_token is None:
+        return tensor
+    unused = (~used_token).nonzero().squeeze(1)
+    return tensor.index_fill(0, unused, fill) if len(unused) else tensor
 
 
 def nbytes(shape: Sequence[int], dtype: torch.dtype) -> int:

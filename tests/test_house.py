@@ -31,6 +31,7 @@ PUBLIC_NAMES = {
     "InvalidRequest",
     "MoELayer",
     "MoEServeError",
+    "NonFiniteOutput",
     "Overloaded",
     "PermissionDenied",
     "Routing",

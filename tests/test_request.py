@@ -43,16 +43,16 @@ def spoilt(field: str, index: tuple[int, int], value: float) -> Tensor:
         ("hidden_states", torch.ones(1, 3, 4), "hidden_states has shape [1, 3, 4]; layer blocks.0 takes [tokens, 4]"),
         ("hidden_states", torch.ones(()), "hidden_states has shape []; layer blocks.0 takes [tokens, 4]"),
         ("hidden_states", torch.ones(8, 4), "hidden_states has 8 tokens; at most 7 are allowed in one request"),
-        ("hidden_states", spoilt("hidden_states", (2, 3), NAN), "hidden_states of token 2 is not finite (NaN or Inf)"),
-        ("hidden_states", spoilt("hidden_states", (0, 0), INF), "hidden_states of token 0 is not finite (NaN or Inf)"),
-        ("hidden_states", spoilt("hidden_states", (1, 0), -INF).half(), "hidden_states of token 1 is not finite (NaN or Inf)"),
-        ("hidden_states", spoilt("hidden_states", (1, 0), NAN).bfloat16(), "hidden_states of token 1 is not finite (NaN or Inf)"),
+        ("hidden_states", spoilt("hidden_states", (2, 3), NAN), "token 2 is not finite (NaN or Inf): hidden_states[2, 3] is nan"),
+        ("hidden_states", spoilt("hidden_states", (0, 0), INF), "token 0 is not finite (NaN or Inf): hidden_states[0, 0] is inf"),
+        ("hidden_states", spoilt("hidden_states", (2, 0), -INF).half(), "hidden_states of token 2 is not finite (NaN or Inf): "),
+        ("hidden_states", spoilt("hidden_states", (2, 0), NAN).bfloat16(), "hidden_states of token 2 is not finite (NaN or Inf): "),
         ("used_token", torch.ones(3), "used_token must be bool of shape [3], got float32 [3]"),
         ("used_token", torch.ones(2, dtype=torch.bool), "used_token must be bool of shape [3], got bool [2]"),
         ("used_token", torch.ones(3, 1, dtype=torch.bool), "used_token must be bool of shape [3], got bool [3, 1]"),
         ("token_ids", torch.ones(3), "token_ids is float32; allowed: int64, int32"),
         ("token_ids", torch.zeros(2, dtype=torch.int64), "token_ids has shape [2]; expected [3]"),
-        ("token_ids", torch.tensor([0, -1, 2]), "token_ids[1] is -1; allowed: 0..4294967295"),
+        ("token_ids", torch.tensor([-1, 1, 2]), "token_ids[0] is -1; allowed: 0..4294967295"),
         ("token_ids", torch.tensor([0, 1, 2**32]), "token_ids[2] is 4294967296; allowed: 0..4294967295"),
         ("topk_ids", None, "topk_ids and topk_weights must be given together; topk_ids is not given"),
         ("topk_weights", None, "topk_ids and topk_weights must be given together; topk_weights is not given"),
@@ -65,10 +65,10 @@ def spoilt(field: str, index: tuple[int, int], value: float) -> Tensor:
         ("topk_ids", torch.zeros(3, 0, dtype=torch.int64), "must both be [3, K] with K in 1..5, got [3, 0] and [3, 2]"),
         ("topk_ids", torch.zeros(3, 6, dtype=torch.int64), "must both be [3, K] with K in 1..5, got [3, 6] and [3, 2]"),
         ("topk_ids", torch.zeros(3, 1, dtype=torch.int64), "must both be [3, K] with K in 1..5, got [3, 1] and [3, 2]"),
-        ("topk_ids", spoilt("topk_ids", (1, 1), 5), "topk_ids[1, 1] is 5; layer blocks.0 has experts 0..4"),
-        ("topk_ids", spoilt("topk_ids", (2, 0), -1), "topk_ids[2, 0] is -1; layer blocks.0 has experts 0..4"),
-        ("topk_ids", spoilt("topk_ids", (1, 1), 1).int(), "topk_ids[1] names an expert twice"),
-        ("topk_weights", spoilt("topk_weights", (2, 1), NAN), "topk_weights of token 2 is not finite (NaN or Inf)"),
+        ("topk_ids", spoilt("topk_ids", (2, 1), 5), "topk_ids[2, 1] is 5; layer blocks.0 has experts 0..4, and -1 is no choice"),
+        ("topk_ids", spoilt("topk_ids", (2, 0), -2), "topk_ids[2, 0] is -2; layer blocks.0 has experts 0..4, and -1 is no choice"),
+        ("topk_ids", spoilt("topk_ids", (0, 1), 0).int(), "topk_ids[0] names an expert twice: 0"),
+        ("topk_weights", spoilt("topk_weights", (2, 1), NAN), "token 2 is not finite (NaN or Inf): topk_weights[2, 1] is nan"),
         ("topk_weights", spoilt("topk_weights", (0, 1), INF).half(), "topk_weights of token 0 is not finite (NaN or Inf)"),
     ],
 )
@@ -102,6 +102,29 @@ def test_more_choices_than_experts_are_refused() -> None:
 )
 def test_a_request_that_is_right_passes(changes: dict[str, Any]) -> None:
     validate(LayerRequest(**GOOD | changes), SPEC, max_tokens=3)
+
+
+def test_what_stands_in_rows_that_do_not_count_is_taken_out() -> None:
+    """Row 1 is unused, the second choice of row 0 is none, and row 2 has no choice at all."""
+    request = LayerRequest(
+        hidden_states=torch.tensor([[1.0] * 4, [NAN, INF, -INF, 3e38], [NAN] * 4]),
+        used_token=GOOD["used_token"],
+        topk_ids=torch.tensor([[4, -1], [99, -7], [-1, -1]]),
+        topk_weights=torch.tensor([[0.5, NAN], [NAN, INF], [INF, 1.0]]),
+        token_ids=torch.tensor([7, -5, 2**32 - 1]),
+    )
+    before = request.hidden_states.clone()
+    clean = validate(request, SPEC, max_tokens=3)
+    assert clean.hidden_states.tolist() == [[1.0] * 4, [0.0] * 4, [0.0] * 4]
+    assert clean.topk_ids.tolist() == [[4, -1], [-1, -1], [-1, -1]]
+    assert clean.topk_weights.tolist() == [[0.5, 0.0], [0.0, 0.0], [0.0, 0.0]]
+    assert clean.token_ids.tolist() == [7, 0, 2**32 - 1]
+    assert torch.equal(request.hidden_states.isnan(), before.isnan())
+
+
+def test_nothing_is_copied_when_every_row_counts() -> None:
+    request = LayerRequest(**GOOD | {"used_token": torch.ones(3, dtype=torch.bool)})
+    assert validate(request, SPEC, max_tokens=3).hidden_states is request.hidden_states
 
 
 def test_no_tokens_are_a_request_too() -> None:

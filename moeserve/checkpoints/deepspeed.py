@@ -4,7 +4,7 @@
     mp_rank_00_model_states.pt                        in `module`: {layer}.deepspeed_moe.gate.wg.weight [E, H], and of residual layers
                                                       {layer}.mlp.…, {layer}.coefficient.weight [2, H], {layer}.coefficient.bias [2]
 
-The files are pickles, so they are read by torch's restricted reader, which makes tensors and plain containers and runs nothing.
+The second may be nested, and hold anything beside: see deepspeed_rest.py. The files are pickles, of which nothing is imported or run.
 E experts, H hidden size, I intermediate size.
 """
 

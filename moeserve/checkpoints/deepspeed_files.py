@@ -1,4 +1,4 @@
-"""Lazy, checked access to the tensors in a folder of DeepSpeed; every file is read by torch's restricted reader."""
+"""Lazy, checked access to the tensors in a folder of DeepSpeed; nothing that its pickles name is imported, made or run."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 
+from moeserve.checkpoints.deepspeed_rest import GATE, Rest, joined
+from moeserve.checkpoints.torch_file import TorchFile
 from moeserve.config import Dtype
 from moeserve.errors import CheckpointError
 from moeserve.tensors import FLOAT_DTYPES, dtype_name
@@ -17,7 +19,8 @@ from moeserve.tensors import FLOAT_DTYPES, dtype_name
 _MAIN = "mp_rank_00_model_states.pt"
 _EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 _EXPERTS = ".deepspeed_moe.experts.deepspeed_experts."
-_FOREIGN = re.compile(r"GLOBAL (\S+)")
+#: where torch keeps what a module has beside its tensors
+_EXTRA_STATE = "_extra_state"
 
 
 class DeepSpeedFolder:
@@ -59,27 +62,26 @@ class DeepSpeedFolder:
 
     def expert(self, number: int, expert: int) -> dict[str, torch.Tensor]:
         """The tensors of one expert, by its own names."""
-        file = self.file(number, expert)
-        state, start = _tensors(file, load_plain(file)), f"{_EXPERTS}{expert}."
-        names = {name: name.rpartition(start) for name in state}
-        if not state or any(not middle for _, middle, _ in names.values()):
-            raise CheckpointError(f"{file}: its tensors are not named …{start}…, as those of one expert are")
-        return {names[name][2]: tensor for name, tensor in state.items()}
+        file, start = TorchFile(self.file(number, expert)), f"{_EXPERTS}{expert}."
+        names = {name: str(name).rpartition(start) for name in file.items if not str(name).endswith(_EXTRA_STATE)}
+        if not names or any(not middle for _, middle, _ in names.values()):
+            raise CheckpointError(f"{file.path}: its tensors are not named …{start}…, as those of one expert are")
+        return {theirs: file.tensor(name, file.items[name]) for name, (_, _, theirs) in names.items()}
 
     def gate_shape(self, number: int) -> tuple[int, int]:
         """[E, H]"""
-        name = f"{self._prefixes[number]}.deepspeed_moe.gate.wg.weight".lstrip(".")
-        gate = self.main.get(name)
+        name = self.of_layer(number, GATE)
+        gate = self.rest.tensor(name)
         if gate is None or gate.dim() != 2:
-            raise CheckpointError(f"{self.path / _MAIN}: tensor {name} is missing, or not a matrix")
+            raise CheckpointError(f"{self.rest.path}: tensor {name} is not a matrix")
         return gate.shape[0], gate.shape[1]
 
     def has_residual(self, number: int) -> bool:
-        return self.of_layer(number, "coefficient.weight") in self.main
+        return self.of_layer(number, "coefficient.weight") in self.rest
 
     def of_layer(self, number: int, name: str) -> str:
-        """The name of a tensor of the layer in the file that has all but the experts."""
-        return f"{self._prefixes[number]}.{name}".lstrip(".")
+        """The name of a tensor of the layer in `rest`."""
+        return joined(self._prefixes_of_rest[number], name)
 
     def dtype(self, number: int) -> Dtype:
         """Of the experts."""
@@ -90,21 +92,21 @@ class DeepSpeedFolder:
         return found  # type: ignore[return-value]
 
     @cached_property
-    def main(self) -> dict[str, torch.Tensor]:
+    def rest(self) -> Rest:
         """All but the experts."""
-        path = self.path / _MAIN
-        state = load_plain(path)
-        if not isinstance(state.get("module"), Mapping):
-            raise CheckpointError(f"{path} has no `module`, the state dict of the model")
-        return _tensors(path, state["module"])
+        return Rest(self.path / _MAIN)
 
     @cached_property
     def _prefixes(self) -> list[str]:
-        """Where each layer stands in the model."""
+        """Where each layer stands in the model, by the files of its experts."""
         return [self._prefix(self.file(number, 0)) for number in range(self.num_layers)]
 
+    @cached_property
+    def _prefixes_of_rest(self) -> list[str]:
+        return self.rest.prefixes(self._prefixes)
+
     def _prefix(self, file: Path) -> str:
-        prefixes = {str(name).partition(_EXPERTS)[0] for name in load_plain(file)}
+        prefixes = {str(name).partition(_EXPERTS)[0] for name in TorchFile(file).items}
         if len(prefixes) != 1:
             raise CheckpointError(f"{file}: its tensors are not those of one layer: {sorted(prefixes)}")
         return prefixes.pop()
@@ -146,31 +148,7 @@ class DeepSpeedTensors:
             "shared_expert": f"mlp.{self._parts.get(rest, rest)}",
         }[kind]
         theirs = self._folder.of_layer(self._number, theirs)
-        return self._folder.path / _MAIN, theirs, self._folder.main.get(theirs)
-
-
-def load_plain(path: Path) -> dict[Any, Any]:
-    """What is in the file, its tensors mapped, not read. Raises CheckpointError when it names code (which is not run) or is broken."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except Exception as error:
-        # Whatever a hostile or broken file makes the reader stumble over, it is the file that is wrong.
-        foreign = _FOREIGN.search(str(error))
-        if foreign is not None:
-            raise CheckpointError(f"{path} names {foreign[1]}, which is code and not a tensor: refused, and nothing was run") from None
-        raise CheckpointError(f"{path} is not a file of tensors: {str(error).partition(chr(10))[0] or type(error).__name__}") from None
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}; expected names and tensors")
-    return state
-
-
-def _tensors(path: Path, state: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
-    for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise CheckpointError(f"{path}: {name!r} is a {type(tensor).__name__}; expected a tensor")
-    return dict(state)
+        return self._folder.rest.path, theirs, self._folder.rest.tensor(theirs)
 
 
 def _expert_files(path: Path) -> list[tuple[Path, re.Match[str]]]:

@@ -53,7 +53,7 @@ _QWEN35: Final = replace(
 )
 _DEEPSEEK_V3: Final = Family(
     _WITH_BIAS,
-    gates.deepseek_v3(routed_scaling_factor=2.5, n_group=8, topk_group=4),
+    gates.deepseek_v3(routed_scaling_factor=2.5),
     rules.after_dense(3),
     shared_size=rules.times_expert("n_shared_experts", 1),
     num_experts=("n_routed_experts", "num_local_experts", "num_experts"),
@@ -63,6 +63,8 @@ _GRANITE_FAMILY: Final = Family(
     gates.chosen_logits,
     intermediate_size=("intermediate_size",),
     num_experts=("num_local_experts",),
+    # Of the MLP beside the block.
+    unrelated=("shared_intermediate_size",),
     layer_name=_BLOCK_SPARSE,
 )
 _LLAMA4: Final = Family(
@@ -185,7 +187,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "llama4": replace(_LLAMA4, section="text_config"),
     "ernie4_5_moe": Family(
         _both(Layout(_MLP, score_correction_bias="moe_statics.e_score_correction_bias")),
-        gates.renormalized,
+        gates.ernie,
         rules.ernie,
         shared_size=rules.times_expert("moe_num_shared_experts", 2),
         shared_bias="use_bias",
@@ -201,7 +203,14 @@ FAMILIES: Final[Mapping[str, Family]] = {
         num_experts_per_tok=("moe_topk", "num_experts_per_tok"),
     ),
     "longcat_flash": Family(
-        (Layout(_MLP, router="router.classifier.weight", score_correction_bias="router.e_score_correction_bias"),),
+        (
+            Layout(
+                _MLP,
+                router="router.classifier.weight",
+                router_bias="router.classifier.bias",
+                score_correction_bias="router.e_score_correction_bias",
+            ),
+        ),
         gates.longcat,
         num_hidden_layers=("num_layers",),
         intermediate_size=("expert_ffn_hidden_size", "moe_intermediate_size"),

@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from moeserve.checkpoints.keys import Config, one_of
 from moeserve.checkpoints.layouts import ExpertLayout, Separate
 from moeserve.config import Activation, Mixing
-
-Config = Mapping[str, Any]
 
 ACTIVATIONS: Final[Mapping[str, Activation]] = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
 
@@ -18,8 +17,9 @@ ACTIVATIONS: Final[Mapping[str, Activation]] = {"silu": "swiglu", "swish": "swig
 class Layout:
     """Names of the tensors of a layer in one way to write a family to disk, all below `prefix`.
 
-    {index} is the layer's, {expert} the expert's. router [E, H]; router_bias and score_correction_bias [E], "" = there is none;
+    {index} is the layer's, {expert} the expert's. router [E, H]; router_bias and score_correction_bias [E], "" = the family has none;
     shared_expert: where the projections of the shared expert are; shared_gate [1, H], for mixing = "sigmoid".
+    Biases and a shared expert that a family may have are there when the files have them.
     """
 
     prefix: str
@@ -35,6 +35,10 @@ class Layout:
         """Tensors that tell this layout from others with the same router."""
         return tuple(name for name in (self.experts.first, self.score_correction_bias) if name)
 
+    @property
+    def shared_projections(self) -> Separate:
+        return Separate(*(f"{self.shared_expert}.{projection}_proj.weight" for projection in ("gate", "up", "down")))
+
 
 def no_shared_expert(config: Config) -> int:
     return 0
@@ -46,10 +50,7 @@ def every_layer(config: Config, index: int) -> bool:
 
 def hidden_act(config: Config) -> Activation:
     """Raises ValueError."""
-    name = config.get("hidden_act", "silu")
-    if name not in ACTIVATIONS:
-        raise ValueError(f"hidden_act {name!r} is not one of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
+    return ACTIVATIONS[one_of(config, "hidden_act", tuple(ACTIVATIONS), "silu")]
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,12 @@ class Family:
     #: intermediate size of the shared expert, 0 = there is none
     shared_size: Callable[[Config], int] = no_shared_expert
     shared_mixing: Mixing = "add"
-    #: whether the experts have biases
+    #: whether the experts may have biases
     bias: bool = False
     #: the key that says whether the shared expert has biases, "" = it has none
     shared_bias: str = ""
+    #: keys of claims.py that are about something else in this family
+    unrelated: tuple[str, ...] = ()
     #: the table of config.json that describes the language model, "" = the file itself
     section: str = ""
     num_hidden_layers: tuple[str, ...] = ("num_hidden_layers",)
@@ -84,11 +87,3 @@ class Family:
     identity_experts: str = ""
     #: what the served layer is called, whatever its files say: as the module in transformers
     layer_name: str = "model.layers.{index}.mlp"
-
-
-def lookup(config: Config, key: str) -> Any:
-    """The value at a dotted key, None where there is none."""
-    value: Any = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value

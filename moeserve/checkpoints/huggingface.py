@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
@@ -17,7 +17,7 @@ import torch
 from moeserve.checkpoints.described import expert_bytes
 from moeserve.checkpoints.family import Layout
 from moeserve.checkpoints.held import held_bytes, held_projections, held_title
-from moeserve.checkpoints.layouts import ExpertLayout, Part, Separate
+from moeserve.checkpoints.layouts import ExpertLayout, Part
 from moeserve.checkpoints.safetensors_folder import SafetensorsFolder
 from moeserve.config import LayerSpec
 from moeserve.experts import Expert, ExpertShard, FeedForward, QuantizedFeedForward, computed_in, is_gated
@@ -48,7 +48,10 @@ class _Progress:
 
 @dataclass(frozen=True)
 class HuggingFaceLayer:
-    """One MoE layer of the folder. shared_size: I of the shared expert, 0 = there is none."""
+    """One MoE layer of the folder. shared_size: I of the shared expert, 0 = there is none.
+
+    `layout` names the biases of the gate only where there are some.
+    """
 
     spec: LayerSpec
     layout: Layout
@@ -56,6 +59,31 @@ class HuggingFaceLayer:
     files: SafetensorsFolder
     shared_size: int = 0
     shared_bias: bool = False
+
+    def tensors(self) -> Iterator[str]:
+        """Names of all that is read of the layer, as a layout has them: what they are stored as is for the files to say."""
+        layout, experts, count = self.layout, self.layout.experts, self.spec.num_hosted_experts
+        yield from (f"{self.prefix}.{name}" for name in (layout.router, layout.router_bias, layout.score_correction_bias) if name)
+        yield from (f"{self.prefix}.{name}" for name in experts.weights(count))
+        yield from (f"{self.prefix}.{name}" for name in experts.biases(count) if self.spec.bias)
+        if self.shared_size:
+            shared = layout.shared_projections
+            yield from (f"{self.prefix}.{name}" for name in shared.weights(1))
+            yield from (f"{self.prefix}.{name}" for name in shared.biases(1) if self.shared_bias)
+        if self.spec.shared_mixing == "sigmoid":
+            yield f"{self.prefix}.{layout.shared_gate}"
+
+    @property
+    def prefix(self) -> str:
+        return self.layout.prefix.format(index=self.index)
+
+    @property
+    def has_router_bias(self) -> bool:
+        return bool(self.layout.router_bias)
+
+    @property
+    def has_selection_bias(self) -> bool:
+        return bool(self.layout.score_correction_bias)
 
     def router(self) -> Router:
         count, layout = self.spec.num_experts, self.layout
@@ -78,7 +106,7 @@ class HuggingFaceLayer:
     def shared_expert(self) -> Expert | None:
         if not self.shared_size:
             return None
-        return self._read_expert(self._shared_names, self._part(ExpertShard(0), self.shared_size), self.shared_bias)
+        return self._read_expert(self.layout.shared_projections, self._part(ExpertShard(0), self.shared_size), self.shared_bias)
 
     def mixer(self) -> Mixer | None:
         if self.spec.shared_mixing is None:
@@ -95,7 +123,7 @@ class HuggingFaceLayer:
         return self._nbytes(self.layout.experts, shard, self.spec.intermediate_size, self.spec.bias)
 
     def shared_nbytes(self) -> int:
-        return self._nbytes(self._shared_names, ExpertShard(0), self.shared_size, self.shared_bias) if self.shared_size else 0
+        return self._nbytes(self.layout.shared_projections, ExpertShard(0), self.shared_size, self.shared_bias) if self.shared_size else 0
 
     def _nbytes(self, names: ExpertLayout, shard: ExpertShard, intermediate_size: int, bias: bool) -> int:
         part = self._part(shard, intermediate_size)
@@ -105,16 +133,8 @@ class HuggingFaceLayer:
         return held + sum(each.nbytes for each in self._biases(part, bias) if each is not None)
 
     @property
-    def _shared_names(self) -> Separate:
-        return Separate(*(f"{self.layout.shared_expert}.{projection}_proj.weight" for projection in ("gate", "up", "down")))
-
-    @property
     def _dtype(self) -> torch.dtype:
         return FLOAT_DTYPES[self.spec.dtype]
-
-    @property
-    def _prefix(self) -> str:
-        return self.layout.prefix.format(index=self.index)
 
     def _expert(self, shard: ExpertShard) -> FeedForward | QuantizedFeedForward:
         expert = self._read_expert(self.layout.experts, self._part(shard, self.spec.intermediate_size), self.spec.bias)
@@ -148,7 +168,7 @@ class HuggingFaceLayer:
         spec = self.spec
         return Part(
             self.files,
-            self._prefix,
+            self.prefix,
             spec.num_hosted_experts,
             spec.hidden_size,
             intermediate_size,
@@ -157,11 +177,11 @@ class HuggingFaceLayer:
         )
 
     def _score_correction_bias(self) -> torch.Tensor:
-        name = f"{self._prefix}.{self.layout.score_correction_bias}"
+        name = f"{self.prefix}.{self.layout.score_correction_bias}"
         # Ernie 4.5 keeps a row of them for each kind of token, of which there is one.
         is_row = len(self.files.shape(name)) == 2
         bias = self.files.read(name, (1, self.spec.num_experts) if is_row else (self.spec.num_experts,), torch.float32)
         return bias.flatten()
 
     def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        return self.files.read(f"{self._prefix}.{name}", shape, torch.float32)
+        return self.files.read(f"{self.prefix}.{name}", shape, torch.float32)

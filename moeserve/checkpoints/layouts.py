@@ -6,7 +6,7 @@ E experts, H hidden size, I intermediate size, i channels of a shard (I of a who
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -87,6 +87,14 @@ class ExpertLayout(ABC):
     @abstractmethod
     def spans(self, part: Part) -> Spans: ...
 
+    @abstractmethod
+    def weights(self, num_experts: int) -> Iterator[str]:
+        """All tensors of the layer's experts but their biases."""
+
+    @abstractmethod
+    def biases(self, num_experts: int) -> Iterator[str]:
+        """The biases that experts of this layout have if they have any."""
+
     def fill(self, expert: FeedForward, part: Part) -> None:
         """gate_up_proj [2i, H], gate first, down_proj [H, i], gate_up_bias [2i] and down_bias [H] where there are biases."""
         spans = self.spans(part)
@@ -122,6 +130,12 @@ class Separate(ExpertLayout):
     def first(self) -> str:
         return self.gate.format(expert=0)
 
+    def weights(self, num_experts: int) -> Iterator[str]:
+        return (name.format(expert=expert) for expert in range(num_experts) for name in (self.gate, self.up, self.down))
+
+    def biases(self, num_experts: int) -> Iterator[str]:
+        return map(_bias, self.weights(num_experts))
+
     def spans(self, part: Part) -> Spans:
         hidden, intermediate, channels = part.hidden_size, part.intermediate_size, part.channels
         return Spans(
@@ -149,6 +163,12 @@ class Stacked(ExpertLayout):
     @property
     def first(self) -> str:
         return self.gate_up
+
+    def weights(self, num_experts: int) -> Iterator[str]:
+        return iter((self.gate_up, self.down))
+
+    def biases(self, num_experts: int) -> Iterator[str]:
+        return iter((self.gate_up_bias, self.down_bias))
 
     def spans(self, part: Part) -> Spans:
         count, hidden, channels = part.num_experts, part.hidden_size, self._channels(part)
@@ -184,6 +204,12 @@ class Flat(ExpertLayout):
     @property
     def first(self) -> str:
         return self.gate
+
+    def weights(self, num_experts: int) -> Iterator[str]:
+        return iter((self.gate, self.up, self.down))
+
+    def biases(self, num_experts: int) -> Iterator[str]:
+        return iter(())
 
     def spans(self, part: Part) -> Spans:
         shape = (part.num_experts * part.intermediate_size, part.hidden_size)

@@ -53,6 +53,14 @@ class NativeLayer:
     def held_as(self) -> str:
         return self.spec.quantized_to or self.spec.dtype
 
+    @property
+    def has_router_bias(self) -> bool:
+        return f"{self.spec.name}.gate.bias" in self.files
+
+    @property
+    def has_selection_bias(self) -> bool:
+        return f"{self.spec.name}.gate.score_correction_bias" in self.files
+
     def router(self) -> Router:
         experts, hidden = self.spec.num_experts, self.spec.hidden_size
         return Router(
@@ -110,14 +118,14 @@ class NativeLayer:
     def _feed_forward(self, key: str, size: int, shard: ExpertShard) -> FeedForward:
         spec = self.spec
         rows = size * (2 if is_gated(spec.activation) else 1)
-        tensors = {
-            "gate_up_proj": self._read(f"{key}.gate_up_proj", (rows, spec.hidden_size)),
-            "down_proj": self._read(f"{key}.down_proj", (spec.hidden_size, size)),
-        }
-        if spec.bias:
-            tensors["gate_up_bias"] = self._read(f"{key}.gate_up_bias", (rows,))
-            tensors["down_bias"] = self._read(f"{key}.down_bias", (spec.hidden_size,))
-        return split_feed_forward(FeedForward(spec.activation, **tensors), shard)
+        whole = FeedForward(
+            spec.activation,
+            self._read(f"{key}.gate_up_proj", (rows, spec.hidden_size)),
+            self._read(f"{key}.down_proj", (spec.hidden_size, size)),
+            self._read(f"{key}.gate_up_bias", (rows,)) if spec.bias else None,
+            self._read(f"{key}.down_bias", (spec.hidden_size,)) if spec.bias else None,
+        )
+        return split_feed_forward(whole, shard)
 
     def _module(self, key: str, path: str, args: Mapping[str, Any]) -> ModuleExpert:
         module = make_module(path, dict(args), "cpu")

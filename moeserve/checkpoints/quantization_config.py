@@ -1,4 +1,4 @@
-"""Where a folder says how its weights are stored: in config.json, or in the files that tools wrote before config.json had a place for it."""
+"""Where a folder says how its weights are stored: in config.json, or in the files that tools write beside it."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ def layer_sources(config: ServiceConfig) -> list[LayerSource]:
         found: Sequence[SeededLayer | StoredLayer] = [_seeded(index, layer, config) for index, layer in enumerate(config.layers)]
     else:
         found = _stored(model.checkpoint, config)
-    for source in found:
-        sources.append(replace(source, spec=replace(source.spec, kernel=model.kernel, deterministic=model.deterministic)))
+    for layer in found:
+        sources.append(replace(layer, spec=replace(layer.spec, kernel=model.kernel, deterministic=model.deterministic)))
     for source in sources:
         if source.spec.gating.top_k > source.spec.num_experts:
             raise ConfigError(
@@ -41,6 +41,11 @@ def layer_sources(config: ServiceConfig) -> list[LayerSource]:
         if source.spec.module is not None and config.placement.tensor_parallel > 1:
             raise ConfigError(
                 f"placement.tensor_parallel must be 1: the experts of layer {source.spec.name} are modules, which cannot be split"
+            )
+        if model.deterministic and config.placement.copies != 1:
+            raise ConfigError(
+                f"model.deterministic is true, but placement.copies is {config.placement.copies}; allowed: 1, because which copies compute, "
+                f"and so which answers are added up where, depends on load"
             )
         if (source.spec.module or source.spec.shared_module) and source.spec.quantized_to is not None:
             raise ConfigError(

@@ -6,8 +6,10 @@ E experts, R rows, C columns of a matrix.
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final
@@ -15,7 +17,7 @@ from typing import Any, Final
 import torch
 
 from moeserve.checkpoints.formats import AS_IS, FLOATS, Coded, CodedFormat, NumberFormat, Piece, Plain, Scheme, telltales
-from moeserve.checkpoints.tensor_file import StoredTensor, TensorFile
+from moeserve.checkpoints.tensor_file import StoredTensor, TensorFile, reject_pointer
 from moeserve.config import Dtype
 from moeserve.errors import CheckpointError
 from moeserve.tensors import dtype_name
@@ -39,6 +41,8 @@ _TYPES: Final = {
 }
 # What is converted goes through a buffer of at most so many numbers, so that a host needs hardly more memory than its weights.
 _CHUNK: Final = 2**17
+# Of a weight that stands the other way round in the file, a row more costs hardly more reads.
+_CHUNK_TURNED: Final = 2**20
 
 
 class SafetensorsFolder:
@@ -71,6 +75,16 @@ class SafetensorsFolder:
         if found is None:
             raise CheckpointError(f"{self.folder}: tensor {name} is missing")
         return found
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Of all tensors, sorted."""
+        return sorted(self._file_of)
+
+    def below(self, prefix: str) -> list[str]:
+        """Names of the tensors below a module."""
+        first, last = (bisect_left(self.names, f"{prefix}{end}") for end in (".", "/"))
+        return self.names[first:last]
 
     def stored_as(self, name: str) -> tuple[str, ...]:
         """The tensors that a tensor is stored as and those about it that do not matter; none when it is missing. Reads no header."""
@@ -124,8 +138,8 @@ class SafetensorsFolder:
                 source.fill(name, rows, columns, out.view(rows.stop - rows.start, -1))
                 self._must_be_finite(number_format, out, out.dtype)
             else:
-                for part, into in _chunks(out, rows, columns):
-                    numbers = number_format.read(source.read, part, columns)
+                for part, into in _chunks(out, rows, columns, _CHUNK_TURNED if number_format.is_turned else _CHUNK):
+                    numbers = source.numbers(number_format, part, columns)
                     self._must_be_finite(number_format, numbers, out.dtype)
                     into.copy_(numbers.reshape(into.shape))
 
@@ -228,6 +242,13 @@ class _Source:
         self._expert = expert
         self._descriptors: dict[TensorFile, int] = {}
 
+    def numbers(self, number_format: NumberFormat, rows: slice, columns: slice) -> torch.Tensor:
+        """[R, C] decoded. Raises CheckpointError for what no file in this format says."""
+        try:
+            return number_format.read(self.read, rows, columns)
+        except ValueError as error:
+            raise CheckpointError(f"{self._folder.folder}: {error}") from None
+
     def read(self, name: str, rows: slice, columns: slice) -> torch.Tensor:
         """[R, C] as stored."""
         _, stored = self._folder.file_of(name)
@@ -241,6 +262,10 @@ class _Source:
         if file not in self._descriptors:
             self._descriptors[file] = self._opened.enter_context(file.opened())
         height, width = self._pieces[name].matrix
+        if rows.stop > height:
+            raise CheckpointError(
+                f"{file.path}: tensor {name} has {height} rows, but what tells groups of the weight names {rows.stop - 1}"
+            )
         size = out.dtype.itemsize
         first = self._expert * height + rows.start
         part = slice(columns.start * size, columns.stop * size)
@@ -248,10 +273,10 @@ class _Source:
         self._folder.count(out.nbytes)
 
 
-def _chunks(out: torch.Tensor, rows: slice, columns: slice) -> Iterator[tuple[slice, torch.Tensor]]:
+def _chunks(out: torch.Tensor, rows: slice, columns: slice, numbers: int) -> Iterator[tuple[slice, torch.Tensor]]:
     """Stored rows, and the rows of `out` they fill."""
     group = (rows.stop - rows.start) // len(out)
-    at_once = max(1, _CHUNK // max(1, group * (columns.stop - columns.start)))
+    at_once = max(1, numbers // max(1, group * (columns.stop - columns.start)))
     for start in range(0, len(out), at_once):
         into = out[start : start + at_once]
         yield slice(rows.start + start * group, rows.start + (start + len(into)) * group), into
@@ -260,6 +285,7 @@ def _chunks(out: torch.Tensor, rows: slice, columns: slice) -> Iterator[tuple[sl
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError naming the file."""
     try:
+        reject_pointer(path)
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None

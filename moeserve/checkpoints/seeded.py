@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ class SeededLayer:
     seed: int
     intermediate_sizes: Sequence[int] = ()
     shared: SharedExpertConfig | None = None
+    has_router_bias: bool = field(default=False, init=False)
+    has_selection_bias: bool = field(default=False, init=False)
 
     @property
     def held_as(self) -> str:

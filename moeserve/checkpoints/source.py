@@ -29,6 +29,16 @@ class LayerSource(Protocol):
         """What the weights of most experts are held in, for people."""
         ...
 
+    @property
+    def has_router_bias(self) -> bool:
+        """Whether something is added to the logits; known without reading it, as the next one is."""
+        ...
+
+    @property
+    def has_selection_bias(self) -> bool:
+        """Whether something is added to the scores for selection only."""
+        ...
+
     def router(self) -> Router:
         """The gate with all that it owns."""
         ...

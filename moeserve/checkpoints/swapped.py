@@ -76,6 +76,14 @@ class SwappedLayer:
     def held_as(self) -> str:
         return self._rest.held_as
 
+    @property
+    def has_router_bias(self) -> bool:
+        return self._rest.has_router_bias
+
+    @property
+    def has_selection_bias(self) -> bool:
+        return self._rest.has_selection_bias
+
     def router(self) -> Router:
         return self._rest.router()
 

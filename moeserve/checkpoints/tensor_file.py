@@ -11,11 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from moeserve.errors import CheckpointError
+
+_POINTER: Final = b"version https://git-lfs."
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class TensorFile:
         self.path = path
         try:
             self._version = _version(os.stat(path))
+            reject_pointer(path)
             # The library sees to it that sizes, offsets and the length of the file agree; it does not tell offsets.
             with safe_open(path, framework="pt"):
                 self.tensors = _header(path)
@@ -87,6 +91,13 @@ class TensorFile:
 
 def _version(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def reject_pointer(path: Path) -> None:
+    """Raises CheckpointError for the few lines of text that Git leaves in a file's place when Git LFS has not fetched it, OSError."""
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in {path.parent}")
 
 
 def _header(path: Path) -> dict[str, StoredTensor]:

@@ -20,6 +20,7 @@ import torch
 
 from moeserve.errors import MoEServeError
 from moeserve.output import ForwardOutput
+from moeserve.tensors import is_finite
 
 # A closed loop would otherwise spin on a service that refuses at once.
 _PAUSE_AFTER_FAILURE_S = 0.05
@@ -146,8 +147,7 @@ def check_answer(answer: ForwardOutput, like: torch.Tensor) -> None:
     rows = answer.hidden_states
     if rows.shape != like.shape or rows.dtype != like.dtype:
         raise WrongAnswer(f"the answer is {list(rows.shape)} {rows.dtype}; expected {list(like.shape)} {like.dtype}")
-    low, high = torch.aminmax(rows)
-    if not (math.isfinite(low) and math.isfinite(high)):
+    if not is_finite(rows):
         raise WrongAnswer("the answer is not finite")
     if not torch.equal(answer.requested, answer.processed + answer.dropped):
         raise WrongAnswer("requested is not processed + dropped")

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from moeserve.checkpoints import LayerSource, check_memory, host_bytes, layer_sources, memory_bytes
 from moeserve.cli.flags import Overrides
+from moeserve.cli.gates import gates
 from moeserve.config import GatingConfig, PlacementConfig, load_config
 from moeserve.experts import ExpertShard
 from moeserve.placement import LayerPlacement, Placement, plan_placement
@@ -21,7 +22,7 @@ def plan(
     source: Annotated[str, typer.Argument(help="A TOML configuration or a checkpoint folder.")],
     overrides: Overrides,
 ) -> None:
-    """Show the layers, which host would hold which experts, and the memory that takes; fail when it does not fit."""
+    """Show the layers and their gates, which host would hold which experts, and the memory that takes; fail when it does not fit."""
     config = load_config(source, overrides)
     sources = layer_sources(config)
     specs = [layer.spec for layer in sources]
@@ -30,6 +31,7 @@ def plan(
 
     console = Console()
     console.print(_layers(sources))
+    console.print(gates(sources))
     console.print(_hosts(placement, config.placement, nbytes))
     check_memory(nbytes, config, memory_bytes())
 

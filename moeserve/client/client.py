@@ -62,8 +62,8 @@ class Client:
         """hidden_states [T, H] float32, float16 or bfloat16 through one MoE layer; the answer is on the same device.
 
         layer        position among the served MoE layers, or name
-        used_token   [T] bool; false = not routed, its output is zeros
-        topk_ids     [T, K] int and topk_weights [T, K] float: the caller has routed already, the gate is skipped
+        used_token   [T] bool; false = not routed, its output is zeros, and its rows in the other tensors may hold anything
+        topk_ids     [T, K] int and topk_weights [T, K] float: the caller has routed already, the gate is skipped; id -1 = no choice
         token_ids    [T] int, 0..2^32-1; layers with routing = "hash" need them
 
         Instead of what the layer's gating says, for this request, where its `request_overrides` allow it:

@@ -47,7 +47,8 @@ MoE(hidden_size, expert, num_experts=8, k=2, target="127.0.0.1:50051", layer="bl
 * With `target=` answers, losses and counts equal those in process, in evaluation mode; training mode is refused, because gradients do not
   travel. The service routes and computes, so the layer makes no experts (nor DeepSpeed's `mlp` and `coefficient`) and its state dict has
   the gate alone. What is drawn by chance (`use_rts`, `top2_2nd_expert_sampling`, `select_policy="random"`) is drawn in the service, from
-  its seed. `used_token` with `use_residual` is refused: a service answers unused tokens with zeros.
+  its seed. `used_token` with `use_residual` is refused: a service answers unused tokens with zeros. It also takes them for zeros, which
+  shows in `l_aux` alone.
 * `save` writes `nn.Sequential(Linear, GELU or ReLU, Linear)` as two projections, which can be split over hosts. Any other module is
   written as a class and what it is made with: the class must stand in a module that can be imported, and DeepSpeed's `MoE` must be told
   what it is made with, `save(folder, expert_args={...})`. Making it runs its code, so whoever serves the folder allows that with
@@ -75,8 +76,14 @@ renormalize = "post_drop"
 drop_policy = "choice_major"
 ```
 
-These files are pickles. They are read by torch's restricted reader, which makes tensors and plain containers and runs nothing; a file that
-names anything else is refused. Experts are read one by one, by the host that holds them. One model-parallel rank is supported.
+These files are pickles, and a pickle can name any code. moeserve reads them itself: tensors, numbers, strings and containers come out;
+what the pickle would import or call is passed over, never imported, made or run. So trainers may put what they like beside the model, as
+Megatron-DeepSpeed does with its arguments, random states and loss scaler, of packages that are not installed here. `module` may be flat or
+nested by parts of the model, and have a wrapper's name in front (`module.`) that the files of the experts lack, or the other way. An object
+in place of a tensor that is needed is refused by file and name.
+
+Experts are read one by one, by the host that holds them. One model-parallel rank is supported. Files from before torch 1.6 are no zip:
+load such a file with torch, and save it again.
 """
 
 #: what a row of a table cannot say

@@ -72,6 +72,11 @@ class ExpertBank:
         return self._num_together + len(self._others)
 
     @property
+    def kernel(self) -> str | None:
+        """What computes those that are computed together; None = torch's operators."""
+        return self._together.kernel if isinstance(self._together, PackedExperts) else None
+
+    @property
     def experts(self) -> list[Expert]:
         """All of them; of those that are computed together, copies."""
         together = [] if self._together is None else [self._together.expert(slot) for slot in range(self._num_together)]
@@ -105,7 +110,7 @@ class ExpertBank:
         # Counted by NumPy: a third of the time of a torch call, and the numbers are needed here, not on the device.
         counts = np.bincount(slots.numpy(force=True), minlength=self.num_experts)
         total = out if out.device == self.device and out.is_contiguous() else torch.empty(out.shape, device=self.device)
-        row_index, weights, first = row_index.to(self.device), weights.to(self.device), self._num_together
+        row_index, weights, first = row_index.to(self.device, torch.int64), weights.to(self.device), self._num_together
         pairs = int(counts[:first].sum())
         if self._together is None:
             total.zero_()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from math import prod
 from typing import Final
 
@@ -17,7 +17,7 @@ import torch
 
 from moeserve.config import Activation, Kernel
 from moeserve.experts.activations import is_gated
-from moeserve.experts.feed_forward import ROWS, FeedForward, Form
+from moeserve.experts.feed_forward import LINEAR, ROWS, FeedForward, Form
 from moeserve.experts.packed import PackedExperts, kernels_for
 from moeserve.kernels import fastest_of
 
@@ -40,7 +40,8 @@ class Shape:
 
     @classmethod
     def of(cls, expert: FeedForward) -> Shape:
-        return cls(expert.gate_up_proj.dtype, expert.activation, *expert.down_proj.shape, torch.get_num_threads())
+        hidden_size, intermediate_size = expert.down_proj.shape
+        return cls(expert.gate_up_proj.dtype, expert.activation, hidden_size, intermediate_size, torch.get_num_threads())
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
@@ -72,7 +73,7 @@ def chosen(expert: FeedForward, kernel: Kernel = "auto", deterministic: bool = F
 def _chosen(shape: Shape, kernel: Kernel, deterministic: bool) -> Choice:
     kernels = kernels_for(shape.dtype, shape.activation, kernel)
     if kernel not in ("auto", "torch"):
-        return Choice(kernels[0], _FORMS[:1] * len(ROWS), {})
+        return Choice(kernels[0], LINEAR, {})
     choice = _measured(shape, kernels, deterministic)
     taken = choice.kernel or f"torch ({', '.join(f'{rows}: {form}' for rows, form in zip(ROWS, choice.forms, strict=True))})"
     times = "; ".join(f"{name} {' '.join(f'{each:.0f}' for each in row)}" for name, row in choice.microseconds.items())
@@ -81,20 +82,22 @@ def _chosen(shape: Shape, kernel: Kernel, deterministic: bool) -> Choice:
 
 
 def _measured(shape: Shape, kernels: tuple[str, ...], deterministic: bool) -> Choice:
-    """The fastest kernel for all numbers of rows together, so that an answer never depends on how many there are; else the fastest forms."""
+    """The kernel that is fastest for all numbers of rows together, so that there is one for all of them; else the fastest forms."""
     experts = list(_some_experts(shape))
-    seconds: dict[str, list[float]] = {}
-    runs = {**{form: _one_by_one(experts, form) for form in _FORMS}, **{name: _packed(experts, name) for name in kernels}}
-    for rows in ROWS:
-        work = torch.ones(rows, shape.hidden_size, dtype=shape.dtype)
-        for name, taken in fastest_of({name: lambda run=run: run(work) for name, run in runs.items()}).items():  # type: ignore[misc]
-            seconds.setdefault(name, []).append(taken)
-    best: tuple[Form, ...] = tuple(min(_FORMS, key=lambda form, index=index: seconds[form][index]) for index in range(len(ROWS)))  # type: ignore[misc]
-    of_torch = [seconds[form][index] for index, form in enumerate(best)]
-    fastest = min(kernels, key=lambda name: prod(seconds[name]), default=None)
-    if fastest is not None and not deterministic and prod(of_torch) < prod(seconds[fastest]):
+    runs: dict[str, Callable[[torch.Tensor], object]] = {form: _one_by_one(experts, form) for form in _FORMS}
+    runs |= {name: _packed(experts, name) for name in kernels}
+    seconds = [_seconds(runs, torch.ones(rows, shape.hidden_size, dtype=shape.dtype)) for rows in ROWS]
+    forms = tuple(min(_FORMS, key=taken.__getitem__) for taken in seconds)
+    of_torch = prod(taken[form] for form, taken in zip(forms, seconds, strict=True))
+    of_kernels = {name: prod(taken[name] for taken in seconds) for name in kernels}
+    fastest = min(of_kernels, key=of_kernels.__getitem__, default=None)
+    if fastest is not None and not deterministic and of_torch < of_kernels[fastest]:
         fastest = None
-    return Choice(fastest, best, {name: tuple(each / len(experts) * 1e6 for each in row) for name, row in seconds.items()})
+    return Choice(fastest, forms, {name: tuple(taken[name] / len(experts) * 1e6 for taken in seconds) for name in runs})
+
+
+def _seconds(runs: Mapping[str, Callable[[torch.Tensor], object]], rows: torch.Tensor) -> dict[str, float]:
+    return fastest_of({name: partial(run, rows) for name, run in runs.items()})
 
 
 def _some_experts(shape: Shape) -> Iterator[FeedForward]:

@@ -6,6 +6,7 @@ n rows, H hidden size, I intermediate size, G = 2I when the activation is gated,
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
@@ -20,6 +21,7 @@ from moeserve.experts.expert import ExpertShard
 Form = Literal["linear", "transposed"]
 #: the numbers of rows that a form is chosen for, each up to the next
 ROWS: Final = (1, 2, 4, 8, 16, 32, 64)
+LINEAR: Final[tuple[Form, ...]] = tuple("linear" for _ in ROWS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +36,7 @@ class FeedForward:
     down_proj: torch.Tensor
     gate_up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
-    forms: tuple[Form, ...] = ("linear",) * len(ROWS)
+    forms: tuple[Form, ...] = LINEAR
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -47,7 +49,10 @@ class FeedForward:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def to(self, device: torch.device) -> FeedForward:
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
+        return self._with({name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+    def _with(self, tensors: Mapping[str, torch.Tensor]) -> FeedForward:
+        return replace(self, **tensors)  # type: ignore[arg-type]
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         rows = rows.to(self.gate_up_proj.dtype)
@@ -74,7 +79,7 @@ class FeedForward:
         """What left the range of float16 on the way, 65504, once more in float32: weighed, it may well fit."""
         lost = ~answer.isfinite().all(dim=1)
         if lost.any():
-            wide = replace(self, **{name: tensor.float() for name, tensor in self.tensors.items()})
+            wide = self._with({name: tensor.float() for name, tensor in self.tensors.items()})
             answer[lost] = wide(rows[lost].float())
         return answer
 

@@ -1,7 +1,7 @@
 """Feed-forward experts in the order in which the compiled pass reads them: native/kernels.h says which.
 
 E experts, R rows, N (row, expert) pairs, H hidden size, I intermediate size, O output and K input channels of a projection,
-P panels of 32 output channels, S input channels that lie side by side (2 for bfloat16 and int8, else 1).
+P panels of 32 output channels.
 """
 
 from __future__ import annotations
@@ -15,17 +15,29 @@ from typing import Final, TypeGuard
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 
 from moeserve.config import Activation, Kernel
 from moeserve.errors import ConfigError
 from moeserve.experts.activations import is_gated
 from moeserve.experts.expert import Expert
 from moeserve.experts.feed_forward import FeedForward
-from moeserve.kernels import KERNELS, PANEL, Arena, Bank, Work, aligned, find_kernel, library, scratch
+from moeserve.kernels import (
+    KERNELS,
+    TYPES,
+    Arena,
+    Bank,
+    Work,
+    aligned,
+    bias_from_panels,
+    bias_to_panels,
+    find_kernel,
+    from_panels,
+    library,
+    padded,
+    scratch,
+    to_panels,
+)
 
-_TYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_SIDE_BY_SIDE: Final = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 1}
 _ACTIVATIONS: Final[Mapping[Activation, int]] = {"swiglu": 0, "geglu": 1, "gelu": 2, "relu": 3, "swigluoai": 4}
 
 
@@ -72,10 +84,10 @@ class PackedExperts:
         packed, parts, inner = self._experts[slot], self._parts, self._experts[slot].intermediate_size
         return FeedForward(
             self.activation,
-            _unpacked(packed.up, parts, inner, self.hidden_size),
-            _unpacked(packed.down, 1, self.hidden_size, inner),
-            None if packed.up_bias is None else _unpacked_bias(packed.up_bias, parts, inner).to(self.dtype),
-            None if packed.down_bias is None else packed.down_bias[: self.hidden_size].to(self.dtype),
+            from_panels(packed.up, parts, inner, self.hidden_size),
+            from_panels(packed.down, 1, self.hidden_size, inner),
+            None if packed.up_bias is None else bias_from_panels(packed.up_bias, parts, inner).to(self.dtype),
+            None if packed.down_bias is None else bias_from_panels(packed.down_bias, 1, self.hidden_size).to(self.dtype),
         )
 
     def replaced(self, changes: Mapping[int, Expert]) -> PackedExperts:
@@ -131,10 +143,10 @@ class PackedExperts:
         parts, inner = self._parts, expert.down_proj.shape[1]
         return _Packed(
             inner,
-            self._placed(_panels(expert.gate_up_proj, parts), left, expert),
-            self._placed(_panels(expert.down_proj, 1), left, expert),
-            None if expert.gate_up_bias is None else _panels(expert.gate_up_bias[:, None].float(), parts, depth=1).flatten(),
-            None if expert.down_bias is None else _panels(expert.down_bias[:, None].float(), 1, depth=1).flatten(),
+            self._placed(to_panels(expert.gate_up_proj, parts), left, expert),
+            self._placed(to_panels(expert.down_proj), left, expert),
+            None if expert.gate_up_bias is None else bias_to_panels(expert.gate_up_bias, parts),
+            None if expert.down_bias is None else bias_to_panels(expert.down_bias),
         )
 
     def _placed(self, panels: torch.Tensor, left: int, expert: FeedForward) -> torch.Tensor:
@@ -142,7 +154,7 @@ class PackedExperts:
         space = None if self._arena is None else self._arena.take(panels.numel(), panels.dtype)
         if space is None:
             size = self.dtype.itemsize
-            width, hidden = _padded(expert.down_proj.shape[1]), _padded(expert.down_proj.shape[0])
+            width, hidden = padded(expert.down_proj.shape[1]), padded(expert.down_proj.shape[0])
             self._arena = Arena(left * (aligned(self._parts * width * hidden * size) + aligned(width * hidden * size)))
             space = self._arena.take(panels.numel(), panels.dtype)
             assert space is not None, "the arena has room for one expert at least"
@@ -154,9 +166,9 @@ class PackedExperts:
         sizes = (ctypes.c_int64 * len(self._experts))(*(expert.intermediate_size for expert in self._experts))
         nothing = [None] * len(self._experts)
         return Bank(
-            kernel=find_kernel(self.kernel, _TYPES[self.dtype]),
-            type=_TYPES[self.dtype],
-            rows_type=_TYPES[self.dtype],
+            kernel=find_kernel(self.kernel, TYPES[self.dtype]),
+            type=TYPES[self.dtype],
+            rows_type=TYPES[self.dtype],
             activation=_ACTIVATIONS[self.activation],
             is_gated=is_gated(self.activation),
             hidden_size=self.hidden_size,
@@ -174,54 +186,26 @@ def can_pack(expert: object) -> TypeGuard[FeedForward]:
     """Whether the compiled pass knows its activation and type of weights, on the CPU."""
     if not isinstance(expert, FeedForward) or expert.gate_up_proj.device.type != "cpu":
         return False
-    return expert.activation in _ACTIVATIONS and expert.gate_up_proj.dtype in _TYPES
+    return expert.activation in _ACTIVATIONS and expert.gate_up_proj.dtype in TYPES
 
 
 def kernels_for(dtype: torch.dtype, activation: Activation, kernel: Kernel) -> tuple[str, ...]:
     """Those to choose from. Raises ConfigError when one that is asked for cannot run."""
     if kernel == "torch":
         return ()
-    there = tuple(name for name in KERNELS if activation in _ACTIVATIONS and dtype in _TYPES and find_kernel(name, _TYPES[dtype]))
+    there = tuple(name for name in KERNELS if activation in _ACTIVATIONS and dtype in TYPES and find_kernel(name, TYPES[dtype]))
     if kernel != "auto":
         if kernel not in there:
             name = str(dtype).removeprefix("torch.")
-            raise ConfigError(f"model.kernel is {kernel!r}, which cannot compute {name} {activation} experts here; allowed: {_allowed(there)}")
+            allowed = ", ".join(("auto", "torch", *there))
+            raise ConfigError(f"model.kernel is {kernel!r}, which cannot compute {name} {activation} experts here; allowed: {allowed}")
         return (kernel,)
     # What runs everywhere is only worth trying where nothing better does.
     return tuple(name for name in there if name != "generic") or there
 
 
-def _allowed(there: Sequence[str]) -> str:
-    return ", ".join(("auto", "torch", *there))
-
-
 def _kind(expert: FeedForward) -> tuple[Activation, torch.dtype, int]:
     return expert.activation, expert.gate_up_proj.dtype, expert.down_proj.shape[0]
-
-
-def _padded(size: int) -> int:
-    return -(-size // PANEL) * PANEL
-
-
-def _panels(matrix: torch.Tensor, parts: int, depth: int | None = None) -> torch.Tensor:
-    """[parts * O, K] -> [P, parts, K / S, 32, S], padded with zeros."""
-    outputs, inputs = matrix.shape[0] // parts, matrix.shape[1]
-    matrix = matrix.view(parts, outputs, inputs)
-    padding = 0, (depth or _padded(inputs)) - inputs, 0, _padded(outputs) - outputs
-    matrix = F.pad(matrix, padding) if any(padding) else matrix
-    side_by_side = 1 if depth else _SIDE_BY_SIDE[matrix.dtype]
-    return matrix.unflatten(2, (-1, side_by_side)).unflatten(1, (-1, PANEL)).permute(1, 0, 3, 2, 4)
-
-
-def _unpacked(panels: torch.Tensor, parts: int, outputs: int, inputs: int) -> torch.Tensor:
-    """[parts * O, K] of what `_panels` made."""
-    shape = _padded(outputs) // PANEL, parts, _padded(inputs) // _SIDE_BY_SIDE[panels.dtype], PANEL, _SIDE_BY_SIDE[panels.dtype]
-    matrix = panels.view(shape).permute(1, 0, 3, 2, 4).reshape(parts, _padded(outputs), _padded(inputs))
-    return matrix[:, :outputs, :inputs].reshape(parts * outputs, inputs)
-
-
-def _unpacked_bias(panels: torch.Tensor, parts: int, outputs: int) -> torch.Tensor:
-    return panels.view(_padded(outputs) // PANEL, parts, PANEL).transpose(0, 1).reshape(parts, -1)[:, :outputs].flatten()
 
 
 def _addresses(tensors: Sequence[torch.Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:

@@ -59,7 +59,8 @@ class Stack:
 
     def expert(self, slot: int) -> FeedForward:
         """One of them, as it lies here."""
-        return FeedForward(self._activation, **{name: tensor[slot] for name, tensor in self._tensors.items()})
+        tensors = {name: tensor[slot] for name, tensor in self._tensors.items()}
+        return FeedForward(self._activation, **tensors)  # type: ignore[arg-type]
 
     @property
     def _shapes(self) -> dict[str, torch.Size]:

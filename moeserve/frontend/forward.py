@@ -6,11 +6,13 @@ T tokens, H hidden size.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 
 import torch
 
+from moeserve.errors import NonFiniteOutput
 from moeserve.frontend.batch import Batch
 from moeserve.frontend.compute import Compute
 from moeserve.frontend.exchange import Exchange
@@ -20,6 +22,8 @@ from moeserve.gating import BatchRouting, Routing
 from moeserve.layer import route_batch, to_output
 from moeserve.metrics import Metrics
 from moeserve.output import ForwardOutput
+
+log = logging.getLogger(__name__)
 
 
 class Forward:
@@ -34,6 +38,7 @@ class Forward:
         self._metrics = metrics
         self._compute = compute
         self._aux_loss = metrics.aux_loss.labels(self.spec.name)
+        self._non_finite = metrics.non_finite_outputs.labels(self.spec.name)
 
     async def run(self, batch: Batch) -> None:
         """Answer every request of the batch.
@@ -134,7 +139,13 @@ class Forward:
         outputs = await self._compute(size, _outputs, batch, routings, parts, members)
         for index, output in outputs:
             answer = batch.members[index].answer
-            if not answer.done():
+            if answer.done():
+                continue
+            if isinstance(output, NonFiniteOutput):
+                log.warning("%s", output)
+                self._non_finite.inc()
+                answer.set_exception(output)
+            else:
                 tokens = routings[index].used_tokens
                 self._metrics.experts.add(self.layer, tokens, output.processed, output.dropped)
                 self._aux_loss.set(output.aux_loss)
@@ -142,14 +153,21 @@ class Forward:
         self._metrics.observe_stage("combine", time.perf_counter() - started)
 
 
-def _outputs(batch: Batch, routings: Sequence[Routing], parts: Sequence[Part], members: Sequence[int]) -> list[tuple[int, ForwardOutput]]:
+def _outputs(
+    batch: Batch, routings: Sequence[Routing], parts: Sequence[Part], members: Sequence[int]
+) -> list[tuple[int, ForwardOutput | NonFiniteOutput]]:
+    """Of each of `members`; a request that experts could not compute is at nobody else's expense."""
     totals = [part.view.head.finish(part.combined(), part.hidden_states, part.planned) for part in parts]
     rows = (totals[0] if len(totals) == 1 else torch.cat(totals)).split(batch.sizes)
-    outputs = []
+    view = parts[0].view
+    outputs: list[tuple[int, ForwardOutput | NonFiniteOutput]] = []
     for index in members:
-        request = batch.members[index].request
-        hidden_states = rows[index].to(request.hidden_states.dtype)
-        outputs.append((index, to_output(routings[index], hidden_states, request.return_routing, parts[0].view.revision)))
+        request, routing = batch.members[index].request, routings[index]
+        try:
+            hidden_states = view.head.rounded(rows[index], request, routing)
+            outputs.append((index, to_output(routing, hidden_states, request.return_routing, view.revision)))
+        except NonFiniteOutput as error:
+            outputs.append((index, error))
     return outputs
 
 

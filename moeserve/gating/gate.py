@@ -5,7 +5,6 @@ T tokens, H hidden size, E experts, K choices per token, R requests.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,6 +26,7 @@ from moeserve.gating.scoring import PROBABILITIES
 from moeserve.gating.segments import Segments
 from moeserve.gating.weights import PRE_DROP_EPS, RENORMALIZE, keep_total
 from moeserve.gating.z_loss import z_loss
+from moeserve.tensors import is_finite, without_unused
 
 
 def route(
@@ -43,7 +43,7 @@ def route(
     """Routes the tokens of one request.
 
     router_logits          [T, E] of any real dtype, computed on in float32
-    used_token             [T]    bool, None = every token is used
+    used_token             [T]    bool, None = every token is used; rows of the others may hold anything
     token_ids              [T]    int, 0..2^32-1; for routing = "hash"
     hidden_states          [T, H] float; for routing = "similarity"
     generator              random numbers come from it instead of `gating.seed`
@@ -51,7 +51,7 @@ def route(
     centroids              [E, H] float; for routing = "similarity"
 
     Jitter acts in front of the gate, hence not here: see Router. Raises ConfigError when `gating` does not fit the layer, InvalidRequest
-    when a tensor is missing or has the wrong shape, or a logit is NaN or Inf.
+    when a tensor is missing or has the wrong shape, or a logit of a used token is NaN or Inf.
     """
     if router_logits.dim() != 2:
         raise InvalidRequest(f"router_logits must be [tokens, experts], got {list(router_logits.shape)}", "router_logits")
@@ -71,8 +71,8 @@ def route(
         [num_tokens],
         used_token,
         Chance([num_tokens], router_logits.device, gating.seed, generator),
-        token_ids=token_ids,
-        hidden_states=hidden_states,
+        token_ids=None if token_ids is None else without_unused(token_ids, used_token),
+        hidden_states=None if hidden_states is None else without_unused(hidden_states, used_token),
         score_correction_bias=score_correction_bias,
         centroids=centroids,
     ).request(0)
@@ -94,10 +94,9 @@ def route_requests(
     num_experts = router_logits.shape[1]
     if gating.top_k > num_experts:
         raise ConfigError(f"top_k is {gating.top_k} but the layer has {num_experts} experts")
-    router_logits = router_logits.float()
     requests = Segments(request_sizes, used_token, num_experts, router_logits.device)
     assert requests.num_tokens == router_logits.shape[0]
-    _require_finite(router_logits, requests)
+    router_logits = _finite(router_logits.float(), requests)
 
     chance = chance or Chance(requests.sizes, router_logits.device, gating.seed, None)
     gate = GateInput(
@@ -146,18 +145,25 @@ def apply_choices(
 ) -> BatchRouting:
     """Capacity, drops and counts for choices the caller has made; the losses are 0.
 
-    topk_ids [T, K] int, distinct within a token and in 0..E-1; topk_weights [T, K] float, finite, used as given. Only with
+    topk_ids [T, K] int, distinct within a token and in 0..E-1, or -1 = no choice, which is neither requested nor dropped;
+    topk_weights [T, K] float, finite, used as given. Rows of unused tokens, and weights of no choice, may hold anything. Only with
     `renormalize = "post_drop"` the survivors of a token that lost a choice are scaled up to the sum the caller gave the token.
     """
     requests = Segments(request_sizes, used_token, num_experts, topk_ids.device)
     assert topk_ids.shape == topk_weights.shape
     assert topk_ids.shape[0] == requests.num_tokens
     topk_ids, topk_weights = topk_ids.long(), topk_weights.float()
+    experts, chosen = topk_ids, None
+    if used_token is not None or (topk_ids < 0).any():
+        chosen = requests.chosen(topk_ids) & (topk_ids >= 0)
+        experts, topk_weights = topk_ids.masked_fill(~chosen, 0), topk_weights.masked_fill(~chosen, 0.0)
     chance = Chance(requests.sizes, topk_ids.device, gating.seed, None)
-    admitted = _admit(Selection(topk_weights, topk_ids, topk_weights), gating, requests, chance)
+    admitted = _admit(Selection(topk_weights, experts, topk_weights, chosen=chosen), gating, requests, chance)
     if gating.renormalize == "post_drop":
-        return replace(admitted, topk_weights=keep_total(topk_weights, admitted.kept))
-    return admitted
+        admitted = replace(admitted, topk_weights=keep_total(topk_weights, admitted.kept))
+    if chosen is None:
+        return admitted
+    return replace(admitted, topk_ids=topk_ids, dropped_tokens=(admitted.kept != chosen).any(dim=1))
 
 
 def check_layer_tensors(num_experts: int, score_correction_bias: Tensor | None, centroids: Tensor | None) -> None:
@@ -213,16 +219,21 @@ def _probabilities(scores: Tensor, gating: GatingConfig) -> Tensor:
     return scores * (scores.sum(dim=1, keepdim=True) + PRE_DROP_EPS).reciprocal()
 
 
-def _require_finite(router_logits: Tensor, requests: Segments) -> None:
-    # One NaN or Inf makes the sum one; so may finite logits that are too large to add up, hence the second look.
-    if math.isfinite(router_logits.sum().item()):
-        return
-    bad = ~router_logits.isfinite().all(dim=1)
+def _finite(router_logits: Tensor, requests: Segments) -> Tensor:
+    """The same logits, 0 in rows of unused tokens that are not finite: those may hold anything. Raises InvalidRequest for used ones."""
+    if is_finite(router_logits):
+        return router_logits
+    bad = ~router_logits.isfinite()
+    if requests.used_token is not None:
+        unused = bad.any(dim=1) & ~requests.used_token
+        router_logits, bad = without_unused(router_logits, ~unused), bad & requests.used_token[:, None]
     if not bad.any():
-        return
-    token = int(bad.nonzero()[0])
+        return router_logits
+    token, expert = bad.nonzero()[0].tolist()
     request = int(requests.ids[token])
     of_request = f" of request {request}" if len(requests.sizes) > 1 else ""
     raise InvalidRequest(
-        f"router_logits of token {token - sum(requests.sizes[:request])}{of_request} is not finite (NaN or Inf)", "router_logits"
+        f"router_logits of token {token - sum(requests.sizes[:request])}{of_request} is not finite (NaN or Inf): "
+        f"that of expert {expert} is {router_logits[token, expert].item()}",
+        "router_logits",
     )

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from moeserve.config import GatingConfig
+from moeserve.errors import ConfigError
 from moeserve.gating.chance import Chance
 from moeserve.gating.expert_groups import check_groups
 from moeserve.gating.gate import check_layer_tensors, route_requests
 from moeserve.gating.noise import shake_hidden_states
 from moeserve.gating.routing import BatchRouting
 from moeserve.gating.routings import routing_of
+from moeserve.kernels import InvariantLinear
+
+_READS_TOKENS = ("similarity",)
 
 
 class Router:
@@ -42,11 +48,25 @@ class Router:
         self.gating = gating
         self.bias = None if bias is None else bias.float()
         self.score_correction_bias = None if score_correction_bias is None else score_correction_bias.float()
+        self._logits: Callable[[torch.Tensor], torch.Tensor] = partial(F.linear, weight=self.gate, bias=self.bias)
         self.centroids = self.gate if centroids is None else centroids.float()
 
     @property
     def num_experts(self) -> int:
         return self.gate.shape[0]
+
+    def invariant(self) -> Router:
+        """The same gate, whose logits of a token are bitwise the same whatever other tokens there are.
+
+        Raises ConfigError when its routing computes more than logits from what the tokens hold.
+        """
+        if self.gating.routing in _READS_TOKENS or ":" in self.gating.routing:
+            raise ConfigError(
+                f"model.deterministic is true, but gating.routing is {self.gating.routing!r}, which computes more than logits"
+            )
+        twin = copy(self)
+        twin._logits = InvariantLinear(self.gate, self.bias)
+        return twin
 
     def __call__(
         self,
@@ -64,7 +84,7 @@ class Router:
         hidden_states = hidden_states.float()
         chance = Chance(request_sizes, hidden_states.device, gating.seed, None)
         return route_requests(
-            F.linear(shake_hidden_states(hidden_states, gating, chance), self.gate, self.bias),
+            self._logits(shake_hidden_states(hidden_states, gating, chance)),
             gating,
             request_sizes,
             used_token,

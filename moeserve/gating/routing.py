@@ -17,7 +17,8 @@ from moeserve.output import DROPPED_BY_CAPACITY, Drop, list_drops
 class Routing:
     """The routing of one request.
 
-    topk_ids       [T, K]  int64, in the order they were chosen: by descending score, unless the routing has another
+    topk_ids       [T, K]  int64, in the order they were chosen: by descending score, unless the routing has another; -1 where the
+                           caller made no choice
     topk_weights   [T, K]  float32, 0 where not kept
     kept           [T, K]  bool, false where the choice was dropped or the token is unused
     dropped_tokens [T]     bool, used tokens that lost at least one choice, or that no expert chose
@@ -59,7 +60,7 @@ class Routing:
     def dense(self) -> Tensor:
         """[T, E] float32 combine weights, 0 where an expert was not chosen or the choice was dropped."""
         num_tokens, num_experts = self.topk_ids.shape[0], self.requested.shape[0]
-        return self.topk_weights.new_zeros(num_tokens, num_experts).scatter_add(1, self.topk_ids, self.topk_weights)
+        return self.topk_weights.new_zeros(num_tokens, num_experts).scatter_add(1, self.topk_ids.clamp(min=0), self.topk_weights)
 
 
 @dataclass(frozen=True)

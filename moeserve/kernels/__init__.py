@@ -1,22 +1,30 @@
 """What runs below torch's operators: the compiled grouped pass, the memory its weights lie in, and a stopwatch to choose by."""
 
 from moeserve.kernels.decode import Coded, can_decode, decode
+from moeserve.kernels.linear import InvariantLinear
 from moeserve.kernels.memory import Arena, aligned, scratch
-from moeserve.kernels.native import KERNELS, PANEL, Bank, Work, find_kernel, library
+from moeserve.kernels.native import KERNELS, Bank, Work, find_kernel, library
+from moeserve.kernels.panels import TYPES, bias_from_panels, bias_to_panels, from_panels, padded, to_panels
 from moeserve.kernels.stopwatch import fastest_of
 
 __all__ = [
     "KERNELS",
-    "PANEL",
+    "TYPES",
     "Arena",
     "Bank",
     "Coded",
+    "InvariantLinear",
     "Work",
     "aligned",
+    "bias_from_panels",
+    "bias_to_panels",
     "can_decode",
     "decode",
     "fastest_of",
     "find_kernel",
+    "from_panels",
     "library",
+    "padded",
     "scratch",
+    "to_panels",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_int32, c_int64, c_void_p
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,8 +12,6 @@ from typing import Final
 
 log = logging.getLogger(__name__)
 
-#: output channels that lie together
-PANEL: Final = 32
 #: from the widest to the one that runs everywhere
 KERNELS: Final = ("amx", "avx512_bf16", "avx512", "avx2", "generic")
 
@@ -61,16 +59,21 @@ def library() -> ctypes.CDLL | None:
     """The compiled code, None where it could not be built or loaded; says so once."""
     spec = find_spec("moeserve.kernels._native")
     if spec is None or spec.origin is None:
-        log.warning("the compiled kernels are missing (no C compiler when moeserve was installed?): experts run on torch's operators, slower")
+        log.warning(
+            "the compiled kernels are missing (no C compiler when moeserve was installed?): experts run on torch's operators, slower"
+        )
         return None
     try:
         _share_openmp()
         loaded = ctypes.CDLL(spec.origin)
     except OSError as error:
-        log.warning("the compiled kernels cannot be loaded: %s; experts run on torch's operators, slower", error)
+        log.warning("the compiled kernels cannot be loaded: %s; experts run on torch, slower", error)
         return None
     loaded.find_kernel.restype, loaded.find_kernel.argtypes = c_void_p, (c_char_p, c_int32)
     loaded.scratch_bytes.restype, loaded.scratch_bytes.argtypes = c_int64, (POINTER(Bank), POINTER(Work))
+    loaded.linear_scratch_bytes.restype, loaded.linear_scratch_bytes.argtypes = c_int64, (c_int64, c_int32)
+    loaded.run_linear.restype = None
+    loaded.run_linear.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int32)
     loaded.run_pass.restype, loaded.run_pass.argtypes = None, (POINTER(Bank), POINTER(Work))
     return loaded
 
@@ -86,8 +89,7 @@ def _share_openmp() -> None:
     import torch  # noqa: F401, PLC0415  (loads its runtime)
 
     maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    runtimes = {path for path in (line.split(maxsplit=5)[-1] for line in maps) if "/libgomp" in path or "/libomp" in path or "/libiomp" in path}
+    runtimes = {
+        path for path in (line.split(maxsplit=5)[-1] for line in maps) if "/libgomp" in path or "/libomp" in path or "/libiomp" in path
+    }
     ctypes.CDLL(min(runtimes) if runtimes else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
-
-
-__all__ = ["KERNELS", "PANEL", "Bank", "Work", "c_float", "find_kernel", "library"]

@@ -122,7 +122,7 @@ class MoEService:
             noise=wire.noise,
             seed=wire.seed,
         )
-        validate(request, spec, self._max_tokens)
+        request = validate(request, spec, self._max_tokens)
         if not request.num_tokens:
             return _empty_output(request, spec)
         return await engine.forward(layer, request)

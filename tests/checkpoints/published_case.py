@@ -16,7 +16,7 @@ from tests.checkpoints.tiny_models import moe_block, new_model
 
 LAYER = "model.layers.1.mlp"
 HIDDEN, INTERMEDIATE = 128, 192
-_SIZES = {"hidden_size": HIDDEN, "moe_intermediate_size": INTERMEDIATE, "shared_expert_intermediate_size": 64}
+_SIZES = {"hidden_size": HIDDEN, "moe_intermediate_size": INTERMEDIATE, "shared_expert_intermediate_size": 64, "mlp_only_layers": [0]}
 
 
 @cache

@@ -13,11 +13,13 @@ from functools import cache
 from pathlib import Path
 from shutil import rmtree
 from tempfile import mkdtemp
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moeserve.checkpoints.families import family_of
 from tests.checkpoints.tiny_models import tiny_model
 
 _GATE_UP_DOWN = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2": 2}
@@ -30,6 +32,23 @@ def saved(family: str, dtype: torch.dtype = torch.float32) -> Path:
     atexit.register(rmtree, folder)
     tiny_model(family, dtype).save_pretrained(folder)
     return folder
+
+
+def config_of(family: str) -> dict[str, Any]:
+    """A copy of the saved model's config.json."""
+    config: dict[str, Any] = json.loads((saved(family) / "config.json").read_text())
+    return config
+
+
+def language_model(config: dict[str, Any]) -> dict[str, Any]:
+    """What of it describes the layers."""
+    section: dict[str, Any] = config.get("text_config", config)
+    return section
+
+
+def second_layer(family: str) -> str:
+    """Its name, which is an MoE layer's everywhere."""
+    return family_of(family).layer_name.format(index=1)
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:

@@ -65,7 +65,7 @@ def test_more_choices_than_experts_are_refused(tiny_moe: Path, top_k: int) -> No
 
 def test_more_choices_than_experts_in_the_checkpoint_itself_are_refused(tmp_path: Path) -> None:
     write_folder(tmp_path, {**CONFIG, "num_experts_per_tok": 5}, layer_tensors())
-    with pytest.raises(ConfigError, match=r"gating\.top_k is 5, but it has 4 experts"):
+    with pytest.raises(ConfigError, match=r"config\.json: num_experts_per_tok must be at most 4, the number of experts, but is 5"):
         MoELayer.from_checkpoint(tmp_path)
 
 

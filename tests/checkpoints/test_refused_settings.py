@@ -24,22 +24,43 @@ FFN = {"ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 3}
     [
         ("gpt_oss", {"swiglu_limit": 5.0}, r"config\.json: swiglu_limit is 5\.0; supported: 7\.0"),
         ("gpt_oss", {"swiglu_alpha": 1.0}, r"config\.json: swiglu_alpha is 1\.0; supported: 1\.702"),
-        ("deepseek_v2", {"topk_method": "noaux_tc"}, r"config\.json: topk_method 'noaux_tc' is not one of greedy, group_limited_greedy"),
-        ("deepseek_v3", {"n_group": 9, "topk_group": 10}, r"gating\.topk_groups is 10, more than gating\.num_expert_groups = 9"),
-        ("lfm2_moe", {"use_expert_bias": False}, r"config\.json: use_expert_bias is false; supported: true"),
+        (
+            "deepseek_v2",
+            {"topk_method": "noaux_tc"},
+            r'config\.json: topk_method must be one of greedy, group_limited_greedy, but is "noaux_tc"',
+        ),
+        ("deepseek_v3", {"n_group": 9, "topk_group": 10}, r"config\.json: topk_group must be at most n_group = 9, but is 10"),
+        (
+            "lfm2_moe",
+            {"use_expert_bias": False},
+            r"use_expert_bias is false, but a lfm2_moe model with the tensors of this folder has true",
+        ),
         (
             "dbrx",
             {"ffn_config": FFN | {"moe_normalize_expert_weights": 2.0}},
             r"expert_weights is 2\.0; supported: 1 or null",
         ),
-        ("dbrx", {"ffn_config": FFN | {"ffn_act_fn": {"name": "gelu"}}}, r"ffn_config\.ffn_act_fn is {'name': 'gelu'}; supported"),
+        ("dbrx", {"ffn_config": FFN | {"ffn_act_fn": {"name": "gelu"}}}, r'ffn_config\.ffn_act_fn is {"name": "gelu"}; supported'),
         ("dbrx", {"ffn_config": {}}, r"config\.json: ffn_config\.ffn_hidden_size must be a positive whole number, but is missing"),
         ("dbrx", {"ffn_config": None}, r"config\.json: ffn_config\.ffn_hidden_size must be a positive whole number, but is missing"),
-        ("qwen3_moe", {"mlp_only_layers": 5}, r"config\.json is not that of a qwen3_moe model"),
-        ("qwen3_moe", {"decoder_sparse_step": 0}, r"config\.json is not that of a qwen3_moe model"),
-        ("mellum", {"mlp_layer_types": ["sparse"]}, r"config\.json is not that of a mellum model: list index out of range"),
-        ("hunyuan_v1_moe", {"moe_topk": [3, 0]}, r"config\.json: moe_topk must be a positive whole number, but is 0"),
-        ("granitemoe", {"hidden_act": "relu"}, r"config\.json: hidden_act 'relu' is not one of silu, swish, gelu"),
+        ("qwen3_moe", {"mlp_only_layers": 5}, r"config\.json: mlp_only_layers must be a list of layer numbers, but is 5"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, r"config\.json: decoder_sparse_step must be a positive whole number, but is 0"),
+        (
+            "mellum",
+            {"mlp_layer_types": ["sparse"]},
+            r'mlp_layer_types must be a list of dense or sparse for each of the 2 layers, but is \["sparse"\]',
+        ),
+        (
+            "hunyuan_v1_moe",
+            {"moe_topk": [3, 0]},
+            r"moe_topk must be a positive whole number, or a list of one for each of the 2 layers, but is \[3, 0\]",
+        ),
+        ("granitemoe", {"hidden_act": "relu"}, r'config\.json: hidden_act must be one of silu, swish, gelu, but is "relu"'),
+        ("ernie4_5_moe", {"moe_norm_min": 0.5}, r"config\.json: moe_norm_min must be at most 1e-06, but is 0\.5"),
+        ("phimoe", {"num_experts_per_tok": 3}, r"config\.json: num_experts_per_tok must be 2, as many as SparseMixer chooses, but is 3"),
+        ("deepseek_v3", {"n_group": 3, "topk_group": 2}, r"n_group and topk_group do not fit: .* is 3, which does not divide .* 8 experts"),
+        ("deepseek_v3", {"n_group": 8, "topk_group": 4}, r"n_group and topk_group do not fit: .* needs two experts in a group"),
+        ("deepseek_v3", {"n_group": 4, "topk_group": 1}, r"n_group and topk_group do not fit: .* leaves 2 experts to choose from"),
         ("llama4", {"text_config": {}}, r"config\.json: num_hidden_layers must be a positive whole number, but is missing"),
     ],
 )
@@ -52,7 +73,7 @@ def test_a_key_without_which_a_family_is_nothing(tmp_path: Path) -> None:
     folder = rewritten(saved("qwen2_moe"), tmp_path, tensors_of(saved("qwen2_moe")))
     path = folder / "config.json"
     path.write_text(path.read_text().replace('"shared_expert_intermediate_size"', '"other"'))
-    with pytest.raises(CheckpointError, match=r"config\.json: shared_expert_intermediate_size is missing"):
+    with pytest.raises(CheckpointError, match=r"config\.json: shared_expert_intermediate_size must be .*, but is missing"):
         layer_sources(load_config(folder))
 
 

@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from moeserve import CheckpointError, MoELayer
+from moeserve.checkpoints import layer_sources
+from moeserve.config import load_config
+from moeserve.experts import ExpertShard
 from tests.checkpoints.published import PUBLISHED
+from tests.checkpoints.quantized_folders import EXPERTS, LAYER, SIZE, folder_of, plain, weights
 from tests.checkpoints_on_disk import write_folder
+from tests.stacked import stacked
 
 _IN_BITS = {
     8: "BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ",
@@ -26,21 +30,6 @@ _IN_BITS = {
 }
 BITS: Mapping[str, int] = {name: bits for bits, names in _IN_BITS.items() for name in names.split()}
 FLOATS, FP8, EXPONENTS = {"F32", "F16", "BF16"}, {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}, {"U8", "F8_E8M0"}
-SIZE, EXPERTS = 64, 4
-CONFIG = {
-    "model_type": "deepseek_v3",
-    "num_hidden_layers": 1,
-    "first_k_dense_replace": 0,
-    "hidden_size": SIZE,
-    "moe_intermediate_size": SIZE,
-    "n_routed_experts": EXPERTS,
-    "num_experts_per_tok": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "n_shared_experts": 0,
-    "hidden_act": "silu",
-    "dtype": "bfloat16",
-}
 GPT_OSS = {
     "model_type": "gpt_oss",
     "num_hidden_layers": 1,
@@ -50,26 +39,15 @@ GPT_OSS = {
     "num_experts_per_tok": 1,
     "quantization_config": {"quant_method": "mxfp4"},
 }
-LAYER = "model.layers.0.mlp"
 UP = f"{LAYER}.experts.1.up_proj"
 
 
-def gates() -> dict[str, Tensor]:
-    return {f"{LAYER}.gate.weight": torch.randn(EXPERTS, SIZE), f"{LAYER}.gate.e_score_correction_bias": torch.zeros(EXPERTS)}
-
-
 def published(title: str, folder: Path) -> Path:
-    """A layer of four experts in one of the published formats."""
-    tensors, generator = gates(), torch.Generator().manual_seed(0)
-    for expert in range(EXPERTS):
-        for kind in ("gate", "up", "down"):
-            tensors |= PUBLISHED[title].write(f"{LAYER}.experts.{expert}.{kind}_proj", (SIZE, SIZE), generator)[0]
-    return write_folder(folder, {**CONFIG, "quantization_config": PUBLISHED[title].quantization_config}, tensors)
+    return folder_of(folder, PUBLISHED[title].quantization_config, weights(PUBLISHED[title].write)[0])
 
 
 def as_they_are(folder: Path) -> Path:
-    names = [f"{LAYER}.experts.{expert}.{kind}_proj.weight" for expert in range(EXPERTS) for kind in ("gate", "up", "down")]
-    return write_folder(folder, CONFIG, gates() | {name: torch.randn(SIZE, SIZE) for name in names})
+    return folder_of(folder, None, weights(plain)[0])
 
 
 def gpt_oss(folder: Path) -> Path:
@@ -167,5 +145,6 @@ def test_the_smallest_and_the_largest_exponent(tmp_path: Path) -> None:
     tensors[f"{UP}.weight"].fill_(1)
     tensors[f"{UP}.weight_scale_inv"][0, 0], tensors[f"{UP}.weight_scale_inv"][1, 1] = 0, 254
     save_file(tensors, folder / "model.safetensors")
-    up = MoELayer.from_checkpoint(folder, dtype=torch.float32).bank.experts[1].gate_up_proj[SIZE:]
+    (source,) = layer_sources(load_config({"model": {"checkpoint": folder, "dtype": "float32"}}))
+    up = stacked(source.experts([ExpertShard(1)])).gate_up_proj[0, SIZE:]
     assert (up[0, 0].item(), up[-1, -1].item()) == (2.0**-127, 2.0**127)

@@ -74,7 +74,7 @@ SETTINGS: Mapping[str, dict[str, Any]] = {
     },
     "afmoe": {**_MOE, "num_shared_experts": 2, "num_dense_layers": 1, "head_dim": 16, "route_scale": 1.3},
     "mellum": {**_MOE, "head_dim": 16, "mlp_layer_types": ["dense", "sparse"]},
-    "deepseek_v2": {**_DEEPSEEK, **_LATENT, "topk_method": "group_limited_greedy", "mlp_bias": True},
+    "deepseek_v2": {**_DEEPSEEK, **_LATENT, "topk_method": "group_limited_greedy", "norm_topk_prob": False, "mlp_bias": True},
     "deepseek_v3": {**_DEEPSEEK, **_LATENT},
     "deepseek_v32": {**_DEEPSEEK, **_LATENT, "index_n_heads": 2, "index_head_dim": 16, "mlp_layer_types": ["dense", "sparse"]},
     "glm4_moe": {**_DEEPSEEK, "head_dim": 16},

@@ -62,7 +62,7 @@ class FunctionEngine:
         ids, weights = request.topk_ids, request.topk_weights
         if ids is None or weights is None:
             ids, weights = torch.tensor([[0, 1]]).expand(num_tokens, 2), torch.full((num_tokens, 2), 0.5)
-        counts = ids.flatten().bincount(minlength=num_experts)
+        counts = ids[ids >= 0].bincount(minlength=num_experts)
         return ForwardOutput(
             hidden_states=self._experts[layer](request.hidden_states, ids, weights),
             requested=counts,

@@ -42,7 +42,7 @@ class Stock(pb_grpc.MoEServiceServicer):
         if request.layer_name == "plain error":
             context.abort(grpc.StatusCode.NOT_FOUND, "not here")
         if request.layer_name == "foreign code":
-            context.abort(grpc.StatusCode.DATA_LOSS, "oh no")
+            context.abort(grpc.StatusCode.OUT_OF_RANGE, "oh no")
         if request.layer_name == "another service":
             context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         if request.layer_name == "unavailable":

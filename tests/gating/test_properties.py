@@ -114,6 +114,20 @@ def test_choices_are_admitted_the_same_in_any_company(case: Case) -> None:
 
 
 @settings(max_examples=100, deadline=None)
+@given(cases(), st.sampled_from([torch.nan, torch.inf, -torch.inf, 3e38]))
+def test_unused_rows_may_hold_anything(case: Case, value: float) -> None:
+    if case.used_token is None:
+        return
+    dirty = case.router_logits.masked_fill(~case.used_token[:, None], value)
+    got, want = (route(logits, case.gating, case.used_token) for logits in (dirty, case.router_logits))
+    for name in set(TENSORS) - {"topk_ids"}:
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    assert torch.equal(got.topk_ids[case.used_token], want.topk_ids[case.used_token])
+    assert torch.equal(got.dense(), want.dense())
+    assert (got.aux_loss, got.z_loss) == (want.aux_loss, want.z_loss)
+
+
+@settings(max_examples=100, deadline=None)
 @given(cases(), st.integers(0, 2**32))
 def test_renaming_the_experts_renames_the_answer(case: Case, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

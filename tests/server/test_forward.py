@@ -44,13 +44,13 @@ async def test_everything_a_request_says_reaches_the_engine(running: Running) ->
     assert value(answer.slots).tolist() == [[-1, -1]] * 3
     assert value(answer.drop_reasons).tolist() == [[pb.DROP_REASON_CAPACITY] * 2] * 3
     (got,) = running.engine.requests
-    assert torch.equal(got.hidden_states, tokens())
+    assert torch.equal(got.hidden_states, tokens() * used_token[:, None])
     assert got.used_token is not None
     assert torch.equal(got.used_token, used_token)
     assert got.topk_ids is not None
-    assert torch.equal(got.topk_ids, ids)
+    assert got.topk_ids.tolist() == [[0, 1], [-1, -1], [3, 0]]
     assert got.topk_weights is not None
-    assert torch.equal(got.topk_weights, weights)
+    assert torch.equal(got.topk_weights, weights * used_token[:, None])
     assert got.return_routing
     assert (got.token_ids, got.capacity_factor, got.noise, got.seed) == (None, None, None, None)
 
@@ -114,6 +114,7 @@ async def test_a_deadline_that_passes_cancels_the_work(running: Running) -> None
         errors.DeadlineExceeded("no"),
         errors.Cancelled("no"),
         errors.PermissionDenied("no"),
+        errors.NonFiniteOutput("no"),
         errors.MoEServeError("no"),
     ],
 )

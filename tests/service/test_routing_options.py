@@ -99,7 +99,7 @@ def test_slots_and_drops_are_those_of_the_gate(client: Client, number: int) -> N
     layer = layer_with(number)
     out = client.forward(x, layer=number, used_token=used_token, return_routing=True)
     assert_same(out, layer.run(x, used_token, return_routing=True))
-    routing = layer.router(x, [40], used_token).request(0)
+    routing = layer.router(x * used_token[:, None], [40], used_token).request(0)
     assert_routed(out, routing)
     assert bool(routing.drops) == (number in {JITTER, FIXED})
     plain = client.forward(x, layer=number)

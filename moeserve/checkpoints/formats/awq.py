@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar
 
 import torch
 
@@ -15,15 +15,13 @@ from moeserve.checkpoints.formats.number_format import FLOATS, NumberFormat, Pie
 from moeserve.checkpoints.formats.packed import Packed
 from moeserve.checkpoints.formats.scheme import Scheme, Settings, mentions, module_of
 
-#: where in a word each of eight neighbors is
-_PLACES: Final = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
-
 
 @dataclass(frozen=True)
 class PackedOutputs(Packed):
     """qweight [C, R / 8], qzeros [G, R / 8], scales [G, R]: words go along the outputs, the rows of a weight, even ones first."""
 
     title = "AWQ int4"
+    is_turned: ClassVar[bool] = True
 
     def pieces(self, shape: tuple[int, ...]) -> Mapping[str, Piece]:
         rows, columns = shape
@@ -38,14 +36,15 @@ class PackedOutputs(Packed):
     def coded(self, read: Read, rows: slice, columns: slice) -> Coded:
         across, column_group = groups(columns, self.group)
         words, within = covering(rows, self._per_word)
-        codes = self._in_order(read(self.name, columns, words))[:, within].t()
+        codes = self._in_order(read(self.name, columns, words))[:, within].t().contiguous()
         zeros = self._in_order(read(self.zeros, across, words))[:, within].t()
         scales = read(self.scales, across, rows).t().float()
         return Coded(codes, scales, torch.arange(len(scales)), column_group, zeros.float())
 
     def _in_order(self, words: torch.Tensor) -> torch.Tensor:
-        """[n, W] words -> [n, 8 W] codes."""
-        return unpacked(words, self.bits).view(len(words), -1, self._per_word)[:, :, _PLACES].flatten(1)
+        """[n, W] words -> [n, 8 W] codes; of eight neighbors a word has those with even numbers first."""
+        codes = unpacked(words, self.bits)
+        return codes.view(*words.shape, 2, 4).transpose(2, 3).reshape(codes.shape)
 
 
 def awq(settings: Settings, config: Settings) -> Scheme:

@@ -24,7 +24,9 @@ _TABLES: Final = {bits: _table(bits) for bits in WIDTHS}
 
 def unpacked(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """[R, N] of bytes or 32-bit words -> the codes in each row, uint8."""
-    in_bytes = packed.contiguous().view(torch.uint8)
+    # Of one row or column, any strides count as contiguous, but bytes can be seen only where the last is 1.
+    is_dense = packed.is_contiguous() and packed.stride(-1) == 1
+    in_bytes = (packed if is_dense else packed.clone(memory_format=torch.contiguous_format)).view(torch.uint8)
     return in_bytes if bits == 8 else torch.from_numpy(_TABLES[bits].take(in_bytes.numpy()).view(np.uint8))
 
 

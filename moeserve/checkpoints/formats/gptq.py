@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -24,6 +24,8 @@ class PackedInputs(Packed):
     """
 
     is_v1: bool = True
+
+    is_turned: ClassVar[bool] = True
 
     @property
     def title(self) -> str:

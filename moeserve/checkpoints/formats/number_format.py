@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Final, Literal, Protocol
+from typing import ClassVar, Final, Literal, Protocol
 
 import torch
 
@@ -60,6 +60,11 @@ class NumberFormat(Protocol):
         ...
 
     @property
+    def is_turned(self) -> bool:
+        """Whether a row of the weight is a column in the file, so that a part of few rows is in many places."""
+        ...
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The stored tensors, the one with the numbers first."""
         ...
@@ -80,6 +85,8 @@ class NumberFormat(Protocol):
 
 class CodedFormat(ABC):
     """A `NumberFormat` of few bits: numbers are codes, scales, and perhaps zeros."""
+
+    is_turned: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -130,6 +137,7 @@ class Plain:
 
     name: str
 
+    is_turned = False
     title = "as they are"
     known = ()
 

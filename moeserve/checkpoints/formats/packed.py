@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 import torch
 
@@ -36,6 +36,8 @@ class Packed(CodedFormat):
     order: str = ""
     known: tuple[str, ...] = ()
 
+    #: whether an order of nothing but -1 means that there is none
+    may_be_unordered: ClassVar[bool] = False
     #: that rows share scales too is said by those formats in which they can
     is_whole = False
     scale_types = FLOATS
@@ -73,9 +75,12 @@ class Packed(CodedFormat):
         if not self.order:
             return groups(columns, self.group)
         of_column = read(self.order, slice(0, 1), columns).flatten().long()
-        first, last = (int(extreme) for extreme in torch.aminmax(of_column)) if len(of_column) else (0, 0)
-        # compressed-tensors fills the tensor with -1 where columns are in their order.
-        return groups(columns, self.group) if first < 0 else (slice(first, last + 1), of_column - first)
+        first, last = (int(extreme) for extreme in torch.aminmax(of_column))
+        if first == last == -1 and self.may_be_unordered:
+            return groups(columns, self.group)
+        if first < 0:
+            raise ValueError(f"{self.order} names group {first}; allowed: from 0")
+        return slice(first, last + 1), of_column - first
 
     def _count(self, columns: int) -> int:
         return 1 if self.group is None else -(-columns // self.group)
@@ -96,6 +101,8 @@ class PackedColumns(Packed):
     """
 
     is_whole: bool = False
+
+    may_be_unordered: ClassVar[bool] = True
 
     @property
     def title(self) -> str:

@@ -15,7 +15,7 @@ Settings = Mapping[str, Any]
 Recipe = Callable[[str, Container[str]], NumberFormat | None]
 
 #: what is beside a weight, or in its place, when it is stored in some format of few bits
-_TELLTALE: Final = ("_scale_inv", "_scale", "_packed", "_blocks", "_scale_2", "_global_scale", "_weight_scale")
+_TELLTALE: Final = ("_scale_inv", "_scale", "_packed", "_scale_2", "_global_scale", "_weight_scale")
 _TELLTALE_OF_MODULES: Final = (".qweight", ".qscale_weight", ".scale", ".scales", ".qzeros")
 
 
@@ -41,10 +41,10 @@ class Scheme:
             if missing is not None:
                 raise ValueError(f"tensor {missing} is missing, which belongs to {name} as {found.title}")
             return found
-        for told in telltales(name):
-            if told in index:
-                raise ValueError(f"the index has {told}, but {self.title} does not say how {name} is stored")
         if name not in index:
+            told = next((told for told in telltales(name) if told in index), None)
+            if told is not None:
+                raise ValueError(f"the index has {told}, but {self.title} does not say how {name} is stored")
             return None
         if recipe is not None and _is_expert(name) and not self.is_excluded(module_of(name)):
             raise ValueError(f"{self.title} says that {name} is stored in few bits, but the index has no scales of it")

@@ -270,3 +270,35 @@ void run_pass(const struct bank *bank, const struct work *work)
     struct block *blocks = (struct block *)(pass.decoded + aligned(decoded));
     run_blocks(&pass, blocks, cut(&pass, blocks));
 }
+
+/* Bytes of scratch that `run_linear` needs. */
+int64_t linear_scratch_bytes(int64_t inputs, int32_t num_threads) { return num_threads * padded(inputs) * MAX_BLOCK * 4; }
+
+/* out [count, outputs] = rows [count, inputs] times a matrix in panels, plus bias in panels or NULL; all float32. */
+void run_linear(
+    const struct kernel *kernel, const float *rows, int64_t count, int64_t inputs, const float *panels, const float *bias, int64_t outputs,
+    float *out, void *scratch, int32_t num_threads)
+{
+    int64_t depth = padded(inputs);
+    int block = (int)least(rows_of_block(kernel, depth), (count + num_threads - 1) / num_threads);
+    struct bank bank = {.rows_type = FLOAT32, .hidden_size = inputs};
+    memset(out, 0, count * outputs * 4);
+#pragma omp parallel for num_threads(count > block ? num_threads : 1) schedule(dynamic)
+    for (int64_t first = 0; first < count; first += block) {
+        float sums[MAX_BLOCK * PANEL], ones[MAX_BLOCK];
+        int64_t index[MAX_BLOCK];
+        int many = (int)least(block, count - first);
+        char *gathered = (char *)scratch + omp_get_thread_num() * depth * MAX_BLOCK * 4;
+        for (int row = 0; row < many; row++) {
+            index[row] = first + row, ones[row] = 1;
+            struct work work = {.hidden_states = rows, .row_index = index};
+            gather_row(kernel, &bank, &work, row, gathered + row / kernel->tile * kernel->tile * depth * 4, row % kernel->tile);
+        }
+        for (int64_t panel = 0; panel * PANEL < outputs; panel++) {
+            kernel->multiply[FLOAT32](many, gathered, panels + panel * depth * PANEL, depth, sums, NULL);
+            struct sums all = {many, sums, NULL};
+            int width = (int)least(PANEL, outputs - panel * PANEL);
+            kernel->add(all, of_panel(NULL, bias, panel), width, index, ones, outputs, out + panel * PANEL);
+        }
+    }
+}

@@ -1,0 +1,136 @@
+"""One file of `torch.save`, read without torch's unpickler: a zip of `data.pkl`, and of the storages of its tensors, `data/0`, `data/1`, ….
+
+Checked against torch 2.13, which reads the same tensors; files of torch before 1.6 are no zip and are refused.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Mapping
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moeserve.checkpoints.inert_pickle import External, Made, Named, read_pickle
+from moeserve.errors import CheckpointError
+
+_DTYPES = {
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+}
+_TENSOR = "torch._utils._rebuild_tensor_v2"
+_PARAMETER = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
+_WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"
+_TENSOR_CLASSES = ("torch.Tensor", "torch.nn.parameter.Parameter")
+
+
+class TorchFile:
+    """Names and tensors of the file; tensors are mapped, not read. Raises CheckpointError naming the file when it is broken.
+
+    What is no tensor is never made, and harms only who asks for it. `path`: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with zipfile.ZipFile(path) as archive:
+                self._entries = {entry.filename: entry for entry in archive.infolist()}
+                name = next((name for name in self._entries if name.count("/") == 1 and name.endswith("/data.pkl")), "data.pkl")
+                self._root = name.removesuffix("data.pkl")
+                if self._entries[name].compress_type != zipfile.ZIP_STORED:
+                    raise ValueError("its pickle is compressed")
+                if f"{self._root}byteorder" in self._entries and archive.read(f"{self._root}byteorder") != b"little":
+                    raise ValueError("its numbers are big-endian")
+                content = read_pickle(archive.read(name))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing") from None
+        except Exception as error:
+            # Whatever a hostile or broken file makes the libraries stumble over, it is the file that is wrong.
+            raise CheckpointError(f"{path} is not a file of tensors: {str(error).partition(chr(10))[0] or type(error).__name__}") from None
+        items = items_of(content)
+        if items is None:
+            raise CheckpointError(f"{path} holds {described(content)}; expected names and tensors")
+        self.items = items
+
+    def tensor(self, name: str, value: Any) -> torch.Tensor:
+        """The tensor that `value`, found in `items` under `name`, describes. Raises CheckpointError when it is none, or not a plain one."""
+        value = _bare(value)
+        if not isinstance(value, Made) or value.path != _TENSOR:
+            raise CheckpointError(f"{self.path}: {name} is {described(value)}; expected a dense tensor, and nothing was run")
+        try:
+            storage, offset, size, stride, _, _, *more = value.arguments
+            if any(more):
+                raise ValueError("its numbers are to be conjugated or negated")
+            return self._view(storage, offset, tuple(size), tuple(stride))
+        except Exception as error:
+            raise CheckpointError(f"{self.path}: tensor {name} is not in the file as it is described: {error}") from None
+
+    def _view(self, storage: External, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
+        kind, storage_type, key, _, count = storage.key
+        if kind != "storage" or storage_type.path not in _DTYPES:
+            raise ValueError(f"stored as {storage_type.path}; supported: {', '.join(_DTYPES)}")
+        dtype = _DTYPES[storage_type.path]
+        last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+        if min((offset, *size, *stride)) < 0 or prod(size) > count or (prod(size) and last >= count):
+            raise ValueError(f"{list(size)} numbers from {offset} to {last}, of a storage of {count}")
+        numbers = self._storage(f"{self._root}data/{key}", count * dtype.itemsize).view(dtype)
+        return numbers.as_strided(size, stride, numbers.storage_offset() + offset)
+
+    def _storage(self, name: str, nbytes: int) -> torch.Tensor:
+        entry = self._entries[name]
+        if entry.compress_type != zipfile.ZIP_STORED or not 0 <= nbytes <= entry.file_size:
+            raise ValueError(f"{name} has {entry.file_size} bytes of {nbytes}, or is compressed")
+        start = self._start(entry)
+        if start < 0 or start + nbytes > len(self._mapped):
+            raise ValueError(f"{name} lies beyond the end of the file")
+        stored = self._mapped[start : start + nbytes]
+        return stored if start % 8 == 0 else stored.clone()
+
+    def _start(self, entry: zipfile.ZipInfo) -> int:
+        """Where the bytes of an entry begin: behind a header of 30 bytes, its name, and padding that only this header tells."""
+        header = bytes(self._mapped[entry.header_offset : entry.header_offset + 30].tolist())
+        return entry.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+
+    @cached_property
+    def _mapped(self) -> torch.Tensor:
+        return torch.from_file(str(self.path), shared=False, size=os.path.getsize(self.path), dtype=torch.uint8)
+
+
+def items_of(value: Any) -> Mapping[Any, Any] | None:
+    """The entries of a dict, or of an object that is one, as OrderedDict is; None of anything else."""
+    if isinstance(value, Made):
+        return value.items if value.items or value.path == "collections.OrderedDict" else None
+    return value if isinstance(value, dict) else None
+
+
+def described(value: Any) -> str:
+    """What a value of a pickle is, in words."""
+    if isinstance(value, Named):
+        return f"the name {value.path}"
+    if isinstance(value, Made):
+        return f"an object made by {value.path}"
+    return f"a {type(value).__name__}"
+
+
+def _bare(value: Any) -> Any:
+    """A tensor without what torch wraps around one that is a parameter, or has attributes."""
+    while isinstance(value, Made) and len(value.arguments) >= 3:
+        if value.path in _PARAMETER:
+            value = value.arguments[0]
+        elif value.path == _WITH_ATTRIBUTES and described(value.arguments[1]) in {f"the name {name}" for name in _TENSOR_CLASSES}:
+            value = Made(value.arguments[0], value.arguments[2])
+        else:
+            break
+    return value
