@@ -44,8 +44,8 @@ def layer_sources(config: ServiceConfig) -> list[LayerSource]:
             )
         if model.deterministic and config.placement.copies != 1:
             raise ConfigError(
-                f"model.deterministic is true, but placement.copies is {config.placement.copies}; allowed: 1, because which copies compute, "
-                f"and so which answers are added up where, depends on load"
+                f"model.deterministic is true, but placement.copies is {config.placement.copies}; allowed: 1, because load decides which "
+                f"copy computes, and so which answers are added up where"
             )
         if (source.spec.module or source.spec.shared_module) and source.spec.quantized_to is not None:
             raise ConfigError(

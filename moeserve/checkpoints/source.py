@@ -106,8 +106,8 @@ class _OneByOne:
 
     def __iter__(self) -> Iterator[Expert]:
         for shard in self.shards:
-            (expert,) = self.source.experts([shard])
-            yield _held(expert, self.source.spec)
+            # No name holds it here while the next is loaded.
+            yield _held(self.source.experts([shard])[0], self.source.spec)
 
 
 def bank_bytes(source: LayerSource, shards: Sequence[ExpertShard]) -> int:

@@ -58,7 +58,7 @@ class TorchFile:
             raise CheckpointError(f"{path} is missing") from None
         except Exception as error:
             # Whatever a hostile or broken file makes the libraries stumble over, it is the file that is wrong.
-            raise CheckpointError(f"{path} is not a file of tensors: {str(error).partition(chr(10))[0] or type(error).__name__}") from None
+            raise CheckpointError(f"{path} is not a file of tensors: {_sentence(error)}") from None
         items = items_of(content)
         if items is None:
             raise CheckpointError(f"{path} holds {described(content)}; expected names and tensors")
@@ -75,7 +75,7 @@ class TorchFile:
                 raise ValueError("its numbers are to be conjugated or negated")
             return self._view(storage, offset, tuple(size), tuple(stride))
         except Exception as error:
-            raise CheckpointError(f"{self.path}: tensor {name} is not in the file as it is described: {error}") from None
+            raise CheckpointError(f"{self.path}: tensor {name} is not in the file as it is described: {_sentence(error)}") from None
 
     def _view(self, storage: External, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
         kind, storage_type, key, _, count = storage.key
@@ -117,11 +117,14 @@ def items_of(value: Any) -> Mapping[Any, Any] | None:
 
 def described(value: Any) -> str:
     """What a value of a pickle is, in words."""
-    if isinstance(value, Named):
-        return f"the name {value.path}"
-    if isinstance(value, Made):
-        return f"an object made by {value.path}"
+    if isinstance(value, Named | Made):
+        path = value.path if value.path.isprintable() else repr(value.path)
+        return f"the name {path}" if isinstance(value, Named) else f"an object made by {path}"
     return f"a {type(value).__name__}"
+
+
+def _sentence(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _bare(value: Any) -> Any:

@@ -62,6 +62,7 @@ class ExpertBank:
             experts = ()
         for expert in experts:
             self._take(expert, kernel)
+            del expert  # before the next is loaded
         if shared is not None:
             self._take(shared, kernel)
         self._weighs_inputs = np.full(self.num_experts, scale_inputs)

@@ -6,6 +6,7 @@ P panels of 32 output channels.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -75,6 +76,12 @@ class PackedExperts:
         self._experts.append(self._packed(expert, max(1, self._room_for - len(self._experts))))
         self.__dict__.pop("_bank", None)
 
+    def computed_by(self, kernel: str) -> PackedExperts:
+        """The same experts, and another kernel."""
+        twin = self._twin()
+        twin.kernel = kernel
+        return twin
+
     @property
     def num_experts(self) -> int:
         return len(self._experts)
@@ -92,15 +99,12 @@ class PackedExperts:
 
     def replaced(self, changes: Mapping[int, Expert]) -> PackedExperts:
         """The same with other experts in the slots of `changes`; the rest is shared. Raises ConfigError when one is of another kind."""
-        twin = PackedExperts.__new__(PackedExperts)
-        twin.__dict__.update(self.__dict__)
+        twin = self._twin()
         twin._arena = None
-        twin._experts = list(self._experts)
         for done, (slot, expert) in enumerate(changes.items()):
             if not self.takes(expert):
                 raise ConfigError(f"the new expert of slot {slot} is of another kind or size than the one it replaces")
             twin._experts[slot] = twin._packed(expert, len(changes) - done)
-        twin.__dict__.pop("_bank", None)
         return twin
 
     def run(
@@ -134,6 +138,12 @@ class PackedExperts:
         space = scratch(code.scratch_bytes(self._bank, work))
         work.scratch = space.data_ptr()
         code.run_pass(self._bank, work)
+
+    def _twin(self) -> PackedExperts:
+        twin = copy.copy(self)
+        twin.__dict__.pop("_bank", None)
+        twin._experts = list(self._experts)
+        return twin
 
     @property
     def _parts(self) -> int:

@@ -132,16 +132,17 @@ def peak():
 source.experts([ExpertShard(0, 0, 64)])  # threads and allocators are there from now on
 before = peak()
 bank = load_bank(source, [ExpertShard(expert) for expert in range(8)])
-print((peak() - before) / bank.nbytes, bank.nbytes)
+print(peak() - before, bank.nbytes)
 """
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("mixtral", "float32"), ("llama4_text", "bfloat16")])
 def test_loading_takes_hardly_more_memory_than_the_weights(family: str, dtype: str, large: Callable[[str], Path]) -> None:
     done = subprocess.run([sys.executable, "-c", PEAK, str(large(family)), dtype], capture_output=True, text=True, check=True)
-    share, nbytes = map(float, done.stdout.split())
+    taken, nbytes = map(int, done.stdout.split())
     assert nbytes > 95e6
-    assert share < 1.15
+    # Beside what is held: one expert as it is stored, and once per process what kernels are chosen with.
+    assert taken < nbytes * 9 / 8 + 3 * 2**24
 
 
 @pytest.fixture(scope="module")
