@@ -10,7 +10,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from moeserve.config.gating import GatingConfig
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-#: what weights can be quantized to while they are loaded
 Bits = Literal["int8", "fp8"]
 Quantization = Literal["int8", "fp8", "none"]
 #: what computes feed-forward experts on CPUs: the fastest as measured, torch's operators, or a compiled kernel
@@ -89,8 +88,7 @@ class ModelConfig(Table):
     checkpoint: File | None = None
     #: element type of rows, and of weights that are not quantized; unset = as stored
     dtype: Dtype | None = None
-    #: what the weights of feed-forward experts are quantized to while they are loaded; unset = as stored, in few bits if they are
-    #: published so; none = dtype, whatever they are published in
+    #: what weights of feed-forward experts are quantized to; unset = as stored, in few bits if they are published so; none = dtype
     quantization: Quantization | None = None
     #: what computes feed-forward experts on CPUs: auto = the fastest here, measured at start; torch = its operators; or a compiled kernel
     kernel: Kernel = "auto"

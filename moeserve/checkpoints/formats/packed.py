@@ -40,7 +40,7 @@ class Packed(CodedFormat):
     may_be_unordered: ClassVar[bool] = False
     #: that rows share scales too is said by those formats in which they can
     is_whole = False
-    scale_types = FLOATS
+    scale_types = ("F16", "BF16", "F32")
 
     @property
     @abstractmethod
