@@ -13,7 +13,12 @@ from rich.table import Table
 from moeserve.checkpoints import LayerSource, check_memory, host_bytes, layer_sources, memory_bytes
 from moeserve.cli.flags import Overrides
 from moeserve.cli.gates import gates
+<<<<<<< HEAD
 from moeserve.config import GatingConfig, PlacementConfig, load_config
+=======
+from moeserve.cli.kernels import kernels
+from moeserve.config import GatingConfig, LayerSpec, PlacementConfig, load_config
+>>>>>>> main
 from moeserve.experts import ExpertShard
 from moeserve.placement import LayerPlacement, Placement, plan_placement
 
@@ -21,6 +26,7 @@ from moeserve.placement import LayerPlacement, Placement, plan_placement
 def plan(
     source: Annotated[str, typer.Argument(help="A TOML configuration or a checkpoint folder.")],
     overrides: Overrides,
+    with_kernels: Annotated[bool, typer.Option("--kernels", help="Also measure which kernel is fastest for the experts, here.")] = False,
 ) -> None:
     """Show the layers and their gates, which host would hold which experts, and the memory that takes; fail when it does not fit."""
     config = load_config(source, overrides)
@@ -33,6 +39,8 @@ def plan(
     console.print(_layers(sources))
     console.print(gates(sources))
     console.print(_hosts(placement, config.placement, nbytes))
+    for table in kernels(specs, config.placement) if with_kernels else ():
+        console.print(table)
     check_memory(nbytes, config, memory_bytes())
 
 

@@ -68,22 +68,23 @@ def chosen(expert: FeedForward, kernel: Kernel = "auto", deterministic: bool = F
 
     Raises ConfigError when this processor, or this type of weights, has not the kernel that is asked for.
     """
-    return _chosen(Shape.of(expert), kernel, deterministic)
+    return measured(Shape.of(expert), kernel, deterministic)
 
 
 @cache
-def _chosen(shape: Shape, kernel: Kernel, deterministic: bool) -> Choice:
+def measured(shape: Shape, kernel: Kernel, deterministic: bool) -> Choice:
+    """As `chosen`, for a shape; kept as long as the process lives."""
     kernels = kernels_for(shape.dtype, shape.activation, kernel)
     if kernel not in ("auto", "torch"):
         return Choice(kernels[0], LINEAR, {})
-    choice = _measured(shape, kernels, deterministic)
+    choice = _measure(shape, kernels, deterministic)
     taken = choice.kernel or f"torch ({', '.join(f'{rows}: {form}' for rows, form in zip(ROWS, choice.forms, strict=True))})"
     times = "; ".join(f"{name} {' '.join(f'{each:.0f}' for each in row)}" for name, row in choice.microseconds.items())
     log.info("kernel for experts of %s: %s (us per expert for %s rows: %s)", shape, taken, ", ".join(map(str, ROWS)), times)
     return choice
 
 
-def _measured(shape: Shape, kernels: tuple[str, ...], deterministic: bool) -> Choice:
+def _measure(shape: Shape, kernels: tuple[str, ...], deterministic: bool) -> Choice:
     """The kernel that is fastest for all numbers of rows together, so that there is one for all of them; else the fastest forms."""
     experts = list(_some_experts(shape))
     runs: dict[str, Callable[[torch.Tensor], object]] = {form: _one_by_one(experts, form) for form in _FORMS}

@@ -1,0 +1,51 @@
+"""The kernels of a plan, measured on this machine with the threads that a host has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from moeserve.config import LayerSpec, PlacementConfig
+from moeserve.experts import ROWS, Choice, ExpertShard, Shape, measured
+from moeserve.tensors import FLOAT_DTYPES
+
+
+def kernels(specs: Sequence[LayerSpec], placement: PlacementConfig) -> Iterator[Table]:
+    """A table for every shape of expert: microseconds per expert for so many rows, of each kernel there is for it."""
+    num_threads = max(1, int(placement.cpus_per_host))
+    torch.set_num_threads(num_threads)
+    seen = set()
+    for spec in specs:
+        if spec.module is None and spec.quantization is None:
+            channels = ExpertShard(0, 0, placement.tensor_parallel).span(spec.intermediate_size)
+            width: int = channels.stop - channels.start
+            shape = Shape(FLOAT_DTYPES[spec.dtype], spec.activation, spec.hidden_size, width, num_threads)
+            if shape not in seen:
+                seen.add(shape)
+                yield _table(shape, measured(shape, spec.kernel, spec.deterministic))
+
+
+def _table(shape: Shape, choice: Choice) -> Table:
+    table = Table("kernel", title=f"us per expert and rows: {shape}", title_justify="left", box=SIMPLE_HEAD)
+    for rows in ROWS:
+        table.add_column(str(rows), justify="right")
+    table.add_column("")
+    for name, row in choice.microseconds.items():
+        table.add_row(_label(name), *(f"{each:,.0f}" for each in row), _verdict(name, choice))
+    if not choice.microseconds:
+        table.add_row(str(choice.kernel), *("" for _ in ROWS), "as configured")
+    return table
+
+
+def _label(name: str) -> str:
+    return f"torch, {name}" if name in ("linear", "transposed") else name
+
+
+def _verdict(name: str, choice: Choice) -> str:
+    if choice.kernel is not None:
+        return "chosen" if name == choice.kernel else ""
+    of_form = [str(rows) for rows, form in zip(ROWS, choice.forms, strict=True) if form == name]
+    return f"chosen for {', '.join(of_form)}" if of_form else ""

@@ -1,0 +1,52 @@
+"""Which kernel computes the experts of a shape: measured once, said once, or as configured."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from moeserve.experts import ROWS, Choice, FeedForward, Shape, measured
+from moeserve.experts.choice import chosen
+from moeserve.kernels import KERNELS, fastest_of
+
+SHAPE = Shape(torch.float32, "swiglu", 64, 96, 2)
+
+
+def test_what_is_chosen_was_fastest() -> None:
+    choice = measured(SHAPE, "auto", False)
+    totals = {name: torch.tensor(row).log().mean().exp().item() for name, row in choice.microseconds.items()}
+    best = min(totals[name] for name in totals if name in KERNELS)
+    assert choice.kernel is not None, "torch's operators, one expert after the other, for experts as small as these"
+    assert totals[choice.kernel] <= 1.05 * best
+    for index, form in enumerate(choice.forms):
+        assert choice.microseconds[form][index] == min(choice.microseconds[name][index] for name in ("linear", "transposed"))
+
+
+def test_it_is_measured_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    shape = Shape(torch.bfloat16, "relu", 32, 32, 2)
+    with caplog.at_level(logging.INFO):
+        first, second = measured(shape, "auto", False), measured(shape, "auto", False)
+    assert first is second
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"kernel for experts of bfloat16 relu, 32 x 32, 2 threads: {first.kernel or 'torch'}")
+
+
+def test_torch_is_measured_alone_when_it_is_asked_for() -> None:
+    choice = measured(SHAPE, "torch", False)
+    assert choice.kernel is None
+    assert choice.microseconds.keys() == {"linear", "transposed"}
+    assert all(len(row) == len(ROWS) for row in choice.microseconds.values())
+
+
+def test_what_is_configured_is_not_measured() -> None:
+    expert = FeedForward("swiglu", torch.zeros(64, 32), torch.zeros(32, 32))
+    assert chosen(expert, "generic") == Choice("generic", ("linear",) * len(ROWS), {})
+
+
+def test_the_fastest_run_counts_and_all_take_turns() -> None:
+    turns: list[str] = []
+    seconds = fastest_of({name: lambda name=name: turns.append(name) for name in ("a", "b")}, rounds=2)  # type: ignore[misc]
+    assert turns == ["a", "b", "a", "b"]
+    assert all(0 < taken < 1 for taken in seconds.values())
