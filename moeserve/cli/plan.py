@@ -13,12 +13,8 @@ from rich.table import Table
 from moeserve.checkpoints import LayerSource, check_memory, host_bytes, layer_sources, memory_bytes
 from moeserve.cli.flags import Overrides
 from moeserve.cli.gates import gates
-<<<<<<< HEAD
-from moeserve.config import GatingConfig, PlacementConfig, load_config
-=======
 from moeserve.cli.kernels import kernels
-from moeserve.config import GatingConfig, LayerSpec, PlacementConfig, load_config
->>>>>>> main
+from moeserve.config import GatingConfig, PlacementConfig, load_config
 from moeserve.experts import ExpertShard
 from moeserve.placement import LayerPlacement, Placement, plan_placement
 
@@ -39,7 +35,7 @@ def plan(
     console.print(_layers(sources))
     console.print(gates(sources))
     console.print(_hosts(placement, config.placement, nbytes))
-    for table in kernels(specs, config.placement) if with_kernels else ():
+    for table in kernels(sources, config.placement) if with_kernels else ():
         console.print(table)
     check_memory(nbytes, config, memory_bytes())
 
