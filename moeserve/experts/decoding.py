@@ -5,16 +5,20 @@ O output and C input channels, S x G scales, r output channels of a tile.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from moeserve.experts.codes import FP8, Code
 from moeserve.experts.groups import Groups
-from moeserve.kernels import Coded, can_decode, decode, scratch
+from moeserve.kernels import Coded, can_decode, decode, multiply, scratch
 
 if TYPE_CHECKING:
     from moeserve.experts.quantized_matrix import QuantizedMatrix
+
+# Numbers that are decoded just before they are multiplied: few enough to stay in the second-level cache.
+_TILE: Final = 2**17
 
 
 class Decoder(Protocol):
@@ -24,6 +28,10 @@ class Decoder(Protocol):
 
     def tile(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
         """[r, C] in the order of `Code.apart`, bfloat16 or float32; valid until the next one."""
+        ...
+
+    def few(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows [n, C] float32, in that order -> [O, n] float32, yet to be multiplied with `after`."""
         ...
 
 
@@ -89,6 +97,13 @@ class TorchDecoder:
         grouped.mul_(scales)
         return numbers.to(dtype)
 
+    def few(self, rows: torch.Tensor) -> torch.Tensor:
+        sums = rows.new_empty(len(self._matrix.codes), len(rows))
+        step = max(1, _TILE // max(1, rows.shape[1]))
+        for first in range(0, len(sums), step):
+            sums[first : first + step] = F.linear(rows, self.tile(first, first + step, torch.float32)).t()
+        return sums
+
     def _grouped(self, numbers: torch.Tensor, of_groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """numbers [r, C] and what each group of each row has [r, G], as views that broadcast to each other."""
         if self._index is not None:
@@ -123,12 +138,21 @@ class CompiledDecoder:
         self._kept = scales, index
 
     def tile(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
-        matrix, coded = self._matrix, self._coded
+        matrix = self._matrix
         rows, width = max(0, min(last, len(matrix.codes)) - first), matrix.codes.shape[1] * 8 // matrix.code.bits
         # The same memory for every tile, because fresh memory costs page faults.
         nbytes = rows * width * dtype.itemsize
         out = scratch(nbytes)[:nbytes].view(dtype).view(rows, width)
-        coded.to_bf16, coded.first_row, coded.rows = dtype == torch.bfloat16, first, rows
-        coded.codes, coded.out = matrix.codes.data_ptr() + first * coded.bytes, out.data_ptr()
-        decode(coded)
+        decode(self._at(first, rows, out))
         return out
+
+    def few(self, rows: torch.Tensor) -> torch.Tensor:
+        sums = rows.new_empty(len(self._matrix.codes), len(rows))
+        multiply(self._at(0, len(sums), sums), rows.contiguous())
+        return sums
+
+    def _at(self, first: int, rows: int, out: torch.Tensor) -> Coded:
+        coded = self._coded
+        coded.to_bf16, coded.first_row, coded.rows = out.dtype == torch.bfloat16, first, rows
+        coded.codes, coded.out = self._matrix.codes.data_ptr() + first * coded.bytes, out.data_ptr()
+        return coded

@@ -49,13 +49,16 @@ class QuantizedFeedForward:
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         rows = rows.to(self.dtype)
-        projected = torch.cat([matrix.project(rows) for matrix in self.gate_up_proj], dim=1)
+        sizes = [matrix.shape[0] for matrix in self.gate_up_proj]
+        projected = rows.new_empty(len(rows), sum(sizes), dtype=torch.float32)
+        for matrix, part in zip(self.gate_up_proj, projected.split(sizes, dim=1), strict=True):
+            matrix.project(rows, out=part)
         if self.gate_up_bias is not None:
             projected += self.gate_up_bias
         answer = self.down_proj.project(activate(projected, self.activation, dim=1).to(self.dtype))
         if self.down_bias is not None:
             answer += self.down_bias
-        return answer.contiguous()
+        return answer
 
 
 def quantize(expert: FeedForward, bits: Bits) -> QuantizedFeedForward:

@@ -11,18 +11,15 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 
-from moeserve.experts.codes import INT8, Code
+from moeserve.experts.codes import Code
 from moeserve.experts.decoding import Decoder, decoder_of, scales_in_float32
 from moeserve.experts.groups import Groups
 
-# Tiles of so many numbers are decoded just before they are multiplied: for few rows, few enough to stay in the second-level cache; for
-# many, enough for a matmul to be worth its call.
+# Few rows wait for numbers to be decoded: they stay in float32, which is a step less, and nothing is rounded. For many, tiles of so many
+# numbers are decoded just before they are multiplied: enough for a matmul to be worth its call.
 _FEW_ROWS: Final = 8
-_TILE_OF_FEW: Final = 2**18
-_TILE_OF_MANY: Final = 2**20
+_TILE: Final = 2**20
 _ROWS_AT_ONCE: Final = 64
-# The fused kernel reads whole vectors, past the end of a row of weights that is no multiple of them.
-_FUSED_WIDTH: Final = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,42 +75,18 @@ class QuantizedMatrix:
             numbers[first : first + len(tile)] = self.code.together(tile, self.columns)
         return numbers if decoder.after is None else numbers.mul_(decoder.after)
 
-    def project(self, rows: torch.Tensor) -> torch.Tensor:
-        """rows [n, C], bfloat16 or float32, n > 0 -> a new [n, O] float32."""
-        decoder = decoder_of(self)
-        sums = self._fused(rows) if self._is_fused(rows, decoder) else self._by_tiles(rows, decoder)
-        return (sums if decoder.after is None else sums.mul_(decoder.after)).t()
+    def project(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """rows [n, C], bfloat16 or float32, n > 0 -> [n, O] float32: `out`, or a new one."""
+        decoder, out = decoder_of(self), rows.new_empty(len(rows), len(self.codes), dtype=torch.float32) if out is None else out
+        if len(rows) <= _FEW_ROWS:
+            out.copy_(decoder.few(self.code.apart(rows.float())).t())
+        else:
+            self._by_tiles(self.code.apart(rows), decoder, out)
+        return out if decoder.after is None else out.mul_(decoder.after.t())
 
-    def _fused(self, rows: torch.Tensor) -> torch.Tensor:
-        """[O, n] float32, not scaled yet."""
-        return torch._weight_int8pack_mm(rows.contiguous(), self.codes, rows.new_ones(len(self.codes))).float().t()
-
-    def _by_tiles(self, rows: torch.Tensor, decoder: Decoder) -> torch.Tensor:
-        """[O, n] float32."""
-        is_few = len(rows) <= _FEW_ROWS
-        # Few rows wait for numbers to be decoded: in float32 that is a step less, and nothing is rounded.
-        rows = self.code.apart(rows.float() if is_few else rows)
-        columns = rows[0] if len(rows) == 1 else rows.t()
-        sums = rows.new_empty(len(self.codes), *columns.shape[1:])
-        step = max(1, (_TILE_OF_FEW if is_few else _TILE_OF_MANY) // max(1, rows.shape[1]))
-        for first in range(0, len(sums), step):
-            numbers = decoder.tile(first, first + step, rows.dtype)
-            into = sums[first : first + step]
-            if is_few and len(rows) > 1:
-                into.copy_(F.linear(rows, numbers).t())
-            else:
-                torch.matmul(numbers, columns, out=into)
-        return sums.float().view(len(sums), len(rows))
-
-    def _is_fused(self, rows: torch.Tensor, decoder: Decoder) -> bool:
-        # A private operator: nothing public multiplies bfloat16 rows by int8 weights, and decoding takes longer than a few rows.
-        return (
-            self.code is INT8
-            and decoder.after is not None
-            and len(rows) <= _FEW_ROWS
-            and rows.dtype == torch.bfloat16
-            and rows.device.type == "cpu"
-            and rows.shape[1] > 0
-            and rows.shape[1] % _FUSED_WIDTH == 0
-            and hasattr(torch, "_weight_int8pack_mm")
-        )
+    def _by_tiles(self, rows: torch.Tensor, decoder: Decoder, out: torch.Tensor) -> None:
+        """rows [n, C] in the order of the numbers."""
+        step = max(1, _TILE // max(1, rows.shape[1]))
+        for first in range(0, len(self.codes), step):
+            tile = decoder.tile(first, first + step, rows.dtype)
+            out[:, first : first + len(tile)] = F.linear(rows, tile)

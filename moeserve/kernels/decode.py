@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, Structure, c_int32, c_int64, c_void_p
+from functools import cache
+
+import torch
 
 from moeserve.kernels.native import library
+
+_NO_ROOM = "there is no room for a row of weights"
 
 
 class Coded(Structure):
@@ -36,9 +41,21 @@ def can_decode() -> bool:
 
 
 def decode(coded: Coded) -> None:
-    """Fill `out`. Raises MemoryError."""
+    """Fill `out`, [rows, columns]. Raises MemoryError."""
+    if _code().decode(ctypes.byref(coded)):
+        raise MemoryError(_NO_ROOM)
+
+
+def multiply(coded: Coded, inputs: torch.Tensor) -> None:
+    """Fill `out`, [rows, n] float32: the numbers times inputs [n, columns] float32, contiguous. Raises MemoryError."""
+    if _code().multiply(ctypes.byref(coded), inputs.data_ptr(), len(inputs)):
+        raise MemoryError(_NO_ROOM)
+
+
+@cache
+def _code() -> ctypes.CDLL:
     code = library()
     assert code is not None, "asked before"
     code.decode.restype, code.decode.argtypes = c_int32, (POINTER(Coded),)
-    if code.decode(ctypes.byref(coded)):
-        raise MemoryError("there is no room for the scales of a row of weights")
+    code.multiply.restype, code.multiply.argtypes = c_int32, (POINTER(Coded), c_void_p, c_int64)
+    return code

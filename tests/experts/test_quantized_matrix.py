@@ -15,6 +15,7 @@ from torch import Tensor
 from moeserve.experts import INT4, INT8, Code, Groups, QuantizedMatrix, float_code
 from moeserve.experts.decoding import CompiledDecoder, TorchDecoder
 from moeserve.kernels import can_decode
+from tests.closeness import assert_close
 
 FP8_TYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 FP4 = float_code(torch.uint8)
@@ -91,7 +92,7 @@ def test_any_matrix(drawn: tuple[QuantizedMatrix, np.ndarray], num_rows: int, dt
     assert answer.dtype == torch.float32
     expected = rows.double().numpy() @ exact.T
     # What the type of the products rounds, in each product and each sum: relative to the sum of their magnitudes.
-    eps = torch.finfo(torch.float32 if num_rows <= 8 and matrix.code is not INT8 else dtype).eps
+    eps = torch.finfo(torch.float32 if num_rows <= 8 else dtype).eps
     bound = np.abs(rows.double().numpy()) @ np.abs(exact).T * eps * (2 + np.log2(1 + matrix.columns))
     assert (np.abs(answer.double().numpy() - expected) <= bound + 1e-30).all()
 
@@ -108,6 +109,9 @@ def test_both_decoders(drawn: tuple[QuantizedMatrix, np.ndarray], dtype: torch.d
             tile = matrix.code.together(decoder.tile(first, last, dtype), matrix.columns)
             assert tile.dtype == dtype
             after = 1.0 if decoder.after is None else decoder.after[first:last].double().numpy()
+            rows = torch.randn(3, matrix.columns, generator=torch.Generator().manual_seed(0))
+            sums = decoder.few(matrix.code.apart(rows)) if decoder.after is None else decoder.few(matrix.code.apart(rows)) * decoder.after
+            assert_close(sums.t(), rows.double() @ torch.from_numpy(exact).t(), summed=matrix.columns)
             # Rounded once, to the type of the rows; scales that wait are exact.
             bound = torch.finfo(dtype).eps / 2 + 2**-22
             np.testing.assert_allclose(tile.double().numpy() * after, exact[first:last], rtol=bound, atol=0)

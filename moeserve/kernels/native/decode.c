@@ -131,31 +131,99 @@ static void (*const decoders[][2])(int64_t, const uint8_t *, const float *, cons
 SPREAD(spread_scales, float)
 SPREAD(spread_zeros, int8_t)
 
-/* 0, or -1 where there is no memory. */
+/* What one thread has at hand of the scales and zeros of a row. */
+struct spread {
+    float *scale, *zero;
+    int64_t row;
+};
+
+static int64_t columns_of(const struct coded *coded) { return coded->bytes * (coded->code >= CODE_INT4 ? 2 : 1); }
+
+static void one_row(const struct coded *coded, int64_t row, struct spread *spread, void *out)
+{
+    int64_t own = (coded->first_row + row + coded->row_cut) / coded->row_size, columns = columns_of(coded);
+    if (coded->scales && own != spread->row) {
+        spread->row = own;
+        spread_scales(coded, coded->scales + own * coded->groups, columns, spread->scale);
+        if (coded->zeros)
+            spread_zeros(coded, coded->zeros + own * coded->groups, columns, spread->zero);
+    }
+    decoders[coded->code][coded->to_bf16](coded->bytes, coded->codes + row * coded->bytes, coded->scales ? spread->scale : NULL,
+        coded->scales && coded->zeros ? spread->zero : NULL, out);
+}
+
+/* Fills `out`. 0, or -1 where there is no memory. */
 int32_t decode(const struct coded *coded)
 {
-    int64_t columns = coded->bytes * (coded->code >= CODE_INT4 ? 2 : 1), size = coded->to_bf16 ? 2 : 4;
+    int64_t columns = columns_of(coded), size = coded->to_bf16 ? 2 : 4;
     int32_t failed = 0;
 #pragma omp parallel num_threads(coded->num_threads) if (coded->rows * columns > ALONE) reduction(| : failed)
     {
-        float *scale = coded->scales ? malloc(2 * columns * sizeof *scale) : NULL, *zero = scale + columns;
-        int64_t spread_row = -1;
-        failed = coded->scales && !scale;
+        float *memory = malloc(2 * columns * sizeof *memory);
+        struct spread spread = {memory, memory + columns, -1};
+        failed = !memory;
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < coded->rows; row++) {
-            int64_t own = (coded->first_row + row + coded->row_cut) / coded->row_size;
-            if (failed)
-                continue;
-            if (scale && own != spread_row) {
-                spread_row = own;
-                spread_scales(coded, coded->scales + own * coded->groups, columns, scale);
-                if (coded->zeros)
-                    spread_zeros(coded, coded->zeros + own * coded->groups, columns, zero);
-            }
-            decoders[coded->code][coded->to_bf16](coded->bytes, coded->codes + row * coded->bytes, scale,
-                scale && coded->zeros ? zero : NULL, (char *)coded->out + row * columns * size);
+        for (int64_t row = 0; row < coded->rows; row++)
+            if (memory)
+                one_row(coded, row, &spread, (char *)coded->out + row * columns * size);
+        free(memory);
+    }
+    return -failed;
+}
+
+typedef float wide __attribute__((vector_size(64), aligned(4), may_alias));
+#define SUMS 4 /* at once, so that no addition waits for the one before it */
+
+/* Products of one row of weights with `count` rows of inputs. Every sum runs in the same order, however many there are. */
+INLINE void dots(const int count, int64_t columns, const float *weights, const float *inputs, float *out)
+{
+    wide sums[2][SUMS];
+    int64_t column = 0;
+    for (int i = 0; i < count; i++)
+        for (int j = 0; j < SUMS; j++)
+            sums[i][j] = (wide){0};
+    for (; column + 16 * SUMS <= columns; column += 16 * SUMS)
+        for (int j = 0; j < SUMS; j++) {
+            wide own = *(const wide *)(weights + column + 16 * j);
+            for (int i = 0; i < count; i++)
+                sums[i][j] += own * *(const wide *)(inputs + i * columns + column + 16 * j);
         }
-        free(scale);
+    for (int i = 0; i < count; i++) {
+        wide all = (sums[i][0] + sums[i][1]) + (sums[i][2] + sums[i][3]);
+        float sum = 0;
+        for (int j = 0; j < 16; j++)
+            sum += all[j];
+        for (int64_t rest = column; rest < columns; rest++)
+            sum += weights[rest] * inputs[i * columns + rest];
+        out[i] = sum;
+    }
+}
+
+EVERY_ISA static void products(int64_t count, int64_t columns, const float *weights, const float *inputs, float *out)
+{
+    for (; count >= 2; count -= 2, inputs += 2 * columns, out += 2)
+        dots(2, columns, weights, inputs, out);
+    if (count)
+        dots(1, columns, weights, inputs, out);
+}
+
+/* out [rows, count] float32 = the numbers times inputs [count, columns] float32. 0, or -1 where there is no memory. */
+int32_t multiply(const struct coded *coded, const float *inputs, int64_t count)
+{
+    int64_t columns = columns_of(coded);
+    int32_t failed = 0;
+#pragma omp parallel num_threads(coded->num_threads) if (coded->rows * columns > ALONE) reduction(| : failed)
+    {
+        float *memory = malloc(3 * columns * sizeof *memory), *numbers = memory + 2 * columns;
+        struct spread spread = {memory, memory + columns, -1};
+        failed = !memory;
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < coded->rows; row++)
+            if (memory) {
+                one_row(coded, row, &spread, numbers);
+                products(count, columns, numbers, inputs, (float *)coded->out + row * count);
+            }
+        free(memory);
     }
     return -failed;
 }
