@@ -8,7 +8,7 @@ STAMP := $(VENV)/.ready
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt $(wildcard moeserve/kernels/native/*)
+$(STAMP): pyproject.toml constraints.txt $(wildcard moeserve/kernels/csrc/*)
 	@echo "==> virtual environment in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "==> pinned dependencies (CPU torch; some minutes the first time)"

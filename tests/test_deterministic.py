@@ -21,6 +21,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "generic": {"kernel": "generic"},
     "int8": {"quantization": "int8", "dtype": torch.bfloat16},
     "sigmoid": {"gating": GatingConfig(top_k=2, scoring_func="sigmoid", renormalize="pre_drop")},
+    "groups": {
+        "gating": GatingConfig(
+            top_k=4, scoring_func="sigmoid", num_expert_groups=4, topk_groups=2, group_score="top2_sum", renormalize="pre_drop"
+        )
+    },
+    "softplus": {"gating": GatingConfig(top_k=2, scoring_func="sqrt_softplus", renormalize="pre_drop", routed_scaling_factor=1.7)},
+    "sparsemixer": {"gating": GatingConfig(top_k=2, routing="sparsemixer")},
     "shared": {"shared_expert": {"intermediate_size": 40, "mixing": "sigmoid"}},
     "residual": {"shared_expert": {"intermediate_size": 64, "mixing": "residual"}, "identity_experts": 1},
     "inputs": {"gating": GatingConfig(top_k=2, scale_inputs=True)},

@@ -64,7 +64,7 @@ class Span(NamedTuple):
         """AutoGPTQ writes biases for projections that have none. Raises CheckpointError when they are not zero."""
         name = self.tensor(part)
         if name in part.files and part.files.read(name, self.shape, torch.float32, part.expert if self.is_stacked else None).any():
-            raise CheckpointError(f"{part.files.folder}: tensor {name} is not zero, but experts of this model have no biases")
+            raise CheckpointError(f"{part.files.folder}: tensor {name} is not zero, but this projection has no bias")
 
 
 class Spans(NamedTuple):

@@ -6,7 +6,7 @@ H hidden size, I intermediate size.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from math import prod
@@ -19,7 +19,7 @@ from moeserve.config import Activation, Kernel
 from moeserve.experts.activations import is_gated
 from moeserve.experts.feed_forward import LINEAR, ROWS, FeedForward, Form
 from moeserve.experts.packed import PackedExperts, kernels_for
-from moeserve.kernels import fastest_of
+from moeserve.kernels import Arena, aligned, fastest_of
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def measured(shape: Shape, kernel: Kernel, deterministic: bool) -> Choice:
 
 def _measure(shape: Shape, kernels: tuple[str, ...], deterministic: bool) -> Choice:
     """The kernel that is fastest for all numbers of rows together, so that there is one for all of them; else the fastest forms."""
-    experts = list(_some_experts(shape))
+    experts = _some_experts(shape)
     runs: dict[str, Callable[[torch.Tensor], object]] = {form: _one_by_one(experts, form) for form in _FORMS}
     runs |= _packed(experts, kernels)
     seconds = [_seconds(runs, torch.ones(rows, shape.hidden_size, dtype=shape.dtype)) for rows in ROWS]
@@ -105,13 +105,21 @@ def _seconds(runs: Mapping[str, Callable[[torch.Tensor], object]], rows: torch.T
     return fastest_of({name: partial(run, rows) for name, run in runs.items()})
 
 
-def _some_experts(shape: Shape) -> Iterator[FeedForward]:
-    parts = 2 if is_gated(shape.activation) else 1
-    channel_bytes = (parts + 1) * shape.hidden_size * shape.dtype.itemsize
+def _some_experts(shape: Shape) -> list[FeedForward]:
+    """In memory that goes back to the system afterwards."""
+    parts, hidden = 2 if is_gated(shape.activation) else 1, shape.hidden_size
+    channel_bytes = (parts + 1) * hidden * shape.dtype.itemsize
     inner = max(1, min(shape.intermediate_size, _EXPERT_BYTES // channel_bytes // 32 * 32))
-    for _ in range(max(1, min(64, _ALL_BYTES // (inner * channel_bytes)))):
-        gate_up = torch.full((parts * inner, shape.hidden_size), 0.01, dtype=shape.dtype)
-        yield FeedForward(shape.activation, gate_up, torch.full((shape.hidden_size, inner), 0.01, dtype=shape.dtype))
+    count = max(1, min(64, _ALL_BYTES // (inner * channel_bytes)))
+    sizes = parts * inner * hidden, inner * hidden
+    arena = Arena(count * sum(aligned(size * shape.dtype.itemsize) for size in sizes))
+
+    def weights(size: int, *matrix: int) -> torch.Tensor:
+        taken = arena.take(size, shape.dtype)
+        assert taken is not None, "there is room for all of them"
+        return taken.fill_(0.01).view(matrix)
+
+    return [FeedForward(shape.activation, weights(sizes[0], parts * inner, hidden), weights(sizes[1], hidden, inner)) for _ in range(count)]
 
 
 def _one_by_one(experts: list[FeedForward], form: Form) -> Callable[[torch.Tensor], object]:

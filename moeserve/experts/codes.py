@@ -29,7 +29,7 @@ class Code:
     #: magnitude of the largest number
     largest: float
     numbers: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
-    #: what native/decode.c calls it, None = it has no such code
+    #: what csrc/decode.c calls it, None = it has no such code
     compiled: int | None = None
     #: bytes that are no finite number
     broken: frozenset[int] = frozenset()

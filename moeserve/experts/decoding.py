@@ -113,7 +113,7 @@ class TorchDecoder:
 
 
 class CompiledDecoder:
-    """By native/decode.c: two to four times as fast."""
+    """By csrc/decode.c: two to four times as fast."""
 
     def __init__(self, matrix: QuantizedMatrix) -> None:
         self._matrix = matrix

@@ -1,4 +1,4 @@
-"""Feed-forward experts in the order in which the compiled pass reads them: native/kernels.h says which.
+"""Feed-forward experts in the order in which the compiled pass reads them: csrc/kernels.h says which.
 
 E experts, R rows, N (row, expert) pairs, H hidden size, I intermediate size, O output and K input channels of a projection,
 P panels of 32 output channels.
@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from moeserve.config import Activation, Kernel
-from moeserve.errors import ConfigError
+from moeserve.errors import ConfigError, InvalidRequest
 from moeserve.experts.activations import is_gated
 from moeserve.experts.expert import Expert
 from moeserve.experts.feed_forward import FeedForward
@@ -118,9 +118,13 @@ class PackedExperts:
     ) -> None:
         """hidden_states [R, H] in the type of the weights, row_index [N] int64, tokens_per_expert [E], input_weights [N] float32 or None
         (what rows are multiplied by, rounded to their type), weights [N] float32 (what answers are multiplied by), out [R, H] float32,
-        overwritten."""
+        overwritten.
+
+        Raises InvalidRequest when `row_index` names a row that is not there.
+        """
         code = library()
         assert code is not None and out.is_contiguous(), "found before the experts were packed"
+        assert tokens_per_expert.sum() == len(row_index) == len(weights), "what is read is there"
         hidden_states, row_index, weights = hidden_states.contiguous(), row_index.contiguous(), weights.contiguous()
         tokens_per_expert = np.ascontiguousarray(tokens_per_expert, dtype=np.int64)
         work = Work(
@@ -137,7 +141,8 @@ class PackedExperts:
         )
         space = scratch(code.scratch_bytes(self._bank, work))
         work.scratch = space.data_ptr()
-        code.run_pass(self._bank, work)
+        if code.run_pass(self._bank, work):
+            raise InvalidRequest(f"a pair names a row that is not there; allowed: 0..{len(hidden_states) - 1}")
 
     def _twin(self) -> PackedExperts:
         twin = copy.copy(self)

@@ -18,6 +18,7 @@ from moeserve.gating.aux_loss import AUX_LOSSES
 from moeserve.gating.capacity import CAPACITY_SCOPES, capacity
 from moeserve.gating.chance import Chance
 from moeserve.gating.drop import DROP_POLICIES, keep
+from moeserve.gating.elementwise import FAST, Elementwise
 from moeserve.gating.gate_input import GateInput, Selection
 from moeserve.gating.noise import shake_logits
 from moeserve.gating.routing import BatchRouting, Routing
@@ -89,6 +90,7 @@ def route_requests(
     hidden_states: Tensor | None = None,
     score_correction_bias: Tensor | None = None,
     centroids: Tensor | None = None,
+    elementwise: Elementwise = FAST,
 ) -> BatchRouting:
     """Routes several requests laid end to end; `request_sizes` [R] in tokens, some may be 0. Everything else as in `route`."""
     num_experts = router_logits.shape[1]
@@ -108,6 +110,7 @@ def route_requests(
         None if hidden_states is None else hidden_states.float(),
         None if score_correction_bias is None else score_correction_bias.float(),
         None if centroids is None else centroids.float(),
+        elementwise,
     )
     selection = routing_of(gating)(gate)
     admitted = _admit(selection, gating, requests, chance)

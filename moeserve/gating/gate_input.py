@@ -11,6 +11,7 @@ from torch import Tensor
 from moeserve.config import GatingConfig
 from moeserve.gating.capacity import CAPACITY_SCOPES, Capacity, capacity
 from moeserve.gating.chance import Chance
+from moeserve.gating.elementwise import FAST, Elementwise
 from moeserve.gating.segments import Segments
 
 
@@ -33,6 +34,7 @@ class GateInput:
     hidden_states: Tensor | None = None
     score_correction_bias: Tensor | None = None
     centroids: Tensor | None = None
+    elementwise: Elementwise = FAST
 
     @property
     def num_experts(self) -> int:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from moeserve.config import Mixing
+from moeserve.gating.elementwise import FAST, INVARIANT
 from moeserve.kernels import InvariantLinear
 
 
@@ -35,7 +36,7 @@ class Mixer:
             return None, torch.ones(len(hidden_states))
         logits = self._logits(hidden_states.float())
         if self.mixing == "sigmoid":
-            return None, logits.sigmoid().squeeze(1)
+            return None, (INVARIANT if self.is_invariant else FAST).sigmoid(logits).squeeze(1)
         routed, shared = logits.softmax(dim=1).unbind(dim=1)
         return routed.contiguous(), shared.contiguous()
 

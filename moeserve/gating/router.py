@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from moeserve.config import GatingConfig
 from moeserve.errors import ConfigError
 from moeserve.gating.chance import Chance
+from moeserve.gating.elementwise import FAST, INVARIANT
 from moeserve.gating.expert_groups import check_groups
 from moeserve.gating.gate import check_layer_tensors, route_requests
 from moeserve.gating.noise import shake_hidden_states
@@ -49,6 +50,7 @@ class Router:
         self.bias = None if bias is None else bias.float()
         self.score_correction_bias = None if score_correction_bias is None else score_correction_bias.float()
         self._logits: Callable[[torch.Tensor], torch.Tensor] = partial(F.linear, weight=self.gate, bias=self.bias)
+        self._elementwise = FAST
         self.centroids = self.gate if centroids is None else centroids.float()
 
     @property
@@ -66,6 +68,7 @@ class Router:
             )
         twin = copy(self)
         twin._logits = InvariantLinear(self.gate, self.bias)
+        twin._elementwise = INVARIANT
         return twin
 
     def __call__(
@@ -93,4 +96,5 @@ class Router:
             hidden_states=hidden_states,
             score_correction_bias=self.score_correction_bias,
             centroids=self.centroids,
+            elementwise=self._elementwise,
         )

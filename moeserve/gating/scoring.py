@@ -12,27 +12,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from moeserve.gating.elementwise import FAST, Elementwise
 
-def softmax(router_logits: Tensor) -> Tensor:
+
+def softmax(router_logits: Tensor, elementwise: Elementwise = FAST) -> Tensor:
     """[T, E] float32 -> [T, E] probabilities."""
     return router_logits.softmax(dim=1)
 
 
-def sigmoid(router_logits: Tensor) -> Tensor:
+def sigmoid(router_logits: Tensor, elementwise: Elementwise = FAST) -> Tensor:
     """[T, E] float32 -> [T, E] in 0..1; a row need not add up to 1."""
-    return router_logits.sigmoid()
+    return elementwise.sigmoid(router_logits)
 
 
-def sqrt_softplus(router_logits: Tensor) -> Tensor:
+def sqrt_softplus(router_logits: Tensor, elementwise: Elementwise = FAST) -> Tensor:
     """[T, E] float32 -> [T, E], 0 or more."""
-    return F.softplus(router_logits).sqrt()
+    return elementwise.softplus(router_logits).sqrt()
 
 
 #: value of `scoring_func` -> router_logits [T, E] -> scores [T, E]
-SCORING: Mapping[str, Callable[[Tensor], Tensor]] = {
+SCORING: Mapping[str, Callable[[Tensor, Elementwise], Tensor]] = {
     "softmax": softmax,
     "softmax_topk": softmax,
     "sigmoid": sigmoid,

@@ -1,4 +1,4 @@
-"""Tiles of weights in few bits, decoded by the compiled code (native/decode.c)."""
+"""Tiles of weights in few bits, decoded by the compiled code (csrc/decode.c)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NO_ROOM = "there is no room for a row of weights"
 
 
 class Coded(Structure):
-    """struct coded of native/decode.c."""
+    """struct coded of csrc/decode.c."""
 
     _fields_ = (
         ("code", c_int32),

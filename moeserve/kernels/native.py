@@ -1,4 +1,4 @@
-"""The compiled grouped pass (native/*.c), where it was built and this processor can run it; no torch operators in between."""
+"""The compiled grouped pass (csrc/*.c), where it was built and this processor can run it; no torch operators in between."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KERNELS: Final = ("amx", "avx512_bf16", "avx512", "avx2", "generic")
 
 
 class Bank(Structure):
-    """struct bank of native/pass.c."""
+    """struct bank of csrc/pass.c."""
 
     _fields_ = (
         ("kernel", c_void_p),
@@ -37,7 +37,7 @@ class Bank(Structure):
 
 
 class Work(Structure):
-    """struct work of native/pass.c."""
+    """struct work of csrc/pass.c."""
 
     _fields_ = (
         ("num_pairs", c_int64),
@@ -74,7 +74,7 @@ def library() -> ctypes.CDLL | None:
     loaded.linear_scratch_bytes.restype, loaded.linear_scratch_bytes.argtypes = c_int64, (c_int64, c_int32)
     loaded.run_linear.restype = None
     loaded.run_linear.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int32)
-    loaded.run_pass.restype, loaded.run_pass.argtypes = None, (POINTER(Bank), POINTER(Work))
+    loaded.run_pass.restype, loaded.run_pass.argtypes = c_int32, (POINTER(Bank), POINTER(Work))
     return loaded
 
 

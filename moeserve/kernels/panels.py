@@ -1,4 +1,4 @@
-"""The order in which the compiled code reads weights: native/kernels.h says which and why.
+"""The order in which the compiled code reads weights: csrc/kernels.h says which and why.
 
 O output and K input channels of a matrix, P panels of 32 output channels, S input channels that lie side by side.
 """
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 #: output channels that lie together
 PANEL: Final = 32
-#: the numbers that native/kernels.h gives to types of weights
+#: the numbers that csrc/kernels.h gives to types of weights
 TYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SIDE_BY_SIDE: Final = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 1}
 

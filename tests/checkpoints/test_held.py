@@ -31,13 +31,13 @@ OTHERS = ("input_scale", "weight_scale_2", "global_scale", "weight_shape")
 
 
 @pytest.fixture(scope="module", params=PUBLISHED)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, nn.Module]:
-    return request.param, *published_case(request.param, tmp_path_factory.mktemp("published"))
+def case(request: pytest.FixtureRequest) -> tuple[str, Path, nn.Module]:
+    return request.param, *published_case(request.param)
 
 
 @pytest.fixture(scope="module")
-def fp8(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
-    return published_case("fp8", tmp_path_factory.mktemp("fp8"))
+def fp8() -> tuple[Path, nn.Module]:
+    return published_case("fp8")
 
 
 def source_of(folder: Path, quantization: Quantization | None = None, dtype: str | None = None) -> LayerSource:

@@ -50,6 +50,10 @@ MIXED: dict[str, tuple[Mapping[str, Any], tuple[Stored, Stored]]] = {
         {**AWQ, "modules_to_not_convert": ["experts.0", "experts.1"]},
         joined(weights(plain, FIRST), written("awq", REST)),
     ),
+    "gptq, modules_in_block_to_quantize": (
+        {**GPTQ, "modules_in_block_to_quantize": [["self_attn.q_proj"], ["mlp.experts.2.up_proj"]]},
+        joined(weights(plain, FIRST), weights(gptq(), REST)),
+    ),
     "gptq, dynamic": (
         {**GPTQ, "dynamic": {r"-:.*experts\.0\..*": {}, r"+:.*experts\.1\..*": {"bits": 8, "group_size": -1}}},
         joined(weights(plain, range(1)), weights(gptq(8, -1), range(1, 2)), weights(gptq(), REST)),
@@ -130,7 +134,7 @@ def test_biases_that_autogptq_adds_must_be_zero(tmp_path: Path) -> None:
     check_held(folder_of(tmp_path, GPTQ, tensors), numbers)
     name = f"{LAYER}.experts.2.down_proj.bias"
     save_file({**load_file(tmp_path / "model.safetensors"), name: torch.ones(SIZE)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=rf"tensor {name} is not zero, but experts of this model have no biases"):
+    with pytest.raises(CheckpointError, match=rf"tensor {name} is not zero, but this projection has no bias"):
         MoELayer.from_checkpoint(tmp_path)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 from functools import cache
 from pathlib import Path
+from shutil import rmtree
 from tempfile import mkdtemp
 
 import pytest
@@ -24,6 +26,7 @@ MODULE = "model.layers.0.mlp.experts.0.up_proj"
 @cache
 def stored(title: str) -> tuple[SafetensorsFolder, Tensor]:
     folder, published = Path(mkdtemp(prefix="parts-")), PUBLISHED[title]
+    atexit.register(rmtree, folder)
     tensors, numbers = published.write(MODULE, (ROWS, COLUMNS), torch.Generator().manual_seed(5))
     save_file(tensors, folder / "model.safetensors")
     return SafetensorsFolder(folder, scheme_of(published.quantization_config, {})), numbers

@@ -141,8 +141,8 @@ def test_loading_takes_hardly_more_memory_than_the_weights(family: str, dtype: s
     done = subprocess.run([sys.executable, "-c", PEAK, str(large(family)), dtype], capture_output=True, text=True, check=True)
     taken, nbytes = map(int, done.stdout.split())
     assert nbytes > 95e6
-    # Beside what is held: one expert as it is stored, and once per process what kernels are chosen with.
-    assert taken < nbytes * 9 / 8 + 3 * 2**24
+    # Beside what is held: one expert as it is stored, and once per process what kernels are chosen with, most of it code of math libraries.
+    assert taken < nbytes * 9 / 8 + 2**26
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moeserve.config import Activation, Kernel
-from moeserve.errors import ConfigError
+from moeserve.errors import ConfigError, InvalidRequest
 from moeserve.experts import ExpertBank, FeedForward, is_gated
 from moeserve.experts.feed_forward import ROWS
 from moeserve.experts.packed import kernels_for
@@ -255,6 +255,13 @@ def test_a_bank_with_one_expert_replaced_shares_the_rest() -> None:
 
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.parametrize("row", [-1, 3, 2**40])
+def test_a_row_that_is_not_there_is_refused(row: int) -> None:
+    bank = bank_of(some_weights(2, "swiglu", False, torch.float32), "swiglu", torch.float32)
+    with pytest.raises(InvalidRequest, match=r"a pair names a row that is not there; allowed: 0\.\.2"):
+        run(bank, (torch.randn(3, HIDDEN_SIZE), torch.tensor([0, row]), torch.tensor([0, 1]), torch.ones(2)))
 
 
 def test_a_kernel_that_is_not_there_is_refused() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 
@@ -14,6 +14,9 @@ from moeserve.checkpoints.formats.gptq import group_size
 from moeserve.checkpoints.formats.number_format import FLOATS, NumberFormat, Piece, Read
 from moeserve.checkpoints.formats.packed import Packed
 from moeserve.checkpoints.formats.scheme import Scheme, Settings, mentions, module_of
+
+#: AutoAWQ and GPTQModel have names of their own for the same settings
+_SERVED: Final = {"bits": 4, "w_bit": 4, "zero_point": True, "version": "gemm", "format": "gemm", "checkpoint_format": "gemm"}
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,10 @@ class PackedOutputs(Packed):
 
 def awq(settings: Settings, config: Settings) -> Scheme:
     """`quant_method: "awq"`, 4 bits with zeros, in the order of its gemm kernels."""
-    for keys, served in ((("bits", "w_bit"), 4), (("zero_point",), True), (("version",), "gemm")):
-        found = next((settings[key] for key in keys if settings.get(key) is not None), served)
-        if (found.lower() if isinstance(found, str) else found) != served:
-            raise ValueError(f"quantization_config.{keys[0]} is {found!r}; supported for awq: {served!r}")
+    for key, served in _SERVED.items():
+        found = settings.get(key, served)
+        if found is not None and (found.lower() if isinstance(found, str) else found) != served:
+            raise ValueError(f"quantization_config.{key} is {found!r}; supported for awq: {served!r}")
     group = group_size(settings, "q_group_size" if "q_group_size" in settings else "group_size")
 
     def recipe(name: str, index: Container[str]) -> NumberFormat | None:

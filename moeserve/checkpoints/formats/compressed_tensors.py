@@ -24,8 +24,8 @@ def compressed_tensors(settings: Settings, config: Settings) -> Scheme:
         if table and not (isinstance(table, Mapping) and table.get("format") == "dense"):
             raise ValueError(f"quantization_config.{key} is {table}; supported: none")
     status = settings.get("quantization_status", "compressed")
-    if status != "compressed":
-        raise ValueError(f"quantization_config.quantization_status is {status!r}; supported: 'compressed'")
+    if status not in ("compressed", "frozen"):
+        raise ValueError(f"quantization_config.quantization_status is {status!r}; supported: 'compressed' or 'frozen'")
     groups = settings.get("config_groups")
     if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
         raise ValueError("quantization_config.config_groups is not a table of groups, each with targets and weights")
@@ -137,12 +137,12 @@ def _mxfp8(weights: Settings) -> tuple[_Maker, str]:
 def _packed(weights: Settings) -> tuple[_Maker, str]:
     bits = _must_be(weights, "int", WIDTHS)
     down, across = _block(weights)
-    is_symmetric = weights.get("symmetric", True)
+    is_symmetric, has_order = weights.get("symmetric", True), weights.get("actorder") in ("group", "dynamic")
     if down not in (1, None) or (down is None and not is_symmetric):
         raise ValueError("quantization_config has packed weights in blocks, or with one zero for a tensor; supported: by channel or group")
 
     def make(name: str, index: Container[str], known: tuple[str, ...]) -> NumberFormat:
-        order = f"{name}_g_idx" if f"{name}_g_idx" in index else ""
+        order = f"{name}_g_idx" if has_order or f"{name}_g_idx" in index else ""
         zeros = "" if is_symmetric else f"{name}_zero_point"
         return PackedColumns(f"{name}_packed", f"{name}_scale", bits, across, zeros, order, known, is_whole=down is None)
 

@@ -65,8 +65,9 @@ def gptq(settings: Settings, config: Settings) -> Scheme:
     def recipe(module: str) -> Recipe | None:
         return next((own for pattern, own in recipes if pattern.match(module)), others)
 
-    kept = mentions(settings.get("modules_to_not_convert"))
-    return Scheme(recipe, lambda module: recipe(module) is None or kept(module), "gptq")
+    is_kept = mentions(settings.get("modules_to_not_convert"))
+    are_some = bool(settings.get("modules_in_block_to_quantize"))
+    return Scheme(recipe, lambda module: are_some or recipe(module) is None or is_kept(module), "gptq")
 
 
 def _pattern(rule: str) -> re.Pattern[str]:
@@ -80,6 +81,7 @@ def _recipe(settings: Mapping[str, Any]) -> Recipe:
     bits, group = positive(settings, "bits"), group_size(settings)
     if bits not in WIDTHS:
         raise ValueError(f"quantization_config.bits is {bits}; supported for gptq: {', '.join(map(str, WIDTHS))}")
+    has_order = bool(settings.get("desc_act")) and group is not None
     written = settings.get("checkpoint_format") or settings.get("format") or "gptq"
     if written not in ("gptq", "gptq_v2") or settings.get("is_marlin_format"):
         raise ValueError(f"quantization_config.checkpoint_format is {written!r}; supported: gptq, gptq_v2")
@@ -91,10 +93,10 @@ def _recipe(settings: Mapping[str, Any]) -> Recipe:
         module = module_of(name)
         if f"{module}.qweight" not in index:
             return None
-        order, bias = f"{module}.g_idx" if f"{module}.g_idx" in index else "", f"{module}.bias"
-        return PackedInputs(
-            f"{module}.qweight", f"{module}.scales", bits, group, f"{module}.qzeros", order, (bias,), is_v1=written == "gptq"
-        )
+        qweight, scales, qzeros, order, bias = (f"{module}.{part}" for part in ("qweight", "scales", "qzeros", "g_idx", "bias"))
+        if not has_order and order not in index:
+            order = ""
+        return PackedInputs(qweight, scales, bits, group, qzeros, order, (bias,), is_v1=written == "gptq")
 
     return recipe
 

@@ -39,9 +39,10 @@ def scheme_of(settings: object, config: Settings) -> Scheme:
     method = settings.get("quant_method")
     if method is None and "weight_block_size" in settings:
         return fp8.fine_grained(settings, config)
-    if not isinstance(method, str) or method not in METHODS:
+    served = METHODS.get(method.lower()) if isinstance(method, str) else None
+    if served is None:
         raise ValueError(f"quantization_config.quant_method is {method!r}; supported: {', '.join(METHODS)}")
-    return METHODS[method](settings, config)
+    return served(settings, config)
 
 
 def _by_names(name: str, index: Container[str]) -> NumberFormat | None:

@@ -15,7 +15,7 @@ from moeserve.gating.scoring import SCORING
 
 def expert_choice(gate: GateInput) -> Selection:
     """K = E: a token's columns are all experts by descending score, and `chosen` says which of them took it."""
-    scores = SCORING[gate.gating.scoring_func](gate.router_logits)
+    scores = SCORING[gate.gating.scoring_func](gate.router_logits, gate.elementwise)
     if gate.requests.used_token is not None:
         scores = scores.masked_fill(~gate.requests.used_token[:, None], -1.0)  # below every score, so behind every used token
     assert gate.capacity is not None, "checked by GatingConfig"

@@ -20,7 +20,7 @@ from moeserve.gating.selection import select_top_k
 
 def learned(gate: GateInput) -> Selection:
     gating = gate.gating
-    scores = SCORING[gating.scoring_func](gate.router_logits)
+    scores = SCORING[gating.scoring_func](gate.router_logits, gate.elementwise)
     topk_ids = _with_noise(gate, scores) if gating.noise in {"rsample", "gumbel_second"} else _by_rank(gate, scores)
     if gating.scoring_func == "softmax_topk":
         return Selection(scores, topk_ids, gate.router_logits.gather(1, topk_ids).softmax(dim=1))

@@ -256,9 +256,13 @@ int64_t scratch_bytes(const struct bank *bank, const struct work *work)
     return aligned(rows) + aligned(decoded) + max_blocks(kernel, work, width) * (int64_t)sizeof(struct block);
 }
 
-void run_pass(const struct bank *bank, const struct work *work)
+/* 0, or -1 when a pair names a row that is not there: nothing is read or written then. */
+int run_pass(const struct bank *bank, const struct work *work)
 {
     const struct kernel *kernel = bank->kernel;
+    for (int64_t pair = 0; pair < work->num_pairs; pair++)
+        if (work->row_index[pair] < 0 || work->row_index[pair] >= work->num_rows)
+            return -1;
     struct pass pass = {.bank = bank, .work = work, .kernel = kernel, .gathered = work->scratch};
     pass.hidden_width = padded(bank->hidden_size);
     pass.inner_width = widest(bank, work);
@@ -269,6 +273,7 @@ void run_pass(const struct bank *bank, const struct work *work)
     int64_t decoded = bank->type == INT8 ? work->num_threads * (pass.hidden_width + pass.inner_width) * PANEL * 2 : 0;
     struct block *blocks = (struct block *)(pass.decoded + aligned(decoded));
     run_blocks(&pass, blocks, cut(&pass, blocks));
+    return 0;
 }
 
 /* Bytes of scratch that `run_linear` needs. */
