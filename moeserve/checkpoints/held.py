@@ -49,6 +49,8 @@ def held_title(layout: ExpertLayout, part: Part, quantization: Quantization | No
 
 
 def _stored(layout: ExpertLayout, part: Part, quantization: Quantization | None) -> list[tuple[Span, CodedFormat]] | None:
+    if part.channels.start == part.channels.stop:
+        return None  # a shard of a narrow expert, of which there is nothing to hold
     spans = layout.spans(part)
     found: list[tuple[Span, CodedFormat]] = []
     for span in (*spans.gate_up, spans.down):

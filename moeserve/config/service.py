@@ -86,7 +86,7 @@ class ModelConfig(Table):
     #: name clients see; default: the checkpoint folder's name
     name: str | None = None
     checkpoint: File | None = None
-    #: element type of rows, and of weights that are not quantized; unset = as stored
+    #: element type of rows, and of weights in full; unset = as stored
     dtype: Dtype | None = None
     #: what weights of feed-forward experts are quantized to; unset = as stored, in few bits if they are published so; none = dtype
     quantization: Quantization | None = None
