@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from moeserve.config import Activation
-from moeserve.experts import Expert, ExpertBank, ExpertShard, FeedForward
+from moeserve.experts import Expert, ExpertBank, ExpertShard, FeedForward, QuantizedFeedForward
 from moeserve.host import Shelf
 
 
@@ -25,9 +25,17 @@ class Stacked(NamedTuple):
         return [FeedForward(activation, **{name: tensor[slot] for name, tensor in tensors.items()}) for slot in range(len(self.down_proj))]
 
 
+def in_full(expert: Expert) -> FeedForward:
+    """With the numbers that a feed-forward expert in few bits stands for, in float32."""
+    if isinstance(expert, FeedForward):
+        return expert
+    assert isinstance(expert, QuantizedFeedForward)
+    gate_up = torch.cat([matrix.dequantized() for matrix in expert.gate_up_proj])
+    return FeedForward(expert.activation, gate_up, expert.down_proj.dequantized(), expert.gate_up_bias, expert.down_bias)
+
+
 def stacked(experts: Sequence[Expert]) -> Stacked:
-    parts = [expert for expert in experts if isinstance(expert, FeedForward)]
-    assert len(parts) == len(experts) > 0
+    parts = [in_full(expert) for expert in experts]
     return Stacked(**{name: torch.stack([getattr(expert, name) for expert in parts]) for name in parts[0].tensors})
 
 

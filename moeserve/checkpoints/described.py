@@ -43,7 +43,7 @@ def num_hosted_experts(layer: LayerConfig) -> int:
 def expert_bytes(spec: LayerSpec, intermediate_size: int, shard: ExpertShard, bias: bool | None = None) -> int:
     """Bytes of a shard of a feed-forward expert of this layer, as a host holds it; bias = None: as the layer has it."""
     bias, dtype = spec.bias if bias is None else bias, FLOAT_DTYPES[spec.dtype]
-    return feed_forward_bytes(spec.hidden_size, intermediate_size, spec.activation, bias, dtype, shard, spec.quantization)
+    return feed_forward_bytes(spec.hidden_size, intermediate_size, spec.activation, bias, dtype, shard, spec.quantized_to)
 
 
 def intermediate_sizes(layer: LayerConfig) -> tuple[int, ...]:

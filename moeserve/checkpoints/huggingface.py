@@ -16,10 +16,11 @@ import torch
 
 from moeserve.checkpoints.described import expert_bytes
 from moeserve.checkpoints.family import Layout
-from moeserve.checkpoints.layouts import Part
+from moeserve.checkpoints.held import held_bytes, held_projections, held_title
+from moeserve.checkpoints.layouts import ExpertLayout, Part
 from moeserve.checkpoints.safetensors_folder import SafetensorsFolder
 from moeserve.config import LayerSpec
-from moeserve.experts import Expert, ExpertShard, FeedForward, is_gated
+from moeserve.experts import Expert, ExpertShard, FeedForward, QuantizedFeedForward, computed_in, is_gated
 from moeserve.gating import Mixer, Router
 from moeserve.tensors import FLOAT_DTYPES
 
@@ -105,11 +106,7 @@ class HuggingFaceLayer:
     def shared_expert(self) -> Expert | None:
         if not self.shared_size:
             return None
-        expert, part = self._empty(self.shared_size, self.shared_bias), self._part(ExpertShard(0), self.shared_size)
-        self.layout.shared_projections.fill(expert, part)
-        if not self.shared_bias:
-            self.layout.shared_projections.check_unbiased(part)
-        return expert
+        return self._read_expert(self.layout.shared_projections, self._part(ExpertShard(0), self.shared_size), self.shared_bias)
 
     def mixer(self) -> Mixer | None:
         if self.spec.shared_mixing is None:
@@ -117,36 +114,55 @@ class HuggingFaceLayer:
         has_gate = self.spec.shared_mixing == "sigmoid"
         return Mixer(self.spec.shared_mixing, self._read(self.layout.shared_gate, (1, self.spec.hidden_size)) if has_gate else None)
 
+    @property
+    def held_as(self) -> str:
+        part = self._part(ExpertShard(0), self.spec.intermediate_size)
+        return held_title(self.layout.experts, part, self.spec.quantization) or self.spec.quantized_to or self.spec.dtype
+
     def nbytes(self, shard: ExpertShard) -> int:
-        return expert_bytes(self.spec, self.spec.intermediate_size, shard)
+        return self._nbytes(self.layout.experts, shard, self.spec.intermediate_size, self.spec.bias)
 
     def shared_nbytes(self) -> int:
-        return expert_bytes(self.spec, self.shared_size, ExpertShard(0), self.shared_bias) if self.shared_size else 0
+        return self._nbytes(self.layout.shared_projections, ExpertShard(0), self.shared_size, self.shared_bias) if self.shared_size else 0
+
+    def _nbytes(self, names: ExpertLayout, shard: ExpertShard, intermediate_size: int, bias: bool) -> int:
+        part = self._part(shard, intermediate_size)
+        held = held_bytes(names, part, self.spec.quantization)
+        if held is None:
+            return expert_bytes(self.spec, intermediate_size, shard, bias)
+        return held + sum(each.nbytes for each in self._biases(part, bias) if each is not None)
 
     @property
     def _dtype(self) -> torch.dtype:
         return FLOAT_DTYPES[self.spec.dtype]
 
-    def _expert(self, shard: ExpertShard) -> FeedForward:
-        part = self._part(shard, self.spec.intermediate_size)
-        expert = self._empty(part.channels.stop - part.channels.start, self.spec.bias)
-        self.layout.experts.fill(expert, part)
-        if not self.spec.bias:
-            self.layout.experts.check_unbiased(part)
+    def _expert(self, shard: ExpertShard) -> FeedForward | QuantizedFeedForward:
+        expert = self._read_expert(self.layout.experts, self._part(shard, self.spec.intermediate_size), self.spec.bias)
         if expert.down_bias is not None and not shard.is_first:
             expert.down_bias.zero_()
         return expert
 
-    def _empty(self, width: int, bias: bool) -> FeedForward:
+    def _read_expert(self, names: ExpertLayout, part: Part, bias: bool) -> FeedForward | QuantizedFeedForward:
+        held = held_projections(names, part, self.spec.quantization)
+        if held is None:
+            expert = self._empty(part, bias)
+            names.fill(expert, part)
+            return expert
+        gate_up_bias, down_bias = self._biases(part, bias)
+        names.fill_biases(gate_up_bias, down_bias, part)
+        return QuantizedFeedForward(self.spec.activation, *held, gate_up_bias, down_bias, computed_in(self._dtype))
+
+    def _empty(self, part: Part, bias: bool) -> FeedForward:
         assert is_gated(self.spec.activation), "every family here has a gate projection"
-        hidden, dtype = self.spec.hidden_size, self._dtype
-        return FeedForward(
-            self.spec.activation,
-            torch.empty(2 * width, hidden, dtype=dtype),
-            torch.empty(hidden, width, dtype=dtype),
-            torch.empty(2 * width, dtype=dtype) if bias else None,
-            torch.empty(hidden, dtype=dtype) if bias else None,
-        )
+        hidden, width, dtype = self.spec.hidden_size, part.channels.stop - part.channels.start, self._dtype
+        weights = torch.empty(2 * width, hidden, dtype=dtype), torch.empty(hidden, width, dtype=dtype)
+        return FeedForward(self.spec.activation, *weights, *self._biases(part, bias))
+
+    def _biases(self, part: Part, bias: bool) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        if not bias:
+            return None, None
+        gate_up = 2 * (part.channels.stop - part.channels.start)
+        return torch.empty(gate_up, dtype=self._dtype), torch.empty(self.spec.hidden_size, dtype=self._dtype)
 
     def _part(self, shard: ExpertShard, intermediate_size: int) -> Part:
         spec = self.spec

@@ -5,9 +5,10 @@ E experts, H hidden size, I intermediate size, i channels of a shard (I of a who
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -28,48 +29,97 @@ class Part:
     expert: int
     channels: slice
 
-    def read(
-        self,
-        out: torch.Tensor,
-        name: str,
-        shape: tuple[int, ...],
-        *,
-        rows: slice | None = None,
-        columns: slice | None = None,
-        is_stacked: bool = False,
-    ) -> None:
-        """As `SafetensorsFolder.read_into`; a stack [E, ...] is cut at the expert."""
-        name = f"{self.prefix}.{name.format(expert=self.expert)}"
-        self.files.read_into(out, name, shape, self.expert if is_stacked else None, rows, columns)
+
+class Span(NamedTuple):
+    """`rows` and `columns` (None = all) of a tensor of `shape`: a matrix or vector, or, stacked, one for each expert.
+
+    transposed: rows are input channels. interleaved: gate and up channels alternate.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rows: slice | None = None
+    columns: slice | None = None
+    is_stacked: bool = False
+    transposed: bool = False
+    interleaved: bool = False
+
+    def read(self, out: torch.Tensor, part: Part) -> None:
+        """As `SafetensorsFolder.read_into`; out [rows, ...] stands as the layer has it, gate and up one after the other."""
+        if self.interleaved:
+            out = out.unflatten(0, (2, -1)).transpose(0, 1)
+        if self.transposed:
+            # To be filled column by column.
+            out = out.movedim(-1, 0)
+        if len(self.shape) - self.is_stacked == 1:
+            out = out[None]
+        expert = part.expert if self.is_stacked else None
+        part.files.read_into(out, self.tensor(part), self.shape, expert, self.rows, self.columns)
+
+    def tensor(self, part: Part) -> str:
+        """Its name in the checkpoint."""
+        return f"{part.prefix}.{self.name.format(expert=part.expert)}"
+
+    def must_be_zero(self, part: Part) -> None:
+        """AutoGPTQ writes biases for projections that have none. Raises CheckpointError when they are not zero."""
+        name = self.tensor(part)
+        if name in part.files and part.files.read(name, self.shape, torch.float32, part.expert if self.is_stacked else None).any():
+            raise CheckpointError(f"{part.files.folder}: tensor {name} is not zero, but this projection has no bias")
 
 
-class ExpertLayout(Protocol):
-    """Names of tensors below the prefix of a layer, and how to fill a gated expert from them."""
+class Spans(NamedTuple):
+    """Where a part is. gate_up: the channels of gate, then those of up; or both interleaved in one."""
+
+    gate_up: Sequence[Span]
+    down: Span
+    gate_up_bias: Sequence[Span]
+    down_bias: Span
+
+
+class ExpertLayout(ABC):
+    """Names of tensors below the prefix of a layer, and where in them a gated expert is."""
 
     @property
+    @abstractmethod
     def first(self) -> str:
         """A tensor that has weights of expert 0: its presence tells the layout, its type that of the weights."""
-        ...
 
+    @abstractmethod
+    def spans(self, part: Part) -> Spans: ...
+
+    @abstractmethod
     def weights(self, num_experts: int) -> Iterator[str]:
         """All tensors of the layer's experts but their biases."""
-        ...
 
+    @abstractmethod
     def biases(self, num_experts: int) -> Iterator[str]:
         """The biases that experts of this layout have if they have any."""
-        ...
 
     def fill(self, expert: FeedForward, part: Part) -> None:
         """gate_up_proj [2i, H], gate first, down_proj [H, i], gate_up_bias [2i] and down_bias [H] where there are biases."""
-        ...
+        spans = self.spans(part)
+        _read(spans.gate_up, expert.gate_up_proj, part)
+        spans.down.read(expert.down_proj, part)
+        self.fill_biases(expert.gate_up_bias, expert.down_bias, part)
 
-    def check_unbiased(self, part: Part) -> None:
-        """Of experts without biases: AutoGPTQ writes some all the same. Raises CheckpointError when they are not zero."""
-        ...
+    def fill_biases(self, gate_up_bias: torch.Tensor | None, down_bias: torch.Tensor | None, part: Part) -> None:
+        """The same."""
+        spans = self.spans(part)
+        if gate_up_bias is None or down_bias is None:
+            for span in (*spans.gate_up_bias, spans.down_bias):
+                span.must_be_zero(part)
+        else:
+            _read(spans.gate_up_bias, gate_up_bias, part)
+            spans.down_bias.read(down_bias, part)
+
+
+def _read(spans: Sequence[Span], out: torch.Tensor, part: Part) -> None:
+    for span, into in zip(spans, out.chunk(len(spans)), strict=True):
+        span.read(into, part)
 
 
 @dataclass(frozen=True)
-class Separate:
+class Separate(ExpertLayout):
     """A tensor for each projection of each expert: gate and up [I, H], down [H, I]; biases beside them."""
 
     gate: str = "experts.{expert}.gate_proj.weight"
@@ -86,26 +136,18 @@ class Separate:
     def biases(self, num_experts: int) -> Iterator[str]:
         return map(_bias, self.weights(num_experts))
 
-    def fill(self, expert: FeedForward, part: Part) -> None:
+    def spans(self, part: Part) -> Spans:
         hidden, intermediate, channels = part.hidden_size, part.intermediate_size, part.channels
-        for name, out in zip((self.gate, self.up), expert.gate_up_proj.chunk(2), strict=True):
-            part.read(out, name, (intermediate, hidden), rows=channels)
-        part.read(expert.down_proj, self.down, (hidden, intermediate), columns=channels)
-        if expert.gate_up_bias is not None and expert.down_bias is not None:
-            for name, out in zip((self.gate, self.up), expert.gate_up_bias.chunk(2), strict=True):
-                part.read(out[None], _bias(name), (intermediate,), columns=channels)
-            part.read(expert.down_bias[None], _bias(self.down), (hidden,))
-
-    def check_unbiased(self, part: Part) -> None:
-        widths = {self.gate: part.intermediate_size, self.up: part.intermediate_size, self.down: part.hidden_size}
-        for weight, width in widths.items():
-            name = f"{part.prefix}.{_bias(weight).format(expert=part.expert)}"
-            if name in part.files and part.files.read(name, (width,), torch.float32).any():
-                raise CheckpointError(f"{part.files.folder}: tensor {name} is not zero, but this projection has no bias")
+        return Spans(
+            [Span(name, (intermediate, hidden), rows=channels) for name in (self.gate, self.up)],
+            Span(self.down, (hidden, intermediate), columns=channels),
+            [Span(_bias(name), (intermediate,), columns=channels) for name in (self.gate, self.up)],
+            Span(_bias(self.down), (hidden,)),
+        )
 
 
 @dataclass(frozen=True)
-class Stacked:
+class Stacked(ExpertLayout):
     """All experts in a tensor: gate_up [E, 2I, H] and down [E, H, I], or transposed [E, H, 2I] and [E, I, H].
 
     interleaved: gate and up channels alternate instead of standing one after the other. Biases are [E, 2I] and [E, H].
@@ -128,38 +170,31 @@ class Stacked:
     def biases(self, num_experts: int) -> Iterator[str]:
         return iter((self.gate_up_bias, self.down_bias))
 
-    def fill(self, expert: FeedForward, part: Part) -> None:
-        count, hidden, intermediate = part.num_experts, part.hidden_size, part.intermediate_size
-        for out, channels in self._spans(expert.gate_up_proj, part):
-            if self.transposed:
-                # [2i, H] or [i, 2, H], to be filled column by column.
-                by_column = out.movedim(-1, 0)
-                part.read(by_column, self.gate_up, (count, hidden, 2 * intermediate), columns=channels, is_stacked=True)
-            else:
-                part.read(out, self.gate_up, (count, 2 * intermediate, hidden), rows=channels, is_stacked=True)
+    def spans(self, part: Part) -> Spans:
+        count, hidden, channels = part.num_experts, part.hidden_size, self._channels(part)
+        both = 2 * part.intermediate_size
+        return Spans(
+            [self._span(self.gate_up, (count, both, hidden), rows=each) for each in channels],
+            self._span(self.down, (count, hidden, part.intermediate_size), columns=part.channels)._replace(interleaved=False),
+            [Span(self.gate_up_bias, (count, both), None, each, is_stacked=True, interleaved=self.interleaved) for each in channels],
+            Span(self.down_bias, (count, hidden), is_stacked=True),
+        )
+
+    def _span(self, name: str, shape: tuple[int, int, int], rows: slice | None = None, columns: slice | None = None) -> Span:
         if self.transposed:
-            part.read(expert.down_proj.t(), self.down, (count, intermediate, hidden), rows=part.channels, is_stacked=True)
-        else:
-            part.read(expert.down_proj, self.down, (count, hidden, intermediate), columns=part.channels, is_stacked=True)
-        if expert.gate_up_bias is not None and expert.down_bias is not None:
-            for out, channels in self._spans(expert.gate_up_bias, part):
-                part.read(out[None], self.gate_up_bias, (count, 2 * intermediate), columns=channels, is_stacked=True)
-            part.read(expert.down_bias[None], self.down_bias, (count, hidden), is_stacked=True)
+            shape, rows, columns = (shape[0], shape[2], shape[1]), columns, rows
+        return Span(name, shape, rows, columns, is_stacked=True, transposed=self.transposed, interleaved=self.interleaved)
 
-    def check_unbiased(self, part: Part) -> None:
-        """Nobody writes biases of stacks that have none."""
-
-    def _spans(self, gate_up: torch.Tensor, part: Part) -> list[tuple[torch.Tensor, slice]]:
-        """[2i, ...] as what can be filled in one go, and from which of the 2I channels on disk."""
+    def _channels(self, part: Part) -> Iterable[slice]:
+        """Of the 2I on disk."""
         start, stop = part.channels.start, part.channels.stop
         if self.interleaved:
-            return [(gate_up.unflatten(0, (2, -1)).transpose(0, 1), slice(2 * start, 2 * stop))]
-        gate, up = gate_up.chunk(2)
-        return [(gate, part.channels), (up, slice(part.intermediate_size + start, part.intermediate_size + stop))]
+            return [slice(2 * start, 2 * stop)]
+        return [part.channels, slice(part.intermediate_size + start, part.intermediate_size + stop)]
 
 
 @dataclass(frozen=True)
-class Flat:
+class Flat(ExpertLayout):
     """All experts one below the other: gate, up and the transpose of down, each [E * I, H] (DBRX)."""
 
     gate: str
@@ -176,16 +211,12 @@ class Flat:
     def biases(self, num_experts: int) -> Iterator[str]:
         return iter(())
 
-    def fill(self, expert: FeedForward, part: Part) -> None:
+    def spans(self, part: Part) -> Spans:
         shape = (part.num_experts * part.intermediate_size, part.hidden_size)
         first = part.expert * part.intermediate_size
         rows = slice(first + part.channels.start, first + part.channels.stop)
-        gate, up = expert.gate_up_proj.chunk(2)
-        for name, out in ((self.gate, gate), (self.up, up), (self.down, expert.down_proj.t())):
-            part.read(out, name, shape, rows=rows)
-
-    def check_unbiased(self, part: Part) -> None:
-        """As for stacks."""
+        gate, up, down = (Span(name, shape, rows) for name in (self.gate, self.up, self.down))
+        return Spans([gate, up], down._replace(transposed=True), [], Span("", ()))
 
 
 def _bias(weight: str) -> str:

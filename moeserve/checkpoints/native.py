@@ -50,6 +50,10 @@ class NativeLayer:
     files: NamedTensors
 
     @property
+    def held_as(self) -> str:
+        return self.spec.quantized_to or self.spec.dtype
+
+    @property
     def has_router_bias(self) -> bool:
         return f"{self.spec.name}.gate.bias" in self.files
 

@@ -47,7 +47,7 @@ def layer_sources(config: ServiceConfig) -> list[LayerSource]:
                 f"model.deterministic is true, but placement.copies is {config.placement.copies}; allowed: 1, because load decides which "
                 f"copy computes, and so which answers are added up where"
             )
-        if (source.spec.module or source.spec.shared_module) and config.model.quantization is not None:
+        if (source.spec.module or source.spec.shared_module) and source.spec.quantized_to is not None:
             raise ConfigError(
                 f"model.quantization is {config.model.quantization!r}, but the experts of layer {source.spec.name} are modules; "
                 f"allowed: only feed-forward experts are quantized"

@@ -148,7 +148,14 @@ class SafetensorsFolder:
         number_format, pieces = self._checked(name, shape, expert)
         assert isinstance(number_format, CodedFormat), f"{name} is stored as it is"
         with ExitStack() as opened:
-            return number_format.coded(_Source(self, opened, pieces, expert or 0).read, rows, columns)
+            return _Source(self, opened, pieces, expert or 0).coded(number_format, rows, columns)
+
+    def scale_type(self, number_format: CodedFormat) -> torch.dtype:
+        """Of its scales, from the file's header; while there is no file, the usual one."""
+        name = number_format.names[1]
+        stored = self._stored(name).dtype if self._path(name).is_file() else number_format.scale_types[0]
+        # In a byte there are exponents.
+        return torch.float8_e8m0fnu if stored == "U8" else _TYPES[stored]
 
     def file_of(self, name: str) -> tuple[TensorFile, StoredTensor]:
         """Where a tensor is."""
@@ -239,6 +246,13 @@ class _Source:
         """[R, C] decoded. Raises CheckpointError for what no file in this format says."""
         try:
             return number_format.read(self.read, rows, columns)
+        except ValueError as error:
+            raise CheckpointError(f"{self._folder.folder}: {error}") from None
+
+    def coded(self, number_format: CodedFormat, rows: slice, columns: slice) -> Coded:
+        """The same, not decoded."""
+        try:
+            return number_format.coded(self.read, rows, columns)
         except ValueError as error:
             raise CheckpointError(f"{self._folder.folder}: {error}") from None
 

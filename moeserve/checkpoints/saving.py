@@ -18,7 +18,7 @@ from moeserve.checkpoints.native import MODEL_TYPE
 from moeserve.checkpoints.safetensors_folder import read_json
 from moeserve.config import LayerConfig, LayerSpec
 from moeserve.errors import ConfigError
-from moeserve.experts import Expert, FeedForward, ModuleExpert
+from moeserve.experts import Expert, FeedForward, ModuleExpert, QuantizedFeedForward
 from moeserve.gating import Mixer, Router
 from moeserve.tensors import FLOAT_DTYPES, dtype_name
 
@@ -64,6 +64,10 @@ def saved_experts(name: str, spec: LayerSpec, router: Router, mixer: Mixer | Non
     sizes = []
     for number, expert in enumerate(experts):
         is_shared = number >= spec.num_hosted_experts
+        if isinstance(expert, QuantizedFeedForward):
+            raise ConfigError(
+                f'layer {name}: experts in few bits cannot be saved; allowed: those of a layer loaded with quantization = "none"'
+            )
         if not isinstance(expert, FeedForward if is_shared or spec.module is None else ModuleExpert):
             raise ConfigError(f"layer {name}: an expert is a {type(expert).__name__}, which a folder of moeserve cannot hold here")
         own = expert.tensors if isinstance(expert, FeedForward) else expert.module.state_dict()

@@ -33,6 +33,10 @@ class SeededLayer:
     has_router_bias: bool = field(default=False, init=False)
     has_selection_bias: bool = field(default=False, init=False)
 
+    @property
+    def held_as(self) -> str:
+        return self.spec.quantized_to or self.spec.dtype
+
     def router(self) -> Router:
         return Router(self._draw("gate", (self.spec.num_experts, self.spec.hidden_size), self.spec.hidden_size**-0.5), self.spec.gating)
 

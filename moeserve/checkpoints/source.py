@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from moeserve.config import LayerSpec
-from moeserve.experts import Expert, ExpertBank, ExpertShard, FeedForward, quantize
+from moeserve.experts import Expert, ExpertBank, ExpertShard, FeedForward, QuantizedFeedForward, quantize
 from moeserve.gating import Mixer, Router
 from moeserve.tensors import FLOAT_DTYPES
 
@@ -23,6 +23,11 @@ class LayerSource(Protocol):
 
     @property
     def spec(self) -> LayerSpec: ...
+
+    @property
+    def held_as(self) -> str:
+        """What the weights of most experts are held in, for people."""
+        ...
 
     @property
     def has_router_bias(self) -> bool:
@@ -39,7 +44,10 @@ class LayerSource(Protocol):
         ...
 
     def experts(self, shards: Sequence[ExpertShard]) -> list[Expert]:
-        """The given experts, or shards of them, in that order, in the spec's dtype; nothing else is read."""
+        """The given experts, or shards of them, in that order; nothing else is read.
+
+        In the few bits they are stored in if the spec allows that, else in its dtype.
+        """
         ...
 
     def shared_expert(self) -> Expert | None:
@@ -75,9 +83,9 @@ def load_bank(source: LayerSource, shards: Sequence[ExpertShard], device: torch.
         kernel=spec.kernel,
         deterministic=spec.deterministic,
     )
-    if spec.quantization is not None:
-        held = (spec.name, bank.num_experts, spec.quantization, bank.nbytes / 2**20)
-        log.info("layer %s: %d experts quantized to %s (%.1f MiB), decoded for every projection", *held)
+    if source.held_as != spec.dtype:
+        held = (spec.name, bank.num_experts, source.held_as, bank.nbytes / 2**20)
+        log.info("layer %s: %d experts held as %s (%.1f MiB), decoded for every projection", *held)
     return bank
 
 
@@ -108,7 +116,8 @@ def bank_bytes(source: LayerSource, shards: Sequence[ExpertShard]) -> int:
 
 
 def _held(expert: Expert, spec: LayerSpec) -> Expert:
-    if spec.quantization is None:
+    # Those that are stored in the bits that are asked for keep the numbers they have.
+    if spec.quantized_to is None or isinstance(expert, QuantizedFeedForward):
         return expert
     assert isinstance(expert, FeedForward), "modules are not quantized: checked when layers are resolved"
-    return quantize(expert, spec.quantization)
+    return quantize(expert, spec.quantized_to)

@@ -73,6 +73,10 @@ class SwappedLayer:
         return self._rest.spec
 
     @property
+    def held_as(self) -> str:
+        return self._rest.held_as
+
+    @property
     def has_router_bias(self) -> bool:
         return self._rest.has_router_bias
 

@@ -8,18 +8,21 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from moeserve.config import LayerSpec, PlacementConfig
+from moeserve.checkpoints import LayerSource
+from moeserve.config import PlacementConfig
 from moeserve.experts import ROWS, Choice, ExpertShard, Shape, measured
 from moeserve.tensors import FLOAT_DTYPES
 
 
-def kernels(specs: Sequence[LayerSpec], placement: PlacementConfig) -> Iterator[Table]:
+def kernels(sources: Sequence[LayerSource], placement: PlacementConfig) -> Iterator[Table]:
     """A table for every shape of expert: microseconds per expert for so many rows, of each kernel there is for it."""
     num_threads = max(1, int(placement.cpus_per_host))
     torch.set_num_threads(num_threads)
     seen = set()
-    for spec in specs:
-        if spec.module is None and spec.quantization is None:
+    for source in sources:
+        spec = source.spec
+        # Those in few bits are decoded in one way.
+        if spec.module is None and source.held_as == spec.dtype:
             channels = ExpertShard(0, 0, placement.tensor_parallel).span(spec.intermediate_size)
             width: int = channels.stop - channels.start
             shape = Shape(FLOAT_DTYPES[spec.dtype], spec.activation, spec.hidden_size, width, num_threads)

@@ -10,11 +10,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from moeserve.checkpoints import check_memory, host_bytes, layer_sources, memory_bytes
+from moeserve.checkpoints import LayerSource, check_memory, host_bytes, layer_sources, memory_bytes
 from moeserve.cli.flags import Overrides
 from moeserve.cli.gates import gates
 from moeserve.cli.kernels import kernels
-from moeserve.config import GatingConfig, LayerSpec, PlacementConfig, load_config
+from moeserve.config import GatingConfig, PlacementConfig, load_config
 from moeserve.experts import ExpertShard
 from moeserve.placement import LayerPlacement, Placement, plan_placement
 
@@ -32,26 +32,27 @@ def plan(
     nbytes = host_bytes(sources, placement)
 
     console = Console()
-    console.print(_layers(specs))
+    console.print(_layers(sources))
     console.print(gates(sources))
     console.print(_hosts(placement, config.placement, nbytes))
-    for table in kernels(specs, config.placement) if with_kernels else ():
+    for table in kernels(sources, config.placement) if with_kernels else ():
         console.print(table)
     check_memory(nbytes, config, memory_bytes())
 
 
-def _layers(specs: Sequence[LayerSpec]) -> Table:
-    table = Table("", title=f"{len(specs)} MoE layers", title_justify="left", box=SIMPLE_HEAD)
+def _layers(sources: Sequence[LayerSource]) -> Table:
+    table = Table("", title=f"{len(sources)} MoE layers", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("layer", overflow="fold")
     for column in ("H x I", "experts", "type", "capacity"):
         table.add_column(column, justify="right", no_wrap=True)
-    for number, spec in enumerate(specs):
+    for number, source in enumerate(sources):
+        spec = source.spec
         table.add_row(
             str(number),
             spec.name,
             f"{spec.hidden_size} x {spec.intermediate_size}",
             f"{spec.num_experts}, top {spec.gating.top_k}",
-            f"{spec.expert_kind} {spec.quantization or spec.dtype}",
+            f"{spec.expert_kind} {source.held_as}",
             _capacity(spec.gating),
         )
     return table

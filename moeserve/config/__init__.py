@@ -6,6 +6,7 @@ from moeserve.config.overrides import GatingOverrides, override
 from moeserve.config.service import (
     Activation,
     BatchingConfig,
+    Bits,
     CommunicationConfig,
     ControllerConfig,
     CopyChoice,
@@ -28,6 +29,7 @@ from moeserve.config.spec import LayerSpec
 __all__ = [
     "Activation",
     "BatchingConfig",
+    "Bits",
     "CommunicationConfig",
     "ControllerConfig",
     "CopyChoice",

@@ -10,7 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from moeserve.config.gating import GatingConfig
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-Quantization = Literal["int8", "fp8"]
+Bits = Literal["int8", "fp8"]
+Quantization = Literal["int8", "fp8", "none"]
 #: what computes feed-forward experts on CPUs: the fastest as measured, torch's operators, or a compiled kernel
 Kernel = Literal["auto", "torch", "amx", "avx512_bf16", "avx512", "avx2", "generic"]
 Activation = Literal["swiglu", "geglu", "gelu", "relu", "swigluoai"]
@@ -85,9 +86,9 @@ class ModelConfig(Table):
     #: name clients see; default: the checkpoint folder's name
     name: str | None = None
     checkpoint: File | None = None
-    #: element type the experts are held in; unset = as stored
+    #: element type of rows, and of weights in full; unset = as stored
     dtype: Dtype | None = None
-    #: element type of the weights of feed-forward experts, quantized while they are loaded; unset = dtype
+    #: what weights of feed-forward experts are quantized to; unset = as stored, in few bits if they are published so; none = dtype
     quantization: Quantization | None = None
     #: what computes feed-forward experts on CPUs: auto = the fastest here, measured at start; torch = its operators; or a compiled kernel
     kernel: Kernel = "auto"

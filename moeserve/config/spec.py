@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeserve.config.gating import GatingConfig
-from moeserve.config.service import Activation, Dtype, Kernel, Mixing, Quantization
+from moeserve.config.service import Activation, Bits, Dtype, Kernel, Mixing, Quantization
 
 
 @dataclass(frozen=True)
 class LayerSpec:
     """Sizes and rules of one layer: H hidden_size, I intermediate_size, E num_experts; dtype is that of the expert weights,
-    unless quantization says how they are held.
+    and of what is computed with them, unless they are quantized or published in few bits.
 
     intermediate_size is that of the largest expert, 0 for a module; `module` is the import path of a module that is the expert,
     module_args what each of the hosted experts is made with.
@@ -38,6 +38,11 @@ class LayerSpec:
     quantization: Quantization | None = None
     kernel: Kernel = "auto"
     deterministic: bool = False
+
+    @property
+    def quantized_to(self) -> Bits | None:
+        """What weights are quantized to, unless they are stored so."""
+        return None if self.quantization == "none" else self.quantization
 
     @property
     def num_hosted_experts(self) -> int:

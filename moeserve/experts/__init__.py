@@ -3,24 +3,33 @@
 from moeserve.experts.activations import is_gated
 from moeserve.experts.bank import ExpertBank
 from moeserve.experts.choice import Choice, Shape, measured
+from moeserve.experts.codes import INT4, INT8, Code, float_code
 from moeserve.experts.expert import Expert, ExpertShard
 from moeserve.experts.feed_forward import ROWS, FeedForward, feed_forward_bytes
+from moeserve.experts.groups import Groups
 from moeserve.experts.module import ModuleExpert, check_module, make_module, module_bytes, module_class
-from moeserve.experts.quantized import QuantizedFeedForward, QuantizedMatrix, quantize
+from moeserve.experts.quantized import QuantizedFeedForward, computed_in, quantize
+from moeserve.experts.quantized_matrix import QuantizedMatrix
 
 __all__ = [
+    "INT4",
+    "INT8",
     "ROWS",
     "Choice",
+    "Code",
     "Expert",
     "ExpertBank",
     "ExpertShard",
     "FeedForward",
+    "Groups",
     "ModuleExpert",
     "QuantizedFeedForward",
     "QuantizedMatrix",
     "Shape",
     "check_module",
+    "computed_in",
     "feed_forward_bytes",
+    "float_code",
     "is_gated",
     "make_module",
     "measured",

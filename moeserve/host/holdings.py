@@ -8,6 +8,7 @@ import torch
 
 from moeserve.checkpoints import LayerSource, Swap, load_bank, load_experts
 from moeserve.config import ServiceConfig
+from moeserve.errors import ConfigError
 from moeserve.experts import Expert, ExpertBank, ExpertShard
 from moeserve.host.shelf import Shelf
 from moeserve.release import Release
@@ -63,7 +64,11 @@ class Holdings:
         new = all_swaps[len(old) :]
         if all_swaps[: len(old)] != old or any(swap.experts is None for swap in new):
             return load_bank(source, shards, self._device)
-        return served.replaced(_changed_experts(source, shards, new))
+        try:
+            return served.replaced(_changed_experts(source, shards, new))
+        except ConfigError:
+            # Held in another way than those they would be computed with: the new files have weights in other bits.
+            return load_bank(source, shards, self._device)
 
 
 def _swaps_of(release: Release, layer: str) -> list[Swap]:

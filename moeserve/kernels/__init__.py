@@ -1,5 +1,6 @@
 """What runs below torch's operators: the compiled grouped pass, the memory its weights lie in, and a stopwatch to choose by."""
 
+from moeserve.kernels.decode import Coded, can_decode, decode, multiply
 from moeserve.kernels.linear import InvariantLinear
 from moeserve.kernels.memory import Arena, aligned, scratch
 from moeserve.kernels.native import KERNELS, Bank, Work, find_kernel, library
@@ -11,15 +12,19 @@ __all__ = [
     "TYPES",
     "Arena",
     "Bank",
+    "Coded",
     "InvariantLinear",
     "Work",
     "aligned",
     "bias_from_panels",
     "bias_to_panels",
+    "can_decode",
+    "decode",
     "fastest_of",
     "find_kernel",
     "from_panels",
     "library",
+    "multiply",
     "padded",
     "scratch",
     "to_panels",

@@ -13,6 +13,8 @@ from moeserve.cli.app import main
 from moeserve.experts import ExpertShard
 
 LAYERS, DENSE, EXPERTS, HIDDEN, INTERMEDIATE = 61, 3, 256, 7168, 2048
+#: bytes of an expert in FP8, with a float32 scale for each block of 128 x 128
+PUBLISHED = 3 * HIDDEN * INTERMEDIATE + 3 * 4 * (HIDDEN // 128) * (INTERMEDIATE // 128)
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +67,25 @@ def test_the_plan(deepseek_v3: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert "58 MoE layers" in out
     assert "16 hosts" in out
     assert "model.layers.60.mlp" in out
-    # 58 layers of 16 experts and the shared one, each 3 x H x I in bfloat16.
-    assert f"{58 * 17 * 3 * HIDDEN * INTERMEDIATE * 2 / 2**20:.1f} MiB" in out
+    assert "swiglu FP8 128 x 128" in out
+    # 58 layers of 16 experts and the shared one.
+    assert f"{58 * 17 * PUBLISHED / 2**20:.1f} MiB" in out
+
+
+def test_the_plan_of_decoded_weights(deepseek_v3: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", str(deepseek_v3), "--num-hosts", "8", "--address", "10.0.0.1:6379"]
+    assert main(command) == 0
+    assert f"{58 * 33 * PUBLISHED / 2**20:.1f} MiB" in capsys.readouterr().out
+    assert main([*command, "--quantization", "none"]) == 0
+    out = capsys.readouterr().out
+    assert f"{58 * 33 * 3 * HIDDEN * INTERMEDIATE * 2 / 2**20:.1f} MiB" in out
+    assert "swiglu bfloat16" in out
 
 
 def test_sizes_and_gate(deepseek_v3: Path) -> None:
     sources = layer_sources(load_config(deepseek_v3))
     assert [source.spec.name for source in sources] == [f"model.layers.{layer}.mlp" for layer in range(DENSE, LAYERS)]
-    assert {source.nbytes(ExpertShard(255)) for source in sources} == {3 * HIDDEN * INTERMEDIATE * 2}
+    assert {source.nbytes(ExpertShard(255)) for source in sources} == {PUBLISHED}
     gating = sources[0].spec.gating
     assert (gating.scoring_func, gating.num_expert_groups, gating.topk_groups, gating.group_score) == ("sigmoid", 8, 4, "top2_sum")
     assert (gating.renormalize, gating.routed_scaling_factor, sources[0].spec.shared_mixing) == ("pre_drop", 2.5, "add")

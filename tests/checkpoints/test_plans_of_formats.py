@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from moeserve import CheckpointError, MoELayer, load_config
-from moeserve.checkpoints import layer_sources
+from moeserve.checkpoints import bank_bytes, layer_sources, load_bank
 from moeserve.cli.app import main
+from moeserve.experts import ExpertShard
 from tests.checkpoints.published import PUBLISHED, Stored, Writer, fp8_scaled, gptq, nvfp4_modelopt
 from tests.checkpoints.quantized_folders import (
     AWQ,
@@ -52,10 +53,15 @@ def test_what_is_served_is_planned_before_the_download(title: str, tmp_path: Pat
     config = json.loads((tmp_path / "config.json").read_text())
     del config["dtype"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert main(["plan", str(tmp_path)]) == 0
-    # Held in bfloat16, which is what numbers in few bits become when nothing else is asked for.
+    assert main(["plan", str(tmp_path), "--quantization", "none"]) == 0
+    # In bfloat16, which is what numbers in few bits become when nothing else is asked for.
     assert f"{EXPERTS * 3 * SIZE * SIZE * 2 / 2**20:.1f} MiB" in capsys.readouterr().out
+    everyone = [ExpertShard(expert) for expert in range(EXPERTS)]
+    planned = bank_bytes(layer_sources(load_config(tmp_path))[0], everyone)
     check_held(downloaded(tmp_path), numbers)
+    held = load_bank(layer_sources(load_config(tmp_path))[0], everyone).nbytes
+    # Headers say of which type scales are, and the file whether columns are in another order: in so small a weight that is much.
+    assert 0.8 * held <= planned < 1.2 * held
 
 
 def test_gpt_oss_is_planned_before_the_download(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,7 +74,10 @@ def test_gpt_oss_is_planned_before_the_download(tmp_path: Path, capsys: pytest.C
     weight_map = {f"model.layers.{layer}.mlp.{name}": "model-00001-of-00002.safetensors" for layer in range(2) for name in names}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert main(["plan", str(tmp_path), "--num-hosts", "4", "--address", "10.0.0.1:6379"]) == 0
-    assert f"{2 * 8 * (3 * 2880 + 3) * 2880 * 2 / 2**20:.1f} MiB" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "swigluoai MXFP4" in out
+    # 16 bytes and an exponent for 32 numbers; biases in bfloat16.
+    assert f"{2 * 8 * (3 * 2880 * 2880 * 17 / 32 + 3 * 2880 * 2) / 2**20:.1f} MiB" in out
 
 
 def test_plain_weights_of_a_type_that_nobody_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@
 
 from moeserve.checkpoints.formats.coded import Coded
 from moeserve.checkpoints.formats.methods import METHODS, scheme_of
-from moeserve.checkpoints.formats.number_format import FLOATS, CodedFormat, NumberFormat, Piece, Plain, Read
+from moeserve.checkpoints.formats.number_format import FLOATS, CodedFormat, Kind, NumberFormat, Piece, Plain, Read
 from moeserve.checkpoints.formats.scheme import AS_IS, Scheme, telltales
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "METHODS",
     "Coded",
     "CodedFormat",
+    "Kind",
     "NumberFormat",
     "Piece",
     "Plain",

@@ -33,7 +33,7 @@ _FP4_PAIRS: Final = _pairs()
 
 @dataclass(frozen=True, eq=False)
 class Coded:
-    """Number (i, j) = (value of codes[i, j] - zeros[s, g]) * scales[s, g], where s = row_group[i] and g = column_group[j].
+    """Number (i, j) = (value of codes[i, j] - zeros[s, g]) * scales[s, g] * factor, where s = row_group[i] and g = column_group[j].
 
     codes [R, C]: float8 of any kind and int8 are values themselves; uint8 are whole numbers 0..255, or, with `is_fp4`, codes 0..15 of FP4.
     scales [S, G] float32; zeros [S, G] float32 or None; row_group [R] and column_group [C] int64.
@@ -45,13 +45,14 @@ class Coded:
     column_group: torch.Tensor
     zeros: torch.Tensor | None = None
     is_fp4: bool = False
+    factor: float = 1.0
 
     def numbers(self) -> torch.Tensor:
         """[R, C] float32, decoded."""
         values = self._values()
         if self.zeros is not None:
             values -= self._spread(self.zeros)
-        return values.mul_(self._spread(self.scales))
+        return values.mul_(self._spread(self.scales * self.factor))
 
     def _values(self) -> torch.Tensor:
         if self.is_fp4 and self.codes.shape[1] % 2 == 0:

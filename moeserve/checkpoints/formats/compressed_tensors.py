@@ -8,9 +8,9 @@ from typing import Any, Final
 
 from moeserve.checkpoints.formats.bits import WIDTHS
 from moeserve.checkpoints.formats.fp4 import Fp4
-from moeserve.checkpoints.formats.number_format import EXPONENTS, FLOATS, NumberFormat
+from moeserve.checkpoints.formats.number_format import EXPONENTS, FLOATS, Block, NumberFormat
 from moeserve.checkpoints.formats.packed import PackedColumns
-from moeserve.checkpoints.formats.scaled import Block, Scaled
+from moeserve.checkpoints.formats.scaled import Scaled
 from moeserve.checkpoints.formats.scheme import Recipe, Scheme, Settings, mentions, module_of, positive
 
 #: tensors about activations, which do not matter where only weights are quantized, and the shape that config.json says too

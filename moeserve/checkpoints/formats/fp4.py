@@ -9,7 +9,7 @@ import torch
 
 from moeserve.checkpoints.formats.bits import covering, unpacked
 from moeserve.checkpoints.formats.coded import Coded, groups, scale_values
-from moeserve.checkpoints.formats.number_format import EXPONENTS, CodedFormat, Piece, Read
+from moeserve.checkpoints.formats.number_format import EXPONENTS, Block, CodedFormat, Kind, Piece, Read
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,14 @@ class Fp4(CodedFormat):
         return "NVFP4" if self.global_scale else "MXFP4"
 
     @property
+    def kind(self) -> Kind:
+        return "fp4"
+
+    @property
+    def block(self) -> Block:
+        return 1, self.group
+
+    @property
     def names(self) -> tuple[str, ...]:
         return (self.name, self.scales, self.global_scale) if self.global_scale else (self.name, self.scales)
 
@@ -56,7 +64,8 @@ class Fp4(CodedFormat):
         pairs, within = covering(columns, 2)
         codes = unpacked(read(self.name, rows, pairs), 4)[:, within]
         scales = scale_values(read(self.scales, rows, across))
+        factor = 1.0
         if self.global_scale:
-            one = read(self.global_scale, slice(0, 1), slice(0, 1)).float()
-            scales = scales / one if self.divides else scales * one
-        return Coded(codes, scales, torch.arange(rows.stop - rows.start), column_group, is_fp4=True)
+            one = read(self.global_scale, slice(0, 1), slice(0, 1)).item()
+            factor = 1 / one if self.divides else one
+        return Coded(codes, scales, torch.arange(rows.stop - rows.start), column_group, is_fp4=True, factor=factor)

@@ -6,8 +6,8 @@ from collections.abc import Container
 from typing import Final
 
 from moeserve.checkpoints.formats.fp4 import Fp4
-from moeserve.checkpoints.formats.number_format import EXPONENTS, FLOATS, NumberFormat
-from moeserve.checkpoints.formats.scaled import Block, Scaled
+from moeserve.checkpoints.formats.number_format import EXPONENTS, FLOATS, Block, NumberFormat
+from moeserve.checkpoints.formats.scaled import Scaled
 from moeserve.checkpoints.formats.scheme import Scheme, Settings, mentions, module_of
 
 #: as transformers writes them, as AutoFP8 does, as DeepSeek-V4 is published, as Mistral Large 4 is

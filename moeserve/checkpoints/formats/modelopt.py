@@ -6,8 +6,8 @@ from collections.abc import Callable, Container, Mapping
 from typing import Any, Final
 
 from moeserve.checkpoints.formats.fp4 import Fp4
-from moeserve.checkpoints.formats.number_format import EXPONENTS, FLOATS, NumberFormat
-from moeserve.checkpoints.formats.scaled import Block, Scaled
+from moeserve.checkpoints.formats.number_format import EXPONENTS, FLOATS, Block, NumberFormat
+from moeserve.checkpoints.formats.scaled import Scaled
 from moeserve.checkpoints.formats.scheme import Recipe, Scheme, Settings, mentions, module_of, positive
 
 _KNOWN: Final = ("input_scale",)

@@ -6,12 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar, Final, Protocol
+from typing import ClassVar, Final, Literal, Protocol
 
 import torch
 
 from moeserve.checkpoints.formats.coded import Coded
 
+#: what a code is: 8 or 4 bits of a whole number or of a float
+Kind = Literal["int8", "fp8", "int4", "fp4"]
+#: rows and columns that share a scale; None is all of them
+Block = tuple[int | None, int | None]
 #: what `read(name, rows, columns)` gives: that part of a stored matrix, contiguous, in the type it is stored in
 Read = Callable[[str, slice, slice], torch.Tensor]
 
@@ -83,6 +87,41 @@ class CodedFormat(ABC):
     """A `NumberFormat` of few bits: numbers are codes, scales, and perhaps zeros."""
 
     is_turned: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """As documents and messages call it."""
+
+    @property
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """The stored tensors: codes, scales, and others."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> Kind:
+        """What the codes are."""
+
+    @property
+    @abstractmethod
+    def block(self) -> Block:
+        """Rows and columns that share a scale."""
+
+    @property
+    @abstractmethod
+    def scale_types(self) -> tuple[str, ...]:
+        """The types that the scales may have, the usual one first."""
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether there is a number that stands for zero beside each scale."""
+        return False
+
+    @property
+    def has_order(self) -> bool:
+        """Whether a tensor says which columns share a scale."""
+        return False
 
     @abstractmethod
     def coded(self, read: Read, rows: slice, columns: slice) -> Coded:

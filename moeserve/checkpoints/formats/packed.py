@@ -15,8 +15,7 @@ import torch
 
 from moeserve.checkpoints.formats.bits import covering, unpacked
 from moeserve.checkpoints.formats.coded import Coded, groups
-from moeserve.checkpoints.formats.number_format import FLOATS, CodedFormat, Piece, Read
-from moeserve.checkpoints.formats.scaled import Block
+from moeserve.checkpoints.formats.number_format import FLOATS, Block, CodedFormat, Kind, Piece, Read
 
 _WORD: Final = 32
 
@@ -39,10 +38,29 @@ class Packed(CodedFormat):
 
     #: whether an order of nothing but -1 means that there is none
     may_be_unordered: ClassVar[bool] = False
+    #: that rows share scales too is said by those formats in which they can
+    is_whole = False
+    scale_types = ("F16", "BF16", "F32")
 
     @property
     @abstractmethod
     def title(self) -> str: ...
+
+    @property
+    def kind(self) -> Kind:
+        return "int8" if self.bits > 4 else "int4"
+
+    @property
+    def block(self) -> Block:
+        return None if self.is_whole else 1, self.group
+
+    @property
+    def has_zeros(self) -> bool:
+        return bool(self.zeros)
+
+    @property
+    def has_order(self) -> bool:
+        return bool(self.order)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -102,8 +120,7 @@ class PackedColumns(Packed):
         return {**pieces, **zeros, **self._order_piece(columns)}
 
     def coded(self, read: Read, rows: slice, columns: slice) -> Coded:
-        block: Block = (None if self.is_whole else 1, self.group)
-        down, row_group = groups(rows, block[0])
+        down, row_group = groups(rows, self.block[0])
         across, column_group = self._groups(read, columns)
         words, within = covering(columns, self._per_word)
         codes = unpacked(read(self.name, rows, words), self.bits)[:, within]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from moeserve.checkpoints.formats.coded import Coded, groups, scale_values
-from moeserve.checkpoints.formats.number_format import EXPONENTS, FLOATS, FP8, CodedFormat, Piece, Read
+from moeserve.checkpoints.formats.number_format import EXPONENTS, FLOATS, FP8, Block, CodedFormat, Kind, Piece, Read
 
-#: rows and columns that share a scale; None is all of them
-Block = tuple[int | None, int | None]
+_WHOLE: Final[Mapping[Block, str]] = {(None, None): "per tensor", (1, None): "per channel", (None, 1): "per channel"}
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,15 @@ class Scaled(CodedFormat):
 
     @property
     def title(self) -> str:
-        sizes = " x ".join("all" if size is None else str(size) for size in self.block)
-        return f"{'int8' if self.types == ('I8',) else 'FP8'}, a scale for each {sizes}"
+        return f"{self.kind.upper()} {_WHOLE.get(self.block) or ' x '.join(map(str, self.block))}"
+
+    @property
+    def kind(self) -> Kind:
+        return "int8" if self.types == ("I8",) else "fp8"
+
+    @property
+    def has_zeros(self) -> bool:
+        return bool(self.zeros)
 
     @property
     def names(self) -> tuple[str, ...]:
