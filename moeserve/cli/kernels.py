@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -10,8 +11,10 @@ from rich.table import Table
 
 from moeserve.checkpoints import LayerSource
 from moeserve.config import PlacementConfig
-from moeserve.experts import ROWS, Choice, ExpertShard, Shape, measured
+from moeserve.experts import ROWS, Choice, ExpertShard, Shape, computed_in, measured
 from moeserve.tensors import FLOAT_DTYPES
+
+_QUANTIZED: Final = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 def kernels(sources: Sequence[LayerSource], placement: PlacementConfig) -> Iterator[Table]:
@@ -21,11 +24,14 @@ def kernels(sources: Sequence[LayerSource], placement: PlacementConfig) -> Itera
     seen = set()
     for source in sources:
         spec = source.spec
-        # Those in few bits are decoded in one way.
-        if spec.module is None and source.held_as == spec.dtype:
+        rows_dtype = FLOAT_DTYPES[spec.dtype]
+        dtype = rows_dtype if source.held_as == spec.dtype else _QUANTIZED.get(source.held_as)
+        # Others in few bits, in groups with scales of their own, are decoded in one way.
+        if spec.module is None and dtype is not None:
             channels = ExpertShard(0, 0, placement.tensor_parallel).span(spec.intermediate_size)
             width: int = channels.stop - channels.start
-            shape = Shape(FLOAT_DTYPES[spec.dtype], spec.activation, spec.hidden_size, width, num_threads)
+            rows_dtype = rows_dtype if dtype == rows_dtype else computed_in(rows_dtype)
+            shape = Shape(dtype, rows_dtype, spec.activation, spec.hidden_size, width, num_threads)
             if shape not in seen:
                 seen.add(shape)
                 yield _table(shape, measured(shape, spec.kernel, spec.deterministic))
@@ -44,7 +50,7 @@ def _table(shape: Shape, choice: Choice) -> Table:
 
 
 def _label(name: str) -> str:
-    return f"torch, {name}" if name in ("linear", "transposed") else name
+    return f"torch, {name}" if name in ("linear", "transposed", "tiles") else name
 
 
 def _verdict(name: str, choice: Choice) -> str:

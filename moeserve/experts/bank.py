@@ -18,6 +18,7 @@ from moeserve.config import Kernel
 from moeserve.experts.choice import chosen
 from moeserve.experts.expert import Expert
 from moeserve.experts.feed_forward import FeedForward
+from moeserve.experts.packable import packable
 from moeserve.experts.packed import PackedExperts
 from moeserve.experts.ragged import Stack, can_stack
 
@@ -128,14 +129,15 @@ class ExpertBank:
 
     def _take(self, expert: Expert, kernel: Kernel) -> None:
         self.nbytes += expert.nbytes
-        if isinstance(expert, FeedForward) and self.device.type == "cpu":
-            choice = chosen(expert, kernel, self._deterministic)
+        whole = packable(expert) if self.device.type == "cpu" else None
+        if whole is not None:
+            choice = chosen(whole, kernel, self._deterministic)
             if self._together is None and not self._others and choice.kernel is not None:
                 self._together = PackedExperts(choice.kernel, self._room_for)
-            if isinstance(self._together, PackedExperts) and not self._others and self._together.takes(expert):
-                self._together.add(expert)
+            if isinstance(self._together, PackedExperts) and not self._others and self._together.takes(whole):
+                self._together.add(whole)
                 return
-            expert = replace(expert, forms=choice.forms)
+            expert = replace(expert, forms=choice.forms) if isinstance(expert, FeedForward) else expert
         self._others.append(expert.to(self.device))
 
     def _weighed(self, counts: npt.NDArray[np.int64], weights: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:

@@ -6,7 +6,7 @@ H hidden size, I intermediate size.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from math import prod
@@ -15,14 +15,22 @@ from typing import Final
 import numpy as np
 import torch
 
-from moeserve.config import Activation, Kernel
+from moeserve.config import Activation, Bits, Kernel
+from moeserve.errors import ConfigError
 from moeserve.experts.activations import is_gated
+from moeserve.experts.expert import Expert
 from moeserve.experts.feed_forward import LINEAR, ROWS, FeedForward, Form
-from moeserve.experts.packed import PackedExperts, kernels_for
-from moeserve.kernels import Arena, aligned, fastest_of
+from moeserve.experts.packable import Packable, packable
+from moeserve.experts.packed import FUNCTIONS, PackedExperts
+from moeserve.experts.quantized import QuantizedFeedForward, quantize
+from moeserve.kernels import KERNELS, TYPES, Arena, aligned, fastest_of, find_kernel
+from moeserve.tensors import dtype_name
 
 log = logging.getLogger(__name__)
 
+_BITS: Final[Mapping[torch.dtype, Bits]] = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+#: kernels that round rows to bfloat16
+_IN_BFLOAT16: Final = ("amx", "avx512_bf16")
 _FORMS: Final[tuple[Form, ...]] = ("linear", "transposed")
 #: bytes of weights that are measured with: of one expert, so that no choice takes long; and of all, so that they come from memory
 _EXPERT_BYTES, _ALL_BYTES = 2**22, 2**23
@@ -35,19 +43,30 @@ class Shape:
     """What a choice depends on."""
 
     dtype: torch.dtype
+    rows_dtype: torch.dtype
     activation: Activation
     hidden_size: int
     intermediate_size: int
     num_threads: int
 
     @classmethod
-    def of(cls, expert: FeedForward) -> Shape:
-        hidden_size, intermediate_size = expert.down_proj.shape
-        return cls(expert.gate_up_proj.dtype, expert.activation, hidden_size, intermediate_size, torch.get_num_threads())
+    def of(cls, expert: Packable) -> Shape:
+        rows_dtype, (hidden_size, intermediate_size) = expert.rows_dtype, expert.down_proj.shape
+        return cls(expert.down_proj.dtype, rows_dtype, expert.activation, hidden_size, intermediate_size, torch.get_num_threads())
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether weights are in the type of rows, not in few bits."""
+        return self.dtype == self.rows_dtype
+
+    @property
+    def kind(self) -> str:
+        """For people: "int8 by bfloat16 swiglu"."""
+        rows = "" if self.is_plain else f" by {dtype_name(self.rows_dtype)}"
+        return f"{dtype_name(self.dtype)}{rows} {self.activation}"
 
     def __str__(self) -> str:
-        name = str(self.dtype).removeprefix("torch.")
-        return f"{name} {self.activation}, {self.hidden_size} x {self.intermediate_size}, {self.num_threads} threads"
+        return f"{self.kind}, {self.hidden_size} x {self.intermediate_size}, {self.num_threads} threads"
 
 
 @dataclass(frozen=True)
@@ -62,7 +81,7 @@ class Choice:
     microseconds: Mapping[str, tuple[float, ...]]
 
 
-def chosen(expert: FeedForward, kernel: Kernel = "auto", deterministic: bool = False) -> Choice:
+def chosen(expert: Packable, kernel: Kernel = "auto", deterministic: bool = False) -> Choice:
     """For experts like this one. kernel: "auto" = the fastest, "torch" = the fastest form of torch's operators, or the one to take.
     deterministic: a compiled one where there is any, because these compute a row alike whatever else they compute.
 
@@ -74,7 +93,7 @@ def chosen(expert: FeedForward, kernel: Kernel = "auto", deterministic: bool = F
 @cache
 def measured(shape: Shape, kernel: Kernel, deterministic: bool) -> Choice:
     """As `chosen`, for a shape; kept as long as the process lives."""
-    kernels = kernels_for(shape.dtype, shape.activation, kernel)
+    kernels = kernels_for(shape, kernel)
     if kernel not in ("auto", "torch"):
         return Choice(kernels[0], LINEAR, {})
     choice = _measure(shape, kernels, deterministic)
@@ -87,17 +106,18 @@ def measured(shape: Shape, kernel: Kernel, deterministic: bool) -> Choice:
 def _measure(shape: Shape, kernels: tuple[str, ...], deterministic: bool) -> Choice:
     """The kernel that is fastest for all numbers of rows together, so that there is one for all of them; else the fastest forms."""
     experts = _some_experts(shape)
-    runs: dict[str, Callable[[torch.Tensor], object]] = {form: _one_by_one(experts, form) for form in _FORMS}
-    runs |= _packed(experts, kernels)
-    seconds = [_seconds(runs, torch.ones(rows, shape.hidden_size, dtype=shape.dtype)) for rows in ROWS]
-    forms = tuple(min(_FORMS, key=taken.__getitem__) for taken in seconds)
-    of_torch = prod(taken[form] for form, taken in zip(forms, seconds, strict=True))
-    of_kernels = {name: prod(taken[name] for taken in seconds) for name in kernels}
+    of_torch: dict[str, Callable[[torch.Tensor], object]] = _one_by_one(experts)
+    runs = {**of_torch, **_packed(experts, kernels)}
+    seconds = [_seconds(runs, torch.ones(rows, shape.hidden_size, dtype=shape.rows_dtype)) for rows in ROWS]
+    best = tuple(min(of_torch, key=taken.__getitem__) for taken in seconds)
+    torch_total = prod(taken[form] for form, taken in zip(best, seconds, strict=True))
+    totals = {name: prod(taken[name] for taken in seconds) for name in kernels}
     # Of those that differ by less than measuring does, the widest.
-    enough = min(of_kernels.values(), default=0.0) * _ALIKE ** len(ROWS)
-    fastest = next((name for name in kernels if of_kernels[name] <= enough), None)
-    if fastest is not None and not deterministic and of_torch < of_kernels[fastest]:
+    enough = min(totals.values(), default=0.0) * _ALIKE ** len(ROWS)
+    fastest = next((name for name in kernels if totals[name] <= enough), None)
+    if fastest is not None and not deterministic and torch_total < totals[fastest]:
         fastest = None
+    forms: tuple[Form, ...] = best if shape.is_plain else LINEAR  # type: ignore[assignment]
     return Choice(fastest, forms, {name: tuple(taken[name] / len(experts) * 1e6 for taken in seconds) for name in runs})
 
 
@@ -105,42 +125,68 @@ def _seconds(runs: Mapping[str, Callable[[torch.Tensor], object]], rows: torch.T
     return fastest_of({name: partial(run, rows) for name, run in runs.items()})
 
 
-def _some_experts(shape: Shape) -> list[FeedForward]:
+def _some_experts(shape: Shape) -> list[FeedForward | QuantizedFeedForward]:
     """In memory that goes back to the system afterwards."""
-    parts, hidden = 2 if is_gated(shape.activation) else 1, shape.hidden_size
-    channel_bytes = (parts + 1) * hidden * shape.dtype.itemsize
+    parts, hidden, dtype = 2 if is_gated(shape.activation) else 1, shape.hidden_size, shape.rows_dtype
+    channel_bytes = (parts + 1) * hidden * dtype.itemsize
     inner = max(1, min(shape.intermediate_size, _EXPERT_BYTES // channel_bytes // 32 * 32))
     count = max(1, min(64, _ALL_BYTES // (inner * channel_bytes)))
     sizes = parts * inner * hidden, inner * hidden
-    arena = Arena(count * sum(aligned(size * shape.dtype.itemsize) for size in sizes))
+    arena = Arena(count * sum(aligned(size * dtype.itemsize) for size in sizes))
 
     def weights(size: int, *matrix: int) -> torch.Tensor:
-        taken = arena.take(size, shape.dtype)
+        taken = arena.take(size, dtype)
         assert taken is not None, "there is room for all of them"
         return taken.fill_(0.01).view(matrix)
 
-    return [FeedForward(shape.activation, weights(sizes[0], parts * inner, hidden), weights(sizes[1], hidden, inner)) for _ in range(count)]
+    experts = [
+        FeedForward(shape.activation, weights(sizes[0], parts * inner, hidden), weights(sizes[1], hidden, inner)) for _ in range(count)
+    ]
+    return list(experts) if shape.is_plain else [quantize(expert, _BITS[shape.dtype]) for expert in experts]
 
 
-def _one_by_one(experts: list[FeedForward], form: Form) -> Callable[[torch.Tensor], object]:
-    formed = [replace(expert, forms=(form,) * len(ROWS)) for expert in experts]
-
-    def run(rows: torch.Tensor) -> None:
-        index, total = torch.arange(len(rows)), torch.zeros(rows.shape)
-        for expert in formed:
-            total.index_add_(0, index, expert(rows.index_select(0, index)).mul_(0.5))
-
-    return run
+def _one_by_one(experts: Sequence[FeedForward | QuantizedFeedForward]) -> dict[str, Callable[[torch.Tensor], object]]:
+    plain = [expert for expert in experts if isinstance(expert, FeedForward)]
+    if not plain:
+        return {"tiles": partial(_run_one_by_one, experts)}
+    return {form: partial(_run_one_by_one, [replace(expert, forms=(form,) * len(ROWS)) for expert in plain]) for form in _FORMS}
 
 
-def _packed(experts: list[FeedForward], kernels: tuple[str, ...]) -> dict[str, Callable[[torch.Tensor], object]]:
+def _run_one_by_one(experts: Sequence[Expert], rows: torch.Tensor) -> None:
+    index, total = torch.arange(len(rows)), torch.zeros(rows.shape)
+    for expert in experts:
+        total.index_add_(0, index, expert(rows.index_select(0, index)).mul_(0.5))
+
+
+def _packed(experts: Sequence[Expert], kernels: tuple[str, ...]) -> dict[str, Callable[[torch.Tensor], object]]:
     packed = PackedExperts("generic", room_for=len(experts))
     for expert in experts if kernels else ():
-        packed.add(expert)
-    return {name: partial(_run, packed.computed_by(name)) for name in kernels}
+        whole = packable(expert)
+        assert whole is not None, "made for this"
+        packed.add(whole)
+    return {name: partial(_run_packed, packed.computed_by(name)) for name in kernels}
 
 
-def _run(packed: PackedExperts, rows: torch.Tensor) -> None:
+def _run_packed(packed: PackedExperts, rows: torch.Tensor) -> None:
     row_index = torch.arange(len(rows)).repeat(packed.num_experts)
     counts = np.full(packed.num_experts, len(rows))
     packed.run(rows, row_index, counts, None, torch.full((len(row_index),), 0.5), torch.empty(rows.shape))
+
+
+def kernels_for(shape: Shape, kernel: Kernel) -> tuple[str, ...]:
+    """Those to choose from. Raises ConfigError when one that is asked for cannot run."""
+    if kernel == "torch":
+        return ()
+    there = tuple(name for name in KERNELS if shape.activation in FUNCTIONS and _can(name, shape))
+    if kernel != "auto":
+        if kernel not in there:
+            allowed = ", ".join(("auto", "torch", *there))
+            raise ConfigError(f"model.kernel is {kernel!r}, which cannot compute {shape.kind} experts here; allowed: {allowed}")
+        return (kernel,)
+    # What runs everywhere is only worth trying where nothing better does.
+    return tuple(name for name in there if name != "generic") or there
+
+
+def _can(kernel: str, shape: Shape) -> bool:
+    is_rounded = kernel in _IN_BFLOAT16 and shape.rows_dtype != torch.bfloat16
+    return not is_rounded and shape.dtype in TYPES and find_kernel(kernel, TYPES[shape.dtype]) is not None

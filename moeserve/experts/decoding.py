@@ -48,6 +48,11 @@ def scales_in_float32(matrix: QuantizedMatrix, unit: float) -> torch.Tensor:
     return FP8.numbers(scales, torch.float32) * (by * FP8.unit) if scales.dtype == FP8.dtype else scales.float() * by
 
 
+def scales_of_channels(matrix: QuantizedMatrix) -> torch.Tensor:
+    """[O] float32, of a matrix whose rows have one scale each."""
+    return _of_rows(matrix, scales_in_float32(matrix, 1.0), 0, len(matrix.codes)).flatten()
+
+
 def _scales_sums(matrix: QuantizedMatrix) -> bool:
     """Whether all columns of a row share a scale, which can wait until the sums are there."""
     return matrix.scales.shape[1] == 1 and matrix.zeros is None

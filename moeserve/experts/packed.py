@@ -12,19 +12,20 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, TypeGuard
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from moeserve.config import Activation, Kernel
+from moeserve.config import Activation
 from moeserve.errors import ConfigError, InvalidRequest
 from moeserve.experts.activations import is_gated
 from moeserve.experts.expert import Expert
 from moeserve.experts.feed_forward import FeedForward
+from moeserve.experts.packable import Packable, packable, unpacked
+from moeserve.experts.quantized import QuantizedFeedForward
 from moeserve.kernels import (
-    KERNELS,
     TYPES,
     Arena,
     Bank,
@@ -41,18 +42,21 @@ from moeserve.kernels import (
 )
 
 #: the numbers that csrc/kernels.h gives to activations
-_FUNCTIONS: Final[Mapping[Activation, int]] = {"swiglu": 0, "swigluoai": 2, "geglu": 3, "gelu": 5, "relu": 6}
+FUNCTIONS: Final[Mapping[Activation, int]] = {"swiglu": 0, "swigluoai": 2, "geglu": 3, "gelu": 5, "relu": 6}
 
 
 @dataclass(frozen=True, eq=False)
 class _Packed:
-    """One expert: up and down flat, in panels; biases [P * 32] float32 in the order of the panels, or None."""
+    """One expert: weights flat, in panels; scales and biases [P * 32] float32 in the order of the panels, or None."""
 
     intermediate_size: int
     up: torch.Tensor
     down: torch.Tensor
+    up_scales: torch.Tensor | None
+    down_scales: torch.Tensor | None
     up_bias: torch.Tensor | None
     down_bias: torch.Tensor | None
+    bias_dtype: torch.dtype
 
 
 class PackedExperts:
@@ -68,13 +72,13 @@ class PackedExperts:
         self._experts: list[_Packed] = []
         self._arena: Arena | None = None
 
-    def takes(self, expert: object) -> TypeGuard[FeedForward]:
+    def takes(self, expert: Packable) -> bool:
         """Whether it is of the kind that those here are of."""
-        return can_pack(expert) and (not self._experts or _kind(expert) == (self.activation, self.dtype, self.hidden_size))
+        return not self._experts or expert.kind == (self.activation, self.dtype, self.rows_dtype, self.hidden_size)
 
-    def add(self, expert: FeedForward) -> None:
+    def add(self, expert: Packable) -> None:
         """Pack it; the original is not kept, so that loading them one by one never holds the weights twice."""
-        self.activation, self.dtype, self.hidden_size = _kind(expert)
+        self.activation, self.dtype, self.rows_dtype, self.hidden_size = expert.kind
         self._experts.append(self._packed(expert, max(1, self._room_for - len(self._experts))))
         self.__dict__.pop("_bank", None)
 
@@ -88,25 +92,35 @@ class PackedExperts:
     def num_experts(self) -> int:
         return len(self._experts)
 
-    def expert(self, slot: int) -> FeedForward:
+    def expert(self, slot: int) -> FeedForward | QuantizedFeedForward:
         """A copy in the usual order."""
-        packed, parts, inner = self._experts[slot], self._parts, self._experts[slot].intermediate_size
-        return FeedForward(
+        packed, parts, hidden = self._experts[slot], self._parts, self.hidden_size
+        inner = packed.intermediate_size
+
+        def of_channels(panels: torch.Tensor | None, parts: int, outputs: int, dtype: torch.dtype) -> torch.Tensor | None:
+            return None if panels is None else bias_from_panels(panels, parts, outputs).to(dtype)
+
+        whole = Packable(
             self.activation,
-            from_panels(packed.up, parts, inner, self.hidden_size),
-            from_panels(packed.down, 1, self.hidden_size, inner),
-            None if packed.up_bias is None else bias_from_panels(packed.up_bias, parts, inner).to(self.dtype),
-            None if packed.down_bias is None else bias_from_panels(packed.down_bias, 1, self.hidden_size).to(self.dtype),
+            self.rows_dtype,
+            from_panels(packed.up, parts, inner, hidden),
+            from_panels(packed.down, 1, hidden, inner),
+            of_channels(packed.up_scales, parts, inner, torch.float32),
+            of_channels(packed.down_scales, 1, hidden, torch.float32),
+            of_channels(packed.up_bias, parts, inner, packed.bias_dtype),
+            of_channels(packed.down_bias, 1, hidden, packed.bias_dtype),
         )
+        return unpacked(whole)
 
     def replaced(self, changes: Mapping[int, Expert]) -> PackedExperts:
         """The same with other experts in the slots of `changes`; the rest is shared. Raises ConfigError when one is of another kind."""
         twin = self._twin()
         twin._arena = None
         for done, (slot, expert) in enumerate(changes.items()):
-            if not self.takes(expert):
+            whole = packable(expert)
+            if whole is None or not self.takes(whole):
                 raise ConfigError(f"the new expert of slot {slot} is of another kind or size than the one it replaces")
-            twin._experts[slot] = twin._packed(expert, len(changes) - done)
+            twin._experts[slot] = twin._packed(whole, len(changes) - done)
         return twin
 
     def run(
@@ -118,7 +132,7 @@ class PackedExperts:
         weights: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """hidden_states [R, H] in the type of the weights, row_index [N] int64, tokens_per_expert [E], input_weights [N] float32 or None
+        """hidden_states [R, H] of any float type, row_index [N] int64, tokens_per_expert [E], input_weights [N] float32 or None
         (what rows are multiplied by, rounded to their type), weights [N] float32 (what answers are multiplied by), out [R, H] float32,
         overwritten.
 
@@ -127,7 +141,7 @@ class PackedExperts:
         code = library()
         assert code is not None and out.is_contiguous(), "found before the experts were packed"
         assert tokens_per_expert.sum() == len(row_index) == len(weights), "what is read is there"
-        hidden_states, row_index, weights = hidden_states.contiguous(), row_index.contiguous(), weights.contiguous()
+        hidden_states, row_index, weights = hidden_states.to(self.rows_dtype).contiguous(), row_index.contiguous(), weights.contiguous()
         tokens_per_expert = np.ascontiguousarray(tokens_per_expert, dtype=np.int64)
         work = Work(
             num_pairs=len(row_index),
@@ -156,22 +170,27 @@ class PackedExperts:
     def _parts(self) -> int:
         return 2 if is_gated(self.activation) else 1
 
-    def _packed(self, expert: FeedForward, left: int) -> _Packed:
-        parts, inner = self._parts, expert.down_proj.shape[1]
+    def _packed(self, expert: Packable, left: int) -> _Packed:
+        def of_channels(values: torch.Tensor | None, parts: int) -> torch.Tensor | None:
+            return None if values is None else bias_to_panels(values, parts)
+
         return _Packed(
-            inner,
-            self._placed(to_panels(expert.gate_up_proj, parts), left, expert),
+            expert.down_proj.shape[1],
+            self._placed(to_panels(expert.gate_up_proj, self._parts), left, expert),
             self._placed(to_panels(expert.down_proj), left, expert),
-            None if expert.gate_up_bias is None else bias_to_panels(expert.gate_up_bias, parts),
-            None if expert.down_bias is None else bias_to_panels(expert.down_bias),
+            of_channels(expert.gate_up_scales, self._parts),
+            of_channels(expert.down_scales, 1),
+            of_channels(expert.gate_up_bias, self._parts),
+            of_channels(expert.down_bias, 1),
+            torch.float32 if expert.down_bias is None else expert.down_bias.dtype,
         )
 
-    def _placed(self, panels: torch.Tensor, left: int, expert: FeedForward) -> torch.Tensor:
+    def _placed(self, panels: torch.Tensor, left: int, expert: Packable) -> torch.Tensor:
         """In the arena; a new one, for as many as are left, where there is none or the sizes differ."""
         space = None if self._arena is None else self._arena.take(panels.numel(), panels.dtype)
         if space is None:
             size = self.dtype.itemsize
-            width, hidden = padded(expert.down_proj.shape[1]), padded(expert.down_proj.shape[0])
+            hidden, width = (padded(channels) for channels in expert.down_proj.shape)
             self._arena = Arena(left * (aligned(self._parts * width * hidden * size) + aligned(width * hidden * size)))
             space = self._arena.take(panels.numel(), panels.dtype)
             assert space is not None, "the arena has room for one expert at least"
@@ -180,50 +199,23 @@ class PackedExperts:
 
     @cached_property
     def _bank(self) -> Bank:
-        sizes = (ctypes.c_int64 * len(self._experts))(*(expert.intermediate_size for expert in self._experts))
-        nothing = [None] * len(self._experts)
+        every = self._experts
         return Bank(
             kernel=find_kernel(self.kernel, TYPES[self.dtype]),
             type=TYPES[self.dtype],
-            rows_type=TYPES[self.dtype],
+            rows_type=TYPES[self.rows_dtype],
             is_gated=is_gated(self.activation),
-            function=_FUNCTIONS[self.activation],
+            function=FUNCTIONS[self.activation],
             limit=7.0 if self.activation == "swigluoai" else math.inf,
             hidden_size=self.hidden_size,
-            intermediate_size=sizes,
-            up=_addresses([expert.up for expert in self._experts]),
-            down=_addresses([expert.down for expert in self._experts]),
-            up_scale=_addresses(nothing),
-            down_scale=_addresses(nothing),
-            up_bias=_addresses([expert.up_bias for expert in self._experts]),
-            down_bias=_addresses([expert.down_bias for expert in self._experts]),
+            intermediate_size=(ctypes.c_int64 * len(every))(*(expert.intermediate_size for expert in every)),
+            up=_addresses([expert.up for expert in every]),
+            down=_addresses([expert.down for expert in every]),
+            up_scale=_addresses([expert.up_scales for expert in every]),
+            down_scale=_addresses([expert.down_scales for expert in every]),
+            up_bias=_addresses([expert.up_bias for expert in every]),
+            down_bias=_addresses([expert.down_bias for expert in every]),
         )
-
-
-def can_pack(expert: object) -> TypeGuard[FeedForward]:
-    """Whether the compiled pass knows its activation and type of weights, on the CPU."""
-    if not isinstance(expert, FeedForward) or expert.gate_up_proj.device.type != "cpu":
-        return False
-    return expert.activation in _FUNCTIONS and expert.gate_up_proj.dtype in TYPES
-
-
-def kernels_for(dtype: torch.dtype, activation: Activation, kernel: Kernel) -> tuple[str, ...]:
-    """Those to choose from. Raises ConfigError when one that is asked for cannot run."""
-    if kernel == "torch":
-        return ()
-    there = tuple(name for name in KERNELS if activation in _FUNCTIONS and dtype in TYPES and find_kernel(name, TYPES[dtype]))
-    if kernel != "auto":
-        if kernel not in there:
-            name = str(dtype).removeprefix("torch.")
-            allowed = ", ".join(("auto", "torch", *there))
-            raise ConfigError(f"model.kernel is {kernel!r}, which cannot compute {name} {activation} experts here; allowed: {allowed}")
-        return (kernel,)
-    # What runs everywhere is only worth trying where nothing better does.
-    return tuple(name for name in there if name != "generic") or there
-
-
-def _kind(expert: FeedForward) -> tuple[Activation, torch.dtype, int]:
-    return expert.activation, expert.gate_up_proj.dtype, expert.down_proj.shape[0]
 
 
 def _addresses(tensors: Sequence[torch.Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 #: output channels that lie together
 PANEL: Final = 32
 #: the numbers that csrc/kernels.h gives to types of weights
-TYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_SIDE_BY_SIDE: Final = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 1}
+TYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
+_SIDE_BY_SIDE: Final = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 1, torch.int8: 2, torch.float8_e4m3fn: 2}
+_BYTES: Final = {torch.float8_e4m3fn: torch.int8}
 
 
 def padded(size: int) -> int:
@@ -27,7 +28,9 @@ def to_panels(matrix: torch.Tensor, parts: int = 1) -> torch.Tensor:
     outputs, inputs = matrix.shape[0] // parts, matrix.shape[1]
     matrix, side_by_side = matrix.view(parts, outputs, inputs), _SIDE_BY_SIDE[matrix.dtype]
     padding = 0, padded(inputs) - inputs, 0, padded(outputs) - outputs
-    matrix = F.pad(matrix, padding) if any(padding) else matrix
+    if any(padding):
+        # Zeros are zeros in each of these types; torch cannot pad float8.
+        matrix = F.pad(matrix.view(_BYTES.get(matrix.dtype, matrix.dtype)), padding).view(matrix.dtype)
     panels: torch.Tensor = matrix.unflatten(2, (-1, side_by_side)).unflatten(1, (-1, PANEL))
     return panels.permute(1, 0, 3, 2, 4)
 

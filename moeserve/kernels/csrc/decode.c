@@ -31,24 +31,6 @@ struct coded {
     int32_t num_threads;
 };
 
-INLINE float as_float(uint32_t bits)
-{
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-/* A float of 8 bits: its fraction is `shift` bits below that of float32, and its exponents are `bias` less. Those without an implicit one
- * are had by a difference, because processors take long to multiply what float32 has none for either. */
-INLINE float small_float(uint32_t byte, int shift, uint32_t bias)
-{
-    uint32_t magnitude = (byte & 0x7f) << shift, least = (bias + 1) << 23;
-    uint32_t normal = magnitude + (bias << 23), sign = (byte & 0x80) << 24, bits;
-    float difference = as_float(magnitude + least) - as_float(least);
-    memcpy(&bits, &difference, 4);
-    return as_float((magnitude >> 23 ? normal : bits) | sign);
-}
-
 INLINE float number(enum code code, uint32_t byte, int half)
 {
     uint32_t four = half ? byte >> 4 : byte & 15;

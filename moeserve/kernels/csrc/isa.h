@@ -30,6 +30,20 @@ static inline struct pair ISA(int8_pair)(const int8_t *b, int v)
     return (struct pair){__builtin_convertvector(both << 24 >> 24, vec), __builtin_convertvector(both >> 8, vec)};
 }
 
+/* As small_float. */
+static inline vec ISA(e4m3)(ivec byte)
+{
+    ivec magnitude = (byte & 0x7f) << 20, least = (ivec){0} + (121 << 23);
+    ivec tiny = (ivec)((vec)(magnitude + least) - (vec)least), normal = magnitude + (120 << 23), is_tiny = magnitude < 1 << 23;
+    return (vec)((tiny & is_tiny) | (normal & ~is_tiny) | (byte & 0x80) << 24);
+}
+
+static inline struct pair ISA(e4m3_pair)(const uint8_t *b, int v)
+{
+    ivec both = __builtin_convertvector(*(const ISA(svec) *)(b + 2 * v * VECTOR), ivec);
+    return (struct pair){ISA(e4m3)(both & 0xff), ISA(e4m3)(both >> 8 & 0xff)};
+}
+
 #define NAME(x) ISA(x##_float32)
 #define A float
 #define B float
@@ -56,6 +70,13 @@ static inline struct pair ISA(int8_pair)(const int8_t *b, int v)
 #define B int8_t
 #define STEP 2
 #define PAIR(b, v) ISA(int8_pair)(b, v)
+#include "tile.h"
+
+#define NAME(x) ISA(x##_e4m3)
+#define A float
+#define B uint8_t
+#define STEP 2
+#define PAIR(b, v) ISA(e4m3_pair)(b, v)
 #include "tile.h"
 
 static inline vec ISA(select)(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes & mask) | ((ivec)no & ~mask)); }

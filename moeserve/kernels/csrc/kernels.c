@@ -20,7 +20,7 @@ static inline four halves_generic(const f16 *p)
 }
 #include "isa.h"
 const struct kernel generic_kernel = {
-    "generic", 12, 4, {multiply_float32_generic, multiply_bfloat16_generic, multiply_float16_generic, multiply_int8_generic},
+    "generic", 12, 4, {multiply_float32_generic, multiply_bfloat16_generic, multiply_float16_generic, multiply_int8_generic, multiply_e4m3_generic},
     activate_generic, add_generic, nothing, nothing,
 };
 
@@ -39,7 +39,7 @@ const struct kernel generic_kernel = {
 #include "isa.h"
 #pragma GCC pop_options
 const struct kernel avx2_kernel = {
-    "avx2", 12, 4, {multiply_float32_avx2, multiply_bfloat16_avx2, multiply_float16_avx2, multiply_int8_avx2},
+    "avx2", 12, 4, {multiply_float32_avx2, multiply_bfloat16_avx2, multiply_float16_avx2, multiply_int8_avx2, multiply_e4m3_avx2},
     activate_avx2, add_avx2, nothing, nothing,
 };
 
@@ -52,16 +52,26 @@ const struct kernel avx2_kernel = {
 #define HALVES(p) (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
 #include "isa.h"
 const struct kernel avx512_kernel = {
-    "avx512", 12, 4, {multiply_float32_avx512, multiply_bfloat16_avx512, multiply_float16_avx512, multiply_int8_avx512},
+    "avx512", 12, 4, {multiply_float32_avx512, multiply_bfloat16_avx512, multiply_float16_avx512, multiply_int8_avx512, multiply_e4m3_avx512},
     activate_avx512, add_avx512, nothing, nothing,
 };
 
-/* int8 to bfloat16 is exact, so what is stored in 8 bits is decoded, a panel at a time, and multiplied as bfloat16. */
+/* 8 bits to bfloat16 is exact, so what is stored in them is decoded, a panel at a time, and multiplied as bfloat16. */
 static const bf16 *decoded_int8(const int8_t *panel, int64_t depth, bf16 *decoded)
 {
     for (int64_t i = 0; i < depth * PANEL; i += 16) {
         __m512 wide = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(panel + i))));
         _mm256_storeu_si256((__m256i *)(decoded + i), _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)wide, 16)));
+    }
+    return decoded;
+}
+
+static const bf16 *decoded_e4m3(const uint8_t *panel, int64_t depth, bf16 *decoded)
+{
+    for (int64_t i = 0; i < depth * PANEL; i += 16) {
+        __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(panel + i)));
+        wide = (__m512i)e4m3_avx512((ivec_avx512)wide);
+        _mm256_storeu_si256((__m256i *)(decoded + i), _mm512_cvtepi32_epi16(_mm512_srli_epi32(wide, 16)));
     }
     return decoded;
 }
@@ -96,6 +106,11 @@ static void multiply_int8_dot(int count, const void *a, const void *b, int64_t d
     multiply_dot(count, a, decoded_int8(b, depth, decoded), depth, c, NULL, NULL);
 }
 
+static void multiply_e4m3_dot(int count, const void *a, const void *b, int64_t depth, float *c, const void *next, void *decoded)
+{
+    multiply_dot(count, a, decoded_e4m3(b, depth, decoded), depth, c, NULL, NULL);
+}
+
 /* Rows in bfloat16: a panel is one run of 32 numbers. */
 static inline void activate_bf16(
     int tile, struct activation activation, struct sums sums, struct channels gate, struct channels up, bf16 *at)
@@ -114,7 +129,7 @@ static void activate_dot(struct activation activation, struct sums sums, struct 
     activate_bf16(12, activation, sums, gate, up, at);
 }
 const struct kernel avx512_bf16_kernel = {
-    "avx512_bf16", 12, 2, {NULL, multiply_dot, NULL, multiply_int8_dot}, activate_dot, add_avx512, nothing, nothing,
+    "avx512_bf16", 12, 2, {NULL, multiply_dot, NULL, multiply_int8_dot, multiply_e4m3_dot}, activate_dot, add_avx512, nothing, nothing,
 };
 
 #pragma GCC push_options
@@ -193,6 +208,10 @@ static void multiply_int8_amx(int count, const void *a, const void *b, int64_t d
 {
     multiply_amx(count, a, decoded_int8(b, depth, decoded), depth, c, NULL, NULL);
 }
+static void multiply_e4m3_amx(int count, const void *a, const void *b, int64_t depth, float *c, const void *next, void *decoded)
+{
+    multiply_amx(count, a, decoded_e4m3(b, depth, decoded), depth, c, NULL, NULL);
+}
 static void activate_amx(struct activation activation, struct sums sums, struct channels gate, struct channels up, void *at)
 {
     activate_bf16(16, activation, sums, gate, up, at);
@@ -200,7 +219,7 @@ static void activate_amx(struct activation activation, struct sums sums, struct 
 static void begin_amx(void) { configured = 0; }
 static void end_amx(void) { _tile_release(); }
 const struct kernel amx_kernel = {
-    "amx", 16, 2, {NULL, multiply_amx, NULL, multiply_int8_amx}, activate_amx, add_avx512, begin_amx, end_amx,
+    "amx", 16, 2, {NULL, multiply_amx, NULL, multiply_int8_amx, multiply_e4m3_amx}, activate_amx, add_avx512, begin_amx, end_amx,
 };
 #pragma GCC pop_options
 #pragma GCC pop_options

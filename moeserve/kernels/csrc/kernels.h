@@ -1,7 +1,7 @@
 /* What the files of the grouped pass share.
  *
  * Weights lie in panels of PANEL output channels: panel p of a matrix [O, K] holds the channels p * PANEL .. of every input channel,
- * one input channel after the other (float32, float16), or two by two: the two inputs of a channel side by side (bfloat16, int8),
+ * one input channel after the other (float32, float16), or two by two: the two inputs of a channel side by side (bfloat16, 8 bits),
  * as AMX and AVX-512 BF16 multiply them. O and K are padded with zeros to multiples of PANEL.
  * Rows lie in tiles: of `tile` rows, 64 bytes of each, then the next 64 bytes of each.
  */
@@ -16,7 +16,7 @@
 typedef uint16_t bf16;
 typedef uint16_t f16;
 
-enum type { FLOAT32, BFLOAT16, FLOAT16, INT8 };
+enum type { FLOAT32, BFLOAT16, FLOAT16, INT8, E4M3, TYPES };
 enum function { SWIGLU, SWIGLU_POST, SWIGLUOAI, GEGLU, GEGLU_TANH, GELU, RELU, RELU2 };
 
 /* What stands between the projections: experts/activations.py says what they compute. limit: of the first three, INFINITY = none. */
@@ -41,7 +41,7 @@ struct kernel {
     int tile, row_bytes; /* rows in a tile; bytes of a number in a row */
     /* c [count, PANEL] = a [count, depth] b [depth, PANEL] in float32, for each type of weights; count <= MAX_BLOCK; NULL = cannot.
      * next: the panel that comes after b, or NULL; `decoded` has room for a panel in the type of rows. */
-    void (*multiply[4])(int count, const void *a, const void *b, int64_t depth, float *c, const void *next, void *decoded);
+    void (*multiply[TYPES])(int count, const void *a, const void *b, int64_t depth, float *c, const void *next, void *decoded);
     /* to the tiles that the second projection reads: `at` is where the first row's channels of this panel begin */
     void (*activate)(struct activation, struct sums, struct channels gate, struct channels up, void *at);
     /* out[index[r]] += weights[r] * (c[r] * scale + bias), `width` channels */
@@ -92,6 +92,24 @@ static inline float from_f16(f16 x)
     bits |= (uint32_t)(x >> 15) << 31;
     memcpy(&value, &bits, 4);
     return value;
+}
+
+static inline float as_float(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* A float of 8 bits: its fraction is `shift` bits below that of float32, and its exponents are `bias` less. Those without an implicit one
+ * are had by a difference, because processors take long to multiply what float32 has none for either. */
+static inline __attribute__((always_inline)) float small_float(uint32_t byte, int shift, uint32_t bias)
+{
+    uint32_t magnitude = (byte & 0x7f) << shift, least = (bias + 1) << 23;
+    uint32_t normal = magnitude + (bias << 23), sign = (byte & 0x80) << 24, bits;
+    float difference = as_float(magnitude + least) - as_float(least);
+    memcpy(&bits, &difference, 4);
+    return as_float((magnitude >> 23 ? normal : bits) | sign);
 }
 
 /* Round to nearest even; NaN stays NaN. */

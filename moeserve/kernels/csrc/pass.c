@@ -41,7 +41,7 @@ struct block {
 
 static int64_t padded(int64_t size) { return (size + PANEL - 1) / PANEL * PANEL; }
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t bytes_of(int type) { return type == FLOAT32 ? 4 : type == INT8 ? 1 : 2; }
+static int64_t bytes_of(int type) { return type == FLOAT32 ? 4 : type >= INT8 ? 1 : 2; }
 
 /* Rows of a block: their numbers and a panel share the second-level cache. */
 static int rows_of_block(const struct kernel *kernel, int64_t width)
@@ -254,7 +254,7 @@ int64_t scratch_bytes(const struct bank *bank, const struct work *work)
     const struct kernel *kernel = bank->kernel;
     int64_t width = padded(bank->hidden_size), inner = widest(bank, work);
     int64_t rows = capacity(kernel, work, width) * (width + inner) * kernel->row_bytes;
-    int64_t decoded = bank->type == INT8 ? work->num_threads * (width + inner) * PANEL * 2 : 0;
+    int64_t decoded = bank->type >= INT8 ? work->num_threads * (width + inner) * PANEL * 2 : 0;
     return aligned(rows) + aligned(decoded) + max_blocks(kernel, work, width) * (int64_t)sizeof(struct block);
 }
 
@@ -272,7 +272,7 @@ int run_pass(const struct bank *bank, const struct work *work)
     pass.num_threads = threads_worth(bank, work);
     pass.hidden = pass.gathered + pass.capacity * pass.hidden_width * kernel->row_bytes;
     pass.decoded = pass.gathered + aligned(pass.capacity * (pass.hidden_width + pass.inner_width) * kernel->row_bytes);
-    int64_t decoded = bank->type == INT8 ? work->num_threads * (pass.hidden_width + pass.inner_width) * PANEL * 2 : 0;
+    int64_t decoded = bank->type >= INT8 ? work->num_threads * (pass.hidden_width + pass.inner_width) * PANEL * 2 : 0;
     struct block *blocks = (struct block *)(pass.decoded + aligned(decoded));
     run_blocks(&pass, blocks, cut(&pass, blocks));
     return 0;
