@@ -1,4 +1,4 @@
-"""A Forward through the service against the same layer in one process and against a bare gRPC echo of the same bytes.
+"""A Forward through the service against the same layer in one process, transformers' own block, and a bare gRPC echo of the same bytes.
 
 `make bench`, or `python benchmarks/bench_forward.py --help`. Repetitions of all sides are interleaved; medians are reported.
 T tokens, H hidden size, I intermediate size, E experts, K choices per token.
@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import grpc
 import torch
+from bench_experts import ask, made
 from echo_server import METHOD, OPTIONS
 
 import moeserve
@@ -52,6 +54,7 @@ intermediate_size = {intermediate}
 num_experts = {experts}
 gating.top_k = {top_k}
 """
+HEADER = "| T | transformers tok/s | in process | one client | ratio | two clients | ratio | p50 | p99 | echo p50 | p99 | p50 / echo |"
 
 Call = Callable[[], object]
 Echo = Callable[[bytes], bytes]
@@ -80,8 +83,11 @@ def measure(client: moeserve.Client, echo: Echo, layer: int, intermediate: int, 
         dtype=dtype,
         gating=moeserve.GatingConfig(top_k=TOP_K),
     )
-    print("| T | in process tok/s | one client tok/s | ratio | two clients tok/s | ratio | p50 | p99 | echo p50 | p99 | p50 / echo |")
-    print("|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": intermediate, "num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K}
+    model = made("mixtral", sizes, dtype)
+    block = model.get_submodule("model.layers.0.mlp")
+    print(HEADER)
+    print("|--:" * HEADER.count(" |") + "|")
     pool = ThreadPoolExecutor(2)
     for tokens in options.tokens:
         hidden_states = torch.randn(tokens, HIDDEN).to(dtype)
@@ -95,11 +101,13 @@ def measure(client: moeserve.Client, echo: Echo, layer: int, intermediate: int, 
             forward,
             lambda: list(pool.map(forward, range(2))),
             lambda: echo(message),  # noqa: B023
+            *(partial(ask, model, block, name, hidden_states[None]) for name in ("eager", "grouped_mm")),
         ]
-        one, served, pair, bare = interleaved(sides, options.seconds)
+        one, served, pair, bare, *theirs = interleaved(sides, options.seconds)
         over_echo = median(served) / median(bare)
         print(
-            f"| {tokens} | {tokens / median(one):,.0f} | {tokens / median(served):,.0f} | **{median(one) / median(served):.2f}** "
+            f"| {tokens} | {tokens / min(map(median, theirs)):,.0f} "
+            f"| {tokens / median(one):,.0f} | {tokens / median(served):,.0f} | **{median(one) / median(served):.2f}** "
             f"| {2 * tokens / median(pair):,.0f} | **{2 * median(one) / median(pair):.2f}** "
             f"| {median(served) * 1e3:.2f} ms | {p99(served) * 1e3:.2f} ms | {median(bare) * 1e3:.2f} ms | {p99(bare) * 1e3:.2f} ms "
             f"| **{over_echo:.2f}** |",

@@ -91,9 +91,9 @@ static inline __attribute__((always_inline)) vec16 dot_bf16(vec16 acc, const bf1
 #undef VECTOR
 #undef TILE
 #undef vec
-static void multiply_int8_dot(int count, const void *a, const void *b, int64_t depth, float *c, void *decoded)
+static void multiply_int8_dot(int count, const void *a, const void *b, int64_t depth, float *c, const void *next, void *decoded)
 {
-    multiply_dot(count, a, decoded_int8(b, depth, decoded), depth, c, NULL);
+    multiply_dot(count, a, decoded_int8(b, depth, decoded), depth, c, NULL, NULL);
 }
 
 /* Rows in bfloat16: a panel is one run of 32 numbers. */
@@ -140,11 +140,12 @@ static void configure(int count)
     configured = count;
 }
 
-static void one_tile(const bf16 *a, const bf16 *b, int64_t depth, float *c)
+static void one_tile(const bf16 *a, const bf16 *b, int64_t depth, float *c, struct ahead ahead)
 {
     _tile_zero(0);
     _tile_zero(1);
     for (int64_t k = 0; k < depth; k += 32, a += 16 * 32, b += 32 * PANEL) {
+        ask_for(ahead, k / 32);
         _tile_loadd(6, b, 128);
         _tile_loadd(7, b + 32, 128);
         _tile_loadd(4, a, 64);
@@ -155,7 +156,7 @@ static void one_tile(const bf16 *a, const bf16 *b, int64_t depth, float *c)
     _tile_stored(1, c + 16, 4 * PANEL);
 }
 
-static void two_tiles(const bf16 *a, const bf16 *b, int64_t depth, float *c)
+static void two_tiles(const bf16 *a, const bf16 *b, int64_t depth, float *c, struct ahead ahead)
 {
     const bf16 *second = a + 16 * depth;
     _tile_zero(0);
@@ -163,6 +164,7 @@ static void two_tiles(const bf16 *a, const bf16 *b, int64_t depth, float *c)
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t k = 0; k < depth; k += 32, a += 16 * 32, second += 16 * 32, b += 32 * PANEL) {
+        ask_for(ahead, k / 32);
         _tile_loadd(6, b, 128);
         _tile_loadd(7, b + 32, 128);
         _tile_loadd(4, a, 64);
@@ -178,17 +180,18 @@ static void two_tiles(const bf16 *a, const bf16 *b, int64_t depth, float *c)
     _tile_stored(3, c + 16 * PANEL + 16, 4 * PANEL);
 }
 
-static void multiply_amx(int count, const void *rows, const void *panel, int64_t depth, float *c, void *decoded)
+static void multiply_amx(int count, const void *rows, const void *panel, int64_t depth, float *c, const void *next, void *decoded)
 {
     const bf16 *a = rows;
-    for (; count > 0; count -= 32, a += 32 * depth, c += 32 * PANEL) {
+    int groups = (count + 31) / 32;
+    for (int group = 0; group < groups; group++, count -= 32, a += 32 * depth, c += 32 * PANEL) {
         configure(count < 32 ? count : 32);
-        (count > 16 ? two_tiles : one_tile)(a, panel, depth, c);
+        (count > 16 ? two_tiles : one_tile)(a, panel, depth, c, share_of(next, group, groups));
     }
 }
-static void multiply_int8_amx(int count, const void *a, const void *b, int64_t depth, float *c, void *decoded)
+static void multiply_int8_amx(int count, const void *a, const void *b, int64_t depth, float *c, const void *next, void *decoded)
 {
-    multiply_amx(count, a, decoded_int8(b, depth, decoded), depth, c, NULL);
+    multiply_amx(count, a, decoded_int8(b, depth, decoded), depth, c, NULL, NULL);
 }
 static void activate_amx(enum activation activation, struct sums sums, struct channels gate, struct channels up, void *at)
 {

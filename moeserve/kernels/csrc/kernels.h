@@ -33,14 +33,38 @@ struct channels {
 struct kernel {
     const char *name;
     int tile, row_bytes; /* rows in a tile; bytes of a number in a row */
-    /* c [count, PANEL] = a [count, depth] b [depth, PANEL] in float32, for each type of weights; count <= MAX_BLOCK; NULL = cannot */
-    void (*multiply[4])(int count, const void *a, const void *b, int64_t depth, float *c, void *decoded);
+    /* c [count, PANEL] = a [count, depth] b [depth, PANEL] in float32, for each type of weights; count <= MAX_BLOCK; NULL = cannot.
+     * next: the panel that comes after b, or NULL; `decoded` has room for a panel in the type of rows. */
+    void (*multiply[4])(int count, const void *a, const void *b, int64_t depth, float *c, const void *next, void *decoded);
     /* to the tiles that the second projection reads: `at` is where the first row's channels of this panel begin */
     void (*activate)(enum activation, struct sums, struct channels gate, struct channels up, void *at);
     /* out[index[r]] += weights[r] * (c[r] * scale + bias), `width` channels */
     void (*add)(struct sums, struct channels, int width, const int64_t *index, const float *weights, int64_t stride, float *out);
     void (*begin)(void), (*end)(void); /* around all calls of one thread */
 };
+
+/* What is asked for of the next panel while this one is multiplied, so that memory and arithmetic overlap: of every RUN_LINES lines of it,
+ * each group of rows asks for its share. One group alone is done before its own panel is there: it asks for nothing. */
+#define RUN_LINES 32
+
+struct ahead {
+    const char *first;
+    int lines;
+};
+
+static inline struct ahead share_of(const void *next, int group, int groups)
+{
+    int lines = (RUN_LINES + groups - 1) / groups, left = RUN_LINES - group * lines;
+    if (!next || groups == 1 || left <= 0)
+        return (struct ahead){NULL, 0};
+    return (struct ahead){(const char *)next + group * lines * 64, lines < left ? lines : left};
+}
+
+static inline __attribute__((always_inline)) void ask_for(struct ahead ahead, int64_t run)
+{
+    for (int line = 0; line < ahead.lines; line++)
+        __builtin_prefetch(ahead.first + (run * RUN_LINES + line) * 64, 0, 2);
+}
 
 static inline float from_bf16(bf16 x)
 {

@@ -115,7 +115,8 @@ static void project_up(const struct pass *pass, const struct block *block, int64
     for (int64_t panel = first; panel < last; panel++) {
         const char *weights = (const char *)bank->up[block->expert] + panel * parts * depth * PANEL * bytes_of(bank->type);
         for (int64_t part = 0; part < parts; part++, weights += depth * PANEL * bytes_of(bank->type))
-            kernel->multiply[bank->type](block->rows, rows, weights, depth, sums[part], decoded);
+            kernel->multiply[bank->type](
+                block->rows, rows, weights, depth, sums[part], weights + depth * PANEL * bytes_of(bank->type), decoded);
         struct channels gate = of_panel(scale, bias, panel * parts), up = of_panel(scale, bias, panel * parts + 1);
         for (int64_t row = 0; row < block->rows; row += tile) {
             struct sums some = {(int)least(tile, block->rows - row), sums[0] + row * PANEL, parts == 2 ? sums[1] + row * PANEL : NULL};
@@ -137,7 +138,7 @@ static void project_down(const struct pass *pass, const struct block *block, int
     float sums[MAX_BLOCK * PANEL];
     for (int64_t panel = first; panel < last; panel++) {
         const char *matrix = (const char *)bank->down[block->expert] + panel * depth * PANEL * bytes_of(bank->type);
-        kernel->multiply[bank->type](block->rows, rows, matrix, depth, sums, decoded);
+        kernel->multiply[bank->type](block->rows, rows, matrix, depth, sums, matrix + depth * PANEL * bytes_of(bank->type), decoded);
         struct sums all = {block->rows, sums, NULL};
         struct channels channels = of_panel(bank->down_scale[block->expert], bank->down_bias[block->expert], panel);
         kernel->add(all, channels, (int)least(PANEL, size - panel * PANEL), index, weights, size, pass->work->out + panel * PANEL);
@@ -300,7 +301,7 @@ void run_linear(
             gather_row(kernel, &bank, &work, row, gathered + row / kernel->tile * kernel->tile * depth * 4, row % kernel->tile);
         }
         for (int64_t panel = 0; panel * PANEL < outputs; panel++) {
-            kernel->multiply[FLOAT32](many, gathered, panels + panel * depth * PANEL, depth, sums, NULL);
+            kernel->multiply[FLOAT32](many, gathered, panels + panel * depth * PANEL, depth, sums, NULL, NULL);
             struct sums all = {many, sums, NULL};
             int width = (int)least(PANEL, outputs - panel * PANEL);
             kernel->add(all, of_panel(NULL, bias, panel), width, index, ones, outputs, out + panel * PANEL);

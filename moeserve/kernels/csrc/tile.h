@@ -11,13 +11,18 @@
 #define COLUMNS (WIDTH / VECTOR)
 #define RUN (64 / (int)sizeof(A))
 
-static inline __attribute__((always_inline)) void NAME(some_rows)(const int count, const A *a, const B *b, int64_t depth, float *c)
+static inline __attribute__((always_inline)) void NAME(some_rows)(
+    const int count, const A *a, const B *b, int64_t depth, float *c, struct ahead ahead)
 {
+    /* input channels to a run of lines */
+    const int64_t channels = RUN_LINES * 64 / (PANEL * (int)sizeof(B));
     vec acc[MR][COLUMNS];
     for (int r = 0; r < count; r++)
         for (int v = 0; v < COLUMNS; v++)
             acc[r][v] = (vec){0};
-    for (int64_t k0 = 0; k0 < depth; k0 += RUN, a += TILE * RUN)
+    for (int64_t k0 = 0; k0 < depth; k0 += RUN, a += TILE * RUN) {
+        if (k0 % channels == 0)
+            ask_for(ahead, k0 / channels);
 #pragma GCC unroll 4
         for (int k = 0; k < RUN; k += STEP, b += STEP * PANEL) {
             for (size_t line = 0; line < STEP * WIDTH * sizeof(B); line += 64)
@@ -48,17 +53,18 @@ static inline __attribute__((always_inline)) void NAME(some_rows)(const int coun
             }
 #endif
         }
+    }
     for (int r = 0; r < count; r++)
         for (int v = 0; v < COLUMNS; v++)
             *(vec *)(c + r * PANEL + v * VECTOR) = acc[r][v];
 }
 
-#define ROWS(n) case n: NAME(some_rows)(n, a, b, depth, c); break;
+#define ROWS(n) case n: NAME(some_rows)(n, a, b, depth, c, ahead); break;
 
-static void NAME(tile)(int count, const A *a, const B *b, int64_t depth, float *c)
+static void NAME(tile)(int count, const A *a, const B *b, int64_t depth, float *c, struct ahead ahead)
 {
     for (; count >= MR; count -= MR, a += MR * RUN, c += MR * PANEL)
-        NAME(some_rows)(MR, a, b, depth, c);
+        NAME(some_rows)(MR, a, b, depth, c, ahead);
     switch (count) {
     ROWS(1) ROWS(2)
 #if MR > 3
@@ -70,12 +76,15 @@ static void NAME(tile)(int count, const A *a, const B *b, int64_t depth, float *
     }
 }
 
-static void NAME(multiply)(int count, const void *rows, const void *panel, int64_t depth, float *c, void *decoded)
+static void NAME(multiply)(int count, const void *rows, const void *panel, int64_t depth, float *c, const void *next, void *decoded)
 {
     const A *a = rows;
-    for (; count > 0; count -= TILE, a += TILE * depth, c += TILE * PANEL)
-        for (int first = 0; first < PANEL; first += WIDTH)
-            NAME(tile)(count < TILE ? count : TILE, a, (const B *)panel + STEP * first, depth, c + first);
+    int groups = (count + TILE - 1) / TILE;
+    for (int group = 0; group < groups; group++, count -= TILE, a += TILE * depth, c += TILE * PANEL) {
+        struct ahead ahead = share_of(next, group, groups);
+        for (int first = 0; first < PANEL; first += WIDTH, ahead.lines = 0)
+            NAME(tile)(count < TILE ? count : TILE, a, (const B *)panel + STEP * first, depth, c + first, ahead);
+    }
 }
 
 #undef COLUMNS
