@@ -18,10 +18,11 @@ from moeserve.checkpoints.claims import check_claims
 from moeserve.checkpoints.families import FAMILIES, family_of
 from moeserve.checkpoints.family import Family, Layout
 from moeserve.checkpoints.huggingface import HuggingFaceLayer
+from moeserve.checkpoints.json_file import read_json
 from moeserve.checkpoints.keys import Config, LastRead, is_whole, lookup, must_be, shown, table, whole
 from moeserve.checkpoints.layer_tensors import check_dense, check_tensors, is_dense
 from moeserve.checkpoints.quantization_config import read_scheme
-from moeserve.checkpoints.safetensors_folder import SafetensorsFolder, read_json
+from moeserve.checkpoints.safetensors_folder import SafetensorsFolder
 from moeserve.config import Dtype, GatingConfig, LayerSpec
 from moeserve.errors import CheckpointError, ConfigError
 from moeserve.gating.expert_groups import check_groups

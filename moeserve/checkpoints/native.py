@@ -19,7 +19,8 @@ import torch
 from pydantic import ValidationError
 
 from moeserve.checkpoints.described import expert_bytes, intermediate_sizes, spec_of
-from moeserve.checkpoints.safetensors_folder import SafetensorsFolder, read_json
+from moeserve.checkpoints.json_file import read_json
+from moeserve.checkpoints.safetensors_folder import SafetensorsFolder
 from moeserve.checkpoints.trust import check_trusted
 from moeserve.config import Dtype, LayerConfig, LayerSpec
 from moeserve.errors import CheckpointError

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from moeserve.checkpoints.formats import Scheme, scheme_of
-from moeserve.checkpoints.safetensors_folder import read_json
+from moeserve.checkpoints.json_file import read_json
 from moeserve.errors import CheckpointError
 
 _KEY: Final = "quantization_config"

@@ -13,8 +13,8 @@ from moeserve.checkpoints.deepspeed import deepspeed_layers, is_deepspeed
 from moeserve.checkpoints.described import intermediate_sizes, spec_of
 from moeserve.checkpoints.huggingface import HuggingFaceLayer
 from moeserve.checkpoints.huggingface_folder import huggingface_layers
+from moeserve.checkpoints.json_file import read_json
 from moeserve.checkpoints.native import MODEL_TYPE, NativeLayer, native_layers
-from moeserve.checkpoints.safetensors_folder import read_json
 from moeserve.checkpoints.seeded import SeededLayer
 from moeserve.checkpoints.source import LayerSource
 from moeserve.config import GatingConfig, LayerConfig, LayerSpec, ServiceConfig

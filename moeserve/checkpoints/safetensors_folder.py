@@ -5,19 +5,19 @@ E experts, R rows, C columns of a matrix.
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any, Final
+from typing import Final
 
 import torch
 
 from moeserve.checkpoints.formats import AS_IS, FLOATS, Coded, CodedFormat, NumberFormat, Piece, Plain, Scheme, telltales
-from moeserve.checkpoints.tensor_file import StoredTensor, TensorFile, reject_pointer
+from moeserve.checkpoints.json_file import read_json
+from moeserve.checkpoints.tensor_file import StoredTensor, TensorFile
 from moeserve.config import Dtype
 from moeserve.errors import CheckpointError
 from moeserve.tensors import dtype_name
@@ -287,15 +287,3 @@ def _chunks(out: torch.Tensor, rows: slice, columns: slice, numbers: int) -> Ite
     for start in range(0, len(out), at_once):
         into = out[start : start + at_once]
         yield slice(rows.start + start * group, rows.start + (start + len(into)) * group), into
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError naming the file."""
-    try:
-        reject_pointer(path)
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return data

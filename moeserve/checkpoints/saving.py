@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from moeserve.checkpoints.json_file import read_json
 from moeserve.checkpoints.native import MODEL_TYPE
-from moeserve.checkpoints.safetensors_folder import read_json
 from moeserve.config import LayerConfig, LayerSpec
 from moeserve.errors import ConfigError
 from moeserve.experts import Expert, FeedForward, ModuleExpert, QuantizedFeedForward

@@ -41,11 +41,11 @@ class QuantizedMatrix:
 
     def is_finite(self) -> bool:
         """Whether every number is, in float32."""
-        scales = scales_in_float32(self, self.code.unit)
+        scales = scales_in_float32(self, 1.0)
         if not (self.code.are_finite(self.codes) and scales.isfinite().all()):
             return False
         offset = 0 if self.zeros is None or not self.zeros.numel() else int(self.zeros.to(torch.int16).abs().max())
-        largest = float(scales.abs().max()) * (self.code.largest + offset) / self.code.unit if scales.numel() else 0.0
+        largest = float(scales.abs().max()) * (self.code.largest + offset) if scales.numel() else 0.0
         return largest <= torch.finfo(torch.float32).max or bool(self.dequantized().isfinite().all())
 
     @property

@@ -139,7 +139,7 @@ def test_a_code_that_is_no_number_is_noticed(code: Code) -> None:
     assert bool(code.broken) == (code.bits == 8 and code is not INT8)
 
 
-@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 3e38, 2.0**120])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 3e38, 2.0**121])
 def test_scales_that_make_no_numbers_are_noticed(scale: float) -> None:
     codes = torch.tensor([[0, 7, 112]], dtype=torch.uint8)
     matrix = QuantizedMatrix(

@@ -1,0 +1,109 @@
+"""What the compiled kernels promise beyond right answers."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moeserve.config import Kernel
+from moeserve.errors import ConfigError, InvalidRequest
+from moeserve.experts import FeedForward
+from moeserve.kernels import library
+from tests.closeness import assert_close
+from tests.experts.oracle import (
+    CASES,
+    DTYPES,
+    HIDDEN_SIZE,
+    assert_agrees,
+    bank_of,
+    expected,
+    kernels,
+    run,
+    some_weights,
+    some_work,
+)
+from tests.stacked import Stacked
+
+
+def test_the_compiled_kernels_are_there() -> None:
+    """Without them every other test here would pass, on torch's operators."""
+    assert library() is not None
+    assert "generic" in kernels(torch.float32)
+
+
+@pytest.mark.parametrize(("device", "dtype", "kernel"), CASES, ids=str)
+def test_experts_come_out_as_they_went_in_and_others_take_their_slots(device: str, dtype: torch.dtype, kernel: Kernel) -> None:
+    old, new = some_weights(3, "geglu", True, dtype), some_weights(5, "geglu", True, dtype)
+    bank = bank_of(old, "geglu", dtype, device, kernel)
+    changed = bank.replaced({1: new.experts("geglu")[4]})
+    for slot, (before, after) in enumerate(zip(bank.experts, changed.experts, strict=True)):
+        assert isinstance(before, FeedForward)
+        assert isinstance(after, FeedForward)
+        for name in before.tensors:
+            assert torch.equal(before.tensors[name].cpu(), getattr(old, name)[slot])
+            assert torch.equal(after.tensors[name].cpu(), getattr(new, name)[4] if slot == 1 else getattr(old, name)[slot])
+    work = some_work((3, 2, 4), 5, dtype)
+    mixed = Stacked(*(torch.stack([mine[0], other[4], mine[2]]) for mine, other in zip(old, new, strict=True)))
+    assert_agrees(run(changed, work), expected(mixed, "geglu", work), 9, dtype)
+    assert_agrees(run(bank, work), expected(old, "geglu", work), 9, dtype)
+
+
+@pytest.mark.parametrize(("dtype", "kernel"), [(dtype, kernel) for dtype in DTYPES for kernel in kernels(dtype)], ids=str)
+@given(data=st.data())
+@settings(deadline=None, max_examples=10)
+def test_deterministic_answers_do_not_depend_on_company_or_threads(data: st.DataObject, dtype: torch.dtype, kernel: Kernel) -> None:
+    weights = some_weights(4, "swiglu", True, dtype, 64, 96)
+    bank = bank_of(weights, "swiglu", dtype, kernel=kernel, deterministic=True)
+    counts = tuple(data.draw(st.lists(st.integers(0, 40), min_size=4, max_size=4).filter(any)))
+    hidden_states, row_index, slots, pair_weights = some_work(counts, data.draw(st.integers(1, 50)), dtype, 64)
+    together = torch.full(hidden_states.shape, float("nan"))
+    bank.run(hidden_states, row_index, slots, pair_weights, out=together)
+    torch.set_num_threads(1)
+    try:
+        for row in set(row_index.tolist()):
+            own, alone = row_index == row, torch.full((1, 64), float("nan"))
+            bank.run(hidden_states[row : row + 1], row_index[own] * 0, slots[own], pair_weights[own], out=alone)
+            assert torch.equal(alone[0], together[row])
+    finally:
+        torch.set_num_threads(2)
+
+
+@pytest.mark.parametrize("kernel", kernels(torch.float16))
+def test_answers_beyond_float16_are_weighed_before_they_are_rounded(kernel: Kernel) -> None:
+    weights = some_weights(2, "swiglu", False, torch.float16)
+    large = Stacked((weights.gate_up_proj * 300).clamp(-6e4, 6e4), (weights.down_proj * 3000).clamp(-6e4, 6e4))
+    hidden_states, row_index, slots, pair_weights = some_work((4, 4), 8, torch.float16)
+    work = hidden_states, row_index, slots, pair_weights * 1e-6
+    oracle = expected(large, "swiglu", work)
+    assert (oracle / pair_weights.min() * 1e6).abs().max() > torch.finfo(torch.float16).max
+    assert_close(run(bank_of(large, "swiglu", torch.float16, kernel=kernel), work), oracle, summed=72, rounded_to=torch.float16)
+
+
+def test_a_bank_with_one_expert_replaced_shares_the_rest() -> None:
+    size = 2**11
+    bank = bank_of(some_weights(8, "swiglu", False, torch.bfloat16, size, size), "swiglu", torch.bfloat16)
+    (other,) = some_weights(1, "swiglu", False, torch.bfloat16, size, size).experts("swiglu")
+    before = resident_bytes()
+    changed = bank.replaced({3: other})
+    assert resident_bytes() - before < 2 * other.nbytes < bank.nbytes == changed.nbytes
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.parametrize("row", [-1, 3, 2**40])
+def test_a_row_that_is_not_there_is_refused(row: int) -> None:
+    bank = bank_of(some_weights(2, "swiglu", False, torch.float32), "swiglu", torch.float32)
+    with pytest.raises(InvalidRequest, match=r"a pair names a row that is not there; allowed: 0\.\.2"):
+        run(bank, (torch.randn(3, HIDDEN_SIZE), torch.tensor([0, row]), torch.tensor([0, 1]), torch.ones(2)))
+
+
+def test_a_kernel_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model.kernel is 'amx', which cannot compute float32 .* experts here; allowed: auto, torch, "):
+        bank_of(some_weights(1, "swiglu", False, torch.float32), "swiglu", torch.float32, kernel="amx")
