@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moeserve.checkpoints.formats import scheme_of
 from moeserve.checkpoints.held import held_bytes, held_projections
-from moeserve.checkpoints.layouts import ExpertLayout, Flat, Part, Separate, Stacked
+from moeserve.checkpoints.layouts import Flat, Part, Separate, Stacked
 from moeserve.checkpoints.safetensors_folder import SafetensorsFolder
 from moeserve.experts import ExpertShard, FeedForward
 from tests.checkpoints.published import Published, fp8_scaled
@@ -23,7 +23,7 @@ EXPERTS, HIDDEN, INTERMEDIATE = 3, 64, 96
 PREFIX = "model.layers.0.mlp"
 BLOCKS = {"blocks": (32, 32), "wide blocks": (16, 64), "exponents for 32": (1, 32), "a row": (1, 10**6)}
 #: a layout, and the shape of its gate and up, and of its down
-LAYOUTS: dict[str, tuple[ExpertLayout, tuple[int, ...], tuple[int, ...]]] = {
+LAYOUTS: dict[str, tuple[Separate | Stacked | Flat, tuple[int, ...], tuple[int, ...]]] = {
     "separate": (Separate(), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)),
     "stacked": (Stacked(), (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)),
     "transposed": (Stacked(transposed=True), (HIDDEN, 2 * INTERMEDIATE), (INTERMEDIATE, HIDDEN)),
@@ -34,17 +34,14 @@ LAYOUTS: dict[str, tuple[ExpertLayout, tuple[int, ...], tuple[int, ...]]] = {
 
 
 def folder_of(
-    layout: ExpertLayout, gate_up: tuple[int, ...], down: tuple[int, ...], block: tuple[int, int], folder: Path
+    layout: Separate | Stacked | Flat, gate_up: tuple[int, ...], down: tuple[int, ...], block: tuple[int, int], folder: Path
 ) -> SafetensorsFolder:
     """FP8 with a scale for each block of each matrix, as each layout has them."""
     settings = {"quant_method": "fp8", "weight_block_size": [min(size, 4096) for size in block]}
     published, generator = Published(settings, fp8_scaled("weight_scale_inv", block)), torch.Generator().manual_seed(4)
     tensors: dict[str, Tensor] = {}
-    names = (
-        [(layout.gate_up, gate_up), (layout.down, down)]
-        if isinstance(layout, Stacked)
-        else [(layout.gate, gate_up), (layout.up, gate_up), (layout.down, down)]
-    )  # type: ignore[attr-defined]
+    own_gates = [layout.gate_up] if isinstance(layout, Stacked) else [layout.gate, layout.up]
+    names = [*((name, gate_up) for name in own_gates), (layout.down, down)]
     for name, shape in names:
         written = [published.write("x", (shape[0], shape[1]), generator)[0] for _ in range(EXPERTS)]
         for expert, stored in enumerate(written):
