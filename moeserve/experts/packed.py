@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,7 +40,8 @@ from moeserve.kernels import (
     to_panels,
 )
 
-_ACTIVATIONS: Final[Mapping[Activation, int]] = {"swiglu": 0, "geglu": 1, "gelu": 2, "relu": 3, "swigluoai": 4}
+#: the numbers that csrc/kernels.h gives to activations
+_FUNCTIONS: Final[Mapping[Activation, int]] = {"swiglu": 0, "swigluoai": 2, "geglu": 3, "gelu": 5, "relu": 6}
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,8 +186,9 @@ class PackedExperts:
             kernel=find_kernel(self.kernel, TYPES[self.dtype]),
             type=TYPES[self.dtype],
             rows_type=TYPES[self.dtype],
-            activation=_ACTIVATIONS[self.activation],
             is_gated=is_gated(self.activation),
+            function=_FUNCTIONS[self.activation],
+            limit=7.0 if self.activation == "swigluoai" else math.inf,
             hidden_size=self.hidden_size,
             intermediate_size=sizes,
             up=_addresses([expert.up for expert in self._experts]),
@@ -201,14 +204,14 @@ def can_pack(expert: object) -> TypeGuard[FeedForward]:
     """Whether the compiled pass knows its activation and type of weights, on the CPU."""
     if not isinstance(expert, FeedForward) or expert.gate_up_proj.device.type != "cpu":
         return False
-    return expert.activation in _ACTIVATIONS and expert.gate_up_proj.dtype in TYPES
+    return expert.activation in _FUNCTIONS and expert.gate_up_proj.dtype in TYPES
 
 
 def kernels_for(dtype: torch.dtype, activation: Activation, kernel: Kernel) -> tuple[str, ...]:
     """Those to choose from. Raises ConfigError when one that is asked for cannot run."""
     if kernel == "torch":
         return ()
-    there = tuple(name for name in KERNELS if activation in _ACTIVATIONS and dtype in TYPES and find_kernel(name, TYPES[dtype]))
+    there = tuple(name for name in KERNELS if activation in _FUNCTIONS and dtype in TYPES and find_kernel(name, TYPES[dtype]))
     if kernel != "auto":
         if kernel not in there:
             name = str(dtype).removeprefix("torch.")

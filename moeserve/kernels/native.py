@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from ctypes import POINTER, Structure, c_char_p, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,8 +23,9 @@ class Bank(Structure):
         ("kernel", c_void_p),
         ("type", c_int32),
         ("rows_type", c_int32),
-        ("activation", c_int32),
         ("is_gated", c_int32),
+        ("function", c_int32),
+        ("limit", c_float),
         ("hidden_size", c_int64),
         ("intermediate_size", POINTER(c_int64)),
         ("up", POINTER(c_void_p)),

@@ -106,17 +106,26 @@ static inline vec ISA(erf)(vec x)
 
 static inline vec ISA(gelu)(vec x) { return 0.5f * x * (1.0f + ISA(erf)(x * 0.707106781f)); }
 
-static inline vec ISA(activated)(enum activation activation, vec gate, vec up)
+static inline vec ISA(silu)(vec x) { return x * ISA(sigmoid)(x); }
+
+static inline vec ISA(within)(vec x, float limit) { return ISA(at_least)(ISA(at_most)(x, limit), -limit); }
+
+static inline vec ISA(activated)(struct activation activation, vec gate, vec up)
 {
-    switch (activation) {
-    case SWIGLU: return gate * ISA(sigmoid)(gate) * up;
+    float limit = activation.limit;
+    switch (activation.function) {
+    case SWIGLU: return ISA(silu)(ISA(at_most)(gate, limit)) * ISA(within)(up, limit);
+    case SWIGLU_POST: return ISA(at_most)(ISA(silu)(gate), limit) * ISA(within)(up, limit);
+    case SWIGLUOAI:
+        gate = ISA(at_most)(gate, limit);
+        return (ISA(within)(up, limit) + 1.0f) * gate * ISA(sigmoid)(1.702f * gate);
     case GEGLU: return ISA(gelu)(gate) * up;
+    case GEGLU_TANH: return gate * ISA(sigmoid)(1.59576912f * (gate + 0.044715f * gate * gate * gate)) * up;
     case GELU: return ISA(gelu)(gate);
     case RELU: return ISA(at_least)(gate, 0.0f);
-    case SWIGLUOAI:
-        gate = ISA(at_most)(gate, 7.0f);
-        up = ISA(at_least)(ISA(at_most)(up, 7.0f), -7.0f);
-        return (up + 1.0f) * gate * ISA(sigmoid)(1.702f * gate);
+    case RELU2:
+        gate = ISA(at_least)(gate, 0.0f);
+        return gate * gate;
     }
     return gate;
 }
@@ -131,7 +140,7 @@ static inline vec ISA(finished)(const float *sums, struct channels channels, int
     return x;
 }
 
-static void ISA(activate)(enum activation activation, struct sums sums, struct channels gate, struct channels up, void *at)
+static void ISA(activate)(struct activation activation, struct sums sums, struct channels gate, struct channels up, void *at)
 {
     for (int r = 0; r < sums.rows; r++)
         for (int v = 0; v < PANEL / VECTOR; v++) {

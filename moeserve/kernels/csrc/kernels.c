@@ -98,7 +98,7 @@ static void multiply_int8_dot(int count, const void *a, const void *b, int64_t d
 
 /* Rows in bfloat16: a panel is one run of 32 numbers. */
 static inline void activate_bf16(
-    int tile, enum activation activation, struct sums sums, struct channels gate, struct channels up, bf16 *at)
+    int tile, struct activation activation, struct sums sums, struct channels gate, struct channels up, bf16 *at)
 {
     for (int r = 0; r < sums.rows; r++) {
         __m512 y[2];
@@ -109,7 +109,7 @@ static inline void activate_bf16(
         _mm512_storeu_si512(at + r * 32, (__m512i)_mm512_cvtne2ps_pbh(y[1], y[0]));
     }
 }
-static void activate_dot(enum activation activation, struct sums sums, struct channels gate, struct channels up, void *at)
+static void activate_dot(struct activation activation, struct sums sums, struct channels gate, struct channels up, void *at)
 {
     activate_bf16(12, activation, sums, gate, up, at);
 }
@@ -193,7 +193,7 @@ static void multiply_int8_amx(int count, const void *a, const void *b, int64_t d
 {
     multiply_amx(count, a, decoded_int8(b, depth, decoded), depth, c, NULL, NULL);
 }
-static void activate_amx(enum activation activation, struct sums sums, struct channels gate, struct channels up, void *at)
+static void activate_amx(struct activation activation, struct sums sums, struct channels gate, struct channels up, void *at)
 {
     activate_bf16(16, activation, sums, gate, up, at);
 }

@@ -17,7 +17,13 @@ typedef uint16_t bf16;
 typedef uint16_t f16;
 
 enum type { FLOAT32, BFLOAT16, FLOAT16, INT8 };
-enum activation { SWIGLU, GEGLU, GELU, RELU, SWIGLUOAI };
+enum function { SWIGLU, SWIGLU_POST, SWIGLUOAI, GEGLU, GEGLU_TANH, GELU, RELU, RELU2 };
+
+/* What stands between the projections: experts/activations.py says what they compute. limit: of the first three, INFINITY = none. */
+struct activation {
+    enum function function;
+    float limit;
+};
 
 /* The result of one panel for the rows of one tile, before scale and bias. */
 struct sums {
@@ -37,7 +43,7 @@ struct kernel {
      * next: the panel that comes after b, or NULL; `decoded` has room for a panel in the type of rows. */
     void (*multiply[4])(int count, const void *a, const void *b, int64_t depth, float *c, const void *next, void *decoded);
     /* to the tiles that the second projection reads: `at` is where the first row's channels of this panel begin */
-    void (*activate)(enum activation, struct sums, struct channels gate, struct channels up, void *at);
+    void (*activate)(struct activation, struct sums, struct channels gate, struct channels up, void *at);
     /* out[index[r]] += weights[r] * (c[r] * scale + bias), `width` channels */
     void (*add)(struct sums, struct channels, int width, const int64_t *index, const float *weights, int64_t stride, float *out);
     void (*begin)(void), (*end)(void); /* around all calls of one thread */

@@ -10,7 +10,8 @@
 /* What is the same for every pass. Arrays have one entry for each expert. */
 struct bank {
     const struct kernel *kernel;
-    int32_t type, rows_type, activation, is_gated;
+    int32_t type, rows_type, is_gated;
+    struct activation activation;
     int64_t hidden_size;
     const int64_t *intermediate_size;
     const void *const *up, *const *down;                  /* panels; up: those of gate and up in turn */
