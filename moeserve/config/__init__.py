@@ -4,20 +4,13 @@ from moeserve.config.gating import GatingConfig
 from moeserve.config.load import load_config, load_json, load_server
 from moeserve.config.overrides import GatingOverrides, override
 from moeserve.config.service import (
-    Activation,
     BatchingConfig,
-    Bits,
     CommunicationConfig,
     ControllerConfig,
-    CopyChoice,
-    Dtype,
-    Kernel,
     LayerConfig,
-    Mixing,
     ModelConfig,
     ObservabilityConfig,
     PlacementConfig,
-    Quantization,
     RayConfig,
     ResilienceConfig,
     ServerConfig,
@@ -25,6 +18,7 @@ from moeserve.config.service import (
     SharedExpertConfig,
 )
 from moeserve.config.spec import LayerSpec
+from moeserve.config.values import Activation, Bits, CopyChoice, Dtype, Kernel, Mixing, Quantization
 
 __all__ = [
     "Activation",

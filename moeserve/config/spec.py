@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeserve.config.gating import GatingConfig
-from moeserve.config.service import Activation, Bits, Dtype, Kernel, Mixing, Quantization
+from moeserve.config.values import Activation, Bits, Dtype, Kernel, Mixing, Quantization
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,10 @@ class TorchDecoder:
 
     def __init__(self, matrix: QuantizedMatrix) -> None:
         self._matrix = matrix
-        scales = scales_in_float32(matrix, matrix.code.unit)
+        scales, self._unit = scales_in_float32(matrix, matrix.code.unit), 1.0
+        if not scales.isfinite().all():
+            # The largest scales of FP4 have no room for a unit: numbers take it first.
+            scales, self._unit = scales_in_float32(matrix, 1.0), matrix.code.unit
         self.after = _of_rows(matrix, scales, 0, len(matrix.codes)) if _scales_sums(matrix) else None
         self._scales = None if _scales_sums(matrix) or not matrix.codes.numel() else scales
         self._width = _columns_of_group(matrix.code, matrix.column_groups, matrix.columns)
@@ -93,8 +96,11 @@ class TorchDecoder:
     def tile(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
         matrix, codes = self._matrix, self._matrix.codes[first:last]
         if self._scales is None:
-            return matrix.code.numbers(codes, dtype)
+            numbers = matrix.code.numbers(codes, dtype)
+            return numbers.mul_(self._unit) if self._unit != 1 else numbers
         numbers, last = matrix.code.numbers(codes, torch.float32), first + len(codes)
+        if self._unit != 1:
+            numbers.mul_(self._unit)
         if matrix.zeros is not None:
             grouped, zeros = self._grouped(numbers, _of_rows(matrix, matrix.zeros, first, last).float())
             grouped.sub_(zeros)

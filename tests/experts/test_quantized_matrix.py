@@ -148,6 +148,18 @@ def test_scales_that_make_no_numbers_are_noticed(scale: float) -> None:
     assert not matrix.is_finite()
 
 
+@pytest.mark.parametrize("columns", [32, 64])
+def test_the_largest_scales(columns: int) -> None:
+    """Of FP4: powers of two up to 2^127, beside which little is finite."""
+    codes, scales = torch.full((2, columns // 2), 0x11, dtype=torch.uint8), torch.full((2, columns // 32), 2.0**127)
+    matrix = QuantizedMatrix(FP4, codes, scales.to(torch.float8_e8m0fnu), columns, Groups(1), Groups(32))
+    assert matrix.is_finite()
+    for decoder in [TorchDecoder(matrix), *([CompiledDecoder(matrix)] if can_decode() else [])]:
+        for dtype in (torch.float32, torch.bfloat16):
+            numbers = decoder.tile(0, 2, dtype)
+            assert (numbers if decoder.after is None else numbers * decoder.after).eq(2.0**126).all()
+
+
 def test_large_matrices_are_decoded_in_tiles_that_meet() -> None:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 256, (1500, 512), dtype=torch.uint8, generator=generator)

@@ -1,0 +1,37 @@
+"""What keys of the configuration can be, where that is less than their type."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+Bits = Literal["int8", "fp8"]
+Quantization = Literal["int8", "fp8", "none"]
+#: what computes feed-forward experts on CPUs: the fastest as measured, torch's operators, or a compiled kernel
+Kernel = Literal["auto", "torch", "amx", "avx512_bf16", "avx512", "avx2", "generic"]
+Activation = Literal["swiglu", "geglu", "gelu", "relu", "swigluoai"]
+#: how the answer of a shared expert is added to that of the chosen ones
+Mixing = Literal["add", "sigmoid", "residual"]
+CopyChoice = Literal["least_outstanding", "round_robin"]
+Size = Annotated[int, Field(ge=1)]
+
+
+def _number_or_all(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.isdigit() else value
+
+
+NumHosts = Annotated[Size | Literal["all"], BeforeValidator(_number_or_all)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+File = Annotated[Path, Field(strict=False)]
+
+
+def _position_or_name(value: Any) -> Any:
+    if type(value) not in (int, str):
+        raise ValueError(f"model.layers must hold positions or names of MoE layers (got {value!r})")
+    return value
+
+
+LayerKey = Annotated[int | str, BeforeValidator(_position_or_name)]
