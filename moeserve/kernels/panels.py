@@ -40,7 +40,7 @@ def from_panels(panels: torch.Tensor, parts: int, outputs: int, inputs: int) -> 
     side_by_side = _SIDE_BY_SIDE[panels.dtype]
     split = panels.view(padded(outputs) // PANEL, parts, padded(inputs) // side_by_side, PANEL, side_by_side)
     matrix: torch.Tensor = split.permute(1, 0, 3, 2, 4).reshape(parts, padded(outputs), padded(inputs))
-    return matrix[:, :outputs, :inputs].reshape(parts * outputs, inputs)
+    return matrix[:, :outputs, :inputs].reshape(parts * outputs, inputs).contiguous()
 
 
 def bias_to_panels(bias: torch.Tensor, parts: int = 1) -> torch.Tensor:

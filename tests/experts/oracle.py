@@ -13,9 +13,9 @@ from torch import Tensor
 
 from moeserve.config import Activation, Kernel
 from moeserve.errors import ConfigError
-from moeserve.experts import ExpertBank, is_gated
+from moeserve.experts import ExpertBank, Shape, is_gated
+from moeserve.experts.choice import kernels_for
 from moeserve.experts.feed_forward import ROWS
-from moeserve.experts.packed import kernels_for
 from tests.closeness import assert_close
 from tests.stacked import Stacked
 
@@ -108,12 +108,12 @@ def bank_of(
     return ExpertBank(experts, weights.down_proj.shape[1], dtype, device=where, kernel=kernel, deterministic=deterministic)
 
 
-def kernels(dtype: torch.dtype) -> list[Kernel]:
+def kernels(dtype: torch.dtype, weights: torch.dtype | None = None) -> list[Kernel]:
     """All that can be asked for here."""
     found: list[Kernel] = ["torch"]
     for name in ("amx", "avx512_bf16", "avx512", "avx2", "generic"):
         with contextlib.suppress(ConfigError):
-            found += kernels_for(dtype, "swiglu", name)  # type: ignore[arg-type]
+            found += kernels_for(Shape(weights or dtype, dtype, "swiglu", 32, 32, 1), name)  # type: ignore[arg-type]
     return found
 
 

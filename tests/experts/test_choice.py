@@ -9,9 +9,10 @@ import torch
 
 from moeserve.experts import ROWS, Choice, FeedForward, Shape, measured
 from moeserve.experts.choice import chosen
+from moeserve.experts.packable import packable
 from moeserve.kernels import KERNELS, fastest_of
 
-SHAPE = Shape(torch.float32, "swiglu", 64, 96, 2)
+SHAPE = Shape(torch.float32, torch.float32, "swiglu", 64, 96, 2)
 
 
 def test_what_is_chosen_was_fastest() -> None:
@@ -25,7 +26,7 @@ def test_what_is_chosen_was_fastest() -> None:
 
 
 def test_it_is_measured_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    shape = Shape(torch.bfloat16, "relu", 32, 32, 2)
+    shape = Shape(torch.bfloat16, torch.bfloat16, "relu", 32, 32, 2)
     with caplog.at_level(logging.INFO):
         first, second = measured(shape, "auto", False), measured(shape, "auto", False)
     assert first is second
@@ -41,7 +42,8 @@ def test_torch_is_measured_alone_when_it_is_asked_for() -> None:
 
 
 def test_what_is_configured_is_not_measured() -> None:
-    expert = FeedForward("swiglu", torch.zeros(64, 32), torch.zeros(32, 32))
+    expert = packable(FeedForward("swiglu", torch.zeros(64, 32), torch.zeros(32, 32)))
+    assert expert is not None
     assert chosen(expert, "generic") == Choice("generic", ("linear",) * len(ROWS), {})
 
 

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeserve.config import Kernel
+from moeserve.config import Bits, Kernel
 from moeserve.errors import ConfigError, InvalidRequest
-from moeserve.experts import FeedForward
+from moeserve.experts import ExpertBank, FeedForward, QuantizedFeedForward, quantize
 from moeserve.kernels import library
 from tests.closeness import assert_close
 from tests.experts.oracle import (
@@ -107,3 +107,32 @@ def test_a_row_that_is_not_there_is_refused(row: int) -> None:
 def test_a_kernel_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"model.kernel is 'amx', which cannot compute float32 .* experts here; allowed: auto, torch, "):
         bank_of(some_weights(1, "swiglu", False, torch.float32), "swiglu", torch.float32, kernel="amx")
+
+
+QUANTIZED: list[tuple[Bits, torch.dtype, Kernel]] = [
+    (bits, dtype, kernel)
+    for bits, stored in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn))
+    for dtype in (torch.float32, torch.bfloat16)
+    for kernel in kernels(dtype, stored)
+]  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(("bits", "dtype", "kernel"), QUANTIZED, ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(16, 24), (96, 700), (33, 64)])
+def test_experts_with_a_byte_to_a_weight(
+    bits: Bits, dtype: torch.dtype, kernel: Kernel, bias: bool, hidden_size: int, intermediate_size: int
+) -> None:
+    weights = some_weights(4, "swiglu", bias, dtype, hidden_size, intermediate_size)
+    quantized = [quantize(expert, bits) for expert in weights.experts("swiglu")]
+    work = some_work((3, 0, 70, 1), 20, dtype, hidden_size)
+    bank = ExpertBank(quantized, hidden_size, dtype, kernel=kernel)
+    gate_up = torch.stack([torch.cat([matrix.dequantized() for matrix in expert.gate_up_proj]) for expert in quantized])
+    down = torch.stack([expert.down_proj.dequantized() for expert in quantized])
+    exact = Stacked(gate_up, down, weights.gate_up_bias, weights.down_bias)
+    summed = 2 * hidden_size + intermediate_size + 74
+    assert_close(run(bank, work), expected(exact, "swiglu", work), summed=summed, rounded_to=dtype)
+    for held, expert in zip(bank.experts, quantized, strict=True):
+        assert isinstance(held, QuantizedFeedForward)
+        assert torch.equal(held.down_proj.dequantized(), expert.down_proj.dequantized())
+        assert torch.equal(torch.cat([matrix.dequantized() for matrix in held.gate_up_proj]), expert.gate_up_proj[0].dequantized())
