@@ -56,23 +56,35 @@ const struct kernel avx512_kernel = {
     activate_avx512, add_avx512, nothing, nothing,
 };
 
-/* 8 bits to bfloat16 is exact, so what is stored in them is decoded, a panel at a time, and multiplied as bfloat16. */
-static const bf16 *decoded_int8(const int8_t *panel, int64_t depth, bf16 *decoded)
+/* 8 bits to bfloat16 is exact, so what is stored in them is decoded and multiplied as bfloat16; 32 numbers at a time. */
+static inline __m512i two_int8(const void *codes)
 {
-    for (int64_t i = 0; i < depth * PANEL; i += 16) {
-        __m512 wide = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(panel + i))));
-        _mm256_storeu_si256((__m256i *)(decoded + i), _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)wide, 16)));
-    }
-    return decoded;
+    const __m128i *both = codes;
+    __m512i low = (__m512i)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(both)));
+    __m512i high = (__m512i)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(both + 1)));
+    const __m512i upper_halves = _mm512_set_epi16(
+        63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return _mm512_permutex2var_epi16(low, upper_halves, high);
 }
 
-static const bf16 *decoded_e4m3(const uint8_t *panel, int64_t depth, bf16 *decoded)
+static inline __m512i two_e4m3(const void *codes)
 {
-    for (int64_t i = 0; i < depth * PANEL; i += 16) {
-        __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(panel + i)));
-        wide = (__m512i)e4m3_avx512((ivec_avx512)wide);
-        _mm256_storeu_si256((__m256i *)(decoded + i), _mm512_cvtepi32_epi16(_mm512_srli_epi32(wide, 16)));
-    }
+    /* 0, 1, .. 7 times 2^-9, which have no implicit one */
+    const __m512i tiny = _mm512_broadcast_i32x4(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+    __m512i byte = _mm512_cvtepu8_epi16(_mm256_loadu_si256(codes));
+    __m512i sign = _mm512_slli_epi16(_mm512_and_si512(byte, _mm512_set1_epi16(0x80)), 8);
+    __m512i normal = _mm512_slli_epi16(_mm512_and_si512(byte, _mm512_set1_epi16(0x7f)), 4);
+    normal = _mm512_add_epi16(normal, _mm512_set1_epi16(120 << 7));
+    __mmask32 is_tiny = _mm512_testn_epi16_mask(byte, _mm512_set1_epi16(0x78));
+    return _mm512_or_si512(_mm512_mask_permutexvar_epi16(normal, is_tiny, byte, tiny), sign);
+}
+
+typedef __m512i decoder(const void *codes);
+
+static inline __attribute__((always_inline)) const bf16 *decode_panel(decoder *two, const void *codes, int64_t count, bf16 *decoded)
+{
+    for (int64_t i = 0; i < count; i += 32)
+        _mm512_storeu_si512(decoded + i, two((const uint8_t *)codes + i));
     return decoded;
 }
 
@@ -103,12 +115,12 @@ static inline __attribute__((always_inline)) vec16 dot_bf16(vec16 acc, const bf1
 #undef vec
 static void multiply_int8_dot(int count, const void *a, const void *b, int64_t depth, float *c, const void *next, void *decoded)
 {
-    multiply_dot(count, a, decoded_int8(b, depth, decoded), depth, c, NULL, NULL);
+    multiply_dot(count, a, decode_panel(two_int8, b, depth * PANEL, decoded), depth, c, NULL, NULL);
 }
 
 static void multiply_e4m3_dot(int count, const void *a, const void *b, int64_t depth, float *c, const void *next, void *decoded)
 {
-    multiply_dot(count, a, decoded_e4m3(b, depth, decoded), depth, c, NULL, NULL);
+    multiply_dot(count, a, decode_panel(two_e4m3, b, depth * PANEL, decoded), depth, c, NULL, NULL);
 }
 
 /* Rows in bfloat16: a panel is one run of 32 numbers. */
@@ -204,13 +216,51 @@ static void multiply_amx(int count, const void *rows, const void *panel, int64_t
         (count > 16 ? two_tiles : one_tile)(a, panel, depth, c, share_of(next, group, groups));
     }
 }
+
+/* Up to 32 rows: 32 input channels are decoded while those before them are multiplied, and never leave the first-level cache. */
+static inline __attribute__((always_inline)) void multiply_bytes_amx(
+    decoder *two, int count, const bf16 *a, const uint8_t *codes, int64_t depth, float *c, bf16 *decoded)
+{
+    if (count > 32) {
+        multiply_amx(count, a, decode_panel(two, codes, depth * PANEL, decoded), depth, c, NULL, NULL);
+        return;
+    }
+    const bf16 *second = a + 16 * depth;
+    configure(count);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    decode_panel(two, codes, 32 * PANEL, decoded);
+    for (int64_t k = 0; k < depth; k += 32, a += 16 * 32, second += 16 * 32) {
+        const bf16 *b = decoded + k / 32 % 2 * 32 * PANEL;
+        if (k + 32 < depth)
+            decode_panel(two, codes + (k + 32) * PANEL, 32 * PANEL, decoded + (k / 32 + 1) % 2 * 32 * PANEL);
+        _tile_loadd(6, b, 128);
+        _tile_loadd(7, b + 32, 128);
+        _tile_loadd(4, a, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (count > 16) {
+            _tile_loadd(5, second, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, c, 4 * PANEL);
+    _tile_stored(1, c + 16, 4 * PANEL);
+    if (count > 16) {
+        _tile_stored(2, c + 16 * PANEL, 4 * PANEL);
+        _tile_stored(3, c + 16 * PANEL + 16, 4 * PANEL);
+    }
+}
 static void multiply_int8_amx(int count, const void *a, const void *b, int64_t depth, float *c, const void *next, void *decoded)
 {
-    multiply_amx(count, a, decoded_int8(b, depth, decoded), depth, c, NULL, NULL);
+    multiply_bytes_amx(two_int8, count, a, b, depth, c, decoded);
 }
 static void multiply_e4m3_amx(int count, const void *a, const void *b, int64_t depth, float *c, const void *next, void *decoded)
 {
-    multiply_amx(count, a, decoded_e4m3(b, depth, decoded), depth, c, NULL, NULL);
+    multiply_bytes_amx(two_e4m3, count, a, b, depth, c, decoded);
 }
 static void activate_amx(struct activation activation, struct sums sums, struct channels gate, struct channels up, void *at)
 {

@@ -91,7 +91,7 @@ struct pass {
     const struct bank *bank;
     const struct work *work;
     const struct kernel *kernel;
-    char *gathered, *hidden, *decoded; /* scratch: rows, what is between the projections, a decoded panel for each thread */
+    char *gathered, *hidden, *decoded; /* scratch: rows, what is between the projections, room for a decoded panel for each thread */
     int64_t hidden_width, inner_width; /* padded; that of the widest busy expert */
     int64_t capacity;                  /* rows in the scratch */
     int num_threads;
