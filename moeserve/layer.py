@@ -81,10 +81,12 @@ class MoELayer:
         trusted_modules: Sequence[str] = (),
         kernel: Kernel = "auto",
         deterministic: bool = False,
+        family: str | None = None,
     ) -> MoELayer:
         """MoE layer `layer` (position among the MoE layers, or name) of a checkpoint folder; `gating` changes the settings it names.
 
         trusted_modules: packages whose classes the checkpoint may name as experts, beside those of torch.nn: that runs their code.
+        family: whose rules it follows, when its config.json does not say so.
         Raises CheckpointError, or UnknownLayer when there is no such layer.
         """
         model = {
@@ -94,6 +96,7 @@ class MoELayer:
             "trusted_modules": list(trusted_modules),
             "kernel": kernel,
             "deterministic": deterministic,
+            "family": family,
         }
         sources = layer_sources(load_config({"model": model, "layers": [{"gating": gating}] if gating else []}))
         by_key = {key: source for index, source in enumerate(sources) for key in (index, source.spec.name)}

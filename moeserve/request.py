@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moeserve.config import GatingOverrides, LayerSpec, override
+from moeserve.config import BY_TOKEN_ID, GatingOverrides, LayerSpec, override
 from moeserve.errors import InvalidRequest
 from moeserve.tensors import FLOAT_DTYPES, dtype_name, is_finite, without_unused
 
@@ -22,7 +22,7 @@ NO_CHOICE = -1
 @dataclass(frozen=True)
 class LayerRequest:
     """hidden_states [T, H] float; used_token [T] bool; topk_ids [T, K] int and topk_weights [T, K] float when the caller routed,
-    id -1 = no choice; token_ids [T] int, 0..2^32-1, for layers that route by their hash; capacity_factor, noise and seed instead of the
+    id -1 = no choice; token_ids [T] int, 0..2^32-1, for layers that route by them; capacity_factor, noise and seed instead of the
     layer's own. What stands in the rows of unused tokens means nothing, and neither does the weight of no choice.
 
     `deadline` is a time on this machine's monotonic clock, in seconds.
@@ -109,6 +109,8 @@ def _validate_rows(request: LayerRequest, spec: LayerSpec, max_tokens: int) -> N
 def _validate_kinds_of_choices(request: LayerRequest, spec: LayerSpec) -> None:
     topk_ids, topk_weights = request.topk_ids, request.topk_weights
     if topk_ids is None and topk_weights is None:
+        if spec.gating.routing == "caller":
+            raise InvalidRequest(f"topk_ids is required: the gate of layer {spec.name} stays with its callers", "topk_ids")
         return
     if topk_ids is None or topk_weights is None:
         missing = "topk_ids" if topk_ids is None else "topk_weights"
@@ -148,8 +150,8 @@ def _validate_choices(request: LayerRequest, spec: LayerSpec) -> None:
 def _validate_kind_of_token_ids(request: LayerRequest, spec: LayerSpec) -> None:
     token_ids = request.token_ids
     if token_ids is None:
-        if spec.gating.routing == "hash" and not request.is_routed:
-            raise InvalidRequest(f"token_ids is required: layer {spec.name} routes by the hash of the token id", "token_ids")
+        if spec.gating.routing in BY_TOKEN_ID and not request.is_routed:
+            raise InvalidRequest(f"token_ids is required: layer {spec.name} routes by the token id", "token_ids")
         return
     _require_dtype(token_ids, (torch.int64, torch.int32), "token_ids")
     if list(token_ids.shape) != [request.num_tokens]:

@@ -149,7 +149,7 @@ def test_noise_in_a_routed_request_is_refused_as_nothing_would_come_of_it() -> N
 
 def test_a_layer_that_hashes_token_ids_requires_them() -> None:
     spec = replace(SPEC, gating=GatingConfig(routing="hash"))
-    with pytest.raises(InvalidRequest, match=r"token_ids is required: layer blocks\.0 routes by the hash of the token id"):
+    with pytest.raises(InvalidRequest, match=r"token_ids is required: layer blocks\.0 routes by the token id"):
         validate(LayerRequest(GOOD["hidden_states"]), spec, 7)
     validate(LayerRequest(GOOD["hidden_states"], token_ids=GOOD["token_ids"]), spec, 7)
     validate(LayerRequest(GOOD["hidden_states"], topk_ids=GOOD["topk_ids"], topk_weights=GOOD["topk_weights"]), spec, 7)

@@ -9,7 +9,12 @@ from typing import Any, Final
 #: MixtralForCausalLM, Llama4ForConditionalGeneration, Qwen3MoeModel, ...
 _CLASS: Final = re.compile(r"(\w+?)(For[A-Z]\w*|Model|LMHeadModel)")
 #: model types that are not just their class's name in lower case
-_ELSEWHERE: Final = {"hunyuanmoev1": "hunyuanv1moe"}
+_ELSEWHERE: Final = {
+    "hunyuanmoev1": "hunyuanv1moe",
+    "minimaxm3sparse": "minimaxm3vl",
+    "qwen3omnimoethinker": "qwen3omnimoe",
+    "step3p7": "step3p5",
+}
 
 
 def named_family(config: Mapping[str, Any], model_types: Iterable[str]) -> str | None:

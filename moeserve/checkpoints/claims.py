@@ -14,6 +14,7 @@ from typing import Any, Final
 from moeserve.checkpoints.family import ACTIVATIONS, Family
 from moeserve.checkpoints.huggingface import HuggingFaceLayer
 from moeserve.checkpoints.keys import Config, flag, shown
+from moeserve.config import LIMITED, Activation, parsed_activation
 
 _SCORING: Final = {"softmax_topk": "softmax", "sqrt_softplus": "sqrtsoftplus"}
 
@@ -26,13 +27,21 @@ class Claim:
     agreeing: Callable[[HuggingFaceLayer], Sequence[Any]]
     #: a key and the value with which the others say nothing
     unless: tuple[str, Any] = ("", None)
+    #: whether it is about the gate or a shared expert, which callers may keep
+    is_of_gate: bool = True
 
 
 def _scoring(layer: HuggingFaceLayer) -> list[str]:
     gating = layer.spec.gating
-    name = _SCORING.get(gating.scoring_func, gating.scoring_func) if gating.routing == "learned" else gating.routing
+    is_scored = gating.routing in ("learned", "token_table")
+    name = _SCORING.get(gating.scoring_func, gating.scoring_func) if is_scored else gating.routing
     # dots.llm1 is published with the name of its selection there.
     return [name, *(["noaux_tc"] if layer.has_selection_bias else [])]
+
+
+def _has_bias(layer: HuggingFaceLayer) -> list[bool]:
+    """Where a table chooses, it is of no account that the other layers have one."""
+    return [True, False] if layer.spec.gating.routing == "token_table" else [layer.has_selection_bias]
 
 
 def _renormalizes(layer: HuggingFaceLayer) -> list[bool]:
@@ -43,7 +52,7 @@ def _renormalizes(layer: HuggingFaceLayer) -> list[bool]:
 def _selection(layer: HuggingFaceLayer) -> list[str]:
     """DeepSeek's names."""
     gating = layer.spec.gating
-    if layer.has_selection_bias:
+    if layer.has_selection_bias or gating.routing == "token_table":
         return ["noaux_tc"]
     limited = gating.num_expert_groups is not None
     return [*([] if limited else ["greedy"]), *([] if gating.group_score == "top2_sum" else ["group_limited_greedy"])]
@@ -55,12 +64,23 @@ def _is_limited(layer: HuggingFaceLayer) -> list[bool]:
 
 
 def _activations(layer: HuggingFaceLayer) -> list[str]:
-    own = {"swigluoai": "swiglu"}.get(layer.spec.activation, layer.spec.activation)
-    return [name for name, activation in ACTIVATIONS.items() if activation == own] + [layer.spec.activation]
+    name, _ = parsed_activation(layer.spec.activation)
+    own = "swiglu" if name in LIMITED else name
+    return [name for name, activation in ACTIVATIONS.items() if activation == own] + [name]
 
 
-def _clamped(value: float) -> Callable[[HuggingFaceLayer], list[float]]:
-    return lambda layer: [value] if layer.spec.activation == "swigluoai" else []
+def _limit(activation: Activation) -> list[float]:
+    """0 is no limit."""
+    return [parsed_activation(activation)[1] or 0.0]
+
+
+def _alpha(layer: HuggingFaceLayer) -> list[float]:
+    return [1.702] if parsed_activation(layer.spec.activation)[0] == "swigluoai" else []
+
+
+def _latent(layer: HuggingFaceLayer) -> list[int]:
+    """Experts of a width of their own take what the model projects to it, so the gate is not theirs either."""
+    return [] if layer.layout.router else [layer.spec.hidden_size]
 
 
 def _shared_experts(layer: HuggingFaceLayer) -> list[int]:
@@ -110,30 +130,33 @@ CLAIMS: Final = (
     ),
     Claim(
         ("use_routing_bias", "use_expert_bias", "moe_router_enable_expert_bias", "use_moe_router_bias", "moe_use_aux_free"),
-        lambda layer: [layer.has_selection_bias],
+        _has_bias,
     ),
     Claim(("router_bias",), lambda layer: [layer.has_router_bias]),
-    Claim(("router_logit_softcapping", "moe_router_logit_softcapping"), lambda layer: [0.0]),
+    Claim(("router_logit_softcapping", "moe_router_logit_softcapping"), lambda layer: [layer.spec.gating.logit_softcap or 0.0]),
     Claim(("apply_router_weight_on_input",), lambda layer: [layer.spec.gating.scale_inputs]),
     Claim(
         ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "moe_k", "moe_router_topk"),
         lambda layer: [layer.spec.gating.top_k],
+        is_of_gate=False,
     ),
     Claim(
         ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"),
         lambda layer: [layer.spec.num_hosted_experts],
+        is_of_gate=False,
     ),
     Claim(("zero_expert_num",), lambda layer: [layer.spec.identity_experts]),
     Claim(("zero_expert_type",), lambda layer: ["identity"]),
-    Claim(("hidden_act", "hidden_activation", "mlp_hidden_act"), _activations),
-    Claim(("swiglu_limit", "swiglu_limits", "swiglu_limits_shared"), _clamped(7.0)),
-    Claim(("swiglu_alpha",), _clamped(1.702)),
+    Claim(("hidden_act", "hidden_activation", "mlp_hidden_act"), _activations, is_of_gate=False),
+    Claim(("swiglu_limit", "swiglu_limits"), lambda layer: _limit(layer.spec.activation), is_of_gate=False),
+    Claim(("swiglu_limits_shared",), lambda layer: _limit(layer.shared_activation or layer.spec.activation)),
+    Claim(("swiglu_alpha",), _alpha, is_of_gate=False),
     Claim(("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts"), _shared_experts),
     Claim(
         ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "share_expert_dim", "shared_intermediate_size"),
         lambda layer: [layer.shared_size],
     ),
-    Claim(("moe_latent_size",), lambda layer: []),
+    Claim(("moe_latent_size", "moe_hidden_size"), _latent, is_of_gate=False),
 )
 
 
@@ -141,7 +164,8 @@ def check_claims(config: Config, layer: HuggingFaceLayer, family: Family, model_
     """Raises ValueError naming the first key that says something else than `layer` does."""
     for claim in CLAIMS:
         key, value = claim.unless
-        if value is not None and config.get(key) == value:
+        is_silent = value is not None and config.get(key) == value
+        if is_silent or (claim.is_of_gate and not layer.layout.router):
             continue
         agreeing = claim.agreeing(layer)
         said = {key: _of_layer(config.get(key), layer.index) for key in claim.keys if key not in family.unrelated}

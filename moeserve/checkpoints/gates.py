@@ -73,6 +73,98 @@ def deepseek_v3(*, norm_topk_prob: bool = True, routed_scaling_factor: float = 1
     return knobs
 
 
+def axk2(config: Config) -> Knobs:
+    """A.X-K2; its groups leave experts outside of them in play, at a score of 0, which no gate here does."""
+    if config.get("n_group") not in (1, None):
+        raise ValueError(f"n_group is {shown(config['n_group'])}; supported: 1 or null")
+    return deepseek_v3(routed_scaling_factor=2.5)(config)
+
+
+def caller(config: Config) -> Knobs:
+    """Nothing: what the gate looks at is not what the experts get, or nobody but the model knows it."""
+    return {"routing": "caller"}
+
+
+def cohere2(config: Config) -> Knobs:
+    """The largest logits, through a softmax or each through a sigmoid."""
+    if one_of(config, "expert_selection_fn", ("softmax", "sigmoid"), "softmax") == "softmax":
+        return chosen_logits(config)
+    return {"scoring_func": "sigmoid", "renormalize": _renormalize(config, True)}
+
+
+def deepseek_v4(config: Config) -> Knobs:
+    """No groups any more; `of_layer` in rules.py says which layers look their experts up."""
+    scores = {"sqrtsoftplus": "sqrt_softplus", "sigmoid": "sigmoid", "softmax": "softmax"}
+    return {
+        "scoring_func": scores[one_of(config, "scoring_func", tuple(scores), "sqrtsoftplus")],
+        "routing": "token_table" if config["is_hash_layer"] else "learned",
+        "renormalize": "pre_drop",
+        "routed_scaling_factor": number(config, "routed_scaling_factor", 1.5),
+    }
+
+
+def bailing(config: Config) -> Knobs:
+    """Ling: the first models have a softmax, the second ones a sigmoid with groups. A single choice would keep its score."""
+    whole(config, "num_experts_per_tok", at_least=2)
+    if one_of(config, "score_function", ("softmax", "sigmoid"), "softmax") == "sigmoid":
+        return deepseek_v3()(config)
+    return renormalized_if_told(False)(config)
+
+
+def flint(config: Config) -> Knobs:
+    return {"scoring_func": "sigmoid", "renormalize": _renormalize(config, True)}
+
+
+def hy_v3(config: Config) -> Knobs:
+    return {"scoring_func": "sigmoid", "renormalize": "pre_drop", "routed_scaling_factor": number(config, "router_scaling_factor", 2.826)}
+
+
+def kolibri(config: Config) -> Knobs:
+    """Its selection bias is added to the logits."""
+    return {"scoring_func": "sigmoid", "rank_by": "logits", "renormalize": _renormalize(config, False)}
+
+
+def laguna(config: Config) -> Knobs:
+    cap = number(config, "moe_router_logit_softcapping", 0.0, may_be_zero=True)
+    return {
+        "scoring_func": "sigmoid",
+        "renormalize": "pre_drop",
+        "routed_scaling_factor": number(config, "moe_routed_scaling_factor", 1.0),
+        **({"logit_softcap": cap} if cap else {}),
+    }
+
+
+def minimax_m3(config: Config) -> Knobs:
+    return {**minimax_m2(config), "routed_scaling_factor": number(config, "routed_scaling_factor", 2.0)}
+
+
+def nemotron(config: Config) -> Knobs:
+    """Experts of a latent size take a projection of the token, and its gate the token itself."""
+    return caller(config) if config.get("moe_latent_size") is not None else deepseek_v3()(config)
+
+
+def step(config: Config) -> Knobs:
+    return {**minimax_m2(config), "routed_scaling_factor": number(config, "moe_router_scaling_factor", 1.0)}
+
+
+def mimo(config: Config) -> Knobs:
+    """As published, its scaling factor is null."""
+    return deepseek_v3()({**config, "routed_scaling_factor": 1.0} if config.get("routed_scaling_factor") is None else config)
+
+
+def mistral4(config: Config) -> Knobs:
+    """Softmax, the best groups by their two best experts."""
+    return {**mistral_large4(config), "renormalize": _renormalize(config, True)}
+
+
+def mistral_large4(config: Config) -> Knobs:
+    return {
+        **_groups(config, "top2_sum"),
+        "renormalize": "pre_drop",
+        "routed_scaling_factor": number(config, "routed_scaling_factor", 1.0),
+    }
+
+
 def minimax_m2(config: Config) -> Knobs:
     return {"scoring_func": "sigmoid", "renormalize": "pre_drop"}
 

@@ -19,7 +19,8 @@ from moeserve.checkpoints.family import Layout
 from moeserve.checkpoints.held import held_bytes, held_projections, held_title
 from moeserve.checkpoints.layouts import ExpertLayout, Part
 from moeserve.checkpoints.safetensors_folder import SafetensorsFolder
-from moeserve.config import LayerSpec
+from moeserve.checkpoints.whole_numbers import read_whole_numbers
+from moeserve.config import Activation, LayerSpec
 from moeserve.experts import Expert, ExpertShard, FeedForward, QuantizedFeedForward, computed_in, is_gated
 from moeserve.gating import Mixer, Router
 from moeserve.tensors import FLOAT_DTYPES
@@ -48,9 +49,9 @@ class _Progress:
 
 @dataclass(frozen=True)
 class HuggingFaceLayer:
-    """One MoE layer of the folder. shared_size: I of the shared expert, 0 = there is none.
+    """One MoE layer of the folder. shared_size: I of the shared expert, 0 = there is none; shared_activation: None = as in the others.
 
-    `layout` names the biases of the gate only where there are some.
+    `layout` names of the gate only what there is: its biases, its table of token ids, and nothing at all when it stays with the callers.
     """
 
     spec: LayerSpec
@@ -59,11 +60,13 @@ class HuggingFaceLayer:
     files: SafetensorsFolder
     shared_size: int = 0
     shared_bias: bool = False
+    shared_activation: Activation | None = None
 
     def tensors(self) -> Iterator[str]:
         """Names of all that is read of the layer, as a layout has them: what they are stored as is for the files to say."""
         layout, experts, count = self.layout, self.layout.experts, self.spec.num_hosted_experts
-        yield from (f"{self.prefix}.{name}" for name in (layout.router, layout.router_bias, layout.score_correction_bias) if name)
+        gate = (layout.router, layout.router_bias, layout.score_correction_bias, layout.expert_table)
+        yield from (f"{self.prefix}.{name}" for name in gate if name)
         yield from (f"{self.prefix}.{name}" for name in experts.weights(count))
         yield from (f"{self.prefix}.{name}" for name in experts.biases(count) if self.spec.bias)
         if self.shared_size:
@@ -87,11 +90,15 @@ class HuggingFaceLayer:
 
     def router(self) -> Router:
         count, layout = self.spec.num_experts, self.layout
+        if not layout.router:
+            # The gate stays with the callers; nobody asks this one.
+            return Router(torch.zeros(()).expand(count, self.spec.hidden_size), self.spec.gating)
         return Router(
             self._read(layout.router, (count, self.spec.hidden_size)),
             self.spec.gating,
             bias=self._read(layout.router_bias, (count,)) if layout.router_bias else None,
             score_correction_bias=self._score_correction_bias() if layout.score_correction_bias else None,
+            token_experts=self._token_experts() if layout.expert_table else None,
         )
 
     def experts(self, shards: Sequence[ExpertShard]) -> list[Expert]:
@@ -106,7 +113,8 @@ class HuggingFaceLayer:
     def shared_expert(self) -> Expert | None:
         if not self.shared_size:
             return None
-        return self._read_expert(self.layout.shared_projections, self._part(ExpertShard(0), self.shared_size), self.shared_bias)
+        part, activation = self._part(ExpertShard(0), self.shared_size), self.shared_activation or self.spec.activation
+        return self._read_expert(self.layout.shared_projections, part, activation, self.shared_bias)
 
     def mixer(self) -> Mixer | None:
         if self.spec.shared_mixing is None:
@@ -137,31 +145,33 @@ class HuggingFaceLayer:
         return FLOAT_DTYPES[self.spec.dtype]
 
     def _expert(self, shard: ExpertShard) -> FeedForward | QuantizedFeedForward:
-        expert = self._read_expert(self.layout.experts, self._part(shard, self.spec.intermediate_size), self.spec.bias)
+        part = self._part(shard, self.spec.intermediate_size)
+        expert = self._read_expert(self.layout.experts, part, self.spec.activation, self.spec.bias)
         if expert.down_bias is not None and not shard.is_first:
             expert.down_bias.zero_()
         return expert
 
-    def _read_expert(self, names: ExpertLayout, part: Part, bias: bool) -> FeedForward | QuantizedFeedForward:
+    def _read_expert(self, names: ExpertLayout, part: Part, activation: Activation, bias: bool) -> FeedForward | QuantizedFeedForward:
         held = held_projections(names, part, self.spec.quantization)
-        if held is None:
-            expert = self._empty(part, bias)
-            names.fill(expert, part)
-            return expert
         gate_up_bias, down_bias = self._biases(part, bias)
-        names.fill_biases(gate_up_bias, down_bias, part)
-        return QuantizedFeedForward(self.spec.activation, *held, gate_up_bias, down_bias, computed_in(self._dtype))
-
-    def _empty(self, part: Part, bias: bool) -> FeedForward:
-        assert is_gated(self.spec.activation), "every family here has a gate projection"
+        if held is not None:
+            names.fill_biases(gate_up_bias, down_bias, part)
+            return QuantizedFeedForward(activation, *held, gate_up_bias, down_bias, computed_in(self._dtype))
         hidden, width, dtype = self.spec.hidden_size, part.channels.stop - part.channels.start, self._dtype
-        weights = torch.empty(2 * width, hidden, dtype=dtype), torch.empty(hidden, width, dtype=dtype)
-        return FeedForward(self.spec.activation, *weights, *self._biases(part, bias))
+        weights = torch.empty(self._projected * width, hidden, dtype=dtype), torch.empty(hidden, width, dtype=dtype)
+        expert = FeedForward(activation, *weights, gate_up_bias, down_bias)
+        names.fill(expert, part)
+        return expert
+
+    @property
+    def _projected(self) -> int:
+        """Channels of the first projection for each of the second, in the shared expert too."""
+        return 2 if is_gated(self.spec.activation) else 1
 
     def _biases(self, part: Part, bias: bool) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
         if not bias:
             return None, None
-        gate_up = 2 * (part.channels.stop - part.channels.start)
+        gate_up = self._projected * (part.channels.stop - part.channels.start)
         return torch.empty(gate_up, dtype=self._dtype), torch.empty(self.spec.hidden_size, dtype=self._dtype)
 
     def _part(self, shard: ExpertShard, intermediate_size: int) -> Part:
@@ -182,6 +192,10 @@ class HuggingFaceLayer:
         is_row = len(self.files.shape(name)) == 2
         bias = self.files.read(name, (1, self.spec.num_experts) if is_row else (self.spec.num_experts,), torch.float32)
         return bias.flatten()
+
+    def _token_experts(self) -> torch.Tensor:
+        name = f"{self.prefix}.{self.layout.expert_table}"
+        return read_whole_numbers(self.files, name, (*self.files.shape(name)[:1], self.spec.gating.top_k))
 
     def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         return self.files.read(f"{self.prefix}.{name}", shape, torch.float32)

@@ -13,16 +13,19 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from moeserve.checkpoints.aliases import in_their_words, renamed
 from moeserve.checkpoints.architectures import named_family
 from moeserve.checkpoints.claims import check_claims
-from moeserve.checkpoints.families import FAMILIES, family_of
+from moeserve.checkpoints.families import FAMILIES, family_of, is_known, supported
 from moeserve.checkpoints.family import Family, Layout
 from moeserve.checkpoints.huggingface import HuggingFaceLayer
 from moeserve.checkpoints.json_file import read_json
-from moeserve.checkpoints.keys import Config, LastRead, is_whole, lookup, must_be, shown, table, whole
+from moeserve.checkpoints.keys import Config, LastRead, has, is_whole, lookup, must_be, shown, whole
 from moeserve.checkpoints.layer_tensors import check_dense, check_tensors, is_dense
+from moeserve.checkpoints.lookalikes import unknown
 from moeserve.checkpoints.quantization_config import read_scheme
 from moeserve.checkpoints.safetensors_folder import SafetensorsFolder
+from moeserve.checkpoints.wrappers import everywhere, language_model, model_types
 from moeserve.config import Dtype, GatingConfig, LayerSpec
 from moeserve.errors import CheckpointError, ConfigError
 from moeserve.gating.expert_groups import check_groups
@@ -30,13 +33,16 @@ from moeserve.gating.expert_groups import check_groups
 log = logging.getLogger(__name__)
 
 
-def huggingface_layers(folder: Path, dtype: Dtype | None) -> list[HuggingFaceLayer]:
+def huggingface_layers(folder: Path, dtype: Dtype | None, family: str | None = None) -> list[HuggingFaceLayer]:
     """All MoE layers of the folder, in model order. Reads config.json and the index; a file's header only where there is no index,
     or neither `dtype` nor config.json tells the type.
 
     `dtype` casts on load; None takes what config.json says, else what is stored. A model that is not wholly what its `model_type` says
-    is served as the class that `architectures` names, if it is wholly that. Raises CheckpointError naming the file or the key.
+    is served as the class that `architectures` names, if it is wholly that; `family` says what it is, whatever these two say. Raises
+    CheckpointError naming the file or the key, ConfigError when there is no such family.
     """
+    if family is not None and not is_known(family):
+        raise ConfigError(f"model.family is {family!r}; supported: {', '.join(supported())}")
     if not folder.is_dir():
         raise CheckpointError(f"checkpoint folder {folder} does not exist")
     path = folder / "config.json"
@@ -45,14 +51,25 @@ def huggingface_layers(folder: Path, dtype: Dtype | None) -> list[HuggingFaceLay
         files = SafetensorsFolder(folder, read_scheme(folder, config))
         if is_dense(config, files):
             raise ValueError("none of the layers is an MoE layer: no key and no tensor is about experts")
-        own = str(config.get("model_type"))
-        family = family_of(own)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    if family is not None:
+        return _told(family, config, files, dtype)
+    names = model_types(config) or [str(config.get("model_type"))]
+    own = next((name for name in names if is_known(name)), None)
+    if own is None:
+        raise CheckpointError(f"{path}: {unknown(names, lambda name: _read(name, config, files, dtype))}")
     other = named_family(config, FAMILIES)
-    if other is None or FAMILIES[other] is family:
+    if other is None or FAMILIES[other] is FAMILIES.get(own):
         return _read(own, config, files, dtype)
     return _agreed(own, other, config, files, dtype)
+
+
+def _told(family: str, config: Mapping[str, Any], files: SafetensorsFolder, dtype: Dtype | None) -> list[HuggingFaceLayer]:
+    try:
+        return _read(family, config, files, dtype)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; it was read as {family}, because model.family says so") from None
 
 
 def _agreed(own: str, other: str, config: Mapping[str, Any], files: SafetensorsFolder, dtype: Dtype | None) -> list[HuggingFaceLayer]:
@@ -77,16 +94,17 @@ def _agreed(own: str, other: str, config: Mapping[str, Any], files: SafetensorsF
 def _read(model_type: str, config: Mapping[str, Any], files: SafetensorsFolder, dtype: Dtype | None) -> list[HuggingFaceLayer]:
     """The layers of a model of that type. Raises CheckpointError for what cannot be, or is something else."""
     path = files.folder / "config.json"
-    family = family_of(model_type)
-    section = LastRead(config)
     try:
-        if family.section and config.get(family.section) is not None:
-            section = LastRead(table(config, family.section))
+        family = family_of(model_type)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    section = LastRead(renamed(language_model(config), family.aliases))
+    try:
         return _Model(family, section, files, dtype or _written_dtype(section, config)).layers(model_type)
     except ValidationError as error:
         raise CheckpointError(f"{path}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(f"{path}: {in_their_words(str(error), config, family.aliases)}") from None
     except KeyError as error:
         raise CheckpointError(f"{path}: {error.args[0]} is missing") from None
     except (TypeError, AttributeError, IndexError, ArithmeticError) as error:
@@ -106,7 +124,7 @@ class _Model:
         self._dtype = dtype
 
     def layers(self, model_type: str) -> list[HuggingFaceLayer]:
-        count = self._count = self._size(self._family.num_hidden_layers)
+        count = self._count = self._num_layers()
         layers = [self._layer(index, model_type) for index in range(count) if self._family.is_moe_layer(self._config, index)]
         if not layers:
             raise ValueError("none of the layers is an MoE layer")
@@ -114,14 +132,16 @@ class _Model:
         return layers
 
     def _layer(self, index: int, model_type: str) -> HuggingFaceLayer:
-        family, config = self._family, self._config
+        family = self._family
+        config = family.of_layer(self._config, index)
         sizes = {
-            name: self._size(getattr(family, name), index)
+            name: self._size(config, getattr(family, name), index)
             for name in ("hidden_size", "intermediate_size", "num_experts", "num_experts_per_tok")
         }
-        layout = self._layout(index)
+        gating = GatingConfig(top_k=sizes["num_experts_per_tok"], **family.gating(config))
+        layout = _needed(self._layout(index), gating)
         prefix, shared = layout.prefix.format(index=index), layout.shared_projections
-        shared_size = self._shared_size() if self._has_any(prefix, shared.weights(1)) else 0
+        shared_size = self._shared_size() if layout.router and self._has_any(prefix, shared.weights(1)) else 0
         identity_experts = self._identity_experts()
         spec = LayerSpec(
             name=family.layer_name.format(index=index),
@@ -131,12 +151,13 @@ class _Model:
             activation=family.activation(config),
             bias=family.bias and self._has_any(prefix, layout.experts.biases(1)),
             dtype=self._dtype or self._files.dtype(f"{prefix}.{layout.experts.first}"),
-            gating=GatingConfig(top_k=sizes["num_experts_per_tok"], **family.gating(config)),
+            gating=gating,
             identity_experts=identity_experts,
-            shared_mixing=family.shared_mixing if shared_size else None,
+            shared_mixing=family.mixing(config) if shared_size else None,
         )
         has_shared_bias = bool(family.shared_bias) and self._has_any(prefix, shared.biases(1))
-        layer = HuggingFaceLayer(spec, layout, index, self._files, shared_size, has_shared_bias)
+        shared_activation = family.shared_activation(config) if family.shared_activation is not None and shared_size else None
+        layer = HuggingFaceLayer(spec, layout, index, self._files, shared_size, has_shared_bias, shared_activation)
         check_claims(config, layer, family, model_type)
         check_tensors(layer, family)
         self._check_choices(spec)
@@ -156,33 +177,41 @@ class _Model:
 
     def _check_choices(self, spec: LayerSpec) -> None:
         if spec.gating.top_k > spec.num_experts:
-            key = self._key(self._family.num_experts_per_tok)
+            key = _key(self._config, self._family.num_experts_per_tok)
             raise must_be(self._config, key, f"at most {spec.num_experts}, the number of experts")
         try:
             check_groups(spec.num_experts, spec.gating)
         except ConfigError as error:
-            raise ValueError(f"n_group and topk_group do not fit: {error}") from None
+            count = f"{_key(self._config, self._family.num_experts)} is {spec.num_experts}"
+            raise ValueError(f"{count}, but n_group and topk_group do not fit: {error}") from None
 
-    def _size(self, keys: tuple[str, ...], index: int | None = None) -> int:
+    def _num_layers(self) -> int:
+        config, named_by = self._config, self._family.layers_named_by
+        key = next((key for key in named_by if config.get(key) is not None), None)
+        if key is None and not (named_by and config.get("num_hidden_layers") is None):
+            return whole(config, _key(config, self._family.num_hidden_layers))
+        named = config.get(key or named_by[0])
+        if not (isinstance(named, list | str) and named):
+            raise must_be(config, key or named_by[0], "a list or a word with something for each layer")
+        return len(named)
+
+    def _size(self, config: Config, keys: tuple[str, ...], index: int) -> int:
         """Of a layer, which may have its own in a list of one for each."""
-        key = self._key(keys)
-        value = lookup(self._config, key)
-        if isinstance(value, list) and index is not None and len(value) == self._count and all(is_whole(size, 1) for size in value):
+        key = _key(config, keys)
+        value = lookup(config, key)
+        if isinstance(value, list) and len(value) == self._count and all(is_whole(size, 1) for size in value):
             return int(value[index])
         if not is_whole(value, 1):
-            per_layer = f", or a list of one for each of the {self._count} layers" if isinstance(value, list) and index is not None else ""
-            raise must_be(self._config, key, f"a positive whole number{per_layer}")
+            per_layer = f", or a list of one for each of the {self._count} layers" if isinstance(value, list) else ""
+            raise must_be(config, key, f"a positive whole number{per_layer}")
         return int(value)
-
-    def _key(self, keys: tuple[str, ...]) -> str:
-        return next((key for key in keys if lookup(self._config, key) is not None), keys[0])
 
     def _layout(self, index: int) -> Layout:
         """The first whose tensors are there, or at least its router's; without the biases that are not there."""
-        prefixes = {layout: layout.prefix.format(index=index) for layout in self._family.layouts}
+        prefixes = {layout: layout.prefix.format(index=index) for layout in everywhere(self._family.layouts)}
         routed = [layout for layout, prefix in prefixes.items() if self._has_any(prefix, [layout.router])]
         if not routed:
-            routers = (f"{prefix}.{layout.router}" for layout, prefix in prefixes.items())
+            routers = (f"{layout.prefix.format(index=index)}.{layout.router}" for layout in self._family.layouts)
             raise CheckpointError(f"{self._files.folder}: tensor {' or '.join(dict.fromkeys(routers))} is missing")
         layout = max(routed, key=lambda layout: sum(self._has_any(prefixes[layout], [name]) for name in layout.telling))
         biases = (layout.router_bias, layout.score_correction_bias)
@@ -191,6 +220,19 @@ class _Model:
 
     def _has_any(self, prefix: str, names: Iterable[str]) -> bool:
         return any(self._files.stored_as(f"{prefix}.{name}") for name in names)
+
+
+def _key(config: Config, keys: tuple[str, ...]) -> str:
+    """The first that says something, else the last that is there."""
+    said = (key for key in keys if lookup(config, key) is not None)
+    return next(said, next((key for key in reversed(keys) if has(config, key)), keys[0]))
+
+
+def _needed(layout: Layout, gating: GatingConfig) -> Layout:
+    """Without what this gate does not look at."""
+    if gating.routing == "caller":
+        return replace(layout, router="", router_bias="", score_correction_bias="", expert_table="", beside=("experts",))
+    return replace(layout, score_correction_bias="") if gating.routing == "token_table" else replace(layout, expert_table="")
 
 
 def _written_dtype(*configs: Config) -> Dtype | None:

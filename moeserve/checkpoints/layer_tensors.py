@@ -10,6 +10,7 @@ from moeserve.checkpoints.family import Family
 from moeserve.checkpoints.huggingface import HuggingFaceLayer
 from moeserve.checkpoints.keys import Config
 from moeserve.checkpoints.safetensors_folder import SafetensorsFolder
+from moeserve.checkpoints.wrappers import everywhere
 from moeserve.errors import CheckpointError
 
 #: what training leaves behind and no forward pass looks at: counts of tokens per expert, state of Transformer Engine, rotary tables
@@ -41,8 +42,8 @@ def check_tensors(layer: HuggingFaceLayer, family: Family) -> None:
     # transformers writes projections of the experts that answer the token itself too, and never looks at them.
     for name in layer.layout.experts.weights(layer.spec.num_experts):
         read.update(files.stored_as(f"{layer.prefix}.{name}"))
-    prefixes = dict.fromkeys(layout.prefix.format(index=layer.index) for layout in family.layouts)
-    unread = [name for prefix in prefixes for name in files.below(prefix) if name not in read and not HARMLESS.fullmatch(name)]
+    below = (name for part in _parts(layer, family) for name in files.below(part))
+    unread = [name for name in below if name not in read and not HARMLESS.fullmatch(name)]
     if unread:
         others = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
         raise CheckpointError(
@@ -53,7 +54,14 @@ def check_tensors(layer: HuggingFaceLayer, family: Family) -> None:
 def check_dense(indexes: Iterable[int], files: SafetensorsFolder, family: Family) -> None:
     """Layers that config.json says are dense have no gate. Raises CheckpointError naming the tensor."""
     for index in sorted(indexes):
-        for layout in family.layouts:
+        for layout in everywhere(family.layouts):
             router = f"{layout.prefix.format(index=index)}.{layout.router}"
             if router in files:
                 raise CheckpointError(f"{files.folder}: config.json says that layer {index} is dense, but there is a tensor {router}")
+
+
+def _parts(layer: HuggingFaceLayer, family: Family) -> Iterable[str]:
+    """What the tensors of the MoE layer stand below, whichever of the family's layouts they have; of the experts alone without a gate."""
+    layouts = everywhere(family.layouts) if layer.layout.router else [layer.layout]
+    prefixes = [(layout.prefix.format(index=layer.index), layout.beside) for layout in layouts]
+    return dict.fromkeys(f"{prefix}.{name}" if name else prefix for prefix, beside in prefixes for name in beside or ("",))

@@ -120,18 +120,22 @@ def _read(spans: Sequence[Span], out: torch.Tensor, part: Part) -> None:
 
 @dataclass(frozen=True)
 class Separate(ExpertLayout):
-    """A tensor for each projection of each expert: gate and up [I, H], down [H, I]; biases beside them."""
+    """A tensor for each projection of each expert: gate and up [I, H], down [H, I]; biases beside them. gate = "": there is none."""
 
     gate: str = "experts.{expert}.gate_proj.weight"
     up: str = "experts.{expert}.up_proj.weight"
     down: str = "experts.{expert}.down_proj.weight"
 
     @property
+    def _projected(self) -> tuple[str, ...]:
+        return (self.gate, self.up) if self.gate else (self.up,)
+
+    @property
     def first(self) -> str:
-        return self.gate.format(expert=0)
+        return self._projected[0].format(expert=0)
 
     def weights(self, num_experts: int) -> Iterator[str]:
-        return (name.format(expert=expert) for expert in range(num_experts) for name in (self.gate, self.up, self.down))
+        return (name.format(expert=expert) for expert in range(num_experts) for name in (*self._projected, self.down))
 
     def biases(self, num_experts: int) -> Iterator[str]:
         return map(_bias, self.weights(num_experts))
@@ -139,9 +143,9 @@ class Separate(ExpertLayout):
     def spans(self, part: Part) -> Spans:
         hidden, intermediate, channels = part.hidden_size, part.intermediate_size, part.channels
         return Spans(
-            [Span(name, (intermediate, hidden), rows=channels) for name in (self.gate, self.up)],
+            [Span(name, (intermediate, hidden), rows=channels) for name in self._projected],
             Span(self.down, (hidden, intermediate), columns=channels),
-            [Span(_bias(name), (intermediate,), columns=channels) for name in (self.gate, self.up)],
+            [Span(_bias(name), (intermediate,), columns=channels) for name in self._projected],
             Span(_bias(self.down), (hidden,)),
         )
 
@@ -150,15 +154,17 @@ class Separate(ExpertLayout):
 class Stacked(ExpertLayout):
     """All experts in a tensor: gate_up [E, 2I, H] and down [E, H, I], or transposed [E, H, 2I] and [E, I, H].
 
-    interleaved: gate and up channels alternate instead of standing one after the other. Biases are [E, 2I] and [E, H].
+    transposed = None: the shapes of the tensors tell. interleaved: gate and up channels alternate instead of standing one after the other.
+    Biases are [E, 2I] and [E, H]. gated = False: there is no gate, and I where it says 2I.
     """
 
     gate_up: str = "experts.gate_up_proj"
     down: str = "experts.down_proj"
-    transposed: bool = False
+    transposed: bool | None = False
     interleaved: bool = False
     gate_up_bias: str = "experts.gate_up_proj_bias"
     down_bias: str = "experts.down_proj_bias"
+    gated: bool = True
 
     @property
     def first(self) -> str:
@@ -172,25 +178,85 @@ class Stacked(ExpertLayout):
 
     def spans(self, part: Part) -> Spans:
         count, hidden, channels = part.num_experts, part.hidden_size, self._channels(part)
-        both = 2 * part.intermediate_size
+        both, transposed = self._projected(part), self._is_transposed(part)
         return Spans(
-            [self._span(self.gate_up, (count, both, hidden), rows=each) for each in channels],
-            self._span(self.down, (count, hidden, part.intermediate_size), columns=part.channels)._replace(interleaved=False),
+            [_stacked(self.gate_up, (count, both, hidden), transposed, each)._replace(interleaved=self.interleaved) for each in channels],
+            _stacked(self.down, (count, hidden, part.intermediate_size), transposed, None, part.channels),
             [Span(self.gate_up_bias, (count, both), None, each, is_stacked=True, interleaved=self.interleaved) for each in channels],
             Span(self.down_bias, (count, hidden), is_stacked=True),
         )
 
-    def _span(self, name: str, shape: tuple[int, int, int], rows: slice | None = None, columns: slice | None = None) -> Span:
-        if self.transposed:
-            shape, rows, columns = (shape[0], shape[2], shape[1]), columns, rows
-        return Span(name, shape, rows, columns, is_stacked=True, transposed=self.transposed, interleaved=self.interleaved)
+    def _projected(self, part: Part) -> int:
+        return part.intermediate_size * (2 if self.gated else 1)
+
+    def _is_transposed(self, part: Part) -> bool:
+        if self.transposed is not None:
+            return self.transposed
+        # One of the two is square at most.
+        count, hidden, intermediate = part.num_experts, part.hidden_size, part.intermediate_size
+        expected = {self.gate_up: (count, hidden, self._projected(part)), self.down: (count, intermediate, hidden)}
+        names = [f"{part.prefix}.{name}" for name in expected]
+        # Before they are downloaded, as they are published.
+        return not all(map(part.files.is_here, names)) or list(map(part.files.shape, names)) == list(expected.values())
 
     def _channels(self, part: Part) -> Iterable[slice]:
         """Of the 2I on disk."""
         start, stop = part.channels.start, part.channels.stop
         if self.interleaved:
             return [slice(2 * start, 2 * stop)]
-        return [part.channels, slice(part.intermediate_size + start, part.intermediate_size + stop)]
+        return [slice(first + start, first + stop) for first in range(0, self._projected(part), part.intermediate_size)]
+
+
+@dataclass(frozen=True)
+class Stacks(ExpertLayout):
+    """All experts in a tensor for each projection: gate and up [E, I, H], down [E, H, I]; without biases."""
+
+    gate: str
+    up: str
+    down: str
+
+    @property
+    def first(self) -> str:
+        return self.gate
+
+    def weights(self, num_experts: int) -> Iterator[str]:
+        return iter((self.gate, self.up, self.down))
+
+    def biases(self, num_experts: int) -> Iterator[str]:
+        return iter(())
+
+    def spans(self, part: Part) -> Spans:
+        count, hidden, intermediate = part.num_experts, part.hidden_size, part.intermediate_size
+        gate_up = [_stacked(name, (count, intermediate, hidden), False, part.channels) for name in (self.gate, self.up)]
+        return Spans(gate_up, _stacked(self.down, (count, hidden, intermediate), False, None, part.channels), [], Span("", ()))
+
+
+@dataclass(frozen=True)
+class Joined(ExpertLayout):
+    """One expert: gate and up in a tensor [2I, H], and down [H, I]; biases beside them."""
+
+    gate_up: str
+    down: str
+
+    @property
+    def first(self) -> str:
+        return self.gate_up
+
+    def weights(self, num_experts: int) -> Iterator[str]:
+        return iter((self.gate_up, self.down))
+
+    def biases(self, num_experts: int) -> Iterator[str]:
+        return map(_bias, self.weights(num_experts))
+
+    def spans(self, part: Part) -> Spans:
+        hidden, intermediate, channels = part.hidden_size, part.intermediate_size, part.channels
+        parts = [slice(first + channels.start, first + channels.stop) for first in (0, intermediate)]
+        return Spans(
+            [Span(self.gate_up, (2 * intermediate, hidden), rows=each) for each in parts],
+            Span(self.down, (hidden, intermediate), columns=channels),
+            [Span(_bias(self.gate_up), (2 * intermediate,), columns=each) for each in parts],
+            Span(_bias(self.down), (hidden,)),
+        )
 
 
 @dataclass(frozen=True)
@@ -217,6 +283,13 @@ class Flat(ExpertLayout):
         rows = slice(first + part.channels.start, first + part.channels.stop)
         gate, up, down = (Span(name, shape, rows) for name in (self.gate, self.up, self.down))
         return Spans([gate, up], down._replace(transposed=True), [], Span("", ()))
+
+
+def _stacked(name: str, shape: tuple[int, int, int], transposed: bool, rows: slice | None = None, columns: slice | None = None) -> Span:
+    """Of a stack that has `shape`, or on disk that of its transposed matrices."""
+    if transposed:
+        shape, rows, columns = (shape[0], shape[2], shape[1]), columns, rows
+    return Span(name, shape, rows, columns, is_stacked=True, transposed=transposed)
 
 
 def _bias(weight: str) -> str:

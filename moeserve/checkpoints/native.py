@@ -86,8 +86,8 @@ class NativeLayer:
     def mixer(self) -> Mixer | None:
         if self.spec.shared_mixing is None:
             return None
-        if self.spec.shared_mixing == "add":
-            return Mixer("add")
+        if self.spec.shared_mixing in ("add", "average"):
+            return Mixer(self.spec.shared_mixing)
         rows = 2 if self.spec.shared_mixing == "residual" else 1
         weight = self._read("mixer.weight", (rows, self.spec.hidden_size), torch.float32)
         return Mixer(self.spec.shared_mixing, weight, self._if_there("mixer.bias", (rows,)))

@@ -64,12 +64,15 @@ def _stored(folder: Path, config: ServiceConfig) -> list[StoredLayer]:
     """The served layers of a checkpoint, whoever wrote it, with what the configuration changes about them."""
     where, model = folder / "config.json", config.model
     found: Sequence[StoredLayer]
+    is_native = where.is_file() and read_json(where).get("model_type") == MODEL_TYPE
+    if model.family is not None and (is_native or is_deepspeed(folder)):
+        raise ConfigError(f"model.family is {model.family!r}, but {folder} is no checkpoint of Hugging Face; allowed: unset")
     if is_deepspeed(folder):
         return _wanted(deepspeed_layers(folder, model.dtype, model.quantization, config.layers), model.layers)
-    if where.is_file() and read_json(where).get("model_type") == MODEL_TYPE:
+    if is_native:
         found = native_layers(folder, model.dtype, model.trusted_modules)
     else:
-        found = huggingface_layers(folder, model.dtype)
+        found = huggingface_layers(folder, model.dtype, model.family)
     sources = [_overlaid(source, config) for source in _wanted(found, model.layers)]
     _reject_unknown_names(config.layers, [source.spec.name for source in sources])
     return sources

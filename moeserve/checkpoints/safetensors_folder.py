@@ -103,6 +103,10 @@ class SafetensorsFolder:
             )
         return dtype_name(self._plain_type(name))  # type: ignore[return-value]
 
+    def is_here(self, name: str) -> bool:
+        """Whether a tensor's file is there already."""
+        return self._path(name).exists()
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor as it is stored, from the file's header alone."""
         return self._stored(name).shape

@@ -61,6 +61,8 @@ def saved_experts(name: str, spec: LayerSpec, router: Router, mixer: Mixer | Non
         **_named("gate", _of_router(router)),
         **_named("mixer", {} if mixer is None else {"weight": mixer.weight, "bias": mixer.bias}),
     }
+    if router.token_experts is not None:
+        raise ConfigError(f"layer {name}: its gate has a table of token ids, which a folder of moeserve cannot hold")
     sizes = []
     for number, expert in enumerate(experts):
         is_shared = number >= spec.num_hosted_experts

@@ -53,7 +53,7 @@ class SeededLayer:
     def mixer(self) -> Mixer | None:
         if self.shared is None:
             return None
-        rows = {"add": 0, "sigmoid": 1, "residual": 2}[self.shared.mixing]
+        rows = {"add": 0, "average": 0, "sigmoid": 1, "residual": 2}[self.shared.mixing]
         weight = self._draw("mixer", (rows, self.spec.hidden_size), self.spec.hidden_size**-0.5) if rows else None
         return Mixer(self.shared.mixing, weight)
 

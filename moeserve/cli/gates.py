@@ -14,6 +14,7 @@ _SCORES = {"softmax_topk": "softmax over the chosen logits", "sqrt_softplus": "r
 _GROUP_SCORES = {"max": "their best expert", "top2_sum": "their two best experts"}
 _MIXING = {
     "add": "shared expert added",
+    "average": "averaged with the shared expert",
     "sigmoid": "shared expert times a sigmoid gate",
     "residual": "shared expert mixed in by two weights",
 }
@@ -34,17 +35,24 @@ def gates(sources: Sequence[LayerSource]) -> Table:
 def gate_line(source: LayerSource) -> str:
     """What a layer's gate computes, in the order it is computed."""
     spec, gating = source.spec, source.spec.gating
-    learned = _SCORES.get(gating.scoring_func, gating.scoring_func)
+    if gating.routing == "caller":
+        return "stays with the callers, who bring topk_ids and topk_weights"
     parts = [
         "logits with a bias" if source.has_router_bias else "",
-        learned if gating.routing == "learned" else gating.routing,
-        "selection bias" if source.has_selection_bias else "",
+        f"logits within {gating.logit_softcap:g} by tanh" if gating.logit_softcap is not None else "",
+        _scores(gating),
+        ("selection bias" + " on the logits" * (gating.rank_by == "logits")) if source.has_selection_bias else "",
         _choice(gating),
         *_weights(gating),
         f"{spec.identity_experts} experts answer the token itself" if spec.identity_experts else "",
         _MIXING[spec.shared_mixing] if spec.shared_mixing else "no shared expert",
     ]
     return ", ".join(part for part in parts if part)
+
+
+def _scores(gating: GatingConfig) -> str:
+    learned = _SCORES.get(gating.scoring_func, gating.scoring_func)
+    return {"learned": learned, "token_table": f"experts of the token id, {learned}"}.get(gating.routing, gating.routing)
 
 
 def _choice(gating: GatingConfig) -> str:

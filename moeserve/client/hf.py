@@ -56,7 +56,7 @@ def connect_experts(model: PreTrainedModel, target: str | Client) -> Client:
         raise
     _connected.update({modules[name]: (client, layer.index) for name, layer in pairs.items()})
     for module in modules.values():
-        if not hasattr(module, "_apply_gate"):
+        if not _is_dispatched(module):
             module.forward = partial(_CALLS[_arguments(module)], module)
     return client
 
@@ -65,7 +65,7 @@ def experts_of(model: nn.Module) -> dict[str, Any]:
     """The modules that hold the experts of an MoE layer each, by name: those that let transformers choose how they are computed, and
     those of older models that are called in a way we know."""
     modules = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] == "experts"}
-    return {name: module for name, module in modules.items() if hasattr(module, "_apply_gate") or _arguments(module) in _CALLS}
+    return {name: module for name, module in modules.items() if _is_dispatched(module) or _arguments(module) in _CALLS}
 
 
 def remote_experts(experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
@@ -120,6 +120,11 @@ def _is_remote(model: PreTrainedModel) -> bool:
     return any(getattr(config, "_experts_implementation", None) == IMPLEMENTATION for config in configs.values())
 
 
+def _is_dispatched(experts: nn.Module) -> bool:
+    """Whether transformers calls for them what their model was told to, instead of their own forward."""
+    return hasattr(experts, "has_gate")
+
+
 def _arguments(experts: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(type(experts).forward).parameters)[1:]
 
@@ -155,9 +160,10 @@ def _check_sizes(name: str, module: Any, layer: LayerInfo) -> None:
 
 def _sizes(module: Any) -> tuple[int, int]:
     """E, those without weights included, and H."""
-    if hasattr(module, "_apply_gate"):
+    if _is_dispatched(module):
         return module.num_experts, module.down_proj.shape[-1 if module.is_transposed else -2]
-    return getattr(module, "total_experts", None) or module.num_experts, module.hidden_size
+    hidden_size: int = module.hidden_size if hasattr(module, "hidden_size") else module.hidden_dim
+    return getattr(module, "total_experts", None) or module.num_experts, hidden_size
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, remote_experts)

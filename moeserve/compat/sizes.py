@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, get_args
 
 from moeserve.compat.table import FLAG, Case, Param, Values, one_of, optional, same, whole
-from moeserve.config import Activation
+from moeserve.config import ActivationName
 
 ASSUMED_HIDDEN_SIZE = 1024
 
@@ -33,7 +33,7 @@ def hidden_size(values: Values, name: str) -> int:
 def expert_extras(hidden: str, intermediate: bool = True) -> list[Param]:
     """Beside the original parameters; `hidden` is the parameter that says how wide the model is."""
     params: list[Param] = [
-        same("activation", one_of(*get_args(Activation)), "swiglu", "layers.activation", "gelu", "the experts' activation"),
+        same("activation", one_of(*get_args(ActivationName)), "swiglu", "layers.activation", "gelu", "the experts' activation"),
         same("bias", FLAG, False, "layers.bias", True, "whether the experts' projections have one"),
         same("seed", whole(0), 0, "layers.seed", 7, "of the weights, and of whatever is drawn by chance"),
     ]

@@ -1,6 +1,7 @@
 """What can be configured, and reading it; no environment, no argv."""
 
-from moeserve.config.gating import GatingConfig
+from moeserve.config.activation import LIMITED, Activation, ActivationName, parsed_activation
+from moeserve.config.gating import BY_TOKEN_ID, GatingConfig
 from moeserve.config.load import load_config, load_json, load_server
 from moeserve.config.overrides import GatingOverrides, override
 from moeserve.config.service import (
@@ -18,10 +19,13 @@ from moeserve.config.service import (
     SharedExpertConfig,
 )
 from moeserve.config.spec import LayerSpec
-from moeserve.config.values import Activation, Bits, CopyChoice, Dtype, Kernel, Mixing, Quantization
+from moeserve.config.values import Bits, CopyChoice, Dtype, Kernel, Mixing, Quantization
 
 __all__ = [
+    "BY_TOKEN_ID",
+    "LIMITED",
     "Activation",
+    "ActivationName",
     "BatchingConfig",
     "Bits",
     "CommunicationConfig",
@@ -47,4 +51,5 @@ __all__ = [
     "load_json",
     "load_server",
     "override",
+    "parsed_activation",
 ]

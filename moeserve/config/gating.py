@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Final, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 ScoringFunc = Literal["softmax", "softmax_topk", "sigmoid", "sqrt_softplus"]
-BuiltInRouting = Literal["learned", "expert_choice", "hash", "random", "least_loaded", "similarity", "mindformers", "sparsemixer"]
+BuiltInRouting = Literal[
+    "learned", "expert_choice", "hash", "token_table", "random", "least_loaded", "similarity", "mindformers", "sparsemixer", "caller"
+]
+#: the routings that need the id of every token
+BY_TOKEN_ID: Final = frozenset({"hash", "token_table"})
+Ranking = Literal["scores", "logits"]
 GroupScore = Literal["max", "top2_sum"]
 Renormalize = Literal["none", "pre_drop", "post_drop"]
 CapacityRule = Literal["ceil", "deepspeed", "colossalai", "colossalai_legacy", "mindformers", "mindformers_v2", "trustformers"]
@@ -41,6 +46,10 @@ class GatingConfig(BaseModel):
     renormalize: Renormalize = "none"
     #: added to that sum before dividing by it; unset = 1e-20 for pre_drop; for post_drop the sum is at least float32's eps
     renormalize_eps: float | None = Field(default=None, ge=0)
+    #: what a token's best experts are best by: scores, or logits; the selection bias of a layer is added to it
+    rank_by: Ranking = "scores"
+    #: c * tanh(x / c) takes the place of the router's logits x; unset = they stay
+    logit_softcap: float | None = Field(default=None, gt=0)
     #: multiplies the final weights
     routed_scaling_factor: float = 1.0
     #: weights multiply what goes into an expert instead of what comes out
@@ -107,7 +116,7 @@ class GatingConfig(BaseModel):
 
     def _selection_rules(self) -> list[tuple[bool, str]]:
         has_groups, built_in = self.num_expert_groups is not None, self.routing in get_args(BuiltInRouting)
-        is_scored = self.routing in {"learned", "expert_choice"} or not built_in
+        is_scored = self.routing in {"learned", "expert_choice", "token_table"} or not built_in
         return [
             (has_groups != (self.topk_groups is not None), "gating.num_expert_groups and gating.topk_groups must be given together"),
             (
@@ -125,6 +134,10 @@ class GatingConfig(BaseModel):
             (
                 not is_scored and self.scoring_func != "softmax",
                 f"gating.scoring_func = {self.scoring_func!r} has no meaning with gating.routing = {self.routing!r}",
+            ),
+            (
+                self.rank_by != "scores" and self.routing != "learned",
+                f"gating.rank_by = {self.rank_by!r} has no meaning with gating.routing = {self.routing!r}",
             ),
             (
                 self.routing == "expert_choice" and self.scoring_func == "softmax_topk",
@@ -195,7 +208,7 @@ class GatingConfig(BaseModel):
                 f"gating.noise = {self.noise!r} cannot be combined with gating.num_expert_groups",
             ),
             (
-                on_logits and self.routing in {"hash", "random", "least_loaded", "similarity"},
+                on_logits and self.routing in {"hash", "random", "least_loaded", "similarity", "caller"},
                 f"gating.noise = {self.noise!r} has no meaning with gating.routing = {self.routing!r}, which does not look at the logits",
             ),
             (

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from moeserve.config.activation import Activation
 from moeserve.config.gating import GatingConfig
 from moeserve.config.values import (
-    Activation,
     CopyChoice,
     Dtype,
     File,
@@ -69,6 +69,8 @@ class ModelConfig(Table):
     #: name clients see; default: the checkpoint folder's name
     name: str | None = None
     checkpoint: File | None = None
+    #: the model family whose rules the checkpoint follows; unset = what its config.json says
+    family: str | None = None
     #: element type of rows, and of weights in full; unset = as stored
     dtype: Dtype | None = None
     #: what weights of feed-forward experts are quantized to; unset = as stored, in few bits if they are published so; none = dtype
@@ -90,7 +92,8 @@ class SharedExpertConfig(Table):
     #: "package.module:Class" of an nn.Module that is the expert instead, and what it is made with
     expert: str | None = None
     expert_args: dict[str, Any] = {}
-    #: its answer is added as it is, by the sigmoid of a gate of its own, or both parts by a softmax of two coefficients
+    #: its answer is added as it is, averaged with that of the others, times the sigmoid of a gate of its own, or both parts are weighed by
+    #: a softmax of two coefficients
     mixing: Mixing = "add"
 
     @model_validator(mode="after")
@@ -139,8 +142,9 @@ class LayerConfig(Table):
             )
         if self.expert is not None and self.intermediate_size is not None:
             raise ValueError("layers.intermediate_size has no meaning with layers.expert: layers.expert_args say how large the module is")
-        if self.gating.scale_inputs and self.shared_expert is not None and self.shared_expert.mixing == "residual":
-            raise ValueError("layers.gating.scale_inputs cannot be combined with shared_expert.mixing = 'residual', which weighs answers")
+        mixing = None if self.shared_expert is None else self.shared_expert.mixing
+        if self.gating.scale_inputs and mixing in ("residual", "average"):
+            raise ValueError(f"layers.gating.scale_inputs cannot be combined with shared_expert.mixing = {mixing!r}, which weighs answers")
         if self.expert is None and self.expert_args:
             raise ValueError("layers.expert_args needs layers.expert")
         return self
@@ -275,6 +279,8 @@ class ServiceConfig(Table):
             return self
         if self.model.layers is not None:
             raise ValueError("model.layers needs model.checkpoint: it says which of the checkpoint's layers to serve")
+        if self.model.family is not None:
+            raise ValueError("model.family needs model.checkpoint: it says which family that is of")
         if not self.layers:
             raise ValueError("nothing to serve: give [model] checkpoint or at least one [[layers]]")
         for index, layer in enumerate(self.layers):

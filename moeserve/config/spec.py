@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moeserve.config.activation import Activation
 from moeserve.config.gating import GatingConfig
-from moeserve.config.values import Activation, Bits, Dtype, Kernel, Mixing, Quantization
+from moeserve.config.values import Bits, Dtype, Kernel, Mixing, Quantization
 
 
 @dataclass(frozen=True)

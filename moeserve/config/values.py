@@ -12,9 +12,8 @@ Bits = Literal["int8", "fp8"]
 Quantization = Literal["int8", "fp8", "none"]
 #: what computes feed-forward experts on CPUs: the fastest as measured, torch's operators, or a compiled kernel
 Kernel = Literal["auto", "torch", "amx", "avx512_bf16", "avx512", "avx2", "generic"]
-Activation = Literal["swiglu", "geglu", "gelu", "relu", "swigluoai"]
 #: how the answer of a shared expert is added to that of the chosen ones
-Mixing = Literal["add", "sigmoid", "residual"]
+Mixing = Literal["add", "average", "sigmoid", "residual"]
 CopyChoice = Literal["least_outstanding", "round_robin"]
 Size = Annotated[int, Field(ge=1)]
 

@@ -21,7 +21,7 @@ from moeserve.experts.activations import is_gated
 from moeserve.experts.expert import Expert
 from moeserve.experts.feed_forward import LINEAR, ROWS, FeedForward, Form
 from moeserve.experts.packable import Packable, packable
-from moeserve.experts.packed import FUNCTIONS, PackedExperts
+from moeserve.experts.packed import PackedExperts
 from moeserve.experts.quantized import QuantizedFeedForward, quantize
 from moeserve.kernels import KERNELS, TYPES, Arena, aligned, fastest_of, find_kernel
 from moeserve.tensors import dtype_name
@@ -177,7 +177,7 @@ def kernels_for(shape: Shape, kernel: Kernel) -> tuple[str, ...]:
     """Those to choose from. Raises ConfigError when one that is asked for cannot run."""
     if kernel == "torch":
         return ()
-    there = tuple(name for name in KERNELS if shape.activation in FUNCTIONS and _can(name, shape))
+    there = tuple(name for name in KERNELS if _can(name, shape))
     if kernel != "auto":
         if kernel not in there:
             allowed = ", ".join(("auto", "torch", *there))

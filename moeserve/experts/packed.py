@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moeserve.config import Activation
+from moeserve.config import ActivationName, parsed_activation
 from moeserve.errors import ConfigError, InvalidRequest
 from moeserve.experts.activations import is_gated
 from moeserve.experts.expert import Expert
@@ -42,7 +42,16 @@ from moeserve.kernels import (
 )
 
 #: the numbers that csrc/kernels.h gives to activations
-FUNCTIONS: Final[Mapping[Activation, int]] = {"swiglu": 0, "swigluoai": 2, "geglu": 3, "gelu": 5, "relu": 6}
+FUNCTIONS: Final[Mapping[ActivationName, int]] = {
+    "swiglu": 0,
+    "swiglu_post": 1,
+    "swigluoai": 2,
+    "geglu": 3,
+    "geglu_tanh": 4,
+    "gelu": 5,
+    "relu": 6,
+    "relu2": 7,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,13 +209,14 @@ class PackedExperts:
     @cached_property
     def _bank(self) -> Bank:
         every = self._experts
+        name, limit = parsed_activation(self.activation)
         return Bank(
             kernel=find_kernel(self.kernel, TYPES[self.dtype]),
             type=TYPES[self.dtype],
             rows_type=TYPES[self.rows_dtype],
             is_gated=is_gated(self.activation),
-            function=FUNCTIONS[self.activation],
-            limit=7.0 if self.activation == "swigluoai" else math.inf,
+            function=FUNCTIONS[name],
+            limit=math.inf if limit is None else limit,
             hidden_size=self.hidden_size,
             intermediate_size=(ctypes.c_int64 * len(every))(*(expert.intermediate_size for expert in every)),
             up=_addresses([expert.up for expert in every]),

@@ -23,7 +23,7 @@ from moeserve.gating.gate_input import GateInput, Selection
 from moeserve.gating.noise import shake_logits
 from moeserve.gating.routing import BatchRouting, Routing
 from moeserve.gating.routings import routing_of
-from moeserve.gating.scoring import PROBABILITIES
+from moeserve.gating.scoring import PROBABILITIES, softcapped
 from moeserve.gating.segments import Segments
 from moeserve.gating.weights import PRE_DROP_EPS, RENORMALIZE, keep_total
 from moeserve.gating.z_loss import z_loss
@@ -40,16 +40,18 @@ def route(
     *,
     score_correction_bias: Tensor | None = None,
     centroids: Tensor | None = None,
+    token_experts: Tensor | None = None,
 ) -> Routing:
     """Routes the tokens of one request.
 
     router_logits          [T, E] of any real dtype, computed on in float32
     used_token             [T]    bool, None = every token is used; rows of the others may hold anything
-    token_ids              [T]    int, 0..2^32-1; for routing = "hash"
+    token_ids              [T]    int, 0..2^32-1; for routing = "hash" and "token_table"
     hidden_states          [T, H] float; for routing = "similarity"
     generator              random numbers come from it instead of `gating.seed`
     score_correction_bias  [E]    float, added to the scores for selection only
     centroids              [E, H] float; for routing = "similarity"
+    token_experts          [V, K] int, the experts of each token id; for routing = "token_table"
 
     Jitter acts in front of the gate, hence not here: see Router. Raises ConfigError when `gating` does not fit the layer, InvalidRequest
     when a tensor is missing or has the wrong shape, or a logit of a used token is NaN or Inf.
@@ -66,6 +68,7 @@ def route(
     if hidden_states is not None and (hidden_states.dim() != 2 or hidden_states.shape[0] != num_tokens):
         raise InvalidRequest(f"hidden_states must be [{num_tokens}, hidden size], got {list(hidden_states.shape)}", "hidden_states")
     check_layer_tensors(num_experts, score_correction_bias, centroids)
+    check_token_experts(num_experts, gating, token_experts)
     return route_requests(
         router_logits,
         gating,
@@ -76,6 +79,7 @@ def route(
         hidden_states=None if hidden_states is None else without_unused(hidden_states, used_token),
         score_correction_bias=score_correction_bias,
         centroids=centroids,
+        token_experts=token_experts,
     ).request(0)
 
 
@@ -91,6 +95,7 @@ def route_requests(
     score_correction_bias: Tensor | None = None,
     centroids: Tensor | None = None,
     elementwise: Elementwise = FAST,
+    token_experts: Tensor | None = None,
 ) -> BatchRouting:
     """Routes several requests laid end to end; `request_sizes` [R] in tokens, some may be 0. Everything else as in `route`."""
     num_experts = router_logits.shape[1]
@@ -103,7 +108,7 @@ def route_requests(
     chance = chance or Chance(requests.sizes, router_logits.device, gating.seed, None)
     gate = GateInput(
         gating,
-        shake_logits(router_logits, gating, chance),
+        softcapped(shake_logits(router_logits, gating, chance), gating, elementwise),
         requests,
         chance,
         None if token_ids is None else token_ids.long(),
@@ -111,6 +116,7 @@ def route_requests(
         None if score_correction_bias is None else score_correction_bias.float(),
         None if centroids is None else centroids.float(),
         elementwise,
+        None if token_experts is None else token_experts.long(),
     )
     selection = routing_of(gating)(gate)
     admitted = _admit(selection, gating, requests, chance)
@@ -175,6 +181,22 @@ def check_layer_tensors(num_experts: int, score_correction_bias: Tensor | None, 
         raise ConfigError(f"score_correction_bias must be [{num_experts}], one value per expert, got {list(score_correction_bias.shape)}")
     if centroids is not None and (centroids.dim() != 2 or centroids.shape[0] != num_experts):
         raise ConfigError(f"centroids must be [{num_experts}, hidden size], one row per expert, got {list(centroids.shape)}")
+
+
+def check_token_experts(num_experts: int, gating: GatingConfig, token_experts: Tensor | None) -> None:
+    """Raises ConfigError unless the table of token ids has `top_k` distinct experts for each."""
+    if token_experts is None:
+        return
+    if token_experts.dim() != 2 or token_experts.shape[1] != gating.top_k or token_experts.is_floating_point():
+        shape = list(token_experts.shape)
+        raise ConfigError(f"token_experts must be whole numbers [token ids, top_k = {gating.top_k}], got {token_experts.dtype} {shape}")
+    ordered = token_experts.sort(dim=1).values
+    bad = ((ordered[:, 1:] == ordered[:, :-1]).any(dim=1) | (ordered < 0).any(dim=1) | (ordered >= num_experts).any(dim=1)).nonzero()
+    if len(bad):
+        token = int(bad[0])
+        raise ConfigError(
+            f"token_experts of token id {token} are {token_experts[token].tolist()}; allowed: distinct experts in 0..{num_experts - 1}"
+        )
 
 
 def _admit(selection: Selection, gating: GatingConfig, requests: Segments, chance: Chance) -> BatchRouting:

@@ -24,6 +24,7 @@ class GateInput:
     hidden_states          [T, H] float32
     score_correction_bias  [E]    float32, added for selection only
     centroids              [E, H] float32
+    token_experts          [V, K] int64, the experts of each token id
     """
 
     gating: GatingConfig
@@ -35,6 +36,7 @@ class GateInput:
     score_correction_bias: Tensor | None = None
     centroids: Tensor | None = None
     elementwise: Elementwise = FAST
+    token_experts: Tensor | None = None
 
     @property
     def num_experts(self) -> int:

@@ -19,6 +19,7 @@ class Mixer:
     """routed * chosen(x) + shared * shared_expert(x), in float32.
 
     add       1 and 1                                        DeepSeek-MoE (Dai et al. 2024, arXiv 2401.06066)
+    average   1/2 and 1/2                                    Cohere2 MoE
     sigmoid   1 and sigmoid(w x), weight [1, H]              Qwen2-MoE
     residual  softmax(W x + b), weight [2, H], bias [2]      DeepSpeed's residual MoE (Rajbhandari et al. 2022, arXiv 2201.05596)
 
@@ -32,6 +33,8 @@ class Mixer:
 
     def __call__(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """[T, H] -> what multiplies the gate's weights, [T] float32 or None for 1, and the weight of the shared expert, [T] float32."""
+        if self.mixing == "average":
+            return torch.full((len(hidden_states),), 0.5), torch.full((len(hidden_states),), 0.5)
         if self.weight is None:
             return None, torch.ones(len(hidden_states))
         logits = self._logits(hidden_states.float())

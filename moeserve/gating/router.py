@@ -14,7 +14,7 @@ from moeserve.errors import ConfigError
 from moeserve.gating.chance import Chance
 from moeserve.gating.elementwise import FAST, INVARIANT
 from moeserve.gating.expert_groups import check_groups
-from moeserve.gating.gate import check_layer_tensors, route_requests
+from moeserve.gating.gate import check_layer_tensors, check_token_experts, route_requests
 from moeserve.gating.noise import shake_hidden_states
 from moeserve.gating.routing import BatchRouting
 from moeserve.gating.routings import routing_of
@@ -30,6 +30,7 @@ class Router:
     bias                   [E]    float, added to the logits
     score_correction_bias  [E]    float, added to the scores for selection only
     centroids              [E, H] float for routing = "similarity"; the rows of the gate unless given
+    token_experts          [V, K] int for routing = "token_table": the experts of each token id
 
     Raises ConfigError when the tensors or the groups do not fit the number of experts, or a plug-in cannot be imported.
     """
@@ -41,9 +42,13 @@ class Router:
         bias: torch.Tensor | None = None,
         score_correction_bias: torch.Tensor | None = None,
         centroids: torch.Tensor | None = None,
+        token_experts: torch.Tensor | None = None,
     ) -> None:
         check_groups(gate.shape[0], gating)
         check_layer_tensors(gate.shape[0], score_correction_bias, centroids)
+        check_token_experts(gate.shape[0], gating, token_experts)
+        if gating.routing == "token_table" and token_experts is None:
+            raise ConfigError("gating.routing = 'token_table' needs a table of the experts of each token id, which only a checkpoint has")
         routing_of(gating)
         self.gate = gate.float()
         self.gating = gating
@@ -52,6 +57,7 @@ class Router:
         self._logits: Callable[[torch.Tensor], torch.Tensor] = partial(F.linear, weight=self.gate, bias=self.bias)
         self._elementwise = FAST
         self.centroids = self.gate if centroids is None else centroids.float()
+        self.token_experts = None if token_experts is None else token_experts.long()
 
     @property
     def num_experts(self) -> int:
@@ -97,4 +103,5 @@ class Router:
             score_correction_bias=self.score_correction_bias,
             centroids=self.centroids,
             elementwise=self._elementwise,
+            token_experts=self.token_experts,
         )

@@ -14,7 +14,14 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from moeserve.config import GatingConfig
 from moeserve.gating.elementwise import FAST, Elementwise
+
+
+def softcapped(router_logits: Tensor, gating: GatingConfig, elementwise: Elementwise = FAST) -> Tensor:
+    """[T, E] float32 -> the same within -c..c: the soft cap of Gemma 2 (arXiv 2408.00118, section 2), on logits of a router in Laguna."""
+    cap = gating.logit_softcap
+    return router_logits if cap is None else elementwise.tanh(router_logits / cap) * cap
 
 
 def softmax(router_logits: Tensor, elementwise: Elementwise = FAST) -> Tensor:

@@ -81,7 +81,7 @@ def test_its_own_refusals_name_the_file(install: Callable[[str], None], folder: 
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("other = warm_moe_for_test:OURS", "model_type is warm_moe; supported: {} and {}"),
+        ("other = warm_moe_for_test:OURS", "no known family has its keys and tensors; supported: {} and {}"),
         ("warm_moe = nowhere:OURS", "its entry point 'nowhere:OURS' cannot be imported"),
         ("warm_moe = warm_moe_for_test:THEIRS", "its entry point 'warm_moe_for_test:THEIRS' cannot be imported"),
         ("warm_moe = warm_moe_for_test:NOTHING", "its entry point 'warm_moe_for_test:NOTHING' is not a moeserve.checkpoints.Family"),

@@ -15,7 +15,7 @@ from moeserve.checkpoints.architectures import named_family
 from moeserve.checkpoints.claims import CLAIMS
 from moeserve.checkpoints.families import FAMILIES, family_of
 from tests.checkpoints.saved import config_of, language_model, rewritten, saved, second_layer, tensors_of
-from tests.checkpoints.tiny_models import NESTED, SETTINGS, answer_of, moe_block, some_tokens, tiny_model
+from tests.checkpoints.tiny_models import SETTINGS, answer_of, auto_class, moe_block, some_tokens, tiny_model
 from tests.closeness import assert_close
 
 #: as MiniMax-M2 was first published, besides its `model_type`
@@ -50,11 +50,8 @@ def other_values(agreeing: list[Any]) -> list[Any]:
 
 @torch.inference_mode()
 def their_answer(family: str, folder: Path) -> torch.Tensor:
-    """By the model that transformers makes of the folder."""
-    import transformers
-
-    auto = transformers.AutoModelForImageTextToText if family in NESTED else transformers.AutoModelForCausalLM
-    return answer_of(moe_block(auto.from_pretrained(folder).eval(), family), some_tokens(64))
+    """By the model that transformers makes of the folder; what does not fit, such as a table of token ids, is in another layer."""
+    return answer_of(moe_block(auto_class(family).from_pretrained(folder, ignore_mismatched_sizes=True).eval(), family), some_tokens(64))
 
 
 @pytest.mark.parametrize("family", SETTINGS)
@@ -157,7 +154,8 @@ def test_two_classes_that_compute_the_same(tmp_path: Path) -> None:
     assert torch.equal(ours, MoELayer.from_checkpoint(saved("mellum"))(some_tokens(64)))
 
 
-@pytest.mark.parametrize("family", SETTINGS)
+# Mistral 4's is that of any Mistral in its wrapper.
+@pytest.mark.parametrize("family", sorted(set(SETTINGS) - {"mistral4"}))
 def test_classes_of_transformers_are_known(family: str) -> None:
     architectures = [type(tiny_model(family)).__name__]
     assert named_family({"architectures": architectures, "model_type": family}, FAMILIES) is None, "its own"

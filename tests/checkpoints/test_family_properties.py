@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moeserve import MoELayer, load_config
 from moeserve.checkpoints import layer_sources
-from moeserve.checkpoints.families import FAMILIES
+from moeserve.checkpoints.families import family_of
 from moeserve.experts import ExpertShard
 from tests.checkpoints.tiny_models import NESTED, SETTINGS, answer_of, moe_block, new_model, some_tokens
 from tests.closeness import assert_close
@@ -46,7 +46,7 @@ def models(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
 def test_random_sizes(model_of: tuple[str, dict[str, Any]], num_tokens: int, parts: int) -> None:
     family, changes = model_of
     model = new_model(family, **changes)
-    name = FAMILIES[family].layer_name.format(index=1)
+    name = family_of(family).layer_name.format(index=1)
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         hidden_states = some_tokens(num_tokens)

@@ -17,7 +17,7 @@ import torch
 
 from moeserve import CheckpointError, MoELayer, load_config
 from moeserve.checkpoints import bank_bytes, layer_sources, load_bank
-from moeserve.checkpoints.families import FAMILIES
+from moeserve.checkpoints.families import family_of
 from moeserve.checkpoints.huggingface import HuggingFaceLayer
 from moeserve.experts import ExpertShard
 from moeserve.placement import plan_placement
@@ -26,7 +26,7 @@ from tests.checkpoints_on_disk import CONFIG, MLP, expert_tensors, layer_tensors
 
 
 def only_layer(family: str, folder: Path) -> HuggingFaceLayer:
-    (source,) = layer_sources(load_config({"model": {"checkpoint": folder, "layers": [FAMILIES[family].layer_name.format(index=1)]}}))
+    (source,) = layer_sources(load_config({"model": {"checkpoint": folder, "layers": [family_of(family).layer_name.format(index=1)]}}))
     assert isinstance(source, HuggingFaceLayer)
     return source
 

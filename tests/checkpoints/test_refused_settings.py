@@ -22,7 +22,7 @@ FFN = {"ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 3}
 @pytest.mark.parametrize(
     ("family", "config", "sentence"),
     [
-        ("gpt_oss", {"swiglu_limit": 5.0}, r"config\.json: swiglu_limit is 5\.0; supported: 7\.0"),
+        ("gpt_oss", {"swiglu_limit": 0.0}, r"config\.json: swiglu_limit must be a positive number, but is 0\.0"),
         ("gpt_oss", {"swiglu_alpha": 1.0}, r"config\.json: swiglu_alpha is 1\.0; supported: 1\.702"),
         (
             "deepseek_v2",
@@ -55,7 +55,7 @@ FFN = {"ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 3}
             {"moe_topk": [3, 0]},
             r"moe_topk must be a positive whole number, or a list of one for each of the 2 layers, but is \[3, 0\]",
         ),
-        ("granitemoe", {"hidden_act": "relu"}, r'config\.json: hidden_act must be one of silu, swish, gelu, but is "relu"'),
+        ("granitemoe", {"hidden_act": "relu"}, r'hidden_act must be one of silu, swish, gelu, gelu_pytorch_tanh, but is "relu"'),
         ("ernie4_5_moe", {"moe_norm_min": 0.5}, r"config\.json: moe_norm_min must be at most 1e-06, but is 0\.5"),
         ("phimoe", {"num_experts_per_tok": 3}, r"config\.json: num_experts_per_tok must be 2, as many as SparseMixer chooses, but is 3"),
         ("deepseek_v3", {"n_group": 3, "topk_group": 2}, r"n_group and topk_group do not fit: .* is 3, which does not divide .* 8 experts"),

@@ -23,6 +23,10 @@ LINES = {
     "glm4_moe": "sigmoid, selection bias, top 3 in 2 of 4 groups by their two best experts, renormalized, times 1.7, shared expert added",
     "gpt_oss": "logits with a bias, softmax over the chosen logits, top 3, renormalized, no shared expert",
     "llama4_text": "sigmoid, top 2, not renormalized, weights multiply what goes in, shared expert added",
+    "deepseek_v4": "experts of the token id, root of softplus, top 3, renormalized, times 1.7, shared expert added",
+    "kolibri1": "sigmoid, selection bias on the logits, top 3, renormalized, shared expert added",
+    "laguna": "logits within 1.5 by tanh, sigmoid, selection bias, top 3, renormalized, times 1.3, shared expert added",
+    "cohere2_moe": "softmax over the chosen logits, top 3, renormalized, averaged with the shared expert",
     "longcat_flash": "softmax, selection bias, top 5, not renormalized, times 6, 4 experts answer the token itself, no shared expert",
 }
 
@@ -32,6 +36,13 @@ def test_the_gate_of_a_family(family: str, capsys: pytest.CaptureFixture[str], m
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["plan", str(saved(family))]) == 0
     assert LINES[family] in capsys.readouterr().out
+
+
+def test_the_gate_of_callers() -> None:
+    config = {"layers": [{"hidden_size": 8, "intermediate_size": 8, "num_experts": 2, "gating": {"routing": "caller"}}]}
+    assert [gate_line(source) for source in layer_sources(load_config(config))] == [
+        "stays with the callers, who bring topk_ids and topk_weights"
+    ]
 
 
 def test_layers_that_are_alike_share_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

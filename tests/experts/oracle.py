@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from moeserve.config import Activation, Kernel
+from moeserve.config import Activation, Kernel, parsed_activation
 from moeserve.errors import ConfigError
 from moeserve.experts import ExpertBank, Shape, is_gated
 from moeserve.experts.choice import kernels_for
@@ -20,7 +20,10 @@ from tests.closeness import assert_close
 from tests.stacked import Stacked
 
 HIDDEN_SIZE, INTERMEDIATE_SIZE = 16, 24
-ACTIVATIONS: tuple[Activation, ...] = ("swiglu", "geglu", "gelu", "relu", "swigluoai")
+ACTIVATIONS: tuple[Activation, ...] = (
+    *("swiglu", "geglu", "geglu_tanh", "gelu", "relu", "relu2", "swigluoai"),
+    *("swiglu(0.75)", "swiglu_post(0.5)", "swiglu_post", "swigluoai(1.5)"),
+)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
@@ -74,14 +77,19 @@ def every_answer(weights: Stacked, activation: Activation, x: Tensor) -> Tensor:
         hidden = hidden + weights.gate_up_bias.double()[:, None]
     intermediate_size = weights.down_proj.shape[2]
     gate, up = hidden[..., :intermediate_size], hidden[..., intermediate_size:]
+    name, limit = parsed_activation(activation)
+    top = math.inf if limit is None else limit
     gaussian = gate * (1 + torch.erf(gate / math.sqrt(2))) / 2
     hidden = {
-        "swiglu": lambda: gate / (1 + torch.exp(-gate)) * up,
+        "swiglu": lambda: gate.clamp(max=top) / (1 + torch.exp(-gate.clamp(max=top))) * up.clamp(-top, top),
+        "swiglu_post": lambda: (gate / (1 + torch.exp(-gate))).clamp(max=top) * up.clamp(-top, top),
         "geglu": lambda: gaussian * up,
+        "geglu_tanh": lambda: gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) / 2 * up,
         "gelu": lambda: gaussian,
         "relu": lambda: gate.clamp(min=0),
-        "swigluoai": lambda: gate.clamp(max=7) / (1 + torch.exp(-1.702 * gate.clamp(max=7))) * (up.clamp(-7, 7) + 1),
-    }[activation]()
+        "relu2": lambda: gate.clamp(min=0) ** 2,
+        "swigluoai": lambda: gate.clamp(max=top) / (1 + torch.exp(-1.702 * gate.clamp(max=top))) * (up.clamp(-top, top) + 1),
+    }[name]()
     answers = torch.einsum("ehi,eri->erh", weights.down_proj.double(), hidden)
     return answers if weights.down_bias is None else answers + weights.down_bias.double()[:, None]
 

@@ -2,7 +2,8 @@
 
 What is compared are the scores, plus what is added for selection only and never weighs anything:
 
-* `score_correction_bias` b: chosen by s + b, weighed by s: DeepSeek-V3's balancing without a loss (arXiv 2408.15664)
+* `score_correction_bias` b: chosen by s + b, weighed by s: DeepSeek-V3's balancing without a loss (arXiv 2408.15664); with
+  `rank_by = "logits"` chosen by x + b, weighed by s
 * Gumbel noise: chosen by x + G, which draws from softmax(x) (Jang et al. 2017, arXiv 1611.01144): DeepSpeed `RSample`, and for the
   second choice alone `top2_2nd_expert_sampling`, after GShard's random second expert
 """
@@ -29,7 +30,8 @@ def learned(gate: GateInput) -> Selection:
 
 def _by_rank(gate: GateInput, scores: Tensor) -> Tensor:
     # Logits and their softmax are in the same order, but logits do not vanish.
-    ranked = gate.router_logits if gate.gating.scoring_func == "softmax_topk" else scores
+    by_logits = gate.gating.rank_by == "logits" or gate.gating.scoring_func == "softmax_topk"
+    ranked = gate.router_logits if by_logits else scores
     if gate.score_correction_bias is not None:
         ranked = ranked + gate.score_correction_bias
     return select_top_k(ranked, gate.gating.top_k) if gate.gating.num_expert_groups is None else select_in_groups(ranked, gate.gating)
