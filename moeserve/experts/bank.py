@@ -21,6 +21,7 @@ from moeserve.experts.feed_forward import FeedForward
 from moeserve.experts.packable import packable
 from moeserve.experts.packed import PackedExperts
 from moeserve.experts.ragged import Stack, can_stack
+from moeserve.kernels import Arena, arena_bytes
 
 _CPU = torch.device("cpu")
 
@@ -56,6 +57,7 @@ class ExpertBank:
         self._deterministic = deterministic
         self._together: PackedExperts | Stack | None = None
         self._others: list[Expert] = []
+        self._arena: Arena | None = None
         self.nbytes = 0
         self._room_for = length_hint(experts) + (shared is not None)
         if device.type == "cuda" and can_stack(experts := list(experts)):
@@ -137,8 +139,15 @@ class ExpertBank:
             if isinstance(self._together, PackedExperts) and not self._others and self._together.takes(whole):
                 self._together.add(whole)
                 return
-            expert = replace(expert, forms=choice.forms) if isinstance(expert, FeedForward) else expert
+            expert = self._placed(replace(expert, forms=choice.forms)) if isinstance(expert, FeedForward) else expert
         self._others.append(expert.to(self.device))
+
+    def _placed(self, expert: FeedForward) -> FeedForward:
+        """In one mapping with the others."""
+        size = arena_bytes(expert.tensors.values())
+        if self._arena is None or self._arena.room < size:
+            self._arena = Arena(size * max(1, self._room_for - self.num_experts))
+        return expert.placed(self._arena)
 
     def _weighed(self, counts: npt.NDArray[np.int64], weights: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Weights of what goes into those that are computed together, None = all are 1, and of what comes out."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from moeserve.config import Activation, Quantization
 from moeserve.experts.activations import activate, is_gated
 from moeserve.experts.expert import ExpertShard
+from moeserve.kernels import Arena
 
 #: how torch's operators are called: x W^T; or W x^T, which keeps the large operand in its natural order (one row as a vector)
 Form = Literal["linear", "transposed"]
@@ -47,6 +48,15 @@ class FeedForward:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def placed(self, arena: Arena) -> FeedForward:
+        """A copy in `arena`, which has room for it."""
+        tensors = {}
+        for name, tensor in self.tensors.items():
+            space = arena.take(tensor.numel(), tensor.dtype)
+            assert space is not None, "there is room for all of them"
+            tensors[name] = space.view(tensor.shape).copy_(tensor)
+        return self._with(tensors)
 
     def to(self, device: torch.device) -> FeedForward:
         return self._with({name: tensor.to(device) for name, tensor in self.tensors.items()})

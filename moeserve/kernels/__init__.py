@@ -2,7 +2,7 @@
 
 from moeserve.kernels.decode import Coded, can_decode, decode, multiply
 from moeserve.kernels.linear import InvariantLinear
-from moeserve.kernels.memory import Arena, aligned, scratch
+from moeserve.kernels.memory import Arena, aligned, arena_bytes, scratch
 from moeserve.kernels.native import KERNELS, Bank, Work, find_kernel, library
 from moeserve.kernels.panels import TYPES, bias_from_panels, bias_to_panels, from_panels, padded, to_panels
 from moeserve.kernels.stopwatch import fastest_of
@@ -16,6 +16,7 @@ __all__ = [
     "InvariantLinear",
     "Work",
     "aligned",
+    "arena_bytes",
     "bias_from_panels",
     "bias_to_panels",
     "can_decode",

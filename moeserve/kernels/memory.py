@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+from collections.abc import Iterable
 
 import torch
 
@@ -24,14 +25,24 @@ class Arena:
         self._memory = torch.frombuffer(mapping, dtype=torch.uint8)
         self._used = 0
 
+    @property
+    def room(self) -> int:
+        """Bytes that are left."""
+        return len(self._memory) - self._used
+
     def take(self, size: int, dtype: torch.dtype) -> torch.Tensor | None:
         """[size] zeros; None when there is no room."""
         end = self._used + size * dtype.itemsize
         if end > len(self._memory):
             return None
         taken = self._memory[self._used : end].view(dtype)
-        self._used = aligned(end)
+        self._used = min(aligned(end), len(self._memory))
         return taken
+
+
+def arena_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """What they take in an arena."""
+    return sum(aligned(tensor.nbytes) for tensor in tensors)
 
 
 def aligned(nbytes: int) -> int:
