@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -131,5 +133,5 @@ def run(bank: ExpertBank, work: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor
     return out
 
 
-CASES = [("cpu", dtype, kernel) for dtype in DTYPES for kernel in kernels(dtype)]
-CASES += [("cuda", dtype, "auto") for dtype in DTYPES if "cuda" in DEVICES]
+CASES: list[Any] = [("cpu", dtype, kernel) for dtype in DTYPES for kernel in kernels(dtype)]
+CASES += [pytest.param("cuda", dtype, "auto", marks=pytest.mark.gpu) for dtype in DTYPES if "cuda" in DEVICES]
