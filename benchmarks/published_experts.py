@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from moeserve.experts import INT4, Code, FeedForward, Groups, QuantizedFeedForward, QuantizedMatrix, float_code, quantize
+from moeserve.experts import INT4, Code, FeedForward, QuantizedFeedForward, QuantizedMatrix, ScaleGroups, float_code, quantize
 
 E4M3, FP4 = float_code(torch.float8_e4m3fn), float_code(torch.uint8)
 _FP4_NUMBERS = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -38,7 +38,7 @@ def _power_of_two(largest: torch.Tensor, exponent: int) -> torch.Tensor:
 
 
 def _matrix(code: Code, codes: torch.Tensor, scales: torch.Tensor, columns: int, block: tuple[int, int]) -> QuantizedMatrix:
-    return QuantizedMatrix(code, codes, scales, columns, Groups(block[0]), Groups(block[1]))
+    return QuantizedMatrix(code, codes, scales, columns, ScaleGroups(block[0]), ScaleGroups(block[1]))
 
 
 def fp8_blocks(weight: torch.Tensor, block: tuple[int, int] = (128, 128)) -> QuantizedMatrix:
@@ -67,7 +67,7 @@ def nvfp4(weight: torch.Tensor) -> QuantizedMatrix:
     factor = float(weight.abs().max()) / 6 / 448
     scales = (_largest(weight, (1, 16)) / 6 / factor).to(torch.float8_e4m3fn)
     codes = _fp4(_divided(weight, scales.float() * factor, (1, 16)))
-    return QuantizedMatrix(FP4, codes, scales, weight.shape[1], Groups(1), Groups(16), factor=factor)
+    return QuantizedMatrix(FP4, codes, scales, weight.shape[1], ScaleGroups(1), ScaleGroups(16), factor=factor)
 
 
 def int4(weight: torch.Tensor) -> QuantizedMatrix:
@@ -84,7 +84,7 @@ def int4_with_zeros(weight: torch.Tensor) -> QuantizedMatrix:
     scales = ((high - low) / 15).half()
     zeros = (-8 - low / scales.float()).round().clamp(-8, 7)
     codes = (groups / scales.float()[:, :, None] + zeros[:, :, None]).round().clamp(-8, 7).flatten(1).to(torch.int8)
-    return QuantizedMatrix(INT4, INT4.packed(codes), scales, weight.shape[1], Groups(1), Groups(128), zeros.to(torch.int8))
+    return QuantizedMatrix(INT4, INT4.packed(codes), scales, weight.shape[1], ScaleGroups(1), ScaleGroups(128), zeros.to(torch.int8))
 
 
 ENCODERS: dict[str, Encode] = {

@@ -16,7 +16,7 @@ from moeserve.checkpoints.formats import Coded, CodedFormat, Kind
 from moeserve.checkpoints.layouts import ExpertLayout, Part, Span
 from moeserve.config import Quantization
 from moeserve.errors import CheckpointError
-from moeserve.experts import INT4, INT8, Code, Groups, QuantizedMatrix, float_code
+from moeserve.experts import INT4, INT8, Code, QuantizedMatrix, ScaleGroups, float_code
 
 _BITS: Final[Mapping[Kind, int]] = {"int8": 8, "fp8": 8, "int4": 4, "fp4": 4}
 
@@ -81,8 +81,8 @@ def _span_bytes(span: Span, number_format: CodedFormat, part: Part) -> int:
 
 
 def _count(part: slice, size: int | None) -> int:
-    """Groups of `size` neighbors that it is in."""
-    return 1 if size is None else Groups(size, part.start % size).count(part.stop - part.start)
+    """ScaleGroups of `size` neighbors that it is in."""
+    return 1 if size is None else ScaleGroups(size, part.start % size).count(part.stop - part.start)
 
 
 def _matrices(span: Span, number_format: CodedFormat, part: Part) -> Iterator[QuantizedMatrix]:
@@ -114,7 +114,7 @@ def _every_second(coded: Coded, first: int) -> Coded:
 
 def _matrix(coded: Coded, number_format: CodedFormat, scale_type: torch.dtype) -> QuantizedMatrix:
     code, codes, zeros = _signed(coded, number_format)
-    row_groups, column_groups = Groups.of(coded.row_group), Groups.of(coded.column_group)
+    row_groups, column_groups = ScaleGroups.of(coded.row_group), ScaleGroups.of(coded.column_group)
     assert row_groups is not None, "no format has rows in another order"
     return QuantizedMatrix(
         code,

@@ -6,10 +6,10 @@ from moeserve.experts.choice import Choice, Shape, measured
 from moeserve.experts.codes import INT4, INT8, Code, float_code
 from moeserve.experts.expert import Expert, ExpertShard
 from moeserve.experts.feed_forward import ROWS, FeedForward, feed_forward_bytes
-from moeserve.experts.groups import Groups
 from moeserve.experts.module import ModuleExpert, check_module, make_module, module_bytes, module_class
 from moeserve.experts.quantized import QuantizedFeedForward, computed_in, quantize
 from moeserve.experts.quantized_matrix import QuantizedMatrix
+from moeserve.experts.scale_groups import ScaleGroups
 
 __all__ = [
     "INT4",
@@ -21,10 +21,10 @@ __all__ = [
     "ExpertBank",
     "ExpertShard",
     "FeedForward",
-    "Groups",
     "ModuleExpert",
     "QuantizedFeedForward",
     "QuantizedMatrix",
+    "ScaleGroups",
     "Shape",
     "check_module",
     "computed_in",

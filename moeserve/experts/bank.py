@@ -21,7 +21,7 @@ from moeserve.experts.feed_forward import FeedForward
 from moeserve.experts.packable import packable
 from moeserve.experts.packed import PackedExperts
 from moeserve.experts.ragged import Stack, can_stack
-from moeserve.kernels import Arena, arena_bytes
+from moeserve.kernels import WeightArena, arena_bytes
 
 _CPU = torch.device("cpu")
 
@@ -57,7 +57,7 @@ class ExpertBank:
         self._deterministic = deterministic
         self._together: PackedExperts | Stack | None = None
         self._others: list[Expert] = []
-        self._arena: Arena | None = None
+        self._arena: WeightArena | None = None
         self.nbytes = 0
         self._room_for = length_hint(experts) + (shared is not None)
         if device.type == "cuda" and can_stack(experts := list(experts)):
@@ -146,7 +146,7 @@ class ExpertBank:
         """In one mapping with the others."""
         size = arena_bytes(expert.tensors.values())
         if self._arena is None or self._arena.room < size:
-            self._arena = Arena(size * max(1, self._room_for - self.num_experts))
+            self._arena = WeightArena(size * max(1, self._room_for - self.num_experts))
         return expert.placed(self._arena)
 
     def _weighed(self, counts: npt.NDArray[np.int64], weights: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:

@@ -23,7 +23,7 @@ from moeserve.experts.feed_forward import LINEAR, ROWS, FeedForward, Form
 from moeserve.experts.packable import Packable, packable
 from moeserve.experts.packed import PackedExperts
 from moeserve.experts.quantized import QuantizedFeedForward, quantize
-from moeserve.kernels import KERNELS, TYPES, Arena, aligned, fastest_of, find_kernel
+from moeserve.kernels import KERNELS, TYPES, WeightArena, aligned, fastest_of, find_kernel
 from moeserve.tensors import dtype_name
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def _some_experts(shape: Shape) -> list[FeedForward | QuantizedFeedForward]:
     inner = max(1, min(shape.intermediate_size, _EXPERT_BYTES // channel_bytes // 32 * 32))
     count = max(1, min(64, _ALL_BYTES // (inner * channel_bytes)))
     sizes = parts * inner * hidden, inner * hidden
-    arena = Arena(count * sum(aligned(size * dtype.itemsize) for size in sizes))
+    arena = WeightArena(count * sum(aligned(size * dtype.itemsize) for size in sizes))
 
     def weights(size: int, *matrix: int) -> torch.Tensor:
         taken = arena.take(size, dtype)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from moeserve.experts.codes import FP8, Code
-from moeserve.experts.groups import Groups
-from moeserve.kernels import Coded, can_decode, decode, multiply, scratch
+from moeserve.experts.scale_groups import ScaleGroups
+from moeserve.kernels import CodedTile, can_decode, decode, multiply, scratch
 
 if TYPE_CHECKING:
     from moeserve.experts.quantized_matrix import QuantizedMatrix
@@ -65,16 +65,16 @@ def _of_rows(matrix: QuantizedMatrix, of_groups: torch.Tensor, first: int, last:
     return of_groups[matrix.row_groups.index(first, last).to(of_groups.device)]
 
 
-def _columns_of_group(code: Code, groups: Groups | torch.Tensor, columns: int) -> int | None:
+def _columns_of_group(code: Code, groups: ScaleGroups | torch.Tensor, columns: int) -> int | None:
     """In the order of `Code.apart`; None where that breaks groups up."""
     parts = 8 // code.bits
-    is_whole = isinstance(groups, Groups) and groups.are_whole(columns) and groups.size % parts == 0
-    return groups.size // parts if isinstance(groups, Groups) and is_whole else None
+    is_whole = isinstance(groups, ScaleGroups) and groups.are_whole(columns) and groups.size % parts == 0
+    return groups.size // parts if isinstance(groups, ScaleGroups) and is_whole else None
 
 
-def _group_of_column(code: Code, groups: Groups | torch.Tensor, columns: int) -> torch.Tensor:
+def _group_of_column(code: Code, groups: ScaleGroups | torch.Tensor, columns: int) -> torch.Tensor:
     """[C] int32 in the order of `Code.apart`."""
-    index = groups.index(0, columns) if isinstance(groups, Groups) else groups
+    index = groups.index(0, columns) if isinstance(groups, ScaleGroups) else groups
     return code.apart(index[None].to(torch.int32))[0]
 
 
@@ -134,7 +134,7 @@ class CompiledDecoder:
         index = _group_of_column(matrix.code, matrix.column_groups, matrix.columns) if width is None else None
         assert all(tensor.is_contiguous() for tensor in matrix.tensors.values())
         zeros, is_scaled = matrix.zeros, self.after is None and matrix.codes.numel() > 0
-        self._coded = Coded(
+        self._coded = CodedTile(
             code=matrix.code.compiled,
             bytes=matrix.codes.shape[1],
             scales=scales.data_ptr() if is_scaled else None,
@@ -162,7 +162,7 @@ class CompiledDecoder:
         multiply(self._at(0, len(sums), sums), rows.contiguous())
         return sums
 
-    def _at(self, first: int, rows: int, out: torch.Tensor) -> Coded:
+    def _at(self, first: int, rows: int, out: torch.Tensor) -> CodedTile:
         coded = self._coded
         coded.to_bf16, coded.first_row, coded.rows = out.dtype == torch.bfloat16, first, rows
         coded.codes, coded.out = self._matrix.codes.data_ptr() + first * coded.bytes, out.data_ptr()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from moeserve.config import Activation, Quantization
 from moeserve.experts.activations import activate, is_gated
 from moeserve.experts.expert import ExpertShard
-from moeserve.kernels import Arena
+from moeserve.kernels import WeightArena
 
 #: how torch's operators are called: x W^T; or W x^T, which keeps the large operand in its natural order (one row as a vector)
 Form = Literal["linear", "transposed"]
@@ -49,7 +49,7 @@ class FeedForward:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def placed(self, arena: Arena) -> FeedForward:
+    def placed(self, arena: WeightArena) -> FeedForward:
         """A copy in `arena`, which has room for it."""
         tensors = {}
         for name, tensor in self.tensors.items():

@@ -14,9 +14,9 @@ from moeserve.config import Activation
 from moeserve.experts.codes import FP8, INT8, Code
 from moeserve.experts.decoding import scales_of_channels
 from moeserve.experts.feed_forward import FeedForward
-from moeserve.experts.groups import Groups
 from moeserve.experts.quantized import QuantizedFeedForward
 from moeserve.experts.quantized_matrix import QuantizedMatrix
+from moeserve.experts.scale_groups import ScaleGroups
 
 _CODES: Final = {INT8.dtype: INT8, FP8.dtype: FP8}
 _FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
@@ -75,4 +75,4 @@ def _has_scales_of_channels(matrix: QuantizedMatrix) -> bool:
 
 def _matrix(codes: torch.Tensor, scales: torch.Tensor) -> QuantizedMatrix:
     code: Code = _CODES[codes.dtype]
-    return QuantizedMatrix(code, codes, scales[:, None], codes.shape[1], Groups(1), Groups(max(1, codes.shape[1])))
+    return QuantizedMatrix(code, codes, scales[:, None], codes.shape[1], ScaleGroups(1), ScaleGroups(max(1, codes.shape[1])))

@@ -27,9 +27,9 @@ from moeserve.experts.packable import Packable, packable, unpacked
 from moeserve.experts.quantized import QuantizedFeedForward
 from moeserve.kernels import (
     TYPES,
-    Arena,
     Bank,
-    Work,
+    PassWork,
+    WeightArena,
     aligned,
     bias_from_panels,
     bias_to_panels,
@@ -79,7 +79,7 @@ class PackedExperts:
         self.kernel = kernel
         self._room_for = room_for
         self._experts: list[_Packed] = []
-        self._arena: Arena | None = None
+        self._arena: WeightArena | None = None
 
     def takes(self, expert: Packable) -> bool:
         """Whether it is of the kind that those here are of."""
@@ -152,7 +152,7 @@ class PackedExperts:
         assert tokens_per_expert.sum() == len(row_index) == len(weights), "what is read is there"
         hidden_states, row_index, weights = hidden_states.to(self.rows_dtype).contiguous(), row_index.contiguous(), weights.contiguous()
         tokens_per_expert = np.ascontiguousarray(tokens_per_expert, dtype=np.int64)
-        work = Work(
+        work = PassWork(
             num_pairs=len(row_index),
             num_rows=len(hidden_states),
             hidden_states=hidden_states.data_ptr(),
@@ -200,7 +200,7 @@ class PackedExperts:
         if space is None:
             size = self.dtype.itemsize
             hidden, width = (padded(channels) for channels in expert.down_proj.shape)
-            self._arena = Arena(left * (aligned(self._parts * width * hidden * size) + aligned(width * hidden * size)))
+            self._arena = WeightArena(left * (aligned(self._parts * width * hidden * size) + aligned(width * hidden * size)))
             space = self._arena.take(panels.numel(), panels.dtype)
             assert space is not None, "the arena has room for one expert at least"
         space.view(panels.shape).copy_(panels)

@@ -15,8 +15,8 @@ from moeserve.config import Activation, Bits
 from moeserve.experts.activations import activate
 from moeserve.experts.codes import FP8, INT8, Code
 from moeserve.experts.feed_forward import FeedForward
-from moeserve.experts.groups import Groups
 from moeserve.experts.quantized_matrix import QuantizedMatrix
+from moeserve.experts.scale_groups import ScaleGroups
 
 #: how quantized weights are stored, and the largest number that is used
 _STORED: Final[Mapping[Bits, tuple[Code, float]]] = {"int8": (INT8, 127.0), "fp8": (FP8, 448.0)}
@@ -86,7 +86,7 @@ def quantize_matrix(weight: torch.Tensor, bits: Bits) -> QuantizedMatrix:
     scales = scales.clamp_(min=torch.finfo(torch.float32).tiny)
     values = (weight / scales).clamp_(-largest, largest)
     codes = (values.round_() if code is INT8 else values).to(code.dtype)
-    return QuantizedMatrix(code, codes, scales, weight.shape[1], Groups(1), Groups(max(1, weight.shape[1])))
+    return QuantizedMatrix(code, codes, scales, weight.shape[1], ScaleGroups(1), ScaleGroups(max(1, weight.shape[1])))
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:

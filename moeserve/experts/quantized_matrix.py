@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from moeserve.experts.codes import Code
 from moeserve.experts.decoding import Decoder, decoder_of, scales_in_float32
-from moeserve.experts.groups import Groups
+from moeserve.experts.scale_groups import ScaleGroups
 
 # Few rows wait for numbers to be decoded: they stay in float32, which is a step less, and nothing is rounded. For many, tiles of so many
 # numbers are decoded just before they are multiplied: enough for a matmul to be worth its call.
@@ -34,8 +34,8 @@ class QuantizedMatrix:
     codes: torch.Tensor
     scales: torch.Tensor
     columns: int
-    row_groups: Groups
-    column_groups: Groups | torch.Tensor
+    row_groups: ScaleGroups
+    column_groups: ScaleGroups | torch.Tensor
     zeros: torch.Tensor | None = None
     factor: float = 1.0
 

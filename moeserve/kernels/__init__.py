@@ -1,20 +1,20 @@
 """What runs below torch's operators: the compiled grouped pass, the memory its weights lie in, and a stopwatch to choose by."""
 
-from moeserve.kernels.decode import Coded, can_decode, decode, multiply
+from moeserve.kernels.decode import CodedTile, can_decode, decode, multiply
 from moeserve.kernels.linear import InvariantLinear
-from moeserve.kernels.memory import Arena, aligned, arena_bytes, scratch
-from moeserve.kernels.native import KERNELS, Bank, Work, find_kernel, library
+from moeserve.kernels.memory import WeightArena, aligned, arena_bytes, scratch
+from moeserve.kernels.native import KERNELS, Bank, PassWork, find_kernel, library
 from moeserve.kernels.panels import TYPES, bias_from_panels, bias_to_panels, from_panels, padded, to_panels
 from moeserve.kernels.stopwatch import fastest_of
 
 __all__ = [
     "KERNELS",
     "TYPES",
-    "Arena",
     "Bank",
-    "Coded",
+    "CodedTile",
     "InvariantLinear",
-    "Work",
+    "PassWork",
+    "WeightArena",
     "aligned",
     "arena_bytes",
     "bias_from_panels",

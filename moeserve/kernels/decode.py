@@ -13,7 +13,7 @@ from moeserve.kernels.native import library
 _NO_ROOM = "there is no room for a row of weights"
 
 
-class Coded(Structure):
+class CodedTile(Structure):
     """struct coded of csrc/decode.c."""
 
     _fields_ = (
@@ -40,13 +40,13 @@ def can_decode() -> bool:
     return library() is not None
 
 
-def decode(coded: Coded) -> None:
+def decode(coded: CodedTile) -> None:
     """Fill `out`, [rows, columns]. Raises MemoryError."""
     if _code().decode(ctypes.byref(coded)):
         raise MemoryError(_NO_ROOM)
 
 
-def multiply(coded: Coded, inputs: torch.Tensor) -> None:
+def multiply(coded: CodedTile, inputs: torch.Tensor) -> None:
     """Fill `out`, [rows, n] float32: the numbers times inputs [n, columns] float32, contiguous. Raises MemoryError."""
     if _code().multiply(ctypes.byref(coded), inputs.data_ptr(), len(inputs)):
         raise MemoryError(_NO_ROOM)
@@ -56,6 +56,6 @@ def multiply(coded: Coded, inputs: torch.Tensor) -> None:
 def _code() -> ctypes.CDLL:
     code = library()
     assert code is not None, "asked before"
-    code.decode.restype, code.decode.argtypes = c_int32, (POINTER(Coded),)
-    code.multiply.restype, code.multiply.argtypes = c_int32, (POINTER(Coded), c_void_p, c_int64)
+    code.decode.restype, code.decode.argtypes = c_int32, (POINTER(CodedTile),)
+    code.multiply.restype, code.multiply.argtypes = c_int32, (POINTER(CodedTile), c_void_p, c_int64)
     return code

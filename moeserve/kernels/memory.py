@@ -12,7 +12,7 @@ _ALIGNMENT = 64
 _local = threading.local()
 
 
-class Arena:
+class WeightArena:
     """`nbytes` of zeros that tensors are cut from, one after the other, each aligned to a cache line; freed with the last of them.
 
     A kernel that maps memory in pages of 4 KiB spends a third of the time of reading weights once on looking pages up. Where pages of

@@ -37,7 +37,7 @@ class Bank(Structure):
     )
 
 
-class Work(Structure):
+class PassWork(Structure):
     """struct work of csrc/pass.c."""
 
     _fields_ = (
@@ -71,11 +71,11 @@ def library() -> ctypes.CDLL | None:
         log.warning("the compiled kernels cannot be loaded: %s; experts run on torch, slower", error)
         return None
     loaded.find_kernel.restype, loaded.find_kernel.argtypes = c_void_p, (c_char_p, c_int32)
-    loaded.scratch_bytes.restype, loaded.scratch_bytes.argtypes = c_int64, (POINTER(Bank), POINTER(Work))
+    loaded.scratch_bytes.restype, loaded.scratch_bytes.argtypes = c_int64, (POINTER(Bank), POINTER(PassWork))
     loaded.linear_scratch_bytes.restype, loaded.linear_scratch_bytes.argtypes = c_int64, (c_int64, c_int32)
     loaded.run_linear.restype = None
     loaded.run_linear.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int32)
-    loaded.run_pass.restype, loaded.run_pass.argtypes = c_int32, (POINTER(Bank), POINTER(Work))
+    loaded.run_pass.restype, loaded.run_pass.argtypes = c_int32, (POINTER(Bank), POINTER(PassWork))
     return loaded
 
 

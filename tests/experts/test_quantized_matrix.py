@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moeserve.experts import INT4, INT8, Code, Groups, QuantizedMatrix, float_code
+from moeserve.experts import INT4, INT8, Code, QuantizedMatrix, ScaleGroups, float_code
 from moeserve.experts.decoding import CompiledDecoder, TorchDecoder
 from moeserve.kernels import can_decode
 from tests.closeness import assert_close
@@ -59,9 +59,9 @@ def matrices(draw: st.DrawFn) -> tuple[QuantizedMatrix, np.ndarray]:
     shape = draw(st.integers(0, 7)), draw(st.integers(0, 40))
     generator = np.random.default_rng(draw(st.integers(0, 2**32)))
     sizes = draw(st.sampled_from([1, 2, 3, 7, 50])), draw(st.sampled_from([1, 2, 3, 4, 5, 8, 50]))
-    rows, columns = (Groups(size, draw(st.integers(0, size - 1))) for size in sizes)
+    rows, columns = (ScaleGroups(size, draw(st.integers(0, size - 1))) for size in sizes)
     of_column = columns.index(0, shape[1])
-    column_groups: Groups | Tensor = columns
+    column_groups: ScaleGroups | Tensor = columns
     if draw(st.booleans()):
         column_groups = of_column = torch.from_numpy(generator.permutation(of_column.numpy())).to(torch.int32)
     size = rows.count(shape[0]), columns.count(shape[1])
@@ -122,7 +122,7 @@ def test_both_decoders(drawn: tuple[QuantizedMatrix, np.ndarray], dtype: torch.d
 def test_every_code_is_decoded_exactly(code: Code, dtype: torch.dtype) -> None:
     bits = [bits for bits in range(2**code.bits) if bits not in code.broken]
     codes = code.packed(torch.tensor(bits, dtype=torch.uint8)[:, None]).view(code.dtype)
-    matrix = QuantizedMatrix(code, codes, torch.ones(len(bits), 1), 1, Groups(1), Groups(1))
+    matrix = QuantizedMatrix(code, codes, torch.ones(len(bits), 1), 1, ScaleGroups(1), ScaleGroups(1))
     expected = torch.tensor([value(code, each) for each in bits])
     for num_rows in (1, 20):
         assert torch.equal(matrix.project(torch.ones(num_rows, 1, dtype=dtype)), expected.expand(num_rows, -1))
@@ -143,7 +143,7 @@ def test_a_code_that_is_no_number_is_noticed(code: Code) -> None:
 def test_scales_that_make_no_numbers_are_noticed(scale: float) -> None:
     codes = torch.tensor([[0, 7, 112]], dtype=torch.uint8)
     matrix = QuantizedMatrix(
-        float_code(torch.float8_e4m3fn), codes.view(torch.float8_e4m3fn), torch.tensor([[scale]]), 3, Groups(1), Groups(3)
+        float_code(torch.float8_e4m3fn), codes.view(torch.float8_e4m3fn), torch.tensor([[scale]]), 3, ScaleGroups(1), ScaleGroups(3)
     )
     assert not matrix.is_finite()
 
@@ -152,7 +152,7 @@ def test_scales_that_make_no_numbers_are_noticed(scale: float) -> None:
 def test_the_largest_scales(columns: int) -> None:
     """Of FP4: powers of two up to 2^127, beside which little is finite."""
     codes, scales = torch.full((2, columns // 2), 0x11, dtype=torch.uint8), torch.full((2, columns // 32), 2.0**127)
-    matrix = QuantizedMatrix(FP4, codes, scales.to(torch.float8_e8m0fnu), columns, Groups(1), Groups(32))
+    matrix = QuantizedMatrix(FP4, codes, scales.to(torch.float8_e8m0fnu), columns, ScaleGroups(1), ScaleGroups(32))
     assert matrix.is_finite()
     for decoder in [TorchDecoder(matrix), *([CompiledDecoder(matrix)] if can_decode() else [])]:
         for dtype in (torch.float32, torch.bfloat16):
@@ -164,7 +164,7 @@ def test_large_matrices_are_decoded_in_tiles_that_meet() -> None:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 256, (1500, 512), dtype=torch.uint8, generator=generator)
     scales = torch.rand(1500, 1024 // 32, generator=generator)
-    matrix = QuantizedMatrix(FP4, codes, scales, 1024, Groups(1), Groups(32))
+    matrix = QuantizedMatrix(FP4, codes, scales, 1024, ScaleGroups(1), ScaleGroups(32))
     for num_rows in (3, 40):
         rows = torch.randn(num_rows, 1024, generator=generator)
         expected = rows.double() @ matrix.dequantized().double().t()
@@ -173,13 +173,13 @@ def test_large_matrices_are_decoded_in_tiles_that_meet() -> None:
 
 @given(size=st.integers(1, 9), cut=st.integers(0, 8), length=st.integers(0, 40))
 def test_groups_are_found_again(size: int, cut: int, length: int) -> None:
-    index = Groups(size, cut % size).index(0, length)
-    found = Groups.of(index)
+    index = ScaleGroups(size, cut % size).index(0, length)
+    found = ScaleGroups.of(index)
     assert found is not None
     assert torch.equal(found.index(0, length), index)
     assert found.count(length) == (int(index.max()) + 1 if length else 0)
 
 
 def test_no_groups_of_neighbors() -> None:
-    assert Groups.of(torch.tensor([0, 1, 0, 1])) is None
-    assert Groups.of(torch.tensor([0, 0, 1, 2, 2])) is None
+    assert ScaleGroups.of(torch.tensor([0, 1, 0, 1])) is None
+    assert ScaleGroups.of(torch.tensor([0, 0, 1, 2, 2])) is None

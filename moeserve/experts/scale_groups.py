@@ -8,14 +8,14 @@ import torch
 
 
 @dataclass(frozen=True)
-class Groups:
+class ScaleGroups:
     """Neighbors that share a scale: so many, of which the first group has lost `cut` in front."""
 
     size: int
     cut: int = 0
 
     @classmethod
-    def of(cls, index: torch.Tensor) -> Groups | None:
+    def of(cls, index: torch.Tensor) -> ScaleGroups | None:
         """Those of neighbors whose groups are `index`; None when these are in no such order."""
         if not len(index):
             return cls(1)
@@ -25,7 +25,7 @@ class Groups:
         return found if torch.equal(found.index(0, len(index)), index) else None
 
     def count(self, length: int) -> int:
-        """Groups that so many neighbors are in."""
+        """ScaleGroups that so many neighbors are in."""
         return -(-(length + self.cut) // self.size)
 
     def index(self, first: int, last: int) -> torch.Tensor:
