@@ -62,10 +62,7 @@ _TENSOR_FIELDS: Final[Mapping[type[Message], Mapping[int, str]]] = {
 }
 # Every field in the order in which it is sent, and the key of those that are tensors.
 _KEYS: Final[Mapping[type[Message], Mapping[str, bytes | None]]] = {
-    kind: {
-        field.name: _key(field.number) if field.number in tensors else None
-        for field in sorted(kind.DESCRIPTOR.fields, key=lambda field: field.number)
-    }
+    kind: {name: _key(number) if number in tensors else None for number, name in sorted((f.number, f.name) for f in kind.DESCRIPTOR.fields)}
     for kind, tensors in _TENSOR_FIELDS.items()
 }
 
