@@ -6,37 +6,24 @@ T tokens, H hidden size, E experts, K choices per token.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from moeserve.tensors import WIRE_NUMBERS, raw, view
 from moeserve.v1 import tensor_pb2
 
-from ..server.conftest import Running, run
+from ..server.conftest import Running
 from ..server.engine import EXPERTS, HIDDEN, output
-from .conftest import EXAMPLE, Node
+from .conftest import EXAMPLE, REPOSITORY, STOCK_LIMIT_BYTES, Node
 
-REPOSITORY = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("forward.js")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 UNLIMITED = {"grpc.max_receive_message_length": -1, "grpc.max_send_message_length": -1}
-#: gRPC's own bound on what a client takes, unless told otherwise
-STOCK_LIMIT_BYTES = 4 * 2**20
 
 Batch = tuple[torch.dtype, int]
-
-
-@pytest.fixture
-async def running() -> AsyncIterator[Running]:
-    started = await run(max_tokens_per_request=2**18)
-    yield started
-    await started.channel.close()
-    await started.server.stop()
 
 
 def name(dtype: torch.dtype) -> str:
