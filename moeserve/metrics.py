@@ -5,19 +5,23 @@ E experts of a layer.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, Sample
 from prometheus_client.registry import Collector
 
 from moeserve.config import LayerSpec
 from moeserve.stats import CallCount, Durations, Event
 from moeserve.summary import balancedness
+
+log = logging.getLogger(__name__)
 
 ExpertDetail = Literal["off", "top", "full"]
 Stage = Literal["queue", "route", "dispatch", "experts", "combine"]
@@ -25,8 +29,47 @@ Stage = Literal["queue", "route", "dispatch", "experts", "combine"]
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _TOKENS = tuple(2**power for power in range(0, 17, 2))
 _TOP_EXPERTS = 32
+_SERIES_PER_EXPERT = 3
+#: above so many series of experts, only those of the busiest are told unless "full" is asked for
+MAX_DEFAULT_SERIES: Final = 10_000
 _MAX_EVENTS = 100
 _SAME_EVENT_S = 10.0
+
+
+@dataclass(frozen=True)
+class LayerSeries:
+    """Some experts of a layer, and the number of each; the series of expert e has the label `expert="e"` beside `labels`."""
+
+    labels: dict[str, str]
+    experts: Sequence[int]
+    numbers: Sequence[int]
+
+
+class ExpertFamily(Metric):
+    """A metric of experts, which may have tens of thousands of series: their samples are made only where somebody asks for them."""
+
+    def __init__(self, name: str, documentation: str, kind: Literal["counter", "gauge"], **labels: str) -> None:
+        super().__init__(name, documentation, kind)
+        self.series_name = f"{name}_total" if kind == "counter" else name
+        self.layers: list[LayerSeries] = []
+        self._labels = labels
+
+    def add(self, layer: str, experts: Sequence[int], numbers: torch.Tensor) -> None:
+        """numbers [E] int64: of all experts of the layer."""
+        every = numbers.tolist()
+        self.layers.append(LayerSeries({"layer": layer, **self._labels}, experts, [every[expert] for expert in experts]))
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [
+            Sample(self.series_name, {"expert": str(expert), **layer.labels}, number)
+            for layer in self.layers
+            for expert, number in zip(layer.experts, layer.numbers, strict=True)
+        ]
+
+    @samples.setter
+    def samples(self, _none: list[Sample]) -> None:
+        """Metric begins without any."""
 
 
 class ExpertCounts(Collector):
@@ -51,28 +94,34 @@ class ExpertCounts(Collector):
 
     def collect(self) -> Iterable[Metric]:
         tokens = CounterMetricFamily("moeserve_tokens", "Used tokens answered", labels=["layer"])
-        processed = CounterMetricFamily("moeserve_expert_tokens", "Computed (token, expert) pairs", labels=["layer", "expert"])
-        dropped = CounterMetricFamily(
-            "moeserve_expert_dropped_tokens", "(token, expert) pairs not computed", labels=["layer", "expert", "reason"]
-        )
-        copies = GaugeMetricFamily("moeserve_expert_copies", "Copies of an expert", labels=["layer", "expert", "state"])
+        processed = ExpertFamily("moeserve_expert_tokens", "Computed (token, expert) pairs", "counter")
+        dropped = ExpertFamily("moeserve_expert_dropped_tokens", "(token, expert) pairs not computed", "counter", reason="capacity")
+        copies = ExpertFamily("moeserve_expert_copies", "Copies of an expert", "gauge", state="live")
         balance = GaugeMetricFamily("moeserve_expert_balancedness_ratio", "Mean / max of an expert's demand", labels=["layer"])
         for layer, name in enumerate(self._names):
             tokens.add_metric([name], self.tokens[layer])
-            done, lost = self.processed[layer], self.dropped[layer]
-            for expert in self._shown(done + lost):
-                processed.add_metric([name, str(expert)], int(done[expert]))
-                dropped.add_metric([name, str(expert), "capacity"], int(lost[expert]))
-                if expert < self._hosted[layer]:
-                    copies.add_metric([name, str(expert), "live"], int(self.live_copies[layer][expert]))
-            balance.add_metric([name], balancedness(done + lost))
+            demand = self.processed[layer] + self.dropped[layer]
+            shown = self._busiest(demand)
+            processed.add(name, shown, self.processed[layer])
+            dropped.add(name, shown, self.dropped[layer])
+            copies.add(name, self._shown_copies(layer, shown), self.live_copies[layer])
+            balance.add_metric([name], balancedness(demand))
         return [tokens, processed, dropped, copies, balance]
 
-    def _shown(self, demand: torch.Tensor) -> list[int]:
-        if self._detail == "off":
-            return []
-        count = len(demand) if self._detail == "full" else min(_TOP_EXPERTS, len(demand))
+    def _busiest(self, demand: torch.Tensor) -> list[int]:
+        if self._detail == "full":
+            return list(range(len(demand)))
+        count = min(_TOP_EXPERTS, len(demand)) if self._detail == "top" else 0
         return sorted(demand.topk(count).indices.tolist())
+
+    def _shown_copies(self, layer: int, shown: Sequence[int]) -> list[int]:
+        """With a limit, experts that cannot be had come first: an alert waits for them."""
+        hosted = self._hosted[layer]
+        of_shown = [expert for expert in shown if expert < hosted]
+        if self._detail != "top":
+            return of_shown
+        missing = (self.live_copies[layer][:hosted] == 0).nonzero().flatten().tolist()
+        return sorted(list(dict.fromkeys((*missing, *of_shown)))[:_TOP_EXPERTS])
 
 
 class HostStates(Collector):
@@ -137,13 +186,16 @@ class EventLog:
 
 
 class Metrics:
-    """The service's metrics in a registry of their own, so several services can live in one process."""
+    """The service's metrics in a registry of their own, so several services can live in one process.
 
-    def __init__(self, specs: Sequence[LayerSpec], detail: ExpertDetail = "full") -> None:
+    `detail` says which experts have series of their own; None = all, or the busiest where all would be more than MAX_DEFAULT_SERIES.
+    """
+
+    def __init__(self, specs: Sequence[LayerSpec], detail: ExpertDetail | None = None) -> None:
         self.registry = CollectorRegistry()
         self.events = EventLog()
         self._started = time.monotonic()
-        self.experts = ExpertCounts(specs, detail)
+        self.experts = ExpertCounts(specs, detail or _default_detail(specs))
         self.registry.register(self.experts)
         self.requests = self._counter("moeserve_requests", "Calls answered", "method", "code")
         self.request_duration = self._histogram("moeserve_request_duration_seconds", "Duration of a call", _SECONDS, "method")
@@ -212,6 +264,20 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
         return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+
+
+def _default_detail(specs: Sequence[LayerSpec]) -> ExpertDetail:
+    series = _SERIES_PER_EXPERT * sum(spec.num_experts for spec in specs)
+    if series <= MAX_DEFAULT_SERIES:
+        return "full"
+    log.warning(
+        "the metrics tell the %d busiest experts of each layer: series for all would be %d, more than %d "
+        '(observability.expert_detail: "full" = all, "top" = the busiest and no warning)',
+        _TOP_EXPERTS,
+        series,
+        MAX_DEFAULT_SERIES,
+    )
+    return "top"
 
 
 def _samples(metric: Counter | Gauge | Histogram, suffix: str) -> list[tuple[dict[str, str], float]]:
