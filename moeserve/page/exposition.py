@@ -31,7 +31,10 @@ class Exposition:
 
 def expose(registry: CollectorRegistry, accept: str, names: Collection[str] = ()) -> Exposition:
     """In the format that `accept`, the header of a scrape, asks for; only series of these names, if any are given."""
-    write, content_type = choose_encoder(accept)
+    try:
+        write, content_type = choose_encoder(accept)
+    except TypeError:  # a version that is no number
+        write, content_type = choose_encoder("")
     end = write(_Families())
     pieces, began = list[bytes](), time.perf_counter()
     for family in registry.collect():

@@ -16,7 +16,7 @@ MAX_HEAD_BYTES: Final = 16 * 2**10
 
 @dataclass(frozen=True)
 class Request:
-    """`headers` by their names in lower case."""
+    """`headers` by their names in lower case, each on one line."""
 
     method: str
     path: str
@@ -47,7 +47,8 @@ def parse(head: bytes) -> Request | HTTPStatus:
         query = parse_qs(url.query)
     except ValueError:
         return HTTPStatus.BAD_REQUEST
-    return Request(parser.command, url.path, query, {name.lower(): value for name, value in parser.headers.items()})
+    headers = {name.lower(): " ".join(value.split()) for name, value in parser.headers.items()}
+    return Request(parser.command, url.path, query, headers)
 
 
 class _Parser(BaseHTTPRequestHandler):

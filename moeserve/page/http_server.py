@@ -68,11 +68,12 @@ class HttpServer:
     async def _serve(self) -> None:
         async with await asyncio.start_server(self._connected, sock=self._socket, limit=MAX_HEAD_BYTES):
             await self._stopping.wait()
-        # Some may be accepted and not yet known.
-        while others := asyncio.all_tasks() - {asyncio.current_task()}:
-            for writer in self._connections:
-                writer.transport.abort()
-            await asyncio.wait(others, timeout=_LOOK_AGAIN_S)
+            # asyncio loses connections that it has accepted when the server is closed before they are known.
+            self._loop.remove_reader(self._socket)
+            while others := asyncio.all_tasks() - {asyncio.current_task()}:
+                for writer in self._connections:
+                    writer.transport.abort()
+                await asyncio.wait(others, timeout=_LOOK_AGAIN_S)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._make_room()
