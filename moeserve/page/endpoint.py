@@ -52,26 +52,23 @@ class StatusPage:
 
     def _answer(self, request: Request) -> Answer:
         if request.method not in ("GET", "HEAD"):
-            return Answer(HTTPStatus.METHOD_NOT_ALLOWED, b"only GET and HEAD\n", {"Allow": "GET, HEAD", **_TEXT})
+            return Answer(HTTPStatus.METHOD_NOT_ALLOWED, b"only GET and HEAD\n", headers={"Allow": "GET, HEAD"})
         match request.path:
             case "/":
-                headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": self._document.policy}
-                return Answer(HTTPStatus.OK, self._document.body, headers)
+                policy = {"Content-Security-Policy": self._document.policy}
+                return Answer(HTTPStatus.OK, self._document.body, "text/html; charset=utf-8", policy)
             case "/stats.json":
-                return Answer(HTTPStatus.OK, json.dumps(public_json(self._stats())).encode(), {"Content-Type": "application/json"})
+                return Answer(HTTPStatus.OK, json.dumps(public_json(self._stats())).encode(), "application/json")
             case "/metrics":
                 return self._scrape(request)
-        return Answer(HTTPStatus.NOT_FOUND, b"there are /, /metrics and /stats.json\n", _TEXT)
+        return Answer(HTTPStatus.NOT_FOUND, b"there are /, /metrics and /stats.json\n")
 
     def _scrape(self, request: Request) -> Answer:
         exposition = expose(self._registry, request.headers.get("accept", ""), request.query.get("name[]", ()))
-        headers = {"Content-Type": exposition.content_type}
         if not gzip_accepted(request.headers.get("accept-encoding", "")):
-            return Answer(HTTPStatus.OK, exposition.body, headers)
-        return Answer(HTTPStatus.OK, gzip.compress(exposition.body, _GZIP_LEVEL), {**headers, "Content-Encoding": "gzip"})
-
-
-_TEXT: Final = {"Content-Type": "text/plain; charset=utf-8"}
+            return Answer(HTTPStatus.OK, exposition.body, exposition.content_type)
+        body = gzip.compress(exposition.body, _GZIP_LEVEL)
+        return Answer(HTTPStatus.OK, body, exposition.content_type, {"Content-Encoding": "gzip"})
 
 
 def public_json(stats: ServiceStats) -> dict[str, Any]:

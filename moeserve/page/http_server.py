@@ -33,7 +33,8 @@ class Answer:
 
     status: HTTPStatus
     body: bytes
-    headers: Mapping[str, str] = field(default_factory=lambda: {"Content-Type": "text/plain; charset=utf-8"})
+    content_type: str = "text/plain; charset=utf-8"
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class HttpServer:
@@ -114,7 +115,8 @@ class HttpServer:
             answer, has_body = self._respond_to(request), request.method != "HEAD"
         else:
             answer, has_body = Answer(request, f"{request.phrase}\n".encode()), True
-        headers = {**answer.headers, **self._headers, "Content-Length": str(len(answer.body)), "Connection": "close"}
+        fixed = {"Content-Type": answer.content_type, "Content-Length": str(len(answer.body)), "Connection": "close"}
+        headers = {**fixed, **answer.headers, **self._headers}
         lines = [f"HTTP/1.1 {answer.status.value} {answer.status.phrase}", *(f"{name}: {value}" for name, value in headers.items())]
         return "\r\n".join((*lines, "", "")).encode("latin-1") + (answer.body if has_body else b"")
 
