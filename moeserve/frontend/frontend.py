@@ -22,7 +22,7 @@ from moeserve.frontend.view import LayerView, Views
 from moeserve.head import LayerHead
 from moeserve.metrics import ExpertCounts, Metrics
 from moeserve.output import ForwardOutput
-from moeserve.placement import Placement
+from moeserve.placement import LayerPlacement, Placement
 from moeserve.release import Release
 from moeserve.request import LayerRequest
 from moeserve.stats import HostInfo, HostShards, HostStats, LayerStats, ServiceStats
@@ -148,11 +148,14 @@ class Frontend:
 
     def stats(self) -> ServiceStats:
         """Counts since the start and the state of the hosts."""
-        metrics, release = self._metrics, self._release
+        metrics, release, held = self._metrics, self._release, self._held
         queues = metrics.host_queues()
         return ServiceStats(
             epoch=release.epoch,
-            layers=[_layer_stats(index, spec.name, release.placement, metrics.experts) for index, spec in enumerate(self.layers)],
+            layers=[
+                _layer_stats(index, spec.name, release.placement.layers[index], held[index], metrics.experts)
+                for index, spec in enumerate(self.layers)
+            ],
             hosts=[_host_stats(link, queues.get(link.name, 0)) for _, link in sorted(self._links.items())],
             queue_tokens=self._budget.tokens,
             uptime_s=metrics.uptime_s,
@@ -165,6 +168,8 @@ class Frontend:
 
     def _use(self, release: Release) -> None:
         self._release = release
+        #: by layer, what each host has: people ask every second, it changes with the release
+        self._held = [_held(release.placement, layer) for layer in release.placement.layers]
         self._metrics.placement_epoch.set(release.epoch)
 
     def _hosts_changed(self) -> None:
@@ -181,9 +186,7 @@ def _view(layer: int, release: Release, source: LayerSource) -> LayerView:
     return LayerView(release.epoch, release.revision(source.spec.name), LayerHead(source), release.placement.layers[layer])
 
 
-def _layer_stats(index: int, name: str, placement: Placement, counts: ExpertCounts) -> LayerStats:
-    layer = placement.layers[index]
-    held = [(position, layer.shards_on(host)) for position, host in enumerate(placement.hosts)]
+def _layer_stats(index: int, name: str, layer: LayerPlacement, held: Sequence[HostShards], counts: ExpertCounts) -> LayerStats:
     return LayerStats(
         name=name,
         tokens=counts.tokens[index],
@@ -191,10 +194,17 @@ def _layer_stats(index: int, name: str, placement: Placement, counts: ExpertCoun
         dropped=counts.dropped[index].clone(),
         live_copies=counts.live_copies[index][: layer.num_experts].tolist(),
         tensor_parallel=layer.tensor_parallel,
-        placement=[
-            HostShards(position, [one.expert for one in shards], [one.shard for one in shards]) for position, shards in held if shards
-        ],
+        placement=held,
     )
+
+
+def _held(placement: Placement, layer: LayerPlacement) -> list[HostShards]:
+    shards_on = [layer.shards_on(host) for host in placement.hosts]
+    return [
+        HostShards(position, [one.expert for one in shards], [one.shard for one in shards])
+        for position, shards in enumerate(shards_on)
+        if shards
+    ]
 
 
 def _host_stats(link: HostLink, queue_tokens: int) -> HostStats:
