@@ -13,6 +13,7 @@ import torch
 from moeserve.checkpoints import LayerSource
 from moeserve.config import ServiceConfig
 from moeserve.errors import DeadlineExceeded
+from moeserve.expert_counts import ExpertCounts
 from moeserve.frontend.batcher import Batcher, TokenBudget
 from moeserve.frontend.compute import Compute
 from moeserve.frontend.exchange import Exchange
@@ -20,7 +21,7 @@ from moeserve.frontend.forward import Forward
 from moeserve.frontend.link import HostLink
 from moeserve.frontend.view import LayerView, Views
 from moeserve.head import LayerHead
-from moeserve.metrics import ExpertCounts, Metrics
+from moeserve.metrics import Metrics
 from moeserve.output import ForwardOutput
 from moeserve.placement import LayerPlacement, Placement
 from moeserve.release import Release

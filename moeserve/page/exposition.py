@@ -14,7 +14,7 @@ from prometheus_client.core import Metric, Sample
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from moeserve.metrics import ExpertFamily
+from moeserve.expert_counts import ExpertFamily
 
 #: a metric -> its text
 Encode = Callable[[Metric], bytes]
