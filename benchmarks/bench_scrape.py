@@ -43,10 +43,11 @@ expert_detail = "{detail}"
 {layers}
 """
 LOOKER = """
-import gzip, json, sys, time, urllib.request
+import json, sys, time, urllib.request
 import moeserve
 url, target, headers, period_s, seconds = json.loads(sys.argv[1])
 client = moeserve.Client(target)
+urllib.request.install_opener(urllib.request.build_opener())
 def look():
     if not url:
         return client.stats().layers and 0
