@@ -142,13 +142,17 @@ def service(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
             assert process.stderr is not None
             told = dict[str, str]()
-            for line in process.stderr:
-                if found := re.match(r"(ready|metrics at) (\S+)", line):
-                    told[found[1]] = found[2]
-                if "ready" in told:
-                    yield told["ready"], told["metrics at"].removesuffix("/metrics")
-                    break
-            process.terminate()
+            try:
+                for line in process.stderr:
+                    if found := re.match(r"(ready|metrics at) (\S+)", line):
+                        told[found[1]] = found[2]
+                    if "ready" in told:
+                        yield told["ready"], told["metrics at"].removesuffix("/metrics")
+                        break
+                else:
+                    raise SystemExit("the service did not start")
+            finally:
+                process.terminate()
 
 
 def parse() -> argparse.Namespace:
