@@ -83,6 +83,7 @@ def find_place(room_bytes: int, chosen: Path | None = None) -> Path:
     """Where paths have `room_bytes` left after a "/" when they are to be sockets. Raises ConfigError when there is no such place."""
     most_bytes = _SOCKET_PATH_BYTES - room_bytes - 1
     if chosen is not None:
+        chosen = chosen.absolute()
         if len(os.fsencode(chosen)) > most_bytes:
             raise ConfigError(
                 f"ray.temp_dir is {str(chosen)!r}; allowed: at most {most_bytes} bytes, as paths of sockets in it are limited"

@@ -52,6 +52,14 @@ def test_the_folder_of_a_killed_process_is_removed_and_nothing_else(place: Path)
     assert not held.path.exists()
 
 
+def test_a_place_may_be_relative(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "here").mkdir()
+    monkeypatch.chdir(place)
+    held = hold_new("socket", Path("here"))
+    assert held.path.parent == place / "here"
+    held.let_go()
+
+
 def test_a_folder_that_others_may_look_into_is_refused(place: Path) -> None:
     (place / "moeserve-open").mkdir(mode=0o755)
     with pytest.raises(ConfigError, match="belongs to somebody else, or others may look into it"):
