@@ -11,7 +11,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from moeserve.cli.target import Target, TlsCa, TokenFile, tls_of, token_of
+from moeserve.cli.target import Target, TlsCa, TokenFile, timeout_of, tls_of, token_of
 from moeserve.cli.top_view import view
 from moeserve.client import Client
 from moeserve.errors import ConfigError, DeadlineExceeded, ExpertUnavailable
@@ -30,7 +30,7 @@ def top(
     """Hosts, layers, load per expert, drops, queue and latencies of a running service, until Ctrl-C."""
     if not 0 < interval_s <= 3600:
         raise ConfigError(f"--interval-s is {interval_s:g}; allowed: more than 0, at most 3600")
-    with Client(target, token=token_of(token_file), tls=tls_of(tls_ca), timeout=timeout) as client:
+    with Client(target, token=token_of(token_file), tls=tls_of(tls_ca), timeout=timeout_of(timeout)) as client:
         if as_json:
             _print_json(client, once, interval_s)
         elif once:

@@ -45,7 +45,7 @@ def connect_experts(model: PreTrainedModel, target: str | Client) -> Client:
     modules = experts_of(model) if _is_remote(model) else {}
     if not modules:
         raise ConfigError('the model has no remote experts: load it with from_pretrained(..., experts_implementation="moeserve")')
-    client = Client(target) if isinstance(target, str) else target
+    client = target if isinstance(target, Client) else Client(target)
     try:
         pairs = _match(list(modules), client.layers())
         for name, layer in pairs.items():

@@ -7,7 +7,7 @@ from typing import Final, Self
 from pydantic import Field, model_validator
 
 from moeserve.config.table import Table
-from moeserve.config.values import File, Port
+from moeserve.config.values import File, Host, Port
 
 #: gRPC counts milliseconds in 32 bits
 _LONGEST_AGE_S: Final = 2e6
@@ -16,7 +16,7 @@ _LONGEST_AGE_S: Final = 2e6
 class ServerConfig(Table):
     """[server]: where it listens, who may call, and how much."""
 
-    host: str = "127.0.0.1"
+    host: Host = "127.0.0.1"
     #: 0 = any free port
     port: Port = 50051
     metrics_port: Port = 9464

@@ -14,6 +14,7 @@ from moeserve.config.values import (
     CopyChoice,
     Dtype,
     File,
+    Host,
     Kernel,
     LayerKey,
     Mixing,
@@ -184,7 +185,7 @@ class ObservabilityConfig(Table):
 class ControllerConfig(Table):
     """[controller]: of a deployed service, what changes it and tells frontends what to serve. TLS files are those of [server]."""
 
-    control_host: str = "127.0.0.1"
+    control_host: Host = "127.0.0.1"
     #: 0 = any free port
     control_port: Port = 50050
     #: how many it starts on the nodes of the cluster, each listening as [server] says; 0 = all of them are `moeserve frontend`

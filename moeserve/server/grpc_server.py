@@ -11,6 +11,7 @@ import grpc
 from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 
+from moeserve.addresses import join
 from moeserve.config import ServerConfig
 from moeserve.errors import ConfigError
 from moeserve.server.admin import ADMIN_SERVICE_NAME, Admin, AdminService
@@ -125,7 +126,7 @@ class GrpcServer:
 async def _listen(
     server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None, host_key: str, port_key: str
 ) -> int:
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    address = join(host, port)
     try:
         await _require_free(host, port)
         port = server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)

@@ -1,4 +1,4 @@
-"""Pings of clients that have no call under way: at a sane pace they are welcome, a flood is refused. Frames of HTTP/2 (RFC 9113) as bytes."""
+"""Pings of clients without calls: at a sane pace they are welcome, a flood is refused. Frames of HTTP/2 as in RFC 9113."""
 
 from __future__ import annotations
 
