@@ -18,9 +18,8 @@ _ALLOWED: Final = "allowed: host:port, as in 127.0.0.1:50051 or [::1]:50051, or 
 _HOST_AND_PORT: Final = re.compile(r"(?P<host>\[[^\[\]]*\]|[^\[\]]*?):(?P<port>[^:\[\]]*)")
 _HOST_NAME: Final = re.compile(r"[^\s/@?#%:,\[\]]+")
 
-_EVERYWHERE: Final = ("0.0.0.0", "::")  # noqa: S104
-#: addresses that documents may name: nothing is sent there
-_SOMEWHERE: Final = ("192.0.2.1", "2001:db8::1")
+#: addresses that are only there for documents to name them
+_SOMEWHERE: Final = (("192.0.2.1", 9), ("2001:db8::1", 9))
 
 #: of what cannot be a target
 _MOST_SHOWN_CHARS: Final = 100
@@ -78,27 +77,30 @@ def is_loopback(host: str) -> bool:
 
 def called(host: str, peer: Target | None = None) -> str:
     """Where others call what listens at `host`: for all addresses of this machine, the one that leads to `peer`, or out of here."""
-    if host not in _EVERYWHERE:
+    address = _ip(host)
+    if address is None or not address.is_unspecified:
         return host
-    peers = peer.hosts if peer is not None else tuple((address, 1) for address in _SOMEWHERE)
-    for name, port in peers:
+    allowed = socket.AF_INET if address.version == 4 else socket.AF_UNSPEC
+    for name, port in peer.hosts if peer is not None else _SOMEWHERE:
         try:
-            family, kind, _, _, address = socket.getaddrinfo(name, port, type=socket.SOCK_DGRAM)[0]
+            family, kind, _, _, there = socket.getaddrinfo(name, port, allowed, socket.SOCK_DGRAM)[0]
             with socket.socket(family, kind) as probe:
-                probe.connect(address)  # sends nothing
+                probe.connect(there)  # sends nothing
                 return str(probe.getsockname()[0])
         except OSError:
             continue
-    return socket.gethostname() if peer is not None else {"0.0.0.0": "127.0.0.1", "::": "::1"}[host]  # noqa: S104
+    if peer is not None:
+        return socket.gethostname()
+    return "127.0.0.1" if address.version == 4 else "::1"
 
 
 def host_of(text: str) -> str:
-    """A name or an address to listen at. Raises ValueError when it is neither."""
+    """A name or an address to listen at; none is for whoever listens to refuse. Raises ValueError when it is neither."""
     host = text.strip()
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
-    if _ip(host) is None and not _HOST_NAME.fullmatch(host):
-        raise ValueError("it must be a name or an address, without a port")
+    if host and _ip(host) is None and not _HOST_NAME.fullmatch(host):
+        raise ValueError("must be a name or an address, without a port")
     return host
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +15,6 @@ from moeserve.cli.target import TlsCa
 from moeserve.cli.token import read_token
 from moeserve.client import TLS
 from moeserve.config import ServerConfig, load_server
-from moeserve.errors import ConfigError
 from moeserve.frontend_service import FrontendService
 from moeserve.server import keep_large_blocks
 
@@ -33,8 +31,6 @@ def frontend(
 
     The model and how it is served come from the controller; its checkpoint must be at the same path here, as the gate is read from it.
     """
-    if math.isnan(timeout):
-        raise ConfigError("--timeout is nan; allowed: seconds, 0 and more")
     server = load_server(overrides.get("server", {}))
     # A controller that asks for certificates is shown this process's own.
     tls = TLS(ca=tls_ca, cert=server.tls_cert, key=server.tls_key) if tls_ca else None

@@ -14,6 +14,7 @@ def read_token(path: Path) -> str:
         text = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"token file {path} cannot be read: {error.strerror}") from None
-    token = parse_token(text.decode("utf-8", errors="replace"), f"token file {path}")
-    assert token is not None, "there is a text"
+    token = parse_token(text, f"token file {path}")
+    if not token:
+        raise ConfigError(f"token file {path} is empty; it must hold one line of printable ASCII, the token")
     return token

@@ -20,15 +20,14 @@ def parse_seconds(value: Any, name: str, refusal: type[MoEServeError] = ConfigEr
     return None if value > _FOREVER_S else float(value)  # type: ignore[operator]
 
 
-def parse_token(text: Any, name: str = "token") -> str | None:
-    """Space around it does not count, as files end with a newline. Raises ConfigError, which does not say the token."""
+def parse_token(text: Any, name: str = "token") -> str:
+    """Space around it does not count, as files end with a newline; "" = none. Raises ConfigError, which does not say the token."""
     if text is None:
-        return None
+        return ""
     token = text.decode("utf-8", errors="replace") if isinstance(text, bytes) else text
     if not isinstance(token, str):
         raise ConfigError(f"{name} is of type {type(text).__name__}; allowed: text, or None")
     token = token.removeprefix("\ufeff").strip()
-    if not token or not token.isascii() or not token.isprintable():
-        fault = "has other characters in it" if token else "is empty"
-        raise ConfigError(f"{name} {fault}; allowed: one line of printable ASCII")
+    if not token.isascii() or not token.isprintable():
+        raise ConfigError(f"{name} has other characters in it than those of a token; allowed: one line of printable ASCII")
     return token

@@ -102,7 +102,7 @@ class Reach:
         parsed = parse_target(target)
         self.target, self.timeout_s = parsed.text, parse_seconds(timeout, "timeout")
         #: what every call carries
-        self.metadata = call_metadata(parse_token(token))
+        self.metadata = _metadata(parse_token(token))
         self._tls = tls
         # gRPC would ask a proxy of the environment for any target but a socket file.
         self._options = (*options, *NO_PROXY) if parsed.is_here else options
@@ -132,9 +132,8 @@ class Reach:
         return grpc.ssl_channel_credentials(*(None if path is None else _read(Path(path)) for path in (files.ca, files.key, files.cert)))
 
 
-def call_metadata(token: str | None) -> tuple[tuple[str, str], ...]:
-    """What every call carries."""
-    return () if token is None else (("authorization", f"Bearer {token}"),)
+def _metadata(token: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {token}"),) if token else ()
 
 
 def _read(path: Path) -> bytes:

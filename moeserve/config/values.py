@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from moeserve.addresses import host_of
 
@@ -27,11 +28,11 @@ def _number_or_all(value: Any) -> Any:
 NumHosts = Annotated[Size | Literal["all"], BeforeValidator(_number_or_all)]
 
 
-def _host(value: str, info: ValidationInfo) -> str:
+def _host(value: str) -> str:
     try:
         return host_of(value)
     except ValueError as error:
-        raise ValueError(f"{info.field_name} is {value!r}: {error}") from None
+        raise PydanticCustomError("host", "{reason}", {"reason": str(error)}) from None
 
 
 Host = Annotated[str, AfterValidator(_host)]
