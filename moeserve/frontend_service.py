@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 
+from moeserve.addresses import called, join, parse_target
 from moeserve.client import TLS, ControlClient
 from moeserve.client.control import FollowStream
 from moeserve.config import ServerConfig
@@ -51,10 +52,10 @@ class FrontendService:
         progress: Callable[[str], None] = log.info,
     ) -> None:
         self._server, self._progress = server, progress
+        self._controller, self._host = controller, called(server.host, parse_target(controller, "controller"))
         self._follower = Follower(server, Report(name or f"{socket.gethostname()}-{os.getpid()}", node=node), self)
         self._grpc = GrpcServer(server, self._observe, is_starting=True)
         self._following = _Following(ControlClient(controller, token, tls), self._follower)
-        self._controller, self._address = controller, _address(server.host, controller)
         self._metrics: Metrics | None = None
         self._page: StatusPage | None = None
         self._healthy: list[bool] = []
@@ -72,7 +73,7 @@ class FrontendService:
         not let this frontend follow, ConfigError when what it serves cannot be served here.
         """
         try:
-            self.target = f"{self._address}:{await self._grpc.start()}"
+            self.target = join(self._host, await self._grpc.start())
             self._follower.say(target=self.target)
             self._progress(f"following {self._controller}")
             work = (self._following.run(timeout_s), self._follower.run())
@@ -112,8 +113,8 @@ class FrontendService:
         try:
             self._page = StatusPage(host, port, metrics.registry, frontend.stats)
         except OSError as error:
-            raise ConfigError(f"server.metrics_port: {host}:{port} cannot be listened on: {error.strerror}") from None
-        self.metrics_target = f"{self._address}:{self._page.port}"
+            raise ConfigError(f"server.metrics_port: {join(host, port)} cannot be listened on: {error.strerror}") from None
+        self.metrics_target = join(self._host, self._page.port)
         self._follower.say(metrics_target=self.metrics_target)
         self._metrics, self._healthy = metrics, [False] * len(frontend.layers)
         self._grpc.serve(frontend)
@@ -143,21 +144,6 @@ class FrontendService:
             log.exception("this frontend cannot go on")
             if not self.broken.done():
                 self.broken.set_result(MoEServeError(f"this frontend failed: {type(error).__name__}: {error}"))
-
-
-def _address(host: str, controller: str) -> str:
-    """Where others reach what listens at `host`: for all addresses of this machine, the one that leads to the controller."""
-    if host not in ("0.0.0.0", "::"):  # noqa: S104
-        return host
-    name, _, port = controller.rpartition(":")
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(name.strip("[]"), port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(address)  # sends nothing
-            found = str(probe.getsockname()[0])
-    except OSError:
-        return socket.gethostname()
-    return f"[{found}]" if ":" in found else found
 
 
 class _Following:

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
 
+from moeserve.addresses import called, join
 from moeserve.checkpoints import layer_sources
 from moeserve.cluster import Fleet, Nodes, RayRuntime
 from moeserve.config import ServiceConfig
@@ -114,8 +115,9 @@ class Service:
         followed = control if control.tokens else None
         self._server = GrpcServer(server, metrics.observe_call, engine=frontend, admin=self._controller, control=followed)
         self._running.push_async_callback(self._drain)
-        self.target = f"{server.host}:{await self._server.start()}"
-        self.metrics_target = f"{server.host}:{self._start_metrics(metrics, frontend)}"
+        host = called(server.host)
+        self.target = join(host, await self._server.start())
+        self.metrics_target = join(host, self._start_metrics(metrics, frontend))
 
     def _later(self, duty: Coroutine[Any, Any, None]) -> None:
         """Beside everything else, until the end."""
@@ -131,7 +133,7 @@ class Service:
         try:
             page = StatusPage(host, port, metrics.registry, frontend.stats)
         except OSError as error:
-            raise ConfigError(f"server.metrics_port: {host}:{port} cannot be listened on: {error.strerror}") from None
+            raise ConfigError(f"server.metrics_port: {join(host, port)} cannot be listened on: {error.strerror}") from None
         self._running.callback(page.stop)
         return page.port
 

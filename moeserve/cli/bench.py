@@ -15,7 +15,7 @@ from moeserve.cli.bench_report import print_json, print_table, progress_bar
 from moeserve.cli.load import Load, Measured, Send, check_answer, run
 from moeserve.cli.signals import until_signal
 from moeserve.cli.stream_sender import StreamSender
-from moeserve.cli.target import Target, TlsCa, TokenFile, layer_of, tls_of, token_of
+from moeserve.cli.target import Target, TlsCa, TokenFile, layer_of, timeout_of, tls_of, token_of
 from moeserve.client import AsyncClient, LayerInfo, WireRequest
 from moeserve.errors import ConfigError, UnknownLayer
 from moeserve.output import ForwardOutput
@@ -55,11 +55,11 @@ def bench(
     loads = _loads(tokens, concurrency, rate, duration_s, requests)
     _check(dtype in FLOAT_DTYPES, f"--dtype is {dtype}; allowed: {', '.join(FLOAT_DTYPES)}")
     _check(warmup_requests >= 0, f"--warmup-requests is {warmup_requests}; allowed: 0 and more")
-    _check(timeout > 0, f"--timeout is {timeout:g}; allowed: more than 0")
-    client = AsyncClient(target, token=token_of(token_file), tls=tls_of(tls_ca), timeout=timeout)
+    timeout_s = timeout_of(timeout)
+    client = AsyncClient(target, token=token_of(token_file), tls=tls_of(tls_ca), timeout=timeout_s)
     measured: list[Measured] = []
     try:
-        sender = StreamSender(client, timeout) if stream else None
+        sender = StreamSender(client, timeout_s) if stream else None
         inputs = _Inputs(FLOAT_DTYPES[dtype], token_ids, seed)
         asyncio.run(until_signal(_bench(client, layer_of(layer), loads, inputs, sender, warmup_requests, measured)))
     finally:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from moeserve.cli.streams import say
-from moeserve.cli.target import Target, TlsCa, TokenFile, layer_of, tls_of, token_of
+from moeserve.cli.target import Target, TlsCa, TokenFile, layer_of, timeout_of, tls_of, token_of
 from moeserve.client import Client
 from moeserve.errors import ConfigError
 
@@ -41,7 +41,7 @@ def infer(
         raise ConfigError(f"{input} is not a readable safetensors file: {error}") from None
     if "hidden_states" not in tensors:
         raise ConfigError(f"{input} has no tensor hidden_states; it has: {', '.join(sorted(tensors)) or 'none'}")
-    with Client(target, token=token_of(token_file), tls=tls_of(tls_ca), timeout=timeout) as client:
+    with Client(target, token=token_of(token_file), tls=tls_of(tls_ca), timeout=timeout_of(timeout)) as client:
         started = time.perf_counter()
         out = client.forward(
             tensors["hidden_states"],

@@ -19,7 +19,7 @@ _DAY_S: Final = 86_400.0
 class StreamSender:
     """`await send(request)`; a stream that breaks fails the requests on it, and the next request opens another."""
 
-    def __init__(self, client: AsyncClient, timeout_s: float) -> None:
+    def __init__(self, client: AsyncClient, timeout_s: float | None) -> None:
         self._client = client
         self._timeout_s = timeout_s
         self._outgoing: asyncio.Queue[WireRequest | None] = asyncio.Queue()

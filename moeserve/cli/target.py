@@ -9,6 +9,7 @@ import typer
 
 from moeserve.cli.token import read_token
 from moeserve.client import TLS, AdminClient
+from moeserve.client.arguments import parse_seconds
 
 Target = Annotated[str, typer.Argument(help="host:port of the service.")]
 TokenFile = Annotated[Path | None, typer.Option(envvar="MOESERVE_TOKEN_FILE", help="File holding the bearer token.")]
@@ -19,6 +20,11 @@ TlsCa = Annotated[Path | None, typer.Option(envvar="MOESERVE_TLS_CA", help="Cert
 def token_of(path: Path | None) -> str | None:
     """Raises ConfigError when the file cannot be read."""
     return None if path is None else read_token(path)
+
+
+def timeout_of(seconds: float) -> float | None:
+    """What a client is given; None = no limit. Raises ConfigError for what is no time to wait."""
+    return parse_seconds(seconds, "--timeout")
 
 
 def tls_of(ca: Path | None) -> TLS | None:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from moeserve.cli.signals import Ended
 from moeserve.cli.streams import is_read
-from moeserve.cli.target import Target, TlsCa, TokenFile, tls_of, token_of
+from moeserve.cli.target import Target, TlsCa, TokenFile, timeout_of, tls_of, token_of
 from moeserve.cli.top_view import view
 from moeserve.client import Client
 from moeserve.errors import ConfigError, DeadlineExceeded, ExpertUnavailable
@@ -32,7 +32,7 @@ def top(
     """Hosts, layers, load per expert, drops, queue and latencies of a running service, until Ctrl-C."""
     if not 0 < interval_s <= 3600:
         raise ConfigError(f"--interval-s is {interval_s:g}; allowed: more than 0, at most 3600")
-    with Client(target, token=token_of(token_file), tls=tls_of(tls_ca), timeout=timeout) as client:
+    with Client(target, token=token_of(token_file), tls=tls_of(tls_ca), timeout=timeout_of(timeout)) as client:
         try:
             _top(client, target, once, as_json, interval_s)
         except Ended as ended:

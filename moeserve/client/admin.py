@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import grpc
-
-from moeserve.client.connection import TLS, call_metadata, open_channel
-from moeserve.client.failures import to_error
+from moeserve.client.connection import ADMINISTERING, TLS, Reach
+from moeserve.client.line import Line
 from moeserve.standing import FrontendStanding, HostStanding, LayerStanding, Standing
 from moeserve.stats import HostShards
 from moeserve.v1 import admin_service_pb2 as pb
@@ -35,20 +33,17 @@ class Placed:
 
 
 class AdminClient:
-    """One connection to the AdminService at `target` ("host:port"), with the admin token; tls as for `Client`.
+    """One connection to the AdminService at `target` ("host:port"), with the admin token; tls as for `Client`. It never asks a proxy.
 
     Every call raises the MoEServeError the service raised.
     """
 
     def __init__(self, target: str, token: str, tls: TLS | bool | None = None) -> None:
-        self._target = target
-        self._metadata = call_metadata(token)
-        self._channel = open_channel(target, tls)
-        self._service = pb_grpc.AdminServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._line = Line(Reach(target, token, tls, None, ADMINISTERING), pb_grpc.AdminServiceStub)
 
     def status(self, timeout: float = 30.0) -> Standing:
         """What is deployed and where, now."""
-        answer = self._call(self._service.GetPlacement, pb.GetPlacementRequest(), timeout)
+        answer = self._call("GetPlacement", pb.GetPlacementRequest(), timeout)
         return _standing(answer)
 
     def swap(self, layer: str, checkpoint: str | Path, experts: Iterable[int] = (), timeout: float = 3600.0) -> Swapped:
@@ -57,7 +52,7 @@ class AdminClient:
         `checkpoint` is an absolute path where the service and its hosts run. Returns when no request gets the old weights any more.
         """
         request = pb.SwapExpertsRequest(layer=layer, checkpoint=str(checkpoint), experts=experts)
-        answer = self._call(self._service.SwapExperts, request, timeout)
+        answer = self._call("SwapExperts", request, timeout)
         return Swapped(answer.epoch, answer.model_revision)
 
     def scale(self, hosts: int | Literal["all"], timeout: float = 3600.0) -> Placed:
@@ -66,27 +61,27 @@ class AdminClient:
         Returns when the new ones serve and those that left are gone.
         """
         request = pb.ScaleRequest(all=True) if hosts == "all" else pb.ScaleRequest(hosts=hosts)
-        answer = self._call(self._service.Scale, request, timeout)
+        answer = self._call("Scale", request, timeout)
         return Placed(answer.epoch, tuple(answer.hosts))
 
     def drain(self, host: str, timeout: float = 3600.0) -> Placed:
         """Place the experts of a host on the others, and let it go."""
-        answer = self._call(self._service.DrainHost, pb.DrainHostRequest(host=host), timeout)
+        answer = self._call("DrainHost", pb.DrainHostRequest(host=host), timeout)
         return Placed(answer.epoch, tuple(answer.hosts))
 
     def shutdown(self, timeout: float = 30.0) -> None:
         """End the service as SIGTERM does; returns at once, while running requests finish."""
-        self._call(self._service.Shutdown, pb.ShutdownRequest(), timeout)
+        self._call("Shutdown", pb.ShutdownRequest(), timeout)
 
-    def _call(self, method: Callable[..., Any], request: Any, timeout: float) -> Any:
-        try:
-            return method(request, timeout=timeout, metadata=self._metadata)
-        except grpc.RpcError as failure:
-            raise to_error(failure, self._target, timeout) from None
+    def _call(self, method: str, request: Any, timeout: float) -> Any:
+        with self._line.call(timeout) as call:
+            return getattr(call.stubs, method)(request, timeout=call.timeout_s, metadata=self._line.reach.metadata)
 
     def close(self) -> None:
         """Ends the connection."""
-        self._channel.close()
+        channel = self._line.close()
+        if channel is not None:
+            channel.close()
 
     def __enter__(self) -> Self:
         return self

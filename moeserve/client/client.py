@@ -2,46 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
-import grpc
 import torch
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from moeserve.client.answers import LayerInfo, Sent, decode_answer, encode_request, output_of, read_layers, read_stats
-from moeserve.client.connection import SERVICE_NAME, TLS, call_metadata, open_channel
-from moeserve.client.failures import to_error
+from moeserve.client.connection import CALLING, TLS, Reach
+from moeserve.client.line import Line
+from moeserve.client.stubs import ServiceStubs
 from moeserve.errors import DeadlineExceeded, ExpertUnavailable
 from moeserve.output import ForwardOutput
 from moeserve.stats import ServiceStats
 from moeserve.v1 import moe_service_pb2 as pb
-from moeserve.v1 import moe_service_pb2_grpc as pb_grpc
 from moeserve.wire import WireRequest, WireResponse
 
 
 class Client:
-    """One connection to a service at `target` ("host:port"); safe to share between threads.
+    """One connection to a service at `target` ("host:port", or a target of gRPC); safe to share between threads.
 
     token    sent as a bearer token with every call
     tls      None = in the clear, True = the system's authorities, or the files to use
-    timeout  seconds a call may take unless it says otherwise
+    timeout  seconds a call may take unless it says otherwise; None = no limit
+
+    It connects when first used, and again whenever the connection is lost: a service that was away for however long is found within
+    seconds of its return. Copies, and what is unpickled in another process (with its token), make connections of their own.
 
     Every call raises the MoEServeError the service raised, with its sentence; ExpertUnavailable also when the service
-    cannot be reached (after a few tries), DeadlineExceeded when no answer came in time.
+    cannot be reached (after a few tries), DeadlineExceeded when no answer came in time. Arguments that cannot be are a ConfigError here, an
+    InvalidRequest of a call.
     """
 
-    def __init__(self, target: str, token: str | None = None, tls: TLS | bool | None = None, timeout: float = 30.0) -> None:
-        self._target = target
-        self._timeout_s = timeout
-        self._metadata = call_metadata(token)
-        self._channel = open_channel(target, tls)
-        # Without (de)serializers: tensors go through our own codec.
-        self._forward: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(f"/{SERVICE_NAME}/Forward")
-        self._forward_stream: grpc.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(f"/{SERVICE_NAME}/ForwardStream")
-        self._service = pb_grpc.MoEServiceStub(self._channel)  # type: ignore[no-untyped-call]
-        self._health = health_pb2_grpc.HealthStub(self._channel)
+    def __init__(self, target: str, token: str | None = None, tls: TLS | bool | None = None, timeout: float | None = 30.0) -> None:
+        self._line = Line(Reach(target, token, tls, timeout, CALLING), ServiceStubs)
 
     def forward(
         self,
@@ -84,7 +79,7 @@ class Client:
             noise=noise,
             seed=seed,
         )
-        data = self._call(self._forward, encode_request(request), timeout)
+        data = self._call("forward", encode_request(request), timeout)
         return output_of(decode_answer(data, hidden_states.device))
 
     def forward_stream(self, requests: Iterable[WireRequest], timeout: float | None = None) -> Iterator[WireResponse]:
@@ -94,44 +89,41 @@ class Client:
         are read; what it raises is raised here after the answers to what it gave before. `timeout` is for the whole stream.
         Answers are on the device of the first request.
         """
-        timeout_s = self._timeout_s if timeout is None else timeout
         sent = Sent()
-        call = self._forward_stream(sent.encoded(requests), timeout=timeout_s, metadata=self._metadata)
-        try:
-            for data in call:
-                yield decode_answer(data, sent.device)
-        except grpc.RpcError as failure:
-            raise to_error(failure, self._target, timeout_s) from None
-        finally:
-            call.cancel()
+        with self._line.call(timeout) as call:
+            answers = call.stubs.forward_stream(sent.encoded(requests), timeout=call.timeout_s, metadata=self._line.reach.metadata)
+            try:
+                for data in answers:
+                    yield decode_answer(data, sent.device)
+            finally:
+                answers.cancel()
         sent.raise_error()
 
     def layers(self, timeout: float | None = None) -> list[LayerInfo]:
         """The served MoE layers, in model order."""
-        return read_layers(self._call(self._service.ListLayers, pb.ListLayersRequest(), timeout))
+        return read_layers(self._call("list_layers", pb.ListLayersRequest(), timeout))
 
     def stats(self, timeout: float | None = None) -> ServiceStats:
         """Counts since the service started."""
-        return read_stats(self._call(self._service.GetStats, pb.GetStatsRequest(), timeout))
+        return read_stats(self._call("get_stats", pb.GetStatsRequest(), timeout))
 
     def ready(self, timeout: float | None = None) -> bool:
         """Whether the service can be reached and every layer is served; asked once, without waiting for it."""
         try:
-            answer = self._call(self._health.Check, health_pb2.HealthCheckRequest(), timeout)
+            answer = self._call("check_health", health_pb2.HealthCheckRequest(), timeout)
         except (ExpertUnavailable, DeadlineExceeded):
             return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def close(self) -> None:
         """Ends the connection; calls still running raise Cancelled."""
-        self._channel.close()
+        channel = self._line.close()
+        if channel is not None:
+            channel.close()
 
-    def _call(self, method: Callable[..., Any], message: Any, timeout: float | None) -> Any:
-        timeout_s = self._timeout_s if timeout is None else timeout
-        try:
-            return method(message, timeout=timeout_s, metadata=self._metadata)
-        except grpc.RpcError as failure:
-            raise to_error(failure, self._target, timeout_s) from None
+    def _call(self, method: str, message: Any, timeout: float | None) -> Any:
+        with self._line.call(timeout) as call:
+            return getattr(call.stubs, method)(message, timeout=call.timeout_s, metadata=self._line.reach.metadata)
 
     def __enter__(self) -> Self:
         return self

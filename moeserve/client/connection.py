@@ -1,14 +1,17 @@
-"""How a client reaches a service: TLS, token, limits, retries."""
+"""How a client reaches a service: where it is, TLS, token, limits, retries."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import grpc
 
+from moeserve.addresses import parse_target
+from moeserve.client.arguments import parse_seconds, parse_token
 from moeserve.errors import ConfigError
 from moeserve.v1 import moe_service_pb2 as pb
 
@@ -37,7 +40,20 @@ _SERVICE_CONFIG: Final = {
     ],
 }
 
-CHANNEL_OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
+Options = Sequence[tuple[str, int | str]]
+
+#: a service that comes back is found again within seconds, however long it was away
+_RECONNECTING: Final[Options] = (
+    ("grpc.initial_reconnect_backoff_ms", 250),
+    ("grpc.max_reconnect_backoff_ms", 3_000),
+    # How long one attempt may take, in spite of its name: a packet that was lost is sent again ever more rarely.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
+    # How soon a name may be looked up again, which is done whenever a connection ends.
+    ("grpc.dns_min_time_between_resolutions_ms", 2_000),
+)
+
+CALLING: Final[Options] = (
+    *_RECONNECTING,
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.per_rpc_retry_buffer_size", _RETRY_BUFFER_BYTES),
@@ -45,6 +61,23 @@ CHANNEL_OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
     # Notices a service whose machine vanished while a call waits for it.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+)
+#: between processes of one service, and for its administrators
+NO_PROXY: Final[Options] = (("grpc.enable_http_proxy", 0),)
+ADMINISTERING: Final[Options] = (*CALLING, *NO_PROXY)
+
+#: the placement of the largest models takes some hundred KB
+_MAX_ORDER_BYTES: Final = 64 * 2**20
+FOLLOWING: Final[Options] = (
+    *_RECONNECTING,
+    *NO_PROXY,
+    ("grpc.max_receive_message_length", _MAX_ORDER_BYTES),
+    # Notices a controller whose machine vanished, even after days without a word.
+    ("grpc.keepalive_time_ms", 15_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Each attempt is one: none waits because of those before it.
+    ("grpc.use_local_subchannel_pool", 1),
 )
 
 
@@ -57,27 +90,50 @@ class TLS:
     key: Path | str | None = None
 
 
-def channel_credentials(tls: TLS | bool | None) -> grpc.ChannelCredentials | None:
-    """None = no TLS. Raises ConfigError naming a file that cannot be read."""
-    if tls is None or tls is False:
-        return None
-    files = TLS() if tls is True else tls
-    if (files.cert is None) != (files.key is None):
-        raise ConfigError("TLS cert and key must be given together")
-    return grpc.ssl_channel_credentials(*(None if path is None else _read(Path(path)) for path in (files.ca, files.key, files.cert)))
+class Reach:
+    """How one service is reached, as the arguments of a client say it, with the channel options for what is to be done there.
+
+    Raises ConfigError naming the argument that cannot be, or the file that cannot be read.
+    """
+
+    def __init__(self, target: Any, token: Any, tls: TLS | bool | None, timeout: Any, options: Options) -> None:
+        if not isinstance(tls, TLS | bool | None):
+            raise ConfigError(f"tls is {tls!r}; allowed: None, True, or a TLS with the files to use")
+        parsed = parse_target(target)
+        self.target, self.timeout_s = parsed.text, parse_seconds(timeout, "timeout")
+        #: what every call carries
+        self.metadata = _metadata(parse_token(token))
+        self._tls = tls
+        # gRPC would ask a proxy of the environment for any target but a socket file.
+        self._options = (*options, *NO_PROXY) if parsed.is_here else options
+        self.read_files()
+
+    def open(self) -> grpc.Channel:
+        """A channel for blocking calls. The files are read again."""
+        credentials = self.read_files()
+        if credentials is None:
+            return grpc.insecure_channel(self.target, options=self._options)
+        return grpc.secure_channel(self.target, credentials, options=self._options)
+
+    def open_async(self) -> grpc.aio.Channel:
+        """A channel for the event loop that runs. The files are read again."""
+        credentials = self.read_files()
+        if credentials is None:
+            return grpc.aio.insecure_channel(self.target, options=self._options)
+        return grpc.aio.secure_channel(self.target, credentials, options=self._options)
+
+    def read_files(self) -> grpc.ChannelCredentials | None:
+        """None = no TLS."""
+        if self._tls is None or self._tls is False:
+            return None
+        files = TLS() if self._tls is True else self._tls
+        if (files.cert is None) != (files.key is None):
+            raise ConfigError("TLS cert and key must be given together")
+        return grpc.ssl_channel_credentials(*(None if path is None else _read(Path(path)) for path in (files.ca, files.key, files.cert)))
 
 
-def open_channel(target: str, tls: TLS | bool | None) -> grpc.Channel:
-    """A channel for blocking calls. Raises ConfigError naming a file that cannot be read."""
-    credentials = channel_credentials(tls)
-    if credentials is None:
-        return grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
-    return grpc.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
-
-
-def call_metadata(token: str | None) -> tuple[tuple[str, str], ...]:
-    """What every call carries."""
-    return () if token is None else (("authorization", f"Bearer {token}"),)
+def _metadata(token: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {token}"),) if token else ()
 
 
 def _read(path: Path) -> bytes:

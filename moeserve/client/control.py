@@ -5,49 +5,33 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from typing import Any, Final
+from typing import Any
 
 import grpc
 
-from moeserve.client.connection import TLS, call_metadata, channel_credentials
+from moeserve.client.connection import FOLLOWING, TLS, Reach
 from moeserve.client.failures import to_error
 from moeserve.errors import MoEServeError, PermissionDenied, ServiceUnreachable
 from moeserve.v1 import control_service_pb2 as pb
 from moeserve.v1 import control_service_pb2_grpc as pb_grpc
 
-#: the placement of the largest models takes some hundred KB
-_MAX_ORDER_BYTES: Final = 64 * 2**20
-_OPTIONS: Final = (
-    ("grpc.max_receive_message_length", _MAX_ORDER_BYTES),
-    # Notices a controller whose machine vanished, even after days without a word.
-    ("grpc.keepalive_time_ms", 15_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.max_pings_without_data", 0),
-)
-
 
 class ControlClient:
-    """The ControlService at `target` ("host:port"), with a frontend token; tls as for `Client`.
+    """The ControlService at `target` ("host:port"), with a frontend token; tls as for `Client`. It never asks a proxy.
 
-    Raises ConfigError naming a file that cannot be read.
+    Raises ConfigError naming the argument that cannot be, or the file that cannot be read.
     """
 
     def __init__(self, target: str, token: str, tls: TLS | bool | None = None) -> None:
-        self._target = target
-        self._metadata = call_metadata(token)
-        self._credentials = channel_credentials(tls)
+        self._reach = Reach(target, token, tls, None, FOLLOWING)
 
     @asynccontextmanager
     async def follow(self) -> AsyncIterator[FollowStream]:
         """One attempt, on a connection of its own: a name may stand for another machine by now."""
-        if self._credentials is None:
-            channel = grpc.aio.insecure_channel(self._target, options=_OPTIONS)
-        else:
-            channel = grpc.aio.secure_channel(self._target, self._credentials, options=_OPTIONS)
-        async with channel:
-            call = pb_grpc.ControlServiceStub(channel).Follow(metadata=self._metadata)  # type: ignore[no-untyped-call]
+        async with self._reach.open_async() as channel:
+            call = pb_grpc.ControlServiceStub(channel).Follow(metadata=self._reach.metadata)  # type: ignore[no-untyped-call]
             try:
-                yield FollowStream(call, self._target)
+                yield FollowStream(call, self._reach.target)
             finally:
                 call.cancel()
 
@@ -78,4 +62,4 @@ class FollowStream:
             return PermissionDenied(
                 f"{self._target} lets no frontend follow: it is no controller, or has no controller.frontend_token_file"
             )
-        return to_error(failure, self._target, 0.0)
+        return to_error(failure, self._target, None)

@@ -13,9 +13,11 @@ from moeserve.errors import Cancelled, DeadlineExceeded, FieldViolation, Invalid
 
 _SERVER_DOMAIN: Final = "moeserve"
 _NOT_HERE: Final = "of a deployed service, frontends answer requests, and the controller answers status and changes"
+#: what gRPC says of a server that answers in HTTP/1
+_OTHER_PROTOCOLS: Final = ("http1.x server", "Failed parsing HTTP/2")
 
 
-def to_error(failure: grpc.RpcError, target: str, timeout_s: float) -> MoEServeError:
+def to_error(failure: grpc.RpcError, target: str, timeout_s: float | None) -> MoEServeError:
     """The MoEServeError to raise for `failure` of a call to `target`."""
     call: Any = failure  # every RpcError of a call is that call, which the types do not say
     code, sentence = call.code(), call.details() or "no reason was given"
@@ -23,9 +25,12 @@ def to_error(failure: grpc.RpcError, target: str, timeout_s: float) -> MoEServeE
     if status is not None and _is_ours(status):
         return _rebuilt(code, status)
     if code is grpc.StatusCode.UNAVAILABLE:
-        return ServiceUnreachable(f"{target} is unavailable: {sentence}")
+        is_other = any(sign in sentence for sign in _OTHER_PROTOCOLS)
+        hint = "what answers there does not speak gRPC, as a metrics port does not: " if is_other else ""
+        return ServiceUnreachable(f"{target} is unavailable: {hint}{sentence}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return DeadlineExceeded(f"no answer from {target} within {timeout_s:g} s")
+        within = "its deadline" if timeout_s is None else f"{timeout_s:g} s"
+        return DeadlineExceeded(f"no answer from {target} within {within}")
     if code is grpc.StatusCode.CANCELLED:
         return Cancelled(f"the call to {target} was cancelled")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in sentence:

@@ -42,10 +42,10 @@ def connect_experts(model: PreTrainedModel, target: str | Client) -> Client:
     matches, by order. Returns the client, for the caller to close. Raises ConfigError when the model was loaded without
     experts_implementation="moeserve", or the served layers are not its layers.
     """
+    client = target if isinstance(target, Client) else Client(target)
     modules = experts_of(model) if _is_remote(model) else {}
     if not modules:
         raise ConfigError('the model has no remote experts: load it with from_pretrained(..., experts_implementation="moeserve")')
-    client = Client(target) if isinstance(target, str) else target
     try:
         pairs = _match(list(modules), client.layers())
         for name, layer in pairs.items():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from moeserve.addresses import parse_target
 from moeserve.client.client import Client
 from moeserve.client.hf import IMPLEMENTATION, connect_experts, experts_of
 from moeserve.errors import ConfigError
@@ -22,6 +23,8 @@ def load_model(path: str | Path, target: str | Client, auto_class: Any = AutoMod
     auto_class: which head, as in transformers; options: as for its `from_pretrained` (dtype, …). The experts keep their shapes as
     tensors without data, so the model cannot be saved or trained. Raises ConfigError when it has no experts, or the service not these.
     """
+    if not isinstance(target, Client):
+        parse_target(target)  # what cannot be is said before weights are read
     config = AutoConfig.from_pretrained(path)
     try:
         original = auto_class._model_mapping[type(config)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from moeserve.client import Client
@@ -18,28 +16,24 @@ class RemoteLayer:
     """
 
     def __init__(self, target: str | Client, layer: int | str, token: str | None, sizes: dict[str, int]) -> None:
-        self._target, self._layer, self._token, self._sizes = target, layer, token, sizes
-        self._client: Client | None = None
+        self._client = target if isinstance(target, Client) else Client(target, token=token)
+        self._layer, self._sizes, self._is_known = layer, sizes, False
 
     def forward(self, rows: Tensor, used_token: Tensor | None, is_training: bool) -> ForwardOutput:
         """rows [T, H], used_token [T] bool. Raises ConfigError in training mode and when the served layer is another, UnknownLayer, and
         whatever the service raises."""
         if is_training:
             raise ConfigError("a layer with target= answers in evaluation mode only, because gradients do not travel: call eval() first")
-        if self._client is None:
-            self._client = self._connected()
+        if not self._is_known:
+            self._require_layer()
+            self._is_known = True
         return self._client.forward(rows.detach(), layer=self._layer, used_token=used_token)
 
-    def _connected(self) -> Client:
-        client = Client(self._target, token=self._token) if isinstance(self._target, str) else self._target
-        served = client.layers()
+    def _require_layer(self) -> None:
+        served = self._client.layers()
         found = next((layer for layer in served if self._layer in (layer.index, layer.name)), None)
         if found is None:
             raise UnknownLayer(f"there is no layer {self._layer!r}; served: {', '.join(layer.name for layer in served)}")
         for name, size in self._sizes.items():
             if getattr(found, name) != size:
                 raise ConfigError(f"served layer {found.name} has {name} = {getattr(found, name)}; this layer has {size}")
-        return client
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_client": None}

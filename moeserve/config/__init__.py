@@ -4,6 +4,7 @@ from moeserve.config.activation import LIMITED, Activation, ActivationName, pars
 from moeserve.config.gating import BY_TOKEN_ID, GatingConfig
 from moeserve.config.load import load_config, load_json, load_server
 from moeserve.config.overrides import GatingOverrides, override
+from moeserve.config.server import ServerConfig
 from moeserve.config.service import (
     BatchingConfig,
     CommunicationConfig,
@@ -14,7 +15,6 @@ from moeserve.config.service import (
     PlacementConfig,
     RayConfig,
     ResilienceConfig,
-    ServerConfig,
     ServiceConfig,
     SharedExpertConfig,
 )

@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moeserve.config.service import ServerConfig, ServiceConfig
+from moeserve.config.server import ServerConfig
+from moeserve.config.service import ServiceConfig
 from moeserve.errors import ConfigError
 
 Overrides = Mapping[str, Mapping[str, Any]]

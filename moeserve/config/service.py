@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from moeserve.config.activation import Activation
 from moeserve.config.gating import GatingConfig
+from moeserve.config.server import ServerConfig
+from moeserve.config.table import Table
 from moeserve.config.values import (
     CopyChoice,
     Dtype,
     File,
+    Host,
     Kernel,
     LayerKey,
     Mixing,
@@ -20,47 +23,6 @@ from moeserve.config.values import (
     Quantization,
     Size,
 )
-
-
-class Table(BaseModel):
-    """A TOML table: unknown keys, values of another type and numbers that are not finite are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class ServerConfig(Table):
-    """[server]: where it listens, who may call, and how much."""
-
-    host: str = "127.0.0.1"
-    #: 0 = any free port
-    port: Port = 50051
-    metrics_port: Port = 9464
-    #: the standard health service and nothing else, in plain text whatever `port` speaks, for probes that cannot do TLS; unset = none
-    health_port: Port | None = None
-    tls_cert: File | None = None
-    tls_key: File | None = None
-    #: certificate authority of the clients; set = clients must present a certificate (mutual TLS)
-    client_ca: File | None = None
-    #: file holding the bearer token that clients must send
-    auth_token_file: File | None = None
-    #: file holding another token, for AdminService; unset = what is served cannot be changed from outside
-    admin_token_file: File | None = None
-    #: serve a non-loopback address without TLS and token
-    insecure: bool = False
-    max_message_bytes: int = Field(default=256 * 2**20, ge=2**16)
-    max_tokens_per_request: int = Field(default=65536, ge=1)
-    #: tokens admitted and not yet answered; the rest is refused at once
-    max_queued_tokens: int = Field(default=262144, ge=1)
-    #: how long running requests may take to finish after SIGTERM
-    drain_timeout_s: float = Field(default=30.0, ge=0)
-
-    @model_validator(mode="after")
-    def _tls_is_complete(self) -> Self:
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError("server.tls_cert and server.tls_key must be given together")
-        if self.client_ca is not None and self.tls_cert is None:
-            raise ValueError("server.client_ca needs server.tls_cert and server.tls_key")
-        return self
 
 
 class ModelConfig(Table):
@@ -91,7 +53,7 @@ class SharedExpertConfig(Table):
     intermediate_size: Size | None = None
     #: "package.module:Class" of an nn.Module that is the expert instead, and what it is made with
     expert: str | None = None
-    expert_args: dict[str, Any] = {}
+    expert_args: dict[str, Any] = Field(default_factory=dict)
     #: its answer is added as it is, averaged with that of the others, times the sigmoid of a gate of its own, or both parts are weighed by
     #: a softmax of two coefficients
     mixing: Mixing = "add"
@@ -121,7 +83,7 @@ class LayerConfig(Table):
     bias: bool = False
     #: "package.module:Class" of an nn.Module that is the expert instead, and what it is made with: all alike, or each as its own
     expert: str | None = None
-    expert_args: dict[str, Any] | Annotated[tuple[dict[str, Any], ...], Field(strict=False, min_length=1)] = {}
+    expert_args: dict[str, Any] | Annotated[tuple[dict[str, Any], ...], Field(strict=False, min_length=1)] = Field(default_factory=dict)
     shared_expert: SharedExpertConfig | None = None
     seed: int = 0
     gating: GatingConfig = GatingConfig()
@@ -162,7 +124,7 @@ class PlacementConfig(Table):
     gpus_per_host: float = Field(default=0, ge=0)
     cpus_per_host: float = Field(default=1, ge=0)
     #: hosts are only put on nodes that Ray knows by these labels
-    node_labels: dict[str, str] = {}
+    node_labels: dict[str, str] = Field(default_factory=dict)
     #: how hosts share the nodes: evenly, as few nodes as possible, or evenly and at most one on each
     node_strategy: Literal["spread", "pack", "strict_spread"] = "spread"
     #: how long to wait for nodes that are missing, once the cluster's autoscaler has been asked for them; 0 = refuse at once
@@ -223,7 +185,7 @@ class ObservabilityConfig(Table):
 class ControllerConfig(Table):
     """[controller]: of a deployed service, what changes it and tells frontends what to serve. TLS files are those of [server]."""
 
-    control_host: str = "127.0.0.1"
+    control_host: Host = "127.0.0.1"
     #: 0 = any free port
     control_port: Port = 50050
     #: how many it starts on the nodes of the cluster, each listening as [server] says; 0 = all of them are `moeserve frontend`

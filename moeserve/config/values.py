@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from moeserve.addresses import host_of
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Bits = Literal["int8", "fp8"]
@@ -23,6 +26,16 @@ def _number_or_all(value: Any) -> Any:
 
 
 NumHosts = Annotated[Size | Literal["all"], BeforeValidator(_number_or_all)]
+
+
+def _host(value: str) -> str:
+    try:
+        return host_of(value)
+    except ValueError as error:
+        raise PydanticCustomError("host", "{reason}", {"reason": str(error)}) from None
+
+
+Host = Annotated[str, AfterValidator(_host)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 File = Annotated[Path, Field(strict=False)]
 

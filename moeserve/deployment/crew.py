@@ -8,11 +8,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
+from moeserve.addresses import is_loopback, join
 from moeserve.cluster import Resident, node_address, on_this_node, settle, spread
 from moeserve.config import ServiceConfig
 from moeserve.deployment.frontend import FrontendProgram
 from moeserve.errors import MoEServeError
-from moeserve.server import is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Crew:
         host = config.controller.control_host
         # Others cannot call a loopback address of this node.
         self._where: dict[str, Any] = on_this_node() if is_loopback(host) else spread()
-        self._controller = f"{host if is_loopback(host) else node_address()}:{control_port}"
+        self._controller = join(host if is_loopback(host) else node_address(), control_port)
 
     @property
     def targets(self) -> list[str]:

@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from moeserve.addresses import called, join
 from moeserve.checkpoints import LayerSource, layer_sources
 from moeserve.cluster import Fleet, Nodes, Store, end_this_process
 from moeserve.config import ServiceConfig
@@ -120,7 +121,7 @@ class ControllerProgram:
         self._saved = replace(self._saved, control_port=port)
         self._store.save(self._saved.to_bytes())
         self._running.push_async_callback(server.stop)
-        self._target = f"{where.control_host}:{port}"
+        self._target = join(called(where.control_host), port)
         self._crew = Crew(self._config, port, token, self._tell)
         self._running.push_async_callback(self._crew.stop)
 

@@ -5,7 +5,7 @@ from moeserve.server.boundary import Observe
 from moeserve.server.control import Control
 from moeserve.server.engine import Engine
 from moeserve.server.grpc_server import GrpcServer
-from moeserve.server.security import check_exposure, controller_address, frontend_tokens, is_loopback
+from moeserve.server.security import check_exposure, controller_address, frontend_tokens
 
 __all__ = [
     "Control",
@@ -15,6 +15,5 @@ __all__ = [
     "check_exposure",
     "controller_address",
     "frontend_tokens",
-    "is_loopback",
     "keep_large_blocks",
 ]

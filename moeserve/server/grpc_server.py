@@ -11,6 +11,7 @@ import grpc
 from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 
+from moeserve.addresses import join
 from moeserve.config import ServerConfig
 from moeserve.errors import ConfigError
 from moeserve.server.admin import ADMIN_SERVICE_NAME, Admin, AdminService
@@ -23,6 +24,8 @@ from moeserve.server.service import SERVICE_NAME, MoEService
 
 #: after the last call has ended: for its answer to leave, and before watchers of the health service are cut off
 _FLUSH_S: Final = 3.0
+#: of a client; one that pings more often than this, again and again, is sent away
+_LEAST_PING_INTERVAL_MS: Final = 1_000
 
 
 class GrpcServer:
@@ -55,7 +58,9 @@ class GrpcServer:
         self._layers: list[str] = []
         self._credentials = server_credentials(config)
         self._boundary = Boundary(tokens, observe)
-        self._server = grpc.aio.server(interceptors=[self._boundary], options=_options(config, 30_000 if control is None else 10_000))
+        # Nobody balances over controllers: who follows or administers one stays with it.
+        options = [*_options(config, 30_000 if control is None else 10_000), *(_ages(config) if has_engine else ())]
+        self._server = grpc.aio.server(interceptors=[self._boundary], options=options)
         self._probed = None if config.health_port is None else grpc.aio.server(options=_options(config, 30_000))
         #: where health alone is told in plain text; None = nowhere
         self.health_port = config.health_port
@@ -121,7 +126,7 @@ class GrpcServer:
 async def _listen(
     server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None, host_key: str, port_key: str
 ) -> int:
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    address = join(host, port)
     try:
         await _require_free(host, port)
         port = server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
@@ -155,5 +160,16 @@ def _options(config: ServerConfig, keepalive_ms: int) -> list[tuple[str, int]]:
         ("grpc.keepalive_time_ms", keepalive_ms),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.http2.max_pings_without_data", 0),  # also on a stream on which nothing happens for days
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", _LEAST_PING_INTERVAL_MS),
     ]
+
+
+def _ages(config: ServerConfig) -> list[tuple[str, int]]:
+    """A client that is asked to connect anew looks up the service's name again, and finds the frontends that have come meanwhile."""
+    if not config.max_connection_age_s:
+        return []
+    ages = [("grpc.max_connection_age_ms", max(1, round(config.max_connection_age_s * 1000)))]
+    if config.max_connection_age_grace_s is not None:
+        ages.append(("grpc.max_connection_age_grace_ms", round(config.max_connection_age_grace_s * 1000)))
+    return ages

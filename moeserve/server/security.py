@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Final
 
 import grpc
 
+from moeserve.addresses import is_loopback
 from moeserve.config import ControllerConfig, ServerConfig, ServiceConfig
 from moeserve.errors import ConfigError
 
@@ -105,14 +105,6 @@ def server_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
     except ssl.SSLError as error:
         raise ConfigError(f"server.client_ca {config.client_ca} is not a PEM certificate: {error}") from None
     return grpc.ssl_server_credentials([(key, cert)], ca, require_client_auth=ca is not None)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can call it."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _read(path: Path, key: str) -> bytes:

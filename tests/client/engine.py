@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
+from moeserve.addresses import join
 from moeserve.config import GatingConfig, LayerSpec, ServerConfig
 from moeserve.errors import MoEServeError
 from moeserve.output import ForwardOutput
@@ -84,17 +85,17 @@ class FunctionEngine:
 @contextmanager
 def served(engine: FunctionEngine, **config: object) -> Iterator[tuple[str, GrpcServer, asyncio.AbstractEventLoop]]:
     """host:port, the server and its event loop, which runs in another thread."""
-    loop = asyncio.new_event_loop()
+    where, loop = ServerConfig(**{"port": 0, **config}), asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
 
     async def start() -> tuple[GrpcServer, int]:
-        server = GrpcServer(ServerConfig(port=0, **config), lambda method, code, seconds: None, engine=engine)
+        server = GrpcServer(where, lambda method, code, seconds: None, engine=engine)
         return server, await server.start()
 
     server, port = asyncio.run_coroutine_threadsafe(start(), loop).result()
     try:
-        yield f"127.0.0.1:{port}", server, loop
+        yield join(where.host, port), server, loop
     finally:
         asyncio.run_coroutine_threadsafe(server.stop(), loop).result()
         loop.call_soon_threadsafe(loop.stop)

@@ -1,0 +1,33 @@
+"""What people write for a token or a timeout: taken as they mean it, or refused in one sentence."""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any, Final
+
+from moeserve.errors import ConfigError, MoEServeError
+
+#: beyond this nobody waits, and gRPC's clock ends
+_FOREVER_S: Final = 1e9
+
+
+def parse_seconds(value: Any, name: str, refusal: type[MoEServeError] = ConfigError) -> float | None:
+    """None = no limit. Raises `refusal`."""
+    if value is None:
+        return None
+    if not isinstance(value, Real) or isinstance(value, bool) or not value > 0:  # type: ignore[operator]  # NaN is not, either
+        raise refusal(f"{name} is {value!r}; allowed: seconds, more than 0, or None for no limit")
+    return None if value > _FOREVER_S else float(value)  # type: ignore[operator]
+
+
+def parse_token(text: Any, name: str = "token") -> str:
+    """Space around it does not count, as files end with a newline; "" = none. Raises ConfigError, which does not say the token."""
+    if text is None:
+        return ""
+    token = text.decode("utf-8", errors="replace") if isinstance(text, bytes) else text
+    if not isinstance(token, str):
+        raise ConfigError(f"{name} is of type {type(text).__name__}; allowed: text, or None")
+    token = token.removeprefix("\ufeff").strip()
+    if not token.isascii() or not token.isprintable():
+        raise ConfigError(f"{name} has other characters in it than those of a token; allowed: one line of printable ASCII")
+    return token

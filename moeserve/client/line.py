@@ -1,0 +1,162 @@
+"""Channels that are kept: opened when first needed, and anew where one is of no use any more."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Final
+
+import grpc
+
+from moeserve.client.arguments import parse_seconds
+from moeserve.client.connection import Reach
+from moeserve.client.failures import to_error
+from moeserve.client.fork import FORKS
+from moeserve.errors import Cancelled, DeadlineExceeded, InvalidRequest, MoEServeError, ServiceUnreachable
+
+#: how long a channel may reach nobody. gRPC looks up a name that stands for nothing ever more rarely, every two minutes at last, while a
+#: new channel looks at once
+_GIVE_UP_S: Final = 5.0
+#: whether anybody was reached
+_SAYS_NOTHING: Final = (DeadlineExceeded, Cancelled, asyncio.CancelledError, GeneratorExit)
+
+
+class _Opened:
+    """One channel, and how many calls are on it: it is closed when it is given up and the last of them has ended."""
+
+    def __init__(self, channel: Any, stubs: Any) -> None:
+        self.channel, self.stubs = channel, stubs
+        #: time.monotonic of the first call that reached nobody since one did
+        self.failing_since: float | None = None
+        self._lock = threading.Lock()
+        self._running = 0
+        self._is_given_up = False
+
+    @property
+    def is_useless(self) -> bool:
+        return self.failing_since is not None and time.monotonic() - self.failing_since > _GIVE_UP_S
+
+    def begin(self) -> bool:
+        """Whether one more call may be on it."""
+        with self._lock:
+            self._running += not self._is_given_up
+            return not self._is_given_up
+
+    def end(self, error: BaseException | None) -> None:
+        """One call has ended."""
+        if isinstance(error, ServiceUnreachable):
+            self.failing_since = self.failing_since or time.monotonic()
+        elif not isinstance(error, _SAYS_NOTHING):
+            self.failing_since = None
+        with self._lock:
+            self._running -= 1
+        self._close_if_done()
+
+    def give_up(self) -> None:
+        with self._lock:
+            self._is_given_up = True
+        self._close_if_done()
+
+    def _close_if_done(self) -> None:
+        if self._is_given_up and not self._running and isinstance(self.channel, grpc.Channel):
+            self.channel.close()
+        # A channel of asyncio closes when nobody holds it.
+
+
+class Call:
+    """One that has begun, to be ended by `with` around everything it does: what gRPC raises becomes the MoEServeError to raise."""
+
+    __slots__ = ("_opened", "_reach", "stubs", "timeout_s")
+
+    def __init__(self, opened: _Opened, reach: Reach, timeout_s: float | None) -> None:
+        self._opened, self._reach = opened, reach
+        self.stubs, self.timeout_s = opened.stubs, timeout_s
+
+    def __enter__(self) -> Call:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not isinstance(error, grpc.RpcError):
+            self._opened.end(error)
+            return
+        known = to_error(error, self._reach.target, self.timeout_s)
+        self._opened.end(known)
+        raise known from None
+
+
+class Line:
+    """What leads to a service, for any thread: one channel, opened when a call needs it. Pickled and copied without it."""
+
+    _is_async = False
+
+    def __init__(self, reach: Reach, make_stubs: Callable[[Any], Any]) -> None:
+        self.reach = reach
+        self._make_stubs = make_stubs
+        self._lock = threading.Lock()
+        self._opened: _Opened | None = None
+        self._is_closed = False
+
+    def call(self, timeout: Any) -> Call:
+        """timeout: None = what the client says.
+
+        Raises InvalidRequest for one that cannot be, MoEServeError when this client is closed or cannot work in this process.
+        """
+        timeout_s = self.reach.timeout_s if timeout is None else parse_seconds(timeout, "timeout", InvalidRequest)
+        FORKS.check()
+        opened = self._opened
+        while opened is None or opened.is_useless or not opened.begin():
+            opened = self._open()
+        return Call(opened, self.reach, timeout_s)
+
+    def close(self) -> Any:
+        """No more calls; returns the channel, if there is one, for the caller to close."""
+        with self._lock:
+            self._is_closed, opened, self._opened = True, self._opened, None
+        return None if opened is None else opened.channel
+
+    def _open(self) -> _Opened:
+        with self._lock:
+            if self._is_closed:
+                raise MoEServeError(f"this client of {self.reach.target} is closed")
+            if self._opened is not None and self._opened.is_useless:
+                self._opened.give_up()
+                self._opened = None
+            if self._opened is None:
+                channel = self.reach.open_async() if self._is_async else self.reach.open()
+                FORKS.opened()
+                self._opened = _Opened(channel, self._make_stubs(channel))
+            return self._opened
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reach, self._make_stubs)
+
+
+class AsyncLine(Line):
+    """The same for one event loop."""
+
+    _is_async = True
+
+
+class LoopLines:
+    """A line for each event loop that asks: a channel of asyncio belongs to the loop that ran when it was opened."""
+
+    def __init__(self, reach: Reach, make_stubs: Callable[[Any], Any]) -> None:
+        self.reach = reach
+        self._make_stubs = make_stubs
+        self._lines: dict[asyncio.AbstractEventLoop, AsyncLine] = {}
+
+    @property
+    def here(self) -> AsyncLine:
+        """That of the loop that runs."""
+        loop = asyncio.get_running_loop()
+        line = self._lines.get(loop)
+        if line is None:
+            self._lines = {one: line for one, line in self._lines.items() if not one.is_closed()}
+            line = self._lines.setdefault(loop, AsyncLine(self.reach, self._make_stubs))
+        return line
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reach, self._make_stubs)

@@ -1,0 +1,52 @@
+"""The table [server]."""
+
+from __future__ import annotations
+
+from typing import Final, Self
+
+from pydantic import Field, model_validator
+
+from moeserve.config.table import Table
+from moeserve.config.values import File, Host, Port
+
+#: gRPC counts milliseconds in 32 bits
+_LONGEST_AGE_S: Final = 2e6
+
+
+class ServerConfig(Table):
+    """[server]: where it listens, who may call, and how much."""
+
+    host: Host = "127.0.0.1"
+    #: 0 = any free port
+    port: Port = 50051
+    metrics_port: Port = 9464
+    #: the standard health service and nothing else, in plain text whatever `port` speaks, for probes that cannot do TLS; unset = none
+    health_port: Port | None = None
+    tls_cert: File | None = None
+    tls_key: File | None = None
+    #: certificate authority of the clients; set = clients must present a certificate (mutual TLS)
+    client_ca: File | None = None
+    #: file holding the bearer token that clients must send
+    auth_token_file: File | None = None
+    #: file holding another token, for AdminService; unset = what is served cannot be changed from outside
+    admin_token_file: File | None = None
+    #: serve a non-loopback address without TLS and token
+    insecure: bool = False
+    max_message_bytes: int = Field(default=256 * 2**20, ge=2**16)
+    max_tokens_per_request: int = Field(default=65536, ge=1)
+    #: tokens admitted and not yet answered; the rest is refused at once
+    max_queued_tokens: int = Field(default=262144, ge=1)
+    #: then a connection takes no new calls, and its client connects to what the service's name stands for by then; 0 = never
+    max_connection_age_s: float = Field(default=60.0, ge=0, le=_LONGEST_AGE_S)
+    #: how much longer the calls on it may take; unset = until they end
+    max_connection_age_grace_s: float | None = Field(default=None, ge=0, le=_LONGEST_AGE_S)
+    #: how long running requests may take to finish after SIGTERM
+    drain_timeout_s: float = Field(default=30.0, ge=0)
+
+    @model_validator(mode="after")
+    def _tls_is_complete(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("server.tls_cert and server.tls_key must be given together")
+        if self.client_ca is not None and self.tls_cert is None:
+            raise ValueError("server.client_ca needs server.tls_cert and server.tls_key")
+        return self

@@ -1,0 +1,137 @@
+"""Clients in other processes and other event loops than those they were made in."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from moeserve import errors
+from moeserve.client import TLS, AdminClient, AsyncClient, Client
+from moeserve.compat.deepspeed import MoE
+
+from ..server.certificates import Authority
+from .engine import EXPERTS, HIDDEN, FunctionEngine, X, served
+
+FORKING = """
+import os, sys, moeserve
+
+client = moeserve.Client(sys.argv[1], timeout=20)
+
+def fork():
+    if os.fork():
+        os.wait()
+        return
+    try:
+        print(len(client.layers()), len(moeserve.Client(sys.argv[1], timeout=20).layers()), flush=True)
+    except moeserve.MoEServeError as error:
+        print(error, flush=True)
+    os._exit(0)
+
+fork()
+client.layers()
+fork()
+print("parent", len(client.layers()))
+"""
+
+
+def answers(client: Client) -> list[float]:
+    return client.forward(X).hidden_states.flatten().tolist()
+
+
+def answers_async(client: AsyncClient) -> list[float]:
+    async def ask() -> list[float]:
+        async with client:
+            return (await client.forward(X)).hidden_states.flatten().tolist()
+
+    return asyncio.run(ask())
+
+
+def test_clients_go_to_processes_that_are_spawned(engine: FunctionEngine, tmp_path: Path) -> None:
+    """As those of a DataLoader, with everything they were made with, before they were used or after."""
+    (tmp_path / "token").write_text("secret\n")
+    ours = Authority(tmp_path, "ours")
+    cert, key = ours.sign("server")
+    made = {"token": "secret", "tls": TLS(ca=ours.certificate), "timeout": 20.0}
+    with served(engine, tls_cert=cert, tls_key=key, auth_token_file=tmp_path / "token") as (target, _, _):
+        used, unused = Client(target, **made), AsyncClient(target, **made)
+        assert answers(used) == X.flatten().tolist()
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            assert pool.apply(answers, (used,)) == pool.apply(answers_async, (unused,)) == X.flatten().tolist()
+        assert answers(used) == X.flatten().tolist()
+        used.close()
+
+
+def test_copies_have_connections_of_their_own(target: str) -> None:
+    with Client(target) as client:
+        answers(client)
+        for made in (copy.deepcopy(client), pickle.loads(pickle.dumps(client))):
+            assert answers(made) == X.flatten().tolist()
+            made.close()
+        assert answers(client) == X.flatten().tolist()
+        layer = MoE(HIDDEN, torch.nn.Linear(HIDDEN, HIDDEN), EXPERTS, k=2, target=client).eval()
+        for each in (layer, copy.deepcopy(layer)):
+            each(X)
+    with pytest.raises(errors.MoEServeError, match="does not answer this"), copy.deepcopy(AdminClient(target, "token")) as admin:
+        admin.status()
+
+
+def test_forked_processes(target: str) -> None:
+    """Before the client was used and after. Where gRPC cannot go on, that is said: it would wait for ever."""
+    command = [sys.executable, "-c", FORKING, target]
+    running = [
+        subprocess.Popen(command, env={**os.environ, "GRPC_ENABLE_FORK_SUPPORT": support}, stdout=subprocess.PIPE, text=True)
+        for support in ("1", "0")
+    ]
+    try:
+        supported, not_supported = (process.communicate(timeout=60)[0].splitlines() for process in running)
+    finally:
+        for process in running:
+            process.kill()
+    assert supported == ["2 2", "2 2", "parent 2"]
+    assert not_supported[0::2] == ["2 2", "parent 2"]
+    assert not_supported[1].startswith("this process was forked from one that had used a client, with GRPC_ENABLE_FORK_SUPPORT=0")
+
+
+def test_event_loops_one_after_another(target: str) -> None:
+    """Closed in between, or not, and beside a loop that goes on in another thread."""
+    client = AsyncClient(target)
+
+    async def ask(closes: bool = False) -> list[float]:
+        streamed = (await client.forward(X)).hidden_states.flatten().tolist()
+        if closes:
+            await client.close()
+        return streamed
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        for closes in (False, True, True, False):
+            assert asyncio.run(ask(closes)) == X.flatten().tolist()
+            assert asyncio.run_coroutine_threadsafe(ask(), loop).result(20) == X.flatten().tolist()
+        asyncio.run_coroutine_threadsafe(client.close(), loop).result(20)
+        with pytest.raises(errors.MoEServeError, match=f"this client of {target} is closed"):
+            asyncio.run_coroutine_threadsafe(ask(), loop).result(20)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def test_a_closed_client_says_so(target: str) -> None:
+    client = Client(target)
+    answers(client)
+    client.close()
+    client.close()
+    with pytest.raises(errors.MoEServeError, match=f"this client of {target} is closed"):
+        answers(client)

@@ -1,0 +1,136 @@
+"""A service that was away is found again within seconds, however long that was; its name may stand for other addresses by then."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from moeserve import errors
+from moeserve.client import AdminClient, AsyncClient, Client, WireRequest
+
+from .conftest import Calls
+from .engine import EXPERTS, HIDDEN, FunctionEngine, X, served, spec
+from .names import names
+
+#: gRPC's own pauses grow by 60 % each, so that this many attempts take it some 40 s
+ATTEMPTS = 8
+PATIENCE_S = 25.0
+
+
+class Absent:
+    """Takes connections and ends them: an address where the service is not. Counts them."""
+
+    def __init__(self) -> None:
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.target = f"127.0.0.1:{self._socket.getsockname()[1]}"
+        self.attempts = 0
+        self._thread = threading.Thread(target=self._accept)
+        self._thread.start()
+
+    def _accept(self) -> None:
+        while True:
+            connection, _ = self._socket.accept()
+            with connection:
+                if connection.recv(1, socket.MSG_PEEK) == b"x":
+                    return
+            self.attempts += 1
+
+    def stop(self) -> None:
+        with socket.create_connection(self._socket.getsockname()) as last:
+            last.sendall(b"x")
+        self._thread.join()
+        self._socket.close()
+
+
+@pytest.fixture
+def absent() -> Iterator[Callable[[], Absent]]:
+    made: list[Absent] = []
+
+    def make() -> Absent:
+        made.append(Absent())
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.stop()
+
+
+def is_tried(call: Callable[[], object], attempts: Callable[[], int]) -> bool:
+    """Whether calls of an impatient program lead to attempts that do not become ever rarer."""
+    end = time.monotonic() + PATIENCE_S
+    while attempts() < ATTEMPTS and time.monotonic() < end:
+        with pytest.raises(errors.ServiceUnreachable, match="is unavailable"):
+            call()
+        time.sleep(0.1)
+    return attempts() >= ATTEMPTS
+
+
+def test_attempts_to_reach_a_service_do_not_become_rare(absent: Callable[[], Absent]) -> None:
+    """Those of each client, and of each to find out what a name stands for."""
+    away = [absent() for _ in range(3)]
+    with names() as nameless, asyncio.Runner() as runner:
+        client, admin, named = Client(away[0].target), AdminClient(away[1].target, "token"), Client(nameless.target(50051))
+        asynchronous = AsyncClient(away[2].target)
+        with client, admin, named, ThreadPoolExecutor(4) as pool:
+            tries = (
+                pool.submit(is_tried, client.layers, lambda: away[0].attempts),
+                pool.submit(is_tried, admin.status, lambda: away[1].attempts),
+                pool.submit(is_tried, lambda: runner.run(asynchronous.layers()), lambda: away[2].attempts),
+                pool.submit(is_tried, named.layers, lambda: nameless.asked),
+            )
+            assert [each.result() for each in tries] == [True] * 4
+        runner.run(asynchronous.close())
+
+
+async def test_new_frontends_behind_a_name_get_work(engine: FunctionEngine, connect: Callable[..., Calls]) -> None:
+    """From a client that is connected to an older one, which goes later; no call fails."""
+    other = FunctionEngine([(spec("model.layers.0.mlp", HIDDEN, EXPERTS), lambda x, ids, weights: x)])
+    with names("127.0.0.1") as name, ExitStack() as old:
+        first, _, _ = old.enter_context(served(engine, max_connection_age_s=0.3))
+        port = int(first.rpartition(":")[2])
+        calls = connect(name.target(port))
+        await calls.forward(X)
+        with served(other, host="127.0.0.2", port=port, max_connection_age_s=0.3):
+            for addresses, new in ((("127.0.0.1", "127.0.0.2"), other), (("127.0.0.1",), engine), (("127.0.0.2",), other)):
+                name.addresses = addresses
+                before = len(new.requests)
+                async with asyncio.timeout(30):
+                    while len(new.requests) == before:
+                        await calls.forward(X)
+            old.close()
+            for _ in range(20):
+                await calls.forward(X)
+
+
+async def test_nothing_fails_and_nothing_is_lost_when_connections_age(engine: FunctionEngine, connect: Callable[..., Calls]) -> None:
+    """Dozens of times, under load of every kind; a stream stays where it is."""
+    large = torch.randn(60_000, HIDDEN)
+    with served(engine, max_connection_age_s=0.05) as (target, _, _):
+        end = time.monotonic() + 1.0
+
+        async def forwards(hidden_states: torch.Tensor) -> None:
+            calls = connect(target)
+            while time.monotonic() < end:
+                assert torch.equal((await calls.forward(hidden_states)).hidden_states, hidden_states)
+
+        async def stream() -> None:
+            sent: list[str] = []
+
+            def requests() -> Iterator[WireRequest]:
+                while time.monotonic() < end:
+                    sent.append(str(len(sent)))
+                    yield WireRequest(X, request_id=sent[-1])
+                    time.sleep(0.005)
+
+            answers = await connect(target).forward_stream(requests())
+            assert sorted(answer.request_id for answer in answers) == sorted(sent)
+
+        await asyncio.gather(forwards(X), forwards(X), forwards(large), stream())
