@@ -2,7 +2,8 @@
 
 from moeserve.checkpoints.family import Family, Layout
 from moeserve.checkpoints.layouts import ExpertLayout, Flat, Separate, Stacked
-from moeserve.checkpoints.memory import check_memory, host_bytes, memory_bytes
+from moeserve.checkpoints.memory import check_memory, host_bytes, memory_bytes, memory_warning
+from moeserve.checkpoints.memory_group import MemoryGroup
 from moeserve.checkpoints.resolve import layer_sources
 from moeserve.checkpoints.saving import SavedLayer, prefixed, save, saved_experts
 from moeserve.checkpoints.source import LayerSource, bank_bytes, load_bank, load_experts
@@ -14,6 +15,7 @@ __all__ = [
     "Flat",
     "LayerSource",
     "Layout",
+    "MemoryGroup",
     "SavedLayer",
     "Separate",
     "Stacked",
@@ -25,6 +27,7 @@ __all__ = [
     "load_bank",
     "load_experts",
     "memory_bytes",
+    "memory_warning",
     "prefixed",
     "save",
     "saved_experts",

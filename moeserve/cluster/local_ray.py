@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +20,38 @@ from ray._private import worker
 _SHIELDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _END_TIMEOUT_S: Final = 5.0
 _LOOK_S: Final = 0.01
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Why nothing that has ended here will start again. `is_final`: what still runs will end, too, and this process unless it leaves Ray."""
+
+    why: str
+    is_final: bool
+
+
+def find_loss() -> Loss | None:
+    """What is missing of the Ray that this process is connected to, as far as it has started it itself."""
+    node = worker._global_node
+    if node is None:
+        return Loss("this process is not connected to Ray any more", is_final=True)
+    for name in ("gcs_server", "raylet"):
+        for started in node.all_processes.get(name, ()):
+            if started.process.poll() is not None:
+                return Loss(f"a process of Ray has ended: {name}, pid {started.process.pid}", is_final=name == "gcs_server")
+            if _folder_of(started.process.pid).endswith(" (deleted)"):
+                return Loss(
+                    "the folder in which this service was started has been removed, and Ray starts no process without", is_final=False
+                )
+    session = Path(node.get_session_dir_path())
+    return None if session.is_dir() else Loss(f"the folder of Ray, {session}, has been removed", is_final=False)
+
+
+def _folder_of(pid: int) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/cwd")
+    except OSError:
+        return ""
 
 
 class LocalRay:
