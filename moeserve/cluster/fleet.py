@@ -15,12 +15,12 @@ import ray
 from moeserve.cluster.ending import end_hosts, kill_process
 from moeserve.cluster.expert_host import HostOrder
 from moeserve.cluster.member import MAX_DEATHS, Call, Member
-from moeserve.cluster.reservation import await_granted, find_hosts, find_reservations, give_back, host_name, reserve
+from moeserve.cluster.reservation import await_granted, find_hosts, find_reservations, give_back, reserve
 from moeserve.config import ServiceConfig
 from moeserve.control import Seat
 from moeserve.errors import ConfigError, ExpertUnavailable, MoEServeError
 from moeserve.release import Release
-from moeserve.stats import HostInfo
+from moeserve.stats import HostInfo, host_name
 
 log = logging.getLogger(__name__)
 

@@ -14,11 +14,10 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from moeserve.cluster.expert_host import ExpertHost, HostOrder
-from moeserve.cluster.reservation import host_name
 from moeserve.control import Seat
 from moeserve.errors import ExpertUnavailable
 from moeserve.release import Release
-from moeserve.stats import HostInfo
+from moeserve.stats import HostInfo, host_name
 
 log = logging.getLogger(__name__)
 

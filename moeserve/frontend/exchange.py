@@ -21,6 +21,7 @@ from moeserve.frontend.part import Answer, Part, Sent
 from moeserve.frontend.patterns import DIRECT, PATTERNS, Message
 from moeserve.frontend.view import LayerView
 from moeserve.metrics import Metrics
+from moeserve.stats import host_name
 from moeserve.transport import Channel, ChannelClosed, Lease, PeerLost, WorkShape
 
 
@@ -168,4 +169,4 @@ class Exchange:
         return None if link is None else link.channel
 
     def _names(self, works: Sequence[HostWork]) -> str:
-        return ", ".join(f"host-{host}" for host in sorted({work.host for work in works}))
+        return ", ".join(host_name(host) for host in sorted({work.host for work in works}))

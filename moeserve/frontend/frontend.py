@@ -22,10 +22,9 @@ from moeserve.frontend.view import LayerView, Views
 from moeserve.head import LayerHead
 from moeserve.metrics import ExpertCounts, Metrics
 from moeserve.output import ForwardOutput
-from moeserve.placement import Placement
 from moeserve.release import Release
 from moeserve.request import LayerRequest
-from moeserve.stats import HostInfo, HostShards, HostStats, LayerStats, ServiceStats
+from moeserve.stats import HostInfo, HostStats, LayerStats, ServiceStats, host_name
 from moeserve.transport import KeyPair
 
 OnHealth = Callable[[int, bool], None]
@@ -72,7 +71,7 @@ class Frontend:
         return Forward(layer, views, exchange, config.batching.micro_batches, metrics, self._compute)
 
     def _link(self, number: int) -> HostLink:
-        return HostLink(f"host-{number}", partial(self._find, number), self._keys, self._metrics, self._hosts_changed)
+        return HostLink(host_name(number), partial(self._find, number), self._keys, self._metrics, self._hosts_changed)
 
     @property
     def epoch(self) -> int:
@@ -152,8 +151,8 @@ class Frontend:
         queues = metrics.host_queues()
         return ServiceStats(
             epoch=release.epoch,
-            layers=[_layer_stats(index, spec.name, release.placement, metrics.experts) for index, spec in enumerate(self.layers)],
-            hosts=[_host_stats(link, queues.get(link.name, 0)) for _, link in sorted(self._links.items())],
+            layers=[_layer_stats(index, spec.name, release, metrics.experts) for index, spec in enumerate(self.layers)],
+            hosts=[_host_stats(number, link, queues.get(link.name, 0)) for number, link in sorted(self._links.items())],
             queue_tokens=self._budget.tokens,
             uptime_s=metrics.uptime_s,
             expert_retries=metrics.retries(),
@@ -181,9 +180,8 @@ def _view(layer: int, release: Release, source: LayerSource) -> LayerView:
     return LayerView(release.epoch, release.revision(source.spec.name), LayerHead(source), release.placement.layers[layer])
 
 
-def _layer_stats(index: int, name: str, placement: Placement, counts: ExpertCounts) -> LayerStats:
-    layer = placement.layers[index]
-    held = [(position, layer.shards_on(host)) for position, host in enumerate(placement.hosts)]
+def _layer_stats(index: int, name: str, release: Release, counts: ExpertCounts) -> LayerStats:
+    layer = release.placement.layers[index]
     return LayerStats(
         name=name,
         tokens=counts.tokens[index],
@@ -191,13 +189,11 @@ def _layer_stats(index: int, name: str, placement: Placement, counts: ExpertCoun
         dropped=counts.dropped[index].clone(),
         live_copies=counts.live_copies[index][: layer.num_experts].tolist(),
         tensor_parallel=layer.tensor_parallel,
-        placement=[
-            HostShards(position, [one.expert for one in shards], [one.shard for one in shards]) for position, shards in held if shards
-        ],
+        placement=release.held(index),
     )
 
 
-def _host_stats(link: HostLink, queue_tokens: int) -> HostStats:
+def _host_stats(number: int, link: HostLink, queue_tokens: int) -> HostStats:
     info = link.info
     return HostStats(
         name=link.name,
@@ -208,4 +204,5 @@ def _host_stats(link: HostLink, queue_tokens: int) -> HostStats:
         cuda_visible_devices=info.cuda_visible_devices if info else "",
         weights_bytes=info.weights_bytes if info else 0,
         queue_tokens=queue_tokens,
+        number=number,
     )
