@@ -38,6 +38,10 @@ class Release:
             if shards
         ]
 
+    def rest_of(self, layer: str) -> Swap | None:
+        """The swap that brought what belongs to no single expert of a layer, its gate above all; None = it is as it was deployed."""
+        return next((swap for swap in reversed(self.swaps) if swap.layer == layer and swap.experts is None), None)
+
     def revision(self, layer: str) -> int:
         """1 for a layer as it was deployed, one more for every swap since."""
         return 1 + sum(swap.layer == layer for swap in self.swaps)

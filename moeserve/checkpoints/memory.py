@@ -32,7 +32,8 @@ def check_memory(nbytes: Sequence[int], config: ServiceConfig, machine_bytes: in
     if limit is not None and nbytes[largest] > limit:
         raise ConfigError(
             f"{host_name(largest)} would hold {_gib(nbytes[largest])} of weights, "
-            f"but placement.memory_per_host_bytes allows {_gib(limit)}: use more hosts, fewer copies, or a smaller model.dtype or model.quantization"
+            f"but placement.memory_per_host_bytes allows {_gib(limit)}: "
+            "use more hosts, fewer copies, or a smaller model.dtype or model.quantization"
         )
     if config.ray.address is None and not config.placement.gpus_per_host and sum(nbytes) > machine_bytes:
         raise ConfigError(
