@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from moeserve.checkpoints import LayerSource, Swap, swapped_layers
 from moeserve.config import ServiceConfig
 from moeserve.placement import Placement
+from moeserve.stats import HostShards, host_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,20 @@ class Release:
 
     @property
     def host_names(self) -> list[str]:
-        return [f"host-{number}" for number in self.placement.hosts]
+        return [host_name(number) for number in self.placement.hosts]
+
+    def held(self, layer: int) -> list[HostShards]:
+        """What each host has of a layer; hosts without any of it are left out."""
+        shards_on = {number: self.placement.layers[layer].shards_on(number) for number in self.placement.hosts}
+        return [
+            HostShards(number, [one.expert for one in shards], [one.shard for one in shards])
+            for number, shards in shards_on.items()
+            if shards
+        ]
+
+    def rest_of(self, layer: str) -> Swap | None:
+        """The swap that brought what belongs to no single expert of a layer, its gate above all; None = it is as it was deployed."""
+        return next((swap for swap in reversed(self.swaps) if swap.layer == layer and swap.experts is None), None)
 
     def revision(self, layer: str) -> int:
         """1 for a layer as it was deployed, one more for every swap since."""

@@ -78,7 +78,7 @@ class Service:
         await asyncio.to_thread(runtime.start)
         nodes = Nodes(fleet)
         state = await first_state(config, sources, nodes)
-        frontend = Frontend(sources, state.release, fleet.find, config, metrics, self._health_changed, keys)
+        frontend = await asyncio.to_thread(Frontend, sources, state.release, fleet.find, config, metrics, self._health_changed, keys)
 
         async def admit(followers: frozenset[str]) -> None:
             await fleet.admit({keys.public, *followers})

@@ -11,9 +11,14 @@ from dataclasses import dataclass
 import torch
 
 
+def host_name(number: int) -> str:
+    """What people call a host. Its number is its own for good: it is no position in any list."""
+    return f"host-{number}"
+
+
 @dataclass(frozen=True)
 class HostShards:
-    """What one host holds of a layer, in slot order: shard `shards[i]` of expert `experts[i]`; host is its position among the hosts."""
+    """What one host holds of a layer, in slot order: shard `shards[i]` of expert `experts[i]`; `host` is the host's number."""
 
     host: int
     experts: Sequence[int]
@@ -40,7 +45,7 @@ class LayerStats:
 class HostStats:
     """One host; cuda_visible_devices is what Ray set for its process, empty = no GPU was granted.
 
-    queue_tokens = rows sent to it and not yet answered.
+    queue_tokens = rows sent to it and not yet answered; number is what placements call it.
     """
 
     name: str
@@ -51,6 +56,7 @@ class HostStats:
     cuda_visible_devices: str
     weights_bytes: int
     queue_tokens: int = 0
+    number: int = 0
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ from moeserve.checkpoints.source import LayerSource, bank_bytes
 from moeserve.config import ServiceConfig
 from moeserve.errors import ConfigError
 from moeserve.placement import Placement
+from moeserve.stats import host_name
 
 #: beside weights, what a process with torch takes
 _BYTES_BESIDE = 2**28
 
 
 def host_bytes(sources: Sequence[LayerSource], placement: Placement) -> list[int]:
-    """For every host, the bytes of all its experts."""
+    """The bytes of all its experts, of every host by its number; 0 for numbers without a host."""
     layers = list(zip(sources, placement.layers, strict=True))
     return [sum(bank_bytes(source, layer.shards_on(host)) for source, layer in layers) for host in range(placement.num_hosts)]
 
@@ -30,7 +31,8 @@ def check_memory(nbytes: Sequence[int], config: ServiceConfig, machine_bytes: in
     largest = max(range(len(nbytes)), key=lambda host: nbytes[host])
     if limit is not None and nbytes[largest] > limit:
         raise ConfigError(
-            f"host-{largest} would hold {_gib(nbytes[largest])} of weights, but placement.memory_per_host_bytes allows {_gib(limit)}: "
+            f"{host_name(largest)} would hold {_gib(nbytes[largest])} of weights, "
+            f"but placement.memory_per_host_bytes allows {_gib(limit)}: "
             "use more hosts, fewer copies, or a smaller model.dtype or model.quantization"
         )
     if config.ray.address is None and not config.placement.gpus_per_host and sum(nbytes) > machine_bytes:

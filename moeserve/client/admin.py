@@ -102,7 +102,9 @@ def _standing(answer: pb.GetPlacementResponse) -> Standing:
         is_changing=answer.is_changing,
         shortage=answer.shortage,
         hosts=[
-            HostStanding(host.name, host.node, host.is_up, host.pid, host.device, host.cuda_visible_devices, host.weights_bytes)
+            HostStanding(
+                host.name, host.node, host.is_up, host.pid, host.device, host.cuda_visible_devices, host.weights_bytes, host.number
+            )
             for host in answer.hosts
         ],
         frontends=[

@@ -18,12 +18,12 @@ from moeserve.cluster.expert_host import HostOrder
 from moeserve.cluster.fate import Fate, burden, last_words
 from moeserve.cluster.folders import SocketFolder, remove_abandoned
 from moeserve.cluster.member import MAX_DEATHS, Call, Member
-from moeserve.cluster.reservation import await_forgotten, await_granted, find_hosts, find_reservations, give_back, host_name, reserve
+from moeserve.cluster.reservation import await_forgotten, await_granted, find_hosts, find_reservations, give_back, reserve
 from moeserve.config import ServiceConfig
 from moeserve.control import Seat
 from moeserve.errors import ConfigError, ExpertUnavailable, MoEServeError
 from moeserve.release import Release
-from moeserve.stats import HostInfo
+from moeserve.stats import HostInfo, host_name
 
 log = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -20,11 +21,12 @@ from ray._private import worker
 _SHIELDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _END_TIMEOUT_S: Final = 5.0
 _LOOK_S: Final = 0.01
+_LOSS_LOOK_S: Final = 1.0
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Why nothing that has ended here will start again. `is_final`: what still runs will end, too, and this process unless it leaves Ray."""
+    """Why nothing that ends here starts again; `is_final`: what still runs will end, too, and so will this process unless it leaves Ray."""
 
     why: str
     is_final: bool
@@ -40,11 +42,16 @@ def find_loss() -> Loss | None:
             if started.process.poll() is not None:
                 return Loss(f"a process of Ray has ended: {name}, pid {started.process.pid}", is_final=name == "gcs_server")
             if _folder_of(started.process.pid).endswith(" (deleted)"):
-                return Loss(
-                    "the folder in which this service was started has been removed, and Ray starts no process without", is_final=False
-                )
+                return Loss("the folder that Ray was started in has been removed, and Ray starts no process without it", is_final=False)
     session = Path(node.get_session_dir_path())
     return None if session.is_dir() else Loss(f"the folder of Ray, {session}, has been removed", is_final=False)
+
+
+async def until_lost() -> Loss:
+    """Until something is missing."""
+    while (loss := find_loss()) is None:
+        await asyncio.sleep(_LOSS_LOOK_S)
+    return loss
 
 
 def _folder_of(pid: int) -> str:

@@ -17,6 +17,7 @@ from ray.util.placement_group import PlacementGroup
 
 from moeserve.config import PlacementConfig
 from moeserve.control import Seat
+from moeserve.stats import host_name
 
 _HOST_NAME = re.compile(r"host-(\d+)")
 #: Ray grants what is free within milliseconds
@@ -32,11 +33,6 @@ class _Expected(logging.Filter):
 
 
 logging.getLogger("ray.actor").addFilter(_Expected())
-
-
-def host_name(number: int) -> str:
-    """Of the host itself and, where both outlive this process, of its reservation."""
-    return f"host-{number}"
 
 
 def host_number(name: str) -> int | None:

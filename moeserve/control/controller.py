@@ -22,7 +22,7 @@ from moeserve.control.wish import first_wish, plan_for, wanted_hosts
 from moeserve.errors import ConfigError, MoEServeError
 from moeserve.release import Release
 from moeserve.standing import Standing
-from moeserve.stats import HostInfo
+from moeserve.stats import HostInfo, host_name
 
 log = logging.getLogger(__name__)
 
@@ -210,9 +210,9 @@ class Controller:
 
     async def _drain(self, host: str) -> Release:
         seats = self.state.seats
-        left = tuple(seat for seat in seats if f"host-{seat.number}" != host)
+        left = tuple(seat for seat in seats if host_name(seat.number) != host)
         if len(left) == len(seats):
-            raise ConfigError(f"there is no host {host!r}; there are {', '.join(f'host-{seat.number}' for seat in seats)}")
+            raise ConfigError(f"there is no host {host!r}; there are {', '.join(host_name(seat.number) for seat in seats)}")
         if not left:
             raise ConfigError(f"{host} is the only host: at least one is needed")
         release = await self._rollout.move(left, len(left))

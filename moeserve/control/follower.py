@@ -143,7 +143,8 @@ class Follower:
         sources = await asyncio.to_thread(self._sources, release)
         metrics = Metrics([source.spec for source in sources], self._config.observability.expert_detail)
         find, health = self._directory.find, self._stage.health_changed
-        self._frontend = Frontend(sources, release, find, self._config, metrics, health, self._keys)
+        # It reads every gate, and probes are answered meanwhile.
+        self._frontend = await asyncio.to_thread(Frontend, sources, release, find, self._config, metrics, health, self._keys)
         self._stage.enter(self._frontend, metrics)
         self._do("start", self._frontend.start(self.report.node))
         self.say(epoch=release.epoch, oldest_epoch=release.epoch)
@@ -159,7 +160,8 @@ class Follower:
         """New batches use the release; when those under way have ended, or have had their time, hosts that are not needed are let go."""
         sources = await asyncio.to_thread(self._sources, release)
         await _within(_REACH_S, frontend.welcome(release))
-        frontend.publish(release, sources)
+        await frontend.prepare(release, sources)
+        frontend.publish(release)
         self.say(epoch=release.epoch, oldest_epoch=frontend.oldest_epoch)
         log.info("epoch %d is served", release.epoch)
         assert self._told is not None

@@ -46,11 +46,11 @@ class Publisher(Protocol):
         ...
 
     async def try_out(self, release: Release, sources: Sequence[LayerSource]) -> None:
-        """Have every expert of `release` answer something. Raises what goes wrong."""
+        """Read what is new in front of the hosts, and have every expert of `release` answer something. Raises what goes wrong."""
         ...
 
-    def publish(self, release: Release, sources: Sequence[LayerSource]) -> None:
-        """Batches that begin from now on use `release`."""
+    def publish(self, release: Release) -> None:
+        """Batches that begin from now on use `release`, which was tried."""
         ...
 
     async def drained(self) -> None:
@@ -125,7 +125,7 @@ class Rollout:
             await self._frontends.welcome(release)
             await self._frontends.try_out(release, sources)
             self._save(replace(after, last_epoch=release.epoch))
-            self._frontends.publish(release, sources)
+            self._frontends.publish(release)
         except BaseException:  # whatever it was: a release that hosts have and frontends do not would be mistaken for what is served
             self._save(self.state)
             await self._frontends.forget()

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,11 +16,11 @@ from moeserve.config import CommunicationConfig, CopyChoice, LayerSpec, Resilien
 from moeserve.dispatch import Hosts, HostWork, permute, plan_again
 from moeserve.errors import ExpertUnavailable
 from moeserve.frontend.compute import Compute
-from moeserve.frontend.link import HostLink
 from moeserve.frontend.part import Answer, Part, Sent
 from moeserve.frontend.patterns import DIRECT, PATTERNS, Message
 from moeserve.frontend.view import LayerView
 from moeserve.metrics import Metrics
+from moeserve.stats import host_name
 from moeserve.transport import Channel, ChannelClosed, Lease, PeerLost, WorkShape
 
 
@@ -43,7 +43,6 @@ class Exchange:
         self,
         layer: int,
         spec: LayerSpec,
-        links: Mapping[int, HostLink],
         communication: CommunicationConfig,
         resilience: ResilienceConfig,
         copy_choice: CopyChoice,
@@ -52,7 +51,6 @@ class Exchange:
     ) -> None:
         self._layer = layer
         self._spec = spec
-        self._links = links
         self._pattern = communication.pattern
         self._resilience = resilience
         self._copy_choice = copy_choice
@@ -80,9 +78,8 @@ class Exchange:
             return None
         is_live = np.zeros(view.placement.num_hosts, dtype=np.bool_)
         load = np.zeros(view.placement.num_hosts, dtype=np.int64)
-        for number, link in self._links.items():
-            if number < len(load):
-                is_live[number], load[number] = link.channel is not None, link.queue_tokens
+        for number, link in view.links.items():
+            is_live[number], load[number] = link.channel is not None, link.queue_tokens
         return Hosts(is_live, load, self._copy_choice)
 
     async def retry(self, parts: Sequence[Part], deadline: float) -> None:
@@ -115,16 +112,16 @@ class Exchange:
 
     def _gone(self, parts: Sequence[Part]) -> list[HostWork]:
         """What was lost and can be sent nowhere now, when that is all there is to do. Raises ExpertUnavailable if that is the policy."""
-        lost = [work for part in parts for work in part.lost]
-        gone = [work for work in lost if self._channel(work.host) is None]
+        lost = [(part.view.links[work.host], work) for part in parts for work in part.lost]
+        gone = [work for link, work in lost if link.channel is None]
         if gone and self._resilience.on_expert_failure == "fail":
             raise ExpertUnavailable(f"experts of layer {self._spec.name} were lost with {self._names(gone)}")
         return gone if len(gone) == len(lost) else []
 
     async def _some_host_is_back(self, parts: Sequence[Part]) -> None:
-        links = [self._links[work.host] for part in parts for work in part.lost if work.host in self._links]
         # A host that has left will not be back: another view is about to be used, or the deadline comes.
-        waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(link.connected()) for link in links] or [asyncio.Future()]
+        links = {work.host: part.view.links[work.host] for part in parts for work in part.lost}
+        waits = [asyncio.ensure_future(link.connected()) for link in links.values()]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -138,15 +135,15 @@ class Exchange:
         for message, channel, lease in drafts:
             future = channel.send(lease, layer=self._layer, epoch=part.view.epoch, timeout_s=timeout_s, pass_on=message.pass_on)
             for work in message.works:
-                if work.host in self._links:  # it may have left while its rows were written
-                    self._links[work.host].count_until(future, len(work.rows))
+                part.view.links[work.host].count_until(future, len(work.rows))
             part.sent.append(Sent(tuple(message.works), message.rows, future))
 
     def _write(self, part: Part, works: Sequence[HostWork], pattern: str) -> list[Draft]:
         """Rows go straight to where their channel sends from: the one copy of the data on this side."""
-        channels = {work.host: self._channel(work.host) for work in works}
+        links = part.view.links
+        channels = {work.host: links[work.host].channel for work in works}
         part.lost += [work for work in works if channels[work.host] is None]
-        nodes = {number: link.node for number, link in self._links.items()}
+        nodes = {number: link.node for number, link in links.items()}
         drafts = []
         for message in PATTERNS[pattern]([work for work in works if channels[work.host] is not None], nodes):
             channel = channels[message.host]
@@ -163,9 +160,5 @@ class Exchange:
             drafts.append(Draft(message, channel, lease))
         return drafts
 
-    def _channel(self, host: int) -> Channel | None:
-        link = self._links.get(host)
-        return None if link is None else link.channel
-
     def _names(self, works: Sequence[HostWork]) -> str:
-        return ", ".join(f"host-{host}" for host in sorted({work.host for work in works}))
+        return ", ".join(host_name(host) for host in sorted({work.host for work in works}))

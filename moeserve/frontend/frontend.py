@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -22,10 +22,9 @@ from moeserve.frontend.view import LayerView, Views
 from moeserve.head import LayerHead
 from moeserve.metrics import ExpertCounts, Metrics
 from moeserve.output import ForwardOutput
-from moeserve.placement import Placement
 from moeserve.release import Release
 from moeserve.request import LayerRequest
-from moeserve.stats import HostInfo, HostShards, HostStats, LayerStats, ServiceStats
+from moeserve.stats import HostInfo, HostStats, LayerStats, ServiceStats, host_name
 from moeserve.transport import KeyPair
 
 OnHealth = Callable[[int, bool], None]
@@ -57,22 +56,22 @@ class Frontend:
         self._on_health = on_health
         self._timeout_s = config.resilience.request_timeout_s
         self._find, self._keys, self._here = find, keys, ""
-        self._links = {number: self._link(number) for number in release.placement.hosts}
+        #: by number; never changed but replaced, as threads read it
+        self._links: Mapping[int, HostLink] = {number: self._link(number) for number in release.placement.hosts}
+        #: gates that were read for the release of an epoch
+        self._read: tuple[int, list[LayerHead]] = release.epoch, list(map(LayerHead, sources))
         self._budget = TokenBudget(config.server.max_queued_tokens, metrics.queue_tokens.set)
         self._compute = Compute()
-        self._forwards = [self._forward(layer, release, source, config) for layer, source in enumerate(sources)]
+        self._forwards = [self._forward(view, layer, config) for layer, view in enumerate(self._views(release))]
         self._batchers = [Batcher(forward.run, config.batching, self._budget) for forward in self._forwards]
 
-    def _forward(self, layer: int, release: Release, source: LayerSource, config: ServiceConfig) -> Forward:
+    def _forward(self, view: LayerView, layer: int, config: ServiceConfig) -> Forward:
         metrics, placing = self._metrics, config.placement
-        exchange = Exchange(
-            layer, source.spec, self._links, config.communication, config.resilience, placing.copy_choice, metrics, self._compute
-        )
-        views = Views(_view(layer, release, source))
-        return Forward(layer, views, exchange, config.batching.micro_batches, metrics, self._compute)
+        exchange = Exchange(layer, view.head.spec, config.communication, config.resilience, placing.copy_choice, metrics, self._compute)
+        return Forward(layer, Views(view), exchange, config.batching.micro_batches, metrics, self._compute)
 
     def _link(self, number: int) -> HostLink:
-        return HostLink(f"host-{number}", partial(self._find, number), self._keys, self._metrics, self._hosts_changed)
+        return HostLink(host_name(number), partial(self._find, number), self._keys, self._metrics, self._hosts_changed)
 
     @property
     def epoch(self) -> int:
@@ -87,20 +86,38 @@ class Frontend:
     async def welcome(self, release: Release) -> None:
         """Connect to the hosts of `release` that are new."""
         new = {number: self._link(number) for number in release.placement.hosts if number not in self._links}
-        self._links.update(new)
+        self._links = {**self._links, **new}
         await asyncio.gather(*(link.start(self._here) for link in new.values()))
 
     async def try_out(self, release: Release, sources: Sequence[LayerSource]) -> None:
-        """Have every expert of `release` answer one row, which nobody asked for. Raises what goes wrong."""
+        """`prepare`, and have every expert of `release` answer one row, which nobody asked for. Raises what goes wrong."""
+        await self.prepare(release, sources)
         deadline = time.monotonic() + self._timeout_s
-        for layer, (forward, source) in enumerate(zip(self._forwards, sources, strict=True)):
-            await forward.try_out(_view(layer, release, source), deadline)
+        for forward, view in zip(self._forwards, self._views(release), strict=True):
+            await forward.try_out(view, deadline)
+
+    async def prepare(self, release: Release, sources: Sequence[LayerSource]) -> None:
+        """Read what is new of the gates of `release`, of which `sources` are the layers, beside the event loop; what was read is kept.
+
+        Raises CheckpointError when one cannot be read.
+        """
+        if self._read[0] == release.epoch:
+            return
+        names = [source.spec.name for source in sources]
+        kept = [self._release.rest_of(name) == release.rest_of(name) for name in names]
+        present = [forward.views.current.head for forward in self._forwards]
+
+        def read() -> list[LayerHead]:
+            return [head if is_kept else LayerHead(source) for head, is_kept, source in zip(present, kept, sources, strict=True)]
+
+        self._read = release.epoch, await asyncio.to_thread(read)
 
     async def forget(self) -> None:
         """Let go of hosts that the present release has nothing on."""
-        gone = [number for number in self._links if number not in self._release.placement.hosts]
-        for number in gone:
-            link = self._links.pop(number)
+        kept = set(self._release.placement.hosts)
+        gone = [link for number, link in self._links.items() if number not in kept]
+        self._links = {number: link for number, link in self._links.items() if number in kept}
+        for link in gone:
             await link.close()
             self._metrics.forget_host(link.name)
 
@@ -108,15 +125,10 @@ class Frontend:
         """Learn what hosts hold now."""
         await asyncio.gather(*(link.refresh() for link in self._links.values()))
 
-    def publish(self, release: Release, sources: Sequence[LayerSource]) -> None:
-        """Batches that begin from now on use `release`, of which `sources` are the layers; those under way end as they began.
-
-        Raises CheckpointError when a gate cannot be read; then nothing has changed.
-        """
-        views = [_view(layer, release, source) for layer, source in enumerate(sources)]
-        for forward, view in zip(self._forwards, views, strict=True):
+    def publish(self, release: Release) -> None:
+        """Batches that begin from now on use `release`, for which `prepare` has been called; those under way end as they began."""
+        for forward, view in zip(self._forwards, self._views(release), strict=True):
             forward.views.publish(view)
-        self.layers = [source.spec for source in sources]
         self._use(release)
         self._hosts_changed()
 
@@ -148,12 +160,12 @@ class Frontend:
 
     def stats(self) -> ServiceStats:
         """Counts since the start and the state of the hosts."""
-        metrics, release = self._metrics, self._release
+        metrics, release, links = self._metrics, self._release, self._links
         queues = metrics.host_queues()
         return ServiceStats(
             epoch=release.epoch,
-            layers=[_layer_stats(index, spec.name, release.placement, metrics.experts) for index, spec in enumerate(self.layers)],
-            hosts=[_host_stats(link, queues.get(link.name, 0)) for _, link in sorted(self._links.items())],
+            layers=[_layer_stats(index, spec.name, release, metrics.experts) for index, spec in enumerate(self.layers)],
+            hosts=[_host_stats(number, link, queues.get(link.name, 0)) for number, link in sorted(links.items())],
             queue_tokens=self._budget.tokens,
             uptime_s=metrics.uptime_s,
             expert_retries=metrics.retries(),
@@ -162,6 +174,16 @@ class Frontend:
             calls=metrics.calls(),
             events=metrics.events.latest(),
         )
+
+    def _views(self, release: Release) -> list[LayerView]:
+        """What batches of each layer see of a release that was prepared."""
+        epoch, heads = self._read
+        assert epoch == release.epoch, "a release is prepared before it is used"
+        links = {number: self._links[number] for number in release.placement.hosts}
+        return [
+            LayerView(epoch, release.revision(head.spec.name), head, places, links)
+            for head, places in zip(heads, release.placement.layers, strict=True)
+        ]
 
     def _use(self, release: Release) -> None:
         self._release = release
@@ -177,13 +199,8 @@ class Frontend:
             self._on_health(index, bool(copies.all()))
 
 
-def _view(layer: int, release: Release, source: LayerSource) -> LayerView:
-    return LayerView(release.epoch, release.revision(source.spec.name), LayerHead(source), release.placement.layers[layer])
-
-
-def _layer_stats(index: int, name: str, placement: Placement, counts: ExpertCounts) -> LayerStats:
-    layer = placement.layers[index]
-    held = [(position, layer.shards_on(host)) for position, host in enumerate(placement.hosts)]
+def _layer_stats(index: int, name: str, release: Release, counts: ExpertCounts) -> LayerStats:
+    layer = release.placement.layers[index]
     return LayerStats(
         name=name,
         tokens=counts.tokens[index],
@@ -191,13 +208,11 @@ def _layer_stats(index: int, name: str, placement: Placement, counts: ExpertCoun
         dropped=counts.dropped[index].clone(),
         live_copies=counts.live_copies[index][: layer.num_experts].tolist(),
         tensor_parallel=layer.tensor_parallel,
-        placement=[
-            HostShards(position, [one.expert for one in shards], [one.shard for one in shards]) for position, shards in held if shards
-        ],
+        placement=release.held(index),
     )
 
 
-def _host_stats(link: HostLink, queue_tokens: int) -> HostStats:
+def _host_stats(number: int, link: HostLink, queue_tokens: int) -> HostStats:
     info = link.info
     return HostStats(
         name=link.name,
@@ -208,4 +223,5 @@ def _host_stats(link: HostLink, queue_tokens: int) -> HostStats:
         cuda_visible_devices=info.cuda_visible_devices if info else "",
         weights_bytes=info.weights_bytes if info else 0,
         queue_tokens=queue_tokens,
+        number=number,
     )

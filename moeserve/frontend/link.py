@@ -41,12 +41,14 @@ class HostLink:
     @property
     def channel(self) -> Channel | None:
         """None while the host is down."""
-        return self._channel if self._channel is not None and not self._channel.closed.is_set() else None
+        channel = self._channel  # other threads ask, and the event loop may take it away meanwhile
+        return channel if channel is not None and not channel.closed.is_set() else None
 
     @property
     def node(self) -> str:
         """Where the host is, or was when it was last seen."""
-        return self.info.node if self.info is not None else ""
+        info = self.info
+        return info.node if info is not None else ""
 
     def count_until(self, answered: asyncio.Future[Partial], rows: int) -> None:
         """Has the gauge say that the host owes answers to `rows` more, until it has given them or nobody waits any longer."""
