@@ -34,7 +34,7 @@ async def end_hosts(actors: Sequence[ActorHandle[ExpertHost]], sockets: SocketFo
         await asyncio.to_thread(_end_processes, processes, sockets)
 
 
-async def kill_process(actors: Sequence[ActorHandle[ExpertHost]], sockets: SocketFolder) -> None:
+async def kill_processes(actors: Sequence[ActorHandle[ExpertHost]], sockets: SocketFolder) -> None:
     """End the processes of hosts that hang; Ray starts others in their place."""
     await asyncio.to_thread(lambda: _end_processes(_processes_of(actors), sockets))
 
@@ -57,11 +57,6 @@ def _end_processes(processes: Sequence[tuple[str, int]], sockets: SocketFolder) 
 
 @ray.remote(num_cpus=0)
 def _end_process(pid: int, sockets: SocketFolder) -> None:
-    end_process(pid, sockets)
-
-
-def end_process(pid: int, sockets: SocketFolder) -> None:
-    """Kill a host on this machine, and clear away what it leaves."""
     command = Path(f"/proc/{pid}/cmdline")
     with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
         if b"ExpertHost" in command.read_bytes():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,13 @@ from typing import Any, Final
 
 import ray
 from ray._private import state, worker
-from ray.core.generated import gcs_pb2
+from ray.core.generated.gcs_pb2 import ActorTableData, WorkerTableData  # type: ignore[attr-defined]
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from moeserve.checkpoints import MemoryGroup, host_bytes
 from moeserve.config import ServiceConfig
+from moeserve.control import Seat
 from moeserve.errors import MoEServeError
 from moeserve.release import Release
 
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 _ASK_TIMEOUT_S: Final = 5.0
 _LOG_LINES: Final = 3
-_MAX_CHARS: Final = 300
+_MAX_CHARS: Final = 400
 #: behind these words Ray lists what it may have been
 _GUESSES: Final = "Some common causes"
 
@@ -45,30 +46,33 @@ def fate_of(actor_id: ray.ActorID | None, node: str) -> Fate:
     found = None if actor_id is None else state.state._connect_and_get_accessor().get_actor_info(actor_id)
     if found is None:
         return Fate(0, False, is_node_live)
-    table = gcs_pb2.ActorTableData.FromString(found)
+    table = ActorTableData.FromString(found)
     before = [one.worker_id for one in getattr(table, "previous_incarnations", ())]  # not every Ray says
     workers = [one for one in (*before, table.address.worker_id) if one]
-    return Fate(table.num_restarts, table.state == gcs_pb2.ActorTableData.ALIVE, is_node_live, workers)
+    return Fate(table.num_restarts, table.state == ActorTableData.ALIVE, is_node_live, workers)
 
 
-def last_words(fate: Fate, node: str, kills_before: int) -> str:
-    """Why the latest process that has ended did so, in a few sentences; "" when nobody knows. Blocks for seconds.
+class PostMortem:
+    """Why processes of hosts end. To be made before the first does, as what the kernel counts is counted from then on."""
 
-    `kills_before`: processes that the kernel had ended on this node before, for want of memory.
-    """
-    said, worker_id = "", b""
-    for worker_id in reversed(fate.workers):
-        if said := _exit_detail(worker_id):
-            break
-    return " ".join(part for part in (said, *_found_on(node, worker_id.hex(), kills_before)) if part)
+    def __init__(self, config: ServiceConfig) -> None:
+        self._config = config
+        self._kills_before = MemoryGroup().oom_kills
 
+    def findings(self, seat: Seat, release: Callable[[], Release], fate: Fate) -> str:
+        """Of the latest that has ended there, in a few sentences; `release` is what it was to hold. Blocks for seconds."""
+        said, worker_id = "", b""
+        for worker_id in reversed(fate.workers):
+            if said := _exit_detail(worker_id):
+                break
+        found = _found_on(seat.node, worker_id.hex(), self._kills_before)
+        return " ".join(part for part in (self._burden(release(), seat.number), said, *found) if part)
 
-def burden(release: Release, config: ServiceConfig, number: int) -> str:
-    """What host `number` was to hold, in words. Blocks while headers of files are read."""
-    with suppress(MoEServeError):  # they may be gone
-        nbytes = host_bytes(release.sources(config), release.placement)[number]
-        return f"It was to hold {nbytes / 2**20:.1f} MiB of weights. "
-    return ""
+    def _burden(self, release: Release, number: int) -> str:
+        with suppress(MoEServeError):  # the files may be gone
+            nbytes = host_bytes(release.sources(self._config), release.placement)[number]
+            return f"It was to hold {nbytes / 2**20:.1f} MiB of weights."
+        return ""
 
 
 def _exit_detail(worker_id: bytes) -> str:
@@ -76,7 +80,7 @@ def _exit_detail(worker_id: bytes) -> str:
     found = state.state._connect_and_get_accessor().get_worker_info(ray.WorkerID(worker_id))
     if found is None:
         return ""
-    table = gcs_pb2.WorkerTableData.FromString(found)
+    table = WorkerTableData.FromString(found)
     detail = " ".join(table.exit_detail.partition(_GUESSES)[0].splitlines()[:2])
     return "" if table.is_alive or not detail else f"Ray says: {_sentence(detail)}"
 
@@ -111,8 +115,9 @@ def _found_here(worker_id: str, kills_before: int) -> list[str]:
 
 def _log_end(worker_id: str) -> str:
     node = worker._global_node
-    logs = [] if node is None or not worker_id else Path(node.get_logs_dir_path()).glob(f"worker-{worker_id}-*.err")
-    for path in logs:
+    if node is None or not worker_id:
+        return ""
+    for path in Path(node.get_logs_dir_path()).glob(f"worker-{worker_id}-*.err"):
         lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
         return " / ".join([line for line in lines if line and not line.startswith(":")][-_LOG_LINES:])
     return ""

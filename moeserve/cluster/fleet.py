@@ -12,10 +12,9 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup
 
-from moeserve.checkpoints import MemoryGroup
-from moeserve.cluster.ending import end_hosts, end_process, kill_process
+from moeserve.cluster.ending import end_hosts, kill_processes
 from moeserve.cluster.expert_host import HostOrder
-from moeserve.cluster.fate import Fate, burden, last_words
+from moeserve.cluster.fate import PostMortem
 from moeserve.cluster.folders import SocketFolder, remove_abandoned
 from moeserve.cluster.member import MAX_DEATHS, Call, Member
 from moeserve.cluster.reservation import await_forgotten, await_granted, find_hosts, find_reservations, give_back, reserve
@@ -55,7 +54,7 @@ class Fleet:
         self._over_tcp = True
         #: hosts that Ray has given up, until they are removed: their node is gone
         self.given_up: set[int] = set()
-        self._kills_before = MemoryGroup().oom_kills
+        self._post_mortem = PostMortem(config)
         self._ray_lost: str | None = None
 
     @property
@@ -76,7 +75,7 @@ class Fleet:
         return {number: why for number, member in self._members.items() if (why := member.why_not) is not None}
 
     def lose_ray(self, why: str) -> None:
-        """Ray is gone from this machine: nothing is asked of it any more, and `stop` ends without its help what is here."""
+        """Nothing can be asked of Ray any more, and whoever has started it ends what is left."""
         self._ray_lost = why
 
     def start(self, service_id: str, *, over_tcp: bool = True, folder: Path | None = None) -> None:
@@ -189,14 +188,12 @@ class Fleet:
 
     async def stop(self) -> None:
         """Stop the hosts, whatever state they are in; nothing of theirs is left on this node, nor on others where they could be asked."""
-        leaving, pids = list(self._members.values()), [info.pid for info in self._directory.values()]
+        leaving = list(self._members.values())
         self._members.clear()
         self._directory.clear()
         if self._folder is not None:
             if self._ray_lost is None:
                 await self._end(leaving)
-            else:
-                await asyncio.gather(*(asyncio.to_thread(end_process, pid, self._folder) for pid in pids))
             await asyncio.to_thread(remove_abandoned, self._folder.path())
 
     async def _add(self, seats: Sequence[Seat]) -> None:
@@ -215,10 +212,8 @@ class Fleet:
 
     def _member(self, seat: Seat, group: PlacementGroup) -> Member:
         order = HostOrder(host_name(seat.number), seat.number, self._config, self._sockets, self._over_tcp)
-        return Member(order, seat.node, group, partial(self._last_words, seat), detached=self._detached)
-
-    def _last_words(self, seat: Seat, fate: Fate) -> str:
-        return f"{burden(self._releases[-1], self._config, seat.number)}{last_words(fate, seat.node, self._kills_before)}"
+        findings = partial(self._post_mortem.findings, seat, lambda: self._releases[-1])
+        return Member(order, seat.node, group, findings, detached=self._detached)
 
     async def _come_up(self, number: int, on_ready: Callable[[HostInfo], None]) -> None:
         on_ready(await self.find(number))
@@ -251,7 +246,7 @@ class Fleet:
         try:
             if not await member.answers(_HANG_S):
                 log.warning("%s has not answered for %g s: it is killed, and starts anew", host_name(number), _HANG_S)
-                await kill_process(member.actors, self._sockets)
+                await kill_processes(member.actors, self._sockets)
             await self.find(number)
         except MoEServeError as error:
             if str(error) != before:

@@ -49,9 +49,10 @@ def find_loss() -> Loss | None:
 
 async def until_lost() -> Loss:
     """Until something is missing."""
-    while (loss := find_loss()) is None:
+    while True:
+        if (loss := find_loss()) is not None:
+            return loss
         await asyncio.sleep(_LOSS_LOOK_S)
-    return loss
 
 
 def _folder_of(pid: int) -> str:

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 import ray
 from ray.actor import ActorHandle
@@ -24,8 +23,9 @@ log = logging.getLogger(__name__)
 
 _RETRY_S = 0.1
 _LOOK_S = 0.5
-#: how often a host may die before it is ready; after a rest it may do so once
+#: how often a host may die while it loads, until it has been well for a while
 MAX_DEATHS = 3
+_WELL_S = 30.0
 #: Ray starts processes within seconds; on a machine that is very busy, in a minute
 _START_TIMEOUT_S = 120.0
 #: doubled from one to the next
@@ -34,21 +34,8 @@ _LEAST_REST_S, _MOST_REST_S = 5.0, 60.0
 Call = Callable[[ActorHandle[ExpertHost]], Awaitable[None]]
 #: the releases in force, and the public keys of frontends, if they are known
 InForce = Callable[[], tuple[Sequence[Release], Collection[str]]]
-#: why processes of this host end; may block for seconds
-LastWords = Callable[[Fate], str]
-
-
-@dataclass(frozen=True)
-class Rest:
-    """Nothing is tried until then, a monotonic time in seconds, because of an error; `pause_s` is longer next time."""
-
-    error: MoEServeError
-    until: float
-    pause_s: float
-
-    @property
-    def is_over(self) -> bool:
-        return time.monotonic() >= self.until
+#: why the latest process of this host has ended; may block for seconds
+Findings = Callable[[Fate], str]
 
 
 class Member:
@@ -57,19 +44,22 @@ class Member:
     One that dies again and again before it is ready, or that refuses to load what it shall, rests between tries, longer each time.
     """
 
-    def __init__(self, order: HostOrder, node: str, group: PlacementGroup, last_words: LastWords, *, detached: bool) -> None:
+    def __init__(self, order: HostOrder, node: str, group: PlacementGroup, findings: Findings, *, detached: bool) -> None:
         self.name = order.name
         self.node = node
         self.group = group
         #: Ray has given it up
         self.is_lost = False
-        self._order, self._last_words, self._detached = order, last_words, detached
+        self._order, self._findings, self._detached = order, findings, detached
         #: None between its end and the next try
         self._actor: ActorHandle[ExpertHost] | None = None
-        self._rest: Rest | None = None
-        self._may_die = MAX_DEATHS
-        #: since it was ready: of earlier actors; and restarts of this one that are no death of these
+        #: while it loaded, since it was well; restarts of this actor that are none of these
         self._deaths, self._restarts_before = 0, 0
+        #: why it rests, or did before the present try; until when, and how long, in seconds of the monotonic clock
+        self._error: MoEServeError | None = None
+        self._rests_until = self._pause_s = 0.0
+        #: since when the latest incarnation has been ready, and how often Ray had started it again by then
+        self._ready: tuple[float, int] | None = None
 
     @property
     def actors(self) -> list[ActorHandle[ExpertHost]]:
@@ -79,7 +69,7 @@ class Member:
     @property
     def why_not(self) -> str | None:
         """Why it is not up, if nobody should wait for it."""
-        return None if self._rest is None else str(self._rest.error)
+        return None if self._error is None else str(self._error)
 
     def start(self) -> None:
         """A new one, on a place that has been granted."""
@@ -93,7 +83,7 @@ class Member:
             **({"name": self.name, "lifetime": "detached"} if self._detached else {}),
         )
         self._actor = host.remote(self._order)
-        self._restarts_before = 0
+        self._restarts_before, self._ready = 0, None
 
     async def adopt(self) -> None:
         """A detached one that lives."""
@@ -119,17 +109,17 @@ class Member:
             info = asking.result()
         finally:
             asking.cancel()
-        self._rest, self._may_die, self._deaths = None, MAX_DEATHS, 0
-        self._restarts_before = (await self._fate()).restarts
+        self._is_ready((await self._fate()).restarts)
         return info
 
     async def answers(self, timeout_s: float) -> bool:
         """False when its process lives and says nothing, as one does that hangs; loading does not keep it from answering."""
-        deadline = time.monotonic() + timeout_s
-        asking = asyncio.ensure_future(asyncio.gather(*(_heard(actor) for actor in self.actors)))
+        if (actor := self._actor) is None:
+            return True
+        asking, deadline = asyncio.ensure_future(_heard(actor)), time.monotonic() + timeout_s
         try:
             while not (await asyncio.wait({asking}, timeout=_LOOK_S))[0]:
-                if self._actor is None or not (await self._fate()).is_up:
+                if self._actor is not actor or not (await self._fate()).is_up:
                     return True  # it is on its way, or not: `find` sees to that
                 if time.monotonic() > deadline:
                     return False
@@ -156,7 +146,7 @@ class Member:
     async def died(self, deaths: int) -> ExpertUnavailable:
         """What to say of that."""
         fate = await self._fate()
-        return ExpertUnavailable(f"{self.name} died {deaths} times while it loaded its experts. {await self._words_of(fate)}".strip())
+        return ExpertUnavailable(f"{self.name} died {deaths} times while it loaded its experts. {await self._found_of(fate)}".strip())
 
     async def _ask(self, in_force: InForce) -> HostInfo:
         while (actor := self._actor) is not None:
@@ -170,33 +160,41 @@ class Member:
                     raise self._lost(str(error).splitlines()[0]) from None
             except RayTaskError as error:
                 raise self._begin_rest(self._refusal(error.cause)) from None
-        self._require_no_rest()
-        raise AssertionError("without an actor it rests")
+        assert self._error is not None, "it is without an actor because of an error"
+        raise self._error
+
+    def _is_ready(self, restarts: int) -> None:
+        now, self._error = time.monotonic(), None
+        if self._ready is None or self._ready[1] != restarts:
+            self._deaths += max(0, restarts - self._restarts_before)
+            self._restarts_before, self._ready = restarts + 1, (now, restarts)  # its own death is not one while it loads
+        elif now - self._ready[0] > _WELL_S:
+            self._deaths, self._pause_s = 0, 0.0
 
     async def _require_hope(self, fate: Fate, waited_s: float) -> None:
         """Raises ExpertUnavailable when it will not come up soon."""
         self._require_no_rest()  # somebody else has found out
         if not fate.is_node_live:
             raise self._lost(f"its node {self.node} is gone")
-        deaths, actor = fate.restarts - self._restarts_before, self._actor
-        if deaths < self._may_die and waited_s < _START_TIMEOUT_S:
+        new_deaths, actor = max(0, fate.restarts - self._restarts_before), self._actor
+        if not (new_deaths and self._deaths + new_deaths >= MAX_DEATHS) and waited_s < _START_TIMEOUT_S:
             return
-        words = await self._words_of(fate)
+        found = await self._found_of(fate)
         if actor is self._actor and actor is not None:
-            self._deaths += deaths
-            what = f"died {self._deaths} times before it was ready" if deaths else f"was not started by Ray within {waited_s:.0f} s"
-            self._actor, self._may_die = None, 1
+            self._deaths += new_deaths
+            what = f"died {self._deaths} times while it loaded its experts" if new_deaths else f"was not started by Ray in {waited_s:.0f} s"
+            self._actor = None
             ray.kill(actor)
-            self._begin_rest(ExpertUnavailable(f"{self.name} {what}. {words}".strip()))
+            self._begin_rest(ExpertUnavailable(f"{self.name} {what}. {found}".strip()))
         self._require_no_rest()
 
     def _require_no_rest(self) -> None:
-        if self._rest is not None and not self._rest.is_over:
-            raise self._rest.error
+        if self._error is not None and time.monotonic() < self._rests_until:
+            raise self._error
 
     def _begin_rest(self, error: MoEServeError) -> MoEServeError:
-        pause_s = _LEAST_REST_S if self._rest is None else min(2 * self._rest.pause_s, _MOST_REST_S)
-        self._rest = Rest(error, time.monotonic() + pause_s, pause_s)
+        self._pause_s = min(max(_LEAST_REST_S, 2 * self._pause_s), _MOST_REST_S)
+        self._error, self._rests_until = error, time.monotonic() + self._pause_s
         return error
 
     def _try_again(self) -> None:
@@ -218,8 +216,8 @@ class Member:
         actor_id = None if self._actor is None else self._actor._actor_id
         return await asyncio.to_thread(fate_of, actor_id, self.node)
 
-    async def _words_of(self, fate: Fate) -> str:
-        return await asyncio.to_thread(self._last_words, fate)
+    async def _found_of(self, fate: Fate) -> str:
+        return await asyncio.to_thread(self._findings, fate)
 
 
 async def _heard(actor: ActorHandle[ExpertHost]) -> None:
