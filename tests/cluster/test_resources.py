@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from ray._private import worker
 from torch import nn
 
 from moeserve import BackgroundService, CheckpointError, Client, ConfigError, ExpertUnavailable, serve
+from moeserve.cluster.local_ray import Loss, find_loss
 from tests.cluster.test_hosts import until
 
 pytestmark = pytest.mark.ray
@@ -34,6 +36,17 @@ def test_all_is_what_the_nodes_have_room_for(service: BackgroundService) -> None
     placement = {"num_hosts": "all", "gpus_per_host": 2, "cpus_per_host": 0}
     with serve({"layers": [LAYER], "placement": placement, "server": SERVER}) as other, Client(other.target) as client:
         assert [len(host.cuda_visible_devices.split(",")) for host in client.stats().hosts] == [2, 2]
+
+
+def test_without_its_folder_ray_is_lost(local_ray: None) -> None:
+    session = Path(worker._global_node.get_session_dir_path())
+    assert find_loss() is None
+    away = session.rename(session.with_name("away"))
+    try:
+        assert find_loss() == Loss(f"the folder of Ray, {session}, has been removed", is_final=False)
+    finally:
+        away.rename(session)
+    assert find_loss() is None
 
 
 class Dying(nn.Linear):
