@@ -78,7 +78,8 @@ class Service:
         runtime.start()
         nodes = Nodes(fleet)
         state = await first_state(config, sources, nodes)
-        frontend = await asyncio.to_thread(Frontend, sources, state.release, fleet.find, config, metrics, self._health_changed, keys)
+        served = state.release.sources(config, sources)
+        frontend = await asyncio.to_thread(Frontend, served, state.release, fleet.find, config, metrics, self._health_changed, keys)
 
         async def admit(followers: frozenset[str]) -> None:
             await fleet.admit({keys.public, *followers})

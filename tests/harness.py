@@ -135,7 +135,7 @@ class ServiceHarness:
         specs = [source.spec for source in self.sources]
         self.metrics = Metrics(specs, self.config.observability.expert_detail)
         self.placement = plan_placement(specs, self.config.placement)
-        self._releases = [Release(self.placement)]
+        self._releases = [Release.first(self.placement, self.sources)]
         self._kind, self._folder = kind, folder
         self.nodes = nodes or ["this-node"] * self.placement.num_hosts
         self._keys = KeyPair.generate()
@@ -173,7 +173,8 @@ class ServiceHarness:
 
     async def _start(self) -> None:
         self._add(self.placement.hosts)
-        self.frontend = Frontend(self.sources, self._releases[0], self.find, self.config, self.metrics, self._on_health, self._keys)
+        served = self._releases[0].sources(self.config, self.sources)
+        self.frontend = Frontend(served, self._releases[0], self.find, self.config, self.metrics, self._on_health, self._keys)
         release, seats = self._releases[0], tuple(Seat(number, self.nodes[number]) for number in self.placement.hosts)
         self._begin(State(release, seats, len(seats), release.epoch, len(seats)), ())
         self.server = GrpcServer(self.config.server, self.metrics.observe_call, engine=self.frontend, admin=self.controller)

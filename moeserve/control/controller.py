@@ -60,7 +60,10 @@ class HostFleet(Hosts, Protocol):
 
 
 async def first_state(config: ServiceConfig, sources: Sequence[LayerSource], nodes: Nodes) -> State:
-    """Where the hosts of a new service go. Raises ConfigError when the nodes do not hold them, after placement.wait_for_nodes_s."""
+    """Where the hosts of a new service go. Raises ConfigError when the nodes do not hold them, after placement.wait_for_nodes_s.
+
+    `sources`: the layers of the configuration, whose files it is made of from now on.
+    """
     wish = first_wish(config, sources)
     wanted = wanted_hosts(wish, sources, config)
     wait_s = config.placement.wait_for_nodes_s
@@ -70,7 +73,7 @@ async def first_state(config: ServiceConfig, sources: Sequence[LayerSource], nod
         if wait_s:
             nodes.ask_for(wanted, 0)
         raise
-    release = Release(plan_for(len(seating.seats), sources, config))
+    release = await asyncio.to_thread(Release.first, plan_for(len(seating.seats), sources, config), sources)
     return State(release, seating.seats, wish, release.epoch, len(seating.seats))
 
 
@@ -113,7 +116,7 @@ class Controller:
         self._frontends = frontends
         self._nodes = nodes
         self._hosts = hosts
-        self._rollout = Rollout(config, state, hosts, frontends, save)
+        self._rollout = Rollout(config, sources, state, hosts, frontends, save)
         self._one_at_a_time = asyncio.Lock()
         self._changes: set[asyncio.Task[Release]] = set()
         self._wanted_now: Wanted | None = None

@@ -104,7 +104,7 @@ class Frontend:
         if self._read[0] == release.epoch:
             return
         names = [source.spec.name for source in sources]
-        kept = [self._release.rest_of(name) == release.rest_of(name) for name in names]
+        kept = [self._release.origins(name).get(None) == release.origins(name).get(None) for name in names]
         present = [forward.views.current.head for forward in self._forwards]
 
         def read() -> list[LayerHead]:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from moeserve.errors import MoEServeError
+from moeserve.errors import ConfigError, ExpertUnavailable, MoEServeError
 from moeserve.metrics import Metrics
 from moeserve.stats import HostInfo
 from moeserve.transport import Channel, FrontendKeys, KeyPair, Partial, choose_endpoint, connect
@@ -32,7 +32,11 @@ class HostLink:
         self._up = metrics.host_up.labels(name)
         self._restarts = metrics.host_restarts
         self._channel: Channel | None = None
-        self._connected = asyncio.Event()
+        #: why it is not connected, in the words of whoever knows; "" while it is
+        self.trouble = ""
+        #: the host runs, and will not serve as it is: `trouble` says why
+        self.refuses = False
+        self._news = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
         #: rows sent and not yet answered
         self.queue_tokens = 0
@@ -79,8 +83,17 @@ class HostLink:
     async def connected(self) -> Channel:
         """The channel, once there is one."""
         while (channel := self.channel) is None:
-            self._connected.clear()  # it may have closed a moment ago, before the keeper could say so
-            await self._connected.wait()
+            self._news.clear()  # it may have closed a moment ago, before the keeper could say so
+            await self._news.wait()
+        return channel
+
+    async def back(self) -> Channel:
+        """As `connected`, but nobody waits for a host that will not serve. Raises ExpertUnavailable, which says why."""
+        while (channel := self.channel) is None:
+            if self.refuses:
+                raise ExpertUnavailable(f"{self.name} does not serve: {self.trouble}")
+            self._news.clear()
+            await self._news.wait()
         return channel
 
     async def close(self) -> None:
@@ -104,7 +117,6 @@ class HostLink:
             log.info("host %s is back", self.name)
 
     async def _connect(self) -> None:
-        said = ""
         while self._channel is None:
             try:
                 self.info = await self._resolve()
@@ -113,13 +125,15 @@ class HostLink:
                 self._channel = await connect(endpoint, keys=keys)
             except MoEServeError as error:
                 # It died again before it was reached, or cannot come up at present: whoever needs it has a deadline of his own.
-                if str(error) != said:
+                if str(error) != self.trouble:
                     log.warning("host %s cannot be reached: %s", self.name, error)
-                said = str(error)
+                self.trouble, self.refuses = str(error), isinstance(error, ConfigError)
+                self._news.set()
                 await asyncio.sleep(_RETRY_S)
+        self.trouble, self.refuses = "", False
         self._set_up(True)
 
     def _set_up(self, up: bool) -> None:
         self._up.set(up)
-        (self._connected.set if up else self._connected.clear)()
+        self._news.set()
         self._on_change()

@@ -6,10 +6,10 @@ import logging
 
 import torch
 
-from moeserve.checkpoints import LayerSource, Swap, load_bank, load_experts
+from moeserve.checkpoints import LayerSource, load_bank, load_experts
 from moeserve.config import ServiceConfig
 from moeserve.errors import ConfigError
-from moeserve.experts import Expert, ExpertBank, ExpertShard
+from moeserve.experts import ExpertBank
 from moeserve.host.shelf import Shelf
 from moeserve.release import Release
 
@@ -29,7 +29,8 @@ class Holdings:
     def take(self, release: Release) -> None:
         """Load what this host has in `release` and not in the one before; work of that epoch can be sent from now on.
 
-        Raises ConfigError or CheckpointError; what is served stays as it is then.
+        Raises ConfigError, CheckpointError, or CheckpointChanged when files are not those any more that the release was made of; what is
+        served stays as it is then.
         """
         if any(taken.epoch >= release.epoch for taken in self._releases):
             return
@@ -60,28 +61,18 @@ class Holdings:
         served = None if before is None else self.shelf.bank(layer, before.epoch)
         if before is None or served is None or before.placement.layers[layer].shards_on(self._number) != shards:
             return load_bank(source, shards, self._device)
-        old, all_swaps = _swaps_of(before, source.spec.name), _swaps_of(release, source.spec.name)
-        new = all_swaps[len(old) :]
-        if all_swaps[: len(old)] != old or any(swap.experts is None for swap in new):
+        old, new = before.origins(source.spec.name), release.origins(source.spec.name)
+        if old.get(None) != new.get(None):
             return load_bank(source, shards, self._device)
+        slots = [slot for slot, shard in enumerate(shards) if old.get(shard.expert) != new.get(shard.expert)]
         try:
-            return served.replaced(_changed_experts(source, shards, new))
+            return served.replaced(dict(zip(slots, load_experts(source, [shards[slot] for slot in slots]), strict=True)))
         except ConfigError:
             # Held in another way than those they would be computed with: the new files have weights in other bits.
             return load_bank(source, shards, self._device)
 
 
-def _swaps_of(release: Release, layer: str) -> list[Swap]:
-    return [swap for swap in release.swaps if swap.layer == layer]
-
-
 def _is_changed(before: Release, after: Release, layer: int, host: int, name: str) -> bool:
-    if _swaps_of(before, name) != _swaps_of(after, name):
+    if before.origins(name) != after.origins(name):
         return True
     return before.placement.layers[layer].shards_on(host) != after.placement.layers[layer].shards_on(host)
-
-
-def _changed_experts(source: LayerSource, shards: list[ExpertShard], swaps: list[Swap]) -> dict[int, Expert]:
-    """The new experts by slot."""
-    slots = [slot for slot, shard in enumerate(shards) if any(swap.changes(shard) for swap in swaps)]
-    return dict(zip(slots, load_experts(source, [shards[slot] for slot in slots]), strict=True))
