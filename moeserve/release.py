@@ -11,8 +11,8 @@ from moeserve.checkpoints import (
     ReleasedLayer,
     Swap,
     compacted,
-    fingerprint,
-    fingerprints,
+    fingerprint_of,
+    layer_fingerprints,
     swapped_layers,
 )
 from moeserve.config import ServiceConfig
@@ -35,7 +35,7 @@ class Release:
     @classmethod
     def first(cls, placement: Placement, sources: Sequence[LayerSource]) -> Release:
         """Of a new service. Raises CheckpointError naming a file that cannot be read."""
-        return cls(placement, deployed=fingerprints(sources))
+        return cls(placement, deployed=layer_fingerprints(sources))
 
     @property
     def epoch(self) -> int:
@@ -72,14 +72,15 @@ class Release:
                 origins.update(dict.fromkeys([None] if swap.experts is None else swap.experts, swap.origin))
         return origins
 
-    def revision(self, layer: str) -> int:
-        """1 for a layer as it was deployed, one more for every swap since."""
-        return max((swap.revision for swap in self.swaps if swap.layer == layer), default=1)
+    def revision(self, layer: str = "") -> int:
+        """1 for a layer as it was deployed, one more for every swap since; "" = the highest of all layers."""
+        return max((swap.revision for swap in self.swaps if layer in ("", swap.layer)), default=1)
 
-    def swapped(self, swap: Swap, config: ServiceConfig, base: Sequence[LayerSource], epoch: int) -> Release:
-        """The same places with new weights, whatever the files of `swap` are like now. Raises what `sources` raises, or UnknownLayer."""
-        asked = replace(self, placement=replace(self.placement, epoch=epoch), swaps=compacted([*self.swaps, swap]))
-        newer = next(source for source in asked.sources(config, base) if source.spec.name == swap.layer)
-        origin = newer.rest if swap.experts is None else newer.experts_from[min(swap.experts)]
-        made = replace(swap, revision=self.revision(swap.layer) + 1, fingerprint=fingerprint(origin.source.files_read()))
-        return replace(asked, swaps=(*asked.swaps[:-1], made))
+    def swapped(self, swaps: Sequence[Swap], config: ServiceConfig, base: Sequence[LayerSource], epoch: int) -> Release:
+        """The same places with new weights, as the files of `swaps` are now. Raises UnknownLayer, ConfigError or CheckpointError."""
+        layers = {source.spec.name: source for source in swapped_layers(config, swaps, base=base)}
+        made = [
+            replace(swap, revision=self.revision(swap.layer) + 1, fingerprint=fingerprint_of(layers[swap.layer].files_swapped()))
+            for swap in swaps
+        ]
+        return replace(self, placement=replace(self.placement, epoch=epoch), swaps=compacted([*self.swaps, *made]))

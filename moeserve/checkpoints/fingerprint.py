@@ -65,7 +65,7 @@ def _changed(was: FileMark, now: FileMark) -> str:
     return f"the numbers in {was.path} are others"
 
 
-def fingerprint(files: Sequence[Path]) -> Fingerprint:
+def fingerprint_of(files: Sequence[Path]) -> Fingerprint:
     """Of files as they are now. Each is read once by a process, and again only when its status says that it has changed.
 
     Raises CheckpointError naming a file that is missing or broken.

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from moeserve.checkpoints.deepspeed import TOLD, is_deepspeed
-from moeserve.checkpoints.fingerprint import Fingerprint, fingerprint
+from moeserve.checkpoints.fingerprint import Fingerprint, fingerprint_of
 from moeserve.checkpoints.resolve import layer_sources
 from moeserve.checkpoints.source import LayerSource
 from moeserve.config import LayerConfig, LayerSpec, ServiceConfig
@@ -54,11 +54,11 @@ def _left(earlier: Swap, later: Swap) -> Swap | None:
     return replace(earlier, experts=experts) if experts else None
 
 
-def fingerprints(sources: Sequence[LayerSource]) -> dict[str, Fingerprint]:
+def layer_fingerprints(sources: Sequence[LayerSource]) -> dict[str, Fingerprint]:
     """Of the files of each layer, by its name; layers of seeds have none. Raises CheckpointError naming a file that cannot be read."""
     files = {source.spec.name: source.files_read() for source in sources}
-    fingerprint(list(dict.fromkeys(path for paths in files.values() for path in paths)))  # all at once, as layers share files
-    return {name: fingerprint(paths) for name, paths in files.items() if paths}
+    fingerprint_of(list(dict.fromkeys(path for paths in files.values() for path in paths)))  # all at once, as layers share files
+    return {name: fingerprint_of(paths) for name, paths in files.items() if paths}
 
 
 def check_swap(swap: Swap, served: LayerSpec, newer: LayerSpec) -> None:
@@ -110,16 +110,20 @@ def swapped_layers(
         if where not in newer:
             newer[where] = newer_layer(config, swap, layer.spec)
         check_swap(swap, layer.spec, newer[where].spec)
-        layers[swap.layer] = layer.swapped(Origin(newer[where], swap.fingerprint), swap.experts)
+        layers[swap.layer] = layer.swapped(Origin(newer[where], swap.fingerprint, swap))
     return list(layers.values())
 
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """A layer in files, of which nothing is read when they are not those of the fingerprint; None = whatever they are."""
+    """A layer in files, of which nothing is read when they are not those of the fingerprint; None = whatever they are.
+
+    `swap` brought it; None = the service was deployed with it.
+    """
 
     source: LayerSource
     fingerprint: Fingerprint | None
+    swap: Swap | None = None
 
     @cached_property
     def _files(self) -> Sequence[Path]:
@@ -131,13 +135,16 @@ class Origin:
             return
         name, folder = self.source.spec.name, self._files[0].parent
         try:
-            difference = self.fingerprint.difference(fingerprint(self._files))
+            difference = self.fingerprint.difference(fingerprint_of(self._files))
         except CheckpointError as error:
             difference = str(error)
         if difference is not None:
+            part = "" if self.swap is None else f" --layer {name}"
+            if self.swap is not None and self.swap.experts is not None:
+                part += f" --experts {','.join(map(str, sorted(self.swap.experts)))}"
             raise CheckpointChanged(
-                f"layer {name} is not what it was when it was taken from {folder}: {difference}; put back the files that are served, "
-                f"or serve the new ones with `moeserve swap TARGET --layer {name} --checkpoint {folder}`"
+                f"layer {name} is not in {folder} any more as it is served: {difference}; put the old files back, or serve the new ones: "
+                f"moeserve swap TARGET{part} --checkpoint {folder}"
             )
 
     @contextmanager
@@ -155,11 +162,12 @@ class ReleasedLayer:
     rest: Origin
     experts_from: Mapping[int, Origin] = field(default_factory=dict)
 
-    def swapped(self, newer: Origin, experts: frozenset[int] | None) -> ReleasedLayer:
-        """With all of `newer`, or some of its experts."""
-        if experts is None:
+    def swapped(self, newer: Origin) -> ReleasedLayer:
+        """With what its swap brings."""
+        assert newer.swap is not None, "it comes from one"
+        if newer.swap.experts is None:
             return ReleasedLayer(newer)
-        return ReleasedLayer(self.rest, {**self.experts_from, **dict.fromkeys(experts, newer)})
+        return ReleasedLayer(self.rest, {**self.experts_from, **dict.fromkeys(newer.swap.experts, newer)})
 
     def check(self) -> None:
         """Raises CheckpointChanged when there is anything that could not be read any more."""
@@ -185,6 +193,11 @@ class ReleasedLayer:
     def files_read(self) -> Sequence[Path]:
         origins = dict.fromkeys([self.rest, *self.experts_from.values()])
         return list(dict.fromkeys(path for origin in origins for path in origin.source.files_read()))
+
+    def files_swapped(self) -> Sequence[Path]:
+        """Those that came with swaps."""
+        origins = dict.fromkeys([self.rest, *self.experts_from.values()])
+        return list(dict.fromkeys(path for origin in origins if origin.swap is not None for path in origin.source.files_read()))
 
     def router(self) -> Router:
         with self.rest.unchanged() as source:

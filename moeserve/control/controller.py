@@ -138,13 +138,16 @@ class Controller:
         self.stop_requested.set()
 
     async def swap(self, layer: str, checkpoint: Path, experts: Sequence[int] | None = None) -> Release:
-        """Serve a layer, or some of its experts, with the weights of another folder of the same model.
+        """Serve a layer ("" = every layer), or some of its experts, with the weights of another folder of the same model.
 
-        Raises UnknownLayer, ConfigError or CheckpointError; then everything is as it was. Files are read on the hosts: `checkpoint` must
-        be there, and here.
+        It may be the folder that is served, when its files are others now. Files are read on the hosts: `checkpoint` must be there, and
+        here. Raises UnknownLayer, ConfigError or CheckpointError; then everything is as it was.
         """
-        swap = Swap(layer, checkpoint, None if experts is None else frozenset(experts))
-        return await self._to_its_end(self._change(lambda: self._rollout.swap(swap)))
+        if not layer and experts is not None:
+            raise ConfigError("experts are those of one layer: name it")
+        layers = [layer] if layer else [source.spec.name for source in self._sources]
+        swaps = [Swap(name, checkpoint, None if experts is None else frozenset(experts)) for name in layers]
+        return await self._to_its_end(self._change(lambda: self._rollout.swap(swaps)))
 
     async def scale(self, num_hosts: NumHosts) -> Release:
         """Spread the experts over so many hosts, or over all that the nodes hold.

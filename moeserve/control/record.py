@@ -128,6 +128,7 @@ def read_hosts(messages: list[pb.Host]) -> dict[int, HostInfo]:
             cuda_visible_devices=message.cuda_visible_devices,
             num_threads=message.num_threads,
             weights_bytes=message.weights_bytes,
+            since_epoch=message.since_epoch,
         )
     return hosts
 

@@ -89,12 +89,15 @@ class Rollout:
         self._frontends = frontends
         self._save = save
 
-    async def swap(self, swap: Swap) -> Release:
+    async def swap(self, swaps: Sequence[Swap]) -> Release:
         """New weights in the same places. Raises UnknownLayer, ConfigError or CheckpointError; then everything is as it was."""
         before = self.state
-        release = await asyncio.to_thread(before.release.swapped, swap, self._config, self._layers, before.last_epoch + 1)
+        release = await asyncio.to_thread(before.release.swapped, swaps, self._config, self._layers, before.last_epoch + 1)
         await self._bring_in(replace(before, release=release))
-        log.info("epoch %d: layer %s has revision %d, from %s", release.epoch, swap.layer, release.revision(swap.layer), swap.checkpoint)
+        for swap in swaps:
+            log.info(
+                "epoch %d: layer %s has revision %d, from %s", release.epoch, swap.layer, release.revision(swap.layer), swap.checkpoint
+            )
         return release
 
     async def move(self, seats: tuple[Seat, ...], num_hosts: NumHosts) -> Release:

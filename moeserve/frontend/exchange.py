@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,11 +16,11 @@ from moeserve.config import CommunicationConfig, CopyChoice, LayerSpec, Resilien
 from moeserve.dispatch import Hosts, HostWork, permute, plan_again
 from moeserve.errors import ExpertUnavailable
 from moeserve.frontend.compute import Compute
-from moeserve.frontend.link import HostLink
 from moeserve.frontend.part import Answer, Part, Sent
 from moeserve.frontend.patterns import DIRECT, PATTERNS, Message
 from moeserve.frontend.view import LayerView
 from moeserve.metrics import Metrics
+from moeserve.stats import host_name
 from moeserve.transport import Channel, ChannelClosed, Lease, PeerLost, WorkShape
 
 
@@ -79,21 +79,21 @@ class Exchange:
         is_live = np.zeros(view.placement.num_hosts, dtype=np.bool_)
         load = np.zeros(view.placement.num_hosts, dtype=np.int64)
         for number, link in view.links.items():
-            is_live[number], load[number] = link.channel is not None, link.queue_tokens
+            is_live[number], load[number] = link.channel_at(view.epoch) is not None, link.queue_tokens
         return Hosts(is_live, load, self._copy_choice)
 
     async def retry(self, parts: Sequence[Part], deadline: float) -> None:
         """Sends what was lost again, to other copies or when the hosts are back, until nothing is lost.
 
-        Raises ExpertUnavailable at the deadline, or at once when no other copy lives and that is the policy or the host will not serve.
+        Raises ExpertUnavailable at the deadline, or at once when that is the policy and no other copy lives.
         """
-        links = _links(parts)
+        names = self._names([work for part in parts for work in part.lost])
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 while any(part.lost for part in parts):
                     self._move(parts)
-                    if self._is_gone(parts):
-                        await _some_host_is_back(_links(parts))
+                    if self._gone(parts):
+                        await self._some_host_is_back(parts)
                     for part in parts:
                         works, part.lost = part.lost, []
                         self._retries.inc(len(works))
@@ -101,9 +101,7 @@ class Exchange:
                     for part in parts:
                         await self.collect(part)
         except TimeoutError:
-            raise ExpertUnavailable(
-                f"experts of layer {self._spec.name} on {_names(links)} did not come back before the deadline{_troubles(links)}"
-            ) from None
+            raise ExpertUnavailable(f"experts of layer {self._spec.name} on {names} did not come back before the deadline") from None
 
     def _move(self, parts: Sequence[Part]) -> None:
         """What was lost goes to other copies of the same experts, as far as any live."""
@@ -112,13 +110,24 @@ class Exchange:
             if part.lost and hosts is not None:
                 part.lost = plan_again(part.lost, len(part.hidden_states), part.view.placement, hosts)
 
-    def _is_gone(self, parts: Sequence[Part]) -> bool:
-        """Whether nothing of what was lost can be sent anywhere now. Raises ExpertUnavailable if it is the policy not to wait."""
-        links = _links(parts)
-        gone = {number: link for number, link in links.items() if link.channel is None}
+    def _gone(self, parts: Sequence[Part]) -> list[HostWork]:
+        """What was lost and can be sent nowhere now, when that is all there is to do. Raises ExpertUnavailable if that is the policy."""
+        lost = [(part.view, work) for part in parts for work in part.lost]
+        gone = [work for view, work in lost if view.links[work.host].channel_at(view.epoch) is None]
         if gone and self._resilience.on_expert_failure == "fail":
-            raise ExpertUnavailable(f"experts of layer {self._spec.name} were lost with {_names(gone)}{_troubles(gone)}")
-        return bool(gone) and len(gone) == len(links)
+            raise ExpertUnavailable(f"experts of layer {self._spec.name} were lost with {self._names(gone)}")
+        return gone if len(gone) == len(lost) else []
+
+    async def _some_host_is_back(self, parts: Sequence[Part]) -> None:
+        # One that has left, or has nothing of this epoch, will not be back: another view is about to be used, or the deadline comes.
+        links = {work.host: part.view.links[work.host] for part in parts for work in part.lost}
+        down = [link for link in links.values() if link.channel is None]
+        waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(link.connected()) for link in down] or [asyncio.Future()]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
 
     async def _send(self, part: Part, works: Sequence[HostWork], pattern: str, deadline: float) -> None:
         drafts = await self._compute(part.num_elements, self._write, part, works, pattern)
@@ -133,7 +142,7 @@ class Exchange:
     def _write(self, part: Part, works: Sequence[HostWork], pattern: str) -> list[Draft]:
         """Rows go straight to where their channel sends from: the one copy of the data on this side."""
         links = part.view.links
-        channels = {work.host: links[work.host].channel for work in works}
+        channels = {work.host: links[work.host].channel_at(part.view.epoch) for work in works}
         part.lost += [work for work in works if channels[work.host] is None]
         nodes = {number: link.node for number, link in links.items()}
         drafts = []
@@ -152,29 +161,5 @@ class Exchange:
             drafts.append(Draft(message, channel, lease))
         return drafts
 
-
-def _links(parts: Sequence[Part]) -> dict[int, HostLink]:
-    """To the hosts of what was lost, by number."""
-    return {work.host: part.view.links[work.host] for part in parts for work in part.lost}
-
-
-def _names(links: Mapping[int, HostLink]) -> str:
-    return ", ".join(links[number].name for number in sorted(links))
-
-
-def _troubles(links: Mapping[int, HostLink]) -> str:
-    known = dict.fromkeys(link.trouble for link in links.values() if link.trouble)
-    return f": {'; '.join(known)}" if known else ""
-
-
-async def _some_host_is_back(links: Mapping[int, HostLink]) -> None:
-    # A host that has left will not be back: another view is about to be used, or the deadline comes.
-    waits = [asyncio.ensure_future(link.back()) for link in links.values()]
-    try:
-        done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for wait in done:
-            wait.result()
-    finally:
-        for wait in waits:
-            wait.cancel()
-        await asyncio.gather(*waits, return_exceptions=True)
+    def _names(self, works: Sequence[HostWork]) -> str:
+        return ", ".join(host_name(host) for host in sorted({work.host for work in works}))

@@ -192,7 +192,7 @@ class Frontend:
     def _hosts_changed(self) -> None:
         up = np.zeros(self._release.placement.num_hosts, dtype=np.bool_)
         for number in self._release.placement.hosts:
-            up[number] = self._links[number].channel is not None
+            up[number] = self._links[number].channel_at(self._release.epoch) is not None
         for index, layer in enumerate(self._release.placement.layers):
             copies = layer.live_copies(up)
             self._metrics.experts.live_copies[index][: len(copies)] = torch.from_numpy(copies)

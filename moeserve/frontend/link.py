@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from moeserve.errors import ConfigError, ExpertUnavailable, MoEServeError
+from moeserve.errors import MoEServeError
 from moeserve.metrics import Metrics
 from moeserve.stats import HostInfo
 from moeserve.transport import Channel, FrontendKeys, KeyPair, Partial, choose_endpoint, connect
@@ -32,11 +32,7 @@ class HostLink:
         self._up = metrics.host_up.labels(name)
         self._restarts = metrics.host_restarts
         self._channel: Channel | None = None
-        #: why it is not connected, in the words of whoever knows; "" while it is
-        self.trouble = ""
-        #: the host runs, and will not serve as it is: `trouble` says why
-        self.refuses = False
-        self._news = asyncio.Event()
+        self._connected = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
         #: rows sent and not yet answered
         self.queue_tokens = 0
@@ -47,6 +43,11 @@ class HostLink:
         """None while the host is down."""
         channel = self._channel  # other threads ask, and the event loop may take it away meanwhile
         return channel if channel is not None and not channel.closed.is_set() else None
+
+    def channel_at(self, epoch: int) -> Channel | None:
+        """As `channel`; None also when the host has nothing of that epoch, and never will."""
+        info = self.info
+        return self.channel if info is not None and info.since_epoch <= epoch else None
 
     @property
     def node(self) -> str:
@@ -83,17 +84,8 @@ class HostLink:
     async def connected(self) -> Channel:
         """The channel, once there is one."""
         while (channel := self.channel) is None:
-            self._news.clear()  # it may have closed a moment ago, before the keeper could say so
-            await self._news.wait()
-        return channel
-
-    async def back(self) -> Channel:
-        """As `connected`, but nobody waits for a host that will not serve. Raises ExpertUnavailable, which says why."""
-        while (channel := self.channel) is None:
-            if self.refuses:
-                raise ExpertUnavailable(f"{self.name} does not serve: {self.trouble}")
-            self._news.clear()
-            await self._news.wait()
+            self._connected.clear()  # it may have closed a moment ago, before the keeper could say so
+            await self._connected.wait()
         return channel
 
     async def close(self) -> None:
@@ -117,6 +109,7 @@ class HostLink:
             log.info("host %s is back", self.name)
 
     async def _connect(self) -> None:
+        said = ""
         while self._channel is None:
             try:
                 self.info = await self._resolve()
@@ -125,15 +118,13 @@ class HostLink:
                 self._channel = await connect(endpoint, keys=keys)
             except MoEServeError as error:
                 # It died again before it was reached, or cannot come up at present: whoever needs it has a deadline of his own.
-                if str(error) != self.trouble:
+                if str(error) != said:
                     log.warning("host %s cannot be reached: %s", self.name, error)
-                self.trouble, self.refuses = str(error), isinstance(error, ConfigError)
-                self._news.set()
+                said = str(error)
                 await asyncio.sleep(_RETRY_S)
-        self.trouble, self.refuses = "", False
         self._set_up(True)
 
     def _set_up(self, up: bool) -> None:
         self._up.set(up)
-        self._news.set()
+        (self._connected.set if up else self._connected.clear)()
         self._on_change()

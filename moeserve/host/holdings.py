@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
 from moeserve.checkpoints import LayerSource, load_bank, load_experts
 from moeserve.config import ServiceConfig
-from moeserve.errors import ConfigError
+from moeserve.errors import CheckpointError, ConfigError
 from moeserve.experts import ExpertBank
 from moeserve.host.shelf import Shelf
 from moeserve.release import Release
@@ -21,10 +22,26 @@ class Holdings:
 
     def __init__(self, config: ServiceConfig, number: int, device: torch.device) -> None:
         self.shelf = Shelf()
+        #: nothing of earlier releases is here
+        self.since_epoch = 0
         self._config = config
         self._number = number
         self._device = device
         self._releases: list[Release] = []
+
+    def begin(self, releases: Sequence[Release]) -> None:
+        """Load what this host has in the releases in force, when it starts.
+
+        Those whose weights cannot be read any more are left out where the last of them can be served. Raises what kept that from being so.
+        """
+        for release in releases:
+            try:
+                self.take(release)
+            except CheckpointError as error:
+                if release is releases[-1]:
+                    raise
+                self.since_epoch = release.epoch + 1
+                log.warning("epoch %d cannot be served: %s", release.epoch, error)
 
     def take(self, release: Release) -> None:
         """Load what this host has in `release` and not in the one before; work of that epoch can be sent from now on.
