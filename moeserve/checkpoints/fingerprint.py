@@ -86,7 +86,7 @@ def _version(path: Path) -> _Version:
     try:
         status = path.stat()
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read any more: {error.strerror}") from None
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 

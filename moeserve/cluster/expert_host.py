@@ -74,8 +74,10 @@ class ExpertHost:
         self._change(lambda holdings: holdings.take(release))
 
     def withdraw(self, epoch: int) -> None:
-        """Forget a release that will not be."""
+        """Forget a release that will not be; where it was the only one that could be loaded, this process ends, and the next tries anew."""
         self._change(lambda holdings: holdings.withdraw(epoch))
+        if self._holdings is not None and self._holdings.is_empty:
+            os._exit(1)
 
     def retire(self, epoch: int) -> None:
         """Forget what was before a release that everybody uses now."""

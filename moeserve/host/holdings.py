@@ -66,6 +66,11 @@ class Holdings:
         self._releases = [release for release in self._releases if release.epoch < epoch]
         self.shelf.withdraw(epoch)
 
+    @property
+    def is_empty(self) -> bool:
+        """No release is here that could be served."""
+        return not self._releases
+
     def retire(self, epoch: int) -> None:
         """Nobody asks for what was before `epoch` any more."""
         self._releases = [release for release in self._releases if release.epoch >= epoch]
@@ -82,8 +87,9 @@ class Holdings:
         if old.get(None) != new.get(None):
             return load_bank(source, shards, self._device)
         slots = [slot for slot, shard in enumerate(shards) if old.get(shard.expert) != new.get(shard.expert)]
+        experts = load_experts(source, [shards[slot] for slot in slots])
         try:
-            return served.replaced(dict(zip(slots, load_experts(source, [shards[slot] for slot in slots]), strict=True)))
+            return served.replaced(dict(zip(slots, experts, strict=True)))
         except ConfigError:
             # Held in another way than those they would be computed with: the new files have weights in other bits.
             return load_bank(source, shards, self._device)

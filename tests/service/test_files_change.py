@@ -158,7 +158,7 @@ def test_other_sizes_and_other_keys_are_not_taken_either(folders: tuple[Path, Pa
         with pytest.raises(CheckpointChanged, match=r"model\.safetensors is not a complete safetensors file"):
             service.call(service.controller.scale(3))
         (served / "model.safetensors").unlink()
-        with pytest.raises(CheckpointChanged, match=r"model\.safetensors cannot be read any more: No such file"):
+        with pytest.raises(CheckpointChanged, match=r"model\.safetensors cannot be read: No such file"):
             service.call(service.controller.scale(3))
         replaced(served, kept)
         assert service.call(service.controller.scale(3)).epoch > 1
