@@ -3,7 +3,8 @@
 from moeserve.checkpoints.family import Family, Layout
 from moeserve.checkpoints.fingerprint import FileMark, Fingerprint, fingerprint_of
 from moeserve.checkpoints.layouts import ExpertLayout, Flat, Separate, Stacked
-from moeserve.checkpoints.memory import check_memory, host_bytes, memory_bytes
+from moeserve.checkpoints.memory import check_memory, host_bytes, memory_bytes, memory_warning
+from moeserve.checkpoints.memory_group import MemoryGroup
 from moeserve.checkpoints.resolve import layer_sources
 from moeserve.checkpoints.saving import SavedLayer, prefixed, save, saved_experts
 from moeserve.checkpoints.source import LayerSource, bank_bytes, load_bank, load_experts
@@ -17,6 +18,7 @@ __all__ = [
     "Flat",
     "LayerSource",
     "Layout",
+    "MemoryGroup",
     "ReleasedLayer",
     "SavedLayer",
     "Separate",
@@ -32,6 +34,7 @@ __all__ = [
     "load_bank",
     "load_experts",
     "memory_bytes",
+    "memory_warning",
     "prefixed",
     "save",
     "saved_experts",

@@ -42,10 +42,13 @@ async def _serve(config: ServiceConfig) -> None:
     tell(f"metrics at http://{service.metrics_target}/metrics")
     tell(f"ready {service.target}")
     asked = asyncio.ensure_future(service.controller.stop_requested.wait())
-    await asyncio.wait({stopping, asked}, return_when=asyncio.FIRST_COMPLETED)
-    for waiting in (stopping, asked):
+    broken = asyncio.ensure_future(service.broken.wait())
+    await asyncio.wait({stopping, asked, broken}, return_when=asyncio.FIRST_COMPLETED)
+    for waiting in (stopping, asked, broken):
         waiting.cancel()
     tell("draining; once more to stop at once")
     on_signals(None)
     await service.stop()
+    if service.failure is not None:
+        raise service.failure
     tell("stopped")

@@ -54,6 +54,11 @@ class HostFleet(Hosts, Protocol):
         ...
 
     @property
+    def failing(self) -> Mapping[int, str]:
+        """Hosts that are not on their way back at present, and why."""
+        ...
+
+    @property
     def present(self) -> Mapping[int, HostInfo]:
         """What hosts that are up have said of themselves."""
         ...
@@ -121,6 +126,8 @@ class Controller:
         self._changes: set[asyncio.Task[Release]] = set()
         self._wanted_now: Wanted | None = None
         self._shortage: str | None = None
+        #: why hosts that will not come back have not been replaced
+        self._why_as_it_is: str | None = None
 
     @property
     def state(self) -> State:
@@ -131,7 +138,8 @@ class Controller:
         """What is deployed and where, for people."""
         names = [source.spec.name for source in self._sources]
         present, frontends = self._hosts.present, self._frontends.members()
-        return overview(self.state, self._rollout.is_under_way, self._shortage, names, present, frontends)
+        short = " ".join(dict.fromkeys((*([self._shortage] if self._shortage else []), *self._failing().values())))
+        return overview(self.state, self._rollout.is_under_way, short, names, present, frontends)
 
     def ask_to_stop(self) -> None:
         """Whoever runs the service is told by `stop_requested`."""
@@ -174,15 +182,32 @@ class Controller:
             self._nodes.ask_for(await self._wanted(), 0)
 
     async def keep(self) -> None:
-        """Follow the nodes and the hosts, until cancelled: what is lost is replaced or placed on the rest, what joins is used."""
+        """Follow the nodes and the hosts, until cancelled: what is lost is replaced or placed on the rest, what joins is used.
+
+        Frontends are told of hosts that nobody should wait for.
+        """
+        await asyncio.gather(self._keep_following(), self._keep_telling())
+
+    async def _keep_telling(self) -> None:
+        while True:
+            self._frontends.despair(self._failing())
+            await asyncio.sleep(_LOOK_S)
+
+    def _failing(self) -> dict[int, str]:
+        """By number of the host; those that are to be replaced are on their way, until that turns out to be impossible."""
+        why = self._why_as_it_is
+        gone = [seat.number for seat in self.state.seats if seat.number in self._hosts.given_up]
+        return {**self._hosts.failing, **(dict.fromkeys(gone, f"its node is gone, and {why}") if why else {})}
+
+    async def _keep_following(self) -> None:
         pause_s = _LOOK_S
         while True:
             await asyncio.sleep(pause_s)
             try:
                 await self._to_its_end(self._change(self._follow))
-                pause_s = _LOOK_S
+                pause_s, self._why_as_it_is = _LOOK_S, self._shortage
             except Exception as error:  # whatever it is, of Ray for example, it must not be the last try
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                pause_s, self._why_as_it_is = min(2 * pause_s, _LONGEST_PAUSE_S), str(error)
                 is_known = isinstance(error, MoEServeError)
                 log.warning("hosts cannot follow the nodes: %r; next try in %g s", error, pause_s, exc_info=not is_known)
 

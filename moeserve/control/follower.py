@@ -83,6 +83,8 @@ class Follower:
             )
         self._order = order
         self._directory.replace(order.hosts)
+        if self._frontend is not None:
+            self._frontend.despair(order.failing)
         self._ordered.beat()
 
     def say(self, **changes: object) -> None:
@@ -147,6 +149,7 @@ class Follower:
         find, health = self._directory.find, self._stage.health_changed
         # It reads every gate, and probes are answered meanwhile.
         self._frontend = await asyncio.to_thread(Frontend, sources, release, find, self._config, metrics, health, self._keys)
+        self._frontend.despair(self._order.failing)
         self._stage.enter(self._frontend, metrics)
         self._do("start", self._frontend.start(self.report.node))
         self.say(epoch=release.epoch, oldest_epoch=release.epoch)

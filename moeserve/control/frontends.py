@@ -216,6 +216,13 @@ class Frontends:
             self._tell(replace(self._order, candidate=None))
         await asyncio.gather(*(frontend.forget() for frontend, _ in self._local))
 
+    def despair(self, failing: Mapping[int, str]) -> None:
+        """Of these hosts, while they are down, nobody should wait for any, and why; the others are on their way."""
+        for frontend, _ in self._local:
+            frontend.despair(failing)
+        if dict(failing) != dict(self._order.failing):
+            self._tell(replace(self._order, failing=dict(failing)))
+
     def _tell(self, order: Order) -> None:
         self._order = order
         self._changed.beat()

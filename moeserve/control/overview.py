@@ -14,7 +14,7 @@ from moeserve.stats import HostInfo, host_name
 def overview(
     state: State,
     is_changing: bool,
-    shortage: str | None,
+    shortage: str,
     layer_names: Sequence[str],
     present: Mapping[int, HostInfo],
     frontends: Sequence[FrontendInfo],
@@ -25,7 +25,7 @@ def overview(
         epoch=release.epoch,
         wanted_hosts=str(state.num_hosts),
         is_changing=is_changing,
-        shortage=shortage or "",
+        shortage=shortage,
         hosts=[_host(seat, present.get(seat.number)) for seat in state.seats],
         frontends=[FrontendStanding(one.name, one.target, one.metrics_target, one.node, one.epoch, one.is_ready) for one in frontends],
         layers=[

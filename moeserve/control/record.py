@@ -133,6 +133,12 @@ def read_hosts(messages: list[pb.Host]) -> dict[int, HostInfo]:
     return hosts
 
 
+def read_failing(failing: Mapping[int, str]) -> dict[int, str]:
+    """Why hosts are down, by number. Raises InvalidRequest when one cannot be."""
+    _require(all(number < _MAX_HOSTS for number in failing), "failing", f"numbers below {_MAX_HOSTS}")
+    return dict(failing)
+
+
 def hosts_messages(hosts: Mapping[int, HostInfo]) -> list[pb.Host]:
     """To be read by `read_hosts`."""
     return [host_message(number, info) for number, info in hosts.items()]

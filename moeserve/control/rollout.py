@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -63,6 +63,10 @@ class Publisher(Protocol):
 
     async def forget(self) -> None:
         """Let go of hosts that the present release has nothing on."""
+        ...
+
+    def despair(self, failing: Mapping[int, str]) -> None:
+        """Of these hosts, while they are down, nobody should wait for any, and why."""
         ...
 
 

@@ -56,6 +56,7 @@ class Frontend:
         self._on_health = on_health
         self._timeout_s = config.resilience.request_timeout_s
         self._find, self._keys, self._here = find, keys, ""
+        self._failing: Mapping[int, str] = {}
         #: by number; never changed but replaced, as threads read it
         self._links: Mapping[int, HostLink] = {number: self._link(number) for number in release.placement.hosts}
         #: gates that were read for the release of an epoch
@@ -71,7 +72,9 @@ class Frontend:
         return Forward(layer, Views(view), exchange, config.batching.micro_batches, metrics, self._compute)
 
     def _link(self, number: int) -> HostLink:
-        return HostLink(host_name(number), partial(self._find, number), self._keys, self._metrics, self._hosts_changed)
+        link = HostLink(host_name(number), partial(self._find, number), self._keys, self._metrics, self._hosts_changed)
+        link.despair(self._failing.get(number, ""))
+        return link
 
     @property
     def epoch(self) -> int:
@@ -120,6 +123,12 @@ class Frontend:
         for link in gone:
             await link.close()
             self._metrics.forget_host(link.name)
+
+    def despair(self, failing: Mapping[int, str]) -> None:
+        """Of these hosts, while they are down, nobody should wait for any, and why; the others are on their way."""
+        self._failing = failing
+        for number, link in self._links.items():
+            link.despair(failing.get(number, ""))
 
     async def refresh(self) -> None:
         """Learn what hosts hold now."""

@@ -33,6 +33,8 @@ class HostLink:
         self._restarts = metrics.host_restarts
         self._channel: Channel | None = None
         self._connected = asyncio.Event()
+        self._despaired = asyncio.Event()
+        self._why_not = ""
         self._keeper: asyncio.Task[None] | None = None
         #: rows sent and not yet answered
         self.queue_tokens = 0
@@ -87,6 +89,25 @@ class HostLink:
             self._connected.clear()  # it may have closed a moment ago, before the keeper could say so
             await self._connected.wait()
         return channel
+
+    @property
+    def why_not(self) -> str:
+        """Why nobody should wait for it while it is down; "" = it is on its way."""
+        return self._why_not
+
+    def despair(self, why: str) -> None:
+        """It does not come back soon, and `why`; "" = it may."""
+        self._why_not = why
+        (self._despaired.set if why else self._despaired.clear)()
+
+    async def decided(self) -> None:
+        """Until it is connected, or nobody should wait for it."""
+        waits = {asyncio.ensure_future(self.connected()), asyncio.ensure_future(self._despaired.wait())}
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
 
     async def close(self) -> None:
         """Let go of the host."""

@@ -33,16 +33,25 @@ class FrontendReport(_message.Message):
     def __init__(self, name: _Optional[str] = ..., target: _Optional[str] = ..., metrics_target: _Optional[str] = ..., node: _Optional[str] = ..., public_key: _Optional[str] = ..., epoch: _Optional[int] = ..., oldest_epoch: _Optional[int] = ..., tried_epoch: _Optional[int] = ..., refusal: _Optional[str] = ..., is_leaving: _Optional[bool] = ..., is_ready: _Optional[bool] = ...) -> None: ...
 
 class FrontendOrder(_message.Message):
-    __slots__ = ("welcome", "current", "candidate", "hosts")
+    __slots__ = ("welcome", "current", "candidate", "hosts", "failing")
+    class FailingEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: str
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[str] = ...) -> None: ...
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     CURRENT_FIELD_NUMBER: _ClassVar[int]
     CANDIDATE_FIELD_NUMBER: _ClassVar[int]
     HOSTS_FIELD_NUMBER: _ClassVar[int]
+    FAILING_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     current: Release
     candidate: Release
     hosts: _containers.RepeatedCompositeFieldContainer[Host]
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., current: _Optional[_Union[Release, _Mapping]] = ..., candidate: _Optional[_Union[Release, _Mapping]] = ..., hosts: _Optional[_Iterable[_Union[Host, _Mapping]]] = ...) -> None: ...
+    failing: _containers.ScalarMap[int, str]
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., current: _Optional[_Union[Release, _Mapping]] = ..., candidate: _Optional[_Union[Release, _Mapping]] = ..., hosts: _Optional[_Iterable[_Union[Host, _Mapping]]] = ..., failing: _Optional[_Mapping[int, str]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("config_json", "public_key", "secret_key", "service_id", "drain_timeout_s")
