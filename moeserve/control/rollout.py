@@ -148,6 +148,7 @@ class Rollout:
         try:
             sources = await asyncio.to_thread(release.sources, self._config, self._layers)
             await self._hosts.take(release, after.seats)
+            self._frontends.despair({})  # all of them are up, perhaps since a moment ago
             await self._frontends.welcome(release)
             await self._frontends.try_out(release, sources)
             self._save(replace(after, last_epoch=release.epoch))
