@@ -131,9 +131,10 @@ class EndlessNodes:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = dict.fromkeys(names)
+        self.cpus = 1000.0
 
     async def list(self) -> list[Node]:
-        room = {"CPU": 1000.0, "GPU": 0.0}
+        room = {"CPU": self.cpus, "GPU": 0.0}
         return [Node(name, name, room, room) for name in self._names]
 
     def ask_for(self, wanted: Wanted, num_hosts: int) -> None:
@@ -161,6 +162,8 @@ class ServiceHarness:
         self.hosts: list[ThreadedHost] = []
         self.target = ""
         self.given_up: set[int] = set()
+        #: why hosts that are down do not come back
+        self.failing: dict[int, str] = {}
         self.service_id = "the-service"
         #: keys of frontends elsewhere
         self._followers: frozenset[str] = frozenset()
@@ -206,7 +209,8 @@ class ServiceHarness:
         )
         self.frontends.begin(state.release)
         self.frontends.directory(self.present)
-        self.controller = Controller(self.config, self.sources, state, EndlessNodes(self.nodes), self, self.frontends, lambda _: None)
+        self.cluster = EndlessNodes(self.nodes)
+        self.controller = Controller(self.config, self.sources, state, self.cluster, self, self.frontends, lambda _: None)
 
     async def open_control(self, port: int = 0) -> None:
         """Lets frontends follow with the token "follow", from `control_target` on."""

@@ -55,8 +55,9 @@ def memory_warning(nbytes: Sequence[int]) -> str:
     needed, free = sum(nbytes) + len(nbytes) * _BYTES_BESIDE, _free_bytes()
     if needed <= free:
         return ""
+    hosts = "1 host takes" if len(nbytes) == 1 else f"{len(nbytes)} hosts take"
     return (
-        f"{len(nbytes)} hosts take about {_gib(needed)} of memory, {_gib(sum(nbytes))} of it for weights, and {_gib(free)} are free here: "
+        f"{hosts} about {_gib(needed)} of memory, {_gib(sum(nbytes))} of it for weights, and {_gib(free)} are free here: "
         "they may be killed while they load"
     )
 

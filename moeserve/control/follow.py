@@ -83,8 +83,8 @@ class Order:
     current: Release | None = None
     candidate: Release | None = None
     hosts: Mapping[int, HostInfo] = field(default_factory=dict)
-    failing: Mapping[int, str] = field(default_factory=dict)
     welcome: Welcome | None = None
+    failing: Mapping[int, str] = field(default_factory=dict)
 
     def to_message(self) -> pb.FrontendOrder:
         """To be read by `from_message`."""

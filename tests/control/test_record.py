@@ -87,9 +87,9 @@ def test_hosts_are_read_back(hosts: dict[int, HostInfo]) -> None:
 
 @given(releases(), st.none() | releases(), st.dictionaries(st.integers(0, 99), HOSTS, max_size=2), st.sampled_from([None, KEYS]))
 def test_an_order_is_read_back(current: Release, candidate: Release | None, hosts: dict[int, HostInfo], keys: KeyPair | None) -> None:
-    order = Order(current, candidate, hosts, Welcome("id", "{}", keys, 2.5))
+    order = Order(current, candidate, hosts, Welcome("id", "{}", keys, 2.5), {number: f"why {number}" for number in hosts})
     read = Order.from_message(pb.FrontendOrder.FromString(order.to_message().SerializeToString()))
-    assert (read.hosts, read.welcome) == (order.hosts, order.welcome)
+    assert (read.hosts, read.welcome, read.failing) == (order.hosts, order.welcome, order.failing)
     assert read.current is not None
     assert_equal(read.current, current)
     assert (read.candidate is None) == (candidate is None)
@@ -147,6 +147,12 @@ def test_a_release_that_cannot_be_is_refused(changes: dict[str, Any]) -> None:
 def test_a_host_that_cannot_be_reached_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest):
         read_hosts([pb.Host(**({"endpoints": ["tcp://127.0.0.1:1"], "public_key": KEYS.public} | changes))])
+
+
+def test_reasons_are_short_and_of_hosts_that_there_can_be() -> None:
+    assert len(Order.from_message(Order(failing={1: "x" * 5000}).to_message()).failing[1]) == 1000
+    with pytest.raises(InvalidRequest, match="failing is not what it should be; allowed: numbers below"):
+        Order.from_message(pb.FrontendOrder(failing={2**20: "why"}))
 
 
 def test_followed_configuration_keeps_what_was_said_and_what_was_not(tiny_moe: Path) -> None:
