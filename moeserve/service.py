@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
 
-from moeserve.checkpoints import host_bytes, layer_sources, memory_warning
+from moeserve.checkpoints import LayerSource, host_bytes, layer_sources, memory_warning
 from moeserve.cluster import Fleet, Nodes, RayRuntime, until_lost
 from moeserve.config import ServiceConfig
 from moeserve.control import Controller, FrontendInfo, Frontends, State, first_state, first_wish
@@ -18,6 +18,7 @@ from moeserve.errors import ConfigError, ExpertUnavailable, MoEServeError
 from moeserve.frontend import Frontend
 from moeserve.metrics import Metrics
 from moeserve.page import StatusPage
+from moeserve.release import Release
 from moeserve.server import Control, GrpcServer, check_exposure, frontend_tokens
 from moeserve.stats import HostInfo
 from moeserve.transport import KeyPair, choose_endpoint
@@ -82,11 +83,10 @@ class Service:
         self._progress("starting Ray" if config.ray.address is None else f"joining Ray at {config.ray.address}")
         self._running.push_async_callback(asyncio.to_thread, runtime.stop)
         await asyncio.to_thread(runtime.start)
-        nodes = Nodes(fleet)
-        state = await first_state(config, sources, nodes)
+        state = await first_state(config, sources, nodes := Nodes(fleet))
         if runtime.is_private and not config.placement.gpus_per_host:
             self._warn(memory_warning(host_bytes(sources, state.release.placement)))
-        frontend = await asyncio.to_thread(Frontend, sources, state.release, fleet.find, config, metrics, self._health_changed, keys)
+        frontend = await asyncio.to_thread(self._frontend, state.release, sources, fleet, metrics, keys)
 
         async def admit(followers: frozenset[str]) -> None:
             await fleet.admit({keys.public, *followers})
@@ -116,6 +116,11 @@ class Service:
     def _warn(self, sentence: str) -> None:
         if sentence:
             self._progress(f"warning: {sentence}")
+
+    def _frontend(self, release: Release, sources: Sequence[LayerSource], fleet: Fleet, metrics: Metrics, keys: KeyPair) -> Frontend:
+        """It reads every gate."""
+        served = release.sources(self._config, sources)
+        return Frontend(served, release, fleet.find, self._config, metrics, self._health_changed, keys)
 
     async def _listen(self, frontend: Frontend, control: Control, metrics: Metrics) -> None:
         server = self._config.server

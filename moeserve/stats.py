@@ -117,6 +117,7 @@ class HostInfo:
     `endpoints` are where its listener is reached, `public_key` (Z85) whom to expect there when that is over TCP ("" = without keys);
     `node` is the Ray node it runs on;
     `cuda_visible_devices` is what Ray set for its process ("" = no GPU granted).
+    It can be asked for work of `since_epoch` and later: when it started, weights of earlier releases could not be read any more.
     """
 
     name: str
@@ -128,3 +129,4 @@ class HostInfo:
     cuda_visible_devices: str
     num_threads: int
     weights_bytes: int
+    since_epoch: int = 0

@@ -1,9 +1,10 @@
 """Forward messages <-> bytes in the protobuf wire format, without handing tensor data to protobuf.
 
 protobuf copies a large `bytes` field about as slowly as a socket moves it. Here decoding a large message cuts `Tensor.data` out of the
-message as a view and lets protobuf parse the few bytes that remain; encoding lets protobuf write the small fields and
-appends every tensor field once more with only `data` in it, which any protobuf parser merges. The bytes on the wire are
-ordinary `moeserve.v1` messages in both directions.
+message as a view and lets protobuf parse the few bytes that remain; encoding writes fields in the order of their numbers, runs of small
+ones by protobuf, and in front of the data of a large tensor the bytes that protobuf would write there. The bytes on the wire are those of
+protobuf's own serializer: every field at most once, as parsers need it that do not merge the pieces of a message field (protobuf.js).
+What is received may be in pieces and in any order, as the format allows.
 
 T tokens, H hidden size, K choices per token.
 """
@@ -26,23 +27,43 @@ from moeserve.v1 import tensor_pb2
 
 M = TypeVar("M", bound=Message)
 
-# Bounds on what a stranger may make us parse; our own messages have at most 13 fields, nine of which tensors that may
-# each come in two parts, and 8 small tensors beside large data.
+# Bounds on what a stranger may make us parse; our own messages have at most 13 fields, and 8 small tensors beside large data. Others may
+# send every field in several pieces.
 _MAX_FIELDS: Final = 64
 _MAX_SMALL_BYTES: Final = 128 * 1024
 _MAX_DIMS: Final = 8
 # Up to here protobuf's copies cost less than doing without them, and a tensor that is kept does not keep its whole message.
 _SMALL_TENSOR_BYTES: Final = 8 * 1024
 
-_VARINT, _LENGTH = 0, 2
-_FIXED_SIZES: Final = {1: 8, 5: 4}
+_VARINT, _LENGTH, _GROUP_START, _GROUP_END = 0, 2, 3, 4
+_FIXED_SIZES: Final = {1: 8, 5: 4, _GROUP_START: 0, _GROUP_END: 0}
 _NOT_A_MESSAGE: Final = "the message is truncated or not a message of this service"
 _DATA_KEY: Final = bytes([tensor_pb2.Tensor.DATA_FIELD_NUMBER << 3 | _LENGTH])
 _OVERRIDES: Final = ("capacity_factor", "noise", "seed")
 _STATUS_BY_NUMBER: Final = {code.value[0]: code for code in grpc.StatusCode}
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _key(number: int) -> bytes:
+    return _varint(number << 3 | _LENGTH)
+
+
 _TENSOR_FIELDS: Final[Mapping[type[Message], Mapping[int, str]]] = {
     kind: {field.number: field.name for field in kind.DESCRIPTOR.fields if field.message_type is tensor_pb2.Tensor.DESCRIPTOR}
     for kind in (pb.ForwardRequest, pb.ForwardResponse)
+}
+# Every field in the order in which it is sent, and the key of those that are tensors.
+_KEYS: Final[Mapping[type[Message], Mapping[str, bytes | None]]] = {
+    kind: {name: _key(number) if number in tensors else None for number, name in sorted((f.number, f.name) for f in kind.DESCRIPTOR.fields)}
+    for kind, tensors in _TENSOR_FIELDS.items()
 }
 
 
@@ -77,34 +98,14 @@ class WireResponse:
 
 def encode_forward_request(request: WireRequest) -> bytes:
     """A `moeserve.v1.ForwardRequest`. Raises InvalidRequest for a dtype or a value the wire does not know, or a negative layer."""
-    small = pb.ForwardRequest(request_id=request.request_id, model=request.model, return_routing=request.return_routing)
-    _state_overrides(small, request)
-    if isinstance(request.layer, str):
-        small.layer_name = request.layer
-    elif request.layer is not None:
-        if not 0 <= request.layer < 2**32:
-            raise InvalidRequest(f"layer is {request.layer}; layers count from 0", "layer")
-        small.layer_index = request.layer
-    weights = request.topk_weights
-    tensors = {
-        "hidden_states": request.hidden_states,
-        "used_token": request.used_token,
-        "topk_ids": request.topk_ids,
-        "topk_weights": weights.float() if weights is not None and weights.is_floating_point() else weights,
-        "token_ids": request.token_ids,
-    }
-    return _encode(small, tensors)
-
-
-def _state_overrides(small: pb.ForwardRequest, request: WireRequest) -> None:
-    for name in _OVERRIDES:
-        value = getattr(request, name)
-        if value is None:
-            continue
-        try:
-            setattr(small, name, value)
-        except (TypeError, ValueError):
-            raise InvalidRequest(f"{name} is {value!r}, which cannot be sent", name) from None
+    fields, layer, weights = dict(vars(request)), request.layer, request.topk_weights
+    if isinstance(layer, int) and not 0 <= layer < 2**32:
+        raise InvalidRequest(f"layer is {layer}; layers count from 0", "layer")
+    if layer is not None:
+        fields["layer_name" if isinstance(layer, str) else "layer_index"] = layer
+    if weights is not None and weights.is_floating_point():
+        fields["topk_weights"] = weights.float()
+    return _encode(pb.ForwardRequest, fields)
 
 
 def decode_forward_request(data: bytes) -> WireRequest:
@@ -134,8 +135,7 @@ def encode_forward_response(request_id: str, result: ForwardOutput | MoEServeErr
     if isinstance(result, MoEServeError):
         error = pb.Error(code=result.code.value[0], message=str(result))
         return pb.ForwardResponse(request_id=request_id, error=error).SerializeToString()
-    small = pb.ForwardResponse(request_id=request_id, aux_loss=result.aux_loss, z_loss=result.z_loss, model_revision=result.model_revision)
-    return _encode(small, {name: getattr(result, name) for name in _TENSOR_FIELDS[pb.ForwardResponse].values()})
+    return _encode(pb.ForwardResponse, {"request_id": request_id, **vars(result)})
 
 
 def decode_forward_response(data: bytes) -> WireResponse:
@@ -155,24 +155,36 @@ def decode_forward_response(data: bytes) -> WireResponse:
     )
 
 
-def _encode(small: Message, tensors: Mapping[str, torch.Tensor | None]) -> bytes:
+def _encode(kind: type[Message], fields: Mapping[str, Any]) -> bytes:
+    """A message of these fields, by name; None = absent, and names that the message does not have are left out."""
     parts: list[bytes | memoryview] = []
-    for number, name in _TENSOR_FIELDS[type(small)].items():
-        tensor = tensors.get(name)
-        if tensor is None:
+    small = kind()
+    for name, key in _KEYS[kind].items():
+        value = fields.get(name)
+        if value is None:
             continue
-        if tensor.dtype not in WIRE_NUMBERS:
-            raise InvalidRequest(f"{name} is {dtype_name(tensor.dtype)}, which cannot be sent", name)
-        stated = getattr(small, name)
-        stated.dtype = WIRE_NUMBERS[tensor.dtype]
-        stated.shape.extend(tensor.shape)
-        data = raw(tensor)
-        if len(data) <= _SMALL_TENSOR_BYTES:
+        if key is None:
+            try:
+                setattr(small, name, value)
+            except (TypeError, ValueError):
+                raise InvalidRequest(f"{name} is {value!r}, which cannot be sent", name) from None
+            continue
+        dtype = WIRE_NUMBERS.get(value.dtype)
+        if dtype is None:
+            raise InvalidRequest(f"{name} is {dtype_name(value.dtype)}, which cannot be sent", name)
+        data = raw(value)
+        is_large = len(data) > _SMALL_TENSOR_BYTES
+        stated = tensor_pb2.Tensor() if is_large else getattr(small, name)
+        stated.dtype = dtype
+        stated.shape.extend(value.shape)
+        if not is_large:
             stated.data = data.tobytes()
             continue
-        head = _DATA_KEY + _varint(len(data))
-        parts += (_key(number), _varint(len(head) + len(data)), head, data)
-    return b"".join((small.SerializeToString(), *parts))
+        head = stated.SerializeToString() + _DATA_KEY + _varint(len(data))
+        parts += (small.SerializeToString(), key, _varint(len(head) + len(data)), head, data)
+        small = kind()
+    parts.append(small.SerializeToString())
+    return b"".join(parts)
 
 
 def _decode(kind: type[M], message: bytes) -> tuple[M, dict[str, torch.Tensor]]:
@@ -229,11 +241,11 @@ def _split(message: bytes, tensor_fields: Container[int]) -> tuple[bytes, dict[i
 
 
 def _fields(message: bytes, position: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """Key, and start, start of the body and end of each field in `message[position:end]`."""
+    """Key, and start, start of the body and end of each field in `message[position:end]`; a group counts as one field, without a body."""
+    depth, start = 0, position
     for _ in range(_MAX_FIELDS):
-        if position == end:
+        if position == end and not depth:
             return
-        start = position
         key, position = _read_varint(message, position, 5)
         wire_type = key & 7
         body = position
@@ -244,9 +256,12 @@ def _fields(message: bytes, position: int, end: int) -> Iterator[tuple[int, int,
             position = _read_varint(message, position, 10)[1]
         else:
             position += _FIXED_SIZES.get(wire_type, len(message))
-        if position > end:
+            depth += (wire_type == _GROUP_START) - (wire_type == _GROUP_END)
+        if position > end or depth < 0:
             break
-        yield key, start, body, position
+        if not depth:
+            yield key, start, body, position
+            start = position
     raise InvalidRequest(_NOT_A_MESSAGE)
 
 
@@ -260,16 +275,3 @@ def _read_varint(message: bytes, position: int, max_bytes: int) -> tuple[int, in
             return value, position
         shift += 7
     raise InvalidRequest(_NOT_A_MESSAGE)
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _key(number: int) -> bytes:
-    return _varint(number << 3 | _LENGTH)

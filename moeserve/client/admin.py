@@ -52,7 +52,7 @@ class AdminClient:
         return _standing(answer)
 
     def swap(self, layer: str, checkpoint: str | Path, experts: Iterable[int] = (), timeout: float = 3600.0) -> Swapped:
-        """Serve `layer` with the weights of another folder of the same model; only these `experts` of it if any are named.
+        """Serve `layer` ("" = every layer), or only these `experts` of it, with the weights of another folder of the same model.
 
         `checkpoint` is an absolute path where the service and its hosts run. Returns when no request gets the old weights any more.
         """

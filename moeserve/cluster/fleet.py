@@ -96,7 +96,9 @@ class Fleet:
         One that dies meanwhile comes back with it. Raises ConfigError when there is no room on a node any more, what a host raised,
         or ExpertUnavailable when one dies again and again or Ray gives it up.
         """
-        self._releases.append(release)
+        self._releases = [*self._releases, release]
+        for member in self._members.values():
+            member.wake()
         new = [seat for seat in seats if seat.number not in self._members]
         await self._add(new)
         await _all(self._come_up(seat.number, on_ready) for seat in new)

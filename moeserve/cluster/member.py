@@ -90,6 +90,10 @@ class Member:
         self._actor = ray.get_actor(self.name)
         self._restarts_before = (await self._fate()).restarts
 
+    def wake(self) -> None:
+        """There is something new to load, which it may be able to where it was not before: it need not rest."""
+        self._rests_until = 0.0
+
     async def find(self, in_force: InForce) -> HostInfo:
         """The present incarnation, once it is ready with the releases in force by then.
 
@@ -150,16 +154,18 @@ class Member:
 
     async def _ask(self, in_force: InForce) -> HostInfo:
         while (actor := self._actor) is not None:
+            releases, frontends = in_force()
             try:
                 info: HostInfo | None = await actor.present.remote()
-                return info or await actor.start.remote(*in_force())
+                return info or await actor.start.remote(releases, frontends)
             except ActorUnavailableError:
                 await asyncio.sleep(_RETRY_S)
             except RayActorError as error:
                 if actor is self._actor:
                     raise self._lost(str(error).splitlines()[0]) from None
             except RayTaskError as error:
-                raise self._begin_rest(self._refusal(error.cause)) from None
+                if in_force()[0] == releases:  # it may be able to load what is in force by now
+                    raise self._begin_rest(self._refusal(error.cause)) from None
         assert self._error is not None, "it is without an actor because of an error"
         raise self._error
 

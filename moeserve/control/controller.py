@@ -65,7 +65,10 @@ class HostFleet(Hosts, Protocol):
 
 
 async def first_state(config: ServiceConfig, sources: Sequence[LayerSource], nodes: Nodes) -> State:
-    """Where the hosts of a new service go. Raises ConfigError when the nodes do not hold them, after placement.wait_for_nodes_s."""
+    """Where the hosts of a new service go. Raises ConfigError when the nodes do not hold them, after placement.wait_for_nodes_s.
+
+    `sources`: the layers of the configuration, whose files it is made of from now on.
+    """
     wish = first_wish(config, sources)
     wanted = wanted_hosts(wish, sources, config)
     wait_s = config.placement.wait_for_nodes_s
@@ -75,7 +78,7 @@ async def first_state(config: ServiceConfig, sources: Sequence[LayerSource], nod
         if wait_s:
             nodes.ask_for(wanted, 0)
         raise
-    release = Release(plan_for(len(seating.seats), sources, config))
+    release = await asyncio.to_thread(Release.first, plan_for(len(seating.seats), sources, config), sources)
     return State(release, seating.seats, wish, release.epoch, len(seating.seats))
 
 
@@ -118,7 +121,7 @@ class Controller:
         self._frontends = frontends
         self._nodes = nodes
         self._hosts = hosts
-        self._rollout = Rollout(config, state, hosts, frontends, save)
+        self._rollout = Rollout(config, sources, state, hosts, frontends, save)
         self._one_at_a_time = asyncio.Lock()
         self._changes: set[asyncio.Task[Release]] = set()
         self._wanted_now: Wanted | None = None
@@ -143,13 +146,16 @@ class Controller:
         self.stop_requested.set()
 
     async def swap(self, layer: str, checkpoint: Path, experts: Sequence[int] | None = None) -> Release:
-        """Serve a layer, or some of its experts, with the weights of another folder of the same model.
+        """Serve a layer ("" = every layer), or some of its experts, with the weights of another folder of the same model.
 
-        Raises UnknownLayer, ConfigError or CheckpointError; then everything is as it was. Files are read on the hosts: `checkpoint` must
-        be there, and here.
+        It may be the folder that is served, when its files are others now. Files are read on the hosts: `checkpoint` must be there, and
+        here. Raises UnknownLayer, ConfigError or CheckpointError; then everything is as it was.
         """
-        swap = Swap(layer, checkpoint, None if experts is None else frozenset(experts))
-        return await self._to_its_end(self._change(lambda: self._rollout.swap(swap)))
+        if not layer and experts is not None:
+            raise ConfigError("experts are those of one layer: name it")
+        layers = [layer] if layer else [source.spec.name for source in self._sources]
+        swaps = [Swap(name, checkpoint, None if experts is None else frozenset(experts)) for name in layers]
+        return await self._to_its_end(self._change(lambda: self._rollout.swap(swaps)))
 
     async def scale(self, num_hosts: NumHosts) -> Release:
         """Spread the experts over so many hosts, or over all that the nodes hold.

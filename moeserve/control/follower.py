@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Coroutine, Sequence
 from typing import Any, Final, Protocol
 
-from moeserve.checkpoints import LayerSource
+from moeserve.checkpoints import LayerSource, layer_sources
 from moeserve.config import ServerConfig, ServiceConfig, load_json
 from moeserve.control.directory import Directory
 from moeserve.control.follow import Order, Report, Welcome
@@ -56,6 +56,8 @@ class Follower:
         self._ordered = Pulse()
         self._told: Welcome | None = None
         self._config: ServiceConfig | None = None
+        #: of the configuration, as they were when this frontend began
+        self._layers: Sequence[LayerSource] | None = None
         self._keys: KeyPair | None = None
         self._frontend: Frontend | None = None
         #: number of the stream: what was tried for one controller says nothing to the next
@@ -154,7 +156,8 @@ class Follower:
 
     def _sources(self, release: Release) -> list[LayerSource]:
         assert self._config is not None
-        sources = release.sources(self._config)
+        self._layers = self._layers or layer_sources(self._config)
+        sources: list[LayerSource] = [*release.sources(self._config, self._layers)]
         if len(sources) != len(release.placement.layers):
             raise ConfigError(f"the controller places {len(release.placement.layers)} layers, the configuration has {len(sources)} here")
         return sources

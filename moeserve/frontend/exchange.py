@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -80,7 +80,7 @@ class Exchange:
         is_live = np.zeros(view.placement.num_hosts, dtype=np.bool_)
         load = np.zeros(view.placement.num_hosts, dtype=np.int64)
         for number, link in view.links.items():
-            is_live[number], load[number] = link.channel is not None, link.queue_tokens
+            is_live[number], load[number] = link.channel_at(view.epoch) is not None, link.queue_tokens
         return Hosts(is_live, load, self._copy_choice)
 
     async def retry(self, parts: Sequence[Part], deadline: float) -> str:
@@ -117,8 +117,8 @@ class Exchange:
 
     def _gone(self, parts: Sequence[Part]) -> dict[int, HostLink]:
         """The hosts that were lost, when there is none that lives. Raises ExpertUnavailable if one is enough by the policy."""
-        hosts = {work.host: part.view.links[work.host] for part in parts for work in part.lost}
-        gone = {host: link for host, link in hosts.items() if link.channel is None}
+        hosts = {work.host: (part.view, part.view.links[work.host]) for part in parts for work in part.lost}
+        gone = {host: link for host, (view, link) in hosts.items() if link.channel_at(view.epoch) is None}
         if gone and self._resilience.on_expert_failure == "fail":
             raise ExpertUnavailable(f"experts of layer {self._spec.name} were lost with {_names(gone)}")
         return gone if len(gone) == len(hosts) else {}
@@ -130,8 +130,9 @@ class Exchange:
 
     async def _some_host_is_back(self, gone: Mapping[int, HostLink]) -> None:
         """Or one more is not waited for any longer."""
-        # A host that has left will not be back: another view is about to be used, or the deadline comes.
-        waits = [asyncio.ensure_future(link.decided()) for link in gone.values() if not link.why_not]
+        # One that has left, or has nothing of this epoch, will not be back: another view is about to be used, or the deadline comes.
+        down = [link for link in gone.values() if link.channel is None and not link.why_not]
+        waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(link.decided()) for link in down] or [asyncio.Future()]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -151,7 +152,7 @@ class Exchange:
     def _write(self, part: Part, works: Sequence[HostWork], pattern: str) -> list[Draft]:
         """Rows go straight to where their channel sends from: the one copy of the data on this side."""
         links = part.view.links
-        channels = {work.host: links[work.host].channel for work in works}
+        channels = {work.host: links[work.host].channel_at(part.view.epoch) for work in works}
         part.lost += [work for work in works if channels[work.host] is None]
         nodes = {number: link.node for number, link in links.items()}
         drafts = []

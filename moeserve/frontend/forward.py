@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from moeserve.errors import ExpertUnavailable, NonFiniteOutput
+from moeserve.errors import CheckpointError, ExpertUnavailable, NonFiniteOutput
 from moeserve.frontend.batch import Batch
 from moeserve.frontend.compute import Compute
 from moeserve.frontend.exchange import Exchange
@@ -160,7 +160,10 @@ def _outputs(
     batch: Batch, routings: Sequence[Routing], parts: Sequence[Part], members: Sequence[int]
 ) -> list[tuple[int, ForwardOutput | NonFiniteOutput]]:
     """Of each of `members`; a request that experts could not compute is at nobody else's expense."""
-    totals = [part.view.head.finish(part.combined(), part.hidden_states, part.planned) for part in parts]
+    try:
+        totals = [part.view.head.finish(part.combined(), part.hidden_states, part.planned) for part in parts]
+    except CheckpointError as error:  # of the shared expert, which is read when it is needed here for the first time
+        raise ExpertUnavailable(str(error)) from None
     rows = (totals[0] if len(totals) == 1 else torch.cat(totals)).split(batch.sizes)
     view = parts[0].view
     outputs: list[tuple[int, ForwardOutput | NonFiniteOutput]] = []

@@ -107,7 +107,7 @@ class Frontend:
         if self._read[0] == release.epoch:
             return
         names = [source.spec.name for source in sources]
-        kept = [self._release.rest_of(name) == release.rest_of(name) for name in names]
+        kept = [self._release.origins(name).get(None) == release.origins(name).get(None) for name in names]
         present = [forward.views.current.head for forward in self._forwards]
 
         def read() -> list[LayerHead]:
@@ -201,7 +201,7 @@ class Frontend:
     def _hosts_changed(self) -> None:
         up = np.zeros(self._release.placement.num_hosts, dtype=np.bool_)
         for number in self._release.placement.hosts:
-            up[number] = self._links[number].channel is not None
+            up[number] = self._links[number].channel_at(self._release.epoch) is not None
         for index, layer in enumerate(self._release.placement.layers):
             copies = layer.live_copies(up)
             self._metrics.experts.live_copies[index][: len(copies)] = torch.from_numpy(copies)

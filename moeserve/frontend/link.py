@@ -46,6 +46,11 @@ class HostLink:
         channel = self._channel  # other threads ask, and the event loop may take it away meanwhile
         return channel if channel is not None and not channel.closed.is_set() else None
 
+    def channel_at(self, epoch: int) -> Channel | None:
+        """As `channel`; None also when the host has nothing of that epoch, and never will."""
+        info = self.info
+        return self.channel if info is not None and info.since_epoch <= epoch else None
+
     @property
     def node(self) -> str:
         """Where the host is, or was when it was last seen."""

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeserve.checkpoints import Swap
+from moeserve.checkpoints import FileMark, Fingerprint, Swap
 from moeserve.config import PlacementConfig, load_config, load_json
 from moeserve.config.spec import LayerSpec
 from moeserve.control.follow import Order, Report, Welcome, followed_config
@@ -33,9 +33,14 @@ HOSTS = st.builds(
     pid=st.integers(0, 2**31),
     num_threads=st.integers(0, 512),
     weights_bytes=st.integers(0, 2**50),
+    since_epoch=st.integers(0, 2**40),
 )
+FILES = st.builds(FileMark, path=TEXT, size=st.integers(0, 2**60), description=st.binary(max_size=16), numbers=st.binary(max_size=16))
+FINGERPRINTS = st.builds(Fingerprint, st.lists(FILES, min_size=1, max_size=3).map(tuple))
 SWAPS = st.builds(
     Swap,
+    revision=st.integers(2, 2**40),
+    fingerprint=st.none() | FINGERPRINTS,
     layer=st.text(min_size=1, max_size=9),
     checkpoint=st.sampled_from([Path("/a"), Path("/b/ü c")]),
     experts=st.none() | st.frozensets(st.integers(0, 999), min_size=1),
@@ -55,11 +60,12 @@ def releases(draw: st.DrawFn) -> Release:
     config = PlacementConfig(num_hosts=num_hosts, copies=copies, tensor_parallel=shards)
     numbers = sorted(draw(st.sets(st.integers(0, 40), min_size=num_hosts, max_size=num_hosts)))
     placement = plan_placement([spec()] * draw(st.integers(1, 3)), config).renumbered(numbers, draw(st.integers(1, 2**40)))
-    return Release(placement, tuple(draw(st.lists(SWAPS, max_size=3))))
+    return Release(placement, tuple(draw(st.lists(SWAPS, max_size=3))), draw(st.dictionaries(TEXT, FINGERPRINTS, max_size=2)))
 
 
 def assert_equal(one: Release, other: Release) -> None:
-    assert (one.epoch, one.placement.num_hosts, one.swaps) == (other.epoch, other.placement.num_hosts, other.swaps)
+    assert (one.epoch, one.placement.num_hosts) == (other.epoch, other.placement.num_hosts)
+    assert (one.swaps, one.deployed) == (other.swaps, other.deployed)
     assert len(one.placement.layers) == len(other.placement.layers)
     for layer, same in zip(one.placement.layers, other.placement.layers, strict=True):
         assert (layer.num_hosts, layer.tensor_parallel) == (same.num_hosts, same.tensor_parallel)
