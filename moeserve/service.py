@@ -67,15 +67,15 @@ class Service:
     async def _start(self) -> None:
         config = self._config
         check_exposure(config.server)
-        sources = layer_sources(config)
+        sources = await asyncio.to_thread(layer_sources, config)
         first_wish(config, sources)  # what cannot be is said before anything starts
         specs = [source.spec for source in sources]
         metrics, runtime = Metrics(specs, config.observability.expert_detail), RayRuntime(config.ray, config.placement)
         fleet, keys = Fleet(config, detached=False), KeyPair.generate()
 
         self._progress("starting Ray" if config.ray.address is None else f"joining Ray at {config.ray.address}")
-        self._running.callback(runtime.stop)
-        runtime.start()
+        self._running.push_async_callback(asyncio.to_thread, runtime.stop)
+        await asyncio.to_thread(runtime.start)
         nodes = Nodes(fleet)
         state = await first_state(config, sources, nodes)
         frontend = Frontend(sources, state.release, fleet.find, config, metrics, self._health_changed, keys)
@@ -96,7 +96,7 @@ class Service:
         num_hosts = len(state.seats)
         self._progress(f"loading {sum(spec.num_experts for spec in specs)} experts of {len(specs)} layers on {num_hosts} hosts")
         self._running.push_async_callback(fleet.stop)
-        fleet.start(service_id, over_tcp=not runtime.is_private or bool(control.tokens))
+        fleet.start(service_id, over_tcp=not runtime.is_private or bool(control.tokens), folder=runtime.folder)
         await admit(frozenset())
         await self._controller.begin(fleet.take(state.release, state.seats, partial(self._host_ready, runtime.node_id, num_hosts)))
         self._running.push_async_callback(frontend.close)

@@ -16,11 +16,13 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from moeserve.cluster.expert_host import ExpertHost
+from moeserve.cluster.folders import SocketFolder, remove_abandoned
+from moeserve.cluster.local_ray import await_end
 
 _STOP_TIMEOUT_S = 5.0
 
 
-async def end_hosts(actors: Sequence[ActorHandle[ExpertHost]], socket_dir: Path) -> None:
+async def end_hosts(actors: Sequence[ActorHandle[ExpertHost]], sockets: SocketFolder) -> None:
     """Each finishes the pass that is running; one that does not answer is killed on its node, because it would not hear Ray either."""
     stops: list[Any] = [actor.stop.remote() for actor in actors]
     if stops:
@@ -29,12 +31,12 @@ async def end_hosts(actors: Sequence[ActorHandle[ExpertHost]], socket_dir: Path)
         processes = await asyncio.to_thread(_processes_of, hanging)
         for actor in actors:
             ray.kill(actor)
-        await asyncio.to_thread(_end_processes, processes, socket_dir)
+        await asyncio.to_thread(_end_processes, processes, sockets)
 
 
-async def kill_process(actor: ActorHandle[ExpertHost], socket_dir: Path) -> None:
+async def kill_process(actor: ActorHandle[ExpertHost], sockets: SocketFolder) -> None:
     """End the process of a host that hangs; Ray starts another in its place."""
-    await asyncio.to_thread(lambda: _end_processes(_processes_of([actor]), socket_dir))
+    await asyncio.to_thread(lambda: _end_processes(_processes_of([actor]), sockets))
 
 
 def _processes_of(actors: Sequence[ActorHandle[ExpertHost]]) -> list[tuple[str, int]]:
@@ -44,9 +46,9 @@ def _processes_of(actors: Sequence[ActorHandle[ExpertHost]]) -> list[tuple[str, 
     return [(table["Address"]["NodeID"], table["Pid"]) for table in tables if table and table["Address"]["NodeID"] in usable]
 
 
-def _end_processes(processes: Sequence[tuple[str, int]], socket_dir: Path) -> None:
+def _end_processes(processes: Sequence[tuple[str, int]], sockets: SocketFolder) -> None:
     ends = [
-        _end_process.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(pid, socket_dir)
+        _end_process.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(pid, sockets)
         for node, pid in processes
     ]
     if ends:
@@ -54,12 +56,13 @@ def _end_processes(processes: Sequence[tuple[str, int]], socket_dir: Path) -> No
 
 
 @ray.remote(num_cpus=0)
-def _end_process(pid: int, socket_dir: Path) -> None:
+def _end_process(pid: int, sockets: SocketFolder) -> None:
     command = Path(f"/proc/{pid}/cmdline")
     with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
         if b"ExpertHost" in command.read_bytes():
             os.kill(pid, signal.SIGKILL)
-    for left_behind in socket_dir.glob(f"host-*-{pid}.sock"):
+            await_end([pid])
+    folder = sockets.path()
+    for left_behind in folder.glob(f"host-*-{pid}.sock"):
         left_behind.unlink(missing_ok=True)
-    with suppress(OSError):
-        socket_dir.rmdir()
+    remove_abandoned(folder)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import stat
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,8 +12,8 @@ import ray
 import ray.util
 import torch
 
+from moeserve.cluster.folders import Hold, SocketFolder
 from moeserve.config import ServiceConfig
-from moeserve.errors import ConfigError
 from moeserve.host import Holdings, HostLoop, Relay
 from moeserve.release import Release
 from moeserve.stats import HostInfo
@@ -26,14 +24,13 @@ from moeserve.transport import HostKeys, KeyPair, listen
 class HostOrder:
     """What a host needs to know to come up, again and again.
 
-    Its sockets are in `socket_dir`, a private folder on each node that whoever comes first makes. `over_tcp`: frontends and hosts of other
-    nodes, or of no node at all, reach it, too.
+    Its socket is in `sockets`. `over_tcp`: frontends and hosts of other nodes, or of no node at all, reach it, too.
     """
 
     name: str
     number: int
     config: ServiceConfig
-    socket_dir: Path
+    sockets: SocketFolder
     over_tcp: bool
 
 
@@ -53,6 +50,7 @@ class ExpertHost:
         self._thread: threading.Thread | None = None
         self._relay: Relay | None = None
         self._keys: HostKeys | None = None
+        self._folder: Hold | None = None
         self._frontends: Collection[str] = ()
 
     @ray.method(concurrency_group="ask")
@@ -106,13 +104,13 @@ class ExpertHost:
             self._keys.allow({*self._frontends, *(info.public_key for info in directory.values())})
             self._relay.meet(directory)
 
+    @ray.method(concurrency_group="ask")
     def stop(self) -> None:
-        """Finish the pass that is running and remove the socket, and its folder with the last one."""
-        if self._loop is not None and self._thread is not None:
+        """Finish the pass that is running, and remove the socket and, with the last one, its folder; a host that loads has neither."""
+        if self._loop is not None and self._thread is not None and self._folder is not None:
             self._loop.stop()
             self._thread.join()
-            with suppress(OSError):
-                self._order.socket_dir.rmdir()
+            self._folder.let_go()
 
     def _start(self, releases: Sequence[Release], frontends: Collection[str]) -> HostInfo:
         order = self._order
@@ -127,7 +125,8 @@ class ExpertHost:
             self._holdings.take(release)
         keys, self._frontends = KeyPair.generate(), frontends
         self._keys = HostKeys(keys, frozenset(frontends))
-        listener = listen(*_endpoints(order), keys=self._keys)
+        self._folder = Hold(order.sockets.path())
+        listener = listen(*_endpoints(order, self._folder.path), keys=self._keys)
         self._relay = Relay(order.number, keys)
         self._loop = HostLoop(self._holdings.shelf, listener, self._relay)
         self._thread = threading.Thread(target=_run, args=(self._loop, num_threads), name="expert-host", daemon=True)
@@ -145,13 +144,8 @@ class ExpertHost:
         )
 
 
-def _endpoints(order: HostOrder) -> list[str]:
+def _endpoints(order: HostOrder, folder: Path) -> list[str]:
     """Shared memory for everybody on this node, and encrypted TCP for everybody else."""
-    folder = order.socket_dir
-    folder.mkdir(mode=0o700, exist_ok=True)
-    made = folder.lstat()
-    if not stat.S_ISDIR(made.st_mode) or made.st_uid != os.getuid() or made.st_mode & 0o077:
-        raise ConfigError(f"{folder} belongs to somebody else, or others may look into it; sockets need a folder of their own")
     for left_behind in folder.glob(f"{order.name}-*.sock"):
         left_behind.unlink(missing_ok=True)  # by an incarnation that was killed
     unix = f"unix:{folder / order.name}-{os.getpid()}.sock"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
-import tempfile
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import ray
 
 from moeserve.cluster.ending import end_hosts, kill_process
 from moeserve.cluster.expert_host import HostOrder
+from moeserve.cluster.folders import SocketFolder, remove_abandoned
 from moeserve.cluster.member import MAX_DEATHS, Call, Member
 from moeserve.cluster.reservation import await_granted, find_hosts, find_reservations, give_back, host_name, reserve
 from moeserve.config import ServiceConfig
@@ -49,7 +48,7 @@ class Fleet:
         self._on_change: Callable[[Mapping[int, HostInfo]], None] = lambda _: None
         #: None until it is known: then hosts go on with those they know
         self._frontends: frozenset[str] | None = None
-        self._service_id = ""
+        self._folder: SocketFolder | None = None
         self._over_tcp = True
         #: hosts that Ray has given up, until they are removed: their node is gone
         self.given_up: set[int] = set()
@@ -64,17 +63,17 @@ class Fleet:
         """What hosts have said of themselves that are up, as far as `watch` has seen."""
         return {number: info for number, info in self._directory.items() if number not in self._late}
 
-    def start(self, service_id: str, *, over_tcp: bool = True) -> None:
-        """To be called first. `service_id` is in the name of the private folder for sockets that hosts make on every node.
+    def start(self, service_id: str, *, over_tcp: bool = True, folder: Path | None = None) -> None:
+        """To be called first. `service_id` names the private folder for sockets that hosts make on every node, or within `folder`.
 
         `over_tcp`: frontends and hosts on other nodes, or outside Ray, reach hosts, too, with keys (`admit`).
         """
-        self._service_id, self._over_tcp = service_id, over_tcp
+        self._folder, self._over_tcp = SocketFolder(service_id, self._config.ray.temp_dir, folder), over_tcp
 
     @property
-    def _socket_dir(self) -> Path:
-        assert self._service_id, "the fleet was started"
-        return Path(tempfile.gettempdir(), f"moeserve-{self._service_id}")
+    def _sockets(self) -> SocketFolder:
+        assert self._folder is not None, "the fleet was started"
+        return self._folder
 
     async def take(self, release: Release, seats: Sequence[Seat], on_ready: Callable[[HostInfo], None] = lambda _: None) -> None:
         """Every host of `release`, started on its seat if need be, loads what is new in it; `on_ready` tells of each that was started.
@@ -97,7 +96,7 @@ class Fleet:
         groups, living = await asyncio.to_thread(find_reservations), await asyncio.to_thread(find_hosts)
         nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         whole = living & groups.keys() & {seat.number for seat in seats}
-        await end_hosts([ray.get_actor(host_name(number)) for number in living - whole], self._socket_dir)
+        await end_hosts([ray.get_actor(host_name(number)) for number in living - whole], self._sockets)
         for number in groups.keys() - whole:
             give_back(groups[number])
         self._members = {seat.number: Member.found(seat, groups[seat.number]) for seat in seats if seat.number in whole}
@@ -173,9 +172,9 @@ class Fleet:
         leaving = list(self._members.values())
         self._members.clear()
         self._directory.clear()
-        if self._service_id:
+        if self._folder is not None:
             await self._end(leaving)
-            await asyncio.to_thread(shutil.rmtree, self._socket_dir, ignore_errors=True)
+            await asyncio.to_thread(remove_abandoned, self._folder.path())
 
     async def _add(self, seats: Sequence[Seat]) -> None:
         """Ask Ray for these hosts, beside those there are. Raises ConfigError when there is no room for one on its node; then for none."""
@@ -188,7 +187,7 @@ class Fleet:
             where = ", ".join(f"{host_name(seat.number)} on {seat.node}" for seat in late)
             raise ConfigError(f"there is no room any more for {where}: something else has taken it, or the node is gone")
         for seat, group in zip(seats, groups, strict=True):
-            order = HostOrder(host_name(seat.number), seat.number, self._config, self._socket_dir, self._over_tcp)
+            order = HostOrder(host_name(seat.number), seat.number, self._config, self._sockets, self._over_tcp)
             self._members[seat.number] = Member.started(seat, order, group, detached=self._detached)
 
     async def _come_up(self, number: int, on_ready: Callable[[HostInfo], None]) -> None:
@@ -222,7 +221,7 @@ class Fleet:
         try:
             if not await member.answers(_HANG_S):
                 log.warning("%s has not answered for %g s: it is killed, and starts anew", host_name(number), _HANG_S)
-                await kill_process(member.actor, self._socket_dir)
+                await kill_process(member.actor, self._sockets)
             await self.find(number)
         except MoEServeError as error:
             log.warning("%s", error)
@@ -256,7 +255,7 @@ class Fleet:
         self.given_up.add(number)
 
     async def _end(self, members: Sequence[Member]) -> None:
-        await end_hosts([member.actor for member in members], self._socket_dir)
+        await end_hosts([member.actor for member in members], self._sockets)
         for member in members:
             give_back(member.group)
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import secrets
-import shutil
 import socket
-import tempfile
+import threading
+from datetime import datetime
 from pathlib import Path
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, worker
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError
 
+from moeserve.cluster.folders import Hold, hold_new, remove_all_abandoned
+from moeserve.cluster.local_ray import LocalRay
 from moeserve.config import PlacementConfig, RayConfig
 from moeserve.errors import ConfigError, MoEServeError
 
@@ -25,23 +28,34 @@ _KNOCK_TIMEOUT_S = 5.0
 
 
 class RayRuntime:
-    """A Ray to put hosts on; `stop` ends what `start` began and leaves a joined cluster alone.
-
-    `private_dir` (mode 0700) is for sockets; it exists from `start` to `stop`.
-    """
+    """A Ray to put hosts on; `stop` ends what `start` began and leaves a joined cluster alone. Both may be called from any thread."""
 
     def __init__(self, config: RayConfig, placement: PlacementConfig) -> None:
         self._config = config
         self._placement = placement
         self._previous_environment: dict[str, str | None] = {}
-        self._owns_ray = False
         self._may_cluster: bool = ray_constants.ENABLE_RAY_CLUSTER
-        self.private_dir = Path()
+        self._changing = threading.Lock()
+        self._folder: Hold | None = None
+        self._local: LocalRay | None = None
+        self._has_joined = False
 
     @property
     def is_private(self) -> bool:
         """It is a local one that this object started: nobody outside this machine takes part."""
-        return self._owns_ray and self._config.address is None
+        return self._local is not None
+
+    @property
+    def folder(self) -> Path | None:
+        """Of a private Ray, from `start` to `stop`: its files and the sockets of hosts, where nobody else can look."""
+        return None if self._folder is None else self._folder.path
+
+    @property
+    def log_dir(self) -> Path:
+        """Where Ray's processes on this node write what they have to say (worker-*.err); of a private one, until `stop`."""
+        node = worker._global_node
+        assert node is not None, "a Ray that has started"
+        return Path(node.get_logs_dir_path())
 
     @property
     def node_id(self) -> str:
@@ -51,28 +65,41 @@ class RayRuntime:
 
     def start(self) -> None:
         """Blocks for some seconds. Raises ConfigError when the address does not answer, MoEServeError when a local Ray does not start."""
-        self.private_dir = Path(tempfile.mkdtemp(prefix="moeserve-"))
         try:
-            if ray.is_initialized():
-                log.info("using the Ray this process is connected to already")
-            elif self._config.address is not None:
-                self._join(self._config.address)
-            else:
-                self._start_local()
+            with self._changing:
+                self._start()
         except BaseException:
             self.stop()
             raise
 
     def stop(self) -> None:
-        """Idempotent."""
-        if self._owns_ray:
+        """After a `start` that is under way. Idempotent."""
+        with self._changing:
+            self._stop()
+
+    def _start(self) -> None:
+        if ray.is_initialized():
+            log.info("using the Ray this process is connected to already")
+        elif self._config.address is not None:
+            self._join(self._config.address)
+        else:
+            self._start_local()
+
+    def _stop(self) -> None:
+        atexit.unregister(self.stop)
+        if self._has_joined:
             ray.shutdown()
-            self._owns_ray = False
+            self._has_joined = False
+        if self._local is not None:
+            self._local.stop()
+            self._local = None
             ray_constants.ENABLE_RAY_CLUSTER = self._may_cluster
         for name, value in self._previous_environment.items():
             _set(name, value)
         self._previous_environment.clear()
-        shutil.rmtree(self.private_dir, ignore_errors=True)
+        if self._folder is not None:
+            self._folder.let_go()
+            self._folder = None
 
     def _join(self, address: str) -> None:
         self._setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -83,10 +110,13 @@ class RayRuntime:
             raise ConfigError(f"the Ray cluster at {address} asks for a token: {str(error).split('. ')[0]}") from None
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             raise ConfigError(f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}") from None
-        self._owns_ray = True
+        self._has_joined = True
 
     def _start_local(self) -> None:
-        token_file = self.private_dir / "ray-token"
+        remove_all_abandoned(self._config.temp_dir)
+        self._folder = hold_new(f"ray/{_session_name()}/sockets/plasma_store", self._config.temp_dir)
+        atexit.register(self.stop)  # a program may end without
+        token_file = self._folder.path / "ray-token"
         token_file.touch(mode=0o600)
         token_file.write_text(secrets.token_hex(32))
         # Ray binds its ports to 127.0.0.1 only when clusters are ruled out; otherwise whoever reaches them can run code here.
@@ -101,13 +131,14 @@ class RayRuntime:
         # This process has cached the absence of a token when ray was imported.
         Config.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()
-        self._owns_ray = True  # and whatever of it a failed start leaves
+        self._local = LocalRay(self._init_local)
         try:
-            self._init_local()
+            self._local.start()
         except Exception as error:  # Ray raises plain Exceptions, too
             raise MoEServeError(f"a local Ray did not start: {' '.join(str(error).split())}") from error
 
     def _init_local(self) -> None:
+        assert self._folder is not None
         hosts = 0 if self._placement.num_hosts == "all" else self._placement.num_hosts
         num_cpus = self._config.num_cpus or max(os.cpu_count() or 1, int(hosts * self._placement.cpus_per_host + 0.999))
         ray.init(
@@ -115,6 +146,7 @@ class RayRuntime:
             num_cpus=num_cpus,
             num_gpus=self._config.num_gpus,
             object_store_memory=_OBJECT_STORE_BYTES,
+            _temp_dir=str(self._folder.path / "ray"),  # which Ray opens to everybody
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -123,6 +155,11 @@ class RayRuntime:
     def _setenv(self, name: str, value: str) -> None:
         self._previous_environment.setdefault(name, os.environ.get(name))
         os.environ[name] = value
+
+
+def _session_name() -> str:
+    """As long as that which Ray makes of the time and this process."""
+    return f"session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{os.getpid()}"
 
 
 def knock(address: str) -> None:

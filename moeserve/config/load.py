@@ -66,7 +66,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 def _absolute_paths(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A copy in which paths count from `folder`; what is of another type than it should be stays, to be refused."""
     of_server = ("tls_cert", "tls_key", "client_ca", "auth_token_file", "admin_token_file")
-    paths = {"model": ("checkpoint",), "server": of_server, "controller": ("frontend_token_file", "control_ca")}
+    paths = {"model": ("checkpoint",), "server": of_server, "controller": ("frontend_token_file", "control_ca"), "ray": ("temp_dir",)}
     return {
         table: {key: _absolute(value, folder) if key in paths.get(table, ()) else value for key, value in values.items()}
         if isinstance(values, Mapping)

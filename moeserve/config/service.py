@@ -243,6 +243,8 @@ class RayConfig(Table):
     #: logical resources of a local Ray; unset = what the hosts ask for
     num_cpus: int | None = Field(default=None, ge=1)
     num_gpus: int | None = Field(default=None, ge=0)
+    #: where a local Ray gets a private folder, and hosts one for sockets, whose paths must be short; unset = TMPDIR, or /tmp and the like
+    temp_dir: File | None = None
 
 
 class ServiceConfig(Table):

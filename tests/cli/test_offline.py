@@ -63,12 +63,12 @@ def test_python_m_finds_experts_in_the_working_folder(tmp_path: Path) -> None:
 
 
 def test_a_ray_that_does_not_start_is_one_sentence(tmp_path: Path) -> None:
-    """The names of its sockets would be too long."""
-    (tmp_path / "service.toml").write_text(LAYER + "[server]\nport = 0\nmetrics_port = 0\n")
+    """It is to have more GPUs than there may be."""
+    (tmp_path / "service.toml").write_text(LAYER + "[server]\nport = 0\nmetrics_port = 0\n[ray]\nnum_gpus = 3\n")
     ended = subprocess.run(
         [sys.executable, "-m", "moeserve", "serve", "service.toml"],
         cwd=tmp_path,
-        env={**os.environ, "RAY_TMPDIR": str(tmp_path / ("long" * 25))},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "0"},
         capture_output=True,
         text=True,
         check=False,
