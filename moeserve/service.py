@@ -32,7 +32,7 @@ class Service:
 
     def __init__(self, config: ServiceConfig, progress: Progress = log.info) -> None:
         self._config = config
-        self._progress = progress
+        self._progress = unfailing(progress)
         self._running = AsyncExitStack()
         self._server: GrpcServer | None = None
         self._controller: Controller | None = None
@@ -63,6 +63,11 @@ class Service:
         """Refuse new requests, finish the running ones (at most server.drain_timeout_s), then stop everything."""
         await self._drain()
         await self._running.aclose()
+
+    async def hurry(self) -> None:
+        """While `stop` waits for running requests: cancel them instead."""
+        if self._server is not None:
+            await self._server.stop()
 
     async def _start(self) -> None:
         config = self._config
@@ -147,6 +152,18 @@ class Service:
     async def _drain(self) -> None:
         if self._server is not None:
             await self._server.drain(self._config.server.drain_timeout_s)
+
+
+def unfailing(progress: Progress) -> Progress:
+    """What is told to people decides nothing: not even when nobody can be told."""
+
+    def tell(line: str) -> None:
+        try:
+            progress(line)
+        except Exception as error:
+            log.debug("could not tell %r: %s", line, error)
+
+    return tell
 
 
 def _forget(_state: State) -> None:

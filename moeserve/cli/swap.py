@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moeserve.cli.streams import say
 from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of
 
 
@@ -22,7 +23,7 @@ def swap(
     ids = [_expert(part) for part in experts.split(",") if part.strip()]
     with admin_of(target, admin_token_file, tls_ca) as client:
         done = client.swap(layer, checkpoint.resolve(), ids)
-    typer.echo(f"layer {layer} has revision {done.model_revision} since epoch {done.epoch}")
+    say(f"layer {layer} has revision {done.model_revision} since epoch {done.epoch}")
 
 
 def _expert(text: str) -> int:
