@@ -56,12 +56,10 @@ class BackgroundService:
             self._end_thread()
 
     async def _stop_when_asked(self) -> None:
-        ends = [asyncio.create_task(self._service.controller.stop_requested.wait()), asyncio.create_task(self._service.broken.wait())]
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        for end in ends:
-            end.cancel()
-        if self.failure is not None:
-            log.error("%s", self.failure)
+        try:
+            await self._service.over()
+        except MoEServeError as error:
+            log.error("%s", error)
         await self._service.stop()
 
     def swap(self, layer: str, checkpoint: str | Path, experts: Sequence[int] | None = None) -> int:

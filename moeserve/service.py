@@ -33,17 +33,16 @@ class Service:
 
     def __init__(self, config: ServiceConfig, progress: Progress = log.info) -> None:
         self._config = config
-        self._progress = progress
+        self._progress = unfailing(progress)
         self._running = AsyncExitStack()
         self._server: GrpcServer | None = None
         self._controller: Controller | None = None
         self._healthy: dict[int, bool] = {}
         #: some expert cannot be had
         self._is_ailing = asyncio.Event()
-        #: what keeps it from going on; set before `broken` is
+        #: what keeps it from going on
         self.failure: MoEServeError | None = None
-        #: it cannot go on: stop it, and say why
-        self.broken = asyncio.Event()
+        self._broken = asyncio.Event()
         self.hosts: list[HostInfo] = []
         #: host:port of the gRPC service, and of the metrics endpoint
         self.target = ""
@@ -66,10 +65,24 @@ class Service:
         assert self._controller is not None, "a service that has started"
         return self._controller
 
+    async def over(self) -> None:
+        """Until somebody who may has asked for its end. Raises ExpertUnavailable when it cannot go on: then it is to be stopped, too."""
+        ends = [asyncio.create_task(event.wait()) for event in (self.controller.stop_requested, self._broken)]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            end.cancel()
+        if self.failure is not None:
+            raise self.failure
+
     async def stop(self) -> None:
         """Refuse new requests, finish the running ones (at most server.drain_timeout_s), then stop everything."""
         await self._drain()
         await self._running.aclose()
+
+    async def hurry(self) -> None:
+        """While `stop` waits for running requests: cancel them instead."""
+        if self._server is not None:
+            await self._server.stop()
 
     async def _start(self) -> None:
         config = self._config
@@ -84,8 +97,8 @@ class Service:
         self._running.push_async_callback(asyncio.to_thread, runtime.stop)
         await asyncio.to_thread(runtime.start)
         state = await first_state(config, sources, nodes := Nodes(fleet))
-        if runtime.is_private and not config.placement.gpus_per_host:
-            self._warn(memory_warning(host_bytes(sources, state.release.placement)))
+        if runtime.is_private:
+            self._warn_of_memory(state.release, sources)
         frontend = await asyncio.to_thread(self._frontend, state.release, sources, fleet, metrics, keys)
 
         async def admit(followers: frozenset[str]) -> None:
@@ -113,9 +126,10 @@ class Service:
         duties = [self._later(fleet.watch(frontends.directory)), self._later(self._controller.keep())]
         self._later(self._end_with_ray(fleet, frontends, duties))
 
-    def _warn(self, sentence: str) -> None:
-        if sentence:
-            self._progress(f"warning: {sentence}")
+    def _warn_of_memory(self, release: Release, sources: Sequence[LayerSource]) -> None:
+        warning = "" if self._config.placement.gpus_per_host else memory_warning(host_bytes(sources, release.placement))
+        if warning:
+            self._progress(f"warning: {warning}")
 
     def _frontend(self, release: Release, sources: Sequence[LayerSource], fleet: Fleet, metrics: Metrics, keys: KeyPair) -> Frontend:
         """It reads every gate."""
@@ -147,7 +161,7 @@ class Service:
         if not loss.is_final:
             await self._is_ailing.wait()
         self.failure = ExpertUnavailable(f"this service cannot go on, and must be started anew: {loss.why}")
-        self.broken.set()
+        self._broken.set()
 
     def _info(self, frontend: Frontend, node: str) -> FrontendInfo:
         is_ready = bool(self._healthy) and all(self._healthy.values())
@@ -195,6 +209,18 @@ async def _unless_lost(work: Coroutine[Any, Any, None], fleet: Fleet) -> None:
         for task in (working, losing):
             task.cancel()
         await asyncio.gather(working, losing, return_exceptions=True)
+
+
+def unfailing(progress: Progress) -> Progress:
+    """What is told to people decides nothing: not even when nobody can be told."""
+
+    def tell(line: str) -> None:
+        try:
+            progress(line)
+        except Exception as error:
+            log.debug("could not tell %r: %s", line, error)
+
+    return tell
 
 
 def _forget(_state: State) -> None:

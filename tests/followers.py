@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -66,10 +67,10 @@ class ThreadedFrontend:
 class FrontendProcess:
     """`moeserve frontend` as a user runs it; `target` once it is ready."""
 
-    def __init__(self, controller: str, token_file: Path, *flags: str) -> None:
-        command = [sys.executable, "-c", "from moeserve.cli.app import entry; entry()", "frontend", "--controller", controller]
+    def __init__(self, controller: str, token_file: Path, *flags: str, before: Sequence[str] = (), stderr: int = subprocess.PIPE) -> None:
+        command = [*before, sys.executable, "-c", "from moeserve.cli.app import entry; entry()", "frontend", "--controller", controller]
         command += ["--frontend-token-file", str(token_file), "--port", "0", "--metrics-port", "0", *flags]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, stderr=stderr, text=True)
         #: what it has said
         self.said: deque[str] = deque()
 

@@ -1,80 +1,39 @@
-"""`moeserve`: the verbs, and how errors leave the program."""
+"""`moeserve`: how it starts, and how errors and signals leave the program."""
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib import metadata
 
-import typer
-
-from moeserve.cli.bench import bench
-from moeserve.cli.config import config_app
-from moeserve.cli.deploy import deploy
-from moeserve.cli.flags import with_config_flags
-from moeserve.cli.frontend import frontend
-from moeserve.cli.infer import infer
-from moeserve.cli.leave import leave
-from moeserve.cli.plan import plan
-from moeserve.cli.scale import drain, scale
-from moeserve.cli.serve import serve
-from moeserve.cli.shutdown import shutdown
-from moeserve.cli.status import status
-from moeserve.cli.swap import swap
-from moeserve.cli.top import top
+from moeserve.cli import signals, streams
 from moeserve.errors import ConfigError, MoEServeError, ServiceUnreachable
-
-app = typer.Typer(
-    name="moeserve",
-    help="Serve the experts of Mixture-of-Experts models.",
-    no_args_is_help=True,
-    invoke_without_command=True,
-    add_completion=False,
-)
-app.command()(with_config_flags(serve))
-app.command()(with_config_flags(deploy))
-app.command()(with_config_flags(plan))
-app.command()(with_config_flags(frontend, tables=("server",), without=("admin_token_file",)))
-app.command()(infer)
-app.command()(swap)
-app.command()(status)
-app.command()(scale)
-app.command()(drain)
-app.command()(leave)
-app.command()(shutdown)
-app.command()(bench)
-app.command()(top)
-app.add_typer(config_app, name="config")
 
 EXIT_FAILURE, EXIT_CONFIGURATION, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 
-@app.callback()
-def _options(
-    debug: bool = typer.Option(False, "--debug", help="Show tracebacks and debug logs."),
-    version: bool = typer.Option(False, "--version", help="Show the version and exit."),
-) -> None:
-    if version:
-        typer.echo(f"moeserve {metadata.version('moeserve')}")
-        raise typer.Exit
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 ok, 1 failure, 2 usage or configuration, 3 service unreachable, 130 interrupted."""
+    """Run one command; returns the exit code.
+
+    0 ok, 1 failure, 2 usage or configuration, 3 service unreachable, 128 + N ended by signal N (130 Ctrl-C, 143 SIGTERM).
+    """
+    import typer  # noqa: PLC0415 - with this takes seconds, in which signals are heard already
+
+    from moeserve.cli.verbs import app  # noqa: PLC0415
+
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         code = app(arguments, standalone_mode=False)
         return code if isinstance(code, int) else 0
     except typer.Exit as exit_:
         return exit_.exit_code
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    except signals.Ended as ended:
+        if not ended.is_told:
+            streams.tell(f"ended by {ended.number.name}")
+        return ended.exit_code
     except Exception as error:
         if "--debug" in arguments or os.environ.get("MOESERVE_DEBUG"):
             traceback.print_exc()
@@ -87,7 +46,7 @@ def _report(error: Exception) -> int:
         show()
         return EXIT_CONFIGURATION
     known = isinstance(error, MoEServeError)
-    print(f"error: {error}" if known else f"error: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+    streams.tell(f"error: {error}" if known else f"error: {type(error).__name__}: {error} (--debug shows where)")
     if isinstance(error, ServiceUnreachable):
         return EXIT_UNREACHABLE
     return EXIT_CONFIGURATION if isinstance(error, ConfigError) else EXIT_FAILURE
@@ -95,4 +54,14 @@ def _report(error: Exception) -> int:
 
 def entry() -> None:
     """The console script."""
-    sys.exit(main())
+    streams.make_safe()
+    signals.end_at_once()
+    import moeserve.cli.verbs  # noqa: F401, PLC0415
+
+    try:
+        signals.raise_ended()
+        code = main()
+    except signals.Ended as ended:
+        code = ended.exit_code
+    signals.ignore()
+    sys.exit(code)

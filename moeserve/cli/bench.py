@@ -13,6 +13,7 @@ import typer
 
 from moeserve.cli.bench_report import print_json, print_table, progress_bar
 from moeserve.cli.load import Load, Measured, Send, check_answer, run
+from moeserve.cli.signals import until_signal
 from moeserve.cli.stream_sender import StreamSender
 from moeserve.cli.target import Target, TlsCa, TokenFile, layer_of, tls_of, token_of
 from moeserve.client import AsyncClient, LayerInfo, WireRequest
@@ -60,7 +61,7 @@ def bench(
     try:
         sender = StreamSender(client, timeout) if stream else None
         inputs = _Inputs(FLOAT_DTYPES[dtype], token_ids, seed)
-        asyncio.run(_bench(client, layer_of(layer), loads, inputs, sender, warmup_requests, measured))
+        asyncio.run(until_signal(_bench(client, layer_of(layer), loads, inputs, sender, warmup_requests, measured)))
     finally:
         # After Ctrl-C too: runs that are complete are not lost.
         if measured:

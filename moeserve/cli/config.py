@@ -9,6 +9,7 @@ import typer
 
 from moeserve.checkpoints import layer_sources
 from moeserve.cli.import_file import read_mapping, to_toml
+from moeserve.cli.streams import say
 from moeserve.compat import load
 from moeserve.config import load_config
 from moeserve.control import first_wish, wanted_hosts
@@ -25,7 +26,7 @@ def check(file: Annotated[Path, typer.Argument(help="A TOML configuration or a c
     sources = layer_sources(config)
     wanted = wanted_hosts(first_wish(config, sources), sources, config)
     hosts = f"{wanted.least} hosts or more" if wanted.num_hosts == "all" else f"{wanted.num_hosts} hosts"
-    typer.echo(f"{file}: ok, {len(sources)} MoE layers on {hosts}")
+    say(f"{file}: ok, {len(sources)} MoE layers on {hosts}")
 
 
 @config_app.command(name="import")

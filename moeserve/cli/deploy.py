@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from moeserve.cli.flags import Overrides
-from moeserve.cli.signals import on_signals, tell
+from moeserve.cli.signals import until_signal
+from moeserve.cli.streams import tell
 from moeserve.config import load_config
 from moeserve.deployment import Deployer
 
@@ -22,20 +23,18 @@ def deploy(
 ) -> None:
     """Put a service on the Ray cluster at --address and return once it is ready; `status`, `scale`, `drain` and `shutdown` act on it."""
     config = load_config(source, overrides)
-    deployer = Deployer(config)
-    deployer.join()
-    try:
-        asyncio.run(_deploy(deployer, keep))
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
-    finally:
-        deployer.close()
+    asyncio.run(until_signal(_deploy(Deployer(config), keep)))
 
 
 async def _deploy(deployer: Deployer, keep: bool) -> None:
-    this = asyncio.current_task()
-    assert this is not None
-    on_signals(lambda: _cancel(this))  # Ray's own handler of SIGTERM ends this process at once: what was begun would stay
+    try:
+        await asyncio.to_thread(deployer.join)
+        await _deploy_and_keep(deployer, keep)
+    finally:
+        await asyncio.to_thread(deployer.close)
+
+
+async def _deploy_and_keep(deployer: Deployer, keep: bool) -> None:
     while True:
         deployed = await deployer.deploy(tell)
         tell(f"controller {deployed.controller}")
@@ -49,7 +48,3 @@ async def _deploy(deployer: Deployer, keep: bool) -> None:
             tell("stopped; the service stays")
             return
         tell("the service is gone: deploying it again")
-
-
-def _cancel(task: asyncio.Task[None]) -> None:
-    task.cancel()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
 from moeserve.cli.flags import Overrides
-from moeserve.cli.signals import on_signals, tell
+from moeserve.cli.serving import serve_until_told
+from moeserve.cli.streams import tell
 from moeserve.cli.target import TlsCa
 from moeserve.cli.token import read_token
 from moeserve.client import TLS
@@ -41,23 +42,8 @@ def frontend(
 
 async def _serve(controller: str, token: str, server: ServerConfig, tls: TLS | None, name: str, timeout_s: float) -> None:
     service = FrontendService(controller, token, server, tls=tls, name=name, progress=tell)
-    stop = asyncio.Event()
-    on_signals(stop.set)
-    starting, stopping = asyncio.ensure_future(service.start(timeout_s)), asyncio.ensure_future(stop.wait())
-    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    if stop.is_set():
-        starting.cancel()
-        await asyncio.wait({starting})
-        raise KeyboardInterrupt
-    await starting
-    tell(f"metrics at http://{service.metrics_target}/metrics")
-    tell(f"ready {service.target}")
-    ends: set[asyncio.Future[Any]] = {stopping, service.broken}
-    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    tell("draining; once more to stop at once")
-    on_signals(None)
-    await service.stop()
-    if service.broken.done():
-        raise service.broken.result()
-    tell("stopped")
+
+    async def over() -> None:
+        raise await service.broken
+
+    await serve_until_told(service, service.start(timeout_s), over)

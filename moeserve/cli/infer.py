@@ -11,6 +11,7 @@ import typer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from moeserve.cli.streams import say
 from moeserve.cli.target import Target, TlsCa, TokenFile, layer_of, tls_of, token_of
 from moeserve.client import Client
 from moeserve.errors import ConfigError
@@ -57,4 +58,4 @@ def infer(
         elapsed_ms = (time.perf_counter() - started) * 1000
     answer = {name: value for name, value in vars(out).items() if isinstance(value, torch.Tensor)}
     save_file(answer, output)
-    typer.echo(f"{len(out.hidden_states)} tokens in {elapsed_ms:.1f} ms, {int(out.dropped.sum())} choices dropped -> {output}")
+    say(f"{len(out.hidden_states)} tokens in {elapsed_ms:.1f} ms, {int(out.dropped.sum())} choices dropped -> {output}")

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from moeserve.cli.streams import say
 from moeserve.cluster.leave import leave as leave_node
 
 
@@ -17,4 +18,4 @@ def leave(
 ) -> None:
     """Tell Ray that this node drains, and wait until a deployed service has no expert host left on it."""
     leave_node(address, namespace, timeout_s, node)
-    typer.echo("no expert host is left here")
+    say("no expert host is left here")

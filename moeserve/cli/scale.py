@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from moeserve.cli.streams import say
 from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of
 from moeserve.client.admin import Placed
 
@@ -41,4 +42,4 @@ def _number_or_all(text: str) -> int | Literal["all"]:
 
 
 def _show(placed: Placed) -> None:
-    typer.echo(f"epoch {placed.epoch}: the experts stand on {', '.join(placed.hosts)}")
+    say(f"epoch {placed.epoch}: the experts stand on {', '.join(placed.hosts)}")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import typer
-
+from moeserve.cli.streams import say
 from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of
 
 
@@ -11,4 +10,4 @@ def shutdown(target: Target, admin_token_file: AdminTokenFile, tls_ca: TlsCa = N
     """End a service as SIGTERM does: running requests finish, new ones are refused."""
     with admin_of(target, admin_token_file, tls_ca) as client:
         client.shutdown()
-    typer.echo(f"{target} is draining")
+    say(f"{target} is draining")

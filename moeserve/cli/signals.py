@@ -1,23 +1,135 @@
-"""What a verb that serves tells whoever started it, and hears from there."""
+"""What ends a verb from outside, and how the verb hears of it.
+
+Signals are blocked and waited for in a thread, because Ray, once it is loaded, puts handlers of its own in C++ that abort the process.
+Only a verb that runs neither Ray nor an event loop gets them as Python's handlers do, as an exception.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
-import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from moeserve.cli.streams import tell
+
+T = TypeVar("T")
 
 
-def on_signals(act: Callable[[], None] | None) -> None:
-    """On Ctrl-C and SIGTERM; None = as Python does it."""
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if act is None:
-            loop.remove_signal_handler(number)
-        else:
-            loop.add_signal_handler(number, act)
+class Ended(BaseException):  # no KeyboardInterrupt: typer would hide which signal it was
+    """A signal ended this verb; `is_told`: that has been said."""
+
+    def __init__(self, number: signal.Signals, *, is_told: bool = False) -> None:
+        super().__init__(number)
+        self.number = number
+        self.is_told = is_told
+
+    @property
+    def exit_code(self) -> int:
+        return exit_code(self.number)
 
 
-def tell(line: str) -> None:
-    """One line, at once."""
-    print(line, file=sys.stderr, flush=True)
+def exit_code(number: signal.Signals) -> int:
+    """As a shell shows it: 130 for SIGINT, 143 for SIGTERM."""
+    return 128 + number
+
+
+class _Watch:
+    """The thread that waits for signals, and who gets them."""
+
+    def __init__(self) -> None:
+        self.receive: Callable[[signal.Signals], None] = _pass_on
+        self.is_running = False
+
+    def run(self) -> None:
+        """From now on, and as long as the process lives; to be called by the main thread, or all others get the signals first."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, _numbers())
+        if not self.is_running:
+            self.is_running = True
+            threading.Thread(target=self._wait, args=(_numbers(),), name="signals", daemon=True).start()
+
+    def _wait(self, numbers: set[signal.Signals]) -> None:
+        while True:
+            number = signal.sigwait(numbers)
+            self.receive(signal.Signals(number))  # whoever it is by now
+
+
+def end_at_once() -> None:
+    """Until `raise_ended`: nothing has been begun yet, so a signal ends the process. Before anything else has started threads."""
+    _watch.receive = _exit
+    _watch.run()
+
+
+def raise_ended() -> None:
+    """From now on signals raise `Ended` in the main thread."""
+    for number in _numbers():
+        signal.signal(number, _raise)
+    _watch.receive = _pass_on
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _numbers())
+
+
+def ignore() -> None:
+    """How the process ends has been decided."""
+    for number in _numbers():
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def heard() -> Iterator[asyncio.Queue[signal.Signals]]:
+    """Meanwhile, signals are put into this queue."""
+    loop, numbers = asyncio.get_running_loop(), asyncio.Queue[signal.Signals]()
+    handlers = {number: signal.getsignal(number) for number in _numbers()}
+    _watch.receive = lambda number: _put(loop, numbers, number)
+    _watch.run()
+    try:
+        yield numbers
+    finally:
+        _watch.receive = _pass_on
+        for number, handler in handlers.items():
+            signal.signal(number, handler)  # instead of Ray's
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _numbers())
+
+
+async def until_signal(work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which a signal cancels. Raises Ended once it has undone what it had begun."""
+    with heard() as numbers:
+        working, ending = asyncio.create_task(work), asyncio.create_task(numbers.get())
+        await asyncio.wait({working, ending}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            working.cancel()
+            await asyncio.wait({working})
+        if working.cancelled():
+            raise Ended(ending.result())
+        ending.cancel()
+        return working.result()
+
+
+def _numbers() -> set[signal.Signals]:
+    """`nohup` ignores SIGHUP so that it shall be ignored."""
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return {signal.SIGINT, signal.SIGTERM} | (set() if is_ignored else {signal.SIGHUP})
+
+
+def _put(loop: asyncio.AbstractEventLoop, numbers: asyncio.Queue[signal.Signals], number: signal.Signals) -> None:
+    loop.call_soon_threadsafe(numbers.put_nowait, number)
+
+
+def _pass_on(number: signal.Signals) -> None:
+    main = threading.main_thread().ident
+    assert main is not None
+    signal.pthread_kill(main, number)
+
+
+def _raise(number: int, _frame: object) -> None:
+    raise Ended(signal.Signals(number))
+
+
+def _exit(number: signal.Signals) -> None:
+    tell(f"ended by {number.name}")
+    os._exit(exit_code(number))
+
+
+_watch = _Watch()

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moeserve.cli.streams import say
 from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of
 
 
@@ -26,7 +27,7 @@ def swap(
     with admin_of(target, admin_token_file, tls_ca) as client:
         done = client.swap(layer, checkpoint.resolve(), ids)
     what = f"layer {layer} has revision {done.model_revision}" if layer else "all layers have new weights"
-    typer.echo(f"{what} since epoch {done.epoch}")
+    say(f"{what} since epoch {done.epoch}")
 
 
 def _expert(text: str) -> int:

@@ -11,6 +11,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from moeserve.cli.signals import Ended
+from moeserve.cli.streams import is_read
 from moeserve.cli.target import Target, TlsCa, TokenFile, tls_of, token_of
 from moeserve.cli.top_view import view
 from moeserve.client import Client
@@ -31,19 +33,26 @@ def top(
     if not 0 < interval_s <= 3600:
         raise ConfigError(f"--interval-s is {interval_s:g}; allowed: more than 0, at most 3600")
     with Client(target, token=token_of(token_file), tls=tls_of(tls_ca), timeout=timeout) as client:
-        if as_json:
-            _print_json(client, once, interval_s)
-        elif once:
-            console = Console(highlight=False)
-            console.print(view(target, client.stats(), None, console.width))
-        else:
-            _show(client, target, interval_s)
+        try:
+            _top(client, target, once, as_json, interval_s)
+        except Ended as ended:
+            raise typer.Exit(ended.exit_code) from None  # as it is meant to end: nothing is to be said
+
+
+def _top(client: Client, target: str, once: bool, as_json: bool, interval_s: float) -> None:
+    if as_json:
+        _print_json(client, once, interval_s)
+    elif once:
+        console = Console(highlight=False)
+        console.print(view(target, client.stats(), None, console.width))
+    else:
+        _show(client, target, interval_s)
 
 
 def _print_json(client: Client, once: bool, interval_s: float) -> None:
     while True:
         print(json.dumps(stats_as_json(client.stats())), flush=True)
-        if once:
+        if once or not is_read():
             return
         time.sleep(interval_s)
 
@@ -54,7 +63,7 @@ def _show(client: Client, target: str, interval_s: float) -> None:
     stats = client.stats()
     picture = view(target, stats, None, console.width, console.height)
     with Live(picture, console=console, screen=console.is_terminal, auto_refresh=False) as live:
-        while True:
+        while is_read():
             time.sleep(interval_s)
             try:
                 before, stats = stats, client.stats()

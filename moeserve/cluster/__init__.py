@@ -1,7 +1,7 @@
 """The only room that imports ray: it starts or joins a cluster, watches its nodes, and turns a placement into host actors on them."""
 
 from moeserve.cluster.fleet import Fleet
-from moeserve.cluster.local_ray import Loss, until_lost
+from moeserve.cluster.loss import Loss, until_lost
 from moeserve.cluster.nodes import Nodes
 from moeserve.cluster.resident import Resident, end_this_process, settle
 from moeserve.cluster.runtime import RayRuntime

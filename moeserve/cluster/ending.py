@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,9 +18,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from moeserve.cluster.expert_host import ExpertHost
 from moeserve.cluster.folders import SocketFolder, remove_abandoned
-from moeserve.cluster.local_ray import await_end
 
 _STOP_TIMEOUT_S = 5.0
+_LOOK_S = 0.01
 
 
 async def end_hosts(actors: Sequence[ActorHandle[ExpertHost]], sockets: SocketFolder) -> None:
@@ -61,8 +62,15 @@ def _end_process(pid: int, sockets: SocketFolder) -> None:
     with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
         if b"ExpertHost" in command.read_bytes():
             os.kill(pid, signal.SIGKILL)
-            await_end([pid])
+            _await_end(command)
     folder = sockets.path()
     for left_behind in folder.glob(f"host-*-{pid}.sock"):
         left_behind.unlink(missing_ok=True)
     remove_abandoned(folder)
+
+
+def _await_end(command: Path) -> None:
+    """Until the process has let go of its files; then its command line is empty, or gone."""
+    deadline = time.monotonic() + _STOP_TIMEOUT_S
+    while command.read_bytes() and time.monotonic() < deadline:
+        time.sleep(_LOOK_S)

@@ -2,74 +2,37 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
+import ctypes
 import signal
+import subprocess
+import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import ray
-from ray._private import worker
+from ray._private import ray_constants, worker
+
+from moeserve.cluster import keeper
 
 #: what terminals, supervisors and control groups send to all processes of a service at once; ending Ray's is up to this one
 _SHIELDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_END_TIMEOUT_S: Final = 5.0
-_LOOK_S: Final = 0.01
-_LOSS_LOOK_S: Final = 1.0
-
-
-@dataclass(frozen=True)
-class Loss:
-    """Why nothing that ends here starts again; `is_final`: what still runs will end, too, and so will this process unless it leaves Ray."""
-
-    why: str
-    is_final: bool
-
-
-def find_loss() -> Loss | None:
-    """What is missing of the Ray that this process is connected to, as far as it has started it itself."""
-    node = worker._global_node
-    if node is None:
-        return Loss("this process is not connected to Ray any more", is_final=True)
-    for name in ("gcs_server", "raylet"):
-        for started in node.all_processes.get(name, ()):
-            if started.process.poll() is not None:
-                return Loss(f"a process of Ray has ended: {name}, pid {started.process.pid}", is_final=name == "gcs_server")
-            if _folder_of(started.process.pid).endswith(" (deleted)"):
-                return Loss("the folder that Ray was started in has been removed, and Ray starts no process without it", is_final=False)
-    session = Path(node.get_session_dir_path())
-    return None if session.is_dir() else Loss(f"the folder of Ray, {session}, has been removed", is_final=False)
-
-
-async def until_lost() -> Loss:
-    """Until something is missing."""
-    while True:
-        if (loss := find_loss()) is not None:
-            return loss
-        await asyncio.sleep(_LOSS_LOOK_S)
-
-
-def _folder_of(pid: int) -> str:
-    try:
-        return os.readlink(f"/proc/{pid}/cwd")
-    except OSError:
-        return ""
+_RAYLET: Final = ray_constants.PROCESS_TYPE_RAYLET
+_SIGACTION_BYTES: Final = 256  # more than the C library's struct has
 
 
 class LocalRay:
-    """Ray's processes, started by `init` (a call of `ray.init`) from `start` to `stop`.
+    """Ray's processes, which have all their files in `folder`, started by `init` (a call of `ray.init`) from `start` to `stop`.
 
     They are started from a thread of their own that lives until they end: its signal mask is inherited by all of them, through exec too,
-    and the kernel kills them when that thread is gone, as Ray has asked it to, however this process ends.
+    and the kernel kills them when that thread is gone, as Ray has asked it to. What Ray starts in turn is ended by a keeper.
     """
 
-    def __init__(self, init: Callable[[], Any]) -> None:
+    def __init__(self, folder: Path, init: Callable[[], Any]) -> None:
+        self._folder = folder.resolve()
         self._init = init
         self._started: Future[None] = Future()
         self._ending = threading.Event()
@@ -81,57 +44,54 @@ class LocalRay:
         self._started.result()
 
     def stop(self) -> None:
-        """Leave Ray, then end its processes: first the raylet, which would replace others."""
-        roots = _children_of_thread(self._thread.native_id)
-        pids = [pid for root in reversed(roots) for pid in (root, *_descendants(root))]
-        if worker._global_node is not None:
-            worker._global_node.all_processes.clear()  # or Ray would wait for each to hear a SIGTERM
+        """Leave Ray, then end its processes."""
+        processes = _taken_from_ray()
         ray.shutdown()
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        for process in processes:
+            process.kill()
+        keeper.end_processes(self._folder)
+        for process in processes:
+            process.wait()
         self._ending.set()
         self._thread.join()
-        for root in roots:
-            with suppress(ChildProcessError):
-                os.waitpid(root, 0)
-        await_end(pids)
 
     def _run(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
         try:
-            self._init()
+            with self._kept():
+                with kept_handlers():
+                    self._init()
+                self._started.set_result(None)
+                self._ending.wait()
         except BaseException as error:
             self._started.set_exception(error)
-        else:
-            self._started.set_result(None)
-        self._ending.wait()
+
+    def _kept(self) -> subprocess.Popen[bytes]:
+        """By a process in a session of its own, so that it outlives a group that is killed."""
+        command = [sys.executable, "-I", "-S", keeper.__file__, str(self._folder)]
+        none = subprocess.DEVNULL
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=none, stderr=none, start_new_session=True)  # noqa: S603
 
 
-def _children_of_thread(thread: int | None) -> list[int]:
-    """In the order in which they were started."""
-    with suppress(FileNotFoundError):
-        return [int(pid) for pid in Path(f"/proc/self/task/{thread}/children").read_text().split()]
-    return []
+def _taken_from_ray() -> list[subprocess.Popen[bytes]]:
+    """The processes that `ray.shutdown` would end, by a SIGTERM that they do not hear; the raylet, which would replace others, first."""
+    if worker._global_node is None:
+        return []
+    started = worker._global_node.all_processes
+    processes = [info.process for kind in sorted(started, key=_RAYLET.__ne__) for info in started[kind]]
+    started.clear()
+    return processes
 
 
-def _descendants(pid: int) -> Iterator[int]:
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            for child in map(int, children.read_text().split()):
-                yield child
-                yield from _descendants(child)
-
-
-def await_end(pids: list[int]) -> None:
-    """Those of Ray's that are nobody's children any more are reaped by whoever does that here, which may take a moment."""
-    deadline = time.monotonic() + _END_TIMEOUT_S
-    while any(map(_is_running, pids)) and time.monotonic() < deadline:
-        time.sleep(_LOOK_S)
-
-
-def _is_running(pid: int) -> bool:
+@contextmanager
+def kept_handlers() -> Iterator[None]:
+    """Signals do afterwards what they did before: Ray's C++ has them abort, with a trace. Python sets them in the main thread only."""
+    sigaction = ctypes.CDLL(None, use_errno=True).sigaction
+    former = {number: ctypes.create_string_buffer(_SIGACTION_BYTES) for number in _SHIELDED}
+    for number, action in former.items():
+        sigaction(int(number), None, action)
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+        yield
+    finally:
+        for number, action in former.items():
+            sigaction(int(number), action, None)

@@ -17,7 +17,7 @@ from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-d
 from ray.exceptions import AuthenticationError
 
 from moeserve.cluster.folders import Hold, hold_new, remove_all_abandoned
-from moeserve.cluster.local_ray import LocalRay
+from moeserve.cluster.local_ray import LocalRay, kept_handlers
 from moeserve.config import PlacementConfig, RayConfig
 from moeserve.errors import ConfigError, MoEServeError
 
@@ -105,7 +105,8 @@ class RayRuntime:
         self._setenv("RAY_USAGE_STATS_ENABLED", "0")
         knock(address)
         try:
-            ray.init(address=address, namespace=self._config.namespace, log_to_driver=False, logging_level=logging.ERROR)
+            with kept_handlers():
+                ray.init(address=address, namespace=self._config.namespace, log_to_driver=False, logging_level=logging.ERROR)
         except AuthenticationError as error:
             raise ConfigError(f"the Ray cluster at {address} asks for a token: {str(error).split('. ')[0]}") from None
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
@@ -126,12 +127,13 @@ class RayRuntime:
         self._setenv("RAY_AUTH_MODE", "token")
         self._setenv("RAY_AUTH_TOKEN_PATH", str(token_file))
         self._setenv("RAY_USAGE_STATS_ENABLED", "0")
+        self._setenv("RAY_LOG_TO_STDERR", "0")
         # Workers that Ray starts ahead of time import these, so an actor is ready in 0.2 s instead of 2-3 s.
         self._setenv("RAY_preload_python_modules", "torch,moeserve.host,moeserve.checkpoints")
         # This process has cached the absence of a token when ray was imported.
         Config.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()
-        self._local = LocalRay(self._init_local)
+        self._local = LocalRay(self._folder.path, self._init_local)
         try:
             self._local.start()
         except Exception as error:  # Ray raises plain Exceptions, too

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from moeserve import CheckpointError, ConfigError, MoELayer, load_config
 from moeserve.checkpoints import layer_sources
-from moeserve.cli.app import app
+from moeserve.cli.verbs import app
 from tests.checkpoints.saved import rewritten, saved, tensors_of
 from tests.checkpoints.tiny_models import some_tokens
 

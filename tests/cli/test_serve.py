@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -18,13 +19,16 @@ from safetensors.torch import load_file, save_file
 from moeserve import Client, ExpertUnavailable, MoELayer
 from moeserve.cli.app import main
 from tests.closeness import assert_close
+from tests.processes import descendants, signal_all
+from tests.processes import running as alive
 
 pytestmark = pytest.mark.ray
 
 
-def moeserve(*argv: str) -> subprocess.Popen[str]:
+def moeserve(*argv: str, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", "from moeserve.cli.app import entry; entry()", *argv]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    env = {**os.environ, **environment}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
 def read_until(process: subprocess.Popen[str], pattern: str) -> re.Match[str]:
@@ -38,11 +42,13 @@ def read_until(process: subprocess.Popen[str], pattern: str) -> re.Match[str]:
 
 
 @pytest.fixture(scope="module")
-def running(tiny_moe: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    process = moeserve("serve", str(tiny_moe), "--port", "0", "--metrics-port", "0", "--num-hosts", "2", "--dtype", "float32")
+def running(tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """With a TMPDIR in which the path of a socket would be too long."""
+    flags = ("--port", "0", "--metrics-port", "0", "--num-hosts", "2", "--dtype", "float32")
+    process = moeserve("serve", str(tiny_moe), *flags, TMPDIR=str(tmp_path_factory.mktemp("long" * 25)))
     yield process, read_until(process, r"^ready (127\.0\.0\.1:\d+)$")[1]
     process.kill()
-    process.communicate()
+    process.wait()
 
 
 def test_infer_against_it(running: tuple[subprocess.Popen[str], str], tiny_moe: Path, tmp_path: Path) -> None:
@@ -74,10 +80,37 @@ def test_a_ray_that_does_not_answer(tiny_moe: Path) -> None:
     assert err.splitlines()[-1].startswith("error: no Ray cluster answers at 127.0.0.1:1")
 
 
+def raylet_socket(pids: list[int]) -> Path:
+    commands = [Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in pids]
+    [name] = [argument for command in commands for argument in command if argument.startswith(b"--raylet_socket_name=")]
+    return Path(os.fsdecode(name).partition("=")[2])
+
+
+def test_another_user_reads_no_log_and_moves_no_socket(running: tuple[subprocess.Popen[str], str]) -> None:
+    process, _ = running
+    socket_path = raylet_socket(descendants(process.pid))
+    log = socket_path.parents[1] / "logs" / "raylet.out"
+    assert socket_path.is_socket() and log.is_file()
+    assert any(folder.stat().st_mode & 0o777 == 0o700 for folder in socket_path.parents)
+    if os.geteuid() != 0:
+        pytest.skip("only root can try as another user")
+    for command in (["mv", socket_path, socket_path.with_name("moved")], ["cat", log], ["touch", socket_path.with_name("more")]):
+        tried = subprocess.run(command, user=65534, group=65534, extra_groups=[], capture_output=True, text=True, check=False)
+        assert tried.returncode != 0 and "Permission denied" in tried.stderr, command
+
+
 def test_sigterm_drains(running: tuple[subprocess.Popen[str], str]) -> None:
-    """The last test of this module: what runs when SIGTERM comes is answered, later requests are refused, and the exit code is 0."""
+    """The last test of this module: what runs when SIGTERM comes is answered, later requests are refused, and the exit code is 0.
+
+    Every process of the service gets it at once, as systemd does it, and nobody reads any more what the service says.
+    """
     process, target = running
     hidden_states = torch.randn(60_000, 128)
+    pids = [process.pid, *descendants(process.pid)]
+    folder = raylet_socket(pids).parents[3]
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    process.stderr.close()
 
     def slow() -> int:
         with Client(target, timeout=60.0) as client:
@@ -88,10 +121,11 @@ def test_sigterm_drains(running: tuple[subprocess.Popen[str], str]) -> None:
         waiting = pool.submit(slow)
         while client.stats().queue_tokens == 0:
             assert not waiting.done()
-        process.send_signal(signal.SIGTERM)
-        read_until(process, "draining")
+        signal_all(pids, signal.SIGTERM)
         with pytest.raises(ExpertUnavailable):
             while True:
                 client.forward(hidden_states[:1], layer=0)
         assert waiting.result() == 60_000
     assert process.wait(timeout=60) == 0
+    assert alive(pids) == {}
+    assert not folder.exists()

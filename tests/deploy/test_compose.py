@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from moeserve import ConfigError, load_config
-from moeserve.cli.app import app
+from moeserve.cli.verbs import app
 from moeserve.config import ServerConfig
 from moeserve.page import StatusPage
 from moeserve.server import check_exposure

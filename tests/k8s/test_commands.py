@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import typer
 
-from moeserve.cli.app import app
+from moeserve.cli.verbs import app
 from moeserve.config import ServerConfig, ServiceConfig, load_config
 from moeserve.config.service import ControllerConfig
 from moeserve.server.health import LIVENESS

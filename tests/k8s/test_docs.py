@@ -13,7 +13,7 @@ import pytest
 import typer
 import yaml
 
-from moeserve.cli.app import app
+from moeserve.cli.verbs import app
 from tests.k8s.kustomize import build
 from tests.k8s.manifests import K8S, REPOSITORY, Choice, everything, kinds, render
 from tests.k8s.test_references import SECRETS

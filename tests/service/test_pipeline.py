@@ -11,9 +11,9 @@ import torch
 
 from moeserve import AsyncClient, InvalidRequest, MoELayer
 from moeserve.client import through_layers
-from moeserve.experts import ExpertBank
 from tests.closeness import assert_close
-from tests.harness import CHANNELS, Kind, ServiceHarness, ThreadedHost
+from tests.harness import CHANNELS, Kind, ServiceHarness
+from tests.held import Held
 
 LAYERS = [{"hidden_size": 16, "intermediate_size": 24, "num_experts": 4, "seed": seed} for seed in range(4)]
 STAGES = {"layers": LAYERS, "placement": {"num_hosts": 4, "pipeline_stages": 2}}
@@ -26,25 +26,6 @@ def batches(number: int) -> list[torch.Tensor]:
 async def run(target: str, given: list[torch.Tensor], **options: object) -> list[torch.Tensor]:
     async with AsyncClient(target) as client:
         return [answer async for answer in through_layers(client, given, range(4), **options)]  # type: ignore[arg-type]
-
-
-class Held:
-    """A bank that says when a pass begins, and waits for leave to compute it."""
-
-    def __init__(self, host: ThreadedHost, layer: int) -> None:
-        bank = host.holdings.shelf.bank(layer, 1)
-        assert bank is not None
-        self._bank: ExpertBank = bank
-        self.begun, self.leave = threading.Semaphore(0), threading.Semaphore(0)
-        host.holdings.shelf.put(layer, 1, self)  # type: ignore[arg-type]
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._bank, name)
-
-    def run(self, *args: torch.Tensor, out: torch.Tensor) -> None:
-        self.begun.release()
-        assert self.leave.acquire(timeout=30)
-        self._bank.run(*args, out=out)
 
 
 @pytest.mark.parametrize("in_flight", [1, 3, 20])
