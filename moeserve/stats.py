@@ -80,7 +80,7 @@ class CallCount:
 
 @dataclass(frozen=True)
 class Event:
-    """kind is host_up, host_lost, host_back, host_left or call_failed; subject the host's name, or method and code.
+    """kind is host_up, host_lost, host_back, host_left, host_failing or call_failed; subject the host's name, or method and code.
 
     What happens again within seconds is one event: count says how often, time_unix_s when last.
     """

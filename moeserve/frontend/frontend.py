@@ -126,7 +126,10 @@ class Frontend:
 
     def despair(self, failing: Mapping[int, str]) -> None:
         """Of these hosts, while they are down, nobody should wait for any, and why; the others are on their way."""
-        self._failing = failing
+        for number in sorted(failing.keys() - self._failing.keys()):
+            self._metrics.events.add("host_failing", host_name(number))
+        self._metrics.hosts_failing.set(len(failing))
+        self._failing = dict(failing)
         for number, link in self._links.items():
             link.despair(failing.get(number, ""))
 
