@@ -39,11 +39,13 @@ class BackgroundService:
         return self._service.failure
 
     def start(self) -> None:
-        """Blocks until the service is ready. Raises what `Service.start` raises."""
+        """Blocks until the service is ready; Ctrl-C undoes what has been begun. Raises what `Service.start` raises."""
         self._thread.start()
+        starting: list[asyncio.Task[None]] = []
         try:
-            asyncio.run_coroutine_threadsafe(self._service.start(), self._loop).result()
+            asyncio.run_coroutine_threadsafe(_begin(self._service, starting), self._loop).result()
         except BaseException:
+            asyncio.run_coroutine_threadsafe(_undo(starting), self._loop).result()
             self._end_thread()
             raise
         self._ending = asyncio.run_coroutine_threadsafe(self._stop_when_asked(), self._loop)
@@ -96,6 +98,17 @@ class BackgroundService:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
+
+
+async def _begin(service: Service, starting: list[asyncio.Task[None]]) -> None:
+    starting.append(asyncio.create_task(service.start()))
+    await starting[0]
+
+
+async def _undo(starting: list[asyncio.Task[None]]) -> None:
+    for task in starting:
+        task.cancel()
+        await asyncio.wait({task})
 
 
 def serve(source: str | Path | Mapping[str, Any] | ServiceConfig, progress: Progress = log.info) -> BackgroundService:

@@ -38,9 +38,11 @@ def _heirs(folder: Path) -> list[int]:
 
 
 def _open_files(pid: str) -> Iterator[str]:
+    files = f"/proc/{pid}/fd"
     with suppress(OSError):  # it is somebody else's, or has ended
-        for file in os.scandir(f"/proc/{pid}/fd"):
-            yield os.readlink(file.path)
+        for name in os.listdir(files):
+            with suppress(OSError):  # closed meanwhile
+                yield os.readlink(f"{files}/{name}")
 
 
 def _keep(folder: Path) -> None:
