@@ -66,14 +66,14 @@ def balancedness(demand: torch.Tensor) -> float:
 
 
 def as_json(stats: ServiceStats) -> dict[str, Any]:
-    """The snapshot as a JSON object, with what is worked out of it."""
+    """The snapshot as a JSON object, with what is worked out of it; hosts are called by their names."""
     return {
         "epoch": stats.epoch,
         "uptime_s": stats.uptime_s,
         "queue_tokens": stats.queue_tokens,
         "expert_retries": stats.expert_retries,
         "layers": [_layer(layer) for layer in stats.layers],
-        "hosts": [vars(host) for host in stats.hosts],
+        "hosts": [{key: value for key, value in vars(host).items() if key != "number"} for host in stats.hosts],
         "requests": [_durations(one) for one in stats.requests],
         "stages": [_durations(one) for one in stats.stages],
         "calls": [vars(call) for call in stats.calls],
