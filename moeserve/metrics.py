@@ -1,7 +1,4 @@
-"""Every Prometheus object, declared once. Counted in the frontend, so counters survive the death of a host.
-
-E experts of a layer.
-"""
+"""Every Prometheus object, declared once. Counted in the frontend, so counters survive the death of a host."""
 
 from __future__ import annotations
 
@@ -10,69 +7,20 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
-import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from moeserve.config import LayerSpec
+from moeserve.expert_counts import ExpertCounts, ExpertDetail
 from moeserve.stats import CallCount, Durations, Event
-from moeserve.summary import balancedness
 
-ExpertDetail = Literal["off", "top", "full"]
 Stage = Literal["queue", "route", "dispatch", "experts", "combine"]
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _TOKENS = tuple(2**power for power in range(0, 17, 2))
-_TOP_EXPERTS = 32
 _MAX_EVENTS = 100
 _SAME_EVENT_S = 10.0
-
-
-class ExpertCounts(Collector):
-    """Tokens of every layer and expert since the start: one vector addition per batch, turned into series when scraped."""
-
-    def __init__(self, specs: Sequence[LayerSpec], detail: ExpertDetail) -> None:
-        self._names = [spec.name for spec in specs]
-        #: experts without weights live nowhere, so they have no copies
-        self._hosted = [spec.num_hosted_experts for spec in specs]
-        self._detail = detail
-        self.tokens = [0] * len(specs)
-        self.processed = [torch.zeros(spec.num_experts, dtype=torch.int64) for spec in specs]
-        self.dropped = [torch.zeros(spec.num_experts, dtype=torch.int64) for spec in specs]
-        #: [E] per layer: copies on a host that can be reached
-        self.live_copies = [torch.zeros(spec.num_experts, dtype=torch.int64) for spec in specs]
-
-    def add(self, layer: int, tokens: int, processed: torch.Tensor, dropped: torch.Tensor) -> None:
-        """`tokens` used tokens were answered; processed [E] and dropped [E] int64 (token, expert) pairs."""
-        self.tokens[layer] += tokens
-        self.processed[layer] += processed
-        self.dropped[layer] += dropped
-
-    def collect(self) -> Iterable[Metric]:
-        tokens = CounterMetricFamily("moeserve_tokens", "Used tokens answered", labels=["layer"])
-        processed = CounterMetricFamily("moeserve_expert_tokens", "Computed (token, expert) pairs", labels=["layer", "expert"])
-        dropped = CounterMetricFamily(
-            "moeserve_expert_dropped_tokens", "(token, expert) pairs not computed", labels=["layer", "expert", "reason"]
-        )
-        copies = GaugeMetricFamily("moeserve_expert_copies", "Copies of an expert", labels=["layer", "expert", "state"])
-        balance = GaugeMetricFamily("moeserve_expert_balancedness_ratio", "Mean / max of an expert's demand", labels=["layer"])
-        for layer, name in enumerate(self._names):
-            tokens.add_metric([name], self.tokens[layer])
-            done, lost = self.processed[layer], self.dropped[layer]
-            for expert in self._shown(done + lost):
-                processed.add_metric([name, str(expert)], int(done[expert]))
-                dropped.add_metric([name, str(expert), "capacity"], int(lost[expert]))
-                if expert < self._hosted[layer]:
-                    copies.add_metric([name, str(expert), "live"], int(self.live_copies[layer][expert]))
-            balance.add_metric([name], balancedness(done + lost))
-        return [tokens, processed, dropped, copies, balance]
-
-    def _shown(self, demand: torch.Tensor) -> list[int]:
-        if self._detail == "off":
-            return []
-        count = len(demand) if self._detail == "full" else min(_TOP_EXPERTS, len(demand))
-        return sorted(demand.topk(count).indices.tolist())
 
 
 class HostStates(Collector):
@@ -137,9 +85,12 @@ class EventLog:
 
 
 class Metrics:
-    """The service's metrics in a registry of their own, so several services can live in one process."""
+    """The service's metrics in a registry of their own, so several services can live in one process.
 
-    def __init__(self, specs: Sequence[LayerSpec], detail: ExpertDetail = "full") -> None:
+    `detail` says which experts have series of their own; None = all, or the busiest where all would be too many.
+    """
+
+    def __init__(self, specs: Sequence[LayerSpec], detail: ExpertDetail | None = None) -> None:
         self.registry = CollectorRegistry()
         self.events = EventLog()
         self._started = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -10,7 +11,8 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from moeserve.config import GatingConfig, LayerSpec
-from moeserve.metrics import ExpertDetail, Metrics, Stage
+from moeserve.expert_counts import ExpertDetail
+from moeserve.metrics import Metrics, Stage
 
 NUM_EXPERTS = 40
 SPECS = [LayerSpec(f"layers.{index}", 8, 8, NUM_EXPERTS, "swiglu", False, "float32", GatingConfig()) for index in range(2)]
@@ -99,6 +101,35 @@ def test_detail_bounds_the_series_of_a_layer_to_its_busiest_experts(detail: Expe
         assert {int(labels["expert"]) for labels in of_layer if labels["layer"] == "layers.0"} == shown
         assert len(of_layer) == 2 * len(shown)
     assert len(series["moeserve_tokens_total"]) == 2
+
+
+def test_with_a_limit_experts_that_cannot_be_had_are_told_first() -> None:
+    """The busiest are the last ones; an alert waits for the first two."""
+    metrics = busy("top")
+    metrics.experts.live_copies[0][:2] = 0
+    series = scraped(metrics)
+    copies = {
+        int(dict(labels)["expert"]): number for labels, number in series["moeserve_expert_copies"].items() if labels[1][1] == "layers.0"
+    }
+    assert len(copies) == 32
+    assert [expert for expert, number in copies.items() if not number] == [0, 1]
+    counted = {int(dict(labels)["expert"]) for labels in series["moeserve_expert_tokens_total"] if labels[1][1] == "layers.0"}
+    assert counted == set(range(NUM_EXPERTS - 32, NUM_EXPERTS))
+
+
+@pytest.mark.parametrize("detail", [None, "full", "top"])
+@pytest.mark.parametrize("num_layers", [83, 84])
+def test_above_so_many_series_only_the_busiest_are_told_unless_all_are_asked_for(
+    detail: ExpertDetail | None, num_layers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """40 experts have 3 series each: 83 layers are 9,960 series, 84 are 10,080."""
+    metrics = Metrics([replace(SPECS[0], name=str(layer)) for layer in range(num_layers)], detail)
+    is_limited = detail == "top" or (detail is None and num_layers == 84)
+    for _ in range(2):
+        assert len(scraped(metrics)["moeserve_expert_tokens_total"]) == num_layers * (32 if is_limited else NUM_EXPERTS)
+    is_told = detail is None and is_limited
+    assert len(caplog.records) == is_told
+    assert ('observability.expert_detail: "full"' in caplog.text and "10080" in caplog.text) == is_told
 
 
 def test_balancedness_is_mean_over_max_of_the_demand() -> None:

@@ -216,8 +216,8 @@ class ResilienceConfig(Table):
 class ObservabilityConfig(Table):
     """[observability]: how much detail the metrics carry."""
 
-    #: per-expert series: none, the 32 busiest of each layer, or all
-    expert_detail: Literal["off", "top", "full"] = "full"
+    #: per-expert series: none, the 32 busiest of each layer, or all; unset = all, or the busiest where all are more than 10,000 series
+    expert_detail: Literal["off", "top", "full"] | None = None
 
 
 class ControllerConfig(Table):

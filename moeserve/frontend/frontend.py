@@ -13,6 +13,7 @@ import torch
 from moeserve.checkpoints import LayerSource
 from moeserve.config import ServiceConfig
 from moeserve.errors import DeadlineExceeded
+from moeserve.expert_counts import ExpertCounts
 from moeserve.frontend.batcher import Batcher, TokenBudget
 from moeserve.frontend.compute import Compute
 from moeserve.frontend.exchange import Exchange
@@ -20,11 +21,12 @@ from moeserve.frontend.forward import Forward
 from moeserve.frontend.link import HostLink
 from moeserve.frontend.view import LayerView, Views
 from moeserve.head import LayerHead
-from moeserve.metrics import ExpertCounts, Metrics
+from moeserve.metrics import Metrics
 from moeserve.output import ForwardOutput
+from moeserve.placement import LayerPlacement
 from moeserve.release import Release
 from moeserve.request import LayerRequest
-from moeserve.stats import HostInfo, HostStats, LayerStats, ServiceStats, host_name
+from moeserve.stats import HostInfo, HostShards, HostStats, LayerStats, ServiceStats, host_name
 from moeserve.transport import KeyPair
 
 OnHealth = Callable[[int, bool], None]
@@ -172,11 +174,14 @@ class Frontend:
 
     def stats(self) -> ServiceStats:
         """Counts since the start and the state of the hosts."""
-        metrics, release, links = self._metrics, self._release, self._links
+        metrics, release, held, links = self._metrics, self._release, self._held, self._links
         queues = metrics.host_queues()
         return ServiceStats(
             epoch=release.epoch,
-            layers=[_layer_stats(index, spec.name, release, metrics.experts) for index, spec in enumerate(self.layers)],
+            layers=[
+                _layer_stats(index, spec.name, release.placement.layers[index], held[index], metrics.experts)
+                for index, spec in enumerate(self.layers)
+            ],
             hosts=[_host_stats(number, link, queues.get(link.name, 0)) for number, link in sorted(links.items())],
             queue_tokens=self._budget.tokens,
             uptime_s=metrics.uptime_s,
@@ -199,6 +204,8 @@ class Frontend:
 
     def _use(self, release: Release) -> None:
         self._release = release
+        #: by layer, what each host has: people ask every second, it changes with the release
+        self._held = [release.held(layer) for layer in range(len(release.placement.layers))]
         self._metrics.placement_epoch.set(release.epoch)
 
     def _hosts_changed(self) -> None:
@@ -211,8 +218,7 @@ class Frontend:
             self._on_health(index, bool(copies.all()))
 
 
-def _layer_stats(index: int, name: str, release: Release, counts: ExpertCounts) -> LayerStats:
-    layer = release.placement.layers[index]
+def _layer_stats(index: int, name: str, layer: LayerPlacement, held: Sequence[HostShards], counts: ExpertCounts) -> LayerStats:
     return LayerStats(
         name=name,
         tokens=counts.tokens[index],
@@ -220,7 +226,7 @@ def _layer_stats(index: int, name: str, release: Release, counts: ExpertCounts) 
         dropped=counts.dropped[index].clone(),
         live_copies=counts.live_copies[index][: layer.num_experts].tolist(),
         tensor_parallel=layer.tensor_parallel,
-        placement=release.held(index),
+        placement=held,
     )
 
 
