@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from moeserve.config import ServiceConfig, load_config
+from moeserve.errors import MoEServeError
+from moeserve.release import Release
 from moeserve.service import Progress, Service, log
 
 
@@ -31,6 +33,11 @@ class BackgroundService:
         """host:port of the Prometheus endpoint."""
         return self._service.metrics_target
 
+    @property
+    def failure(self) -> MoEServeError | None:
+        """Why the service has ended, or is about to, by itself: it could not go on. None = it goes on, or was asked to stop."""
+        return self._service.failure
+
     def start(self) -> None:
         """Blocks until the service is ready; Ctrl-C undoes what has been begun. Raises what `Service.start` raises."""
         self._thread.start()
@@ -44,14 +51,17 @@ class BackgroundService:
         self._ending = asyncio.run_coroutine_threadsafe(self._stop_when_asked(), self._loop)
 
     def stop(self) -> None:
-        """Drain, then stop everything; idempotent."""
+        """Drain, then stop everything; idempotent. A service that could not go on has done that by itself, and `failure` says why."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._service.controller.ask_to_stop)
             self._ending.result()
             self._end_thread()
 
     async def _stop_when_asked(self) -> None:
-        await self._service.controller.stop_requested.wait()
+        try:
+            await self._service.over()
+        except MoEServeError as error:
+            log.error("%s", error)
         await self._service.stop()
 
     def swap(self, layer: str, checkpoint: str | Path, experts: Sequence[int] | None = None) -> int:
@@ -59,19 +69,24 @@ class BackgroundService:
 
         Returns the layer's new revision, which answers name. Raises MoEServeError; then nothing has changed.
         """
-        work = self._service.controller.swap(layer, Path(checkpoint), experts)
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result().revision(layer)
+        return self._change(self._service.controller.swap(layer, Path(checkpoint), experts)).revision(layer)
 
     def scale(self, num_hosts: int | Literal["all"]) -> int:
         """Spread the experts over so many hosts, or over all that the nodes hold; no request fails meanwhile.
 
         Returns the epoch. Raises ConfigError.
         """
-        return asyncio.run_coroutine_threadsafe(self._service.controller.scale(num_hosts), self._loop).result().epoch
+        return self._change(self._service.controller.scale(num_hosts)).epoch
 
     def drain_host(self, host: str) -> int:
         """Place the experts of a host on the others and let it go; no request fails meanwhile. Returns the epoch. Raises ConfigError."""
-        return asyncio.run_coroutine_threadsafe(self._service.controller.drain(host), self._loop).result().epoch
+        return self._change(self._service.controller.drain(host)).epoch
+
+    def _change(self, change: Coroutine[Any, Any, Release]) -> Release:
+        if self.failure is not None:
+            change.close()
+            raise self.failure
+        return asyncio.run_coroutine_threadsafe(change, self._loop).result()
 
     def _end_thread(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

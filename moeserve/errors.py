@@ -32,6 +32,10 @@ class CheckpointError(ConfigError):
     """A checkpoint file is missing, truncated, corrupted or of an unknown kind."""
 
 
+class CheckpointChanged(CheckpointError):
+    """Files are not those any more that the served weights were taken from."""
+
+
 class InvalidRequest(MoEServeError):
     """The request itself is wrong: shape, dtype, size or values."""
 

@@ -2,36 +2,85 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from moeserve.checkpoints import LayerSource, Swap, swapped_layers
+from moeserve.checkpoints import (
+    Fingerprint,
+    LayerSource,
+    ReleasedLayer,
+    Swap,
+    compacted,
+    fingerprint_of,
+    layer_fingerprints,
+    swapped_layers,
+)
 from moeserve.config import ServiceConfig
 from moeserve.placement import Placement
+from moeserve.stats import HostShards, host_name
 
 
 @dataclass(frozen=True, eq=False)
 class Release:
-    """Immutable; a change is a new release with a higher epoch."""
+    """Immutable; a change is a new release with a higher epoch.
+
+    `swaps` in the order in which they were made, without what later ones have replaced; `deployed`: what the files of each layer were like
+    that it was deployed from, by its name.
+    """
 
     placement: Placement
     swaps: tuple[Swap, ...] = ()
+    deployed: Mapping[str, Fingerprint] = field(default_factory=dict)
+
+    @classmethod
+    def first(cls, placement: Placement, sources: Sequence[LayerSource]) -> Release:
+        """Of a new service. Raises CheckpointError naming a file that cannot be read."""
+        return cls(placement, deployed=layer_fingerprints(sources))
 
     @property
     def epoch(self) -> int:
         return self.placement.epoch
 
-    def sources(self, config: ServiceConfig) -> list[LayerSource]:
-        """The layers with the weights of this release. Raises ConfigError or CheckpointError."""
-        return swapped_layers(config, self.swaps)
+    def sources(self, config: ServiceConfig, base: Sequence[LayerSource] | None = None) -> list[ReleasedLayer]:
+        """The layers with the weights of this release, of which nothing is read from files that have changed since.
+
+        `base`: the layers of the configuration, where they are known. Raises ConfigError or CheckpointError.
+        """
+        return swapped_layers(config, self.swaps, self.deployed, base)
 
     @property
     def host_names(self) -> list[str]:
-        return [f"host-{number}" for number in self.placement.hosts]
+        return [host_name(number) for number in self.placement.hosts]
 
-    def revision(self, layer: str) -> int:
-        """1 for a layer as it was deployed, one more for every swap since."""
-        return 1 + sum(swap.layer == layer for swap in self.swaps)
+    def held(self, layer: int) -> list[HostShards]:
+        """What each host has of a layer; hosts without any of it are left out."""
+        shards_on = {number: self.placement.layers[layer].shards_on(number) for number in self.placement.hosts}
+        return [
+            HostShards(number, [one.expert for one in shards], [one.shard for one in shards])
+            for number, shards in shards_on.items()
+            if shards
+        ]
 
-    def swapped(self, swap: Swap, epoch: int) -> Release:
-        """The same places with new weights."""
-        return Release(replace(self.placement, epoch=epoch), (*self.swaps, swap))
+    def origins(self, layer: str) -> dict[int | None, Swap]:
+        """Which swap brought the weights of an expert or, under None, those of all others and what belongs to no single one.
+
+        What is not there is as it was deployed.
+        """
+        origins: dict[int | None, Swap] = {}
+        for swap in self.swaps:
+            if swap.layer == layer:
+                origins.update(dict.fromkeys([None] if swap.experts is None else swap.experts, swap.origin))
+        return origins
+
+    def revision(self, layer: str = "") -> int:
+        """1 for a layer as it was deployed, one more for every swap since; "" = the highest of all layers."""
+        return max((swap.revision for swap in self.swaps if layer in ("", swap.layer)), default=1)
+
+    def swapped(self, swaps: Sequence[Swap], config: ServiceConfig, base: Sequence[LayerSource], epoch: int) -> Release:
+        """The same places with new weights, as the files of `swaps` are now. Raises UnknownLayer, ConfigError or CheckpointError."""
+        layers = {source.spec.name: source for source in swapped_layers(config, swaps, base=base)}
+        made = [
+            replace(swap, revision=self.revision(swap.layer) + 1, fingerprint=fingerprint_of(layers[swap.layer].files_swapped()))
+            for swap in swaps
+        ]
+        return replace(self, placement=replace(self.placement, epoch=epoch), swaps=compacted([*self.swaps, *made]))

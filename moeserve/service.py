@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
 
 from moeserve.addresses import called, join
-from moeserve.checkpoints import layer_sources
-from moeserve.cluster import Fleet, Nodes, RayRuntime
+from moeserve.checkpoints import LayerSource, host_bytes, layer_sources, memory_warning
+from moeserve.cluster import Fleet, Nodes, RayRuntime, until_lost
 from moeserve.config import ServiceConfig
 from moeserve.control import Controller, FrontendInfo, Frontends, State, first_state, first_wish
-from moeserve.errors import ConfigError
+from moeserve.errors import ConfigError, ExpertUnavailable, MoEServeError
 from moeserve.frontend import Frontend
 from moeserve.metrics import Metrics
 from moeserve.page import StatusPage
+from moeserve.release import Release
 from moeserve.server import Control, GrpcServer, check_exposure, frontend_tokens
 from moeserve.stats import HostInfo
 from moeserve.transport import KeyPair, choose_endpoint
@@ -38,6 +39,11 @@ class Service:
         self._server: GrpcServer | None = None
         self._controller: Controller | None = None
         self._healthy: dict[int, bool] = {}
+        #: some expert cannot be had
+        self._is_ailing = asyncio.Event()
+        #: what keeps it from going on
+        self.failure: MoEServeError | None = None
+        self._broken = asyncio.Event()
         self.hosts: list[HostInfo] = []
         #: host:port of the gRPC service, and of the metrics endpoint
         self.target = ""
@@ -59,6 +65,15 @@ class Service:
         """Changes what is served."""
         assert self._controller is not None, "a service that has started"
         return self._controller
+
+    async def over(self) -> None:
+        """Until somebody who may has asked for its end. Raises ExpertUnavailable when it cannot go on: then it is to be stopped, too."""
+        ends = [asyncio.create_task(event.wait()) for event in (self.controller.stop_requested, self._broken)]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            end.cancel()
+        if self.failure is not None:
+            raise self.failure
 
     async def stop(self) -> None:
         """Refuse new requests, finish the running ones (at most server.drain_timeout_s), then stop everything."""
@@ -82,9 +97,10 @@ class Service:
         self._progress("starting Ray" if config.ray.address is None else f"joining Ray at {config.ray.address}")
         self._running.push_async_callback(asyncio.to_thread, runtime.stop)
         await asyncio.to_thread(runtime.start)
-        nodes = Nodes(fleet)
-        state = await first_state(config, sources, nodes)
-        frontend = Frontend(sources, state.release, fleet.find, config, metrics, self._health_changed, keys)
+        state = await first_state(config, sources, nodes := Nodes(fleet))
+        if runtime.is_private:
+            self._warn_of_memory(state.release, sources)
+        frontend = await asyncio.to_thread(self._frontend, state.release, sources, fleet, metrics, keys)
 
         async def admit(followers: frozenset[str]) -> None:
             await fleet.admit({keys.public, *followers})
@@ -104,11 +120,22 @@ class Service:
         self._running.push_async_callback(fleet.stop)
         fleet.start(service_id, over_tcp=not runtime.is_private or bool(control.tokens), folder=runtime.folder)
         await admit(frozenset())
-        await self._controller.begin(fleet.take(state.release, state.seats, partial(self._host_ready, runtime.node_id, num_hosts)))
+        take = fleet.take(state.release, state.seats, partial(self._host_ready, runtime.node_id, num_hosts))
+        await _unless_lost(self._controller.begin(take), fleet)
         self._running.push_async_callback(frontend.close)
         await frontend.start(runtime.node_id)
-        self._later(fleet.watch(frontends.directory))
-        self._later(self._controller.keep())
+        duties = [self._later(fleet.watch(frontends.directory)), self._later(self._controller.keep())]
+        self._later(self._end_with_ray(fleet, frontends, duties))
+
+    def _warn_of_memory(self, release: Release, sources: Sequence[LayerSource]) -> None:
+        warning = "" if self._config.placement.gpus_per_host else memory_warning(host_bytes(sources, release.placement))
+        if warning:
+            self._progress(f"warning: {warning}")
+
+    def _frontend(self, release: Release, sources: Sequence[LayerSource], fleet: Fleet, metrics: Metrics, keys: KeyPair) -> Frontend:
+        """It reads every gate."""
+        served = release.sources(self._config, sources)
+        return Frontend(served, release, fleet.find, self._config, metrics, self._health_changed, keys)
 
     async def _listen(self, frontend: Frontend, control: Control, metrics: Metrics) -> None:
         server = self._config.server
@@ -119,10 +146,24 @@ class Service:
         self.target = join(host, await self._server.start())
         self.metrics_target = join(host, self._start_metrics(metrics, frontend))
 
-    def _later(self, duty: Coroutine[Any, Any, None]) -> None:
+    def _later(self, duty: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Beside everything else, until the end."""
-        task = asyncio.ensure_future(duty)
+        task = asyncio.create_task(duty)
         self._running.callback(task.cancel)
+        return task
+
+    async def _end_with_ray(self, fleet: Fleet, frontends: Frontends, duties: Sequence[asyncio.Task[None]]) -> None:
+        """Without Ray no host comes back: those that there are serve on, as long as they have all experts."""
+        loss = await until_lost()
+        log.error("no host that is lost will come back: %s", loss.why)
+        for duty in duties:
+            duty.cancel()
+        fleet.lose_ray(f"no host comes back: {loss.why}")
+        frontends.despair(fleet.failing)
+        if not loss.is_final:
+            await self._is_ailing.wait()
+        self.failure = ExpertUnavailable(f"this service cannot go on, and must be started anew: {loss.why}")
+        self._broken.set()
 
     def _info(self, frontend: Frontend, node: str) -> FrontendInfo:
         is_ready = bool(self._healthy) and all(self._healthy.values())
@@ -149,11 +190,27 @@ class Service:
     def _health_changed(self, layer: int, healthy: bool) -> None:
         assert self._server is not None
         self._healthy[layer] = healthy
+        (self._is_ailing.clear if all(self._healthy.values()) else self._is_ailing.set)()
         self._server.set_serving(layer, healthy)
 
     async def _drain(self) -> None:
         if self._server is not None:
             await self._server.drain(self._config.server.drain_timeout_s)
+
+
+async def _unless_lost(work: Coroutine[Any, Any, None], fleet: Fleet) -> None:
+    """Until it is done. Raises ExpertUnavailable when Ray is lost before."""
+    working, losing = asyncio.ensure_future(work), asyncio.ensure_future(until_lost())
+    try:
+        await asyncio.wait({working, losing}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            fleet.lose_ray(losing.result().why)
+            raise ExpertUnavailable(f"no host can be started: {losing.result().why}")
+        await working
+    finally:
+        for task in (working, losing):
+            task.cancel()
+        await asyncio.gather(working, losing, return_exceptions=True)
 
 
 def unfailing(progress: Progress) -> Progress:

@@ -10,7 +10,10 @@ from moeserve.stats import HostShards
 
 @dataclass(frozen=True)
 class HostStanding:
-    """One host; is_up = it has answered within the last seconds. `cuda_visible_devices` is empty where no GPU was granted."""
+    """One host; is_up = it has answered within the last seconds. `cuda_visible_devices` is empty where no GPU was granted.
+
+    `number` is what placements call it.
+    """
 
     name: str
     node: str
@@ -19,6 +22,7 @@ class HostStanding:
     device: str = ""
     cuda_visible_devices: str = ""
     weights_bytes: int = 0
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class FrontendStanding:
 
 @dataclass(frozen=True)
 class LayerStanding:
-    """One layer; `placement` names hosts by their position in `Standing.hosts`."""
+    """One layer; `placement` names hosts by their numbers."""
 
     name: str
     revision: int

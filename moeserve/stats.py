@@ -11,9 +11,14 @@ from dataclasses import dataclass
 import torch
 
 
+def host_name(number: int) -> str:
+    """What people call a host. Its number is its own for good: it is no position in any list."""
+    return f"host-{number}"
+
+
 @dataclass(frozen=True)
 class HostShards:
-    """What one host holds of a layer, in slot order: shard `shards[i]` of expert `experts[i]`; host is its position among the hosts."""
+    """What one host holds of a layer, in slot order: shard `shards[i]` of expert `experts[i]`; `host` is the host's number."""
 
     host: int
     experts: Sequence[int]
@@ -40,7 +45,7 @@ class LayerStats:
 class HostStats:
     """One host; cuda_visible_devices is what Ray set for its process, empty = no GPU was granted.
 
-    queue_tokens = rows sent to it and not yet answered.
+    queue_tokens = rows sent to it and not yet answered; number is what placements call it.
     """
 
     name: str
@@ -51,6 +56,7 @@ class HostStats:
     cuda_visible_devices: str
     weights_bytes: int
     queue_tokens: int = 0
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class CallCount:
 
 @dataclass(frozen=True)
 class Event:
-    """kind is host_up, host_lost, host_back, host_left or call_failed; subject the host's name, or method and code.
+    """kind is host_up, host_lost, host_back, host_left, host_failing or call_failed; subject the host's name, or method and code.
 
     What happens again within seconds is one event: count says how often, time_unix_s when last.
     """
@@ -111,6 +117,7 @@ class HostInfo:
     `endpoints` are where its listener is reached, `public_key` (Z85) whom to expect there when that is over TCP ("" = without keys);
     `node` is the Ray node it runs on;
     `cuda_visible_devices` is what Ray set for its process ("" = no GPU granted).
+    It can be asked for work of `since_epoch` and later: when it started, weights of earlier releases could not be read any more.
     """
 
     name: str
@@ -122,3 +129,4 @@ class HostInfo:
     cuda_visible_devices: str
     num_threads: int
     weights_bytes: int
+    since_epoch: int = 0

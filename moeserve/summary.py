@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 
-from moeserve.stats import Durations, LayerStats, ServiceStats
+from moeserve.stats import Durations, LayerStats, ServiceStats, host_name
 
 _QUANTILES: Final = {"p50_ms": 0.5, "p90_ms": 0.9, "p99_ms": 0.99}
 
@@ -66,14 +66,14 @@ def balancedness(demand: torch.Tensor) -> float:
 
 
 def as_json(stats: ServiceStats) -> dict[str, Any]:
-    """The snapshot as a JSON object, with what is worked out of it."""
+    """The snapshot as a JSON object, with what is worked out of it; hosts are called by their names."""
     return {
         "epoch": stats.epoch,
         "uptime_s": stats.uptime_s,
         "queue_tokens": stats.queue_tokens,
         "expert_retries": stats.expert_retries,
-        "layers": [_layer(layer, stats) for layer in stats.layers],
-        "hosts": [vars(host) for host in stats.hosts],
+        "layers": [_layer(layer) for layer in stats.layers],
+        "hosts": [{key: value for key, value in vars(host).items() if key != "number"} for host in stats.hosts],
         "requests": [_durations(one) for one in stats.requests],
         "stages": [_durations(one) for one in stats.stages],
         "calls": [vars(call) for call in stats.calls],
@@ -81,7 +81,7 @@ def as_json(stats: ServiceStats) -> dict[str, Any]:
     }
 
 
-def _layer(layer: LayerStats, stats: ServiceStats) -> dict[str, Any]:
+def _layer(layer: LayerStats) -> dict[str, Any]:
     return {
         "name": layer.name,
         "tokens": layer.tokens,
@@ -91,7 +91,7 @@ def _layer(layer: LayerStats, stats: ServiceStats) -> dict[str, Any]:
         "live_copies": list(layer.live_copies),
         "tensor_parallel": layer.tensor_parallel,
         "placement": [
-            {"host": stats.hosts[held.host].name, "experts": list(held.experts), "shards": list(held.shards)} for held in layer.placement
+            {"host": host_name(held.host), "experts": list(held.experts), "shards": list(held.shards)} for held in layer.placement
         ],
     }
 

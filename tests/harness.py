@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -14,6 +15,7 @@ import torch
 from moeserve.checkpoints import layer_sources
 from moeserve.config import ServiceConfig, load_config
 from moeserve.control import Controller, FrontendInfo, Frontends, Node, Seat, State, Wanted
+from moeserve.errors import MoEServeError
 from moeserve.experts import ExpertBank
 from moeserve.frontend import Frontend
 from moeserve.host import Holdings, HostLoop, Relay
@@ -72,10 +74,11 @@ class ThreadedHost:
         self._admitted, self._on_start = admitted, on_start
         self._incarnation = 0
         self._loop_of_service = asyncio.get_running_loop()
-        self._up = asyncio.Event()
+        self._up, self._looking = asyncio.Event(), asyncio.Lock()
         self.start()
 
     def start(self) -> None:
+        """Loads, or has a `refusal`, and then is not up."""
         self._incarnation += 1
         name = f"host-{self.number}-{self._incarnation}"
         endpoint = {"local": f"local:{self._folder}/{name}", "shm": f"unix:{self._folder}/{name}.sock", "tcp": "tcp://127.0.0.1:0"}
@@ -85,8 +88,16 @@ class ThreadedHost:
         self.info = HostInfo(f"host-{self.number}", listener.endpoints, own.public, self.node, 0, "cpu", "", 1, 0)
         self.relay = Relay(self.number, own)
         self.holdings = Holdings(self._config, self.number, torch.device("cpu"))
-        for release in self._releases:
-            self.holdings.take(release)
+        self.refusal: MoEServeError | None = None
+        try:
+            self.holdings.begin(self._releases)
+        except MoEServeError as error:
+            listener.close()
+            self.relay.close()
+            self.refusal = error
+            self._loop_of_service.call_soon_threadsafe(self._up.set)
+            return
+        self.info = replace(self.info, since_epoch=self.holdings.since_epoch)
         self.loop = CountingLoop(self.holdings.shelf, listener, self.relay)
         self._thread = threading.Thread(target=self.loop.run)
         self._thread.start()
@@ -105,7 +116,13 @@ class ThreadedHost:
         self._thread.join()
 
     async def find(self) -> HostInfo:
+        """Raises why it is not up: it tries once more first, as the process of a host does when it is asked again."""
+        async with self._looking:
+            if self.refusal is not None:
+                await asyncio.to_thread(self.start)
         await self._up.wait()
+        if self.refusal is not None:
+            raise self.refusal
         return self.info
 
 
@@ -114,9 +131,10 @@ class EndlessNodes:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = dict.fromkeys(names)
+        self.cpus = 1000.0
 
     async def list(self) -> list[Node]:
-        room = {"CPU": 1000.0, "GPU": 0.0}
+        room = {"CPU": self.cpus, "GPU": 0.0}
         return [Node(name, name, room, room) for name in self._names]
 
     def ask_for(self, wanted: Wanted, num_hosts: int) -> None:
@@ -135,7 +153,7 @@ class ServiceHarness:
         specs = [source.spec for source in self.sources]
         self.metrics = Metrics(specs, self.config.observability.expert_detail)
         self.placement = plan_placement(specs, self.config.placement)
-        self._releases = [Release(self.placement)]
+        self._releases = [Release.first(self.placement, self.sources)]
         self._kind, self._folder = kind, folder
         self.nodes = nodes or ["this-node"] * self.placement.num_hosts
         self._keys = KeyPair.generate()
@@ -144,6 +162,8 @@ class ServiceHarness:
         self.hosts: list[ThreadedHost] = []
         self.target = ""
         self.given_up: set[int] = set()
+        #: why hosts that are down do not come back
+        self.failing: dict[int, str] = {}
         self.service_id = "the-service"
         #: keys of frontends elsewhere
         self._followers: frozenset[str] = frozenset()
@@ -173,7 +193,8 @@ class ServiceHarness:
 
     async def _start(self) -> None:
         self._add(self.placement.hosts)
-        self.frontend = Frontend(self.sources, self._releases[0], self.find, self.config, self.metrics, self._on_health, self._keys)
+        served = self._releases[0].sources(self.config, self.sources)
+        self.frontend = Frontend(served, self._releases[0], self.find, self.config, self.metrics, self._on_health, self._keys)
         release, seats = self._releases[0], tuple(Seat(number, self.nodes[number]) for number in self.placement.hosts)
         self._begin(State(release, seats, len(seats), release.epoch, len(seats)), ())
         self.server = GrpcServer(self.config.server, self.metrics.observe_call, engine=self.frontend, admin=self.controller)
@@ -188,7 +209,8 @@ class ServiceHarness:
         )
         self.frontends.begin(state.release)
         self.frontends.directory(self.present)
-        self.controller = Controller(self.config, self.sources, state, EndlessNodes(self.nodes), self, self.frontends, lambda _: None)
+        self.cluster = EndlessNodes(self.nodes)
+        self.controller = Controller(self.config, self.sources, state, self.cluster, self, self.frontends, lambda _: None)
 
     async def open_control(self, port: int = 0) -> None:
         """Lets frontends follow with the token "follow", from `control_target` on."""

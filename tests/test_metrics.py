@@ -64,6 +64,7 @@ def test_names_and_labels_are_the_documented_ones() -> None:
         "moeserve_expert_balancedness_ratio": {"layer"},
         "moeserve_host_up": {"host"},
         "moeserve_host_queue_tokens": {"host"},
+        "moeserve_hosts_failing": set(),
         "moeserve_host_restarts_total": set(),
         "moeserve_expert_retries_total": {"reason"},
         "moeserve_messages_total": {"pattern"},

@@ -1,30 +1,40 @@
 """Files (or a seed) -> weights, lazily and only the slices asked for."""
 
 from moeserve.checkpoints.family import Family, Layout
+from moeserve.checkpoints.fingerprint import FileMark, Fingerprint, fingerprint_of
 from moeserve.checkpoints.layouts import ExpertLayout, Flat, Separate, Stacked
-from moeserve.checkpoints.memory import check_memory, host_bytes, memory_bytes
+from moeserve.checkpoints.memory import check_memory, host_bytes, memory_bytes, memory_warning
+from moeserve.checkpoints.memory_group import MemoryGroup
 from moeserve.checkpoints.resolve import layer_sources
 from moeserve.checkpoints.saving import SavedLayer, prefixed, save, saved_experts
 from moeserve.checkpoints.source import LayerSource, bank_bytes, load_bank, load_experts
-from moeserve.checkpoints.swapped import Swap, swapped_layers
+from moeserve.checkpoints.swapped import ReleasedLayer, Swap, compacted, layer_fingerprints, swapped_layers
 
 __all__ = [
     "ExpertLayout",
     "Family",
+    "FileMark",
+    "Fingerprint",
     "Flat",
     "LayerSource",
     "Layout",
+    "MemoryGroup",
+    "ReleasedLayer",
     "SavedLayer",
     "Separate",
     "Stacked",
     "Swap",
     "bank_bytes",
     "check_memory",
+    "compacted",
+    "fingerprint_of",
     "host_bytes",
+    "layer_fingerprints",
     "layer_sources",
     "load_bank",
     "load_experts",
     "memory_bytes",
+    "memory_warning",
     "prefixed",
     "save",
     "saved_experts",

@@ -121,6 +121,12 @@ class DeepSpeedTensors:
     def __contains__(self, name: str) -> bool:
         return self._find(name)[2] is not None
 
+    def files_below(self, prefix: str) -> Sequence[Path]:
+        """Those of its experts, and that of everything else."""
+        assert prefix == self._name, "it has one layer"
+        experts = range(self._folder.num_experts(self._number))
+        return [self._folder.rest.path, *(self._folder.file(self._number, expert) for expert in experts)]
+
     def read(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A copy of the tensor, which must have `shape`, cast to `dtype`; finite."""
         path, theirs, tensor = self._find(name)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -75,6 +76,9 @@ class HuggingFaceLayer:
             yield from (f"{self.prefix}.{name}" for name in shared.biases(1) if self.shared_bias)
         if self.spec.shared_mixing == "sigmoid":
             yield f"{self.prefix}.{layout.shared_gate}"
+
+    def files_read(self) -> Sequence[Path]:
+        return self.files.files_below(self.prefix)
 
     @property
     def prefix(self) -> str:

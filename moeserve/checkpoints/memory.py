@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
+from moeserve.checkpoints.memory_group import MemoryGroup
 from moeserve.checkpoints.source import LayerSource, bank_bytes
 from moeserve.config import ServiceConfig
 from moeserve.errors import ConfigError
 from moeserve.placement import Placement
+from moeserve.stats import host_name
 
-#: of a container, in cgroup v2
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+#: beside weights, what a process with torch takes
+_BYTES_BESIDE = 2**28
 
 
 def host_bytes(sources: Sequence[LayerSource], placement: Placement) -> list[int]:
-    """For every host, the bytes of all its experts."""
+    """The bytes of all its experts, of every host by its number; 0 for numbers without a host."""
     layers = list(zip(sources, placement.layers, strict=True))
     return [sum(bank_bytes(source, layer.shards_on(host)) for source, layer in layers) for host in range(placement.num_hosts)]
 
@@ -30,21 +31,42 @@ def check_memory(nbytes: Sequence[int], config: ServiceConfig, machine_bytes: in
     largest = max(range(len(nbytes)), key=lambda host: nbytes[host])
     if limit is not None and nbytes[largest] > limit:
         raise ConfigError(
-            f"host-{largest} would hold {_gib(nbytes[largest])} of weights, but placement.memory_per_host_bytes allows {_gib(limit)}: "
+            f"{host_name(largest)} would hold {_gib(nbytes[largest])} of weights, "
+            f"but placement.memory_per_host_bytes allows {_gib(limit)}: "
             "use more hosts, fewer copies, or a smaller model.dtype or model.quantization"
         )
     if config.ray.address is None and not config.placement.gpus_per_host and sum(nbytes) > machine_bytes:
         raise ConfigError(
-            f"{len(nbytes)} hosts would hold {_gib(sum(nbytes))} of weights, but this machine has {_gib(machine_bytes)} of memory: "
+            f"{len(nbytes)} hosts would hold {_gib(sum(nbytes))} of weights, "
+            f"but this machine has {_gib(machine_bytes)} of memory, or its container has: "
             "join a cluster with ray.address, serve fewer model.layers, or use a smaller model.dtype or model.quantization"
         )
 
 
 def memory_bytes() -> int:
-    """What this machine, or the container this runs in, has."""
+    """What this machine, or the memory control group (a container's, for example) this runs in, has."""
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.exists() else "max"
-    return physical if limit == "max" else min(physical, int(limit))
+    limit = MemoryGroup().limit_bytes
+    return physical if limit is None else min(physical, limit)
+
+
+def memory_warning(nbytes: Sequence[int]) -> str:
+    """What to say of hosts with so many bytes of weights each that start in the memory of this machine, as it is now; "" = nothing."""
+    needed, free = sum(nbytes) + len(nbytes) * _BYTES_BESIDE, _free_bytes()
+    if needed <= free:
+        return ""
+    hosts = "1 host takes" if len(nbytes) == 1 else f"{len(nbytes)} hosts take"
+    return (
+        f"{hosts} about {_gib(needed)} of memory, {_gib(sum(nbytes))} of it for weights, and {_gib(free)} are free here: "
+        "they may be killed while they load"
+    )
+
+
+def _free_bytes() -> int:
+    with open("/proc/meminfo") as meminfo:
+        free = next(1024 * int(line.split()[1]) for line in meminfo if line.startswith("MemAvailable:"))
+    below_limits = MemoryGroup().free_bytes
+    return free if below_limits is None else min(free, below_limits)
 
 
 def _gib(nbytes: int) -> str:

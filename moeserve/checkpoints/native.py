@@ -41,6 +41,10 @@ class NamedTensors(Protocol):
         """The tensor, which must have `shape`, cast to `dtype`; finite. Raises CheckpointError naming the file."""
         ...
 
+    def files_below(self, prefix: str) -> Sequence[Path]:
+        """Files that hold the tensors below a module, and those that describe the folder."""
+        ...
+
 
 @dataclass(frozen=True)
 class NativeLayer:
@@ -49,6 +53,9 @@ class NativeLayer:
     spec: LayerSpec
     layer: LayerConfig
     files: NamedTensors
+
+    def files_read(self) -> Sequence[Path]:
+        return self.files.files_below(self.spec.name)
 
     @property
     def held_as(self) -> str:

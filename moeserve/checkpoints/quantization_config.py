@@ -12,7 +12,7 @@ from moeserve.errors import CheckpointError
 
 _KEY: Final = "quantization_config"
 #: file -> the method it is about: NVIDIA's Model Optimizer, AutoGPTQ, AutoAWQ
-_BESIDE: Final = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
+BESIDE: Final = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 def read_scheme(folder: Path, config: Mapping[str, Any]) -> Scheme:
@@ -22,10 +22,10 @@ def read_scheme(folder: Path, config: Mapping[str, Any]) -> Scheme:
         # Models that see or hear have it in the table of the language model.
         tables = (table for table in config.values() if isinstance(table, Mapping))
         settings = next((table[_KEY] for table in tables if table.get(_KEY) is not None), None)
-    beside = next((name for name in _BESIDE if (folder / name).is_file()), None)
+    beside = next((name for name in BESIDE if (folder / name).is_file()), None)
     if settings is None and beside is not None:
         where = folder / beside
-        settings = {"quant_method": _BESIDE[beside], **read_json(where)}
+        settings = {"quant_method": BESIDE[beside], **read_json(where)}
     try:
         return scheme_of(settings, config)
     except ValueError as error:

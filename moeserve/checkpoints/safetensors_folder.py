@@ -17,6 +17,7 @@ import torch
 
 from moeserve.checkpoints.formats import AS_IS, FLOATS, Coded, CodedFormat, NumberFormat, Piece, Plain, Scheme, telltales
 from moeserve.checkpoints.json_file import read_json
+from moeserve.checkpoints.quantization_config import BESIDE
 from moeserve.checkpoints.tensor_file import StoredTensor, TensorFile
 from moeserve.config import Dtype
 from moeserve.errors import CheckpointError
@@ -85,6 +86,11 @@ class SafetensorsFolder:
         """Names of the tensors below a module."""
         first, last = (bisect_left(self.names, f"{prefix}{end}") for end in (".", "/"))
         return self.names[first:last]
+
+    def files_below(self, prefix: str) -> list[Path]:
+        """Files that describe the folder, and those that hold the tensors below a module."""
+        described = (self.folder / name for name in ("config.json", *BESIDE, _INDEX))
+        return [*filter(Path.is_file, described), *sorted({self._path(name) for name in self.below(prefix)})]
 
     def stored_as(self, name: str) -> tuple[str, ...]:
         """The tensors that a tensor is stored as and those about it that do not matter; none when it is missing. Reads no header."""

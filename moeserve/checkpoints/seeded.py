@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ class SeededLayer:
     shared: SharedExpertConfig | None = None
     has_router_bias: bool = field(default=False, init=False)
     has_selection_bias: bool = field(default=False, init=False)
+
+    def files_read(self) -> Sequence[Path]:
+        return ()
 
     @property
     def held_as(self) -> str:

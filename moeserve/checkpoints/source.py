@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -23,6 +24,10 @@ class LayerSource(Protocol):
 
     @property
     def spec(self) -> LayerSpec: ...
+
+    def files_read(self) -> Sequence[Path]:
+        """All files that it is described by and its weights are in; none for a layer of a seed."""
+        ...
 
     @property
     def held_as(self) -> str:

@@ -1,47 +1,86 @@
-"""A layer some of whose weights come from newer files. E experts."""
+"""The layers of a release: their files as they were when it was made, and newer ones that were swapped in. E experts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 from moeserve.checkpoints.deepspeed import TOLD, is_deepspeed
+from moeserve.checkpoints.fingerprint import Fingerprint, fingerprint_of
 from moeserve.checkpoints.resolve import layer_sources
 from moeserve.checkpoints.source import LayerSource
 from moeserve.config import LayerConfig, LayerSpec, ServiceConfig
-from moeserve.errors import ConfigError, UnknownLayer
+from moeserve.errors import CheckpointChanged, CheckpointError, ConfigError, UnknownLayer
 from moeserve.experts import Expert, ExpertShard
 from moeserve.gating import Mixer, Router
 
 
 @dataclass(frozen=True)
 class Swap:
-    """New weights for a layer: all of it, its gate and shared expert too (experts = None), or some of its experts."""
+    """New weights for a layer: all of it, its gate and shared expert too (experts = None), or some of its experts.
+
+    They are those of `revision` of the layer on; `fingerprint` is of the files they are in, None = whatever is there.
+    """
 
     layer: str
     checkpoint: Path
     experts: frozenset[int] | None = None
+    revision: int = 2
+    fingerprint: Fingerprint | None = None
 
-    def changes(self, shard: ExpertShard) -> bool:
-        """Whether these weights are new."""
-        return self.experts is None or shard.expert in self.experts
+    @property
+    def origin(self) -> Swap:
+        """The same, whatever else of it has been replaced since."""
+        return replace(self, experts=None)
 
 
-def swapped_layers(config: ServiceConfig, swaps: Sequence[Swap]) -> list[LayerSource]:
-    """`layer_sources`, with the swaps made in their order. Raises ConfigError or CheckpointError when one cannot be; reads no weights."""
-    sources = layer_sources(config)
-    names = [source.spec.name for source in sources]
+def compacted(swaps: Iterable[Swap]) -> tuple[Swap, ...]:
+    """In their order, without what later ones replace: at most one of a whole layer and one for each of its experts."""
+    kept: list[Swap] = []
     for swap in swaps:
-        if swap.layer not in names:
-            raise UnknownLayer(f"layer {swap.layer} is not served; served: {', '.join(names)}")
-        number = names.index(swap.layer)
-        sources[number] = SwappedLayer(sources[number], _newer(config, swap, sources[number].spec), swap)
-    return sources
+        kept = [left for earlier in kept if (left := _left(earlier, swap)) is not None] + [swap]
+    return tuple(kept)
 
 
-def _newer(config: ServiceConfig, swap: Swap, served: LayerSpec) -> LayerSource:
-    """The layer of that name in the new folder, in the served dtype, with the operator's changes to its gate."""
+def _left(earlier: Swap, later: Swap) -> Swap | None:
+    if earlier.layer != later.layer:
+        return earlier
+    if earlier.experts is None or later.experts is None:
+        return earlier if later.experts is not None else None
+    experts = earlier.experts - later.experts
+    return replace(earlier, experts=experts) if experts else None
+
+
+def layer_fingerprints(sources: Sequence[LayerSource]) -> dict[str, Fingerprint]:
+    """Of the files of each layer, by its name; layers of seeds have none. Raises CheckpointError naming a file that cannot be read."""
+    files = {source.spec.name: source.files_read() for source in sources}
+    fingerprint_of(list(dict.fromkeys(path for paths in files.values() for path in paths)))  # all at once, as layers share files
+    return {name: fingerprint_of(paths) for name, paths in files.items() if paths}
+
+
+def check_swap(swap: Swap, served: LayerSpec, newer: LayerSpec) -> None:
+    """Raises ConfigError when the layers differ in more than weights, or there are no such experts."""
+    for each in fields(LayerSpec):
+        before, after = getattr(served, each.name), getattr(newer, each.name)
+        if before != after:
+            raise ConfigError(f"{swap.checkpoint}: {each.name} of layer {served.name} is {after}; the served layer has {before}")
+    if swap.experts is not None and not swap.experts:
+        raise ConfigError(
+            f"the swap of layer {served.name} names no expert; allowed: 0..{served.num_hosted_experts - 1}, or all of the layer"
+        )
+    unknown = sorted(expert for expert in swap.experts or () if expert not in range(served.num_hosted_experts))
+    if unknown:
+        raise ConfigError(f"layer {served.name} has no expert {unknown[0]}; it has 0..{served.num_hosted_experts - 1}")
+
+
+def newer_layer(config: ServiceConfig, swap: Swap, served: LayerSpec) -> LayerSource:
+    """What `swap` brings: the layer of that name in the new folder, in the served dtype, with the operator's changes to its gate.
+
+    Raises ConfigError or CheckpointError; reads no weights.
+    """
     kept = {"name", "gating"} | (TOLD if is_deepspeed(swap.checkpoint) else set())
     told = [layer for layer in config.layers if layer.name in {None, swap.layer}]
     changes = tuple(LayerConfig(**{key: getattr(layer, key) for key in layer.model_fields_set & kept}) for layer in told)
@@ -50,61 +89,143 @@ def _newer(config: ServiceConfig, swap: Swap, served: LayerSpec) -> LayerSource:
     return source
 
 
-@dataclass(frozen=True)
-class SwappedLayer:
-    """`newer` where the swap says so, `older` elsewhere. Raises ConfigError when they differ in more than weights."""
+def swapped_layers(
+    config: ServiceConfig,
+    swaps: Sequence[Swap],
+    deployed: Mapping[str, Fingerprint] | None = None,
+    base: Sequence[LayerSource] | None = None,
+) -> list[ReleasedLayer]:
+    """`layer_sources`, or `base` where they are known, with the swaps made in their order.
 
-    older: LayerSource
-    newer: LayerSource
-    swap: Swap
+    deployed: fingerprints by layer of what these are read from. Raises ConfigError or CheckpointError when a swap cannot be made; reads no
+    weights.
+    """
+    sources = layer_sources(config) if base is None else base
+    layers = {source.spec.name: ReleasedLayer(Origin(source, (deployed or {}).get(source.spec.name))) for source in sources}
+    newer: dict[tuple[str, Path], LayerSource] = {}
+    for swap in compacted(swaps):
+        if swap.layer not in layers:
+            raise UnknownLayer(f"layer {swap.layer} is not served; served: {', '.join(layers)}")
+        layer, where = layers[swap.layer], (swap.layer, swap.checkpoint)
+        if where not in newer:
+            newer[where] = newer_layer(config, swap, layer.spec)
+        check_swap(swap, layer.spec, newer[where].spec)
+        layers[swap.layer] = layer.swapped(Origin(newer[where], swap.fingerprint, swap))
+    return list(layers.values())
 
-    def __post_init__(self) -> None:
-        old, new = self.older.spec, self.newer.spec
-        for field in fields(LayerSpec):
-            before, after = getattr(old, field.name), getattr(new, field.name)
-            if before != after:
-                raise ConfigError(f"{self.swap.checkpoint}: {field.name} of layer {new.name} is {after}; the served layer has {before}")
-        unknown = sorted(expert for expert in self.swap.experts or () if expert not in range(old.num_hosted_experts))
-        if unknown:
-            raise ConfigError(f"layer {old.name} has no expert {unknown[0]}; it has 0..{old.num_hosted_experts - 1}")
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """A layer in files, of which nothing is read when they are not those of the fingerprint; None = whatever they are.
+
+    `swap` brought it; None = the service was deployed with it.
+    """
+
+    source: LayerSource
+    fingerprint: Fingerprint | None
+    swap: Swap | None = None
+
+    @cached_property
+    def _files(self) -> Sequence[Path]:
+        return self.source.files_read()
+
+    def check(self) -> None:
+        """Raises CheckpointChanged."""
+        if self.fingerprint is None:
+            return
+        name, folder = self.source.spec.name, self._files[0].parent
+        try:
+            difference = self.fingerprint.difference(fingerprint_of(self._files))
+        except CheckpointError as error:
+            difference = str(error)
+        if difference is not None:
+            part = "" if self.swap is None else f" --layer {name}"
+            if self.swap is not None and self.swap.experts is not None:
+                part += f" --experts {','.join(map(str, sorted(self.swap.experts)))}"
+            raise CheckpointChanged(
+                f"layer {name} is not in {folder} any more as it is served: {difference}; put the old files back, or serve the new ones: "
+                f"moeserve swap TARGET{part} --checkpoint {folder}"
+            )
+
+    @contextmanager
+    def unchanged(self) -> Iterator[LayerSource]:
+        """To read from. Raises CheckpointChanged, also for what changes meanwhile."""
+        self.check()
+        yield self.source
+        self.check()
+
+
+@dataclass(frozen=True, eq=False)
+class ReleasedLayer:
+    """A `LayerSource` made of others: `experts_from` has those of single experts, and everything else is from `rest`."""
+
+    rest: Origin
+    experts_from: Mapping[int, Origin] = field(default_factory=dict)
+
+    def swapped(self, newer: Origin) -> ReleasedLayer:
+        """With what its swap brings."""
+        assert newer.swap is not None, "it comes from one"
+        if newer.swap.experts is None:
+            return ReleasedLayer(newer)
+        return ReleasedLayer(self.rest, {**self.experts_from, **dict.fromkeys(newer.swap.experts, newer)})
+
+    def check(self) -> None:
+        """Raises CheckpointChanged when there is anything that could not be read any more."""
+        for origin in dict.fromkeys([self.rest, *self.experts_from.values()]):
+            origin.check()
 
     @property
     def spec(self) -> LayerSpec:
-        return self._rest.spec
+        return self.rest.source.spec
 
     @property
     def held_as(self) -> str:
-        return self._rest.held_as
+        return self.rest.source.held_as
 
     @property
     def has_router_bias(self) -> bool:
-        return self._rest.has_router_bias
+        return self.rest.source.has_router_bias
 
     @property
     def has_selection_bias(self) -> bool:
-        return self._rest.has_selection_bias
+        return self.rest.source.has_selection_bias
+
+    def files_read(self) -> Sequence[Path]:
+        origins = dict.fromkeys([self.rest, *self.experts_from.values()])
+        return list(dict.fromkeys(path for origin in origins for path in origin.source.files_read()))
+
+    def files_swapped(self) -> Sequence[Path]:
+        """Those that came with swaps."""
+        origins = dict.fromkeys([self.rest, *self.experts_from.values()])
+        return list(dict.fromkeys(path for origin in origins if origin.swap is not None for path in origin.source.files_read()))
 
     def router(self) -> Router:
-        return self._rest.router()
+        with self.rest.unchanged() as source:
+            return source.router()
 
     def experts(self, shards: Sequence[ExpertShard]) -> list[Expert]:
-        new = iter(self.newer.experts([shard for shard in shards if self.swap.changes(shard)]))
-        old = iter(self.older.experts([shard for shard in shards if not self.swap.changes(shard)]))
-        return [next(new if self.swap.changes(shard) else old) for shard in shards]
+        by_origin: dict[Origin, list[ExpertShard]] = {}
+        for shard in shards:
+            by_origin.setdefault(self._origin(shard), []).append(shard)
+        found: dict[ExpertShard, Expert] = {}
+        for origin, wanted in by_origin.items():
+            with origin.unchanged() as source:
+                found.update(zip(wanted, source.experts(wanted), strict=True))
+        return [found[shard] for shard in shards]
 
     def shared_expert(self) -> Expert | None:
-        return self._rest.shared_expert()
+        with self.rest.unchanged() as source:
+            return source.shared_expert()
 
     def mixer(self) -> Mixer | None:
-        return self._rest.mixer()
+        with self.rest.unchanged() as source:
+            return source.mixer()
 
     def nbytes(self, shard: ExpertShard) -> int:
-        return (self.newer if self.swap.changes(shard) else self.older).nbytes(shard)
+        return self._origin(shard).source.nbytes(shard)
 
     def shared_nbytes(self) -> int:
-        return self._rest.shared_nbytes()
+        return self.rest.source.shared_nbytes()
 
-    @property
-    def _rest(self) -> LayerSource:
-        """Where everything that belongs to no single expert comes from."""
-        return self.newer if self.swap.experts is None else self.older
+    def _origin(self, shard: ExpertShard) -> Origin:
+        return self.experts_from.get(shard.expert, self.rest)

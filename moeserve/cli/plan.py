@@ -17,6 +17,7 @@ from moeserve.cli.kernels import kernels
 from moeserve.config import GatingConfig, PlacementConfig, load_config
 from moeserve.experts import ExpertShard
 from moeserve.placement import LayerPlacement, Placement, plan_placement
+from moeserve.stats import host_name
 
 
 def plan(
@@ -67,7 +68,7 @@ def _hosts(placement: Placement, config: PlacementConfig, nbytes: Sequence[int])
         held = [layer.shards_on(number) for layer in placement.layers]
         share = sum(_share(layer, number) for layer in placement.layers) / len(placement.layers)
         table.add_row(
-            f"host-{number}",
+            host_name(number),
             f"{config.gpus_per_host:g}",
             f"{config.cpus_per_host:g}",
             str(sum(map(len, held))),

@@ -30,8 +30,4 @@ def serve(
 
 async def _serve(config: ServiceConfig) -> None:
     service = Service(config, progress=tell)
-
-    async def over() -> None:
-        await service.controller.stop_requested.wait()
-
-    await serve_until_told(service, service.start(), over)
+    await serve_until_told(service, service.start(), service.over)

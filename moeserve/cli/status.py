@@ -46,14 +46,14 @@ def _hosts(standing: Standing) -> Table:
     table = _table("host", "state", "node", "pid", "device", "GPUs")
     for column in ("experts", "weights"):
         table.add_column(column, justify="right")
-    experts = Counter({held.host: 0 for layer in standing.layers for held in layer.placement})
+    experts: Counter[int] = Counter()
     for layer in standing.layers:
         for held in layer.placement:
             experts[held.host] += len(held.experts)
-    for position, host in enumerate(standing.hosts):
+    for host in standing.hosts:
         state = "[green]up[/]" if host.is_up else "[red]down[/]"
         weights = f"{host.weights_bytes / 2**20:.1f} MiB"
-        pid, number = str(host.pid) if host.pid else "", str(experts[position])
+        pid, number = str(host.pid) if host.pid else "", str(experts[host.number])
         table.add_row(host.name, state, host.node[:12], pid, host.device, host.cuda_visible_devices, number, weights)
     return table
 

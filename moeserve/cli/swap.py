@@ -13,17 +13,21 @@ from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of
 
 def swap(
     target: Target,
-    layer: Annotated[str, typer.Option(help="Name of a served layer.")],
     checkpoint: Annotated[Path, typer.Option(help="Folder of the same model, where the service and its hosts run.")],
     admin_token_file: AdminTokenFile,
+    layer: Annotated[str, typer.Option(help="Name of a served layer; all layers if none is named.")] = "",
     experts: Annotated[str, typer.Option(help="Only these, for example 0,5,7; all of the layer and its gate if none are named.")] = "",
     tls_ca: TlsCa = None,
 ) -> None:
-    """Serve a layer, or some of its experts, with the weights of another folder; no request fails meanwhile."""
+    """Serve all layers, one, or some of its experts with the weights of another folder, or of new files in the same one.
+
+    No request fails meanwhile.
+    """
     ids = [_expert(part) for part in experts.split(",") if part.strip()]
     with admin_of(target, admin_token_file, tls_ca) as client:
         done = client.swap(layer, checkpoint.resolve(), ids)
-    say(f"layer {layer} has revision {done.model_revision} since epoch {done.epoch}")
+    what = f"layer {layer} has revision {done.model_revision}" if layer else "all layers have new weights"
+    say(f"{what} since epoch {done.epoch}")
 
 
 def _expert(text: str) -> int:

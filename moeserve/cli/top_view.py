@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
@@ -70,10 +71,11 @@ def _hosts(stats: ServiceStats, width: int) -> Table:
     table = _table(width, "host", "", "node", "device")
     for name in ("restarts", "queue", "weights", "experts"):
         table.add_column(name, justify="right", no_wrap=True)
-    held = [
-        sum(len(one.experts) for layer in stats.layers for one in layer.placement if one.host == index) for index in range(len(stats.hosts))
-    ]
-    for host, experts in zip(stats.hosts, held, strict=True):
+    experts: Counter[int] = Counter()
+    for layer in stats.layers:
+        for held in layer.placement:
+            experts[held.host] += len(held.experts)
+    for host in stats.hosts:
         table.add_row(
             host.name,
             Text("up", style="green") if host.up else Text("DOWN", style="bold red"),
@@ -82,7 +84,7 @@ def _hosts(stats: ServiceStats, width: int) -> Table:
             str(host.restarts),
             f"{host.queue_tokens:,}",
             _size(host),
-            str(experts),
+            str(experts[host.number]),
         )
     return table
 

@@ -47,7 +47,7 @@ class AdminClient:
         return _standing(answer)
 
     def swap(self, layer: str, checkpoint: str | Path, experts: Iterable[int] = (), timeout: float = 3600.0) -> Swapped:
-        """Serve `layer` with the weights of another folder of the same model; only these `experts` of it if any are named.
+        """Serve `layer` ("" = every layer), or only these `experts` of it, with the weights of another folder of the same model.
 
         `checkpoint` is an absolute path where the service and its hosts run. Returns when no request gets the old weights any more.
         """
@@ -97,7 +97,9 @@ def _standing(answer: pb.GetPlacementResponse) -> Standing:
         is_changing=answer.is_changing,
         shortage=answer.shortage,
         hosts=[
-            HostStanding(host.name, host.node, host.is_up, host.pid, host.device, host.cuda_visible_devices, host.weights_bytes)
+            HostStanding(
+                host.name, host.node, host.is_up, host.pid, host.device, host.cuda_visible_devices, host.weights_bytes, host.number
+            )
             for host in answer.hosts
         ],
         frontends=[

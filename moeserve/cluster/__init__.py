@@ -1,6 +1,7 @@
 """The only room that imports ray: it starts or joins a cluster, watches its nodes, and turns a placement into host actors on them."""
 
 from moeserve.cluster.fleet import Fleet
+from moeserve.cluster.loss import Loss, until_lost
 from moeserve.cluster.nodes import Nodes
 from moeserve.cluster.resident import Resident, end_this_process, settle
 from moeserve.cluster.runtime import RayRuntime
@@ -10,6 +11,7 @@ from moeserve.cluster.where import node_address, on_head, on_this_node, spread, 
 
 __all__ = [
     "Fleet",
+    "Loss",
     "Nodes",
     "RayRuntime",
     "Resident",
@@ -22,4 +24,5 @@ __all__ = [
     "spread",
     "sweep",
     "this_node",
+    "until_lost",
 ]

@@ -35,9 +35,9 @@ async def end_hosts(actors: Sequence[ActorHandle[ExpertHost]], sockets: SocketFo
         await asyncio.to_thread(_end_processes, processes, sockets)
 
 
-async def kill_process(actor: ActorHandle[ExpertHost], sockets: SocketFolder) -> None:
-    """End the process of a host that hangs; Ray starts another in its place."""
-    await asyncio.to_thread(lambda: _end_processes(_processes_of([actor]), sockets))
+async def kill_processes(actors: Sequence[ActorHandle[ExpertHost]], sockets: SocketFolder) -> None:
+    """End the processes of hosts that hang; Ray starts others in their place."""
+    await asyncio.to_thread(lambda: _end_processes(_processes_of(actors), sockets))
 
 
 def _processes_of(actors: Sequence[ActorHandle[ExpertHost]]) -> list[tuple[str, int]]:

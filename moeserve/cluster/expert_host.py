@@ -61,7 +61,7 @@ class ExpertHost:
     def start(self, releases: Sequence[Release], frontends: Collection[str]) -> HostInfo:
         """Load the experts of the releases in force and listen, once per incarnation; the `frontends` of these public keys may talk to it.
 
-        Raises ConfigError.
+        Raises ConfigError, or CheckpointChanged when files are not those any more that the releases were made of.
         """
         if self._info is None:
             self._info = self._start(releases, frontends)
@@ -72,8 +72,10 @@ class ExpertHost:
         self._change(lambda holdings: holdings.take(release))
 
     def withdraw(self, epoch: int) -> None:
-        """Forget a release that will not be."""
+        """Forget a release that will not be; where it was the only one that could be loaded, this process ends, and the next tries anew."""
         self._change(lambda holdings: holdings.withdraw(epoch))
+        if self._holdings is not None and self._holdings.is_empty:
+            os._exit(1)
 
     def retire(self, epoch: int) -> None:
         """Forget what was before a release that everybody uses now."""
@@ -121,8 +123,7 @@ class ExpertHost:
         has_gpu = bool(granted.get("GPU", 0))
         device = torch.device("cuda" if has_gpu and torch.cuda.is_available() else "cpu")
         self._holdings = Holdings(order.config, order.number, device)
-        for release in releases:
-            self._holdings.take(release)
+        self._holdings.begin(releases)
         keys, self._frontends = KeyPair.generate(), frontends
         self._keys = HostKeys(keys, frozenset(frontends))
         self._folder = Hold(order.sockets.path())
@@ -141,6 +142,7 @@ class ExpertHost:
             cuda_visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES", "") if has_gpu else "",
             num_threads=num_threads,
             weights_bytes=self._holdings.shelf.nbytes,
+            since_epoch=self._holdings.since_epoch,
         )
 
 

@@ -5,26 +5,28 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup
 
-from moeserve.cluster.ending import end_hosts, kill_process
+from moeserve.cluster.ending import end_hosts, kill_processes
 from moeserve.cluster.expert_host import HostOrder
+from moeserve.cluster.fate import PostMortem
 from moeserve.cluster.folders import SocketFolder, remove_abandoned
 from moeserve.cluster.member import MAX_DEATHS, Call, Member
-from moeserve.cluster.reservation import await_granted, find_hosts, find_reservations, give_back, host_name, reserve
+from moeserve.cluster.reservation import await_forgotten, await_granted, find_hosts, find_reservations, give_back, reserve
 from moeserve.config import ServiceConfig
 from moeserve.control import Seat
 from moeserve.errors import ConfigError, ExpertUnavailable, MoEServeError
 from moeserve.release import Release
-from moeserve.stats import HostInfo
+from moeserve.stats import HostInfo, host_name
 
 log = logging.getLogger(__name__)
 
 _WATCH_S = 1.0
-_RETRY_S = 0.1
 _MEET_TIMEOUT_S = 5.0
 #: no host that is well is silent for so long
 _HANG_S = 60.0
@@ -52,6 +54,8 @@ class Fleet:
         self._over_tcp = True
         #: hosts that Ray has given up, until they are removed: their node is gone
         self.given_up: set[int] = set()
+        self._post_mortem = PostMortem(config)
+        self._ray_lost: str | None = None
 
     @property
     def reservations(self) -> set[str]:
@@ -62,6 +66,17 @@ class Fleet:
     def present(self) -> dict[int, HostInfo]:
         """What hosts have said of themselves that are up, as far as `watch` has seen."""
         return {number: info for number, info in self._directory.items() if number not in self._late}
+
+    @property
+    def failing(self) -> dict[int, str]:
+        """Hosts that are not on their way back at present, and why; those whose node is gone are `given_up`."""
+        if self._ray_lost is not None:
+            return dict.fromkeys(self._members, self._ray_lost)
+        return {number: why for number, member in self._members.items() if (why := member.why_not) is not None}
+
+    def lose_ray(self, why: str) -> None:
+        """Nothing can be asked of Ray any more, and whoever has started it ends what is left."""
+        self._ray_lost = why
 
     def start(self, service_id: str, *, over_tcp: bool = True, folder: Path | None = None) -> None:
         """To be called first. `service_id` names the private folder for sockets that hosts make on every node, or within `folder`.
@@ -81,7 +96,9 @@ class Fleet:
         One that dies meanwhile comes back with it. Raises ConfigError when there is no room on a node any more, what a host raised,
         or ExpertUnavailable when one dies again and again or Ray gives it up.
         """
-        self._releases.append(release)
+        self._releases = [*self._releases, release]
+        for member in self._members.values():
+            member.wake()
         new = [seat for seat in seats if seat.number not in self._members]
         await self._add(new)
         await _all(self._come_up(seat.number, on_ready) for seat in new)
@@ -99,8 +116,10 @@ class Fleet:
         await end_hosts([ray.get_actor(host_name(number)) for number in living - whole], self._sockets)
         for number in groups.keys() - whole:
             give_back(groups[number])
-        self._members = {seat.number: Member.found(seat, groups[seat.number]) for seat in seats if seat.number in whole}
-        await _forgotten((living | groups.keys()) - whole)
+        self._members = {seat.number: self._member(seat, groups[seat.number]) for seat in seats if seat.number in whole}
+        for member in self._members.values():
+            await member.adopt()
+        await await_forgotten((living | groups.keys()) - whole, _FORGET_TIMEOUT_S)
         missing = [seat for seat in seats if seat.number not in self._members]
         self.given_up = {seat.number for seat in missing if seat.node not in nodes}
         await self._add([seat for seat in missing if seat.node in nodes])
@@ -111,16 +130,18 @@ class Fleet:
         self._frontends = frozenset(public_keys)
         return asyncio.ensure_future(self._meet())
 
-    async def find(self, number: int, *, patient: bool = True) -> HostInfo:
+    async def find(self, number: int) -> HostInfo:
         """The present incarnation of a host, once it is ready; while Ray restarts it, waits.
 
-        Raises ExpertUnavailable when Ray has given the host up or, unless `patient`, it dies again and again; or what the host raised.
+        Raises ExpertUnavailable when Ray has given the host up or it dies again and again, or what the host raised.
         """
+        if self._ray_lost is not None:
+            raise ExpertUnavailable(self._ray_lost)
         if number not in self._members:
             raise ExpertUnavailable(f"{host_name(number)} {'is gone for good' if number in self.given_up else 'has left'}")
         member = self._members[number]
         try:
-            info = await member.find(lambda: self._releases, lambda: self._frontends, patient)
+            info = await member.find(lambda: (self._releases, self._frontends or ()))
         except ExpertUnavailable:
             if member.is_lost and self._members.get(number) is member:
                 self._give_up(number)
@@ -173,7 +194,8 @@ class Fleet:
         self._members.clear()
         self._directory.clear()
         if self._folder is not None:
-            await self._end(leaving)
+            if self._ray_lost is None:
+                await self._end(leaving)
             await asyncio.to_thread(remove_abandoned, self._folder.path())
 
     async def _add(self, seats: Sequence[Seat]) -> None:
@@ -187,20 +209,25 @@ class Fleet:
             where = ", ".join(f"{host_name(seat.number)} on {seat.node}" for seat in late)
             raise ConfigError(f"there is no room any more for {where}: something else has taken it, or the node is gone")
         for seat, group in zip(seats, groups, strict=True):
-            order = HostOrder(host_name(seat.number), seat.number, self._config, self._sockets, self._over_tcp)
-            self._members[seat.number] = Member.started(seat, order, group, detached=self._detached)
+            self._members[seat.number] = self._member(seat, group)
+            self._members[seat.number].start()
+
+    def _member(self, seat: Seat, group: PlacementGroup) -> Member:
+        order = HostOrder(host_name(seat.number), seat.number, self._config, self._sockets, self._over_tcp)
+        findings = partial(self._post_mortem.findings, seat, lambda: self._releases[-1])
+        return Member(order, seat.node, group, findings, detached=self._detached)
 
     async def _come_up(self, number: int, on_ready: Callable[[HostInfo], None]) -> None:
-        on_ready(await self.find(number, patient=False))
+        on_ready(await self.find(number))
 
     async def _tell(self, number: int, call: Call) -> None:
         """`call` a host; one that has died knows when it is found again, because it then starts with the releases in force."""
         for _ in range(MAX_DEATHS):
-            await self.find(number, patient=False)
+            await self.find(number)
             member = self._members[number]
             if await member.is_told(call):
                 return
-        raise member.died_too_often()
+        raise await member.died(MAX_DEATHS)
 
     async def _have_forget(self, call: Call) -> None:
         """`call` the hosts of the release in force, and wait for a while until they have heard."""
@@ -217,14 +244,15 @@ class Fleet:
             future.cancel()
 
     async def _look(self, number: int) -> None:
-        member = self._members[number]
+        member, before = self._members[number], self.failing.get(number)
         try:
             if not await member.answers(_HANG_S):
                 log.warning("%s has not answered for %g s: it is killed, and starts anew", host_name(number), _HANG_S)
-                await kill_process(member.actor, self._sockets)
+                await kill_processes(member.actors, self._sockets)
             await self.find(number)
         except MoEServeError as error:
-            log.warning("%s", error)
+            if str(error) != before:
+                log.warning("%s", error)
             await asyncio.sleep(_WATCH_S)
 
     async def _introduce(self, number: int, info: HostInfo) -> None:
@@ -248,24 +276,17 @@ class Fleet:
     def _give_up(self, number: int) -> None:
         """Its place is free for another: nothing will come back there."""
         lost = self._members.pop(number)
-        ray.kill(lost.actor)
+        for actor in lost.actors:
+            ray.kill(actor)
         give_back(lost.group)
         self._directory.pop(number, None)
         self._announce()
         self.given_up.add(number)
 
     async def _end(self, members: Sequence[Member]) -> None:
-        await end_hosts([member.actor for member in members], self._sockets)
+        await end_hosts([actor for member in members for actor in member.actors], self._sockets)
         for member in members:
             give_back(member.group)
-
-
-async def _forgotten(numbers: Collection[int]) -> None:
-    """Until Ray has forgotten these hosts, so that their names are free."""
-    for _ in range(int(_FORGET_TIMEOUT_S / _RETRY_S)):
-        if (find_hosts() | find_reservations().keys()).isdisjoint(numbers):
-            return
-        await asyncio.sleep(_RETRY_S)
 
 
 async def _all(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:

@@ -11,9 +11,10 @@ from ray._private import services
 from ray._private.state import GlobalState
 from ray._raylet import GcsClient, GcsClientOptions  # type: ignore[attr-defined]
 
-from moeserve.cluster.reservation import host_name, host_number
+from moeserve.cluster.reservation import host_number
 from moeserve.cluster.runtime import knock
 from moeserve.errors import ConfigError, MoEServeError
+from moeserve.stats import host_name
 
 _PREEMPTION = 2  # of ray's DrainNodeReason: it goes, whether it is idle or not
 _POLL_S = 0.5

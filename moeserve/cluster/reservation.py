@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import ray
 from ray._private import state
@@ -17,10 +17,12 @@ from ray.util.placement_group import PlacementGroup
 
 from moeserve.config import PlacementConfig
 from moeserve.control import Seat
+from moeserve.stats import host_name
 
 _HOST_NAME = re.compile(r"host-(\d+)")
 #: Ray grants what is free within milliseconds
 _GRANT_TIMEOUT_S = 5.0
+_RETRY_S = 0.1
 
 
 class _Expected(logging.Filter):
@@ -31,11 +33,6 @@ class _Expected(logging.Filter):
 
 
 logging.getLogger("ray.actor").addFilter(_Expected())
-
-
-def host_name(number: int) -> str:
-    """Of the host itself and, where both outlive this process, of its reservation."""
-    return f"host-{number}"
 
 
 def host_number(name: str) -> int | None:
@@ -86,3 +83,11 @@ def find_hosts() -> set[int]:
     """Numbers of the detached hosts in this process' Ray namespace that live, or that Ray is about to restart."""
     numbers = {host_number(name) for name in ray.util.list_named_actors()}
     return {number for number in numbers if number is not None}
+
+
+async def await_forgotten(numbers: Collection[int], timeout_s: float) -> None:
+    """Until Ray has forgotten these hosts, so that their names are free."""
+    for _ in range(int(timeout_s / _RETRY_S)):
+        if (find_hosts() | find_reservations().keys()).isdisjoint(numbers):
+            return
+        await asyncio.sleep(_RETRY_S)

@@ -22,7 +22,7 @@ from moeserve.control.wish import first_wish, plan_for, wanted_hosts
 from moeserve.errors import ConfigError, MoEServeError
 from moeserve.release import Release
 from moeserve.standing import Standing
-from moeserve.stats import HostInfo
+from moeserve.stats import HostInfo, host_name
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +54,21 @@ class HostFleet(Hosts, Protocol):
         ...
 
     @property
+    def failing(self) -> Mapping[int, str]:
+        """Hosts that are not on their way back at present, and why."""
+        ...
+
+    @property
     def present(self) -> Mapping[int, HostInfo]:
         """What hosts that are up have said of themselves."""
         ...
 
 
 async def first_state(config: ServiceConfig, sources: Sequence[LayerSource], nodes: Nodes) -> State:
-    """Where the hosts of a new service go. Raises ConfigError when the nodes do not hold them, after placement.wait_for_nodes_s."""
+    """Where the hosts of a new service go. Raises ConfigError when the nodes do not hold them, after placement.wait_for_nodes_s.
+
+    `sources`: the layers of the configuration, whose files it is made of from now on.
+    """
     wish = first_wish(config, sources)
     wanted = wanted_hosts(wish, sources, config)
     wait_s = config.placement.wait_for_nodes_s
@@ -70,7 +78,7 @@ async def first_state(config: ServiceConfig, sources: Sequence[LayerSource], nod
         if wait_s:
             nodes.ask_for(wanted, 0)
         raise
-    release = Release(plan_for(len(seating.seats), sources, config))
+    release = await asyncio.to_thread(Release.first, plan_for(len(seating.seats), sources, config), sources)
     return State(release, seating.seats, wish, release.epoch, len(seating.seats))
 
 
@@ -113,11 +121,13 @@ class Controller:
         self._frontends = frontends
         self._nodes = nodes
         self._hosts = hosts
-        self._rollout = Rollout(config, state, hosts, frontends, save)
+        self._rollout = Rollout(config, sources, state, hosts, frontends, save)
         self._one_at_a_time = asyncio.Lock()
         self._changes: set[asyncio.Task[Release]] = set()
         self._wanted_now: Wanted | None = None
         self._shortage: str | None = None
+        #: why hosts that will not come back have not been replaced
+        self._why_as_it_is: str | None = None
 
     @property
     def state(self) -> State:
@@ -128,20 +138,24 @@ class Controller:
         """What is deployed and where, for people."""
         names = [source.spec.name for source in self._sources]
         present, frontends = self._hosts.present, self._frontends.members()
-        return overview(self.state, self._rollout.is_under_way, self._shortage, names, present, frontends)
+        short = " ".join(dict.fromkeys((*([self._shortage] if self._shortage else []), *self._failing().values())))
+        return overview(self.state, self._rollout.is_under_way, short, names, present, frontends)
 
     def ask_to_stop(self) -> None:
         """Whoever runs the service is told by `stop_requested`."""
         self.stop_requested.set()
 
     async def swap(self, layer: str, checkpoint: Path, experts: Sequence[int] | None = None) -> Release:
-        """Serve a layer, or some of its experts, with the weights of another folder of the same model.
+        """Serve a layer ("" = every layer), or some of its experts, with the weights of another folder of the same model.
 
-        Raises UnknownLayer, ConfigError or CheckpointError; then everything is as it was. Files are read on the hosts: `checkpoint` must
-        be there, and here.
+        It may be the folder that is served, when its files are others now. Files are read on the hosts: `checkpoint` must be there, and
+        here. Raises UnknownLayer, ConfigError or CheckpointError; then everything is as it was.
         """
-        swap = Swap(layer, checkpoint, None if experts is None else frozenset(experts))
-        return await self._to_its_end(self._change(lambda: self._rollout.swap(swap)))
+        if not layer and experts is not None:
+            raise ConfigError("experts are those of one layer: name it")
+        layers = [layer] if layer else [source.spec.name for source in self._sources]
+        swaps = [Swap(name, checkpoint, None if experts is None else frozenset(experts)) for name in layers]
+        return await self._to_its_end(self._change(lambda: self._rollout.swap(swaps)))
 
     async def scale(self, num_hosts: NumHosts) -> Release:
         """Spread the experts over so many hosts, or over all that the nodes hold.
@@ -168,15 +182,32 @@ class Controller:
             self._nodes.ask_for(await self._wanted(), 0)
 
     async def keep(self) -> None:
-        """Follow the nodes and the hosts, until cancelled: what is lost is replaced or placed on the rest, what joins is used."""
+        """Follow the nodes and the hosts, until cancelled: what is lost is replaced or placed on the rest, what joins is used.
+
+        Frontends are told of hosts that nobody should wait for.
+        """
+        await asyncio.gather(self._keep_following(), self._keep_telling())
+
+    async def _keep_telling(self) -> None:
+        while True:
+            self._frontends.despair(self._failing())
+            await asyncio.sleep(_LOOK_S)
+
+    def _failing(self) -> dict[int, str]:
+        """By number of the host; those that are to be replaced are on their way, until that turns out to be impossible."""
+        why = self._why_as_it_is
+        gone = [seat.number for seat in self.state.seats if seat.number in self._hosts.given_up]
+        return {**self._hosts.failing, **(dict.fromkeys(gone, f"its node is gone, and {why}") if why else {})}
+
+    async def _keep_following(self) -> None:
         pause_s = _LOOK_S
         while True:
             await asyncio.sleep(pause_s)
             try:
                 await self._to_its_end(self._change(self._follow))
-                pause_s = _LOOK_S
+                pause_s, self._why_as_it_is = _LOOK_S, self._shortage
             except Exception as error:  # whatever it is, of Ray for example, it must not be the last try
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                pause_s, self._why_as_it_is = min(2 * pause_s, _LONGEST_PAUSE_S), str(error)
                 is_known = isinstance(error, MoEServeError)
                 log.warning("hosts cannot follow the nodes: %r; next try in %g s", error, pause_s, exc_info=not is_known)
 
@@ -210,9 +241,9 @@ class Controller:
 
     async def _drain(self, host: str) -> Release:
         seats = self.state.seats
-        left = tuple(seat for seat in seats if f"host-{seat.number}" != host)
+        left = tuple(seat for seat in seats if host_name(seat.number) != host)
         if len(left) == len(seats):
-            raise ConfigError(f"there is no host {host!r}; there are {', '.join(f'host-{seat.number}' for seat in seats)}")
+            raise ConfigError(f"there is no host {host!r}; there are {', '.join(host_name(seat.number) for seat in seats)}")
         if not left:
             raise ConfigError(f"{host} is the only host: at least one is needed")
         release = await self._rollout.move(left, len(left))

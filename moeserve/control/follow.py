@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from moeserve.config import ServiceConfig
-from moeserve.control.record import hosts_messages, read_hosts, read_release, release_message, require_key, require_short
+from moeserve.control.record import hosts_messages, read_failing, read_hosts, read_release, release_message, require_key, require_short
 from moeserve.release import Release
 from moeserve.stats import HostInfo
 from moeserve.transport import KeyPair
@@ -75,16 +75,21 @@ class Welcome:
 
 @dataclass(frozen=True)
 class Order:
-    """What shall be: `current` is served (None = not known yet), `candidate` tried, if there is one; `hosts` are reached there."""
+    """What shall be: `current` is served (None = not known yet), `candidate` tried, if there is one; `hosts` are reached there.
+
+    `failing`: hosts that nobody should wait for while they are down, and why.
+    """
 
     current: Release | None = None
     candidate: Release | None = None
     hosts: Mapping[int, HostInfo] = field(default_factory=dict)
     welcome: Welcome | None = None
+    failing: Mapping[int, str] = field(default_factory=dict)
 
     def to_message(self) -> pb.FrontendOrder:
         """To be read by `from_message`."""
-        message = pb.FrontendOrder(hosts=hosts_messages(self.hosts))
+        failing = {number: why[:_MAX_SENTENCE_CHARS] for number, why in self.failing.items()}
+        message = pb.FrontendOrder(hosts=hosts_messages(self.hosts), failing=failing)
         for name, release in (("current", self.current), ("candidate", self.candidate)):
             if release is not None:
                 getattr(message, name).CopyFrom(release_message(release))
@@ -106,6 +111,7 @@ class Order:
             current=read_release(message.current) if message.HasField("current") else None,
             candidate=read_release(message.candidate) if message.HasField("candidate") else None,
             hosts=read_hosts(list(message.hosts)),
+            failing=read_failing(message.failing),
             welcome=Welcome(told.service_id, told.config_json, keys, told.drain_timeout_s) if message.HasField("welcome") else None,
         )
 

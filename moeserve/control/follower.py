@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Coroutine, Sequence
 from typing import Any, Final, Protocol
 
-from moeserve.checkpoints import LayerSource
+from moeserve.checkpoints import LayerSource, layer_sources
 from moeserve.config import ServerConfig, ServiceConfig, load_json
 from moeserve.control.directory import Directory
 from moeserve.control.follow import Order, Report, Welcome
@@ -56,6 +56,8 @@ class Follower:
         self._ordered = Pulse()
         self._told: Welcome | None = None
         self._config: ServiceConfig | None = None
+        #: of the configuration, as they were when this frontend began
+        self._layers: Sequence[LayerSource] | None = None
         self._keys: KeyPair | None = None
         self._frontend: Frontend | None = None
         #: number of the stream: what was tried for one controller says nothing to the next
@@ -81,6 +83,8 @@ class Follower:
             )
         self._order = order
         self._directory.replace(order.hosts)
+        if self._frontend is not None:
+            self._frontend.despair(order.failing)
         self._ordered.beat()
 
     def say(self, **changes: object) -> None:
@@ -143,14 +147,17 @@ class Follower:
         sources = await asyncio.to_thread(self._sources, release)
         metrics = Metrics([source.spec for source in sources], self._config.observability.expert_detail)
         find, health = self._directory.find, self._stage.health_changed
-        self._frontend = Frontend(sources, release, find, self._config, metrics, health, self._keys)
+        # It reads every gate, and probes are answered meanwhile.
+        self._frontend = await asyncio.to_thread(Frontend, sources, release, find, self._config, metrics, health, self._keys)
+        self._frontend.despair(self._order.failing)
         self._stage.enter(self._frontend, metrics)
         self._do("start", self._frontend.start(self.report.node))
         self.say(epoch=release.epoch, oldest_epoch=release.epoch)
 
     def _sources(self, release: Release) -> list[LayerSource]:
         assert self._config is not None
-        sources = release.sources(self._config)
+        self._layers = self._layers or layer_sources(self._config)
+        sources: list[LayerSource] = [*release.sources(self._config, self._layers)]
         if len(sources) != len(release.placement.layers):
             raise ConfigError(f"the controller places {len(release.placement.layers)} layers, the configuration has {len(sources)} here")
         return sources
@@ -159,7 +166,8 @@ class Follower:
         """New batches use the release; when those under way have ended, or have had their time, hosts that are not needed are let go."""
         sources = await asyncio.to_thread(self._sources, release)
         await _within(_REACH_S, frontend.welcome(release))
-        frontend.publish(release, sources)
+        await frontend.prepare(release, sources)
+        frontend.publish(release)
         self.say(epoch=release.epoch, oldest_epoch=frontend.oldest_epoch)
         log.info("epoch %d is served", release.epoch)
         assert self._told is not None

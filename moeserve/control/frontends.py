@@ -185,10 +185,10 @@ class Frontends:
             log.warning("frontend %s did not try epoch %d within %g s: it is hung up on", member.report.name, epoch, self._try_timeout_s)
             self._dismiss(member)
 
-    def publish(self, release: Release, sources: Sequence[LayerSource]) -> None:
+    def publish(self, release: Release) -> None:
         """From now on, or as soon as they hear of it."""
         for frontend, _ in self._local:
-            frontend.publish(release, sources)
+            frontend.publish(release)
         self._let_go_at = time.monotonic() + self._drain_timeout_s + _GRACE_S
         self._tell(replace(self._order, current=release, candidate=None))
 
@@ -215,6 +215,13 @@ class Frontends:
         if self._order.candidate is not None:
             self._tell(replace(self._order, candidate=None))
         await asyncio.gather(*(frontend.forget() for frontend, _ in self._local))
+
+    def despair(self, failing: Mapping[int, str]) -> None:
+        """Of these hosts, while they are down, nobody should wait for any, and why; the others are on their way."""
+        for frontend, _ in self._local:
+            frontend.despair(failing)
+        if dict(failing) != dict(self._order.failing):
+            self._tell(replace(self._order, failing=dict(failing)))
 
     def _tell(self, order: Order) -> None:
         self._order = order

@@ -5,14 +5,14 @@ P physical experts of a layer, U units.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from moeserve.checkpoints import Swap
+from moeserve.checkpoints import FileMark, Fingerprint, Swap
 from moeserve.errors import InvalidRequest
 from moeserve.placement import LayerPlacement, Placement
 from moeserve.release import Release
@@ -23,7 +23,9 @@ from moeserve.v1 import control_service_pb2 as pb
 _MAX_HOSTS: Final = 2**16
 _MAX_LAYERS: Final = 2**12
 _MAX_PHYSICAL: Final = 2**20
-_MAX_SWAPS: Final = 2**12
+_MAX_SWAPS: Final = 2**20
+_MAX_FILES: Final = 2**20
+_MAX_PATH_CHARS: Final = 2**12
 _MAX_ENDPOINTS: Final = 16
 _KEY_CHARS: Final = 40
 
@@ -31,6 +33,8 @@ _KEY_CHARS: Final = 40
 def release_message(release: Release) -> pb.Release:
     """To be read by `read_release`."""
     placement = release.placement
+    made_of = [*release.deployed.values(), *(swap.fingerprint for swap in release.swaps if swap.fingerprint is not None)]
+    position = {file: number for number, file in enumerate(dict.fromkeys(file for each in made_of for file in each.files))}
     return pb.Release(
         epoch=placement.epoch,
         num_hosts=placement.num_hosts,
@@ -42,7 +46,18 @@ def release_message(release: Release) -> pb.Release:
             )
             for layer in placement.layers
         ],
-        swaps=[pb.Swap(layer=swap.layer, checkpoint=str(swap.checkpoint), experts=sorted(swap.experts or ())) for swap in release.swaps],
+        swaps=[
+            pb.Swap(
+                layer=swap.layer,
+                checkpoint=str(swap.checkpoint),
+                experts=sorted(swap.experts or ()),
+                revision=swap.revision,
+                files=[position[file] for file in swap.fingerprint.files] if swap.fingerprint is not None else (),
+            )
+            for swap in release.swaps
+        ],
+        files=[pb.FileMark(**vars(file)) for file in position],
+        deployed=[pb.Deployed(layer=layer, files=[position[file] for file in each.files]) for layer, each in release.deployed.items()],
     )
 
 
@@ -53,7 +68,11 @@ def read_release(message: pb.Release) -> Release:
     _require(1 <= len(message.layers) <= _MAX_LAYERS, "layers", f"1..{_MAX_LAYERS} of them")
     _require(len(message.swaps) <= _MAX_SWAPS, "swaps", f"at most {_MAX_SWAPS}")
     layers = tuple(_read_layer(layer, message.num_hosts) for layer in message.layers)
-    return Release(Placement(message.epoch, message.num_hosts, layers), tuple(map(_read_swap, message.swaps)))
+    _require(len(message.files) <= _MAX_FILES, "files", f"at most {_MAX_FILES}")
+    files = [_read_file(file) for file in message.files]
+    swaps = tuple(_read_swap(swap, files) for swap in message.swaps)
+    deployed = {each.layer: _read_fingerprint(each.files, files) for each in message.deployed}
+    return Release(Placement(message.epoch, message.num_hosts, layers), swaps, deployed)
 
 
 def _read_layer(message: pb.LayerPlacement, num_hosts: int) -> LayerPlacement:
@@ -69,10 +88,22 @@ def _read_layer(message: pb.LayerPlacement, num_hosts: int) -> LayerPlacement:
     return LayerPlacement(num_hosts, units, hosts, shards)
 
 
-def _read_swap(message: pb.Swap) -> Swap:
+def _read_swap(message: pb.Swap, files: Sequence[FileMark]) -> Swap:
     _require(bool(message.layer), "swaps.layer", "the name of a layer")
     _require(Path(message.checkpoint).is_absolute(), "swaps.checkpoint", "the absolute path of a folder")
-    return Swap(message.layer, Path(message.checkpoint), frozenset(message.experts) or None)
+    _require(message.revision >= 2, "swaps.revision", "at least 2")
+    fingerprint = _read_fingerprint(message.files, files) if message.files else None
+    return Swap(message.layer, Path(message.checkpoint), frozenset(message.experts) or None, message.revision, fingerprint)
+
+
+def _read_file(message: pb.FileMark) -> FileMark:
+    require_short(message.path, "files.path", _MAX_PATH_CHARS)
+    return FileMark(message.path, message.size, message.description, message.numbers)
+
+
+def _read_fingerprint(positions: Sequence[int], files: Sequence[FileMark]) -> Fingerprint:
+    _require(all(position < len(files) for position in positions), "files", f"positions below {len(files)}")
+    return Fingerprint(tuple(files[position] for position in positions))
 
 
 def host_message(number: int, info: HostInfo) -> pb.Host:
@@ -97,8 +128,15 @@ def read_hosts(messages: list[pb.Host]) -> dict[int, HostInfo]:
             cuda_visible_devices=message.cuda_visible_devices,
             num_threads=message.num_threads,
             weights_bytes=message.weights_bytes,
+            since_epoch=message.since_epoch,
         )
     return hosts
+
+
+def read_failing(failing: Mapping[int, str]) -> dict[int, str]:
+    """Why hosts are down, by number. Raises InvalidRequest when one cannot be."""
+    _require(all(number < _MAX_HOSTS for number in failing), "failing", f"numbers below {_MAX_HOSTS}")
+    return dict(failing)
 
 
 def hosts_messages(hosts: Mapping[int, HostInfo]) -> list[pb.Host]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from moeserve.checkpoints import LayerSource, Swap
+from moeserve.checkpoints import LayerSource, ReleasedLayer, Swap
 from moeserve.config import ServiceConfig
 from moeserve.control.seats import Seat
 from moeserve.control.state import NumHosts, State
@@ -46,11 +46,11 @@ class Publisher(Protocol):
         ...
 
     async def try_out(self, release: Release, sources: Sequence[LayerSource]) -> None:
-        """Have every expert of `release` answer something. Raises what goes wrong."""
+        """Read what is new in front of the hosts, and have every expert of `release` answer something. Raises what goes wrong."""
         ...
 
-    def publish(self, release: Release, sources: Sequence[LayerSource]) -> None:
-        """Batches that begin from now on use `release`."""
+    def publish(self, release: Release) -> None:
+        """Batches that begin from now on use `release`, which was tried."""
         ...
 
     async def drained(self) -> None:
@@ -65,6 +65,10 @@ class Publisher(Protocol):
         """Let go of hosts that the present release has nothing on."""
         ...
 
+    def despair(self, failing: Mapping[int, str]) -> None:
+        """Of these hosts, while they are down, nobody should wait for any, and why."""
+        ...
+
 
 class Rollout:
     """Make before break: hosts load, frontends switch, running batches end, hosts forget. Its owner makes one change at a time.
@@ -72,29 +76,44 @@ class Rollout:
     `save` is given the state before it is used: epochs and numbers before they are given out, a release before it is published.
     """
 
-    def __init__(self, config: ServiceConfig, state: State, hosts: Hosts, frontends: Publisher, save: Callable[[State], None]) -> None:
+    def __init__(
+        self,
+        config: ServiceConfig,
+        layers: Sequence[LayerSource],
+        state: State,
+        hosts: Hosts,
+        frontends: Publisher,
+        save: Callable[[State], None],
+    ) -> None:
         self.state = state
+        self._layers = layers
         self.is_under_way = False
         self._config = config
         self._hosts = hosts
         self._frontends = frontends
         self._save = save
 
-    async def swap(self, swap: Swap) -> Release:
+    async def swap(self, swaps: Sequence[Swap]) -> Release:
         """New weights in the same places. Raises UnknownLayer, ConfigError or CheckpointError; then everything is as it was."""
         before = self.state
-        release = before.release.swapped(swap, before.last_epoch + 1)
+        release = await asyncio.to_thread(before.release.swapped, swaps, self._config, self._layers, before.last_epoch + 1)
         await self._bring_in(replace(before, release=release))
-        log.info("epoch %d: layer %s has revision %d, from %s", release.epoch, swap.layer, release.revision(swap.layer), swap.checkpoint)
+        for swap in swaps:
+            log.info(
+                "epoch %d: layer %s has revision %d, from %s", release.epoch, swap.layer, release.revision(swap.layer), swap.checkpoint
+            )
         return release
 
     async def move(self, seats: tuple[Seat, ...], num_hosts: NumHosts) -> Release:
-        """The same weights on these hosts, `num_hosts` being what was asked for. Raises ConfigError; then everything is as it was."""
+        """The same weights on these hosts, `num_hosts` being what was asked for.
+
+        Raises ConfigError, or CheckpointChanged when the weights cannot be read any more; then everything is as it was.
+        """
         before = self.state
         if seats == before.seats:
             self._remember(replace(before, num_hosts=num_hosts))
             return before.release
-        sources = await asyncio.to_thread(before.release.sources, self._config)
+        sources = await asyncio.to_thread(self._readable, before.release)
         numbers = [seat.number for seat in seats]
         placement = plan_for(len(seats), sources, self._config).renumbered(numbers, before.last_epoch + 1)
         next_number = max(before.next_number, numbers[-1] + 1)
@@ -104,6 +123,13 @@ class Rollout:
         await self._hosts.remove(sorted(gone))
         log.info("epoch %d: experts stand on hosts %s", release.epoch, ", ".join(map(str, numbers)))
         return release
+
+    def _readable(self, release: Release) -> list[ReleasedLayer]:
+        """Its layers, all of which are as they were: that is found out before any host starts."""
+        sources = release.sources(self._config, self._layers)
+        for source in sources:
+            source.check()
+        return sources
 
     async def _bring_in(self, after: State) -> None:
         self.is_under_way = True
@@ -120,12 +146,13 @@ class Rollout:
         # Should this process die on the way, neither the epoch nor the numbers of new hosts are ever given out again.
         self._remember(replace(before, last_epoch=release.epoch, next_number=after.next_number))
         try:
-            sources = await asyncio.to_thread(release.sources, self._config)
+            sources = await asyncio.to_thread(release.sources, self._config, self._layers)
             await self._hosts.take(release, after.seats)
+            self._frontends.despair({})  # all of them are up, perhaps since a moment ago
             await self._frontends.welcome(release)
             await self._frontends.try_out(release, sources)
             self._save(replace(after, last_epoch=release.epoch))
-            self._frontends.publish(release, sources)
+            self._frontends.publish(release)
         except BaseException:  # whatever it was: a release that hosts have and frontends do not would be mistaken for what is served
             self._save(self.state)
             await self._frontends.forget()

@@ -17,6 +17,8 @@ from moeserve.cluster import Fleet, Nodes, Store, end_this_process
 from moeserve.config import ServiceConfig
 from moeserve.control import Controller, Frontends, Saved, State, first_state
 from moeserve.deployment.crew import Crew
+from moeserve.errors import CheckpointChanged, ConfigError
+from moeserve.release import Release
 from moeserve.server import Control, GrpcServer, controller_address, frontend_tokens
 from moeserve.stats import HostInfo
 
@@ -78,6 +80,8 @@ class ControllerProgram:
         nodes = Nodes(self._fleet)
         self._saved = saved or await self._first(sources, nodes)
         state = self._saved.state
+        if saved is not None:
+            await asyncio.to_thread(_say_what_changed, state.release, config, sources)
         self._fleet.start(self._saved.service_id)
         self._running.push_async_callback(self._fleet.stop)
         frontends = Frontends(self._saved.service_id, config, self._admit, self._saved.frontend_keys)
@@ -154,6 +158,20 @@ async def _dutiful(duty: Coroutine[Any, Any, None]) -> None:
     except Exception:
         log.exception("the controller cannot go on; Ray starts it again")
         os._exit(1)
+
+
+def _say_what_changed(release: Release, config: ServiceConfig, sources: Sequence[LayerSource]) -> None:
+    """What hosts and frontends hold stays in force, and may be swapped; nobody takes more of what is not there any more as it was.
+
+    Raises CheckpointChanged when even the layers are others.
+    """
+    if len(sources) != len(release.placement.layers):
+        raise CheckpointChanged(f"{len(release.placement.layers)} layers are served, and the checkpoint has {len(sources)} now")
+    try:
+        for source in release.sources(config, sources):
+            source.check()
+    except ConfigError as error:
+        log.warning("%s", error)
 
 
 def _ignore(_method: str, _code: str, _seconds: float) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from moeserve.frontend.part import Answer, Part, Sent
 from moeserve.frontend.patterns import DIRECT, PATTERNS, Message
 from moeserve.frontend.view import LayerView
 from moeserve.metrics import Metrics
+from moeserve.stats import host_name
 from moeserve.transport import Channel, ChannelClosed, Lease, PeerLost, WorkShape
 
 
@@ -43,7 +44,6 @@ class Exchange:
         self,
         layer: int,
         spec: LayerSpec,
-        links: Mapping[int, HostLink],
         communication: CommunicationConfig,
         resilience: ResilienceConfig,
         copy_choice: CopyChoice,
@@ -52,7 +52,6 @@ class Exchange:
     ) -> None:
         self._layer = layer
         self._spec = spec
-        self._links = links
         self._pattern = communication.pattern
         self._resilience = resilience
         self._copy_choice = copy_choice
@@ -80,29 +79,32 @@ class Exchange:
             return None
         is_live = np.zeros(view.placement.num_hosts, dtype=np.bool_)
         load = np.zeros(view.placement.num_hosts, dtype=np.int64)
-        for number, link in self._links.items():
-            if number < len(load):
-                is_live[number], load[number] = link.channel is not None, link.queue_tokens
+        for number, link in view.links.items():
+            is_live[number], load[number] = link.channel_at(view.epoch) is not None, link.queue_tokens
         return Hosts(is_live, load, self._copy_choice)
 
-    async def retry(self, parts: Sequence[Part], deadline: float) -> None:
-        """Sends what was lost again, to other copies or when the hosts are back, until nothing is lost.
+    async def retry(self, parts: Sequence[Part], deadline: float) -> str:
+        """Sends what was lost again, to other copies or when the hosts are back, until nothing is lost: then "".
 
-        Raises ExpertUnavailable at the deadline, or at once when that is the policy and no other copy lives.
+        Otherwise says why what is lost still, and nothing else, is on hosts that nobody should wait for. Raises ExpertUnavailable at the
+        deadline, or at once when that is the policy and no other copy lives.
         """
-        names = self._names([work for part in parts for work in part.lost])
+        names = _names({work.host for part in parts for work in part.lost})
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 while any(part.lost for part in parts):
                     self._move(parts)
-                    if self._gone(parts):
-                        await self._some_host_is_back(parts)
+                    if gone := self._gone(parts):
+                        if why := self._why_not(gone):
+                            return why
+                        await self._some_host_is_back(gone)
                     for part in parts:
                         works, part.lost = part.lost, []
                         self._retries.inc(len(works))
                         await self._send(part, works, DIRECT, deadline)
                     for part in parts:
                         await self.collect(part)
+                return ""
         except TimeoutError:
             raise ExpertUnavailable(f"experts of layer {self._spec.name} on {names} did not come back before the deadline") from None
 
@@ -113,18 +115,24 @@ class Exchange:
             if part.lost and hosts is not None:
                 part.lost = plan_again(part.lost, len(part.hidden_states), part.view.placement, hosts)
 
-    def _gone(self, parts: Sequence[Part]) -> list[HostWork]:
-        """What was lost and can be sent nowhere now, when that is all there is to do. Raises ExpertUnavailable if that is the policy."""
-        lost = [work for part in parts for work in part.lost]
-        gone = [work for work in lost if self._channel(work.host) is None]
+    def _gone(self, parts: Sequence[Part]) -> dict[int, HostLink]:
+        """The hosts that were lost, when there is none that lives. Raises ExpertUnavailable if one is enough by the policy."""
+        hosts = {work.host: (part.view, part.view.links[work.host]) for part in parts for work in part.lost}
+        gone = {host: link for host, (view, link) in hosts.items() if link.channel_at(view.epoch) is None}
         if gone and self._resilience.on_expert_failure == "fail":
-            raise ExpertUnavailable(f"experts of layer {self._spec.name} were lost with {self._names(gone)}")
-        return gone if len(gone) == len(lost) else []
+            raise ExpertUnavailable(f"experts of layer {self._spec.name} were lost with {_names(gone)}")
+        return gone if len(gone) == len(hosts) else {}
 
-    async def _some_host_is_back(self, parts: Sequence[Part]) -> None:
-        links = [self._links[work.host] for part in parts for work in part.lost if work.host in self._links]
-        # A host that has left will not be back: another view is about to be used, or the deadline comes.
-        waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(link.connected()) for link in links] or [asyncio.Future()]
+    def _why_not(self, gone: Mapping[int, HostLink]) -> str:
+        """Why it is no use to wait for any of these; "" = it is, for one at least."""
+        whys = dict.fromkeys(link.why_not for link in gone.values())
+        return "" if "" in whys else f"experts of layer {self._spec.name} on {_names(gone)} cannot be had: {' '.join(whys)}"
+
+    async def _some_host_is_back(self, gone: Mapping[int, HostLink]) -> None:
+        """Or one more is not waited for any longer."""
+        # One that has left, or has nothing of this epoch, will not be back: another view is about to be used, or the deadline comes.
+        down = [link for link in gone.values() if link.channel is None and not link.why_not]
+        waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(link.decided()) for link in down] or [asyncio.Future()]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -138,15 +146,15 @@ class Exchange:
         for message, channel, lease in drafts:
             future = channel.send(lease, layer=self._layer, epoch=part.view.epoch, timeout_s=timeout_s, pass_on=message.pass_on)
             for work in message.works:
-                if work.host in self._links:  # it may have left while its rows were written
-                    self._links[work.host].count_until(future, len(work.rows))
+                part.view.links[work.host].count_until(future, len(work.rows))
             part.sent.append(Sent(tuple(message.works), message.rows, future))
 
     def _write(self, part: Part, works: Sequence[HostWork], pattern: str) -> list[Draft]:
         """Rows go straight to where their channel sends from: the one copy of the data on this side."""
-        channels = {work.host: self._channel(work.host) for work in works}
+        links = part.view.links
+        channels = {work.host: links[work.host].channel_at(part.view.epoch) for work in works}
         part.lost += [work for work in works if channels[work.host] is None]
-        nodes = {number: link.node for number, link in self._links.items()}
+        nodes = {number: link.node for number, link in links.items()}
         drafts = []
         for message in PATTERNS[pattern]([work for work in works if channels[work.host] is not None], nodes):
             channel = channels[message.host]
@@ -163,9 +171,6 @@ class Exchange:
             drafts.append(Draft(message, channel, lease))
         return drafts
 
-    def _channel(self, host: int) -> Channel | None:
-        link = self._links.get(host)
-        return None if link is None else link.channel
 
-    def _names(self, works: Sequence[HostWork]) -> str:
-        return ", ".join(f"host-{host}" for host in sorted({work.host for work in works}))
+def _names(hosts: Iterable[int]) -> str:
+    return ", ".join(host_name(host) for host in sorted(hosts))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from moeserve.errors import NonFiniteOutput
+from moeserve.errors import CheckpointError, ExpertUnavailable, NonFiniteOutput
 from moeserve.frontend.batch import Batch
 from moeserve.frontend.compute import Compute
 from moeserve.frontend.exchange import Exchange
@@ -61,8 +61,8 @@ class Forward:
         try:
             await self._exchange.send(part, deadline)
             await self._exchange.collect(part)
-            if part.lost:
-                await self._exchange.retry([part], deadline)
+            if part.lost and (why := await self._exchange.retry([part], deadline)):
+                raise ExpertUnavailable(why)
         finally:
             part.give_up()
 
@@ -85,24 +85,27 @@ class Forward:
             self._metrics.observe_stage("experts", time.perf_counter() - sent)
             if any(part.lost for part in parts):
                 await self._answer(batch, routings, parts, _untouched(batch, parts))
-                if not await self._retry(parts, batch.deadline, view):
+                why = await self._retry(parts, batch.deadline, view)
+                if why is None:
                     return False
+                if why:
+                    await self._answer(batch, routings, parts, _untouched(batch, parts))
+                    raise ExpertUnavailable(why)
             await self._answer(batch, routings, parts, range(len(batch.members)))
             return True
         finally:
             for part in parts:
                 part.give_up()
 
-    async def _retry(self, parts: Sequence[Part], deadline: float, view: LayerView) -> bool:
-        """Whether what was lost has been answered; otherwise `view` is not the present one any more. Raises ExpertUnavailable."""
+    async def _retry(self, parts: Sequence[Part], deadline: float, view: LayerView) -> str | None:
+        """What `Exchange.retry` says; None when `view` is not the present one any more. Raises ExpertUnavailable."""
         retrying = asyncio.ensure_future(self._exchange.retry(parts, deadline))
         superseded = asyncio.ensure_future(self.views.superseded(view))
         try:
             await asyncio.wait({retrying, superseded}, return_when=asyncio.FIRST_COMPLETED)
             if not retrying.done():
-                return False
-            await retrying
-            return True
+                return None
+            return await retrying
         finally:
             for task in (retrying, superseded):
                 task.cancel()
@@ -157,7 +160,10 @@ def _outputs(
     batch: Batch, routings: Sequence[Routing], parts: Sequence[Part], members: Sequence[int]
 ) -> list[tuple[int, ForwardOutput | NonFiniteOutput]]:
     """Of each of `members`; a request that experts could not compute is at nobody else's expense."""
-    totals = [part.view.head.finish(part.combined(), part.hidden_states, part.planned) for part in parts]
+    try:
+        totals = [part.view.head.finish(part.combined(), part.hidden_states, part.planned) for part in parts]
+    except CheckpointError as error:  # of the shared expert, which is read when it is needed here for the first time
+        raise ExpertUnavailable(str(error)) from None
     rows = (totals[0] if len(totals) == 1 else torch.cat(totals)).split(batch.sizes)
     view = parts[0].view
     outputs: list[tuple[int, ForwardOutput | NonFiniteOutput]] = []

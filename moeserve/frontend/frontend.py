@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -23,10 +23,10 @@ from moeserve.frontend.view import LayerView, Views
 from moeserve.head import LayerHead
 from moeserve.metrics import Metrics
 from moeserve.output import ForwardOutput
-from moeserve.placement import LayerPlacement, Placement
+from moeserve.placement import LayerPlacement
 from moeserve.release import Release
 from moeserve.request import LayerRequest
-from moeserve.stats import HostInfo, HostShards, HostStats, LayerStats, ServiceStats
+from moeserve.stats import HostInfo, HostShards, HostStats, LayerStats, ServiceStats, host_name
 from moeserve.transport import KeyPair
 
 OnHealth = Callable[[int, bool], None]
@@ -58,22 +58,25 @@ class Frontend:
         self._on_health = on_health
         self._timeout_s = config.resilience.request_timeout_s
         self._find, self._keys, self._here = find, keys, ""
-        self._links = {number: self._link(number) for number in release.placement.hosts}
+        self._failing: Mapping[int, str] = {}
+        #: by number; never changed but replaced, as threads read it
+        self._links: Mapping[int, HostLink] = {number: self._link(number) for number in release.placement.hosts}
+        #: gates that were read for the release of an epoch
+        self._read: tuple[int, list[LayerHead]] = release.epoch, list(map(LayerHead, sources))
         self._budget = TokenBudget(config.server.max_queued_tokens, metrics.queue_tokens.set)
         self._compute = Compute()
-        self._forwards = [self._forward(layer, release, source, config) for layer, source in enumerate(sources)]
+        self._forwards = [self._forward(view, layer, config) for layer, view in enumerate(self._views(release))]
         self._batchers = [Batcher(forward.run, config.batching, self._budget) for forward in self._forwards]
 
-    def _forward(self, layer: int, release: Release, source: LayerSource, config: ServiceConfig) -> Forward:
+    def _forward(self, view: LayerView, layer: int, config: ServiceConfig) -> Forward:
         metrics, placing = self._metrics, config.placement
-        exchange = Exchange(
-            layer, source.spec, self._links, config.communication, config.resilience, placing.copy_choice, metrics, self._compute
-        )
-        views = Views(_view(layer, release, source))
-        return Forward(layer, views, exchange, config.batching.micro_batches, metrics, self._compute)
+        exchange = Exchange(layer, view.head.spec, config.communication, config.resilience, placing.copy_choice, metrics, self._compute)
+        return Forward(layer, Views(view), exchange, config.batching.micro_batches, metrics, self._compute)
 
     def _link(self, number: int) -> HostLink:
-        return HostLink(f"host-{number}", partial(self._find, number), self._keys, self._metrics, self._hosts_changed)
+        link = HostLink(host_name(number), partial(self._find, number), self._keys, self._metrics, self._hosts_changed)
+        link.despair(self._failing.get(number, ""))
+        return link
 
     @property
     def epoch(self) -> int:
@@ -88,36 +91,58 @@ class Frontend:
     async def welcome(self, release: Release) -> None:
         """Connect to the hosts of `release` that are new."""
         new = {number: self._link(number) for number in release.placement.hosts if number not in self._links}
-        self._links.update(new)
+        self._links = {**self._links, **new}
         await asyncio.gather(*(link.start(self._here) for link in new.values()))
 
     async def try_out(self, release: Release, sources: Sequence[LayerSource]) -> None:
-        """Have every expert of `release` answer one row, which nobody asked for. Raises what goes wrong."""
+        """`prepare`, and have every expert of `release` answer one row, which nobody asked for. Raises what goes wrong."""
+        await self.prepare(release, sources)
         deadline = time.monotonic() + self._timeout_s
-        for layer, (forward, source) in enumerate(zip(self._forwards, sources, strict=True)):
-            await forward.try_out(_view(layer, release, source), deadline)
+        for forward, view in zip(self._forwards, self._views(release), strict=True):
+            await forward.try_out(view, deadline)
+
+    async def prepare(self, release: Release, sources: Sequence[LayerSource]) -> None:
+        """Read what is new of the gates of `release`, of which `sources` are the layers, beside the event loop; what was read is kept.
+
+        Raises CheckpointError when one cannot be read.
+        """
+        if self._read[0] == release.epoch:
+            return
+        names = [source.spec.name for source in sources]
+        kept = [self._release.origins(name).get(None) == release.origins(name).get(None) for name in names]
+        present = [forward.views.current.head for forward in self._forwards]
+
+        def read() -> list[LayerHead]:
+            return [head if is_kept else LayerHead(source) for head, is_kept, source in zip(present, kept, sources, strict=True)]
+
+        self._read = release.epoch, await asyncio.to_thread(read)
 
     async def forget(self) -> None:
         """Let go of hosts that the present release has nothing on."""
-        gone = [number for number in self._links if number not in self._release.placement.hosts]
-        for number in gone:
-            link = self._links.pop(number)
+        kept = set(self._release.placement.hosts)
+        gone = [link for number, link in self._links.items() if number not in kept]
+        self._links = {number: link for number, link in self._links.items() if number in kept}
+        for link in gone:
             await link.close()
             self._metrics.forget_host(link.name)
+
+    def despair(self, failing: Mapping[int, str]) -> None:
+        """Of these hosts, while they are down, nobody should wait for any, and why; the others are on their way."""
+        for number in sorted(failing.keys() - self._failing.keys()):
+            self._metrics.events.add("host_failing", host_name(number))
+        self._metrics.hosts_failing.set(len(failing))
+        self._failing = dict(failing)
+        for number, link in self._links.items():
+            link.despair(failing.get(number, ""))
 
     async def refresh(self) -> None:
         """Learn what hosts hold now."""
         await asyncio.gather(*(link.refresh() for link in self._links.values()))
 
-    def publish(self, release: Release, sources: Sequence[LayerSource]) -> None:
-        """Batches that begin from now on use `release`, of which `sources` are the layers; those under way end as they began.
-
-        Raises CheckpointError when a gate cannot be read; then nothing has changed.
-        """
-        views = [_view(layer, release, source) for layer, source in enumerate(sources)]
-        for forward, view in zip(self._forwards, views, strict=True):
+    def publish(self, release: Release) -> None:
+        """Batches that begin from now on use `release`, for which `prepare` has been called; those under way end as they began."""
+        for forward, view in zip(self._forwards, self._views(release), strict=True):
             forward.views.publish(view)
-        self.layers = [source.spec for source in sources]
         self._use(release)
         self._hosts_changed()
 
@@ -149,7 +174,7 @@ class Frontend:
 
     def stats(self) -> ServiceStats:
         """Counts since the start and the state of the hosts."""
-        metrics, release, held = self._metrics, self._release, self._held
+        metrics, release, held, links = self._metrics, self._release, self._held, self._links
         queues = metrics.host_queues()
         return ServiceStats(
             epoch=release.epoch,
@@ -157,7 +182,7 @@ class Frontend:
                 _layer_stats(index, spec.name, release.placement.layers[index], held[index], metrics.experts)
                 for index, spec in enumerate(self.layers)
             ],
-            hosts=[_host_stats(link, queues.get(link.name, 0)) for _, link in sorted(self._links.items())],
+            hosts=[_host_stats(number, link, queues.get(link.name, 0)) for number, link in sorted(links.items())],
             queue_tokens=self._budget.tokens,
             uptime_s=metrics.uptime_s,
             expert_retries=metrics.retries(),
@@ -167,24 +192,30 @@ class Frontend:
             events=metrics.events.latest(),
         )
 
+    def _views(self, release: Release) -> list[LayerView]:
+        """What batches of each layer see of a release that was prepared."""
+        epoch, heads = self._read
+        assert epoch == release.epoch, "a release is prepared before it is used"
+        links = {number: self._links[number] for number in release.placement.hosts}
+        return [
+            LayerView(epoch, release.revision(head.spec.name), head, places, links)
+            for head, places in zip(heads, release.placement.layers, strict=True)
+        ]
+
     def _use(self, release: Release) -> None:
         self._release = release
         #: by layer, what each host has: people ask every second, it changes with the release
-        self._held = [_held(release.placement, layer) for layer in release.placement.layers]
+        self._held = [release.held(layer) for layer in range(len(release.placement.layers))]
         self._metrics.placement_epoch.set(release.epoch)
 
     def _hosts_changed(self) -> None:
         up = np.zeros(self._release.placement.num_hosts, dtype=np.bool_)
         for number in self._release.placement.hosts:
-            up[number] = self._links[number].channel is not None
+            up[number] = self._links[number].channel_at(self._release.epoch) is not None
         for index, layer in enumerate(self._release.placement.layers):
             copies = layer.live_copies(up)
             self._metrics.experts.live_copies[index][: len(copies)] = torch.from_numpy(copies)
             self._on_health(index, bool(copies.all()))
-
-
-def _view(layer: int, release: Release, source: LayerSource) -> LayerView:
-    return LayerView(release.epoch, release.revision(source.spec.name), LayerHead(source), release.placement.layers[layer])
 
 
 def _layer_stats(index: int, name: str, layer: LayerPlacement, held: Sequence[HostShards], counts: ExpertCounts) -> LayerStats:
@@ -199,16 +230,7 @@ def _layer_stats(index: int, name: str, layer: LayerPlacement, held: Sequence[Ho
     )
 
 
-def _held(placement: Placement, layer: LayerPlacement) -> list[HostShards]:
-    shards_on = [layer.shards_on(host) for host in placement.hosts]
-    return [
-        HostShards(position, [one.expert for one in shards], [one.shard for one in shards])
-        for position, shards in enumerate(shards_on)
-        if shards
-    ]
-
-
-def _host_stats(link: HostLink, queue_tokens: int) -> HostStats:
+def _host_stats(number: int, link: HostLink, queue_tokens: int) -> HostStats:
     info = link.info
     return HostStats(
         name=link.name,
@@ -219,4 +241,5 @@ def _host_stats(link: HostLink, queue_tokens: int) -> HostStats:
         cuda_visible_devices=info.cuda_visible_devices if info else "",
         weights_bytes=info.weights_bytes if info else 0,
         queue_tokens=queue_tokens,
+        number=number,
     )

@@ -33,6 +33,8 @@ class HostLink:
         self._restarts = metrics.host_restarts
         self._channel: Channel | None = None
         self._connected = asyncio.Event()
+        self._despaired = asyncio.Event()
+        self._why_not = ""
         self._keeper: asyncio.Task[None] | None = None
         #: rows sent and not yet answered
         self.queue_tokens = 0
@@ -41,12 +43,19 @@ class HostLink:
     @property
     def channel(self) -> Channel | None:
         """None while the host is down."""
-        return self._channel if self._channel is not None and not self._channel.closed.is_set() else None
+        channel = self._channel  # other threads ask, and the event loop may take it away meanwhile
+        return channel if channel is not None and not channel.closed.is_set() else None
+
+    def channel_at(self, epoch: int) -> Channel | None:
+        """As `channel`; None also when the host has nothing of that epoch, and never will."""
+        info = self.info
+        return self.channel if info is not None and info.since_epoch <= epoch else None
 
     @property
     def node(self) -> str:
         """Where the host is, or was when it was last seen."""
-        return self.info.node if self.info is not None else ""
+        info = self.info
+        return info.node if info is not None else ""
 
     def count_until(self, answered: asyncio.Future[Partial], rows: int) -> None:
         """Has the gauge say that the host owes answers to `rows` more, until it has given them or nobody waits any longer."""
@@ -80,6 +89,25 @@ class HostLink:
             self._connected.clear()  # it may have closed a moment ago, before the keeper could say so
             await self._connected.wait()
         return channel
+
+    @property
+    def why_not(self) -> str:
+        """Why nobody should wait for it while it is down; "" = it is on its way."""
+        return self._why_not
+
+    def despair(self, why: str) -> None:
+        """It does not come back soon, and `why`; "" = it may."""
+        self._why_not = why
+        (self._despaired.set if why else self._despaired.clear)()
+
+    async def decided(self) -> None:
+        """Until it is connected, or nobody should wait for it."""
+        waits = {asyncio.ensure_future(self.connected()), asyncio.ensure_future(self._despaired.wait())}
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
 
     async def close(self) -> None:
         """Let go of the host."""

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from moeserve.frontend.link import HostLink
 from moeserve.head import LayerHead
 from moeserve.placement import LayerPlacement
 
 
 @dataclass(frozen=True, eq=False)
 class LayerView:
-    """A layer at one epoch: where its experts are, and the gate that goes with their weights, which are those of `revision`."""
+    """A layer at one epoch: where its experts are, and the gate that goes with their weights, which are those of `revision`.
+
+    `links` are to the hosts of that epoch, by number. Nobody changes the mapping, so any thread may read it; a host that leaves closes its
+    link.
+    """
 
     epoch: int
     revision: int
     head: LayerHead
     placement: LayerPlacement
+    links: Mapping[int, HostLink]
 
 
 class Views:

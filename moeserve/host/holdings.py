@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
-from moeserve.checkpoints import LayerSource, Swap, load_bank, load_experts
+from moeserve.checkpoints import LayerSource, load_bank, load_experts
 from moeserve.config import ServiceConfig
-from moeserve.errors import ConfigError
-from moeserve.experts import Expert, ExpertBank, ExpertShard
+from moeserve.errors import CheckpointError, ConfigError
+from moeserve.experts import ExpertBank
 from moeserve.host.shelf import Shelf
 from moeserve.release import Release
 
@@ -21,15 +22,32 @@ class Holdings:
 
     def __init__(self, config: ServiceConfig, number: int, device: torch.device) -> None:
         self.shelf = Shelf()
+        #: nothing of earlier releases is here
+        self.since_epoch = 0
         self._config = config
         self._number = number
         self._device = device
         self._releases: list[Release] = []
 
+    def begin(self, releases: Sequence[Release]) -> None:
+        """Load what this host has in the releases in force, when it starts.
+
+        Those whose weights cannot be read any more are left out where the last of them can be served. Raises what kept that from being so.
+        """
+        for release in releases:
+            try:
+                self.take(release)
+            except CheckpointError as error:
+                if release is releases[-1]:
+                    raise
+                self.since_epoch = release.epoch + 1
+                log.warning("epoch %d cannot be served: %s", release.epoch, error)
+
     def take(self, release: Release) -> None:
         """Load what this host has in `release` and not in the one before; work of that epoch can be sent from now on.
 
-        Raises ConfigError or CheckpointError; what is served stays as it is then.
+        Raises ConfigError, CheckpointError, or CheckpointChanged when files are not those any more that the release was made of; what is
+        served stays as it is then.
         """
         if any(taken.epoch >= release.epoch for taken in self._releases):
             return
@@ -48,6 +66,11 @@ class Holdings:
         self._releases = [release for release in self._releases if release.epoch < epoch]
         self.shelf.withdraw(epoch)
 
+    @property
+    def is_empty(self) -> bool:
+        """No release is here that could be served."""
+        return not self._releases
+
     def retire(self, epoch: int) -> None:
         """Nobody asks for what was before `epoch` any more."""
         self._releases = [release for release in self._releases if release.epoch >= epoch]
@@ -60,28 +83,19 @@ class Holdings:
         served = None if before is None else self.shelf.bank(layer, before.epoch)
         if before is None or served is None or before.placement.layers[layer].shards_on(self._number) != shards:
             return load_bank(source, shards, self._device)
-        old, all_swaps = _swaps_of(before, source.spec.name), _swaps_of(release, source.spec.name)
-        new = all_swaps[len(old) :]
-        if all_swaps[: len(old)] != old or any(swap.experts is None for swap in new):
+        old, new = before.origins(source.spec.name), release.origins(source.spec.name)
+        if old.get(None) != new.get(None):
             return load_bank(source, shards, self._device)
+        slots = [slot for slot, shard in enumerate(shards) if old.get(shard.expert) != new.get(shard.expert)]
+        experts = load_experts(source, [shards[slot] for slot in slots])
         try:
-            return served.replaced(_changed_experts(source, shards, new))
+            return served.replaced(dict(zip(slots, experts, strict=True)))
         except ConfigError:
             # Held in another way than those they would be computed with: the new files have weights in other bits.
             return load_bank(source, shards, self._device)
 
 
-def _swaps_of(release: Release, layer: str) -> list[Swap]:
-    return [swap for swap in release.swaps if swap.layer == layer]
-
-
 def _is_changed(before: Release, after: Release, layer: int, host: int, name: str) -> bool:
-    if _swaps_of(before, name) != _swaps_of(after, name):
+    if before.origins(name) != after.origins(name):
         return True
     return before.placement.layers[layer].shards_on(host) != after.placement.layers[layer].shards_on(host)
-
-
-def _changed_experts(source: LayerSource, shards: list[ExpertShard], swaps: list[Swap]) -> dict[int, Expert]:
-    """The new experts by slot."""
-    slots = [slot for slot, shard in enumerate(shards) if any(swap.changes(shard) for swap in swaps)]
-    return dict(zip(slots, load_experts(source, [shards[slot] for slot in slots]), strict=True))

@@ -36,7 +36,7 @@ class Admin(Protocol):
         ...
 
     async def swap(self, layer: str, checkpoint: Path, experts: Sequence[int] | None) -> Served:
-        """New weights for a layer (experts = None) or some of its experts. Raises MoEServeError; then nothing has changed."""
+        """New weights for a layer ("" = every layer) or some of its experts. Raises MoEServeError; then nothing has changed."""
         ...
 
     async def scale(self, num_hosts: int | Literal["all"]) -> Served:

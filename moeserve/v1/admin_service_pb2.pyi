@@ -77,7 +77,7 @@ class GetPlacementResponse(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., is_changing: _Optional[bool] = ..., wanted_hosts: _Optional[str] = ..., shortage: _Optional[str] = ..., hosts: _Optional[_Iterable[_Union[PlacedHost, _Mapping]]] = ..., frontends: _Optional[_Iterable[_Union[FollowingFrontend, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[PlacedLayer, _Mapping]]] = ...) -> None: ...
 
 class PlacedHost(_message.Message):
-    __slots__ = ("name", "node", "is_up", "pid", "device", "cuda_visible_devices", "weights_bytes")
+    __slots__ = ("name", "node", "is_up", "pid", "device", "cuda_visible_devices", "weights_bytes", "number")
     NAME_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     IS_UP_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +85,7 @@ class PlacedHost(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     CUDA_VISIBLE_DEVICES_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     name: str
     node: str
     is_up: bool
@@ -92,7 +93,8 @@ class PlacedHost(_message.Message):
     device: str
     cuda_visible_devices: str
     weights_bytes: int
-    def __init__(self, name: _Optional[str] = ..., node: _Optional[str] = ..., is_up: _Optional[bool] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., cuda_visible_devices: _Optional[str] = ..., weights_bytes: _Optional[int] = ...) -> None: ...
+    number: int
+    def __init__(self, name: _Optional[str] = ..., node: _Optional[str] = ..., is_up: _Optional[bool] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., cuda_visible_devices: _Optional[str] = ..., weights_bytes: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
 
 class FollowingFrontend(_message.Message):
     __slots__ = ("name", "target", "metrics_target", "node", "epoch", "is_ready")

@@ -74,7 +74,7 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SwapExperts(self, request, context):
-        """New weights for a layer, or for some of its experts, from a folder of the same model; requests go on meanwhile.
+        """New weights for one layer or all, or for some experts of one, from a folder of the same model; requests go on meanwhile.
         Returns once every request is answered with the new weights.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -33,16 +33,25 @@ class FrontendReport(_message.Message):
     def __init__(self, name: _Optional[str] = ..., target: _Optional[str] = ..., metrics_target: _Optional[str] = ..., node: _Optional[str] = ..., public_key: _Optional[str] = ..., epoch: _Optional[int] = ..., oldest_epoch: _Optional[int] = ..., tried_epoch: _Optional[int] = ..., refusal: _Optional[str] = ..., is_leaving: _Optional[bool] = ..., is_ready: _Optional[bool] = ...) -> None: ...
 
 class FrontendOrder(_message.Message):
-    __slots__ = ("welcome", "current", "candidate", "hosts")
+    __slots__ = ("welcome", "current", "candidate", "hosts", "failing")
+    class FailingEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: str
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[str] = ...) -> None: ...
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     CURRENT_FIELD_NUMBER: _ClassVar[int]
     CANDIDATE_FIELD_NUMBER: _ClassVar[int]
     HOSTS_FIELD_NUMBER: _ClassVar[int]
+    FAILING_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     current: Release
     candidate: Release
     hosts: _containers.RepeatedCompositeFieldContainer[Host]
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., current: _Optional[_Union[Release, _Mapping]] = ..., candidate: _Optional[_Union[Release, _Mapping]] = ..., hosts: _Optional[_Iterable[_Union[Host, _Mapping]]] = ...) -> None: ...
+    failing: _containers.ScalarMap[int, str]
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., current: _Optional[_Union[Release, _Mapping]] = ..., candidate: _Optional[_Union[Release, _Mapping]] = ..., hosts: _Optional[_Iterable[_Union[Host, _Mapping]]] = ..., failing: _Optional[_Mapping[int, str]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("config_json", "public_key", "secret_key", "service_id", "drain_timeout_s")
@@ -59,16 +68,40 @@ class Welcome(_message.Message):
     def __init__(self, config_json: _Optional[str] = ..., public_key: _Optional[str] = ..., secret_key: _Optional[str] = ..., service_id: _Optional[str] = ..., drain_timeout_s: _Optional[float] = ...) -> None: ...
 
 class Release(_message.Message):
-    __slots__ = ("epoch", "num_hosts", "layers", "swaps")
+    __slots__ = ("epoch", "num_hosts", "layers", "swaps", "files", "deployed")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     NUM_HOSTS_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     SWAPS_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    DEPLOYED_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     num_hosts: int
     layers: _containers.RepeatedCompositeFieldContainer[LayerPlacement]
     swaps: _containers.RepeatedCompositeFieldContainer[Swap]
-    def __init__(self, epoch: _Optional[int] = ..., num_hosts: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerPlacement, _Mapping]]] = ..., swaps: _Optional[_Iterable[_Union[Swap, _Mapping]]] = ...) -> None: ...
+    files: _containers.RepeatedCompositeFieldContainer[FileMark]
+    deployed: _containers.RepeatedCompositeFieldContainer[Deployed]
+    def __init__(self, epoch: _Optional[int] = ..., num_hosts: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerPlacement, _Mapping]]] = ..., swaps: _Optional[_Iterable[_Union[Swap, _Mapping]]] = ..., files: _Optional[_Iterable[_Union[FileMark, _Mapping]]] = ..., deployed: _Optional[_Iterable[_Union[Deployed, _Mapping]]] = ...) -> None: ...
+
+class FileMark(_message.Message):
+    __slots__ = ("path", "size", "description", "numbers")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    size: int
+    description: bytes
+    numbers: bytes
+    def __init__(self, path: _Optional[str] = ..., size: _Optional[int] = ..., description: _Optional[bytes] = ..., numbers: _Optional[bytes] = ...) -> None: ...
+
+class Deployed(_message.Message):
+    __slots__ = ("layer", "files")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    layer: str
+    files: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, layer: _Optional[str] = ..., files: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class LayerPlacement(_message.Message):
     __slots__ = ("unit_of_physical", "host_of_physical", "tensor_parallel")
@@ -81,17 +114,21 @@ class LayerPlacement(_message.Message):
     def __init__(self, unit_of_physical: _Optional[bytes] = ..., host_of_physical: _Optional[bytes] = ..., tensor_parallel: _Optional[int] = ...) -> None: ...
 
 class Swap(_message.Message):
-    __slots__ = ("layer", "checkpoint", "experts")
+    __slots__ = ("layer", "checkpoint", "experts", "revision", "files")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
     layer: str
     checkpoint: str
     experts: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, layer: _Optional[str] = ..., checkpoint: _Optional[str] = ..., experts: _Optional[_Iterable[int]] = ...) -> None: ...
+    revision: int
+    files: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, layer: _Optional[str] = ..., checkpoint: _Optional[str] = ..., experts: _Optional[_Iterable[int]] = ..., revision: _Optional[int] = ..., files: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Host(_message.Message):
-    __slots__ = ("number", "name", "endpoints", "public_key", "node", "pid", "device", "cuda_visible_devices", "num_threads", "weights_bytes")
+    __slots__ = ("number", "name", "endpoints", "public_key", "node", "pid", "device", "cuda_visible_devices", "num_threads", "weights_bytes", "since_epoch")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
@@ -102,6 +139,7 @@ class Host(_message.Message):
     CUDA_VISIBLE_DEVICES_FIELD_NUMBER: _ClassVar[int]
     NUM_THREADS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SINCE_EPOCH_FIELD_NUMBER: _ClassVar[int]
     number: int
     name: str
     endpoints: _containers.RepeatedScalarFieldContainer[str]
@@ -112,4 +150,5 @@ class Host(_message.Message):
     cuda_visible_devices: str
     num_threads: int
     weights_bytes: int
-    def __init__(self, number: _Optional[int] = ..., name: _Optional[str] = ..., endpoints: _Optional[_Iterable[str]] = ..., public_key: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., cuda_visible_devices: _Optional[str] = ..., num_threads: _Optional[int] = ..., weights_bytes: _Optional[int] = ...) -> None: ...
+    since_epoch: int
+    def __init__(self, number: _Optional[int] = ..., name: _Optional[str] = ..., endpoints: _Optional[_Iterable[str]] = ..., public_key: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., cuda_visible_devices: _Optional[str] = ..., num_threads: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., since_epoch: _Optional[int] = ...) -> None: ...

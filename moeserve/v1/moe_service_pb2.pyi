@@ -212,7 +212,7 @@ class Event(_message.Message):
     def __init__(self, time_unix_s: _Optional[float] = ..., kind: _Optional[str] = ..., subject: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
 
 class HostStats(_message.Message):
-    __slots__ = ("name", "up", "restarts", "node", "device", "cuda_visible_devices", "weights_bytes", "queue_tokens")
+    __slots__ = ("name", "up", "restarts", "node", "device", "cuda_visible_devices", "weights_bytes", "queue_tokens", "number")
     NAME_FIELD_NUMBER: _ClassVar[int]
     UP_FIELD_NUMBER: _ClassVar[int]
     RESTARTS_FIELD_NUMBER: _ClassVar[int]
@@ -221,6 +221,7 @@ class HostStats(_message.Message):
     CUDA_VISIBLE_DEVICES_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
     QUEUE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     name: str
     up: bool
     restarts: int
@@ -229,4 +230,5 @@ class HostStats(_message.Message):
     cuda_visible_devices: str
     weights_bytes: int
     queue_tokens: int
-    def __init__(self, name: _Optional[str] = ..., up: _Optional[bool] = ..., restarts: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., cuda_visible_devices: _Optional[str] = ..., weights_bytes: _Optional[int] = ..., queue_tokens: _Optional[int] = ...) -> None: ...
+    number: int
+    def __init__(self, name: _Optional[str] = ..., up: _Optional[bool] = ..., restarts: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., cuda_visible_devices: _Optional[str] = ..., weights_bytes: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from moeserve import ConfigError, UnknownLayer, load_config
-from moeserve.checkpoints.swapped import Swap, swapped_layers
+from moeserve.checkpoints.swapped import Swap, compacted, swapped_layers
+from moeserve.control.record import release_message
+from moeserve.placement import plan_placement
+from moeserve.release import Release
 from tests.checkpoints_on_disk import CONFIG, layer_tensors, write_folder
 from tests.stacked import stacked, whole
 
@@ -64,3 +69,32 @@ def test_what_does_not_fit_is_refused(folders: tuple[Path, Path], tmp_path: Path
     write_folder(tmp_path / "other", wide, layer_tensors())
     with pytest.raises(ConfigError, match=r"/other: gating of layer model\.layers\.0\.mlp is .*; the served layer has"):
         swapped_layers(load_config(old), [Swap(LAYER, tmp_path / "other", frozenset({0}))])
+
+
+def test_a_layer_may_be_swapped_any_number_of_times(folders: tuple[Path, Path]) -> None:
+    """What later swaps have replaced is forgotten, wherever a release goes; what is read is of the last."""
+    old, new = folders
+    config = load_config(old)
+    release, sizes = Release(plan_placement([swapped_layers(config, [])[0].spec], config.placement)), []
+    for number in range(1250):
+        experts = frozenset({number % 4, (number + 1) % 4}) if number % 50 else None
+        made = Swap(LAYER, (old, new)[number % 2], experts, release.revision(LAYER) + 1)
+        release = replace(release, swaps=compacted([*release.swaps, made]))
+        assert release.revision(LAYER) == number + 2
+        sizes.append(len(pickle.dumps(release.swaps)) + len(release_message(release).SerializeToString()))
+    assert max(sizes[1200:]) <= max(sizes[50:100]) + 16, "numbers of revisions have grown by a byte or two"
+    (source,) = release.sources(config)
+    (before,), (after,) = (swapped_layers(load_config(folder), []) for folder in folders)
+    mixed = stacked(source.experts(whole(range(4)))).down_proj
+    # The last: 1249 (expert 1, 2) from new, 1248 (0, 1) from old, 1247 (3, 0) from new; 1200 was of the whole layer, from old.
+    for expert, origin in enumerate((before, after, after, after)):
+        assert torch.equal(mixed[expert], stacked(origin.experts(whole([expert]))).down_proj[0])
+    assert torch.equal(source.router().gate, before.router().gate)
+
+
+def test_swaps_in_any_number_are_read_as_the_last_of_each_expert(folders: tuple[Path, Path]) -> None:
+    old, new = folders
+    (source,) = swapped_layers(load_config(old), [Swap(LAYER, (old, new)[number % 2]) for number in range(1200)])
+    (after,) = swapped_layers(load_config(new), [])
+    assert torch.equal(source.router().gate, after.router().gate)
+    assert len(source.experts(whole(range(4)))) == 4

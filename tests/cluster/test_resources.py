@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from ray._private import worker
 from torch import nn
 
 from moeserve import BackgroundService, CheckpointError, Client, ConfigError, ExpertUnavailable, serve
+from moeserve.cluster.loss import Loss, find_loss
+from tests.cluster.test_hosts import until
 
 pytestmark = pytest.mark.ray
 
@@ -32,19 +38,70 @@ def test_all_is_what_the_nodes_have_room_for(service: BackgroundService) -> None
         assert [len(host.cuda_visible_devices.split(",")) for host in client.stats().hosts] == [2, 2]
 
 
+def test_without_its_folder_ray_is_lost(local_ray: None) -> None:
+    session = Path(worker._global_node.get_session_dir_path())
+    assert find_loss() is None
+    away = session.rename(session.with_name("away"))
+    try:
+        assert find_loss() == Loss(f"the folder of Ray, {session}, has been removed", is_final=False)
+    finally:
+        away.rename(session)
+    assert find_loss() is None
+
+
 class Dying(nn.Linear):
     """An expert that takes its host with it."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__(hidden_size, hidden_size)
         if b"ExpertHost" in Path("/proc/self/cmdline").read_bytes():
+            print("no luck today", file=sys.stderr, flush=True)
             os._exit(1)
 
 
 def test_a_host_that_dies_again_and_again_is_not_waited_for(local_ray: None) -> None:
+    """What is known of it is said: what it was to hold, what Ray says, what it said last."""
     layer = {"hidden_size": 16, "num_experts": 2, "expert": "tests.cluster.test_resources:Dying", "expert_args": {"hidden_size": 16}}
-    with pytest.raises(ExpertUnavailable, match="host-0 died 3 times while it loaded its experts"):
+    sentence = (
+        r"^host-0 died [34] times while it loaded its experts\. It was to hold 0\.0 MiB of weights\. "
+        r"Ray says: .*Its log ends: .*no luck today\.$"
+    )
+    with pytest.raises(ExpertUnavailable, match=sentence):
         serve({"layers": [layer], "placement": {"num_hosts": 1}, "server": SERVER})
+
+
+class Moody(nn.Linear):
+    """An expert that takes its host with it while the file is there; each of its lines is one that did."""
+
+    def __init__(self, hidden_size: int, mood: str) -> None:
+        super().__init__(hidden_size, hidden_size)
+        if os.path.exists(mood) and b"ExpertHost" in Path("/proc/self/cmdline").read_bytes():
+            with open(mood, "a") as deaths:
+                print(os.getpid(), file=deaths)
+            os._exit(1)
+
+
+def test_a_host_that_cannot_come_back_rests_between_tries_and_heals(local_ray: None, tmp_path: Path) -> None:
+    mood = tmp_path / "mood"
+    expert = {"expert": "tests.cluster.test_resources:Moody", "expert_args": {"hidden_size": 16, "mood": str(mood)}}
+    layer = {"hidden_size": 16, "num_experts": 4, "gating": {"top_k": 1}, **expert}
+    placement = {"num_hosts": 2, "cpus_per_host": 0.5}
+
+    def ask(client: Client, expert: int) -> int:
+        ids, weights = torch.full((2, 1), expert), torch.ones(2, 1)
+        return client.forward(torch.randn(2, 16), topk_ids=ids, topk_weights=weights, timeout=120.0).processed[expert].item()
+
+    with serve({"layers": [layer], "placement": placement, "server": SERVER}) as service, Client(service.target) as client:
+        assert [ask(client, expert) for expert in range(4)] == [2] * 4
+        mood.touch()
+        os.kill(next(host.pid for host in service._service.hosts if host.name == "host-1"), signal.SIGKILL)
+        with pytest.raises(ExpertUnavailable, match=r"experts of layer layers\.0 on host-1 cannot be had: host-1 died [34] times"):
+            ask(client, 3)
+        assert ask(client, 0) == 2 and not client.ready()
+        assert len(mood.read_text().splitlines()) <= 5, "it rests, and Ray with it"
+        mood.unlink()
+        until(client.ready)
+        assert ask(client, 3) == 2
 
 
 def test_a_host_that_cannot_read_its_weights_ends_the_start(local_ray: None, tiny_moe: Path, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ async def test_the_slow_are_told_the_latest_only() -> None:
     assert first.current is not None and first.current.epoch == 1 and first.candidate is None
     for epoch in (2, 3):
         await case.frontends.welcome(case.release(epoch))
-        case.frontends.publish(case.release(epoch), ())
+        case.frontends.publish(case.release(epoch))
     await case.frontends.welcome(case.release(4))
     order = await next_of(orders)
     assert order.current is not None and order.candidate is not None
@@ -131,7 +131,7 @@ async def test_who_is_waited_for_when_a_release_is_left() -> None:
     case = Case()
     serving, starting, fresh = [await case.frontends.join(report) for report in (SERVES, Report("starting"), Report("fresh"))]
     await next_of(case.frontends.orders(starting))  # it may be about to serve epoch 1
-    case.frontends.publish(case.release(2), ())
+    case.frontends.publish(case.release(2))
     await next_of(case.frontends.orders(fresh))
     draining = asyncio.create_task(case.frontends.drained())
     for member, report in ((serving, replace(SERVES, epoch=2)), (serving, replace(SERVES, epoch=2, oldest_epoch=2))):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeserve.checkpoints import Swap
+from moeserve.checkpoints import FileMark, Fingerprint, Swap
 from moeserve.config import PlacementConfig, load_config, load_json
 from moeserve.config.spec import LayerSpec
 from moeserve.control.follow import Order, Report, Welcome, followed_config
@@ -33,9 +33,14 @@ HOSTS = st.builds(
     pid=st.integers(0, 2**31),
     num_threads=st.integers(0, 512),
     weights_bytes=st.integers(0, 2**50),
+    since_epoch=st.integers(0, 2**40),
 )
+FILES = st.builds(FileMark, path=TEXT, size=st.integers(0, 2**60), description=st.binary(max_size=16), numbers=st.binary(max_size=16))
+FINGERPRINTS = st.builds(Fingerprint, st.lists(FILES, min_size=1, max_size=3).map(tuple))
 SWAPS = st.builds(
     Swap,
+    revision=st.integers(2, 2**40),
+    fingerprint=st.none() | FINGERPRINTS,
     layer=st.text(min_size=1, max_size=9),
     checkpoint=st.sampled_from([Path("/a"), Path("/b/ü c")]),
     experts=st.none() | st.frozensets(st.integers(0, 999), min_size=1),
@@ -55,11 +60,12 @@ def releases(draw: st.DrawFn) -> Release:
     config = PlacementConfig(num_hosts=num_hosts, copies=copies, tensor_parallel=shards)
     numbers = sorted(draw(st.sets(st.integers(0, 40), min_size=num_hosts, max_size=num_hosts)))
     placement = plan_placement([spec()] * draw(st.integers(1, 3)), config).renumbered(numbers, draw(st.integers(1, 2**40)))
-    return Release(placement, tuple(draw(st.lists(SWAPS, max_size=3))))
+    return Release(placement, tuple(draw(st.lists(SWAPS, max_size=3))), draw(st.dictionaries(TEXT, FINGERPRINTS, max_size=2)))
 
 
 def assert_equal(one: Release, other: Release) -> None:
-    assert (one.epoch, one.placement.num_hosts, one.swaps) == (other.epoch, other.placement.num_hosts, other.swaps)
+    assert (one.epoch, one.placement.num_hosts) == (other.epoch, other.placement.num_hosts)
+    assert (one.swaps, one.deployed) == (other.swaps, other.deployed)
     assert len(one.placement.layers) == len(other.placement.layers)
     for layer, same in zip(one.placement.layers, other.placement.layers, strict=True):
         assert (layer.num_hosts, layer.tensor_parallel) == (same.num_hosts, same.tensor_parallel)
@@ -81,9 +87,9 @@ def test_hosts_are_read_back(hosts: dict[int, HostInfo]) -> None:
 
 @given(releases(), st.none() | releases(), st.dictionaries(st.integers(0, 99), HOSTS, max_size=2), st.sampled_from([None, KEYS]))
 def test_an_order_is_read_back(current: Release, candidate: Release | None, hosts: dict[int, HostInfo], keys: KeyPair | None) -> None:
-    order = Order(current, candidate, hosts, Welcome("id", "{}", keys, 2.5))
+    order = Order(current, candidate, hosts, Welcome("id", "{}", keys, 2.5), {number: f"why {number}" for number in hosts})
     read = Order.from_message(pb.FrontendOrder.FromString(order.to_message().SerializeToString()))
-    assert (read.hosts, read.welcome) == (order.hosts, order.welcome)
+    assert (read.hosts, read.welcome, read.failing) == (order.hosts, order.welcome, order.failing)
     assert read.current is not None
     assert_equal(read.current, current)
     assert (read.candidate is None) == (candidate is None)
@@ -141,6 +147,12 @@ def test_a_release_that_cannot_be_is_refused(changes: dict[str, Any]) -> None:
 def test_a_host_that_cannot_be_reached_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest):
         read_hosts([pb.Host(**({"endpoints": ["tcp://127.0.0.1:1"], "public_key": KEYS.public} | changes))])
+
+
+def test_reasons_are_short_and_of_hosts_that_there_can_be() -> None:
+    assert len(Order.from_message(Order(failing={1: "x" * 5000}).to_message()).failing[1]) == 1000
+    with pytest.raises(InvalidRequest, match="failing is not what it should be; allowed: numbers below"):
+        Order.from_message(pb.FrontendOrder(failing={2**20: "why"}))
 
 
 def test_followed_configuration_keeps_what_was_said_and_what_was_not(tiny_moe: Path) -> None:

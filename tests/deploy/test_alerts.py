@@ -19,6 +19,7 @@ AT = 'job="moeserve", instance="a:9464"'
 WELL = {
     f"up{{{AT}}}": "1x60",
     f'moeserve_host_up{{{AT}, host="host-0"}}': "1x60",
+    f"moeserve_hosts_failing{{{AT}}}": "0x60",
     f"moeserve_host_restarts_total{{{AT}}}": "0x20 1x40",
     f'moeserve_expert_copies{{{AT}, layer="l", expert="0", state="live"}}': "1x60",
     f'moeserve_expert_tokens_total{{{AT}, layer="l", expert="0"}}': "0+600x60",
@@ -61,6 +62,7 @@ SICK = {
     "MoeserveHostDown": Sick(
         {f'moeserve_host_up{{{AT}, host="host-0"}}': "1x10 0x50"}, {**HERE, "host": "host-0"}, "a:9464 has lost host-0"
     ),
+    "MoeserveHostFailing": Sick({f"moeserve_hosts_failing{{{AT}}}": "0x10 2x50"}, HERE, "2 hosts cannot be started again, says a:9464"),
     "MoeserveHostRestarts": Sick(
         {f"moeserve_host_restarts_total{{{AT}}}": "0x45 1+1x14"}, HERE, "hosts came back 15 times in 15 minutes, says a:9464"
     ),

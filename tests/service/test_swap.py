@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from moeserve import CheckpointError, Client, ConfigError, ForwardOutput, MoELayer, UnknownLayer
+from moeserve.checkpoints.huggingface import HuggingFaceLayer
+from moeserve.gating import Router
 from tests.checkpoints_on_disk import CONFIG, MLP, layer_tensors, write_folder
 from tests.closeness import assert_close
+from tests.followers import ThreadedFrontend
 from tests.harness import CHANNELS, Kind, ServiceHarness
 
 LAYER = "model.layers.0.mlp"
@@ -147,3 +151,38 @@ def test_a_change_that_fails_on_a_host_does_not_show_in_the_next_one(tmp_path: P
         answer = client.forward(tokens(0))
         assert answer.model_revision == 2
         assert_close(answer.hidden_states, before)
+
+
+def test_a_gate_is_read_once_and_requests_are_answered_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the frontend here and by one that follows; and not at all when only places change."""
+    old, new = folder(tmp_path / "old", 0), folder(tmp_path / "new", 1)
+    begun, leave, router = threading.Semaphore(0), threading.Event(), HuggingFaceLayer.router
+    with ServiceHarness(configuration(old), "shm", tmp_path) as service, ThreadPoolExecutor() as pool, ExitStack() as stack:
+        service.call(service.open_control())
+        follower = stack.enter_context(ThreadedFrontend(service.control_target))
+        clients = [stack.enter_context(Client(target)) for target in (service.target, follower.target)]
+        before = clients[0].forward(tokens(0)).hidden_states
+        reads = []
+
+        def slow(layer: HuggingFaceLayer) -> Router:
+            reads.append(layer.files.folder)
+            begun.release()
+            assert leave.wait(60)
+            return router(layer)
+
+        monkeypatch.setattr(HuggingFaceLayer, "router", slow)
+        swapping = pool.submit(service.call, service.controller.swap(LAYER, new))
+        try:
+            for _ in clients:
+                assert begun.acquire(timeout=30)
+            for client in clients:
+                assert_close(client.forward(tokens(0), timeout=20).hidden_states, before)
+        finally:
+            leave.set()
+        assert swapping.result(timeout=30).epoch == 2
+        assert reads == [new, new]
+        service.call(service.controller.scale(3))
+        service.call(service.controller.swap(LAYER, old, [1]))
+        assert reads == [new, new]
+        for client in clients:
+            assert client.forward(tokens(0)).model_revision == 3
