@@ -14,7 +14,7 @@ from moeserve.control import Frontends
 from moeserve.control.follow import Report
 from moeserve.control.frontends import Member
 from moeserve.errors import ExpertUnavailable, InvalidRequest
-from moeserve.server.boundary import Context, Handler
+from moeserve.server.rpc import Context, Handler
 from moeserve.v1 import control_service_pb2 as pb
 
 CONTROL_SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["ControlService"].full_name
