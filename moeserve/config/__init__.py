@@ -4,6 +4,7 @@ from moeserve.config.activation import LIMITED, Activation, ActivationName, pars
 from moeserve.config.gating import BY_TOKEN_ID, GatingConfig
 from moeserve.config.load import load_config, load_json, load_server
 from moeserve.config.overrides import GatingOverrides, override
+from moeserve.config.server import ServerConfig
 from moeserve.config.service import (
     BatchingConfig,
     CommunicationConfig,
@@ -14,16 +15,32 @@ from moeserve.config.service import (
     PlacementConfig,
     RayConfig,
     ResilienceConfig,
-    ServerConfig,
     ServiceConfig,
     SharedExpertConfig,
 )
 from moeserve.config.spec import LayerSpec
-from moeserve.config.values import Bits, CopyChoice, Dtype, Kernel, Mixing, Quantization
+from moeserve.config.values import (
+    MAX_EXPERTS,
+    MAX_HOSTS,
+    MAX_LAYERS,
+    MAX_PHYSICAL,
+    MAX_SIZE,
+    Bits,
+    CopyChoice,
+    Dtype,
+    Kernel,
+    Mixing,
+    Quantization,
+)
 
 __all__ = [
     "BY_TOKEN_ID",
     "LIMITED",
+    "MAX_EXPERTS",
+    "MAX_HOSTS",
+    "MAX_LAYERS",
+    "MAX_PHYSICAL",
+    "MAX_SIZE",
     "Activation",
     "ActivationName",
     "BatchingConfig",

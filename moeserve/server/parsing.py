@@ -11,6 +11,9 @@ from moeserve.errors import InvalidRequest
 from moeserve.log_limit import limited_logger
 from moeserve.server.rpc import Context
 
+#: of requests without tensors: names, and at most the number of every expert of a layer
+MAX_REQUEST_BYTES: Final = 2**20
+
 _strangers: Final = limited_logger(__name__)
 
 
@@ -26,6 +29,8 @@ class Parser:
         if self._deserializer is None:
             return message
         try:
+            if len(message) > MAX_REQUEST_BYTES:
+                raise InvalidRequest(f"a request of {len(message)} bytes to {self._method}; allowed: at most {MAX_REQUEST_BYTES}")
             return self._deserializer(message)
         except (DecodeError, ValueError):
             sentence = f"{len(message)} bytes are not a request of {self._method} in protobuf"

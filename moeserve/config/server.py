@@ -1,0 +1,45 @@
+"""The table [server]."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from moeserve.config.table import Table
+from moeserve.config.values import MAX_SIZE, File, Port, Seconds, Size
+
+
+class ServerConfig(Table):
+    """[server]: where it listens, who may call, and how much."""
+
+    host: str = "127.0.0.1"
+    #: 0 = any free port
+    port: Port = 50051
+    metrics_port: Port = 9464
+    #: the standard health service and nothing else, in plain text whatever `port` speaks, for probes that cannot do TLS; unset = none
+    health_port: Port | None = None
+    tls_cert: File | None = None
+    tls_key: File | None = None
+    #: certificate authority of the clients; set = clients must present a certificate (mutual TLS)
+    client_ca: File | None = None
+    #: file holding the bearer token that clients must send
+    auth_token_file: File | None = None
+    #: file holding another token, for AdminService; unset = what is served cannot be changed from outside
+    admin_token_file: File | None = None
+    #: serve a non-loopback address without TLS and token
+    insecure: bool = False
+    max_message_bytes: int = Field(default=256 * 2**20, ge=2**16, le=MAX_SIZE)
+    max_tokens_per_request: Size = 65536
+    #: tokens admitted and not yet answered; the rest is refused at once
+    max_queued_tokens: Size = 262144
+    #: how long running requests may take to finish after SIGTERM
+    drain_timeout_s: Seconds = 30.0
+
+    @model_validator(mode="after")
+    def _tls_is_complete(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("server.tls_cert and server.tls_key must be given together")
+        if self.client_ca is not None and self.tls_cert is None:
+            raise ValueError("server.client_ca needs server.tls_cert and server.tls_key")
+        return self
