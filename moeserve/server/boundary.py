@@ -18,6 +18,7 @@ from typing import Any, Final, Never
 import grpc
 
 from moeserve.errors import ExpertUnavailable, MoEServeError, Overloaded, Unauthenticated
+from moeserve.files import Rotating
 from moeserve.server.parsing import Parser
 from moeserve.server.rpc import Behavior, Context, Handler
 from moeserve.server.security import Tokens
@@ -40,7 +41,7 @@ class Boundary(grpc.aio.ServerInterceptor):
     A stream that ends well is not observed as a whole: it may live for days, and its service observes every message.
     """
 
-    def __init__(self, tokens: Tokens, observe: Observe, max_streams: int = MAX_STREAMS) -> None:
+    def __init__(self, tokens: Rotating[Tokens], observe: Observe, max_streams: int = MAX_STREAMS) -> None:
         self.draining = asyncio.Event()
         self._tokens = tokens
         self._observe = observe
@@ -86,7 +87,7 @@ class Boundary(grpc.aio.ServerInterceptor):
 
     def _let_in(self, method: str) -> tuple[str, Collection[bytes]]:
         """What the token for a method is called, and those that do; none = anyone may."""
-        tokens = self._tokens
+        tokens = self._tokens.current()
         if method.startswith(_CONTROL):
             return "frontend", tokens.frontends
         which, token = ("admin", tokens.admin) if method.startswith(_ADMIN) else ("bearer", tokens.caller)

@@ -15,11 +15,12 @@ from moeserve.config import ServerConfig
 from moeserve.errors import ConfigError
 from moeserve.server.admin import ADMIN_SERVICE_NAME, Admin, AdminService
 from moeserve.server.boundary import Boundary, Observe
+from moeserve.server.certificates import server_credentials
 from moeserve.server.control import CONTROL_SERVICE_NAME, Control, ControlService
 from moeserve.server.engine import Engine
 from moeserve.server.grpc_log import leave_out_callers_that_left
 from moeserve.server.health import HEALTH_SERVICE_NAME, Health
-from moeserve.server.security import check_exposure, read_tokens, server_credentials
+from moeserve.server.security import FrontendTokens, check_exposure, rotating_tokens
 from moeserve.server.service import SERVICE_NAME, MoEService
 
 #: after the last call has ended: for its answer to leave, and before watchers of the health service are cut off
@@ -58,7 +59,7 @@ class GrpcServer:
         if has_engine:
             check_exposure(config)
         leave_out_callers_that_left()
-        tokens = read_tokens(config, frozenset() if control is None else control.tokens)
+        tokens = rotating_tokens(config, FrontendTokens() if control is None else control.tokens)
         self._config = config
         self._where = ("server.host", "server.port") if has_engine else ("controller.control_host", "controller.control_port")
         self._layers: list[str] = []
@@ -72,9 +73,9 @@ class GrpcServer:
         services: dict[str, grpc.GenericRpcHandler] = {}
         if has_engine:
             services[SERVICE_NAME] = self._service.handlers()
-        if admin is not None and tokens.admin is not None:
+        if admin is not None and config.admin_token_file is not None:
             services[ADMIN_SERVICE_NAME] = AdminService(admin).handlers()
-        if control is not None and tokens.frontends:
+        if control is not None and control.tokens:
             services[CONTROL_SERVICE_NAME] = ControlService(control.frontends, self._boundary.draining).handlers()
         self._health = Health(list(services), None if has_engine else ())
         self._server.add_generic_rpc_handlers((*services.values(), self._health.handlers()))

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import resource
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import grpc
 import pytest
@@ -124,3 +128,34 @@ async def test_connections_are_bounded_by_what_the_process_may_open(monkeypatch:
     assert (await running.stub.Forward(request(), timeout=20, wait_for_ready=True)).HasField("hidden_states")
     await running.channel.close()
     await running.server.stop()
+
+
+GARBAGE = """
+import moeserve.cli
+
+import asyncio, os, pathlib, sys
+from tests.server.certificates import Authority
+from tests.server.conftest import run
+
+async def main():
+    folder = pathlib.Path(sys.argv[1])
+    cert, key = Authority(folder, "ours").sign("server")
+    key.chmod(0o600)
+    running = await run(tls_cert=cert, tls_key=key)
+    for message in (b"GET / HTTP/1.1", os.urandom(200), b"\\x16\\x03\\x01\\x02\\x00\\x01" + os.urandom(100)) * 5:
+        _, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        writer.write(message)
+        writer.close()
+        await writer.wait_closed()
+    await running.channel.close()
+    await running.server.stop()
+
+asyncio.run(main())
+"""
+
+
+def test_connections_that_do_not_speak_tls_are_no_lines(tmp_path: Path) -> None:
+    root, environment = Path(__file__).parents[2], {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    command = [sys.executable, "-c", GARBAGE, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=root, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

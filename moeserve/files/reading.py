@@ -1,4 +1,4 @@
-"""Files that somebody else has named: settings, tokens, certificates, whatever lies in a checkpoint folder."""
+"""Reading what may be anything."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import Final
 
+from moeserve.log_limit import limited_logger
+
+strangers: Final = limited_logger(__name__)
+
+_MAX_SECRET_BYTES: Final = 2**20
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
@@ -26,6 +32,20 @@ def read_file(path: Path, max_bytes: int) -> bytes:
     if len(data) > max_bytes:
         raise OSError(errno.EFBIG, f"It has more than {max_bytes} bytes", str(path))
     return data
+
+
+def read_secret(path: Path) -> bytes:
+    """All of a file with a token or a key. Raises OSError, as `read_file`, also when every user of this machine could have written it.
+
+    One that they can read is warned about, unless root keeps it for this process, as in a volume of Kubernetes.
+    """
+    status = require_file(path)
+    if status.st_mode & stat.S_IWOTH:
+        raise PermissionError(errno.EPERM, "Every user of this machine could have written it: chmod 600", str(path))
+    is_given = status.st_uid == 0 != os.geteuid()
+    if status.st_mode & stat.S_IROTH and not is_given:
+        strangers.warning("%s holds a secret, and every user of this machine can read it: chmod 600", path, extra={"kind": str(path)})
+    return read_file(path, _MAX_SECRET_BYTES)
 
 
 def require_file(path: Path) -> os.stat_result:
