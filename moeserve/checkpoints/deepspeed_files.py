@@ -42,10 +42,13 @@ class DeepSpeedFolder:
     @classmethod
     def find(cls, folder: Path) -> Self | None:
         """The folder itself, or the tag that its `latest` names; None without files of experts."""
-        tag = _latest(folder)
-        for path in (folder, *((folder / tag,) if tag and tag == Path(tag).name else ())):
-            if path.is_dir() and _expert_files(path):
-                return cls(path)
+        try:
+            tag = _latest(folder)
+            for path in (folder, *((folder / tag,) if tag and tag == Path(tag).name else ())):
+                if path.is_dir() and _expert_files(path):
+                    return cls(path)
+        except OSError as error:
+            raise CheckpointError(f"checkpoint folder {folder} cannot be read: {error.strerror}") from None
         return None
 
     @property
