@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
@@ -27,25 +27,27 @@ _OPTIONS: Final = (
 
 
 class ControlClient:
-    """The ControlService at `target` ("host:port"), with a frontend token; tls as for `Client`.
+    """The ControlService at `target` ("host:port"), with a frontend token, or what says it at each attempt; tls as for `Client`.
 
     Raises ConfigError naming a file that cannot be read.
     """
 
-    def __init__(self, target: str, token: str, tls: TLS | bool | None = None) -> None:
+    def __init__(self, target: str, token: str | Callable[[], str], tls: TLS | bool | None = None) -> None:
         self._target = target
-        self._metadata = call_metadata(token)
-        self._credentials = channel_credentials(tls)
+        self._token = token
+        self._tls = tls
+        channel_credentials(tls)
 
     @asynccontextmanager
     async def follow(self) -> AsyncIterator[FollowStream]:
         """One attempt, on a connection of its own: a name may stand for another machine by now."""
-        if self._credentials is None:
+        credentials, token = channel_credentials(self._tls), self._token if isinstance(self._token, str) else self._token()
+        if credentials is None:
             channel = grpc.aio.insecure_channel(self._target, options=_OPTIONS)
         else:
-            channel = grpc.aio.secure_channel(self._target, self._credentials, options=_OPTIONS)
+            channel = grpc.aio.secure_channel(self._target, credentials, options=_OPTIONS)
         async with channel:
-            call = pb_grpc.ControlServiceStub(channel).Follow(metadata=self._metadata)  # type: ignore[no-untyped-call]
+            call = pb_grpc.ControlServiceStub(channel).Follow(metadata=call_metadata(token))  # type: ignore[no-untyped-call]
             try:
                 yield FollowStream(call, self._target)
             finally:

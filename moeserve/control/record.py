@@ -114,6 +114,11 @@ def require_short(text: str, field: str, max_chars: int) -> None:
     _require(len(text) <= max_chars, field, f"at most {max_chars} characters")
 
 
+def require_printable(text: str, field: str) -> None:
+    """Raises InvalidRequest when it has line ends or other control characters in it."""
+    _require(text.isprintable(), field, "printable characters")
+
+
 def _packed(numbers: npt.NDArray[np.integer]) -> bytes:
     return numbers.astype("<i4").tobytes()
 
