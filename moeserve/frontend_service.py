@@ -36,14 +36,14 @@ _GOODBYE_S: Final = 2.0
 class FrontendService:
     """`start` it, use `target`, `stop` it. When `broken` is done, it cannot go on: stop it, and tell why.
 
-    Listens as `server` says; what it serves, and how, is told by `controller` ("host:port"), to which `token` admits it. `node` is the Ray
-    node this process is on, if it is on one: hosts there are reached through memory.
+    Listens as `server` says; what it serves, and how, is told by `controller` ("host:port"), to which `token` admits it, or what that says
+    whenever it connects. `node` is the Ray node this process is on, if it is on one: hosts there are reached through memory.
     """
 
     def __init__(
         self,
         controller: str,
-        token: str,
+        token: str | Callable[[], str],
         server: ServerConfig,
         *,
         tls: TLS | None = None,

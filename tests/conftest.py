@@ -16,6 +16,8 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 import torch
 from hypothesis import settings
 
+from moeserve.log_limit import LIMIT
+
 # How long something takes is measured in benchmarks/, not here.
 settings.register_profile("moeserve", deadline=None)
 settings.load_profile("moeserve")
@@ -26,6 +28,12 @@ REPOSITORY = Path(__file__).parents[1]
 @pytest.fixture(scope="session", autouse=True)
 def two_threads() -> None:
     torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def nothing_logged_yet() -> None:
+    """Lines that are written once a minute are written in every test."""
+    LIMIT.forget()
 
 
 @pytest.fixture(autouse=True)

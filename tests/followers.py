@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,7 +23,7 @@ TOKEN = "follow"
 class ThreadedFrontend:
     """`with ThreadedFrontend(service.control_target) as frontend: Client(frontend.target)`; `frontend.service` is the program itself."""
 
-    def __init__(self, controller: str, node: str = "", token: str = TOKEN, **more: Any) -> None:
+    def __init__(self, controller: str, node: str = "", token: str | Callable[[], str] = TOKEN, **more: Any) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._made = (controller, token, node, more)

@@ -14,11 +14,14 @@ from moeserve.checkpoints.deepspeed_rest import GATE, Rest, joined
 from moeserve.checkpoints.torch_file import TorchFile
 from moeserve.config import Dtype
 from moeserve.errors import CheckpointError
+from moeserve.files import read_file
 from moeserve.tensors import FLOAT_DTYPES, dtype_name
 
 _MAIN = "mp_rank_00_model_states.pt"
 _EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 _EXPERTS = ".deepspeed_moe.experts.deepspeed_experts."
+#: a folder's name is no longer
+_MAX_TAG_BYTES = 1024
 #: where torch keeps what a module has beside its tensors
 _EXTRA_STATE = "_extra_state"
 
@@ -39,11 +42,13 @@ class DeepSpeedFolder:
     @classmethod
     def find(cls, folder: Path) -> Self | None:
         """The folder itself, or the tag that its `latest` names; None without files of experts."""
-        latest = folder / "latest"
-        tag = latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
-        for path in (folder, *((folder / tag,) if tag and tag == Path(tag).name else ())):
-            if path.is_dir() and _expert_files(path):
-                return cls(path)
+        try:
+            tag = _latest(folder)
+            for path in (folder, *((folder / tag,) if tag and tag == Path(tag).name else ())):
+                if path.is_dir() and _expert_files(path):
+                    return cls(path)
+        except OSError as error:
+            raise CheckpointError(f"checkpoint folder {folder} cannot be read: {error.strerror}") from None
         return None
 
     @property
@@ -155,6 +160,19 @@ class DeepSpeedTensors:
         }[kind]
         theirs = self._folder.of_layer(self._number, theirs)
         return self._folder.rest.path, theirs, self._folder.rest.tensor(theirs)
+
+
+def _latest(folder: Path) -> str:
+    """The tag that the file of that name holds; "" without one. Raises CheckpointError when it is no name."""
+    latest = folder / "latest"
+    if not latest.is_file():
+        return ""
+    try:
+        return read_file(latest, _MAX_TAG_BYTES).decode("utf-8").strip()
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{latest} is not text; expected the name of a folder") from None
+    except OSError as error:
+        raise CheckpointError(f"{latest} cannot be read: {error.strerror}") from None
 
 
 def _expert_files(path: Path) -> list[tuple[Path, re.Match[str]]]:

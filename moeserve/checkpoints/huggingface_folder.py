@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Final, get_args
 
 from pydantic import ValidationError
 
@@ -20,17 +20,20 @@ from moeserve.checkpoints.families import FAMILIES, family_of, is_known, support
 from moeserve.checkpoints.family import Family, Layout
 from moeserve.checkpoints.huggingface import HuggingFaceLayer
 from moeserve.checkpoints.json_file import read_json
-from moeserve.checkpoints.keys import Config, LastRead, has, is_whole, lookup, must_be, shown, whole
+from moeserve.checkpoints.keys import Config, LastRead, allowed_whole, has, is_whole, lookup, must_be, shown, whole
 from moeserve.checkpoints.layer_tensors import check_dense, check_tensors, is_dense
 from moeserve.checkpoints.lookalikes import unknown
 from moeserve.checkpoints.quantization_config import read_scheme
 from moeserve.checkpoints.safetensors_folder import SafetensorsFolder
 from moeserve.checkpoints.wrappers import everywhere, language_model, model_types
-from moeserve.config import Dtype, GatingConfig, LayerSpec
+from moeserve.config import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE, Dtype, GatingConfig, LayerSpec
 from moeserve.errors import CheckpointError, ConfigError
 from moeserve.gating.expert_groups import check_groups
 
 log = logging.getLogger(__name__)
+
+#: sizes of a layer, and what they can be at most
+_MOST: Final = {"hidden_size": MAX_SIZE, "intermediate_size": MAX_SIZE, "num_experts": MAX_EXPERTS, "num_experts_per_tok": MAX_EXPERTS}
 
 
 def huggingface_layers(folder: Path, dtype: Dtype | None, family: str | None = None) -> list[HuggingFaceLayer]:
@@ -134,10 +137,7 @@ class _Model:
     def _layer(self, index: int, model_type: str) -> HuggingFaceLayer:
         family = self._family
         config = family.of_layer(self._config, index)
-        sizes = {
-            name: self._size(config, getattr(family, name), index)
-            for name in ("hidden_size", "intermediate_size", "num_experts", "num_experts_per_tok")
-        }
+        sizes = {name: self._size(config, getattr(family, name), index, at_most) for name, at_most in _MOST.items()}
         gating = GatingConfig(top_k=sizes["num_experts_per_tok"], **family.gating(config))
         layout = _needed(self._layout(index), gating)
         prefix, shared = layout.prefix.format(index=index), layout.shared_projections
@@ -173,7 +173,10 @@ class _Model:
 
     def _identity_experts(self) -> int:
         key = self._family.identity_experts
-        return whole(self._config, key, 0, at_least=0) if key else 0
+        count = whole(self._config, key, 0, at_least=0) if key else 0
+        if count > MAX_EXPERTS:
+            raise must_be(self._config, key, allowed_whole(count, 0, MAX_EXPERTS))
+        return count
 
     def _check_choices(self, spec: LayerSpec) -> None:
         if spec.gating.top_k > spec.num_experts:
@@ -189,21 +192,24 @@ class _Model:
         config, named_by = self._config, self._family.layers_named_by
         key = next((key for key in named_by if config.get(key) is not None), None)
         if key is None and not (named_by and config.get("num_hidden_layers") is None):
-            return whole(config, _key(config, self._family.num_hidden_layers))
+            key = _key(config, self._family.num_hidden_layers)
+            if (count := whole(config, key)) > MAX_LAYERS:
+                raise must_be(config, key, allowed_whole(count, 1, MAX_LAYERS))
+            return count
         named = config.get(key or named_by[0])
         if not (isinstance(named, list | str) and named):
             raise must_be(config, key or named_by[0], "a list or a word with something for each layer")
         return len(named)
 
-    def _size(self, config: Config, keys: tuple[str, ...], index: int) -> int:
+    def _size(self, config: Config, keys: tuple[str, ...], index: int, at_most: int) -> int:
         """Of a layer, which may have its own in a list of one for each."""
         key = _key(config, keys)
-        value = lookup(config, key)
-        if isinstance(value, list) and len(value) == self._count and all(is_whole(size, 1) for size in value):
-            return int(value[index])
-        if not is_whole(value, 1):
+        given = lookup(config, key)
+        is_list = isinstance(given, list) and len(given) == self._count and all(is_whole(size, 1) for size in given)
+        value = given[index] if is_list else given
+        if not is_whole(value, 1) or value > at_most:
             per_layer = f", or a list of one for each of the {self._count} layers" if isinstance(value, list) else ""
-            raise must_be(config, key, f"a positive whole number{per_layer}")
+            raise must_be(config, key, f"{allowed_whole(value, 1, at_most)}{per_layer}")
         return int(value)
 
     def _layout(self, index: int) -> Layout:

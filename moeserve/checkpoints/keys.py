@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
+from moeserve.config import MAX_SIZE
+
 Config = Mapping[str, Any]
 
 
@@ -54,13 +56,20 @@ def must_be(config: Config, key: str, allowed: str) -> ValueError:
 
 
 def is_whole(value: Any, at_least: int) -> bool:
-    return type(value) is int and value >= at_least
+    return type(value) is int and at_least <= value <= MAX_SIZE
+
+
+def allowed_whole(value: Any, at_least: int, at_most: int = MAX_SIZE) -> str:
+    """What `must_be` says of a whole number that is not allowed."""
+    if type(value) is int and value > at_most:
+        return f"at most {at_most}"
+    return "a positive whole number" if at_least == 1 else f"a whole number of at least {at_least}"
 
 
 def whole(config: Config, key: str, default: int | None = None, at_least: int = 1) -> int:
     value = lookup(config, key) if has(config, key) else default
     if not is_whole(value, at_least):
-        raise must_be(config, key, "a positive whole number" if at_least == 1 else f"a whole number of at least {at_least}")
+        raise must_be(config, key, allowed_whole(value, at_least))
     return int(value)  # type: ignore[arg-type]
 
 

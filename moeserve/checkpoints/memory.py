@@ -18,8 +18,11 @@ _BYTES_BESIDE = 2**28
 
 def host_bytes(sources: Sequence[LayerSource], placement: Placement) -> list[int]:
     """The bytes of all its experts, of every host by its number; 0 for numbers without a host."""
-    layers = list(zip(sources, placement.layers, strict=True))
-    return [sum(bank_bytes(source, layer.shards_on(host)) for source, layer in layers) for host in range(placement.num_hosts)]
+    nbytes = [0] * placement.num_hosts
+    for source, layer in zip(sources, placement.layers, strict=True):
+        for host, shards in layer.by_host():
+            nbytes[host] += bank_bytes(source, shards)
+    return nbytes
 
 
 def check_memory(nbytes: Sequence[int], config: ServiceConfig, machine_bytes: int) -> None:

@@ -18,7 +18,9 @@ from moeserve.checkpoints.native import MODEL_TYPE, NativeLayer, native_layers
 from moeserve.checkpoints.seeded import SeededLayer
 from moeserve.checkpoints.source import LayerSource
 from moeserve.config import GatingConfig, LayerConfig, LayerSpec, ServiceConfig
-from moeserve.errors import ConfigError
+from moeserve.errors import CheckpointError, ConfigError
+from moeserve.files import require_folder
+from moeserve.gating.expert_groups import check_groups
 
 StoredLayer = HuggingFaceLayer | NativeLayer
 
@@ -30,7 +32,7 @@ def layer_sources(config: ServiceConfig) -> list[LayerSource]:
     if model.checkpoint is None:
         found: Sequence[SeededLayer | StoredLayer] = [_seeded(index, layer, config) for index, layer in enumerate(config.layers)]
     else:
-        found = _stored(model.checkpoint, config)
+        found = _read(model.checkpoint, config)
     for layer in found:
         sources.append(replace(layer, spec=replace(layer.spec, kernel=model.kernel, deterministic=model.deterministic)))
     for source in sources:
@@ -38,6 +40,7 @@ def layer_sources(config: ServiceConfig) -> list[LayerSource]:
             raise ConfigError(
                 f"layer {source.spec.name}: gating.top_k is {source.spec.gating.top_k}, but it has {source.spec.num_experts} experts"
             )
+        check_groups(source.spec.num_experts, source.spec.gating)
         if source.spec.module is not None and config.placement.tensor_parallel > 1:
             raise ConfigError(
                 f"placement.tensor_parallel must be 1: the experts of layer {source.spec.name} are modules, which cannot be split"
@@ -58,6 +61,17 @@ def layer_sources(config: ServiceConfig) -> list[LayerSource]:
 def _seeded(index: int, layer: LayerConfig, config: ServiceConfig) -> SeededLayer:
     spec = spec_of(layer.name or f"layers.{index}", layer, config.model.dtype or "float32", config.model.quantization)
     return SeededLayer(spec, layer.seed, intermediate_sizes(layer), layer.shared_expert)
+
+
+def _read(folder: Path, config: ServiceConfig) -> list[StoredLayer]:
+    """The served layers of a folder, whatever that is."""
+    try:
+        require_folder(folder)
+        return _stored(folder, config)
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint folder {folder} does not exist") from None
+    except OSError as error:
+        raise CheckpointError(f"checkpoint folder {folder} cannot be read: {error.strerror}") from None
 
 
 def _stored(folder: Path, config: ServiceConfig) -> list[StoredLayer]:

@@ -119,9 +119,14 @@ class SafetensorsFolder:
 
     def read(self, name: str, shape: Sequence[int], dtype: torch.dtype, expert: int | None = None) -> torch.Tensor:
         """The tensor, which must have `shape`, or its `expert`-th slice along the first dimension, cast to `dtype`; finite."""
+        self.check(name, shape, expert)
         out = torch.empty(tuple(shape) if expert is None else tuple(shape[1:]), dtype=dtype)
         self.read_into(out if out.dim() > 1 else out[None], name, shape, expert)
         return out
+
+    def check(self, name: str, shape: Sequence[int], expert: int | None = None) -> None:
+        """That the tensor has that shape, by the file's header: before there is memory for what config.json says."""
+        self._checked(name, shape, expert)
 
     def read_into(
         self,

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from moeserve.errors import CheckpointError
+from moeserve.files import require_file
 
 _POINTER: Final = b"version https://git-lfs."
 
@@ -39,8 +40,9 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._version = _version(os.stat(path))
-            reject_pointer(path)
+            self._version = _version(require_file(path))
+            with path.open("rb") as file:
+                reject_pointer(path, file.read(len(_POINTER)))
             # The library sees to it that sizes, offsets and the length of the file agree; it does not tell offsets.
             with safe_open(path, framework="pt"):
                 self.tensors = _header(path)
@@ -93,11 +95,10 @@ def _version(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def reject_pointer(path: Path) -> None:
-    """Raises CheckpointError for the few lines of text that Git leaves in a file's place when Git LFS has not fetched it, OSError."""
-    with path.open("rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
-            raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in {path.parent}")
+def reject_pointer(path: Path, content: bytes) -> None:
+    """Raises CheckpointError for the few lines of text that Git leaves in a file's place when Git LFS has not fetched it."""
+    if content.startswith(_POINTER):
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in {path.parent}")
 
 
 def _header(path: Path) -> dict[str, StoredTensor]:

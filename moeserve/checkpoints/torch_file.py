@@ -17,6 +17,7 @@ import torch
 
 from moeserve.checkpoints.inert_pickle import External, Made, Named, read_pickle
 from moeserve.errors import CheckpointError
+from moeserve.files import require_file
 
 _DTYPES = {
     "torch.DoubleStorage": torch.float64,
@@ -30,6 +31,8 @@ _DTYPES = {
     "torch.ByteStorage": torch.uint8,
     "torch.BoolStorage": torch.bool,
 }
+#: "little" or "big"; what is compressed may claim to be anything
+_MAX_ORDER_BYTES = 16
 _TENSOR = "torch._utils._rebuild_tensor_v2"
 _PARAMETER = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 _WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"
@@ -45,13 +48,15 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            require_file(path)
             with zipfile.ZipFile(path) as archive:
                 self._entries = {entry.filename: entry for entry in archive.infolist()}
                 name = next((name for name in self._entries if name.count("/") == 1 and name.endswith("/data.pkl")), "data.pkl")
                 self._root = name.removesuffix("data.pkl")
                 if self._entries[name].compress_type != zipfile.ZIP_STORED:
                     raise ValueError("its pickle is compressed")
-                if f"{self._root}byteorder" in self._entries and archive.read(f"{self._root}byteorder") != b"little":
+                order = self._entries.get(f"{self._root}byteorder")
+                if order is not None and (order.file_size > _MAX_ORDER_BYTES or archive.read(order) != b"little"):
                     raise ValueError("its numbers are big-endian")
                 content = read_pickle(archive.read(name))
         except FileNotFoundError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from moeserve.cli.flags import Overrides
 from moeserve.cli.serving import serve_until_told
 from moeserve.cli.streams import tell
 from moeserve.cli.target import TlsCa
-from moeserve.cli.token import read_token
+from moeserve.cli.token import rotating_token
 from moeserve.client import TLS
 from moeserve.config import ServerConfig, load_server
 from moeserve.frontend_service import FrontendService
@@ -37,10 +38,10 @@ def frontend(
     tls = TLS(ca=tls_ca, cert=server.tls_cert, key=server.tls_key) if tls_ca else None
     torch.set_num_threads(1)
     keep_large_blocks()
-    asyncio.run(_serve(controller, read_token(frontend_token_file), server, tls, name, timeout))
+    asyncio.run(_serve(controller, rotating_token(frontend_token_file), server, tls, name, timeout))
 
 
-async def _serve(controller: str, token: str, server: ServerConfig, tls: TLS | None, name: str, timeout_s: float) -> None:
+async def _serve(controller: str, token: Callable[[], str], server: ServerConfig, tls: TLS | None, name: str, timeout_s: float) -> None:
     service = FrontendService(controller, token, server, tls=tls, name=name, progress=tell)
 
     async def over() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from moeserve.cli.streams import say
-from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of
+from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of, number_in
 from moeserve.client.admin import Placed
 
 
@@ -36,9 +36,10 @@ def drain(
 def _number_or_all(text: str) -> int | Literal["all"]:
     if text == "all":
         return "all"
-    if not text.isdigit() or not int(text):
+    number = number_in(text)
+    if not number:
         raise typer.BadParameter(f"{text!r} is neither a number of at least 1 nor all", param_hint="--hosts")
-    return int(text)
+    return number
 
 
 def _show(placed: Placed) -> None:

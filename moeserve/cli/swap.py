@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moeserve.cli.streams import say
-from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of
+from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of, number_in
 
 
 def swap(
@@ -31,6 +31,7 @@ def swap(
 
 
 def _expert(text: str) -> int:
-    if not text.strip().isdigit():
+    number = number_in(text.strip())
+    if number is None:
         raise typer.BadParameter(f"{text.strip()!r} is not the number of an expert", param_hint="--experts")
-    return int(text)
+    return number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -39,4 +40,10 @@ def admin_of(target: str, token_file: Path, ca: Path | None) -> AdminClient:
 
 def layer_of(text: str) -> int | str:
     """A position among the served layers, or a name."""
-    return int(text) if text.isdigit() else text
+    number = number_in(text)
+    return text if number is None else number
+
+
+def number_in(text: str) -> int | None:
+    """The number that is all of it, in plain digits and few enough to be one; None = it is something else."""
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 
 from moeserve.client.connection import ADMINISTERING, TLS, Reach
 from moeserve.client.line import Line
+from moeserve.errors import InvalidRequest
 from moeserve.standing import FrontendStanding, HostStanding, LayerStanding, Standing
 from moeserve.stats import HostShards
 from moeserve.v1 import admin_service_pb2 as pb
@@ -51,7 +52,7 @@ class AdminClient:
 
         `checkpoint` is an absolute path where the service and its hosts run. Returns when no request gets the old weights any more.
         """
-        request = pb.SwapExpertsRequest(layer=layer, checkpoint=str(checkpoint), experts=experts)
+        request = _request(pb.SwapExpertsRequest, layer=layer, checkpoint=str(checkpoint), experts=list(experts))
         answer = self._call("SwapExperts", request, timeout)
         return Swapped(answer.epoch, answer.model_revision)
 
@@ -60,13 +61,13 @@ class AdminClient:
 
         Returns when the new ones serve and those that left are gone.
         """
-        request = pb.ScaleRequest(all=True) if hosts == "all" else pb.ScaleRequest(hosts=hosts)
+        request = pb.ScaleRequest(all=True) if hosts == "all" else _request(pb.ScaleRequest, hosts=hosts)
         answer = self._call("Scale", request, timeout)
         return Placed(answer.epoch, tuple(answer.hosts))
 
     def drain(self, host: str, timeout: float = 3600.0) -> Placed:
         """Place the experts of a host on the others, and let it go."""
-        answer = self._call("DrainHost", pb.DrainHostRequest(host=host), timeout)
+        answer = self._call("DrainHost", _request(pb.DrainHostRequest, host=host), timeout)
         return Placed(answer.epoch, tuple(answer.hosts))
 
     def shutdown(self, timeout: float = 30.0) -> None:
@@ -88,6 +89,14 @@ class AdminClient:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _request(kind: Callable[..., Any], **fields: object) -> Any:
+    """Raises InvalidRequest for what a field cannot hold: a negative number, one of more than 32 bits."""
+    try:
+        return kind(**fields)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"{', '.join(f'{name} = {value!r:.80}' for name, value in fields.items())} cannot be sent: {error}") from None
 
 
 def _standing(answer: pb.GetPlacementResponse) -> Standing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -17,21 +17,29 @@ from moeserve.v1 import control_service_pb2_grpc as pb_grpc
 
 
 class ControlClient:
-    """The ControlService at `target` ("host:port"), with a frontend token; tls as for `Client`. It never asks a proxy.
+    """The ControlService at `target` ("host:port"), with a frontend token, or what says it at each attempt; tls as for `Client`.
+
+    It never asks a proxy.
 
     Raises ConfigError naming the argument that cannot be, or the file that cannot be read.
     """
 
-    def __init__(self, target: str, token: str, tls: TLS | bool | None = None) -> None:
-        self._reach = Reach(target, token, tls, None, FOLLOWING)
+    def __init__(self, target: str, token: str | Callable[[], str], tls: TLS | bool | None = None) -> None:
+        self._target, self._token, self._tls = target, token, tls
+        self._reach()
+
+    def _reach(self) -> Reach:
+        token = self._token if isinstance(self._token, str) else self._token()
+        return Reach(self._target, token, self._tls, None, FOLLOWING)
 
     @asynccontextmanager
     async def follow(self) -> AsyncIterator[FollowStream]:
         """One attempt, on a connection of its own: a name may stand for another machine by now."""
-        async with self._reach.open_async() as channel:
-            call = pb_grpc.ControlServiceStub(channel).Follow(metadata=self._reach.metadata)  # type: ignore[no-untyped-call]
+        reach = self._reach()
+        async with reach.open_async() as channel:
+            call = pb_grpc.ControlServiceStub(channel).Follow(metadata=reach.metadata)  # type: ignore[no-untyped-call]
             try:
-                yield FollowStream(call, self._reach.target)
+                yield FollowStream(call, reach.target)
             finally:
                 call.cancel()
 

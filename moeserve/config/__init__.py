@@ -19,11 +19,28 @@ from moeserve.config.service import (
     SharedExpertConfig,
 )
 from moeserve.config.spec import LayerSpec
-from moeserve.config.values import Bits, CopyChoice, Dtype, Kernel, Mixing, Quantization
+from moeserve.config.values import (
+    MAX_EXPERTS,
+    MAX_HOSTS,
+    MAX_LAYERS,
+    MAX_PHYSICAL,
+    MAX_SIZE,
+    Bits,
+    CopyChoice,
+    Dtype,
+    Kernel,
+    Mixing,
+    Quantization,
+)
 
 __all__ = [
     "BY_TOKEN_ID",
     "LIMITED",
+    "MAX_EXPERTS",
+    "MAX_HOSTS",
+    "MAX_LAYERS",
+    "MAX_PHYSICAL",
+    "MAX_SIZE",
     "Activation",
     "ActivationName",
     "BatchingConfig",

@@ -7,6 +7,8 @@ from typing import Annotated, Final, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from moeserve.config.values import MAX_SIZE, Experts, Size
+
 ScoringFunc = Literal["softmax", "softmax_topk", "sigmoid", "sqrt_softplus"]
 BuiltInRouting = Literal[
     "learned", "expert_choice", "hash", "token_table", "random", "least_loaded", "similarity", "mindformers", "sparsemixer", "caller"
@@ -32,14 +34,14 @@ class GatingConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     #: experts per token, 1..E
-    top_k: int = Field(default=2, ge=1)
+    top_k: Experts = 2
     #: how router logits become scores; softmax_topk is a softmax over the chosen logits alone
     scoring_func: ScoringFunc = "softmax"
     #: who chooses: the K largest scores (learned), another algorithm, or a plug-in "package.module:Class"
     routing: str = "learned"
     #: group-limited routing: experts stand in this many equal groups, and a token chooses inside its best topk_groups
-    num_expert_groups: int | None = Field(default=None, ge=1)
-    topk_groups: int | None = Field(default=None, ge=1)
+    num_expert_groups: Experts | None = None
+    topk_groups: Experts | None = None
     #: how good a group is: its best expert, or the sum of its best two
     group_score: GroupScore = "max"
     #: whether the chosen weights are scaled to sum to 1: never, over all choices, or over those that survived the drop
@@ -59,15 +61,15 @@ class GatingConfig(BaseModel):
     #: rows an expert may take = K * capacity_factor * T / E, rounded by capacity_rule; unset = no limit
     capacity_factor: float | None = Field(default=None, gt=0)
     #: lower bound of the capacity
-    min_capacity: int = Field(default=0, ge=0)
+    min_capacity: int = Field(default=0, ge=0, le=MAX_SIZE)
     #: how the capacity is rounded
     capacity_rule: CapacityRule = "ceil"
     #: the capacity is rounded up to a multiple of this
-    capacity_multiple: int = Field(default=1, ge=1)
+    capacity_multiple: Size = 1
     #: the tokens that share a capacity: one request, everything that is run at once, or expert_group_size tokens of a request
     capacity_scope: CapacityScope = "request"
     #: tokens per capacity group; the last group of a request may be smaller
-    expert_group_size: int | None = Field(default=None, ge=1)
+    expert_group_size: Size | None = None
     #: false lifts the limit although capacity_factor is set
     drop_tokens: bool = True
     #: who stays when an expert is over capacity: earlier tokens, first choices before second ones, higher scores, or chance

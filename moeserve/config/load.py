@@ -5,13 +5,17 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pydantic import ValidationError
 
 from moeserve.config.server import ServerConfig
 from moeserve.config.service import ServiceConfig
 from moeserve.errors import ConfigError
+from moeserve.files import read_file
+
+_MAX_BYTES: Final = 2**24
+_MAX_SHOWN: Final = 200
 
 Overrides = Mapping[str, Mapping[str, Any]]
 
@@ -56,10 +60,12 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if path.is_dir():
         return str(path), {"model": {"checkpoint": path.resolve()}}
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(read_file(path, _MAX_BYTES).decode("utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: give a TOML file or a checkpoint folder") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} is not a readable TOML file: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not a readable TOML file: {error}") from None
     return str(path), _absolute_paths(data, path.resolve().parent)
 
@@ -85,11 +91,16 @@ def _sentence(error: ValidationError) -> str:
     # Where several types are allowed, pydantic adds a name of the type it tried, such as "constrained-int" or "tuple[int, ...]".
     key = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and set(part) & set("-[")))
     if first["type"] == "extra_forbidden":
-        return f"{key} is not a key of the configuration (got {first['input']!r}); allowed here: {_allowed(first['loc'])}"
+        return f"{key} is not a key of the configuration (got {_shown(first['input'])}); allowed here: {_allowed(first['loc'])}"
     if first["type"] == "value_error":
         return first["msg"].removeprefix("Value error, ")  # names its keys itself
     more = f"; {error.error_count() - 1} more" if error.error_count() > 1 else ""
-    return f"{key}: {first['msg']} (got {first['input']!r}){more}"
+    return f"{key}: {first['msg']} (got {_shown(first['input'])}){more}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 
 def _allowed(loc: tuple[int | str, ...]) -> str:

@@ -7,7 +7,7 @@ from typing import Final, Self
 from pydantic import Field, model_validator
 
 from moeserve.config.table import Table
-from moeserve.config.values import File, Host, Port
+from moeserve.config.values import MAX_SIZE, File, Host, Port, Seconds, Size
 
 #: gRPC counts milliseconds in 32 bits
 _LONGEST_AGE_S: Final = 2e6
@@ -32,16 +32,16 @@ class ServerConfig(Table):
     admin_token_file: File | None = None
     #: serve a non-loopback address without TLS and token
     insecure: bool = False
-    max_message_bytes: int = Field(default=256 * 2**20, ge=2**16)
-    max_tokens_per_request: int = Field(default=65536, ge=1)
+    max_message_bytes: int = Field(default=256 * 2**20, ge=2**16, le=MAX_SIZE)
+    max_tokens_per_request: Size = 65536
     #: tokens admitted and not yet answered; the rest is refused at once
-    max_queued_tokens: int = Field(default=262144, ge=1)
+    max_queued_tokens: Size = 262144
     #: then a connection takes no new calls, and its client connects to what the service's name stands for by then; 0 = never
     max_connection_age_s: float = Field(default=60.0, ge=0, le=_LONGEST_AGE_S)
     #: how much longer the calls on it may take; unset = until they end
     max_connection_age_grace_s: float | None = Field(default=None, ge=0, le=_LONGEST_AGE_S)
     #: how long running requests may take to finish after SIGTERM
-    drain_timeout_s: float = Field(default=30.0, ge=0)
+    drain_timeout_s: Seconds = 30.0
 
     @model_validator(mode="after")
     def _tls_is_complete(self) -> Self:

@@ -11,16 +11,24 @@ from moeserve.config.gating import GatingConfig
 from moeserve.config.server import ServerConfig
 from moeserve.config.table import Table
 from moeserve.config.values import (
+    MAX_EXPERTS,
+    MAX_HOSTS,
+    MAX_LAYERS,
+    MAX_SIZE,
+    Bytes,
     CopyChoice,
     Dtype,
+    Experts,
     File,
     Host,
+    Hosts,
     Kernel,
     LayerKey,
     Mixing,
     NumHosts,
     Port,
     Quantization,
+    Seconds,
     Size,
 )
 
@@ -71,21 +79,21 @@ class LayerConfig(Table):
     """[[layers]]: a seeded random layer, or, beside [model] checkpoint, what to change in the layer of that name (no name = all)."""
 
     name: str | None = None
-    hidden_size: int | None = Field(default=None, ge=1)
+    hidden_size: Size | None = None
     #: one number for all experts, or one for each
-    intermediate_size: Size | Annotated[tuple[Size, ...], Field(strict=False, min_length=1)] | None = None
+    intermediate_size: Size | Annotated[tuple[Size, ...], Field(strict=False, min_length=1, max_length=MAX_EXPERTS)] | None = None
     #: all that the gate can choose
-    num_experts: int | None = Field(default=None, ge=1)
+    num_experts: Experts | None = None
     #: how many of the last of them do not compute: the first ones of these answer the token itself, the others zero
-    identity_experts: int = Field(default=0, ge=0)
-    zero_experts: int = Field(default=0, ge=0)
+    identity_experts: int = Field(default=0, ge=0, le=MAX_EXPERTS)
+    zero_experts: int = Field(default=0, ge=0, le=MAX_EXPERTS)
     activation: Activation = "swiglu"
     bias: bool = False
     #: "package.module:Class" of an nn.Module that is the expert instead, and what it is made with: all alike, or each as its own
     expert: str | None = None
     expert_args: dict[str, Any] | Annotated[tuple[dict[str, Any], ...], Field(strict=False, min_length=1)] = Field(default_factory=dict)
     shared_expert: SharedExpertConfig | None = None
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(2**63), lt=2**64)
     gating: GatingConfig = GatingConfig()
 
     @model_validator(mode="after")
@@ -119,24 +127,24 @@ class PlacementConfig(Table):
     #: many as it takes
     num_hosts: NumHosts = 1
     #: physical experts of a layer that one host holds at most
-    experts_per_host: Size | None = None
+    experts_per_host: Experts | None = None
     #: of one GPU a fraction, or whole ones
-    gpus_per_host: float = Field(default=0, ge=0)
-    cpus_per_host: float = Field(default=1, ge=0)
+    gpus_per_host: float = Field(default=0, ge=0, le=MAX_HOSTS)
+    cpus_per_host: float = Field(default=1, ge=0, le=MAX_HOSTS)
     #: hosts are only put on nodes that Ray knows by these labels
     node_labels: dict[str, str] = Field(default_factory=dict)
     #: how hosts share the nodes: evenly, as few nodes as possible, or evenly and at most one on each
     node_strategy: Literal["spread", "pack", "strict_spread"] = "spread"
     #: how long to wait for nodes that are missing, once the cluster's autoscaler has been asked for them; 0 = refuse at once
-    wait_for_nodes_s: float = Field(default=0, ge=0)
+    wait_for_nodes_s: Seconds = 0
     #: of weights, at most; unset = not checked, but for hosts in the memory of this machine
-    memory_per_host_bytes: Size | None = None
+    memory_per_host_bytes: Bytes | None = None
     #: how often every expert is there, on different hosts; or by layer name; or by layer name and expert; "default" = all others
-    copies: Size | dict[str, Size | dict[str, Size]] = 1
+    copies: Hosts | dict[str, Hosts | dict[str, Hosts]] = 1
     #: how many hosts share each expert, split along its intermediate dimension
-    tensor_parallel: Size = 1
+    tensor_parallel: Hosts = 1
     #: into how many disjoint groups the hosts are divided, each with its share of the layers
-    pipeline_stages: Size = 1
+    pipeline_stages: Hosts = 1
     #: which experts share a host: neighbours in id, or dealt out in turn
     strategy: Literal["contiguous", "round_robin"] = "contiguous"
     #: which copy of an expert computes: those that even out what hosts have to do, or each in turn
@@ -152,11 +160,11 @@ class PlacementConfig(Table):
 class BatchingConfig(Table):
     """[batching]: how concurrent requests are joined."""
 
-    max_batch_tokens: int = Field(default=8192, ge=1)
+    max_batch_tokens: Size = 8192
     #: while the hosts are busy, how long a batch that is not full may wait for company
-    max_batch_wait_ms: float = Field(default=0, ge=0)
+    max_batch_wait_ms: float = Field(default=0, ge=0, le=MAX_SIZE)
     #: into how many chunks of tokens a large batch is cut, so that hosts compute one while the frontend gathers and adds up others
-    micro_batches: int = Field(default=1, ge=1)
+    micro_batches: Size = 1
 
 
 class CommunicationConfig(Table):
@@ -172,7 +180,7 @@ class ResilienceConfig(Table):
     #: retry = wait for the host within the deadline and send its rows again; fail = UNAVAILABLE at once
     on_expert_failure: Literal["retry", "fail"] = "retry"
     #: deadline of a request that brings none
-    request_timeout_s: float = Field(default=60.0, gt=0)
+    request_timeout_s: Annotated[Seconds, Field(gt=0)] = 60.0
 
 
 class ObservabilityConfig(Table):
@@ -189,7 +197,7 @@ class ControllerConfig(Table):
     #: 0 = any free port
     control_port: Port = 50050
     #: how many it starts on the nodes of the cluster, each listening as [server] says; 0 = all of them are `moeserve frontend`
-    frontends: int = Field(default=1, ge=0)
+    frontends: int = Field(default=1, ge=0, le=1024)
     #: certificate authority with which the frontends that it starts check it; unset = server.tls_cert itself, as is right if self-signed
     control_ca: File | None = None
     #: file holding the token with which frontends that it has not started may follow it; unset = none may
@@ -203,8 +211,8 @@ class RayConfig(Table):
     #: where a deployed service has its actors: one service in each
     namespace: str = "moeserve"
     #: logical resources of a local Ray; unset = what the hosts ask for
-    num_cpus: int | None = Field(default=None, ge=1)
-    num_gpus: int | None = Field(default=None, ge=0)
+    num_cpus: int | None = Field(default=None, ge=1, le=MAX_HOSTS)
+    num_gpus: int | None = Field(default=None, ge=0, le=MAX_HOSTS)
     #: where a local Ray gets a private folder, and hosts one for sockets, whose paths must be short; unset = TMPDIR, or /tmp and the like
     temp_dir: File | None = None
 
@@ -214,7 +222,7 @@ class ServiceConfig(Table):
 
     server: ServerConfig = ServerConfig()
     model: ModelConfig = ModelConfig()
-    layers: Annotated[tuple[LayerConfig, ...], Field(strict=False)] = ()
+    layers: Annotated[tuple[LayerConfig, ...], Field(strict=False, max_length=MAX_LAYERS)] = ()
     placement: PlacementConfig = PlacementConfig()
     batching: BatchingConfig = BatchingConfig()
     communication: CommunicationConfig = CommunicationConfig()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
@@ -18,14 +19,30 @@ Kernel = Literal["auto", "torch", "amx", "avx512_bf16", "avx512", "avx2", "gener
 #: how the answer of a shared expert is added to that of the chosen ones
 Mixing = Literal["add", "average", "sigmoid", "residual"]
 CopyChoice = Literal["least_outstanding", "round_robin"]
-Size = Annotated[int, Field(ge=1)]
+
+#: What is asked for, by whomever, is compared with these before anything is allocated or looped for it. No service comes near them.
+MAX_HOSTS: Final = 2**16
+MAX_LAYERS: Final = 2**12
+MAX_EXPERTS: Final = 2**16
+#: copies and shards of the experts of all layers
+MAX_PHYSICAL: Final = 2**22
+#: of a tensor, and whatever is counted in tokens
+MAX_SIZE: Final = 2**31 - 1
+_MAX_BYTES: Final = 2**60
+_YEAR_S: Final = 365 * 86_400.0
+
+Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
+Experts = Annotated[int, Field(ge=1, le=MAX_EXPERTS)]
+Hosts = Annotated[int, Field(ge=1, le=MAX_HOSTS)]
+Bytes = Annotated[int, Field(ge=1, le=_MAX_BYTES)]
+Seconds = Annotated[float, Field(ge=0, le=_YEAR_S)]
 
 
 def _number_or_all(value: Any) -> Any:
-    return int(value) if isinstance(value, str) and value.isdigit() else value
+    return int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,20}", value) else value
 
 
-NumHosts = Annotated[Size | Literal["all"], BeforeValidator(_number_or_all)]
+NumHosts = Annotated[Hosts | Literal["all"], BeforeValidator(_number_or_all)]
 
 
 def _host(value: str) -> str:

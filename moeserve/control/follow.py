@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from moeserve.config import ServiceConfig
-from moeserve.control.record import hosts_messages, read_failing, read_hosts, read_release, release_message, require_key, require_short
+from moeserve.control.record import (
+    hosts_messages,
+    read_failing,
+    read_hosts,
+    read_release,
+    release_message,
+    require_key,
+    require_printable,
+    require_short,
+)
 from moeserve.release import Release
 from moeserve.stats import HostInfo
 from moeserve.transport import KeyPair
@@ -53,9 +62,10 @@ class Report:
 
     @classmethod
     def from_message(cls, message: pb.FrontendReport) -> Report:
-        """Raises InvalidRequest when it is too long, or no key."""
+        """Raises InvalidRequest when it is too long, would be several lines of a log, or is no key."""
         for name in ("name", "target", "metrics_target", "node"):
             require_short(getattr(message, name), name, _MAX_NAME_CHARS)
+            require_printable(getattr(message, name), name)
         require_short(message.refusal, "refusal", _MAX_SENTENCE_CHARS)
         require_key(message.public_key, "public_key")
         return cls(**{name: getattr(message, name) for name in cls.__dataclass_fields__})

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeserve.checkpoints import FileMark, Fingerprint, Swap
+from moeserve.config import MAX_HOSTS, MAX_LAYERS, MAX_PHYSICAL
 from moeserve.errors import InvalidRequest
 from moeserve.placement import LayerPlacement, Placement
 from moeserve.release import Release
@@ -20,9 +21,6 @@ from moeserve.stats import HostInfo
 from moeserve.v1 import control_service_pb2 as pb
 
 #: bounds on what is believed of a message; a service comes nowhere near them
-_MAX_HOSTS: Final = 2**16
-_MAX_LAYERS: Final = 2**12
-_MAX_PHYSICAL: Final = 2**20
 _MAX_SWAPS: Final = 2**20
 _MAX_FILES: Final = 2**20
 _MAX_PATH_CHARS: Final = 2**12
@@ -64,8 +62,8 @@ def release_message(release: Release) -> pb.Release:
 def read_release(message: pb.Release) -> Release:
     """Raises InvalidRequest unless it is one that can be served."""
     _require(message.epoch >= 1, "epoch", "at least 1")
-    _require(1 <= message.num_hosts <= _MAX_HOSTS, "num_hosts", f"1..{_MAX_HOSTS}")
-    _require(1 <= len(message.layers) <= _MAX_LAYERS, "layers", f"1..{_MAX_LAYERS} of them")
+    _require(1 <= message.num_hosts <= MAX_HOSTS, "num_hosts", f"1..{MAX_HOSTS}")
+    _require(1 <= len(message.layers) <= MAX_LAYERS, "layers", f"1..{MAX_LAYERS} of them")
     _require(len(message.swaps) <= _MAX_SWAPS, "swaps", f"at most {_MAX_SWAPS}")
     layers = tuple(_read_layer(layer, message.num_hosts) for layer in message.layers)
     _require(len(message.files) <= _MAX_FILES, "files", f"at most {_MAX_FILES}")
@@ -115,7 +113,7 @@ def read_hosts(messages: list[pb.Host]) -> dict[int, HostInfo]:
     """Hosts by number. Raises InvalidRequest when one cannot be reached by what is said of it."""
     hosts: dict[int, HostInfo] = {}
     for message in messages:
-        _require(message.number < _MAX_HOSTS and message.number not in hosts, "hosts.number", f"below {_MAX_HOSTS}, each once")
+        _require(message.number < MAX_HOSTS and message.number not in hosts, "hosts.number", f"below {MAX_HOSTS}, each once")
         _require(1 <= len(message.endpoints) <= _MAX_ENDPOINTS, "hosts.endpoints", f"1..{_MAX_ENDPOINTS} of them")
         require_key(message.public_key, "hosts.public_key")
         hosts[message.number] = HostInfo(
@@ -135,7 +133,7 @@ def read_hosts(messages: list[pb.Host]) -> dict[int, HostInfo]:
 
 def read_failing(failing: Mapping[int, str]) -> dict[int, str]:
     """Why hosts are down, by number. Raises InvalidRequest when one cannot be."""
-    _require(all(number < _MAX_HOSTS for number in failing), "failing", f"numbers below {_MAX_HOSTS}")
+    _require(all(number < MAX_HOSTS for number in failing), "failing", f"numbers below {MAX_HOSTS}")
     return dict(failing)
 
 
@@ -154,12 +152,17 @@ def require_short(text: str, field: str, max_chars: int) -> None:
     _require(len(text) <= max_chars, field, f"at most {max_chars} characters")
 
 
+def require_printable(text: str, field: str) -> None:
+    """Raises InvalidRequest when it has line ends or other control characters in it."""
+    _require(text.isprintable(), field, "printable characters")
+
+
 def _packed(numbers: npt.NDArray[np.integer]) -> bytes:
     return numbers.astype("<i4").tobytes()
 
 
 def _unpacked(numbers: bytes, field: str) -> npt.NDArray[np.int64]:
-    _require(4 <= len(numbers) <= 4 * _MAX_PHYSICAL and len(numbers) % 4 == 0, field, f"1..{_MAX_PHYSICAL} numbers of 4 bytes each")
+    _require(4 <= len(numbers) <= 4 * MAX_PHYSICAL and len(numbers) % 4 == 0, field, f"1..{MAX_PHYSICAL} numbers of 4 bytes each")
     return np.frombuffer(numbers, "<i4").astype(np.int64)
 
 

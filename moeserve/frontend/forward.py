@@ -6,7 +6,6 @@ T tokens, H hidden size.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Sequence
 
@@ -20,10 +19,11 @@ from moeserve.frontend.part import Part, micro_batches
 from moeserve.frontend.view import LayerView, Views
 from moeserve.gating import BatchRouting, Routing
 from moeserve.layer import route_batch, to_output
+from moeserve.log_limit import limited_logger
 from moeserve.metrics import Metrics
 from moeserve.output import ForwardOutput
 
-log = logging.getLogger(__name__)
+strangers = limited_logger(__name__)
 
 
 class Forward:
@@ -145,7 +145,7 @@ class Forward:
             if answer.done():
                 continue
             if isinstance(output, NonFiniteOutput):
-                log.warning("%s", output)
+                strangers.warning("%s", output, extra={"kind": self.spec.name})
                 self._non_finite.inc()
                 answer.set_exception(output)
             else:

@@ -5,15 +5,14 @@ connection. What they do wrong is answered or ends their connection; it is no ne
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Final
 
+from moeserve.log_limit import limited_logger
 from moeserve.page.http_request import MAX_HEAD_BYTES, Request, parse, read_head
 
 MAX_CONNECTIONS: Final = 32
@@ -21,10 +20,9 @@ _REQUEST_TIMEOUT_S: Final = 10.0
 #: until the caller has read the answer and closed the connection
 _ANSWER_TIMEOUT_S: Final = 10.0
 _MAX_UNREAD_BYTES: Final = 2**20
-_LOG_PERIOD_S: Final = 60.0
 _LOOK_AGAIN_S: Final = 0.1
 
-log = logging.getLogger(__name__)
+strangers: Final = limited_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,6 @@ class HttpServer:
         self.port: int = self._socket.getsockname()[1]
         #: the oldest first; whether its answer is on the way
         self._connections: dict[asyncio.StreamWriter, bool] = {}
-        self._logged: dict[str, float] = {}
         self._loop, self._stopping = asyncio.new_event_loop(), asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="moeserve-page", daemon=True)
         self._thread.start()
@@ -95,7 +92,7 @@ class HttpServer:
     def _make_room(self) -> None:
         if len(self._connections) < MAX_CONNECTIONS:
             return
-        self._log_rarely("all %d connections of the metrics port are taken: each new one ends the oldest", MAX_CONNECTIONS)
+        strangers.warning("all %d connections of the metrics port are taken: each new one ends the oldest", MAX_CONNECTIONS)
         idle = (writer for writer, is_answered in self._connections.items() if not is_answered)
         oldest = next(idle, next(iter(self._connections)))
         del self._connections[oldest]
@@ -124,19 +121,13 @@ class HttpServer:
         try:
             return self._respond(request)
         except Exception as error:
-            self._log_rarely("the metrics port cannot answer", exc_info=error)
+            strangers.warning("the metrics port cannot answer", exc_info=error)
             return Answer(HTTPStatus.INTERNAL_SERVER_ERROR, b"internal error; the service's log says more\n")
 
     def _on_error(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Of the event loop: that a connection broke is no news, that none can be accepted is."""
         if not isinstance(context.get("exception"), ConnectionError | TimeoutError):
-            self._log_rarely("the metrics port: %s (%s)", context["message"], context.get("exception"))
-
-    def _log_rarely(self, message: str, *arguments: object, exc_info: Exception | None = None) -> None:
-        now = time.monotonic()
-        if now - self._logged.get(message, -_LOG_PERIOD_S) >= _LOG_PERIOD_S:
-            self._logged[message] = now
-            log.warning(message, *arguments, exc_info=exc_info)
+            strangers.warning("the metrics port: %s (%s)", context["message"], context.get("exception"))
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -6,7 +6,7 @@ D hosts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -71,8 +71,16 @@ class LayerPlacement:
 
     def shards_on(self, host: int) -> list[ExpertShard]:
         """What `host` holds, in slot order; the slot after the last is the shared expert's."""
-        units = self.unit_of_physical[self.host_of_physical == host].tolist()
-        return [ExpertShard(unit // self.tensor_parallel, unit % self.tensor_parallel, self.tensor_parallel) for unit in units]
+        return self._shards(self.unit_of_physical[self.host_of_physical == host])
+
+    def by_host(self) -> Iterator[tuple[int, list[ExpertShard]]]:
+        """The hosts that hold any of this layer, ascending, and what each holds, as `shards_on` says it."""
+        hosts, first = np.unique(self.host_of_physical, return_index=True)
+        for host, units in zip(hosts.tolist(), np.split(self.unit_of_physical, first[1:]), strict=True):
+            yield host, self._shards(units)
+
+    def _shards(self, units: Integers) -> list[ExpertShard]:
+        return [ExpertShard(unit // self.tensor_parallel, unit % self.tensor_parallel, self.tensor_parallel) for unit in units.tolist()]
 
     @cached_property
     def shared_slot(self) -> Integers:

@@ -5,11 +5,12 @@ E experts of a layer, M shards each, C copies, D hosts, S pipeline stages.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from moeserve.config import LayerSpec, PlacementConfig
+from moeserve.config import MAX_PHYSICAL, LayerSpec, PlacementConfig
 from moeserve.errors import ConfigError
 from moeserve.placement.layer import Integers, LayerPlacement, Placement
 
@@ -21,6 +22,7 @@ def plan_placement(specs: Sequence[LayerSpec], config: PlacementConfig, epoch: i
     left without any expert.
     """
     num_hosts = _num_hosts(specs, config)
+    _check_number(specs, config, num_hosts)
     stages = _stages(num_hosts, len(specs), config.pipeline_stages)
     copies = [copies_of(spec, config) for spec in specs]
     layers = []
@@ -53,6 +55,20 @@ def _num_hosts(specs: Sequence[LayerSpec], config: PlacementConfig) -> int:
     return config.num_hosts
 
 
+def _check_number(specs: Sequence[LayerSpec], config: PlacementConfig, num_hosts: int) -> None:
+    """Before there is an array with an entry for each."""
+    physical = sum(int(copies_of(spec, config).sum()) * config.tensor_parallel for spec in specs)
+    if num_hosts > physical:
+        raise ConfigError(
+            f"placement.num_hosts is {num_hosts}; allowed: at most {physical}, the number of physical experts, as every host holds one"
+        )
+    if physical > MAX_PHYSICAL:
+        raise ConfigError(
+            f"placement.copies and placement.tensor_parallel make {physical} physical experts of those of {len(specs)} layers; "
+            f"allowed: at most {MAX_PHYSICAL}"
+        )
+
+
 def _stages(num_hosts: int, num_layers: int, stages: int) -> list[range]:
     """Disjoint groups of hosts, one per stage: layers stand on them in order (Huang et al. 2019, GPipe, arXiv 1811.06965)."""
     if stages > min(num_hosts, num_layers):
@@ -67,7 +83,8 @@ def copies_of(spec: LayerSpec, config: PlacementConfig) -> Integers:
     wanted = config.copies.get(spec.name, config.copies.get("default", 1)) if isinstance(config.copies, dict) else config.copies
     if isinstance(wanted, int):
         return np.full(spec.num_hosted_experts, wanted)
-    unknown = [expert for expert in wanted if expert != "default" and not (expert.isdigit() and int(expert) < spec.num_hosted_experts)]
+    known = range(spec.num_hosted_experts)
+    unknown = [key for key in wanted if key != "default" and not (re.fullmatch("[0-9]{1,6}", key) and int(key) in known)]
     if unknown:
         raise ConfigError(
             f"placement.copies names expert {unknown[0]!r} of layer {spec.name}; it has experts 0..{spec.num_hosted_experts - 1}"

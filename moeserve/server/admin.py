@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, Protocol
 import grpc
 
 from moeserve.errors import InvalidRequest
-from moeserve.server.boundary import Context
+from moeserve.server.rpc import Context
 from moeserve.standing import Standing
 from moeserve.v1 import admin_service_pb2 as pb
 

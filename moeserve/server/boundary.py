@@ -1,7 +1,7 @@
-"""What every call passes on its way in and out: the token, the drain gate, errors -> status, observation.
+"""What every call passes on its way in and out: the token, the drain gate, bytes -> message, errors -> status, observation.
 
-Handlers behind it return answers or raise MoEServeError and know nothing of the rest. Health checks do not pass here: a
-probe needs no token, is answered while draining, and is not traffic.
+Handlers behind it return answers or raise MoEServeError and know nothing of the rest. A health check needs no token, is answered while
+draining, and is not traffic; its bytes are those of a stranger like any others.
 """
 
 from __future__ import annotations
@@ -12,24 +12,26 @@ import inspect
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from contextlib import aclosing
-from typing import Any, Final, Never, TypeAlias
+from functools import partial
+from typing import Any, Final, Never
 
 import grpc
 
-from moeserve.errors import ExpertUnavailable, MoEServeError, Unauthenticated
+from moeserve.errors import ExpertUnavailable, MoEServeError, Overloaded, Unauthenticated
+from moeserve.files import Rotating
+from moeserve.server.parsing import Parser
+from moeserve.server.rpc import Behavior, Context, Handler
 from moeserve.server.security import Tokens
 from moeserve.server.status import as_user_error, to_status
 
 #: method, name of the status code, seconds
 Observe = Callable[[str, str, float], None]
-# In quotes: generic only in the stubs.
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-Behavior = Callable[[Any, Context], Any]
 
 _HEALTH: Final = "/grpc.health.v1.Health/"
 _ADMIN: Final = "/moeserve.v1.AdminService/"
 _CONTROL: Final = "/moeserve.v1.ControlService/"
+#: calls that may last for ever, of all callers together: streams either way, those that watch health or follow too
+MAX_STREAMS: Final = 4096
 _BEHAVIORS: Final = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 
@@ -39,11 +41,13 @@ class Boundary(grpc.aio.ServerInterceptor):
     A stream that ends well is not observed as a whole: it may live for days, and its service observes every message.
     """
 
-    def __init__(self, tokens: Tokens, observe: Observe) -> None:
+    def __init__(self, tokens: Rotating[Tokens], observe: Observe, max_streams: int = MAX_STREAMS) -> None:
         self.draining = asyncio.Event()
         self._tokens = tokens
         self._observe = observe
         self._guarded: dict[str, Handler] = {}
+        self._max_streams = max_streams
+        self._streams = 0
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -60,14 +64,18 @@ class Boundary(grpc.aio.ServerInterceptor):
         """The handler of the call, guarded; or, for a call that is not let in, one that refuses before anything is read."""
         method = handler_call_details.method
         handler = await continuation(handler_call_details)
-        if handler is None or method.startswith(_HEALTH):
-            return handler
-        refusal = self._refusal(method, handler_call_details.invocation_metadata)
+        if handler is None:
+            return None
+        refusal = None if method.startswith(_HEALTH) else self._refusal(method, handler_call_details.invocation_metadata)
         if refusal is not None:
             return grpc.stream_stream_rpc_method_handler(self._guard(method, _refuse(refusal)))
         if method not in self._guarded:
-            self._guarded[method] = _GuardedHandler(handler, lambda inner: self._guard(method, inner, handler.response_streaming))
+            self._guarded[method] = _GuardedHandler(handler, partial(self._protect, method, handler))
         return self._guarded[method]
+
+    def _protect(self, method: str, handler: Handler, inner: Behavior) -> Behavior:
+        answering, is_stream = _answer_parsed(method, handler, inner), handler.request_streaming or handler.response_streaming
+        return self._guard(method, self._bound(answering) if is_stream else answering, handler.response_streaming)
 
     def _refusal(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> MoEServeError | None:
         which, allowed = self._let_in(method)
@@ -79,57 +87,92 @@ class Boundary(grpc.aio.ServerInterceptor):
 
     def _let_in(self, method: str) -> tuple[str, Collection[bytes]]:
         """What the token for a method is called, and those that do; none = anyone may."""
-        tokens = self._tokens
+        tokens = self._tokens.current()
         if method.startswith(_CONTROL):
             return "frontend", tokens.frontends
         which, token = ("admin", tokens.admin) if method.startswith(_ADMIN) else ("bearer", tokens.caller)
         return which, () if token is None else (token,)
 
+    def _bound(self, inner: Behavior) -> Behavior:
+        async def bounded(request: Any, context: Context) -> None:
+            if self._streams >= self._max_streams:
+                raise Overloaded(f"{self._streams} streams are open; allowed: {self._max_streams} of all callers together")
+            self._streams += 1
+            try:
+                await inner(request, context)
+            finally:
+                self._streams -= 1
+
+        return bounded
+
     def _guard(self, method: str, inner: Behavior, is_stream: bool = False) -> Behavior:
+        is_traffic = not method.startswith(_HEALTH)
+
         async def guarded(request: Any, context: Context) -> Any:
             code, start = grpc.StatusCode.OK, time.perf_counter()
-            self._running += 1
-            self._idle.clear()
+            if is_traffic:
+                self._running += 1
+                self._idle.clear()
             try:
-                return await _run(inner, request, context)
+                return await inner(request, context)
             except grpc.aio.AbortError:
                 code = context.code()
                 raise
             except (Exception, asyncio.CancelledError) as error:
                 if _caller_left(error):
                     code = grpc.StatusCode.CANCELLED
-                    raise
+                    raise asyncio.CancelledError from None
                 known = as_user_error(error, method)
                 code = known.code
             finally:
                 # Before the status leaves, so that whoever has an answer finds it counted.
-                if not (is_stream and code is grpc.StatusCode.OK):
-                    self._observe(method.rpartition("/")[2], code.name, time.perf_counter() - start)
-                self._running -= 1
-                if not self._running:
-                    self._idle.set()
-            return await context.abort_with_status(to_status(known))
+                if is_traffic:
+                    self._end(method, None if is_stream and code is grpc.StatusCode.OK else code, time.perf_counter() - start)
+            return await _abort(context, known)
 
         return guarded
+
+    def _end(self, method: str, code: grpc.StatusCode | None, seconds: float) -> None:
+        if code is not None:
+            self._observe(method.rpartition("/")[2], code.name, seconds)
+        self._running -= 1
+        if not self._running:
+            self._idle.set()
 
 
 class _GuardedHandler(grpc.RpcMethodHandler):  # type: ignore[type-arg]
     def __init__(self, handler: Handler, guard: Callable[[Behavior], Behavior]) -> None:
         self.request_streaming, self.response_streaming = handler.request_streaming, handler.response_streaming
-        self.request_deserializer, self.response_serializer = handler.request_deserializer, handler.response_serializer
+        self.request_deserializer, self.response_serializer = None, handler.response_serializer
         for kind in _BEHAVIORS:
             inner = getattr(handler, kind)
             setattr(self, kind, None if inner is None else guard(inner))
 
 
-async def _run(inner: Behavior, request: Any, context: Context) -> Any:
-    answer = inner(request, context)
-    if not inspect.isasyncgen(answer):
-        return await answer
-    async with aclosing(answer):
-        async for message in answer:
-            await context.write(message)
-    return None
+def _answer_parsed(method: str, handler: Handler, inner: Behavior) -> Behavior:
+    """`inner`, given messages instead of bytes, and its answers written if there are several."""
+    parser = Parser(method, handler.request_deserializer)
+    parse = parser.each if handler.request_streaming else parser.one
+
+    async def run(request: Any, context: Context) -> Any:
+        answer = inner(parse(request, context), context)
+        if not inspect.isasyncgen(answer):
+            return await answer
+        async with aclosing(answer):
+            async for message in answer:
+                await context.write(message)
+        return None
+
+    return run
+
+
+async def _abort(context: Context, error: MoEServeError) -> Never:
+    try:
+        await context.abort_with_status(to_status(error))
+    except grpc.aio.InternalError:
+        # The caller left, or its deadline passed, while it was being told.
+        raise asyncio.CancelledError from None
+    raise AssertionError("abort does not return")
 
 
 def _refuse(error: MoEServeError) -> Behavior:
@@ -140,7 +183,10 @@ def _refuse(error: MoEServeError) -> Behavior:
 
 
 def _caller_left(error: BaseException) -> bool:
-    """Whether the call was cancelled from outside; a CancelledError out of something it awaited is just a bug."""
+    """Whether nobody listens any more: gRPC could not read or write, or the call was cancelled from outside; a CancelledError out of
+    something that it awaited is just a bug."""
+    if isinstance(error, grpc.aio.InternalError):
+        return True
     task = asyncio.current_task()
     return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
 

@@ -14,7 +14,8 @@ from moeserve.control import Frontends
 from moeserve.control.follow import Report
 from moeserve.control.frontends import Member
 from moeserve.errors import ExpertUnavailable, InvalidRequest
-from moeserve.server.boundary import Context, Handler
+from moeserve.server.rpc import Context, Handler
+from moeserve.server.security import FrontendTokens
 from moeserve.v1 import control_service_pb2 as pb
 
 CONTROL_SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["ControlService"].full_name
@@ -28,7 +29,7 @@ class Control:
     """Whom frontends follow, and the tokens with which they may: see `frontend_tokens`."""
 
     frontends: Frontends
-    tokens: frozenset[bytes]
+    tokens: FrontendTokens
 
 
 class ControlService:

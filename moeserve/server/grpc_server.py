@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import resource
 import socket
+from collections.abc import Sequence
 from typing import Final
 
 import grpc
-from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 
 from moeserve.addresses import join
@@ -16,16 +17,26 @@ from moeserve.config import ServerConfig
 from moeserve.errors import ConfigError
 from moeserve.server.admin import ADMIN_SERVICE_NAME, Admin, AdminService
 from moeserve.server.boundary import Boundary, Observe
+from moeserve.server.certificates import server_credentials
 from moeserve.server.control import CONTROL_SERVICE_NAME, Control, ControlService
 from moeserve.server.engine import Engine
-from moeserve.server.health import Health
-from moeserve.server.security import check_exposure, read_tokens, server_credentials
+from moeserve.server.grpc_log import leave_out_callers_that_left
+from moeserve.server.health import HEALTH_SERVICE_NAME, Health
+from moeserve.server.security import FrontendTokens, check_exposure, rotating_tokens
 from moeserve.server.service import SERVICE_NAME, MoEService
 
 #: after the last call has ended: for its answer to leave, and before watchers of the health service are cut off
 _FLUSH_S: Final = 3.0
 #: of a client; one that pings more often than this, again and again, is sent away
 _LEAST_PING_INTERVAL_MS: Final = 1_000
+#: calls under way, read or not, of all callers together; the rest is refused with RESOURCE_EXHAUSTED before it is read
+_MAX_CALLS: Final = 16384
+_MAX_CALLS_OF_A_CONNECTION: Final = 1024
+_MAX_CONNECTIONS: Final = 4096
+#: how long a connection may be without a call, and how long it may take to say what it speaks
+_IDLE_CONNECTION_MS: Final = 300_000
+_HANDSHAKE_MS: Final = 20_000
+Options = Sequence[tuple[str, int]]
 
 
 class GrpcServer:
@@ -52,31 +63,36 @@ class GrpcServer:
         has_engine = is_starting or engine is not None
         if has_engine:
             check_exposure(config)
-        tokens = read_tokens(config, frozenset() if control is None else control.tokens)
+        leave_out_callers_that_left()
+        tokens = rotating_tokens(config, FrontendTokens() if control is None else control.tokens)
         self._config = config
         self._where = ("server.host", "server.port") if has_engine else ("controller.control_host", "controller.control_port")
         self._layers: list[str] = []
         self._credentials = server_credentials(config)
         self._boundary = Boundary(tokens, observe)
         # Nobody balances over controllers: who follows or administers one stays with it.
-        options = [*_options(config, 30_000 if control is None else 10_000), *(_ages(config) if has_engine else ())]
-        self._server = grpc.aio.server(interceptors=[self._boundary], options=options)
-        self._probed = None if config.health_port is None else grpc.aio.server(options=_options(config, 30_000))
+        self._server = self._new_server(_options(config, 30_000 if control is None else 10_000), _ages(config) if has_engine else ())
+        self._probed = None if config.health_port is None else self._new_server(_options(config, 30_000))
         #: where health alone is told in plain text; None = nowhere
         self.health_port = config.health_port
         self._service = MoEService(config.max_tokens_per_request, observe, self._boundary.draining)
         services: dict[str, grpc.GenericRpcHandler] = {}
         if has_engine:
             services[SERVICE_NAME] = self._service.handlers()
-        if admin is not None and tokens.admin is not None:
+        if admin is not None and config.admin_token_file is not None:
             services[ADMIN_SERVICE_NAME] = AdminService(admin).handlers()
-        if control is not None and tokens.frontends:
+        if control is not None and control.tokens:
             services[CONTROL_SERVICE_NAME] = ControlService(control.frontends, self._boundary.draining).handlers()
-        self._server.add_generic_rpc_handlers(tuple(services.values()))
         self._health = Health(list(services), None if has_engine else ())
-        reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
+        self._server.add_generic_rpc_handlers((*services.values(), self._health.handlers()))
+        reflection.enable_server_reflection([*services, HEALTH_SERVICE_NAME, reflection.SERVICE_NAME], self._server)
+        if self._probed is not None:
+            self._probed.add_generic_rpc_handlers((self._health.handlers(),))
         if engine is not None:
             self.serve(engine)
+
+    def _new_server(self, options: Options, ages: Options = ()) -> grpc.aio.Server:
+        return grpc.aio.server(interceptors=[self._boundary], options=[*options, *ages], maximum_concurrent_rpcs=_MAX_CALLS)
 
     def serve(self, engine: Engine) -> None:
         """What to serve, from now on."""
@@ -86,11 +102,9 @@ class GrpcServer:
 
     async def start(self) -> int:
         """Listens; returns the port. Raises ConfigError when the address cannot be had."""
-        await self._health.add_to(self._server)
         port = await _listen(self._server, self._config.host, self._config.port, self._credentials, *self._where)
         if self._probed is not None:
             assert self.health_port is not None
-            await self._health.add_to(self._probed)
             self.health_port = await _listen(self._probed, self._config.host, self.health_port, None, "server.host", "server.health_port")
         return port
 
@@ -103,7 +117,7 @@ class GrpcServer:
 
         Calls still running after `timeout_s` are cancelled.
         """
-        await self._health.drain()
+        self._health.drain()
         self._boundary.draining.set()
         try:
             await asyncio.wait_for(self._boundary.idle(), timeout_s)
@@ -150,10 +164,20 @@ async def _require_free(host: str, port: int) -> None:
                     raise
 
 
-def _options(config: ServerConfig, keepalive_ms: int) -> list[tuple[str, int]]:
+def _max_connections() -> int:
+    """Half of the files that this process may have open are for others than callers."""
+    return min(_MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+
+
+def _options(config: ServerConfig, keepalive_ms: int) -> Options:
     return [
         ("grpc.max_receive_message_length", config.max_message_bytes),
         ("grpc.max_send_message_length", config.max_message_bytes),
+        # What strangers can keep open: further calls of a connection wait where they come from, further connections are closed.
+        ("grpc.max_concurrent_streams", _MAX_CALLS_OF_A_CONNECTION),
+        ("grpc.max_allowed_incoming_connections", _max_connections()),
+        ("grpc.max_connection_idle_ms", _IDLE_CONNECTION_MS),
+        ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
         # Two servers on one port would share its connections at random; the second one must fail instead.
         ("grpc.so_reuseport", 0),
         # Notices a client whose machine vanished, and lets clients do the same to us.
@@ -165,7 +189,7 @@ def _options(config: ServerConfig, keepalive_ms: int) -> list[tuple[str, int]]:
     ]
 
 
-def _ages(config: ServerConfig) -> list[tuple[str, int]]:
+def _ages(config: ServerConfig) -> Options:
     """A client that is asked to connect anew looks up the service's name again, and finds the frontends that have come meanwhile."""
     if not config.max_connection_age_s:
         return []

@@ -1,17 +1,29 @@
-"""The standard health service: every layer by its name, the service as a whole, and whether the process lives."""
+"""The standard health service: every layer by its name, the service as a whole, and whether the process lives.
+
+gRPC's own servicer hands a change to one watcher after another, so one that does not read would keep the truth from all others.
+"""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Final
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio
+from grpc_health.v1 import health_pb2 as pb
 
+from moeserve.control.pulse import Pulse
+from moeserve.errors import UnknownLayer
+from moeserve.server.rpc import Context
+
+HEALTH_SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["Health"].full_name
 #: SERVING as long as this process answers and does not drain, whatever becomes of experts: for who would restart it
 LIVENESS: Final = "moeserve.v1.liveness"
+
+_UNKNOWN, _SERVING, _NOT_SERVING = (
+    pb.HealthCheckResponse.SERVICE_UNKNOWN,
+    pb.HealthCheckResponse.SERVING,
+    pb.HealthCheckResponse.NOT_SERVING,
+)
 
 
 class Health:
@@ -21,39 +33,64 @@ class Health:
     """
 
     def __init__(self, services: Sequence[str], layers: Iterable[str] | None) -> None:
-        self._services = services
+        self._services = frozenset(("", *services))
         self._layers = None if layers is None else dict.fromkeys(layers, False)
-        self._servicer = aio.HealthServicer()
-        self._publishing: set[asyncio.Task[None]] = set()
+        self._is_draining = False
+        self._changed = Pulse()
 
-    async def add_to(self, server: grpc.aio.Server) -> None:
-        """Registers the service, on as many servers as are to tell; to be called before they start."""
-        await self._publish()
-        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """To add to as many servers as are to tell."""
+        parse, serialize = pb.HealthCheckRequest.FromString, pb.HealthCheckResponse.SerializeToString
+        return grpc.method_handlers_generic_handler(
+            HEALTH_SERVICE_NAME,
+            {
+                "Check": grpc.unary_unary_rpc_method_handler(self.check, parse, serialize),
+                "Watch": grpc.unary_stream_rpc_method_handler(self.watch, parse, serialize),
+            },
+        )
 
     def set_layers(self, layers: Iterable[str]) -> None:
         """These are the layers."""
         self._layers = dict.fromkeys(layers, False)
-        self._tell()
+        self._changed.beat()
 
     def set_serving(self, layer: str, serving: bool) -> None:
         """The state of one layer; whoever watches it, or the whole, is told."""
         assert self._layers is not None and layer in self._layers, f"{layer} is not a served layer"
         self._layers[layer] = serving
-        self._tell()
+        self._changed.beat()
 
-    def _tell(self) -> None:
-        task = asyncio.get_running_loop().create_task(self._publish())
-        self._publishing.add(task)
-        task.add_done_callback(self._publishing.discard)
-
-    async def drain(self) -> None:
+    def drain(self) -> None:
         """Everything is NOT_SERVING from now on, whatever is set later."""
-        await self._servicer.enter_graceful_shutdown()
+        self._is_draining = True
+        self._changed.beat()
 
-    async def _publish(self) -> None:
+    async def check(self, request: pb.HealthCheckRequest, _context: Context) -> pb.HealthCheckResponse:
+        """The state of a layer or service, now."""
+        status = self._status(request.service)
+        if status == _UNKNOWN:
+            raise UnknownLayer(f"health of {request.service[:80]!r} is not told; known: the services, and layers by their names")
+        return pb.HealthCheckResponse(status=status)
+
+    async def watch(self, request: pb.HealthCheckRequest, _context: Context) -> AsyncIterator[pb.HealthCheckResponse]:
+        """The same, now and whenever it has changed; changes that the watcher is too slow for are one."""
+        told = None
+        while True:
+            status = self._status(request.service)
+            if status != told:
+                told = status
+                yield pb.HealthCheckResponse(status=status)
+            else:
+                await self._changed.wait()
+
+    def _status(self, name: str) -> pb.HealthCheckResponse.ServingStatus:
         layers = self._layers or {}
-        everything = self._layers is not None and all(layers.values())
-        for name, serving in (dict.fromkeys(("", *self._services), everything) | layers | {LIVENESS: True}).items():
-            status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-            await self._servicer.set(name, status)
+        if name in layers:
+            is_serving = layers[name]
+        elif name in self._services:
+            is_serving = self._layers is not None and all(layers.values())
+        elif name == LIVENESS:
+            is_serving = True
+        else:
+            return _UNKNOWN
+        return _SERVING if is_serving and not self._is_draining else _NOT_SERVING

@@ -1,17 +1,15 @@
-"""Who may reach the service and call it: exposure, TLS, the bearer token."""
+"""Who may reach the service and call it: exposure, the bearer tokens."""
 
 from __future__ import annotations
 
-import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import grpc
-
 from moeserve.addresses import is_loopback
 from moeserve.config import ControllerConfig, ServerConfig, ServiceConfig
 from moeserve.errors import ConfigError
+from moeserve.files import Rotating, read_secret
 
 #: the placement of the largest models takes some hundred KB
 _MAX_CONTROL_BYTES: Final = 64 * 2**20
@@ -46,13 +44,27 @@ def controller_address(config: ServiceConfig) -> ServerConfig:
     return server.model_copy(update={**own, "max_message_bytes": _MAX_CONTROL_BYTES})
 
 
-def frontend_tokens(config: ControllerConfig, *own: str) -> frozenset[bytes]:
-    """Those with which frontends may follow: that of the configuration, if there is one, and `own`.
+@dataclass(frozen=True)
+class FrontendTokens:
+    """Those with which frontends may follow: that in `file`, if there is one, and `own`. False = there are none."""
 
-    Raises ConfigError naming the file that cannot be used.
-    """
-    told = _read_token(config.frontend_token_file, "controller.frontend_token_file")
-    return frozenset(token for token in (told, *(token.encode() for token in own)) if token)
+    file: Path | None = None
+    own: frozenset[bytes] = frozenset()
+
+    def __bool__(self) -> bool:
+        return self.file is not None or bool(self.own)
+
+    def read(self) -> frozenset[bytes]:
+        """Raises ConfigError when the file cannot be used."""
+        told = _read_token(self.file, "controller.frontend_token_file")
+        return self.own if told is None else self.own | {told}
+
+
+def frontend_tokens(config: ControllerConfig, *own: str) -> FrontendTokens:
+    """That of the configuration, if there is one, and `own`. Raises ConfigError naming the file that cannot be used."""
+    tokens = FrontendTokens(config.frontend_token_file, frozenset(token.encode() for token in own))
+    tokens.read()
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,11 @@ class Tokens:
     caller: bytes | None = None
     admin: bytes | None = None
     frontends: frozenset[bytes] = frozenset()
+
+
+def rotating_tokens(config: ServerConfig, frontends: FrontendTokens) -> Rotating[Tokens]:
+    """As `read_tokens`, and again whenever one of the files is replaced."""
+    return Rotating((config.auth_token_file, config.admin_token_file, frontends.file), lambda: read_tokens(config, frontends.read()))
 
 
 def read_tokens(config: ServerConfig, frontends: frozenset[bytes] = frozenset()) -> Tokens:
@@ -82,33 +99,10 @@ def read_tokens(config: ServerConfig, frontends: frozenset[bytes] = frozenset())
 def _read_token(path: Path | None, key: str) -> bytes | None:
     if path is None:
         return None
-    token = _read(path, key).decode("utf-8", errors="replace").strip()
+    try:
+        token = read_secret(path).decode("utf-8", errors="replace").strip()
+    except OSError as error:
+        raise ConfigError(f"{key} {path} cannot be read: {error.strerror}") from None
     if not token or not token.isascii() or not token.isprintable():
         raise ConfigError(f"{key} {path} must hold one line of printable ASCII, the token")
     return token.encode()
-
-
-def server_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
-    """TLS, mutual with client_ca; None without tls_cert. Raises ConfigError naming the file that cannot be used."""
-    if config.tls_cert is None or config.tls_key is None:
-        return None
-    cert, key = _read(config.tls_cert, "server.tls_cert"), _read(config.tls_key, "server.tls_key")
-    ca = None if config.client_ca is None else _read(config.client_ca, "server.client_ca")
-    # gRPC would accept any bytes here and then fail to listen without saying why.
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(config.tls_cert, config.tls_key)
-    except ssl.SSLError as error:
-        raise ConfigError(f"server.tls_cert {config.tls_cert} and server.tls_key {config.tls_key} do not make a pair: {error}") from None
-    try:
-        context.load_verify_locations(config.client_ca) if config.client_ca else None
-    except ssl.SSLError as error:
-        raise ConfigError(f"server.client_ca {config.client_ca} is not a PEM certificate: {error}") from None
-    return grpc.ssl_server_credentials([(key, cert)], ca, require_client_auth=ca is not None)
-
-
-def _read(path: Path, key: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{key} {path} cannot be read: {error.strerror}") from None

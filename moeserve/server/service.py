@@ -16,9 +16,10 @@ from moeserve.config import LayerSpec
 from moeserve.errors import ExpertUnavailable
 from moeserve.output import ForwardOutput
 from moeserve.request import LayerRequest, validate
-from moeserve.server.boundary import Context, Observe
+from moeserve.server.boundary import Observe
 from moeserve.server.catalog import Catalog, describe_stats
 from moeserve.server.engine import Engine
+from moeserve.server.rpc import Context
 from moeserve.server.status import as_user_error
 from moeserve.server.stream import answer_all
 from moeserve.v1 import moe_service_pb2 as pb

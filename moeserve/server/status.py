@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Final
 
 import grpc
@@ -13,20 +12,21 @@ from google.rpc import status_pb2
 from grpc_status import rpc_status
 
 from moeserve.errors import InvalidRequest, MoEServeError, Overloaded
+from moeserve.log_limit import limited_logger
 
 _DOMAIN: Final = "moeserve"
 # The sentence travels up to three times in the trailing metadata, which peers limit to 8 KiB.
 _MAX_MESSAGE_CHARS: Final = 1000
 _RETRY_DELAY_MS: Final = 100
 
-_log: Final = logging.getLogger(__name__)
+_strangers: Final = limited_logger(__name__)
 
 
 def as_user_error(error: BaseException, method: str) -> MoEServeError:
     """`error` if a user can act on it; anything else is ours: logged with its traceback, and told without details."""
     if isinstance(error, MoEServeError):
         return error
-    _log.error("%s failed", method, exc_info=error)
+    _strangers.error("%s failed", method, exc_info=error, extra={"kind": f"{method} {type(error).__name__}"})
     return MoEServeError("internal error; the server's log says more")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine
 
 import grpc
 
-from moeserve.server.boundary import Context
+from moeserve.server.rpc import Context
 
 
 async def answer_all(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 
 import torch
 
 from moeserve.errors import MoEServeError
+from moeserve.log_limit import limited_logger
 from moeserve.transport.memory import Limits
 from moeserve.transport.wire import (
     VERSION,
@@ -28,7 +28,7 @@ from moeserve.transport.wire import (
 )
 from moeserve.transport.work import Work
 
-_log = logging.getLogger(__name__)
+_strangers = limited_logger(__name__)
 
 
 class Peer(ABC):
@@ -99,7 +99,7 @@ class Peer(ABC):
 
     def refuse(self, reason: str) -> None:
         """Says why this frontend is not served any longer."""
-        _log.warning("hung up on a frontend at %s: %s", self._endpoint, reason)
+        _strangers.warning("hung up on a frontend at %s: %s", self._endpoint, reason)
         self._transmit(pack_note(Kind.GOODBYE, sentence=reason), None)
 
     def lose(self) -> None:

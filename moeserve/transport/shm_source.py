@@ -5,7 +5,6 @@ A frontend could still change a block after it was checked. It belongs to the sa
 
 from __future__ import annotations
 
-import logging
 import mmap
 import os
 import select
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from moeserve.log_limit import limited_logger
 from moeserve.transport.listener import Poller
 from moeserve.transport.memory import Limits, map_shared
 from moeserve.transport.packets import PacketSocket, is_same_user, listen_on
@@ -21,7 +21,7 @@ from moeserve.transport.peer import Peer
 from moeserve.transport.wire import Layout, MalformedMessage, Memory, Note, WorkHeader, partial, unpack_note
 from moeserve.transport.work import Work
 
-_log = logging.getLogger(__name__)
+_strangers = limited_logger(__name__)
 
 
 class ShmSource:
@@ -54,7 +54,7 @@ class ShmSource:
             except BlockingIOError:
                 return
             except OSError as error:
-                _log.warning("cannot accept a frontend at %s: %s", self.endpoint, error)
+                _strangers.warning("cannot accept a frontend at %s: %s", self.endpoint, error)
                 return
             self._peers.add(sock)
 
@@ -72,7 +72,7 @@ class ShmPeers:
     def add(self, sock: socket.socket) -> None:
         """Takes over a connected socket, unless it comes from another user."""
         if not is_same_user(sock):
-            _log.warning("hung up on a frontend at %s: it belongs to another user", self._endpoint)
+            _strangers.warning("hung up on a frontend at %s: it belongs to another user", self._endpoint)
             sock.close()
             return
         self._peers.add(ShmPeer(self._endpoint, self._limits, self._arrived, sock, self._poller, self._peers))

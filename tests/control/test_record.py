@@ -96,7 +96,14 @@ def test_an_order_is_read_back(current: Release, candidate: Release | None, host
     assert Order.from_message(Order().to_message()) == Order()
 
 
-@given(st.builds(Report, public_key=st.sampled_from(["", KEYS.public]), **dict.fromkeys(("name", "target", "node", "refusal"), TEXT)))
+@given(
+    st.builds(
+        Report,
+        public_key=st.sampled_from(["", KEYS.public]),
+        refusal=TEXT,
+        **dict.fromkeys(("name", "target", "node"), TEXT.filter(str.isprintable)),
+    )
+)
 def test_a_report_is_read_back(report: Report) -> None:
     report = replace(report, epoch=3, oldest_epoch=2, tried_epoch=4, is_leaving=True, is_ready=True)
     assert Report.from_message(pb.FrontendReport.FromString(report.to_message().SerializeToString())) == report
@@ -106,6 +113,12 @@ def test_a_long_refusal_is_cut_and_a_long_name_refused() -> None:
     assert len(Report.from_message(Report("a", refusal="x" * 5000).to_message()).refusal) == 1000
     with pytest.raises(InvalidRequest, match="name is not what it should be; allowed: at most 256"):
         Report.from_message(Report("x" * 257).to_message())
+
+
+@pytest.mark.parametrize("field", ["name", "target", "metrics_target", "node"])
+def test_no_frontend_writes_lines_into_the_log_of_its_controller(field: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"{field} is not what it should be; allowed: printable characters"):
+        Report.from_message(Report(**{"name": "a", field: "a\n2026-01-01 ERROR moeserve: all is lost"}).to_message())
 
 
 def packed(*numbers: int) -> bytes:

@@ -1,0 +1,6 @@
+"""Files that somebody else has named: settings, tokens, certificates, whatever lies in a checkpoint folder."""
+
+from moeserve.files.reading import read_file, read_secret, require_file, require_folder
+from moeserve.files.rotating import Rotating
+
+__all__ = ["Rotating", "read_file", "read_secret", "require_file", "require_folder"]

@@ -1,0 +1,53 @@
+"""Log lines that a stranger can cause, as often as he likes: the first of a kind in full, of the others their number."""
+
+from __future__ import annotations
+
+import logging
+import time
+from threading import Lock
+from typing import Final
+
+PERIOD_S: Final = 60.0
+
+
+class LogLimit(logging.Filter):
+    """Lets one record of a kind through in `period_s`, in seconds; the next one says how many were left out since then.
+
+    A kind is a logger and the text of a record before its arguments are put in, or what `extra={"kind": ...}` says. The code names them:
+    there is never one for each of what strangers send.
+    """
+
+    def __init__(self, period_s: float = PERIOD_S) -> None:
+        super().__init__()
+        self._period_s = period_s
+        self._lock = Lock()
+        #: when the last of a kind was let through, and how many were not since then
+        self._seen: dict[tuple[str, str], tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind, now = (record.name, str(getattr(record, "kind", record.msg))), time.monotonic()
+        with self._lock:
+            since, left_out = self._seen.get(kind, (-self._period_s, 0))
+            if now - since < self._period_s:
+                self._seen[kind] = since, left_out + 1
+                return False
+            self._seen[kind] = now, 0
+        if left_out:
+            record.msg, record.args = f"%s ({left_out} more like it in the last {now - since:.0f} s)", (record.getMessage(),)
+        return True
+
+    def forget(self) -> None:
+        """As if nothing had been written yet."""
+        with self._lock:
+            self._seen.clear()
+
+
+#: that of every `limited_logger`
+LIMIT: Final = LogLimit()
+
+
+def limited_logger(name: str) -> logging.Logger:
+    """The logger `name`.strangers, of whose lines each kind is written once a minute at most."""
+    logger = logging.getLogger(f"{name}.strangers")
+    logger.addFilter(LIMIT)
+    return logger

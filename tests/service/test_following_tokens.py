@@ -1,0 +1,31 @@
+"""A frontend elsewhere whose token is replaced while it follows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moeserve import Unauthenticated
+from moeserve.cli.token import rotating_token
+from tests.followers import ThreadedFrontend
+from tests.frontend.test_failure import until
+from tests.harness import ServiceHarness
+from tests.service.test_followers import epochs
+from tests.service.test_scale import CONFIG
+
+
+def test_it_comes_back_with_the_token_that_is_valid_by_then(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.write_text("first\n")
+    path.chmod(0o600)
+    with ServiceHarness({**CONFIG, "controller": {"frontend_token_file": path}}, "shm", tmp_path) as service:
+        service.call(service.open_control())
+        with ThreadedFrontend(service.control_target, token=rotating_token(path)):
+            service.call(service.close_control())
+            service.call(until(lambda: epochs(service) == [1]))
+            path.write_text("other\n")
+            service.call(service.reopen_control())
+            service.call(until(lambda: epochs(service) == [1, 1]))
+        with pytest.raises(Unauthenticated), ThreadedFrontend(service.control_target, token="first"):
+            pass
