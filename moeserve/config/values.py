@@ -23,7 +23,7 @@ CopyChoice = Literal["least_outstanding", "round_robin"]
 #: What is asked for, by whomever, is compared with these before anything is allocated or looped for it. No service comes near them.
 MAX_HOSTS: Final = 2**16
 MAX_LAYERS: Final = 2**12
-MAX_EXPERTS: Final = 2**16
+MAX_EXPERTS: Final = 2**20
 #: copies and shards of the experts of all layers
 MAX_PHYSICAL: Final = 2**22
 #: of a tensor, and whatever is counted in tokens

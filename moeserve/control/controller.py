@@ -20,11 +20,13 @@ from moeserve.control.seats import Node, Seating, Wanted
 from moeserve.control.state import NumHosts, State
 from moeserve.control.wish import first_wish, plan_for, wanted_hosts
 from moeserve.errors import ConfigError, MoEServeError
+from moeserve.log_limit import limited_logger
 from moeserve.release import Release
 from moeserve.standing import Standing
 from moeserve.stats import HostInfo, host_name
 
 log = logging.getLogger(__name__)
+strangers = limited_logger(__name__)
 
 _LOOK_S = 1.0
 #: what Ray says is free may be a moment old
@@ -62,6 +64,12 @@ class HostFleet(Hosts, Protocol):
     def present(self) -> Mapping[int, HostInfo]:
         """What hosts that are up have said of themselves."""
         ...
+
+
+def _tell_of_failure(change: asyncio.Task[Release]) -> None:
+    """Of a change whose caller has hung up."""
+    if not change.cancelled() and (error := change.exception()) is not None:
+        strangers.warning("a change that nobody waits for any more could not be made: %s", error)
 
 
 async def first_state(config: ServiceConfig, sources: Sequence[LayerSource], nodes: Nodes) -> State:
@@ -216,7 +224,11 @@ class Controller:
         task = asyncio.ensure_future(change)
         self._changes.add(task)
         task.add_done_callback(self._changes.discard)
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(_tell_of_failure)
+            raise
 
     async def _change(self, change: Callable[[], Coroutine[Any, Any, Release]]) -> Release:
         async with self._one_at_a_time:

@@ -114,7 +114,7 @@ def test_config_check(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
         ("[servr]\n", "servr is not a key"),
         (LAYER + "[server]\nport = 'x'\n", "server.port: Input should be a valid integer (got 'x')"),
         (LAYER + "[layers.gating]\ntop_k = 5\n", "gating.top_k is 5, but it has 4 experts"),
-        (LAYER + "[placement]\nnum_hosts = 5\n", "num_hosts is 5, but no layer has enough experts to share out"),
+        (LAYER + "[placement]\nnum_hosts = 5\n", "num_hosts is 5; allowed: at most 4, the number of physical experts"),
         (LAYER + "[server]\nhost = '0.0.0.0'\n", "server.host 0.0.0.0 can be reached from other machines"),
         ("[model]\ncheckpoint = 'nowhere'\n", "nowhere does not exist"),
         ("[model\n", "not a readable TOML file"),

@@ -57,7 +57,7 @@ def test_numbers_of_the_configuration_have_an_upper_bound(table: str, key: str, 
 @pytest.mark.parametrize(
     ("gating", "sentence"),
     [
-        ({"top_k": 2**32}, r"gating\.top_k: Input should be less than or equal to 65536"),
+        ({"top_k": 2**32}, r"gating\.top_k: Input should be less than or equal to 1048576"),
         ({"min_capacity": 10**30}, r"gating\.min_capacity: Input should be less than or equal to 2147483647"),
         ({"capacity_multiple": 10**30}, r"gating\.capacity_multiple: Input should be less than or equal to 2147483647"),
         ({"seed": 2**63}, r"gating\.seed: Input should be less than 9223372036854775808"),

@@ -94,7 +94,7 @@ def test_a_host_that_dies_after_a_change_comes_back_with_what_it_has_now(tmp_pat
 def test_what_cannot_be_leaves_everything_as_it_was(tmp_path: Path) -> None:
     with ServiceHarness(CONFIG, "local", tmp_path) as service, Load(service.target, 2) as load:
         for change, sentence in (
-            (service.controller.scale(17), "no layer has enough experts to share out among so many"),
+            (service.controller.scale(17), r"placement\.num_hosts is 17; allowed: at most \d+, the number of physical experts"),
             (service.controller.scale(0), "at least one host is needed"),
             (service.controller.drain("host-7"), "there is no host 'host-7'; there are host-0, host-1"),
         ):
