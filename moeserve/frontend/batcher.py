@@ -126,11 +126,12 @@ class Batcher:
         except InvalidRequest as error:
             # Only the tensors of one member can be at fault; run alone, the others are not disturbed by it.
             if len(batch.members) == 1:
-                batch.fail(error)
+                batch.fail(error.with_traceback(None))
             for member in batch.members if len(batch.members) > 1 else ():
                 await self._guarded(Batch([member]))
         except MoEServeError as error:
-            batch.fail(error)
+            # The future that raised it keeps it: with its frames it would keep the batch, until cycles of references are collected.
+            batch.fail(error.with_traceback(None))
         except Exception as error:  # whatever it was, the callers must not hang and the next batch must run
             log.exception("a batch failed")
             batch.fail(MoEServeError(f"the service failed to run the batch: {type(error).__name__}"))

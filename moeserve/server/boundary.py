@@ -99,8 +99,7 @@ class Boundary(grpc.aio.ServerInterceptor):
                 if _caller_left(error):
                     code = grpc.StatusCode.CANCELLED
                     raise
-                known = as_user_error(error, method)
-                code = known.code
+                code, status = _told(error, method)
             finally:
                 # Before the status leaves, so that whoever has an answer finds it counted.
                 if not (is_stream and code is grpc.StatusCode.OK):
@@ -108,7 +107,8 @@ class Boundary(grpc.aio.ServerInterceptor):
                 self._running -= 1
                 if not self._running:
                     self._idle.set()
-            return await context.abort_with_status(to_status(known))
+            del request  # gRPC keeps what aborted a call, with this frame, until the cycles of its references are collected
+            return await context.abort_with_status(status)
 
         return guarded
 
@@ -137,6 +137,12 @@ def _refuse(error: MoEServeError) -> Behavior:
         raise error
 
     return refuse
+
+
+def _told(error: BaseException, method: str) -> tuple[grpc.StatusCode, grpc.Status]:
+    """What its caller is told. No more is kept: an error refers to the frame that keeps it, and so to the message."""
+    known = as_user_error(error, method)
+    return known.code, to_status(known)
 
 
 def _caller_left(error: BaseException) -> bool:

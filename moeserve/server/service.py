@@ -104,9 +104,8 @@ class MoEService:
             code = grpc.StatusCode.CANCELLED
             raise
         except Exception as error:
-            known = as_user_error(error, "ForwardStream")
-            code = known.code
-            return encode_forward_response(request_id_of(message), known)
+            code, answer = _told(request_id_of(message), error)
+            return answer
         finally:
             self._observe("ForwardStream", code.name, time.perf_counter() - start)
 
@@ -131,6 +130,12 @@ class MoEService:
         if not request.num_tokens:
             return _empty_output(request, spec)
         return await engine.forward(layer, request)
+
+
+def _told(request_id: str, error: Exception) -> tuple[grpc.StatusCode, bytes]:
+    """Its status and what its caller reads of it. No more is kept: an error refers to the frame that keeps it, and so to the message."""
+    known = as_user_error(error, "ForwardStream")
+    return known.code, encode_forward_response(request_id, known)
 
 
 def _empty_output(request: LayerRequest, spec: LayerSpec) -> ForwardOutput:
