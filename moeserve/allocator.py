@@ -27,6 +27,8 @@ _TOP_PAD_BYTES: Final = 16 * 2**20
 #: a process is quiet when for so many seconds in a row it used less than this share of a core
 QUIET_S: Final = 3
 _QUIET_SHARE: Final = 0.1
+#: while it stays quiet: what callers leave behind that did nothing for long is freed without much work
+_AGAIN_S: Final = 30
 
 _log: Final = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ def keep_large_blocks() -> bool:
 
 
 def give_back_when_quiet(*give_back: Callable[[], object]) -> None:
-    """For the rest of the life of the process: whenever it has worked and then been quiet for QUIET_S, `give_back` and glibc's free pages.
+    """For the rest of the life of the process: whenever it has been quiet for QUIET_S, `give_back` and glibc's free pages.
 
     Takes some 40 ms for half a gigabyte, which is why it waits. To be called once.
     """
@@ -63,14 +65,12 @@ def give_back_when_quiet(*give_back: Callable[[], object]) -> None:
 
 
 def _watch(steps: Sequence[Callable[[], object]]) -> None:
-    used_s, quiet_s, has_worked = time.process_time(), 0, True
+    used_s, quiet_s = time.process_time(), 0
     while True:
         time.sleep(1)
         used_s, before_s = time.process_time(), used_s
-        is_quiet = used_s - before_s < _QUIET_SHARE
-        quiet_s, has_worked = (quiet_s + 1 if is_quiet else 0), has_worked or not is_quiet
-        if has_worked and quiet_s >= QUIET_S:
-            has_worked = False
+        quiet_s = quiet_s + 1 if used_s - before_s < _QUIET_SHARE else 0
+        if quiet_s and quiet_s % _AGAIN_S == QUIET_S:
             for step in steps:
                 step()
 
