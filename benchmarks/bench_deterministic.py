@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from moeserve import GatingConfig, MoELayer
+from moeserve.allocator import keep_large_blocks
 from moeserve.config import Kernel
 from moeserve.kernels import fastest_of
-from moeserve.server import keep_large_blocks
 
 TOKENS = (1, 16, 64, 256, 1024)
 KERNELS: tuple[Kernel, ...] = ("auto", "torch")

@@ -29,8 +29,8 @@ from rich.table import Table
 from torch import nn
 
 from moeserve import MoELayer
+from moeserve.allocator import keep_large_blocks
 from moeserve.kernels import fastest_of
-from moeserve.server import keep_large_blocks
 
 TINY = {
     "vocab_size": 16,

@@ -28,7 +28,7 @@ from bench_experts import ask, made
 from echo_server import METHOD, OPTIONS
 
 import moeserve
-from moeserve.server import keep_large_blocks
+from moeserve.allocator import keep_large_blocks
 
 HIDDEN, EXPERTS, TOP_K = 1024, 8, 2
 # OpenMP's threads spin for some milliseconds after their work; the next side must not pay for that.

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from moeserve.allocator import keep_large_blocks
 from moeserve.experts import Expert, ExpertBank, FeedForward, QuantizedFeedForward
-from moeserve.server import keep_large_blocks
 
 EXPERTS = 8
 ROWS = (1, 4, 16, 64, 256)

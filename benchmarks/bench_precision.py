@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from moeserve import MoELayer
+from moeserve.allocator import keep_large_blocks
 from moeserve.config import Quantization
-from moeserve.server import keep_large_blocks
 
 TYPES: tuple[tuple[torch.dtype, Quantization | None], ...] = (
     (torch.float32, None),

@@ -20,7 +20,7 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
 from moeserve import GatingConfig, route
-from moeserve.server import keep_large_blocks
+from moeserve.allocator import keep_large_blocks
 
 Side = Callable[[], object]
 BASELINE = "torch.softmax + topk"

@@ -6,7 +6,7 @@ import asyncio
 
 import grpc
 
-from moeserve.server import keep_large_blocks
+from moeserve.allocator import keep_large_blocks
 
 METHOD = "/echo/Echo"
 OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]

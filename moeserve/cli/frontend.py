@@ -10,6 +10,7 @@ from typing import Annotated
 import torch
 import typer
 
+from moeserve.allocator import give_back_when_quiet, keep_large_blocks
 from moeserve.cli.flags import Overrides
 from moeserve.cli.serving import serve_until_told
 from moeserve.cli.streams import tell
@@ -18,7 +19,7 @@ from moeserve.cli.token import rotating_token
 from moeserve.client import TLS
 from moeserve.config import ServerConfig, load_server
 from moeserve.frontend_service import FrontendService
-from moeserve.server import keep_large_blocks
+from moeserve.transport import give_back_pools
 
 
 def frontend(
@@ -38,6 +39,7 @@ def frontend(
     tls = TLS(ca=tls_ca, cert=server.tls_cert, key=server.tls_key) if tls_ca else None
     torch.set_num_threads(1)
     keep_large_blocks()
+    give_back_when_quiet(give_back_pools)
     asyncio.run(_serve(controller, rotating_token(frontend_token_file), server, tls, name, timeout))
 
 

@@ -8,12 +8,13 @@ from typing import Annotated
 import torch
 import typer
 
+from moeserve.allocator import give_back_when_quiet, keep_large_blocks
 from moeserve.cli.flags import Overrides
 from moeserve.cli.serving import serve_until_told
 from moeserve.cli.streams import tell
 from moeserve.config import ServiceConfig, load_config
-from moeserve.server import keep_large_blocks
 from moeserve.service import Service
+from moeserve.transport import give_back_pools
 
 
 def serve(
@@ -25,6 +26,7 @@ def serve(
     # The hosts do the heavy work; idle threads of this process would only spin on their cores.
     torch.set_num_threads(1)
     keep_large_blocks()
+    give_back_when_quiet(give_back_pools)
     asyncio.run(_serve(config))
 
 

@@ -12,12 +12,13 @@ import ray
 import ray.util
 import torch
 
+from moeserve.allocator import give_back_when_quiet
 from moeserve.cluster.folders import Hold, SocketFolder
 from moeserve.config import ServiceConfig
 from moeserve.host import Holdings, HostLoop, Relay
 from moeserve.release import Release
 from moeserve.stats import HostInfo
-from moeserve.transport import HostKeys, KeyPair, listen
+from moeserve.transport import HostKeys, KeyPair, give_back_pools, listen
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ class ExpertHost:
         self._loop = HostLoop(self._holdings.shelf, listener, self._relay)
         self._thread = threading.Thread(target=_run, args=(self._loop, num_threads), name="expert-host", daemon=True)
         self._thread.start()
+        give_back_when_quiet(give_back_pools)
         return HostInfo(
             name=order.name,
             endpoints=listener.endpoints,

@@ -9,11 +9,12 @@ from collections.abc import Callable
 
 import torch
 
+from moeserve.allocator import give_back_when_quiet, keep_large_blocks
 from moeserve.client import TLS
 from moeserve.cluster import this_node
 from moeserve.config import ServiceConfig
 from moeserve.frontend_service import FrontendService
-from moeserve.server import keep_large_blocks
+from moeserve.transport import give_back_pools
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class FrontendProgram:
         self._service: FrontendService | None = None
         torch.set_num_threads(1)
         keep_large_blocks()
+        give_back_when_quiet(give_back_pools)
 
     async def start(self) -> None:
         """Until every expert can be reached. Raises what `FrontendService.start` raises."""

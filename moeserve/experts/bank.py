@@ -13,6 +13,7 @@ from operator import length_hint
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 
 from moeserve.config import Kernel
 from moeserve.experts.choice import chosen
@@ -24,6 +25,9 @@ from moeserve.experts.ragged import Stack, can_stack
 from moeserve.kernels import WeightArena, arena_bytes
 
 _CPU = torch.device("cpu")
+# For every number of rows that it has not seen, oneDNN compiles kernels: a millisecond or more and half a megabyte, for ever. So many rows
+# are multiplied as they are; more are filled up to the next sixteenth of a power of two: 79 numbers up to 16384, for 5 % more work.
+_EXACT_ROWS = 16
 
 
 class ExpertBank:
@@ -165,12 +169,27 @@ class ExpertBank:
         busy = [(expert, count, weighs_inputs) for expert, count, weighs_inputs in kinds if count]
         sizes = [count for _, count, _ in busy]
         for (expert, count, weighs_inputs), index, scale in zip(busy, row_index.split(sizes), weights.split(sizes), strict=True):
-            rows = hidden_states if count == len(hidden_states) == 1 else hidden_states.index_select(0, index)
-            rows = rows * self._rounded(scale).to(self.dtype) if weighs_inputs else rows
+            rows = hidden_states if count == len(hidden_states) == 1 else self._gathered(hidden_states, index)
+            rows = rows * F.pad(self._rounded(scale).to(self.dtype), (0, 0, 0, len(rows) - count)) if weighs_inputs else rows
             # Kernels add up in another order when there are more rows, so where that must not show there is one at a time.
-            answer = torch.cat([expert(row) for row in rows.split(1)]) if self._deterministic else expert(rows)
+            answer = torch.cat([expert(row) for row in rows.split(1)]) if self._deterministic else expert(rows)[:count]
             total.index_add_(0, index, answer if weighs_inputs else answer.mul_(scale))
+
+    def _gathered(self, hidden_states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """The rows at `index`, and after them rows of zeros where a kernel would be compiled for this number of rows alone."""
+        count = len(index)
+        if self.device.type != "cpu" or self.dtype == torch.float32 or self._deterministic or count <= _EXACT_ROWS:
+            return hidden_states.index_select(0, index)
+        rows = hidden_states.new_empty(_filled_up(count), hidden_states.shape[1])
+        torch.index_select(hidden_states, 0, index, out=rows[:count])
+        rows[count:].zero_()
+        return rows
 
     def _rounded(self, weights: torch.Tensor) -> torch.Tensor:
         """As the model does where weights multiply inputs: the weight to the type of the rows first."""
         return weights.to(self.dtype).float()
+
+
+def _filled_up(count: int) -> int:
+    step = max(_EXACT_ROWS, 1 << ((count - 1).bit_length() - 4))
+    return -(-count // step) * step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 
 from moeserve.config import BatchingConfig
@@ -49,19 +49,24 @@ class Batcher:
         self._run = run
         self._config = config
         self._budget = budget
-        self._waiting: deque[Pending] = deque()
+        #: the oldest first; a mapping, because whoever leaves leaves from the middle
+        self._waiting: OrderedDict[Pending, None] = OrderedDict()
         self._in_flight: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
     def submit(self, request: LayerRequest, deadline: float) -> asyncio.Future[ForwardOutput]:
-        """Admit a request. Raises Overloaded. Cancelling the future gives the request up."""
-        tokens = request.num_tokens
-        self._budget.take(tokens)
+        """Admit a request. Raises Overloaded. Cancelling the future gives the request up: one that waits leaves the queue."""
+        self._budget.take(request.num_tokens)
         answer: asyncio.Future[ForwardOutput] = asyncio.get_running_loop().create_future()
-        answer.add_done_callback(lambda _: self._budget.give_back(tokens))
-        self._waiting.append(Pending(request, deadline, answer))
+        pending = Pending(request, deadline, answer)
+        self._waiting[pending] = None
+        answer.add_done_callback(lambda _: self._left(pending))
         self._pump()
         return answer
+
+    def _left(self, pending: Pending) -> None:
+        self._budget.give_back(pending.request.num_tokens)
+        self._waiting.pop(pending, None)
 
     def _pump(self) -> None:
         while self._waiting and len(self._in_flight) < _MAX_IN_FLIGHT and not self._should_wait():
@@ -77,7 +82,7 @@ class Batcher:
         if sum(pending.request.num_tokens for pending in self._waiting) >= self._config.max_batch_tokens:
             return False
         loop = asyncio.get_running_loop()
-        ready_at = self._waiting[0].admitted_at + wait_s
+        ready_at = next(iter(self._waiting)).admitted_at + wait_s
         if loop.time() >= ready_at:
             return False
         if self._timer is None or self._timer.cancelled() or self._timer.when() <= loop.time():
@@ -89,14 +94,14 @@ class Batcher:
         members: list[Pending] = []
         tokens = 0
         while self._waiting:
-            head = self._waiting[0]
+            head = next(iter(self._waiting))
             if not head.answer.done():
                 full = tokens + head.request.num_tokens > self._config.max_batch_tokens
                 if members and (full or head.join_key != members[0].join_key):
                     break
                 members.append(head)
                 tokens += head.request.num_tokens
-            self._waiting.popleft()
+            del self._waiting[head]
         return members
 
     def _launch(self, batch: Batch) -> None:
@@ -121,11 +126,12 @@ class Batcher:
         except InvalidRequest as error:
             # Only the tensors of one member can be at fault; run alone, the others are not disturbed by it.
             if len(batch.members) == 1:
-                batch.fail(error)
+                batch.fail(error.with_traceback(None))
             for member in batch.members if len(batch.members) > 1 else ():
                 await self._guarded(Batch([member]))
         except MoEServeError as error:
-            batch.fail(error)
+            # The future that raised it keeps it: with its frames it would keep the batch, until cycles of references are collected.
+            batch.fail(error.with_traceback(None))
         except Exception as error:  # whatever it was, the callers must not hang and the next batch must run
             log.exception("a batch failed")
             batch.fail(MoEServeError(f"the service failed to run the batch: {type(error).__name__}"))

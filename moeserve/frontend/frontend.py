@@ -165,10 +165,10 @@ class Frontend:
         deadline = time.monotonic() + self._timeout_s if request.deadline is None else request.deadline
         if deadline <= time.monotonic():
             raise DeadlineExceeded("the deadline had passed when the request arrived")
-        answer = self._batchers[layer].submit(request, deadline)
         try:
             async with asyncio.timeout_at(deadline):
-                return await answer
+                # Not kept in a variable: an error in it would refer to this frame, and this to it, with all that the request has brought.
+                return await self._batchers[layer].submit(request, deadline)
         except TimeoutError:
             raise DeadlineExceeded(f"layer {self.layers[layer].name} did not answer before the deadline") from None
 

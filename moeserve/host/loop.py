@@ -6,7 +6,7 @@ R rows, N (row, expert) pairs, H hidden size.
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -27,8 +27,9 @@ class HostLoop:
     """Takes work from a listener and answers it with the experts on `shelf` until stopped.
 
     All work that is waiting for the same experts, from whichever frontend, is computed in one pass (continuous merging as in EaaS,
-    arXiv 2509.17863): an expert's weights are read once for all of it. What belongs to other hosts goes to the `relay` first, so that
-    they compute at the same time; without one, nothing is passed on.
+    arXiv 2509.17863): an expert's weights are read once for all of it. Between two passes the frontends are listened to, so that work
+    which they have given up meanwhile, or whose deadline has passed, is dropped before it begins. What belongs to other hosts goes to the
+    `relay` first, so that they compute at the same time; without one, nothing is passed on.
     """
 
     def __init__(self, shelf: Shelf, listener: Listener, relay: Relay | None = None) -> None:
@@ -40,12 +41,13 @@ class HostLoop:
 
     def run(self) -> None:
         """Blocks until `stop`; a piece of work that fails is answered with an error and harms no other."""
+        waiting: OrderedDict[tuple[int, ExpertBank | None], list[Work]] = OrderedDict()
         while not self._stopping:
-            waiting: defaultdict[tuple[int, ExpertBank | None], list[Work]] = defaultdict(list)
-            for work in self._listener.poll(_POLL_S):
-                waiting[work.layer, self._shelf.bank(work.layer, work.epoch)].append(work)
-            for (layer, bank), works in waiting.items():
-                self._serve(layer, bank, works)
+            for work in self._listener.poll(0 if waiting else _POLL_S):
+                waiting.setdefault((work.layer, self._shelf.bank(work.layer, work.epoch)), []).append(work)
+            if waiting:
+                (layer, bank), works = waiting.popitem(last=False)
+                self._serve(layer, bank, [work for work in works if not work.drop_if_late()])
             self._finish_errands()
         self._listener.close()
         if self._relay is not None:

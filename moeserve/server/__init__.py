@@ -1,6 +1,5 @@
 """gRPC in front of an engine; the engine itself is only a protocol here."""
 
-from moeserve.server.allocator import keep_large_blocks
 from moeserve.server.boundary import Observe
 from moeserve.server.control import Control
 from moeserve.server.engine import Engine
@@ -15,5 +14,4 @@ __all__ = [
     "check_exposure",
     "controller_address",
     "frontend_tokens",
-    "keep_large_blocks",
 ]

@@ -122,13 +122,13 @@ class Boundary(grpc.aio.ServerInterceptor):
                 if _caller_left(error):
                     code = grpc.StatusCode.CANCELLED
                     raise asyncio.CancelledError from None
-                known = as_user_error(error, method)
-                code = known.code
+                code, status = _told(error, method)
             finally:
                 # Before the status leaves, so that whoever has an answer finds it counted.
                 if is_traffic:
                     self._end(method, None if is_stream and code is grpc.StatusCode.OK else code, time.perf_counter() - start)
-            return await _abort(context, known)
+            del request  # gRPC keeps what aborted a call, with this frame, until the cycles of its references are collected
+            return await _abort(context, status)
 
         return guarded
 
@@ -166,9 +166,9 @@ def _answer_parsed(method: str, handler: Handler, inner: Behavior) -> Behavior:
     return run
 
 
-async def _abort(context: Context, error: MoEServeError) -> Never:
+async def _abort(context: Context, status: grpc.Status) -> Never:
     try:
-        await context.abort_with_status(to_status(error))
+        await context.abort_with_status(status)
     except grpc.aio.InternalError:
         # The caller left, or its deadline passed, while it was being told.
         raise asyncio.CancelledError from None
@@ -180,6 +180,12 @@ def _refuse(error: MoEServeError) -> Behavior:
         raise error
 
     return refuse
+
+
+def _told(error: BaseException, method: str) -> tuple[grpc.StatusCode, grpc.Status]:
+    """What its caller is told. No more is kept: an error refers to the frame that keeps it, and so to the message."""
+    known = as_user_error(error, method)
+    return known.code, to_status(known)
 
 
 def _caller_left(error: BaseException) -> bool:

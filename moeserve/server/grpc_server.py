@@ -75,7 +75,7 @@ class GrpcServer:
         self._probed = None if config.health_port is None else self._new_server(_options(config, 30_000))
         #: where health alone is told in plain text; None = nowhere
         self.health_port = config.health_port
-        self._service = MoEService(config.max_tokens_per_request, observe, self._boundary.draining)
+        self._service = MoEService(config.max_tokens_per_request, config.max_message_bytes, observe, self._boundary.draining)
         services: dict[str, grpc.GenericRpcHandler] = {}
         if has_engine:
             services[SERVICE_NAME] = self._service.handlers()

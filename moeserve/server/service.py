@@ -36,10 +36,12 @@ class MoEService:
     Forward messages arrive and leave as raw bytes: a deserializer inside gRPC could only fail with INTERNAL.
     """
 
-    def __init__(self, max_tokens: int, observe: Observe, draining: asyncio.Event) -> None:
+    def __init__(self, max_tokens: int, max_bytes: int, observe: Observe, draining: asyncio.Event) -> None:
+        """max_tokens: of a request. max_bytes: of a message, and of those of one stream that are answered side by side."""
         self._engine: Engine | None = None
         self._catalog = Catalog("", ())
         self._max_tokens = max_tokens
+        self._max_bytes = max_bytes
         self._observe = observe
         self._draining = draining
 
@@ -78,7 +80,10 @@ class MoEService:
 
         When the service drains, what was read is still answered, then the stream ends with UNAVAILABLE.
         """
-        if not await answer_all(context, lambda message: self._answer(message, context), self._draining, MAX_STREAM_REQUESTS):
+        answering = answer_all(
+            context, lambda message: self._answer(message, context), self._draining, MAX_STREAM_REQUESTS, self._max_bytes
+        )
+        if not await answering:
             raise ExpertUnavailable("the service is draining; requests of this stream without an answer were not run")
 
     async def list_layers(self, _request: pb.ListLayersRequest, _context: Context) -> pb.ListLayersResponse:
@@ -100,9 +105,8 @@ class MoEService:
             code = grpc.StatusCode.CANCELLED
             raise
         except Exception as error:
-            known = as_user_error(error, "ForwardStream")
-            code = known.code
-            return encode_forward_response(request_id_of(message), known)
+            code, answer = _told(request_id_of(message), error)
+            return answer
         finally:
             self._observe("ForwardStream", code.name, time.perf_counter() - start)
 
@@ -127,6 +131,12 @@ class MoEService:
         if not request.num_tokens:
             return _empty_output(request, spec)
         return await engine.forward(layer, request)
+
+
+def _told(request_id: str, error: Exception) -> tuple[grpc.StatusCode, bytes]:
+    """Its status and what its caller reads of it. No more is kept: an error refers to the frame that keeps it, and so to the message."""
+    known = as_user_error(error, "ForwardStream")
+    return known.code, encode_forward_response(request_id, known)
 
 
 def _empty_output(request: LayerRequest, spec: LayerSpec) -> ForwardOutput:

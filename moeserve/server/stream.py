@@ -4,38 +4,46 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from typing import Final
 
 import grpc
 
 from moeserve.server.rpc import Context
 
+#: messages of one stream that are answered side by side before its caller has been seen to read an answer
+FIRST_BYTES: Final = 8 * 2**20
+
 
 async def answer_all(
-    context: Context, answer: Callable[[bytes], Coroutine[None, None, bytes]], stop: asyncio.Event, max_running: int
+    context: Context, answer: Callable[[bytes], Coroutine[None, None, bytes]], stop: asyncio.Event, max_running: int, max_bytes: int
 ) -> bool:
     """Writes `answer(message)` for every message of the call. Returns whether the caller ended it (rather than `stop`).
 
-    Nothing is read while `max_running` answers are being made or one is being written, so a caller that is too fast, or
-    does not read, is slowed down by flow control. After `stop`, what was read is still answered. Cancelling this, or an
-    exception out of `answer`, cancels every answer that is being made.
+    Nothing is read while `max_running` answers are being made, or answers to `max_bytes` of messages, or one is being written, so a caller
+    that is too fast, or does not read, is slowed down by flow control. For one that has not read yet it is FIRST_BYTES, and a byte more for
+    every byte that it takes: who never reads has no more than that kept for it. After `stop`, what was read is still answered. Cancelling
+    this, or an exception out of `answer`, cancels every answer that is being made.
     """
     stopping = asyncio.create_task(stop.wait())
     reading = asyncio.create_task(context.read())
-    running: set[asyncio.Task[bytes]] = set()
+    running: dict[asyncio.Task[bytes], int] = {}
+    allowed_bytes = FIRST_BYTES
     is_listening, ended_by_caller = True, False
     try:
         while is_listening or running:
-            inputs = (reading, stopping) if is_listening and len(running) < max_running else ()
+            has_room = len(running) < max_running and sum(running.values()) < min(allowed_bytes, max_bytes)
+            inputs = (reading, stopping) if is_listening and has_room else ()
             done, _ = await asyncio.wait((*running, *inputs), return_when=asyncio.FIRST_COMPLETED)
-            for task in running & done:
-                running.remove(task)
+            for task in running.keys() & done:
+                del running[task]
                 await context.write(task.result())
+                allowed_bytes += len(task.result())
             if stopping in done:
                 is_listening = False
             elif reading in done and reading.result() is grpc.aio.EOF:
                 is_listening, ended_by_caller = False, True
             elif reading in done:
-                running.add(asyncio.create_task(answer(reading.result())))
+                running[asyncio.create_task(answer(reading.result()))] = len(reading.result())
                 reading = asyncio.create_task(context.read())
     finally:
         leftover = (stopping, reading, *running)

@@ -12,7 +12,7 @@ from moeserve.transport.channel import Channel, ChannelClosed, Lease, Partial
 from moeserve.transport.keys import FrontendKeys, HostKeys, KeyPair
 from moeserve.transport.listener import Listener, Poller, Source
 from moeserve.transport.local import LocalSource, connect_local
-from moeserve.transport.memory import Limits
+from moeserve.transport.memory import Limits, give_back_pools
 from moeserve.transport.shm_channel import connect_unix
 from moeserve.transport.shm_source import ShmSource
 from moeserve.transport.tcp_channel import connect_tcp
@@ -37,6 +37,7 @@ __all__ = [
     "WorkShape",
     "choose_endpoint",
     "connect",
+    "give_back_pools",
     "listen",
 ]
 

@@ -1,6 +1,7 @@
 """One stretch of memory per channel, lent out in blocks, and how two processes come to share it.
 
-An arena is mapped once at its full size; pages exist from the first touch on, so an idle arena costs address space only.
+An arena is mapped once at its full size; pages exist from the first touch on, so an idle arena costs address space only, and one that was
+busy does again once it has been told to `give_back`.
 Blocks have power-of-two size classes with a free list each, last returned first lent, so a steady load stays on warm pages.
 Splitting and merging is Knowlton's buddy system (1965), merging only when nothing else fits.
 """
@@ -20,6 +21,8 @@ from moeserve.errors import ConfigError, Overloaded
 from moeserve.transport.wire import MalformedMessage
 
 _SMALLEST_ORDER = 12  # one page
+_arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
+_arenas_lock = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,10 @@ class Arena:
     A block comes back by itself when its memoryview and every tensor over it are gone, so memory in use is never lent twice.
     """
 
-    def __init__(self, memory: mmap.mmap) -> None:
+    def __init__(self, memory: mmap.mmap, advice: int = mmap.MADV_REMOVE) -> None:
+        """advice: what has the kernel take pages of such a mapping back."""
+        self._mapping = memory
+        self._advice = advice
         self._memory = memoryview(memory)
         self._lock = threading.Lock()
         self._lent: dict[int, tuple[int, weakref.ref[memoryview]]] = {}
@@ -60,11 +66,13 @@ class Arena:
         self._returned: deque[int] = deque()
         self._free: list[list[int]] = [[] for _ in range(len(memory).bit_length())]
         self._free[-1].append(0)
+        with _arenas_lock:
+            _arenas.add(self)
 
     @classmethod
     def private(cls, nbytes: int) -> Arena:
         """An arena only this process sees."""
-        return cls(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        return cls(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), mmap.MADV_DONTNEED)
 
     def lend(self, nbytes: int) -> Block:
         """A block of `nbytes`. Raises Overloaded when what is lent already leaves no room for it."""
@@ -81,6 +89,15 @@ class Arena:
             returned = self._returned
             self._lent[offset] = order, weakref.ref(memory, lambda _: returned.append(offset))
         return Block(offset, memory)
+
+    def give_back(self) -> None:
+        """Lets the kernel have the pages of whatever is not lent, until it is lent again."""
+        with self._lock:
+            self._take_back()
+            self._merge()
+            for order, offsets in enumerate(self._free):
+                for offset in offsets:
+                    self._mapping.madvise(self._advice, offset, 1 << order)
 
     def _take_back(self) -> None:
         while self._returned:
@@ -108,6 +125,14 @@ class Arena:
                 else:
                     lonely.add(offset)
             self._free[order] = list(lonely)
+
+
+def give_back_pools() -> None:
+    """For every arena of this process: `Arena.give_back`."""
+    with _arenas_lock:
+        arenas = list(_arenas)
+    for arena in arenas:
+        arena.give_back()
 
 
 def create_shared(nbytes: int) -> tuple[int, mmap.mmap]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeserve.config import Activation, Kernel
-from moeserve.experts import ExpertBank, FeedForward
+from moeserve.experts import ExpertBank, FeedForward, ModuleExpert
 from moeserve.experts.ragged import Stack
 from tests.closeness import assert_close
 from tests.experts.oracle import (
@@ -138,3 +138,28 @@ def test_a_bank_knows_its_number_and_size() -> None:
     bank = bank_of(some_weights(3, "relu", True, torch.float16), "relu", torch.float16)
     assert bank.num_experts == 3
     assert bank.nbytes == 2 * 3 * (2 * HIDDEN_SIZE * INTERMEDIATE_SIZE + INTERMEDIATE_SIZE + HIDDEN_SIZE)
+
+
+class Recorded(torch.nn.Module):
+    """Doubles its rows, and knows how many there were at a time."""
+
+    def __init__(self, seen: list[int]) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        self._seen.append(len(rows))
+        return 2 * rows
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("weighs_inputs", [False, True])
+def test_torch_compiles_for_few_numbers_of_rows_only(weighs_inputs: bool, dtype: torch.dtype) -> None:
+    seen: list[int] = []
+    bank = ExpertBank([ModuleExpert(Recorded(seen), dtype)], 8, dtype, scale_inputs=weighs_inputs)
+    for count in (*range(1, 200), *range(200, 4000, 9)):
+        hidden_states = (torch.arange(8.0) + torch.arange(count)[:, None] % 7).to(dtype)
+        out = run(bank, (hidden_states, torch.arange(count), torch.zeros(count, dtype=torch.int64), torch.full((count,), 0.5)))
+        assert torch.equal(out, hidden_states.float())
+        assert count <= seen[-1] <= max(count + 15, count * 9 / 8)
+    assert len(set(seen)) < 70

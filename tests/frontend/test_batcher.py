@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -157,6 +158,27 @@ async def test_a_request_given_up_in_the_queue_is_never_run() -> None:
     assert runs.sizes[2:] == [[3]]
     runs.gates[2].set()
     await queued[1]
+
+
+async def test_a_request_given_up_leaves_the_queue_at_once() -> None:
+    runs = Runs()
+    batches, _ = batcher(runs, max_batch_tokens=8)
+    for tokens in (1, 1, 3):  # two batches under way and one request behind them
+        batches.submit(request(tokens), FAR)
+    rows = torch.zeros(4, 4)
+    left, stays = batches.submit(LayerRequest(rows), FAR), batches.submit(request(5), FAR)
+    held = weakref.ref(rows)
+    del rows
+    await settle()
+    left.cancel()
+    await settle()
+    assert held() is None
+    for gate in list(runs.gates):
+        gate.set()
+    await settle()
+    assert runs.sizes == [[1], [1], [3, 5]]
+    runs.gates[2].set()
+    assert await stays == 5
 
 
 async def test_a_batch_nobody_waits_for_is_cancelled() -> None:

@@ -34,10 +34,11 @@ def config(pattern: str, **resilience: object) -> dict[str, object]:
 
 
 class Held:
-    """Stands before a host's bank: a pass waits until `go` is set, and the host dies there when `kills`."""
+    """Stands before a host's bank: a pass waits until `go` is set, and fails there with `error`, or the host dies when `kills`."""
 
     def __init__(self, host: ThreadedHost) -> None:
         self.is_waiting, self.go, self.kills = threading.Event(), threading.Event(), False
+        self.error: Exception | None = None
         bank = host.holdings.shelf.bank(0, 1)
         assert bank is not None
         self._bank: ExpertBank = bank
@@ -51,6 +52,8 @@ class Held:
         assert self.go.wait(30)
         if self.kills:
             raise Killed
+        if self.error is not None:
+            raise self.error
         self._bank.run(*args, out=out)
 
 

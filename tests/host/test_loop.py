@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moeserve.errors import ExpertUnavailable, InvalidRequest, MoEServeError
+from moeserve.errors import DeadlineExceeded, ExpertUnavailable, InvalidRequest, MoEServeError
 from moeserve.experts import ExpertBank, FeedForward
 from moeserve.host import HostLoop
 from moeserve.transport import Channel, Partial, WorkShape, connect, listen
@@ -59,13 +59,15 @@ def endpoint(bank: CountingBank, tmp_path: Path) -> Iterator[str]:
     thread.join()
 
 
-def send(channel: Channel, rows: int, slots: list[int], layer: int = 5, width: int = HIDDEN) -> asyncio.Future[Partial]:
+def send(
+    channel: Channel, rows: int, slots: list[int], layer: int = 5, width: int = HIDDEN, timeout_s: float = 30
+) -> asyncio.Future[Partial]:
     lease = channel.lease(WorkShape(rows, width, len(slots), torch.float32))
     lease.hidden_states.copy_(torch.arange(rows * width).view(rows, width) / 10)
     lease.row_index.copy_(torch.arange(len(slots)) % rows)
     lease.slots.copy_(torch.tensor(slots))
     lease.weights.fill_(0.5)
-    return channel.send(lease, layer=layer, epoch=1, timeout_s=30)
+    return channel.send(lease, layer=layer, epoch=1, timeout_s=timeout_s)
 
 
 def expected(rows: int, slots: list[int]) -> torch.Tensor:
@@ -125,4 +127,45 @@ async def test_a_failing_pass_is_told_to_the_callers_and_the_host_lives_on(
         assert isinstance(answer, MoEServeError) and "failed to compute layer 5: ZeroDivisionError" in str(answer)
     bank.error = None
     assert_close((await send(channel, 1, [1])).tensor, expected(1, [1]))
+    await channel.close()
+
+
+@pytest.fixture
+def banks(tmp_path: Path) -> Iterator[tuple[dict[int, CountingBank], str]]:
+    """Of layers 5 to 7, and where their host listens."""
+    banks = {layer: CountingBank() for layer in (5, 6, 7)}
+    listener = listen(f"unix:{tmp_path}/three.sock")
+    loop = HostLoop(shelf_of(dict(banks)), listener)
+    thread = threading.Thread(target=loop.run)
+    thread.start()
+    yield banks, listener.endpoints[0]
+    for bank in banks.values():
+        bank.go.set()
+    loop.stop()
+    thread.join()
+
+
+async def begun(bank: CountingBank) -> None:
+    async with asyncio.timeout(10):
+        while not bank.passes:
+            await asyncio.sleep(0.001)
+
+
+async def test_what_was_given_up_while_another_pass_ran_is_never_computed(banks: tuple[dict[int, CountingBank], str]) -> None:
+    of, endpoint = banks
+    channel = await connect(endpoint)
+    first = send(channel, 1, [0], layer=5)
+    await begun(of[5])
+    second, given_up, late = send(channel, 1, [0], layer=6), send(channel, 1, [0], layer=7), send(channel, 1, [0], layer=7, timeout_s=0.05)
+    of[5].go.set()
+    await begun(of[6])  # so all three have arrived
+    given_up.cancel()
+    await asyncio.sleep(0.05)  # the deadline of the third
+    of[6].go.set()
+    of[7].go.set()
+    await asyncio.gather(first, second)
+    with pytest.raises(DeadlineExceeded):
+        await late
+    assert (await send(channel, 3, [1, 2], layer=7)).tensor.shape == (3, HIDDEN)
+    assert of[7].passes == [3]
     await channel.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import grpc
 import pytest
@@ -10,10 +11,12 @@ import torch
 
 from moeserve import errors
 from moeserve.server.service import MAX_STREAM_REQUESTS
+from moeserve.server.stream import FIRST_BYTES
 from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1 import tensor_pb2
 
-from .conftest import Running
+from .conftest import Running, run
+from .engine import HIDDEN
 from .messages import request, tokens, value
 
 
@@ -93,6 +96,34 @@ async def test_only_so_many_run_at_once(running: Running) -> None:
     assert len(running.engine.requests) == MAX_STREAM_REQUESTS
     running.engine.gate.set()
     assert {answer.request_id async for answer in call} == {message.request_id for message in messages}
+
+
+async def test_large_requests_run_side_by_side_as_far_as_their_answers_are_read() -> None:
+    running, more = await run(), asyncio.Event()
+    message = request(torch.zeros(2**14, HIDDEN))  # 1 MiB, as is its answer
+
+    async def messages() -> AsyncIterator[pb.ForwardRequest]:
+        for _ in range(16):
+            yield message
+        await more.wait()
+        for _ in range(20):
+            yield message
+
+    running.engine.gate.clear()
+    answers = aiter(running.stub.ForwardStream(messages()))
+    await running.engine.until(started=8)
+    await running.stub.ListLayers(pb.ListLayersRequest())
+    assert len(running.engine.requests) == FIRST_BYTES // 2**20 == 8
+    running.engine.gate.set()
+    for _ in range(16):
+        await anext(answers)
+    running.engine.gate.clear()
+    more.set()
+    await running.engine.until(started=16 + 20)
+    running.engine.gate.set()
+    assert len([answer async for answer in answers]) == 20
+    await running.channel.close()
+    await running.server.stop()
 
 
 async def test_a_caller_that_leaves_cancels_all_of_it(running: Running) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeserve.errors import ConfigError, Overloaded
-from moeserve.transport.memory import Arena, Block, Limits, create_shared, map_shared
+from moeserve.transport.memory import Arena, Block, Limits, create_shared, give_back_pools, map_shared
 from moeserve.transport.wire import MalformedMessage
 
 KIB = 1024
@@ -46,6 +46,26 @@ def test_what_was_returned_last_is_lent_first() -> None:
 def test_a_block_is_never_larger_than_the_arena() -> None:
     with pytest.raises(Overloaded):
         Arena.private(64 * KIB).lend(64 * KIB + 1)
+
+
+def test_pages_that_are_not_lent_go_back_to_the_kernel_and_the_lent_ones_stay() -> None:
+    fd, memory = create_shared(1024 * KIB)
+    shared, private = Arena(memory), Arena.private(1024 * KIB)
+    for arena in (shared, private):
+        blocks = [arena.lend(100 * KIB) for _ in range(6)]
+        for block in blocks:
+            block.memory[:] = b"x" * len(block.memory)
+        kept = blocks[2]
+        del blocks, block
+        give_back_pools()
+        assert bytes(kept.memory) == b"x" * len(kept.memory)
+        again = [arena.lend(100 * KIB) for _ in range(6)]
+        assert not any(any(block.memory) for block in again)
+        again[0].memory[:] = kept.memory
+        del kept, again
+    give_back_pools()
+    assert os.fstat(fd).st_blocks == 0
+    os.close(fd)
 
 
 def test_both_sides_see_the_same_bytes() -> None:

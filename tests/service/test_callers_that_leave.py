@@ -1,0 +1,146 @@
+"""Callers that cancel, are too late or ask for what cannot be: nothing of theirs is computed that need not be, and nothing is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import re
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+
+from moeserve.transport import give_back_pools
+from moeserve.wire import WireRequest, encode_forward_request
+from tests.frontend.test_relay_failure import Held
+from tests.harness import ServiceHarness
+
+HIDDEN = 64
+#: of a quarter of a megabyte; what it brings is seen when it stays
+MESSAGE = encode_forward_request(WireRequest(torch.randn(1024, HIDDEN)))
+WRONG_WIDTH = encode_forward_request(WireRequest(torch.randn(1000, HIDDEN + 1)))
+TOO_MANY = encode_forward_request(WireRequest(torch.randn(40_000, HIDDEN)))
+NOISE = b"\xff" * 2**18
+CALLS = 12
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[ServiceHarness]:
+    config = {
+        "layers": [{"hidden_size": HIDDEN, "intermediate_size": 16, "num_experts": 4}],
+        "placement": {"num_hosts": 1},
+        "server": {"port": 0, "max_queued_tokens": 32_768},
+    }
+    with ServiceHarness(config, "shm", tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+def channel(service: ServiceHarness) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(service.target) as channel:
+        yield channel
+
+
+def forward(channel: grpc.Channel, message: bytes = MESSAGE, timeout_s: float = 30) -> grpc.Future:
+    return channel.unary_unary("/moeserve.v1.MoEService/Forward").future(message, timeout=timeout_s)
+
+
+def stream(channel: grpc.Channel, message: bytes, count: int) -> Iterator[bytes]:
+    call = channel.stream_stream("/moeserve.v1.MoEService/ForwardStream")
+    return call(iter([message] * count), timeout=30)
+
+
+def queued(service: ServiceHarness) -> float:
+    """Tokens that wait or are computed, and rows that hosts owe."""
+    stats = service.frontend.stats()
+    return stats.queue_tokens + sum(host.queue_tokens for host in stats.hosts)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def leave_the_queue(service: ServiceHarness, channel: grpc.Channel) -> None:
+    """Some are cancelled and some are too late while a host is busy with somebody else's."""
+    held = Held(service.hosts[0])
+    busy = forward(channel)
+    assert held.is_waiting.wait(20)
+    late = [forward(channel, timeout_s=0.2) for _ in range(CALLS // 2)]
+    cancelled = [forward(channel) for _ in range(CALLS // 2)]
+    until(lambda: queued(service) > 1024 * CALLS // 2)
+    for call in cancelled:
+        call.cancel()
+    assert {call.exception().code() for call in late} == {grpc.StatusCode.DEADLINE_EXCEEDED}
+    held.go.set()
+    busy.result()
+
+
+def ask_for_what_cannot_be(service: ServiceHarness, channel: grpc.Channel) -> None:
+    for message in (WRONG_WIDTH, TOO_MANY, NOISE):
+        for _ in range(CALLS):
+            assert forward(channel, message).exception() is not None
+
+
+def ask_for_it_in_streams(service: ServiceHarness, channel: grpc.Channel) -> None:
+    for message in (WRONG_WIDTH, TOO_MANY, NOISE):
+        assert len(list(stream(channel, message, CALLS))) == CALLS
+
+
+def leave_streams(service: ServiceHarness, channel: grpc.Channel) -> None:
+    for _ in range(CALLS):
+        answers = stream(channel, MESSAGE, 20)
+        next(answers)
+        answers.cancel()  # type: ignore[attr-defined]
+
+
+def lose_a_pass(service: ServiceHarness, channel: grpc.Channel) -> None:
+    """The host fails to compute, so its error is what everybody in the batch gets."""
+    held = Held(service.hosts[0])
+    held.go.set()
+    held.error = ZeroDivisionError()
+    calls = [forward(channel) for _ in range(CALLS)]
+    assert {call.exception().code() for call in calls} == {grpc.StatusCode.INTERNAL}
+
+
+WAYS = (leave_the_queue, ask_for_what_cannot_be, ask_for_it_in_streams, leave_streams, lose_a_pass)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_call_has_brought_goes_with_it(
+    way: Callable[[ServiceHarness, grpc.Channel], None], service: ServiceHarness, channel: grpc.Channel
+) -> None:
+    """At once: cycles of references would keep megabytes until Python looks for them, which it does when there are many objects."""
+    way(service, channel)
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        way(service, channel)
+        until(lambda: queued(service) == 0)
+        service.call(asyncio.sleep(0))
+        until(lambda: tracemalloc.get_traced_memory()[0] < len(MESSAGE) * 2)
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    give_back_pools()
+    assert lent_bytes() == 0
+
+
+def lent_bytes() -> int:
+    """Of memory that frontends share with hosts, what is in use."""
+    mappings = re.split(r"^(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+    return sum(int(match[1]) for one in mappings if "memfd:moeserve" in one and (match := re.search(r"Rss:\s+(\d+) kB", one)))
+
+
+def test_what_nobody_waits_for_is_not_computed(service: ServiceHarness, channel: grpc.Channel) -> None:
+    host = service.hosts[0].loop
+    leave_the_queue(service, channel)
+    assert len(forward(channel).result()) > len(MESSAGE)
+    assert host.received == 2, "what the host was busy with, and the last"
