@@ -163,7 +163,7 @@ class HuggingFaceLayer:
             return QuantizedFeedForward(activation, *held, gate_up_bias, down_bias, computed_in(self._dtype))
         spans = names.spans(part)
         for span in (*spans.gate_up, spans.down):
-            self.files.check(span.tensor(part), span.shape, part.expert if span.is_stacked else None)
+            self.files.checked(span.tensor(part), span.shape, part.expert if span.is_stacked else None)
         hidden, width, dtype = self.spec.hidden_size, part.channels.stop - part.channels.start, self._dtype
         weights = torch.empty(self._projected * width, hidden, dtype=dtype), torch.empty(hidden, width, dtype=dtype)
         expert = FeedForward(activation, *weights, gate_up_bias, down_bias)

@@ -119,14 +119,10 @@ class SafetensorsFolder:
 
     def read(self, name: str, shape: Sequence[int], dtype: torch.dtype, expert: int | None = None) -> torch.Tensor:
         """The tensor, which must have `shape`, or its `expert`-th slice along the first dimension, cast to `dtype`; finite."""
-        self.check(name, shape, expert)
+        self.checked(name, shape, expert)
         out = torch.empty(tuple(shape) if expert is None else tuple(shape[1:]), dtype=dtype)
         self.read_into(out if out.dim() > 1 else out[None], name, shape, expert)
         return out
-
-    def check(self, name: str, shape: Sequence[int], expert: int | None = None) -> None:
-        """That the tensor has that shape, by the file's header: before there is memory for what config.json says."""
-        self._checked(name, shape, expert)
 
     def read_into(
         self,
@@ -142,7 +138,7 @@ class SafetensorsFolder:
         The tensor must have `shape`: [R, C], or [E, R, C], and then `expert` says which matrix; a vector is a matrix of one row.
         `out` [R', ...] takes the numbers in the order they are stored in, one row or several to each of its own rows.
         """
-        number_format, pieces = self._checked(name, shape, expert)
+        number_format, pieces = self.checked(name, shape, expert)
         height, width = pieces[name].matrix if isinstance(number_format, Plain) else (shape[-2], shape[-1])
         rows, columns = rows or slice(0, height), columns or slice(0, width)
         if not out.numel():
@@ -160,7 +156,7 @@ class SafetensorsFolder:
 
     def read_coded(self, name: str, shape: Sequence[int], expert: int | None, rows: slice, columns: slice) -> Coded:
         """That part of a weight in few bits as it is stored. Its numbers may not be finite."""
-        number_format, pieces = self._checked(name, shape, expert)
+        number_format, pieces = self.checked(name, shape, expert)
         assert isinstance(number_format, CodedFormat), f"{name} is stored as it is"
         with ExitStack() as opened:
             return _Source(self, opened, pieces, expert or 0).coded(number_format, rows, columns)
@@ -185,8 +181,8 @@ class SafetensorsFolder:
         self._check_type(name, FLOATS)
         return _TYPES[self._stored(name).dtype]
 
-    def _checked(self, name: str, shape: Sequence[int], expert: int | None) -> tuple[NumberFormat, Mapping[str, Piece]]:
-        """The format of a weight and what it is stored as; types and shapes are right."""
+    def checked(self, name: str, shape: Sequence[int], expert: int | None) -> tuple[NumberFormat, Mapping[str, Piece]]:
+        """The format of a weight and what it is stored as; types and shapes are right, by the file's header."""
         number_format = self.format_of(name)
         stack, own = (shape[:1], shape[1:]) if expert is not None else ((), shape)
         try:
