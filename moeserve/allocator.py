@@ -24,11 +24,12 @@ KEPT_BYTES: Final = 256 * 2**20
 LARGEST_KEPT_BLOCK_BYTES: Final = 64 * 2**20
 _TOP_PAD_BYTES: Final = 16 * 2**20
 
-#: a process is quiet when for so many seconds in a row it used less than this share of a core
-QUIET_S: Final = 3
+# A process is quiet when it used less than this share of a core for so many ticks in a row: then memory is given back, and again later, as
+# what callers leave behind that did nothing for long is freed without much work.
+_TICK_S: Final = 0.5
 _QUIET_SHARE: Final = 0.1
-#: while it stays quiet: what callers leave behind that did nothing for long is freed without much work
-_AGAIN_S: Final = 30
+_QUIET_TICKS: Final = 3
+_TICKS_BETWEEN: Final = 60
 
 _log: Final = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def keep_large_blocks() -> bool:
 
 
 def give_back_when_quiet(*give_back: Callable[[], object]) -> None:
-    """For the rest of the life of the process: whenever it has been quiet for QUIET_S, `give_back` and glibc's free pages.
+    """For the rest of the life of the process: whenever it has been quiet for 1.5 s, `give_back` and glibc's free pages.
 
     Takes some 40 ms for half a gigabyte, which is why it waits. To be called once.
     """
@@ -65,12 +66,12 @@ def give_back_when_quiet(*give_back: Callable[[], object]) -> None:
 
 
 def _watch(steps: Sequence[Callable[[], object]]) -> None:
-    used_s, quiet_s = time.process_time(), 0
+    used_s, quiet_ticks = time.process_time(), 0
     while True:
-        time.sleep(1)
+        time.sleep(_TICK_S)
         used_s, before_s = time.process_time(), used_s
-        quiet_s = quiet_s + 1 if used_s - before_s < _QUIET_SHARE else 0
-        if quiet_s and quiet_s % _AGAIN_S == QUIET_S:
+        quiet_ticks = quiet_ticks + 1 if used_s - before_s < _QUIET_SHARE * _TICK_S else 0
+        if quiet_ticks % _TICKS_BETWEEN == _QUIET_TICKS:
             for step in steps:
                 step()
 
