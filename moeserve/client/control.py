@@ -29,7 +29,7 @@ class ControlClient:
         self._reach()
 
     def _reach(self) -> Reach:
-        token = self._token if isinstance(self._token, str) else self._token()
+        token = self._token() if callable(self._token) else self._token
         return Reach(self._target, token, self._tls, None, FOLLOWING)
 
     @asynccontextmanager

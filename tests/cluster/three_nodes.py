@@ -20,6 +20,7 @@ import torch
 from ray._private import ray_constants
 from ray.cluster_utils import Cluster
 
+import moeserve.cli.verbs  # noqa: F401 - not while hosts leave: without them their node ends, and `leave` would not find it
 from moeserve import MoELayer, MoEServeError
 from moeserve.checkpoints import layer_sources
 from moeserve.cli.app import main as cli
@@ -81,7 +82,7 @@ async def first_driver(cluster: Cluster, wide: Any, narrow: Any) -> None:
         assert [endpoint.partition(":")[0] for endpoint in info.endpoints] == ["unix", "tcp"]
     gpus = sorted((names[info.node], info.cuda_visible_devices) for info in ready)
     print("GPUs", gpus)
-    assert FOLDER.stat().st_mode & 0o777 == 0o700 and len(list(FOLDER.iterdir())) == 4  # noqa: ASYNC240
+    assert FOLDER.stat().st_mode & 0o777 == 0o700 and len(list(FOLDER.glob("host-*.sock"))) == 4  # noqa: ASYNC240
     listed = {node.id: node for node in await nodes.list()}
     assert {key: listed[key].free["GPU"] for key in names} == {wide.node_id: 2, narrow.node_id: 1}, "own hosts are counted by their seats"
     assert reconcile(list(listed.values()), seats, wanted, 8).seats == tuple(seats)
