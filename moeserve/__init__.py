@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moeserve import compat as compat
-    from moeserve.background import BackgroundService, serve
-    from moeserve.client import AsyncClient, Client, connect_experts, load_model
+    from moeserve.api.output import ForwardOutput
+    from moeserve.client import AsyncClient, Client
     from moeserve.config import GatingConfig, ServiceConfig, load_config
+    from moeserve.engines.hf import connect_experts
+    from moeserve.engines.hf_loader import load_model
     from moeserve.errors import (
         Cancelled,
         CheckpointError,
@@ -26,23 +28,23 @@ if TYPE_CHECKING:
     )
     from moeserve.gating import Routing, route
     from moeserve.layer import MoELayer
-    from moeserve.output import ForwardOutput
+    from moeserve.programs.background import BackgroundService, serve
 
 #: public name -> module; loaded on first use, so a client never pays for the engine
 _HOME = {
-    "serve": "moeserve.background",
-    "BackgroundService": "moeserve.background",
+    "serve": "moeserve.programs.background",
+    "BackgroundService": "moeserve.programs.background",
     "Client": "moeserve.client",
     "AsyncClient": "moeserve.client",
-    "connect_experts": "moeserve.client",
-    "load_model": "moeserve.client",
+    "connect_experts": "moeserve.engines.hf",
+    "load_model": "moeserve.engines.hf_loader",
     "GatingConfig": "moeserve.config",
     "ServiceConfig": "moeserve.config",
     "load_config": "moeserve.config",
     "Routing": "moeserve.gating",
     "route": "moeserve.gating",
     "MoELayer": "moeserve.layer",
-    "ForwardOutput": "moeserve.output",
+    "ForwardOutput": "moeserve.api.output",
     **dict.fromkeys(
         (
             "Cancelled",

@@ -37,7 +37,7 @@ _log: Final = logging.getLogger(__name__)
 def keep_large_blocks() -> bool:
     """To be called once, early, by a process that serves: halves the time of calls of megabytes.
 
-    Costs resident memory while there is work: up to KEPT_BYTES that are free at the end of the heap, and whatever is free below. There is
+    Costs actor memory while there is work: up to KEPT_BYTES that are free at the end of the heap, and whatever is free below. There is
     one arena then, unless threads were started before. Returns whether it took effect; on a libc other than glibc it changes nothing and
     says so in the log.
     """

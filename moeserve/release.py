@@ -16,8 +16,8 @@ from moeserve.checkpoints import (
     swapped_layers,
 )
 from moeserve.config import ServiceConfig
+from moeserve.observe.stats import HostShards, host_name
 from moeserve.placement import Placement
-from moeserve.stats import HostShards, host_name
 
 
 @dataclass(frozen=True, eq=False)

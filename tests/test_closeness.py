@@ -10,8 +10,8 @@ from torch import Tensor
 
 from moeserve import GatingConfig, MoELayer
 from moeserve.experts import ExpertBank
-from tests.closeness import assert_close, near
-from tests.stacked import Stacked, stacked
+from tests.support.closeness import assert_close, near
+from tests.support.stacked import Stacked, stacked
 
 HIDDEN, INTERMEDIATE, EXPERTS = 64, 96, 8
 ROWS = torch.randn(50, HIDDEN, generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moeserve import ConfigError, GatingConfig, MoELayer
 from moeserve.kernels import InvariantLinear
-from tests.closeness import assert_close
+from tests.support.closeness import assert_close
 
 H = 96
 KINDS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moeserve.config import GatingConfig, LayerSpec, PlacementConfig
-from moeserve.dispatch import Dispatch, Hosts, HostWork, SharedWork, combine, permute, plan, plan_again
+from moeserve.layer.dispatch import Dispatch, HostLoads, HostWork, SharedWork, combine, permute, plan, plan_again
 from moeserve.placement import LayerPlacement, plan_placement
 
 HIDDEN_SIZE = 3
@@ -28,7 +28,7 @@ class Case:
     topk_weights: Tensor
     kept: Tensor
     placement: LayerPlacement
-    hosts: Hosts
+    hosts: HostLoads
     shared: SharedWork | None
 
     @property
@@ -84,7 +84,7 @@ def cases(draw: st.DrawFn) -> Case:
         topk_weights=torch.randint(1, 9, (num_tokens, top_k), generator=generator) / 8,
         kept=kept & used_token[:, None],
         placement=placement,
-        hosts=Hosts(np.array(draw(any_hosts)), np.array(draw(loads)), draw(st.sampled_from(["least_outstanding", "round_robin"]))),
+        hosts=HostLoads(np.array(draw(any_hosts)), np.array(draw(loads)), draw(st.sampled_from(["least_outstanding", "round_robin"]))),
         shared=draw(st.sampled_from([None, SharedWork(torch.randint(1, 9, (num_tokens,), generator=generator) / 8, used_token)])),
     )
 
@@ -140,7 +140,7 @@ def test_what_a_lost_host_had_is_done_by_others_where_there_are_copies(case: Cas
     works = case.works
     lost = [work for work in works if data.draw(st.booleans())]
     live = np.array([not any(work.host == host for work in lost) for host in range(case.placement.num_hosts)])
-    again = plan_again(lost, len(case.hidden_states), case.placement, Hosts(live, case.hosts.load)) if lost else []
+    again = plan_again(lost, len(case.hidden_states), case.placement, HostLoads(live, case.hosts.load)) if lost else []
     kept = [work for work in works if all(work is not other for other in lost)]
     answers = answered(case, kept) + answered(case, again) + alone(case)
     assert torch.equal(combine(answers, len(case.hidden_states), HIDDEN_SIZE), dense(case))

@@ -45,7 +45,7 @@ def test_every_metric_and_option_is_documented() -> None:
 
     from moeserve.cli.bench import bench
     from moeserve.cli.top import top
-    from moeserve.metrics import Metrics
+    from moeserve.observe.metrics import Metrics
 
     text = (ROOT / "docs" / "observability.md").read_text()
     counters = {family.name + "_total" * (family.type == "counter") for family in Metrics([]).registry.collect()}

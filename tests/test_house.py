@@ -81,7 +81,7 @@ def test_imports_go_down_only() -> None:
 def test_only_the_cluster_imports_ray() -> None:
     who = {path for path in PACKAGE.rglob("*.py") if any(name.split(".")[0] == "ray" for name in imported(path))}
     assert who
-    assert {path.parent for path in who} == {PACKAGE / "cluster"}
+    assert {path for path in who if path.parent != PACKAGE / "cluster" or not path.name.startswith("ray_")} == set()
 
 
 def test_public_names_are_pinned() -> None:
@@ -101,7 +101,7 @@ def test_a_client_never_pays_for_the_engine() -> None:
 
 def test_a_layer_in_this_process_needs_neither_ray_nor_sockets() -> None:
     loaded = loaded_by("moeserve.MoELayer; moeserve.route")
-    assert "moeserve.layer" in loaded
+    assert "moeserve.layer.moe_layer" in loaded
     assert not {"ray", "zmq", "moeserve.transport", "moeserve.client"} & loaded
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moeserve import ConfigError, GatingConfig, MoELayer, load_config, route
 from moeserve.checkpoints import LayerSource, layer_sources
 from moeserve.experts import ExpertShard, FeedForward, ModuleExpert
-from tests.closeness import assert_close
+from tests.support.closeness import assert_close
 
 HIDDEN, EXPERTS = 16, 6
 #: the gate, an expert, then the shared one and its mixer: hidden sizes and an intermediate one of at most 40 each

@@ -14,10 +14,10 @@ from torch import Tensor
 from moeserve import ConfigError, ForwardOutput, GatingConfig, InvalidRequest, MoELayer, route
 from moeserve.checkpoints import layer_sources, load_bank
 from moeserve.config import PlacementConfig, load_config
-from moeserve.dispatch import combine, permute, plan
+from moeserve.layer.dispatch import combine, permute, plan
 from moeserve.placement import plan_placement
-from tests.closeness import assert_close, near
-from tests.stacked import stacked, whole
+from tests.support.closeness import assert_close, near
+from tests.support.stacked import stacked, whole
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_experts": 8}
 FREE = GatingConfig(top_k=3, renormalize="pre_drop")

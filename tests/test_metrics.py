@@ -11,8 +11,8 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from moeserve.config import GatingConfig, LayerSpec
-from moeserve.expert_counts import ExpertDetail
-from moeserve.metrics import Metrics, Stage
+from moeserve.observe.expert_counts import ExpertDetail
+from moeserve.observe.metrics import Metrics, Stage
 
 NUM_EXPERTS = 40
 SPECS = [LayerSpec(f"layers.{index}", 8, 8, NUM_EXPERTS, "swiglu", False, "float32", GatingConfig()) for index in range(2)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moeserve import GatingConfig, MoELayer, NonFiniteOutput
-from moeserve.tensors import is_finite
+from moeserve.api.tensors import is_finite
 
 HIDDEN, EXPERTS = 16, 6
 SIZES: dict[str, Any] = {"hidden_size": HIDDEN, "num_experts": EXPERTS}

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from moeserve import InvalidRequest
+from moeserve.api.request import LayerRequest, validate
 from moeserve.config import GatingConfig, LayerSpec
-from moeserve.request import LayerRequest, validate
 
 SPEC = LayerSpec("blocks.0", 4, 6, 5, "swiglu", False, "float32", GatingConfig())
 GOOD: dict[str, Tensor] = {

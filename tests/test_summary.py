@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeserve.metrics import EventLog
-from moeserve.stats import Durations
-from moeserve.summary import added, balancedness, quantile_ms, since
+from moeserve.observe.metrics import EventLog
+from moeserve.observe.stats import Durations
+from moeserve.observe.summary import added, balancedness, quantile_ms, since
 
 BOUNDS = (0.001, 0.01, 0.1, 1.0)
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeserve import InvalidRequest
-from moeserve.tensors import FLOAT_DTYPES, WIRE_DTYPES, WIRE_NUMBERS, dtype_name, nbytes, raw, view
+from moeserve.api.tensors import FLOAT_DTYPES, WIRE_DTYPES, WIRE_NUMBERS, dtype_name, nbytes, raw, view
 
 DTYPES = list(WIRE_DTYPES.values())
 SHAPES = st.lists(st.integers(0, 4), max_size=4)

@@ -10,12 +10,12 @@ from typing import Self
 
 import torch
 
+from moeserve.api.tensors import FLOAT_DTYPES, dtype_name
 from moeserve.checkpoints.deepspeed_rest import GATE, Rest, joined
 from moeserve.checkpoints.torch_file import TorchFile
 from moeserve.config import Dtype
 from moeserve.errors import CheckpointError
 from moeserve.files import read_file
-from moeserve.tensors import FLOAT_DTYPES, dtype_name
 
 _MAIN = "mp_rank_00_model_states.pt"
 _EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")

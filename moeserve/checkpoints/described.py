@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from moeserve.api.tensors import FLOAT_DTYPES
 from moeserve.config import Dtype, LayerConfig, LayerSpec, Quantization
 from moeserve.experts import ExpertShard, check_module, feed_forward_bytes
-from moeserve.tensors import FLOAT_DTYPES
 
 
 def spec_of(name: str, layer: LayerConfig, dtype: Dtype, quantization: Quantization | None = None) -> LayerSpec:

@@ -13,7 +13,7 @@ from typing import Final
 import torch
 
 from moeserve.checkpoints.formats import Coded, CodedFormat, Kind
-from moeserve.checkpoints.layouts import ExpertLayout, Part, Span
+from moeserve.checkpoints.layouts import ExpertLayout, Span, StoredPart
 from moeserve.config import Quantization
 from moeserve.errors import CheckpointError
 from moeserve.experts import INT4, INT8, Code, QuantizedMatrix, ScaleGroups, float_code
@@ -22,7 +22,7 @@ _BITS: Final[Mapping[Kind, int]] = {"int8": 8, "fp8": 8, "int4": 4, "fp4": 4}
 
 
 def held_projections(
-    layout: ExpertLayout, part: Part, quantization: Quantization | None
+    layout: ExpertLayout, part: StoredPart, quantization: Quantization | None
 ) -> tuple[tuple[QuantizedMatrix, ...], QuantizedMatrix] | None:
     """gate_up_proj, gate first, and down_proj, as they are stored; None when they are not to be held so.
 
@@ -36,19 +36,19 @@ def held_projections(
     return tuple(matrix for matrices in gate_up for matrix in matrices), down[0]
 
 
-def held_bytes(layout: ExpertLayout, part: Part, quantization: Quantization | None) -> int | None:
+def held_bytes(layout: ExpertLayout, part: StoredPart, quantization: Quantization | None) -> int | None:
     """Bytes of these, known from the index and headers; it may turn out to be less where a tensor names the group of each column."""
     stored = _stored(layout, part, quantization)
     return None if stored is None else sum(_span_bytes(span, number_format, part) for span, number_format in stored)
 
 
-def held_title(layout: ExpertLayout, part: Part, quantization: Quantization | None) -> str | None:
+def held_title(layout: ExpertLayout, part: StoredPart, quantization: Quantization | None) -> str | None:
     """What people call the format of these."""
     stored = _stored(layout, part, quantization)
     return None if stored is None else stored[0][1].title
 
 
-def _stored(layout: ExpertLayout, part: Part, quantization: Quantization | None) -> list[tuple[Span, CodedFormat]] | None:
+def _stored(layout: ExpertLayout, part: StoredPart, quantization: Quantization | None) -> list[tuple[Span, CodedFormat]] | None:
     if part.channels.start == part.channels.stop:
         return None  # a shard of a narrow expert, of which there is nothing to hold
     spans = layout.spans(part)
@@ -68,7 +68,7 @@ def _extent(span: Span) -> tuple[slice, slice]:
     return span.rows or slice(0, height), span.columns or slice(0, width)
 
 
-def _span_bytes(span: Span, number_format: CodedFormat, part: Part) -> int:
+def _span_bytes(span: Span, number_format: CodedFormat, part: StoredPart) -> int:
     rows, columns = _extent(span)
     outputs, inputs = (each.stop - each.start for each in ((columns, rows) if span.transposed else (rows, columns)))
     # In another order, any of the columns may be in any group.
@@ -85,7 +85,7 @@ def _count(part: slice, size: int | None) -> int:
     return 1 if size is None else ScaleGroups(size, part.start % size).count(part.stop - part.start)
 
 
-def _matrices(span: Span, number_format: CodedFormat, part: Part) -> Iterator[QuantizedMatrix]:
+def _matrices(span: Span, number_format: CodedFormat, part: StoredPart) -> Iterator[QuantizedMatrix]:
     """One, or the two that are interleaved."""
     coded = part.files.read_coded(span.tensor(part), span.shape, part.expert if span.is_stacked else None, *_extent(span))
     if span.transposed:

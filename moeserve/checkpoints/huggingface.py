@@ -15,16 +15,16 @@ from typing import Final
 
 import torch
 
+from moeserve.api.tensors import FLOAT_DTYPES
 from moeserve.checkpoints.described import expert_bytes
 from moeserve.checkpoints.family import Layout
 from moeserve.checkpoints.held import held_bytes, held_projections, held_title
-from moeserve.checkpoints.layouts import ExpertLayout, Part
+from moeserve.checkpoints.layouts import ExpertLayout, StoredPart
 from moeserve.checkpoints.safetensors_folder import SafetensorsFolder
 from moeserve.checkpoints.whole_numbers import read_whole_numbers
 from moeserve.config import Activation, LayerSpec
 from moeserve.experts import Expert, ExpertShard, FeedForward, QuantizedFeedForward, computed_in, is_gated
 from moeserve.gating import Mixer, Router
-from moeserve.tensors import FLOAT_DTYPES
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ class HuggingFaceLayer:
             expert.down_bias.zero_()
         return expert
 
-    def _read_expert(self, names: ExpertLayout, part: Part, activation: Activation, bias: bool) -> FeedForward | QuantizedFeedForward:
+    def _read_expert(self, names: ExpertLayout, part: StoredPart, activation: Activation, bias: bool) -> FeedForward | QuantizedFeedForward:
         held = held_projections(names, part, self.spec.quantization)
         gate_up_bias, down_bias = self._biases(part, bias)
         if held is not None:
@@ -175,15 +175,15 @@ class HuggingFaceLayer:
         """Channels of the first projection for each of the second, in the shared expert too."""
         return 2 if is_gated(self.spec.activation) else 1
 
-    def _biases(self, part: Part, bias: bool) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    def _biases(self, part: StoredPart, bias: bool) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
         if not bias:
             return None, None
         gate_up = self._projected * (part.channels.stop - part.channels.start)
         return torch.empty(gate_up, dtype=self._dtype), torch.empty(self.spec.hidden_size, dtype=self._dtype)
 
-    def _part(self, shard: ExpertShard, intermediate_size: int) -> Part:
+    def _part(self, shard: ExpertShard, intermediate_size: int) -> StoredPart:
         spec = self.spec
-        return Part(
+        return StoredPart(
             self.files,
             self.prefix,
             spec.num_hosted_experts,

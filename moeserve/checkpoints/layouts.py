@@ -18,7 +18,7 @@ from moeserve.experts import FeedForward
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredPart:
     """What is to be read: `channels` of one expert of E, each H x I, whose tensors have names that begin with `prefix`."""
 
     files: SafetensorsFolder
@@ -44,7 +44,7 @@ class Span(NamedTuple):
     transposed: bool = False
     interleaved: bool = False
 
-    def read(self, out: torch.Tensor, part: Part) -> None:
+    def read(self, out: torch.Tensor, part: StoredPart) -> None:
         """As `SafetensorsFolder.read_into`; out [rows, ...] stands as the layer has it, gate and up one after the other."""
         if self.interleaved:
             out = out.unflatten(0, (2, -1)).transpose(0, 1)
@@ -56,11 +56,11 @@ class Span(NamedTuple):
         expert = part.expert if self.is_stacked else None
         part.files.read_into(out, self.tensor(part), self.shape, expert, self.rows, self.columns)
 
-    def tensor(self, part: Part) -> str:
+    def tensor(self, part: StoredPart) -> str:
         """Its name in the checkpoint."""
         return f"{part.prefix}.{self.name.format(expert=part.expert)}"
 
-    def must_be_zero(self, part: Part) -> None:
+    def must_be_zero(self, part: StoredPart) -> None:
         """AutoGPTQ writes biases for projections that have none. Raises CheckpointError when they are not zero."""
         name = self.tensor(part)
         if name in part.files and part.files.read(name, self.shape, torch.float32, part.expert if self.is_stacked else None).any():
@@ -85,7 +85,7 @@ class ExpertLayout(ABC):
         """A tensor that has weights of expert 0: its presence tells the layout, its type that of the weights."""
 
     @abstractmethod
-    def spans(self, part: Part) -> Spans: ...
+    def spans(self, part: StoredPart) -> Spans: ...
 
     @abstractmethod
     def weights(self, num_experts: int) -> Iterator[str]:
@@ -95,14 +95,14 @@ class ExpertLayout(ABC):
     def biases(self, num_experts: int) -> Iterator[str]:
         """The biases that experts of this layout have if they have any."""
 
-    def fill(self, expert: FeedForward, part: Part) -> None:
+    def fill(self, expert: FeedForward, part: StoredPart) -> None:
         """gate_up_proj [2i, H], gate first, down_proj [H, i], gate_up_bias [2i] and down_bias [H] where there are biases."""
         spans = self.spans(part)
         _read(spans.gate_up, expert.gate_up_proj, part)
         spans.down.read(expert.down_proj, part)
         self.fill_biases(expert.gate_up_bias, expert.down_bias, part)
 
-    def fill_biases(self, gate_up_bias: torch.Tensor | None, down_bias: torch.Tensor | None, part: Part) -> None:
+    def fill_biases(self, gate_up_bias: torch.Tensor | None, down_bias: torch.Tensor | None, part: StoredPart) -> None:
         """The same."""
         spans = self.spans(part)
         if gate_up_bias is None or down_bias is None:
@@ -113,7 +113,7 @@ class ExpertLayout(ABC):
             spans.down_bias.read(down_bias, part)
 
 
-def _read(spans: Sequence[Span], out: torch.Tensor, part: Part) -> None:
+def _read(spans: Sequence[Span], out: torch.Tensor, part: StoredPart) -> None:
     for span, into in zip(spans, out.chunk(len(spans)), strict=True):
         span.read(into, part)
 
@@ -140,7 +140,7 @@ class Separate(ExpertLayout):
     def biases(self, num_experts: int) -> Iterator[str]:
         return map(_bias, self.weights(num_experts))
 
-    def spans(self, part: Part) -> Spans:
+    def spans(self, part: StoredPart) -> Spans:
         hidden, intermediate, channels = part.hidden_size, part.intermediate_size, part.channels
         return Spans(
             [Span(name, (intermediate, hidden), rows=channels) for name in self._projected],
@@ -176,7 +176,7 @@ class Stacked(ExpertLayout):
     def biases(self, num_experts: int) -> Iterator[str]:
         return iter((self.gate_up_bias, self.down_bias))
 
-    def spans(self, part: Part) -> Spans:
+    def spans(self, part: StoredPart) -> Spans:
         count, hidden, channels = part.num_experts, part.hidden_size, self._channels(part)
         both, transposed = self._projected(part), self._is_transposed(part)
         return Spans(
@@ -186,10 +186,10 @@ class Stacked(ExpertLayout):
             Span(self.down_bias, (count, hidden), is_stacked=True),
         )
 
-    def _projected(self, part: Part) -> int:
+    def _projected(self, part: StoredPart) -> int:
         return part.intermediate_size * (2 if self.gated else 1)
 
-    def _is_transposed(self, part: Part) -> bool:
+    def _is_transposed(self, part: StoredPart) -> bool:
         if self.transposed is not None:
             return self.transposed
         # One of the two is square at most.
@@ -199,7 +199,7 @@ class Stacked(ExpertLayout):
         # Before they are downloaded, as they are published.
         return not all(map(part.files.is_here, names)) or list(map(part.files.shape, names)) == list(expected.values())
 
-    def _channels(self, part: Part) -> Iterable[slice]:
+    def _channels(self, part: StoredPart) -> Iterable[slice]:
         """Of the 2I on disk."""
         start, stop = part.channels.start, part.channels.stop
         if self.interleaved:
@@ -225,7 +225,7 @@ class Stacks(ExpertLayout):
     def biases(self, num_experts: int) -> Iterator[str]:
         return iter(())
 
-    def spans(self, part: Part) -> Spans:
+    def spans(self, part: StoredPart) -> Spans:
         count, hidden, intermediate = part.num_experts, part.hidden_size, part.intermediate_size
         gate_up = [_stacked(name, (count, intermediate, hidden), False, part.channels) for name in (self.gate, self.up)]
         return Spans(gate_up, _stacked(self.down, (count, hidden, intermediate), False, None, part.channels), [], Span("", ()))
@@ -248,7 +248,7 @@ class Joined(ExpertLayout):
     def biases(self, num_experts: int) -> Iterator[str]:
         return map(_bias, self.weights(num_experts))
 
-    def spans(self, part: Part) -> Spans:
+    def spans(self, part: StoredPart) -> Spans:
         hidden, intermediate, channels = part.hidden_size, part.intermediate_size, part.channels
         parts = [slice(first + channels.start, first + channels.stop) for first in (0, intermediate)]
         return Spans(
@@ -277,7 +277,7 @@ class Flat(ExpertLayout):
     def biases(self, num_experts: int) -> Iterator[str]:
         return iter(())
 
-    def spans(self, part: Part) -> Spans:
+    def spans(self, part: StoredPart) -> Spans:
         shape = (part.num_experts * part.intermediate_size, part.hidden_size)
         first = part.expert * part.intermediate_size
         rows = slice(first + part.channels.start, first + part.channels.stop)

@@ -9,8 +9,8 @@ from moeserve.checkpoints.memory_group import MemoryGroup
 from moeserve.checkpoints.source import LayerSource, bank_bytes
 from moeserve.config import ServiceConfig
 from moeserve.errors import ConfigError
+from moeserve.observe.stats import host_name
 from moeserve.placement import Placement
-from moeserve.stats import host_name
 
 #: beside weights, what a process with torch takes
 _BYTES_BESIDE = 2**28

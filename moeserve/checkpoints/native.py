@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from pydantic import ValidationError
 
+from moeserve.api.tensors import FLOAT_DTYPES
 from moeserve.checkpoints.described import expert_bytes, intermediate_sizes, spec_of
 from moeserve.checkpoints.json_file import read_json
 from moeserve.checkpoints.safetensors_folder import SafetensorsFolder
@@ -26,7 +27,6 @@ from moeserve.config import Dtype, LayerConfig, LayerSpec
 from moeserve.errors import CheckpointError
 from moeserve.experts import Expert, ExpertShard, FeedForward, ModuleExpert, is_gated, make_module, module_bytes
 from moeserve.gating import Mixer, Router
-from moeserve.tensors import FLOAT_DTYPES
 
 #: what config.json says in `model_type`
 MODEL_TYPE = "moeserve"

@@ -15,13 +15,13 @@ from typing import Final
 
 import torch
 
+from moeserve.api.tensors import dtype_name
 from moeserve.checkpoints.formats import AS_IS, FLOATS, Coded, CodedFormat, NumberFormat, Piece, Plain, Scheme, telltales
 from moeserve.checkpoints.json_file import read_json
 from moeserve.checkpoints.quantization_config import BESIDE
 from moeserve.checkpoints.tensor_file import StoredTensor, TensorFile
 from moeserve.config import Dtype
 from moeserve.errors import CheckpointError
-from moeserve.tensors import dtype_name
 
 _INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from moeserve.api.tensors import FLOAT_DTYPES, dtype_name
 from moeserve.checkpoints.json_file import read_json
 from moeserve.checkpoints.native import MODEL_TYPE
 from moeserve.config import LayerConfig, LayerSpec
 from moeserve.errors import ConfigError
 from moeserve.experts import Expert, FeedForward, ModuleExpert, QuantizedFeedForward
 from moeserve.gating import Mixer, Router
-from moeserve.tensors import FLOAT_DTYPES, dtype_name
 
 
 @dataclass(frozen=True)

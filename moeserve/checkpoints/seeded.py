@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from moeserve.api.tensors import FLOAT_DTYPES
 from moeserve.checkpoints.described import expert_bytes
 from moeserve.config import LayerSpec, SharedExpertConfig
 from moeserve.experts import Expert, ExpertShard, FeedForward, ModuleExpert, is_gated, make_module, module_bytes
 from moeserve.gating import Mixer, Router
-from moeserve.tensors import FLOAT_DTYPES
 
 
 @dataclass(frozen=True)

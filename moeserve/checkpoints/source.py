@@ -10,10 +10,10 @@ from typing import Protocol
 
 import torch
 
+from moeserve.api.tensors import FLOAT_DTYPES
 from moeserve.config import LayerSpec
 from moeserve.experts import Expert, ExpertBank, ExpertShard, FeedForward, QuantizedFeedForward, quantize
 from moeserve.gating import Mixer, Router
-from moeserve.tensors import FLOAT_DTYPES
 
 _CPU = torch.device("cpu")
 log = logging.getLogger(__name__)

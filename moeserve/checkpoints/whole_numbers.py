@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from safetensors import safe_open
 
+from moeserve.api.tensors import dtype_name
 from moeserve.checkpoints.safetensors_folder import SafetensorsFolder
 from moeserve.errors import CheckpointError
-from moeserve.tensors import dtype_name
 
 
 def read_whole_numbers(files: SafetensorsFolder, name: str, shape: Sequence[int]) -> torch.Tensor:

@@ -11,15 +11,15 @@ from typing import Annotated, Any, Final
 import torch
 import typer
 
-from moeserve.cli.bench_report import print_json, print_table, progress_bar
-from moeserve.cli.load import Load, Measured, Send, check_answer, run
+from moeserve.api.output import ForwardOutput
+from moeserve.api.tensors import FLOAT_DTYPES
+from moeserve.bench.load import Load, Measured, Send, check_answer, run
+from moeserve.bench.report import print_json, print_table, progress_bar
+from moeserve.bench.stream_sender import StreamSender
 from moeserve.cli.signals import until_signal
-from moeserve.cli.stream_sender import StreamSender
 from moeserve.cli.target import Target, TlsCa, TokenFile, layer_of, timeout_of, tls_of, token_of
 from moeserve.client import AsyncClient, LayerInfo, WireRequest
 from moeserve.errors import ConfigError, UnknownLayer
-from moeserve.output import ForwardOutput
-from moeserve.tensors import FLOAT_DTYPES
 
 #: different inputs that are sent in turn, so that not every request asks the same experts
 _NUM_INPUTS: Final = 16

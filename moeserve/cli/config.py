@@ -12,7 +12,7 @@ from moeserve.cli.import_file import read_mapping, to_toml
 from moeserve.cli.streams import say
 from moeserve.compat import load
 from moeserve.config import load_config
-from moeserve.control import first_wish, wanted_hosts
+from moeserve.control import first_num_hosts, wanted_hosts
 from moeserve.server import check_exposure
 
 config_app = typer.Typer(help="Look at a configuration, or import another system's.", no_args_is_help=True)
@@ -24,7 +24,7 @@ def check(file: Annotated[Path, typer.Argument(help="A TOML configuration or a c
     config = load_config(file)
     check_exposure(config.server)
     sources = layer_sources(config)
-    wanted = wanted_hosts(first_wish(config, sources), sources, config)
+    wanted = wanted_hosts(first_num_hosts(config, sources), sources, config)
     hosts = f"{wanted.least} hosts or more" if wanted.num_hosts == "all" else f"{wanted.num_hosts} hosts"
     say(f"{file}: ok, {len(sources)} MoE layers on {hosts}")
 

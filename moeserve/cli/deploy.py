@@ -11,7 +11,7 @@ from moeserve.cli.flags import Overrides
 from moeserve.cli.signals import until_signal
 from moeserve.cli.streams import tell
 from moeserve.config import load_config
-from moeserve.deployment import Deployer
+from moeserve.programs.deploy import Deployer
 
 
 def deploy(

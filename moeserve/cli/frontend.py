@@ -18,7 +18,7 @@ from moeserve.cli.target import TlsCa
 from moeserve.cli.token import rotating_token
 from moeserve.client import TLS
 from moeserve.config import ServerConfig, load_server
-from moeserve.frontend_service import FrontendService
+from moeserve.programs.frontend_service import FrontendService
 from moeserve.transport import give_back_pools
 
 

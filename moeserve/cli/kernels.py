@@ -9,10 +9,10 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from moeserve.api.tensors import FLOAT_DTYPES
 from moeserve.checkpoints import LayerSource
 from moeserve.config import PlacementConfig
 from moeserve.experts import ROWS, Choice, ExpertShard, Shape, computed_in, measured
-from moeserve.tensors import FLOAT_DTYPES
 
 _QUANTIZED: Final = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 

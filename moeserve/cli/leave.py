@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from moeserve.cli.streams import say
-from moeserve.cluster.leave import leave as leave_node
+from moeserve.cluster.ray_leave import leave as leave_node
 
 
 def leave(

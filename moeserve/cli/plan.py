@@ -16,8 +16,8 @@ from moeserve.cli.gates import gates
 from moeserve.cli.kernels import kernels
 from moeserve.config import GatingConfig, PlacementConfig, load_config
 from moeserve.experts import ExpertShard
+from moeserve.observe.stats import host_name
 from moeserve.placement import LayerPlacement, Placement, plan_placement
-from moeserve.stats import host_name
 
 
 def plan(

@@ -13,7 +13,7 @@ from moeserve.cli.flags import Overrides
 from moeserve.cli.serving import serve_until_told
 from moeserve.cli.streams import tell
 from moeserve.config import ServiceConfig, load_config
-from moeserve.service import Service
+from moeserve.programs.service import Service
 from moeserve.transport import give_back_pools
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of
-from moeserve.standing import Standing
+from moeserve.observe.status import ServiceStatus
 
 
 def status(
@@ -24,33 +24,33 @@ def status(
 ) -> None:
     """Hosts, frontends and layers of a service: what was asked for, what there is, and what is missing."""
     with admin_of(target, admin_token_file, tls_ca) as client:
-        standing = client.status()
+        status = client.status()
     if as_json:
-        print(json.dumps(asdict(standing)))
+        print(json.dumps(asdict(status)))
     else:
-        _show(standing, Console(highlight=False))
+        _show(status, Console(highlight=False))
 
 
-def _show(standing: Standing, console: Console) -> None:
-    up = sum(host.is_up for host in standing.hosts)
-    changing = ", changing" if standing.is_changing else ""
-    console.print(f"epoch {standing.epoch}{changing}: {up} of {len(standing.hosts)} hosts up, {standing.wanted_hosts} wanted")
-    if standing.shortage:
-        console.print(f"[yellow]short: {standing.shortage}[/]", soft_wrap=True)
-    console.print(_hosts(standing))
-    console.print(_frontends(standing))
-    console.print(_layers(standing))
+def _show(status: ServiceStatus, console: Console) -> None:
+    up = sum(host.is_up for host in status.hosts)
+    changing = ", changing" if status.is_changing else ""
+    console.print(f"epoch {status.epoch}{changing}: {up} of {len(status.hosts)} hosts up, {status.wanted_hosts} wanted")
+    if status.shortage:
+        console.print(f"[yellow]short: {status.shortage}[/]", soft_wrap=True)
+    console.print(_hosts(status))
+    console.print(_frontends(status))
+    console.print(_layers(status))
 
 
-def _hosts(standing: Standing) -> Table:
+def _hosts(status: ServiceStatus) -> Table:
     table = _table("host", "state", "node", "pid", "device", "GPUs")
     for column in ("experts", "weights"):
         table.add_column(column, justify="right")
     experts: Counter[int] = Counter()
-    for layer in standing.layers:
+    for layer in status.layers:
         for held in layer.placement:
             experts[held.host] += len(held.experts)
-    for host in standing.hosts:
+    for host in status.hosts:
         state = "[green]up[/]" if host.is_up else "[red]down[/]"
         weights = f"{host.weights_bytes / 2**20:.1f} MiB"
         pid, number = str(host.pid) if host.pid else "", str(experts[host.number])
@@ -58,19 +58,19 @@ def _hosts(standing: Standing) -> Table:
     return table
 
 
-def _frontends(standing: Standing) -> Table:
+def _frontends(status: ServiceStatus) -> Table:
     table = _table("frontend", "state", "gRPC", "metrics", "node", "epoch")
-    for frontend in standing.frontends:
+    for frontend in status.frontends:
         state = "[green]ready[/]" if frontend.is_ready else "[red]not ready[/]"
         table.add_row(frontend.name, state, frontend.target, frontend.metrics_target, frontend.node[:12], str(frontend.epoch))
     return table
 
 
-def _layers(standing: Standing) -> Table:
+def _layers(status: ServiceStatus) -> Table:
     table = _table("layer")
     for column in ("revision", "hosts", "shards per expert"):
         table.add_column(column, justify="right")
-    for layer in standing.layers:
+    for layer in status.layers:
         table.add_row(layer.name, str(layer.revision), str(len(layer.placement)), str(layer.tensor_parallel))
     return table
 

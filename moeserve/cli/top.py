@@ -17,7 +17,7 @@ from moeserve.cli.target import Target, TlsCa, TokenFile, timeout_of, tls_of, to
 from moeserve.cli.top_view import view
 from moeserve.client import Client
 from moeserve.errors import ConfigError, DeadlineExceeded, ExpertUnavailable
-from moeserve.summary import as_json as stats_as_json
+from moeserve.observe.summary import as_json as stats_as_json
 
 
 def top(

@@ -17,8 +17,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moeserve.stats import HostStats, LayerStats, ServiceStats
-from moeserve.summary import added, balancedness, demand, forwards, quantile_ms, since
+from moeserve.observe.stats import HostStats, LayerStats, ServiceStats
+from moeserve.observe.summary import added, balancedness, demand, forwards, quantile_ms, since
 
 #: eighths of four times an expert's fair share; height tells it where there is no colour
 _BLOCKS: Final = " ▁▂▃▄▅▆▇█"

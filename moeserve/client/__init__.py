@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import wrapt
 
+from moeserve.api.wire import WireRequest, WireResponse
 from moeserve.client.admin import AdminClient
 from moeserve.client.answers import LayerInfo
 from moeserve.client.async_client import AsyncClient
@@ -14,11 +15,6 @@ from moeserve.client.client import Client
 from moeserve.client.connection import TLS
 from moeserve.client.control import ControlClient
 from moeserve.client.pipeline import through_layers
-from moeserve.wire import WireRequest, WireResponse
-
-if TYPE_CHECKING:
-    from moeserve.client.hf import connect_experts
-    from moeserve.client.hf_loader import load_model
 
 __all__ = [
     "TLS",
@@ -29,16 +25,14 @@ __all__ = [
     "LayerInfo",
     "WireRequest",
     "WireResponse",
-    "connect_experts",
-    "load_model",
     "through_layers",
 ]
 
-#: loaded on first use
-_NEEDS_TRANSFORMERS = {"connect_experts": "moeserve.client.hf", "load_model": "moeserve.client.hf_loader"}
+#: they stand in `engines` now, a floor above
+_NEEDS_TRANSFORMERS = {"connect_experts": "moeserve.engines.hf", "load_model": "moeserve.engines.hf_loader"}
 
 # transformers takes seconds to import: "moeserve" becomes known to it when somebody else does, at once if that has happened.
-wrapt.register_post_import_hook(lambda _: import_module("moeserve.client.hf"), "transformers.integrations.moe")
+wrapt.register_post_import_hook(lambda _: import_module("moeserve.engines.hf"), "transformers.integrations.moe")
 
 
 def __getattr__(name: str) -> Any:

@@ -11,8 +11,8 @@ from typing import Any, Literal, Self
 from moeserve.client.connection import ADMINISTERING, TLS, Reach
 from moeserve.client.line import Line
 from moeserve.errors import InvalidRequest
-from moeserve.standing import FrontendStanding, HostStanding, LayerStanding, Standing
-from moeserve.stats import HostShards
+from moeserve.observe.stats import HostShards
+from moeserve.observe.status import FrontendStatus, HostStatus, LayerStatus, ServiceStatus
 from moeserve.v1 import admin_service_pb2 as pb
 from moeserve.v1 import admin_service_pb2_grpc as pb_grpc
 
@@ -42,7 +42,7 @@ class AdminClient:
     def __init__(self, target: str, token: str, tls: TLS | bool | None = None) -> None:
         self._line = Line(Reach(target, token, tls, None, ADMINISTERING), pb_grpc.AdminServiceStub)
 
-    def status(self, timeout: float = 30.0) -> Standing:
+    def status(self, timeout: float = 30.0) -> ServiceStatus:
         """What is deployed and where, now."""
         answer = self._call("GetPlacement", pb.GetPlacementRequest(), timeout)
         return _standing(answer)
@@ -99,23 +99,19 @@ def _request(kind: Callable[..., Any], **fields: object) -> Any:
         raise InvalidRequest(f"{', '.join(f'{name} = {value!r:.80}' for name, value in fields.items())} cannot be sent: {error}") from None
 
 
-def _standing(answer: pb.GetPlacementResponse) -> Standing:
-    return Standing(
+def _standing(answer: pb.GetPlacementResponse) -> ServiceStatus:
+    return ServiceStatus(
         epoch=answer.epoch,
         wanted_hosts=answer.wanted_hosts,
         is_changing=answer.is_changing,
         shortage=answer.shortage,
         hosts=[
-            HostStanding(
-                host.name, host.node, host.is_up, host.pid, host.device, host.cuda_visible_devices, host.weights_bytes, host.number
-            )
+            HostStatus(host.name, host.node, host.is_up, host.pid, host.device, host.cuda_visible_devices, host.weights_bytes, host.number)
             for host in answer.hosts
         ],
-        frontends=[
-            FrontendStanding(one.name, one.target, one.metrics_target, one.node, one.epoch, one.is_ready) for one in answer.frontends
-        ],
+        frontends=[FrontendStatus(one.name, one.target, one.metrics_target, one.node, one.epoch, one.is_ready) for one in answer.frontends],
         layers=[
-            LayerStanding(
+            LayerStatus(
                 layer.name,
                 layer.model_revision,
                 layer.tensor_parallel,

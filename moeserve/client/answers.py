@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 import torch
 from google.protobuf.message import Message
 
+from moeserve.api.output import ForwardOutput
+from moeserve.api.tensors import FLOAT_DTYPES, WIRE_DTYPES, dtype_name
+from moeserve.api.wire import WireRequest, WireResponse, decode_forward_response, encode_forward_request
 from moeserve.errors import InvalidRequest, MoEServeError
-from moeserve.output import ForwardOutput
-from moeserve.stats import CallCount, Durations, Event, HostShards, HostStats, LayerStats, ServiceStats
-from moeserve.tensors import FLOAT_DTYPES, WIRE_DTYPES, dtype_name
+from moeserve.observe.stats import CallCount, Durations, Event, HostShards, HostStats, LayerStats, ServiceStats
 from moeserve.v1 import moe_service_pb2 as pb
-from moeserve.wire import WireRequest, WireResponse, decode_forward_response, encode_forward_request
 
 Record = TypeVar("Record", HostStats, HostShards, Durations, CallCount, Event)
 
@@ -52,7 +52,7 @@ def encode_request(request: WireRequest) -> bytes:
     return encode_forward_request(request)
 
 
-class Sent:
+class SentRequest:
     """The requests of a stream on their way out: where their answers belong, and the exception that ended them."""
 
     def __init__(self) -> None:

@@ -9,15 +9,15 @@ from typing import Any, Self
 import torch
 from grpc_health.v1 import health_pb2
 
-from moeserve.client.answers import LayerInfo, Sent, decode_answer, encode_request, output_of, read_layers, read_stats
+from moeserve.api.output import ForwardOutput
+from moeserve.api.wire import WireRequest, WireResponse
+from moeserve.client.answers import LayerInfo, SentRequest, decode_answer, encode_request, output_of, read_layers, read_stats
 from moeserve.client.connection import CALLING, TLS, Reach
 from moeserve.client.line import LoopLines
 from moeserve.client.stubs import ServiceStubs
 from moeserve.errors import DeadlineExceeded, ExpertUnavailable
-from moeserve.output import ForwardOutput
-from moeserve.stats import ServiceStats
+from moeserve.observe.stats import ServiceStats
 from moeserve.v1 import moe_service_pb2 as pb
-from moeserve.wire import WireRequest, WireResponse
 
 
 class AsyncClient:
@@ -66,7 +66,7 @@ class AsyncClient:
         self, requests: Iterable[WireRequest] | AsyncIterable[WireRequest], timeout: float | None = None
     ) -> AsyncIterator[WireResponse]:
         """As `Client.forward_stream`; `requests` is consumed while answers are read."""
-        sent = Sent()
+        sent = SentRequest()
         outgoing = sent.encoded_async(requests) if isinstance(requests, AsyncIterable) else sent.encoded(requests)
         with self._lines.here.call(timeout) as call:
             answers = call.stubs.forward_stream(outgoing, timeout=call.timeout_s, metadata=self._lines.reach.metadata)

@@ -9,15 +9,15 @@ from typing import Any, Self
 import torch
 from grpc_health.v1 import health_pb2
 
-from moeserve.client.answers import LayerInfo, Sent, decode_answer, encode_request, output_of, read_layers, read_stats
+from moeserve.api.output import ForwardOutput
+from moeserve.api.wire import WireRequest, WireResponse
+from moeserve.client.answers import LayerInfo, SentRequest, decode_answer, encode_request, output_of, read_layers, read_stats
 from moeserve.client.connection import CALLING, TLS, Reach
 from moeserve.client.line import Line
 from moeserve.client.stubs import ServiceStubs
 from moeserve.errors import DeadlineExceeded, ExpertUnavailable
-from moeserve.output import ForwardOutput
-from moeserve.stats import ServiceStats
+from moeserve.observe.stats import ServiceStats
 from moeserve.v1 import moe_service_pb2 as pb
-from moeserve.wire import WireRequest, WireResponse
 
 
 class Client:
@@ -89,7 +89,7 @@ class Client:
         are read; what it raises is raised here after the answers to what it gave before. `timeout` is for the whole stream.
         Answers are on the device of the first request.
         """
-        sent = Sent()
+        sent = SentRequest()
         with self._line.call(timeout) as call:
             answers = call.stubs.forward_stream(sent.encoded(requests), timeout=call.timeout_s, metadata=self._line.reach.metadata)
             try:

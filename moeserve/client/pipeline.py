@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 import torch
 
+from moeserve.api.wire import WireRequest
 from moeserve.client.async_client import AsyncClient
 from moeserve.errors import MoEServeError
-from moeserve.wire import WireRequest
 
 #: what happens to the answer of a layer (position among `layers`) before the next one gets it
 Between = Callable[[int, torch.Tensor], torch.Tensor]

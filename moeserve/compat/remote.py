@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from moeserve.api.output import ForwardOutput
 from moeserve.client import Client
 from moeserve.errors import ConfigError, UnknownLayer
-from moeserve.output import ForwardOutput
 
 
 class RemoteLayer:

@@ -1,15 +1,17 @@
 """What shall be served and where, and how to get there from what is: no Ray, no gRPC; off the path of a request."""
 
+from moeserve.control.assignments import Assigned, Assignment, Node, Wanted
 from moeserve.control.controller import Controller, first_state
+from moeserve.control.desired import first_num_hosts, wanted_hosts
 from moeserve.control.follower import CannotFollow, Follower
 from moeserve.control.frontends import FrontendInfo, Frontends
 from moeserve.control.reconcile import reconcile
 from moeserve.control.saved import Saved
-from moeserve.control.seats import Node, Seat, Seating, Wanted
 from moeserve.control.state import NumHosts, State
-from moeserve.control.wish import first_wish, wanted_hosts
 
 __all__ = [
+    "Assigned",
+    "Assignment",
     "CannotFollow",
     "Controller",
     "Follower",
@@ -18,12 +20,10 @@ __all__ = [
     "Node",
     "NumHosts",
     "Saved",
-    "Seat",
-    "Seating",
     "State",
     "Wanted",
+    "first_num_hosts",
     "first_state",
-    "first_wish",
     "reconcile",
     "wanted_hosts",
 ]

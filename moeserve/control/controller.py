@@ -12,18 +12,18 @@ from typing import Any, Protocol
 
 from moeserve.checkpoints import LayerSource, Swap
 from moeserve.config import ServiceConfig
+from moeserve.control.assignments import Assigned, Node, Wanted
+from moeserve.control.desired import first_num_hosts, plan_for, wanted_hosts
 from moeserve.control.frontends import Frontends
-from moeserve.control.overview import overview
 from moeserve.control.reconcile import reconcile
 from moeserve.control.rollout import Hosts, Rollout
-from moeserve.control.seats import Node, Seating, Wanted
 from moeserve.control.state import NumHosts, State
-from moeserve.control.wish import first_wish, plan_for, wanted_hosts
+from moeserve.control.status import status_of
 from moeserve.errors import ConfigError, MoEServeError
 from moeserve.log_limit import limited_logger
+from moeserve.observe.stats import HostInfo, host_name
+from moeserve.observe.status import ServiceStatus
 from moeserve.release import Release
-from moeserve.standing import Standing
-from moeserve.stats import HostInfo, host_name
 
 log = logging.getLogger(__name__)
 strangers = limited_logger(__name__)
@@ -77,36 +77,36 @@ async def first_state(config: ServiceConfig, sources: Sequence[LayerSource], nod
 
     `sources`: the layers of the configuration, whose files it is made of from now on.
     """
-    wish = first_wish(config, sources)
-    wanted = wanted_hosts(wish, sources, config)
+    num_hosts = first_num_hosts(config, sources)
+    wanted = wanted_hosts(num_hosts, sources, config)
     wait_s = config.placement.wait_for_nodes_s
     try:
-        seating = await _seated(lambda known: reconcile(known, (), wanted, 0), wanted, nodes, wait_s)
+        assigned = await _until_assigned(lambda known: reconcile(known, (), wanted, 0), wanted, nodes, wait_s)
     except BaseException:
         if wait_s:
             nodes.ask_for(wanted, 0)
         raise
-    release = await asyncio.to_thread(Release.first, plan_for(len(seating.seats), sources, config), sources)
-    return State(release, seating.seats, wish, release.epoch, len(seating.seats))
+    release = await asyncio.to_thread(Release.first, plan_for(len(assigned.assignments), sources, config), sources)
+    return State(release, assigned.assignments, num_hosts, release.epoch, len(assigned.assignments))
 
 
-async def _seated(seat: Callable[[Sequence[Node]], Seating], wanted: Wanted, nodes: Nodes, wait_s: float) -> Seating:
-    """What `seat` makes of the nodes, once nothing is short. Raises ConfigError when it still is after `wait_s`.
+async def _until_assigned(assignment: Callable[[Sequence[Node]], Assigned], wanted: Wanted, nodes: Nodes, wait_s: float) -> Assigned:
+    """What `assignment` makes of the nodes, once nothing is short. Raises ConfigError when it still is after `wait_s`.
 
     Meanwhile the cluster's autoscaler is asked for what is missing.
     """
     deadline, said = time.monotonic() + max(wait_s, _SETTLE_S), None
-    while (seating := seat(known := await nodes.list())).shortage is not None:
+    while (assigned := assignment(known := await nodes.list())).shortage is not None:
         if wait_s:
             nodes.ask_for(wanted, wanted.least if wanted.num_hosts == "all" else wanted.num_hosts)
-        is_hopeless = seat([replace(node, free=node.total) for node in known]).shortage is not None
+        is_hopeless = assignment([replace(node, free=node.total) for node in known]).shortage is not None
         if time.monotonic() > deadline or (is_hopeless and not wait_s):
-            raise ConfigError(seating.shortage)
-        if wait_s and seating.shortage != said:
-            log.info("waiting for nodes: %s", seating.shortage)
-        said = seating.shortage
+            raise ConfigError(assigned.shortage)
+        if wait_s and assigned.shortage != said:
+            log.info("waiting for nodes: %s", assigned.shortage)
+        said = assigned.shortage
         await asyncio.sleep(_RETRY_S)
-    return seating
+    return assigned
 
 
 class Controller:
@@ -142,12 +142,12 @@ class Controller:
         """What is served, and what was asked for."""
         return self._rollout.state
 
-    def standing(self) -> Standing:
+    def status(self) -> ServiceStatus:
         """What is deployed and where, for people."""
         names = [source.spec.name for source in self._sources]
         present, frontends = self._hosts.present, self._frontends.members()
         short = " ".join(dict.fromkeys((*([self._shortage] if self._shortage else []), *self._failing().values())))
-        return overview(self.state, self._rollout.is_under_way, short, names, present, frontends)
+        return status_of(self.state, self._rollout.is_under_way, short, names, present, frontends)
 
     def ask_to_stop(self) -> None:
         """Whoever runs the service is told by `stop_requested`."""
@@ -198,13 +198,13 @@ class Controller:
 
     async def _keep_telling(self) -> None:
         while True:
-            self._frontends.despair(self._failing())
+            self._frontends.set_failing(self._failing())
             await asyncio.sleep(_LOOK_S)
 
     def _failing(self) -> dict[int, str]:
         """By number of the host; those that are to be replaced are on their way, until that turns out to be impossible."""
         why = self._why_as_it_is
-        gone = [seat.number for seat in self.state.seats if seat.number in self._hosts.given_up]
+        gone = [assignment.number for assignment in self.state.assignments if assignment.number in self._hosts.given_up]
         return {**self._hosts.failing, **(dict.fromkeys(gone, f"its node is gone, and {why}") if why else {})}
 
     async def _keep_following(self) -> None:
@@ -240,22 +240,24 @@ class Controller:
         wanted = await asyncio.to_thread(wanted_hosts, num_hosts, self._sources, self._config)
         try:
             # Nodes may be minutes away: meanwhile those that there are are followed.
-            await _seated(lambda nodes: self._seating(nodes, wanted), wanted, self._nodes, self._config.placement.wait_for_nodes_s)
+            await _until_assigned(lambda nodes: self._assigned(nodes, wanted), wanted, self._nodes, self._config.placement.wait_for_nodes_s)
             return await self._change(lambda: self._reach(num_hosts, wanted))
         finally:
             self._ask_for(await self._wanted())
 
     async def _reach(self, num_hosts: NumHosts, wanted: Wanted) -> Release:
-        seating = self._seating(await self._nodes.list(), wanted)
-        if seating.shortage is not None:
-            raise ConfigError(seating.shortage)
-        return await self._rollout.move(seating.seats, num_hosts)
+        assigned = self._assigned(await self._nodes.list(), wanted)
+        if assigned.shortage is not None:
+            raise ConfigError(assigned.shortage)
+        return await self._rollout.move(assigned.assignments, num_hosts)
 
     async def _drain(self, host: str) -> Release:
-        seats = self.state.seats
-        left = tuple(seat for seat in seats if host_name(seat.number) != host)
-        if len(left) == len(seats):
-            raise ConfigError(f"there is no host {host!r}; there are {', '.join(host_name(seat.number) for seat in seats)}")
+        assignments = self.state.assignments
+        left = tuple(assignment for assignment in assignments if host_name(assignment.number) != host)
+        if len(left) == len(assignments):
+            raise ConfigError(
+                f"there is no host {host!r}; there are {', '.join(host_name(assignment.number) for assignment in assignments)}"
+            )
         if not left:
             raise ConfigError(f"{host} is the only host: at least one is needed")
         release = await self._rollout.move(left, len(left))
@@ -264,20 +266,20 @@ class Controller:
 
     async def _follow(self) -> Release:
         wanted = await self._wanted()
-        seating = self._seating(await self._nodes.list(), wanted)
-        if seating.shortage != self._shortage:
-            self._shortage = seating.shortage
-            log.warning("%s", seating.shortage or "nothing is short any more")
+        assigned = self._assigned(await self._nodes.list(), wanted)
+        if assigned.shortage != self._shortage:
+            self._shortage = assigned.shortage
+            log.warning("%s", assigned.shortage or "nothing is short any more")
             self._ask_for(wanted)
-        return await self._rollout.move(seating.seats, self.state.num_hosts)
+        return await self._rollout.move(assigned.assignments, self.state.num_hosts)
 
     async def _wanted(self) -> Wanted:
         if self._wanted_now is None or self._wanted_now.num_hosts != self.state.num_hosts:
             self._wanted_now = await asyncio.to_thread(wanted_hosts, self.state.num_hosts, self._sources, self._config)
         return self._wanted_now
 
-    def _seating(self, nodes: Sequence[Node], wanted: Wanted) -> Seating:
-        return reconcile(nodes, self.state.seats, wanted, self.state.next_number, self._hosts.given_up)
+    def _assigned(self, nodes: Sequence[Node], wanted: Wanted) -> Assigned:
+        return reconcile(nodes, self.state.assignments, wanted, self.state.next_number, self._hosts.given_up)
 
     def _ask_for(self, wanted: Wanted) -> None:
         """Where nodes are waited for there is an autoscaler, which shall keep those that are needed and no more."""

@@ -6,8 +6,8 @@ import time
 from collections.abc import Mapping
 from typing import Final
 
-from moeserve.control.pulse import Pulse
-from moeserve.stats import HostInfo
+from moeserve.notifier import Notifier
+from moeserve.observe.stats import HostInfo
 
 #: an incarnation that was not reached a moment ago is tried again after this long, as it may have been the network
 _PATIENCE_S: Final = 2.0
@@ -19,12 +19,12 @@ class Directory:
     def __init__(self) -> None:
         self._hosts: dict[int, HostInfo] = {}
         self._given: dict[int, tuple[HostInfo, float]] = {}
-        self._changed = Pulse()
+        self._changed = Notifier()
 
     def replace(self, hosts: Mapping[int, HostInfo]) -> None:
         """What is known from now on."""
         self._hosts = dict(hosts)
-        self._changed.beat()
+        self._changed.notify()
 
     async def find(self, number: int) -> HostInfo:
         """The present incarnation of a host, once one is announced.

@@ -17,8 +17,8 @@ from moeserve.control.record import (
     require_printable,
     require_short,
 )
+from moeserve.observe.stats import HostInfo
 from moeserve.release import Release
-from moeserve.stats import HostInfo
 from moeserve.transport import KeyPair
 from moeserve.v1 import control_service_pb2 as pb
 

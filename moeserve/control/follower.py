@@ -11,10 +11,10 @@ from moeserve.checkpoints import LayerSource, layer_sources
 from moeserve.config import ServerConfig, ServiceConfig, load_json
 from moeserve.control.directory import Directory
 from moeserve.control.follow import Order, Report, Welcome
-from moeserve.control.pulse import Pulse
 from moeserve.errors import ConfigError, MoEServeError
 from moeserve.frontend import Frontend
-from moeserve.metrics import Metrics
+from moeserve.notifier import Notifier
+from moeserve.observe.metrics import Metrics
 from moeserve.release import Release
 from moeserve.transport import KeyPair
 
@@ -49,11 +49,11 @@ class Follower:
     def __init__(self, server: ServerConfig, report: Report, stage: Stage) -> None:
         self.report = report
         #: told of every new `report`
-        self.reported = Pulse()
+        self.reported = Notifier()
         self._server, self._stage = server, stage
         self._directory = Directory()
         self._order = Order()
-        self._ordered = Pulse()
+        self._ordered = Notifier()
         self._told: Welcome | None = None
         self._config: ServiceConfig | None = None
         #: of the configuration, as they were when this frontend began
@@ -84,15 +84,15 @@ class Follower:
         self._order = order
         self._directory.replace(order.hosts)
         if self._frontend is not None:
-            self._frontend.despair(order.failing)
-        self._ordered.beat()
+            self._frontend.set_failing(order.failing)
+        self._ordered.notify()
 
     def say(self, **changes: object) -> None:
         """Something of the report is different now."""
         report = Report(**{**vars(self.report), **changes})
         if report != self.report:
             self.report = report
-            self.reported.beat()
+            self.reported.notify()
 
     async def run(self) -> None:
         """Until cancelled. Raises ConfigError or CheckpointError when what is served cannot be served here."""
@@ -149,7 +149,7 @@ class Follower:
         find, health = self._directory.find, self._stage.health_changed
         # It reads every gate, and probes are answered meanwhile.
         self._frontend = await asyncio.to_thread(Frontend, sources, release, find, self._config, metrics, health, self._keys)
-        self._frontend.despair(self._order.failing)
+        self._frontend.set_failing(self._order.failing)
         self._stage.enter(self._frontend, metrics)
         self._do("start", self._frontend.start(self.report.node))
         self.say(epoch=release.epoch, oldest_epoch=release.epoch)

@@ -12,11 +12,11 @@ from typing import Final
 from moeserve.checkpoints import LayerSource
 from moeserve.config import ServiceConfig
 from moeserve.control.follow import Order, Report, Welcome, followed_config
-from moeserve.control.pulse import Pulse
 from moeserve.control.rollout import Publisher
 from moeserve.errors import ConfigError
+from moeserve.notifier import Notifier
+from moeserve.observe.stats import HostInfo
 from moeserve.release import Release
-from moeserve.stats import HostInfo
 from moeserve.transport import KeyPair
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class FrontendInfo:
     is_ready: bool
 
 
-class Member:
+class FollowingFrontend:
     """A frontend that follows, for as long as its stream lasts."""
 
     def __init__(self, report: Report, keys: KeyPair | None) -> None:
@@ -82,12 +82,12 @@ class Frontends:
         self._drain_timeout_s = config.server.drain_timeout_s
         self._try_timeout_s = 2 * config.resilience.request_timeout_s + _GRACE_S
         self._on_keys = on_keys
-        self._members: list[Member] = []
+        self._members: list[FollowingFrontend] = []
         self._order = Order()
         self._let_go_at = 0.0
         #: keys of those that left without a word, and until when they stay valid
         self._absent = dict.fromkeys(keys, time.monotonic() + _KEEP_KEY_S)
-        self._heard, self._changed = Pulse(), Pulse()
+        self._heard, self._changed = Notifier(), Notifier()
         self._admitting = asyncio.Lock()
 
     def members(self) -> list[FrontendInfo]:
@@ -102,7 +102,7 @@ class Frontends:
         """The first release: what is served already, or will be once its hosts are there."""
         self._tell(replace(self._order, current=release))
 
-    async def reunited(self, timeout_s: float) -> None:
+    async def until_back(self, timeout_s: float) -> None:
         """Until those that followed an earlier controller do again; some may be gone. A change before that would pass them by."""
         await self._heard.until(lambda: not self._absent, time.monotonic() + timeout_s)
 
@@ -111,15 +111,15 @@ class Frontends:
         if dict(hosts) != dict(self._order.hosts):
             self._tell(replace(self._order, hosts=dict(hosts)))
 
-    async def join(self, report: Report) -> Member:
+    async def join(self, report: Report) -> FollowingFrontend:
         """A frontend follows from now on; hosts let it in when this returns. It may have followed before: then it brings its key."""
-        member = Member(report, None if report.public_key else KeyPair.generate())
+        member = FollowingFrontend(report, None if report.public_key else KeyPair.generate())
         for same in [other for other in self._members if other.public_key == member.public_key]:
             self._dismiss(same)
         self._members.append(member)
         self._absent.pop(member.public_key, None)
         log.info("frontend %s follows", report.name)
-        self._heard.beat()
+        self._heard.notify()
         try:
             await self._admit()
         except BaseException:
@@ -127,26 +127,26 @@ class Frontends:
             raise
         return member
 
-    def hear(self, member: Member, report: Report) -> None:
+    def hear(self, member: FollowingFrontend, report: Report) -> None:
         """What a member says now."""
         member.report = report
-        self._heard.beat()
+        self._heard.notify()
 
-    def leave(self, member: Member) -> None:
+    def leave(self, member: FollowingFrontend) -> None:
         """Its stream broke: it is not counted, but may serve on and come back."""
         if member in self._members:
             self._members.remove(member)
             self._absent[member.public_key] = time.monotonic() + _KEEP_KEY_S
             log.info("frontend %s does not follow any more", member.report.name)
-        self._heard.beat()
+        self._heard.notify()
 
-    async def farewell(self, member: Member) -> None:
+    async def left(self, member: FollowingFrontend) -> None:
         """It has left for good: hosts let it in no longer."""
         self.leave(member)
         self._absent.pop(member.public_key, None)
         await self._admit()
 
-    async def orders(self, member: Member) -> AsyncIterator[Order]:
+    async def orders(self, member: FollowingFrontend) -> AsyncIterator[Order]:
         """What the member shall do, at once and whenever that changes; changes it is too slow for are one. Ends when it is dismissed."""
         told: Order | None = None
         welcome: Welcome | None = Welcome(self._service_id, self._config_json, member.keys, self._drain_timeout_s)
@@ -170,7 +170,7 @@ class Frontends:
         await self._tried(release.epoch)
 
     async def _tried(self, epoch: int) -> None:
-        def missing() -> list[Member]:
+        def missing() -> list[FollowingFrontend]:
             return [member for member in self._members if member.report.epoch and member.report.tried_epoch != epoch]
 
         def refusing() -> list[Report]:
@@ -199,7 +199,7 @@ class Frontends:
     async def _followers_drained(self) -> None:
         epoch = 0 if self._order.current is None else self._order.current.epoch
 
-        def behind() -> list[Member]:
+        def behind() -> list[FollowingFrontend]:
             return [member for member in self._members if 0 < member.oldest_epoch < epoch]
 
         await self._heard.until(lambda: not behind(), self._let_go_at)
@@ -216,21 +216,21 @@ class Frontends:
             self._tell(replace(self._order, candidate=None))
         await asyncio.gather(*(frontend.forget() for frontend, _ in self._local))
 
-    def despair(self, failing: Mapping[int, str]) -> None:
+    def set_failing(self, failing: Mapping[int, str]) -> None:
         """Of these hosts, while they are down, nobody should wait for any, and why; the others are on their way."""
         for frontend, _ in self._local:
-            frontend.despair(failing)
+            frontend.set_failing(failing)
         if dict(failing) != dict(self._order.failing):
             self._tell(replace(self._order, failing=dict(failing)))
 
     def _tell(self, order: Order) -> None:
         self._order = order
-        self._changed.beat()
+        self._changed.notify()
 
-    def _dismiss(self, member: Member) -> None:
+    def _dismiss(self, member: FollowingFrontend) -> None:
         member.is_dismissed = True
         self.leave(member)
-        self._changed.beat()
+        self._changed.notify()
 
     async def _admit(self) -> None:
         async with self._admitting:  # or an earlier set might arrive last

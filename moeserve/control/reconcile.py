@@ -1,4 +1,4 @@
-"""Which hosts there shall be next, and on which nodes: a pure function of the nodes, the hosts there are, and the wish."""
+"""Which hosts should run on which nodes: a pure function of the nodes, the current assignments and the desired state."""
 
 from __future__ import annotations
 
@@ -6,31 +6,33 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
-from moeserve.control.seats import Node, Seat, Seating, Wanted
+from moeserve.control.assignments import Assigned, Assignment, Node, Wanted
 from moeserve.control.shortage import describe
 
 _NO_LIMIT = 2**31
 
 
-def reconcile(nodes: Sequence[Node], seats: Sequence[Seat], wanted: Wanted, next_number: int, given_up: Collection[int] = ()) -> Seating:
-    """The seats there shall be, given the live `nodes` and the seats there are; numbers of `given_up` hosts will not come back.
+def reconcile(
+    nodes: Sequence[Node], assignments: Sequence[Assignment], wanted: Wanted, next_number: int, given_up: Collection[int] = ()
+) -> Assigned:
+    """The next assignments, given the live `nodes` and the current `assignments`; hosts in `given_up` do not come back.
 
-    A seat stays where it is as long as its node lives, is not leaving and has the labels. Others are replaced by new numbers, from
+    A host stays where it is as long as its node lives, is not leaving and has the labels. Others are replaced by new numbers, from
     `next_number` on, where there is room. Of too many, those leave that make the rest as even (or, with "pack", as dense) as it can be,
     the highest numbers first. Where fewer than wanted fit, as many as fit; where fewer than `wanted.least` fit, all stays as it is.
-    In both cases `shortage` says why. What comes out is what comes out of itself, so a healthy service is left alone.
+    In both cases `shortage` says why. Idempotent: a healthy service is left alone.
     """
     places = {node.id: node for node in nodes if is_place(node, wanted)}
-    kept = _kept([seat for seat in seats if seat.node in places and seat.number not in given_up], wanted)
-    held = Counter(seat.node for seat in kept)
+    kept = _kept([assignment for assignment in assignments if assignment.node in places and assignment.number not in given_up], wanted)
+    held = Counter(assignment.node for assignment in kept)
     room = {key: max(room_on(node, wanted), held[key]) for key, node in places.items()}
     fit = sum(room.values())
     number = _number(wanted, fit)
     shortage = describe(nodes, room, wanted, number) if fit < number else None
     if fit < min(wanted.least, number):
-        return Seating(_by_number(seats), shortage)
+        return Assigned(_by_number(assignments), shortage)
     kept = _without_surplus(kept, number, wanted)
-    return Seating(_by_number([*kept, *_added(kept, room, min(number, fit), wanted, next_number)]), shortage)
+    return Assigned(_by_number([*kept, *_added(kept, room, min(number, fit), wanted, next_number)]), shortage)
 
 
 def is_place(node: Node, wanted: Wanted) -> bool:
@@ -68,34 +70,34 @@ def _number(wanted: Wanted, fit: int) -> int:
     return max(wanted.least, fit if wanted.most is None else min(fit, wanted.most))
 
 
-def _kept(seats: Sequence[Seat], wanted: Wanted) -> list[Seat]:
-    """Seats that can stay: where only one may be on a node, its first."""
-    ordered = _by_number(seats)
+def _kept(assignments: Sequence[Assignment], wanted: Wanted) -> list[Assignment]:
+    """Assignments that can stay: where only one may be on a node, its first."""
+    ordered = _by_number(assignments)
     if wanted.strategy != "strict_spread":
         return list(ordered)
-    return list({seat.node: seat for seat in reversed(ordered)}.values())
+    return list({assignment.node: assignment for assignment in reversed(ordered)}.values())
 
 
-def _without_surplus(seats: Sequence[Seat], number: int, wanted: Wanted) -> list[Seat]:
-    left = list(seats)
+def _without_surplus(assignments: Sequence[Assignment], number: int, wanted: Wanted) -> list[Assignment]:
+    left = list(assignments)
     while len(left) > number:
-        held = Counter(seat.node for seat in left)
+        held = Counter(assignment.node for assignment in left)
         sign = -1 if wanted.strategy == "pack" else 1
-        left.remove(max(left, key=lambda seat: (sign * held[seat.node], seat.number)))
+        left.remove(max(left, key=lambda assignment: (sign * held[assignment.node], assignment.number)))
     return left
 
 
-def _added(kept: Sequence[Seat], room: Mapping[str, int], number: int, wanted: Wanted, next_number: int) -> list[Seat]:
+def _added(kept: Sequence[Assignment], room: Mapping[str, int], number: int, wanted: Wanted, next_number: int) -> list[Assignment]:
     """As many more as there shall be, one by one where there is room: on the node with fewest hosts, or with most to fill it up."""
-    held = Counter(seat.node for seat in kept)
+    held = Counter(assignment.node for assignment in kept)
     sign = -1 if wanted.strategy == "pack" else 1
     added = []
     for new in range(next_number, next_number + number - len(kept)):
         node = min((key for key in room if held[key] < room[key]), key=lambda key: (sign * held[key], held[key] - room[key], key))
         held[node] += 1
-        added.append(Seat(new, node))
+        added.append(Assignment(new, node))
     return added
 
 
-def _by_number(seats: Sequence[Seat]) -> tuple[Seat, ...]:
-    return tuple(sorted(seats, key=lambda seat: seat.number))
+def _by_number(assignments: Sequence[Assignment]) -> tuple[Assignment, ...]:
+    return tuple(sorted(assignments, key=lambda assignment: assignment.number))

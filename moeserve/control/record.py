@@ -15,9 +15,9 @@ import numpy.typing as npt
 from moeserve.checkpoints import FileMark, Fingerprint, Swap
 from moeserve.config import MAX_HOSTS, MAX_LAYERS, MAX_PHYSICAL
 from moeserve.errors import InvalidRequest
+from moeserve.observe.stats import HostInfo
 from moeserve.placement import LayerPlacement, Placement
 from moeserve.release import Release
-from moeserve.stats import HostInfo
 from moeserve.v1 import control_service_pb2 as pb
 
 #: bounds on what is believed of a message; a service comes nowhere near them

@@ -10,9 +10,9 @@ from typing import Protocol
 
 from moeserve.checkpoints import LayerSource, ReleasedLayer, Swap
 from moeserve.config import ServiceConfig
-from moeserve.control.seats import Seat
+from moeserve.control.assignments import Assignment
+from moeserve.control.desired import plan_for
 from moeserve.control.state import NumHosts, State
-from moeserve.control.wish import plan_for
 from moeserve.release import Release
 
 log = logging.getLogger(__name__)
@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 class Hosts(Protocol):
     """All expert hosts, by number."""
 
-    async def take(self, release: Release, seats: Sequence[Seat]) -> None:
-        """Every host of `release`, started on its seat if need be, can serve it beside what it serves. Raises what a host raised."""
+    async def take(self, release: Release, assignments: Sequence[Assignment]) -> None:
+        """Every host of `release`, started on its assignment if need be, can serve it beside what it serves. Raises what a host raised."""
         ...
 
     async def withdraw(self, epoch: int) -> None:
@@ -65,7 +65,7 @@ class Publisher(Protocol):
         """Let go of hosts that the present release has nothing on."""
         ...
 
-    def despair(self, failing: Mapping[int, str]) -> None:
+    def set_failing(self, failing: Mapping[int, str]) -> None:
         """Of these hosts, while they are down, nobody should wait for any, and why."""
         ...
 
@@ -104,22 +104,22 @@ class Rollout:
             )
         return release
 
-    async def move(self, seats: tuple[Seat, ...], num_hosts: NumHosts) -> Release:
+    async def move(self, assignments: tuple[Assignment, ...], num_hosts: NumHosts) -> Release:
         """The same weights on these hosts, `num_hosts` being what was asked for.
 
         Raises ConfigError, or CheckpointChanged when the weights cannot be read any more; then everything is as it was.
         """
         before = self.state
-        if seats == before.seats:
+        if assignments == before.assignments:
             self._remember(replace(before, num_hosts=num_hosts))
             return before.release
         sources = await asyncio.to_thread(self._readable, before.release)
-        numbers = [seat.number for seat in seats]
-        placement = plan_for(len(seats), sources, self._config).renumbered(numbers, before.last_epoch + 1)
+        numbers = [assignment.number for assignment in assignments]
+        placement = plan_for(len(assignments), sources, self._config).renumbered(numbers, before.last_epoch + 1)
         next_number = max(before.next_number, numbers[-1] + 1)
         release = replace(before.release, placement=placement)
-        await self._bring_in(State(release, seats, num_hosts, release.epoch, next_number))
-        gone = {seat.number for seat in before.seats} - set(numbers)
+        await self._bring_in(State(release, assignments, num_hosts, release.epoch, next_number))
+        gone = {assignment.number for assignment in before.assignments} - set(numbers)
         await self._hosts.remove(sorted(gone))
         log.info("epoch %d: experts stand on hosts %s", release.epoch, ", ".join(map(str, numbers)))
         return release
@@ -147,8 +147,8 @@ class Rollout:
         self._remember(replace(before, last_epoch=release.epoch, next_number=after.next_number))
         try:
             sources = await asyncio.to_thread(release.sources, self._config, self._layers)
-            await self._hosts.take(release, after.seats)
-            self._frontends.despair({})  # all of them are up, perhaps since a moment ago
+            await self._hosts.take(release, after.assignments)
+            self._frontends.set_failing({})  # all of them are up, perhaps since a moment ago
             await self._frontends.welcome(release)
             await self._frontends.try_out(release, sources)
             self._save(replace(after, last_epoch=release.epoch))
@@ -157,7 +157,9 @@ class Rollout:
             self._save(self.state)
             await self._frontends.forget()
             await self._hosts.withdraw(release.epoch)
-            await self._hosts.remove(sorted({seat.number for seat in after.seats} - {seat.number for seat in before.seats}))
+            await self._hosts.remove(
+                sorted({assignment.number for assignment in after.assignments} - {assignment.number for assignment in before.assignments})
+            )
             raise
         self.state = replace(after, last_epoch=release.epoch)
 

@@ -6,8 +6,8 @@ import base64
 import json
 from dataclasses import dataclass, field
 
+from moeserve.control.assignments import Assignment
 from moeserve.control.record import read_release, release_message
-from moeserve.control.seats import Seat
 from moeserve.control.state import State
 from moeserve.v1 import control_service_pb2 as pb
 
@@ -33,7 +33,7 @@ class Saved:
                 "control_port": self.control_port,
                 "frontend_keys": self.frontend_keys,
                 "release": base64.b64encode(release_message(state.release).SerializeToString()).decode(),
-                "seats": [[seat.number, seat.node] for seat in state.seats],
+                "assignments": [[assignment.number, assignment.node] for assignment in state.assignments],
                 "num_hosts": state.num_hosts,
                 "last_epoch": state.last_epoch,
                 "next_number": state.next_number,
@@ -46,7 +46,7 @@ class Saved:
         read = json.loads(data)
         state = State(
             read_release(pb.Release.FromString(base64.b64decode(read["release"]))),
-            tuple(Seat(number, node) for number, node in read["seats"]),
+            tuple(Assignment(number, node) for number, node in read["assignments"]),
             read["num_hosts"],
             read["last_epoch"],
             read["next_number"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from moeserve.control.seats import Node, Wanted
+from moeserve.control.assignments import Node, Wanted
 
 _MAX_NODES = 8
 

@@ -15,6 +15,7 @@ from typing import Final
 import numpy as np
 import torch
 
+from moeserve.api.tensors import dtype_name
 from moeserve.config import Activation, Bits, Kernel
 from moeserve.errors import ConfigError
 from moeserve.experts.activations import is_gated
@@ -24,7 +25,6 @@ from moeserve.experts.packable import Packable, packable
 from moeserve.experts.packed import PackedExperts
 from moeserve.experts.quantized import QuantizedFeedForward, quantize
 from moeserve.kernels import KERNELS, TYPES, WeightArena, aligned, fastest_of, find_kernel
-from moeserve.tensors import dtype_name
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from functools import cached_property
 
 import torch
 
+from moeserve.api.output import ForwardOutput
+from moeserve.api.request import LayerRequest
 from moeserve.config import GatingOverrides
-from moeserve.output import ForwardOutput
-from moeserve.request import LayerRequest
 
 
 @dataclass(eq=False)

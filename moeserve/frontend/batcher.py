@@ -7,11 +7,11 @@ import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 
+from moeserve.api.output import ForwardOutput
+from moeserve.api.request import LayerRequest
 from moeserve.config import BatchingConfig
 from moeserve.errors import InvalidRequest, MoEServeError, Overloaded
 from moeserve.frontend.batch import Batch, Pending
-from moeserve.output import ForwardOutput
-from moeserve.request import LayerRequest
 
 log = logging.getLogger(__name__)
 

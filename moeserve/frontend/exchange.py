@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moeserve.config import CommunicationConfig, CopyChoice, LayerSpec, ResilienceConfig
-from moeserve.dispatch import Hosts, HostWork, permute, plan_again
 from moeserve.errors import ExpertUnavailable
 from moeserve.frontend.compute import Compute
 from moeserve.frontend.link import HostLink
 from moeserve.frontend.part import Answer, Part, Sent
 from moeserve.frontend.patterns import DIRECT, PATTERNS, Message
 from moeserve.frontend.view import LayerView
-from moeserve.metrics import Metrics
-from moeserve.stats import host_name
+from moeserve.layer.dispatch import HostLoads, HostWork, permute, plan_again
+from moeserve.observe.metrics import Metrics
+from moeserve.observe.stats import host_name
 from moeserve.transport import Channel, ChannelClosed, Lease, PeerLost, WorkShape
 
 
@@ -73,7 +73,7 @@ class Exchange:
                 part.lost += sent.works
         part.sent.clear()
 
-    def hosts(self, view: LayerView) -> Hosts | None:
+    def hosts(self, view: LayerView) -> HostLoads | None:
         """What a plan must know of the hosts; None where experts have one copy each, and there is nothing to choose."""
         if view.placement.copies.shape[1] == 1:
             return None
@@ -81,7 +81,7 @@ class Exchange:
         load = np.zeros(view.placement.num_hosts, dtype=np.int64)
         for number, link in view.links.items():
             is_live[number], load[number] = link.channel_at(view.epoch) is not None, link.queue_tokens
-        return Hosts(is_live, load, self._copy_choice)
+        return HostLoads(is_live, load, self._copy_choice)
 
     async def retry(self, parts: Sequence[Part], deadline: float) -> str:
         """Sends what was lost again, to other copies or when the hosts are back, until nothing is lost: then "".

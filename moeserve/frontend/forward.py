@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from moeserve.api.output import ForwardOutput
 from moeserve.errors import CheckpointError, ExpertUnavailable, NonFiniteOutput
 from moeserve.frontend.batch import Batch
 from moeserve.frontend.compute import Compute
@@ -18,10 +19,9 @@ from moeserve.frontend.exchange import Exchange
 from moeserve.frontend.part import Part, micro_batches
 from moeserve.frontend.view import LayerView, Views
 from moeserve.gating import BatchRouting, Routing
-from moeserve.layer import route_batch, to_output
+from moeserve.layer.moe_layer import route_batch, to_output
 from moeserve.log_limit import limited_logger
-from moeserve.metrics import Metrics
-from moeserve.output import ForwardOutput
+from moeserve.observe.metrics import Metrics
 
 strangers = limited_logger(__name__)
 

@@ -10,23 +10,23 @@ from functools import partial
 import numpy as np
 import torch
 
+from moeserve.api.output import ForwardOutput
+from moeserve.api.request import LayerRequest
 from moeserve.checkpoints import LayerSource
 from moeserve.config import ServiceConfig
 from moeserve.errors import DeadlineExceeded
-from moeserve.expert_counts import ExpertCounts
 from moeserve.frontend.batcher import Batcher, TokenBudget
 from moeserve.frontend.compute import Compute
 from moeserve.frontend.exchange import Exchange
 from moeserve.frontend.forward import Forward
 from moeserve.frontend.link import HostLink
 from moeserve.frontend.view import LayerView, Views
-from moeserve.head import LayerHead
-from moeserve.metrics import Metrics
-from moeserve.output import ForwardOutput
+from moeserve.layer.head import LayerHead
+from moeserve.observe.expert_counts import ExpertCounts
+from moeserve.observe.metrics import Metrics
+from moeserve.observe.stats import HostInfo, HostShards, HostStats, LayerStats, ServiceStats, host_name
 from moeserve.placement import LayerPlacement
 from moeserve.release import Release
-from moeserve.request import LayerRequest
-from moeserve.stats import HostInfo, HostShards, HostStats, LayerStats, ServiceStats, host_name
 from moeserve.transport import KeyPair
 
 OnHealth = Callable[[int, bool], None]
@@ -75,7 +75,7 @@ class Frontend:
 
     def _link(self, number: int) -> HostLink:
         link = HostLink(host_name(number), partial(self._find, number), self._keys, self._metrics, self._hosts_changed)
-        link.despair(self._failing.get(number, ""))
+        link.set_failing(self._failing.get(number, ""))
         return link
 
     @property
@@ -126,14 +126,14 @@ class Frontend:
             await link.close()
             self._metrics.forget_host(link.name)
 
-    def despair(self, failing: Mapping[int, str]) -> None:
+    def set_failing(self, failing: Mapping[int, str]) -> None:
         """Of these hosts, while they are down, nobody should wait for any, and why; the others are on their way."""
         for number in sorted(failing.keys() - self._failing.keys()):
             self._metrics.events.add("host_failing", host_name(number))
         self._metrics.hosts_failing.set(len(failing))
         self._failing = dict(failing)
         for number, link in self._links.items():
-            link.despair(failing.get(number, ""))
+            link.set_failing(failing.get(number, ""))
 
     async def refresh(self) -> None:
         """Learn what hosts hold now."""

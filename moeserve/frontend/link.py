@@ -7,8 +7,8 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from moeserve.errors import MoEServeError
-from moeserve.metrics import Metrics
-from moeserve.stats import HostInfo
+from moeserve.observe.metrics import Metrics
+from moeserve.observe.stats import HostInfo
 from moeserve.transport import Channel, FrontendKeys, KeyPair, Partial, choose_endpoint, connect
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class HostLink:
         """Why nobody should wait for it while it is down; "" = it is on its way."""
         return self._why_not
 
-    def despair(self, why: str) -> None:
+    def set_failing(self, why: str) -> None:
         """It does not come back soon, and `why`; "" = it may."""
         self._why_not = why
         (self._despaired.set if why else self._despaired.clear)()

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from moeserve.dispatch import HostWork, combine
 from moeserve.frontend.view import LayerView
-from moeserve.head import Planned
+from moeserve.layer.dispatch import HostWork, combine
+from moeserve.layer.head import Planned
 from moeserve.transport import Partial
 
 # With fewer tokens a pass is bound by reading the experts' weights (benchmarks/RESULTS.md: at T = 256 a token costs a fifth to a half

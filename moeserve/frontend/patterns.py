@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from moeserve.dispatch import HostWork
+from moeserve.layer.dispatch import HostWork
 from moeserve.transport import Destination, PassOn
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from moeserve.frontend.link import HostLink
-from moeserve.head import LayerHead
+from moeserve.layer.head import LayerHead
 from moeserve.placement import LayerPlacement
 
 

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from moeserve.api.tensors import is_finite, without_unused
 from moeserve.config import GatingConfig
 from moeserve.errors import ConfigError, InvalidRequest
 from moeserve.gating.aux_loss import AUX_LOSSES
@@ -27,7 +28,6 @@ from moeserve.gating.scoring import PROBABILITIES, softcapped
 from moeserve.gating.segments import Segments
 from moeserve.gating.weights import PRE_DROP_EPS, RENORMALIZE, keep_total
 from moeserve.gating.z_loss import z_loss
-from moeserve.tensors import is_finite, without_unused
 
 
 def route(

@@ -8,9 +8,9 @@ from functools import cached_property
 
 from torch import Tensor
 
+from moeserve.api.output import DROPPED_BY_CAPACITY, Drop, list_drops
 from moeserve.gating.drop import slots
 from moeserve.gating.segments import Segments
-from moeserve.output import DROPPED_BY_CAPACITY, Drop, list_drops
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Routing:
 
     @property
     def drop_reasons(self) -> Tensor:
-        """[T, K] int32: why the choice was dropped, 0 where it was not; the numbers of `moeserve.output.DROP_REASONS`."""
+        """[T, K] int32: why the choice was dropped, 0 where it was not; the numbers of `moeserve.api.output.DROP_REASONS`."""
         return (self.batch.chosen[self.tokens] & ~self.kept).int() * DROPPED_BY_CAPACITY
 
     @property

@@ -11,17 +11,17 @@ from moeserve.checkpoints import LayerSource, load_bank, load_experts
 from moeserve.config import ServiceConfig
 from moeserve.errors import CheckpointError, ConfigError
 from moeserve.experts import ExpertBank
-from moeserve.host.shelf import Shelf
+from moeserve.host.bank_table import BankTable
 from moeserve.release import Release
 
 log = logging.getLogger(__name__)
 
 
 class Holdings:
-    """Fills the `shelf` that the host's loop serves from. To be used by one thread, which may be another than the loop's."""
+    """Fills the `bank_table` that the host's loop serves from. To be used by one thread, which may be another than the loop's."""
 
     def __init__(self, config: ServiceConfig, number: int, device: torch.device) -> None:
-        self.shelf = Shelf()
+        self.bank_table = BankTable()
         #: nothing of earlier releases is here
         self.since_epoch = 0
         self._config = config
@@ -58,13 +58,13 @@ class Holdings:
             if before is None or _is_changed(before, release, layer, self._number, source.spec.name)
         }
         for layer, bank in banks.items():
-            self.shelf.put(layer, release.epoch, bank)
+            self.bank_table.put(layer, release.epoch, bank)
         self._releases.append(release)
 
     def withdraw(self, epoch: int) -> None:
         """The release of `epoch` will not be: forget it."""
         self._releases = [release for release in self._releases if release.epoch < epoch]
-        self.shelf.withdraw(epoch)
+        self.bank_table.withdraw(epoch)
 
     @property
     def is_empty(self) -> bool:
@@ -74,13 +74,13 @@ class Holdings:
     def retire(self, epoch: int) -> None:
         """Nobody asks for what was before `epoch` any more."""
         self._releases = [release for release in self._releases if release.epoch >= epoch]
-        self.shelf.retire(epoch)
+        self.bank_table.retire(epoch)
 
     def _bank(self, source: LayerSource, layer: int, release: Release, before: Release | None) -> ExpertBank | None:
         shards = release.placement.layers[layer].shards_on(self._number)
         if not shards:
             return None
-        served = None if before is None else self.shelf.bank(layer, before.epoch)
+        served = None if before is None else self.bank_table.bank(layer, before.epoch)
         if before is None or served is None or before.placement.layers[layer].shards_on(self._number) != shards:
             return load_bank(source, shards, self._device)
         old, new = before.origins(source.spec.name), release.origins(source.spec.name)

@@ -14,8 +14,8 @@ import torch
 
 from moeserve.errors import ExpertUnavailable, InvalidRequest, MoEServeError
 from moeserve.experts import ExpertBank
-from moeserve.host.relay import Errand, Relay
-from moeserve.host.shelf import Shelf
+from moeserve.host.bank_table import BankTable
+from moeserve.host.relay import Relay, Relayed
 from moeserve.transport import Listener, Work
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ _POLL_S = 1.0
 
 
 class HostLoop:
-    """Takes work from a listener and answers it with the experts on `shelf` until stopped.
+    """Takes work from a listener and answers it with the experts on `bank_table` until stopped.
 
     All work that is waiting for the same experts, from whichever frontend, is computed in one pass (continuous merging as in EaaS,
     arXiv 2509.17863): an expert's weights are read once for all of it. Between two passes the frontends are listened to, so that work
@@ -32,11 +32,11 @@ class HostLoop:
     `relay` first, so that they compute at the same time; without one, nothing is passed on.
     """
 
-    def __init__(self, shelf: Shelf, listener: Listener, relay: Relay | None = None) -> None:
-        self._shelf = shelf
+    def __init__(self, bank_table: BankTable, listener: Listener, relay: Relay | None = None) -> None:
+        self._bank_table = bank_table
         self._listener = listener
         self._relay = relay
-        self._errands: dict[Work, Errand] = {}
+        self._relayed: dict[Work, Relayed] = {}
         self._stopping = False
 
     def run(self) -> None:
@@ -44,11 +44,11 @@ class HostLoop:
         waiting: OrderedDict[tuple[int, ExpertBank | None], list[Work]] = OrderedDict()
         while not self._stopping:
             for work in self._listener.poll(0 if waiting else _POLL_S):
-                waiting.setdefault((work.layer, self._shelf.bank(work.layer, work.epoch)), []).append(work)
+                waiting.setdefault((work.layer, self._bank_table.bank(work.layer, work.epoch)), []).append(work)
             if waiting:
                 (layer, bank), works = waiting.popitem(last=False)
                 self._serve(layer, bank, [work for work in works if not work.drop_if_late()])
-            self._finish_errands()
+            self._finish_relayed()
         self._listener.close()
         if self._relay is not None:
             self._relay.close()
@@ -76,23 +76,23 @@ class HostLoop:
             return
         if self._relay is None or work.destinations[0].host != self._relay.number:
             raise InvalidRequest(f"this host does not pass on what is addressed to host {work.destinations[0].host}")
-        self._errands[work] = self._relay.pass_on(work, self._listener.wake)
+        self._relayed[work] = self._relay.pass_on(work, self._listener.wake)
 
     def _finish(self, work: Work, error: MoEServeError | None) -> None:
         """This host's own part is computed, or has failed: the work is answered, unless others still read it."""
-        errand = self._errands.get(work)
-        if errand is None:
+        relayed = self._relayed.get(work)
+        if relayed is None:
             _reply(work, error)
         elif error is not None:
-            errand.own_error = error
-            errand.cancel()
+            relayed.own_error = error
+            relayed.cancel()
 
-    def _finish_errands(self) -> None:
+    def _finish_relayed(self) -> None:
         """Answers the works whose other hosts have answered; own parts are in the reply buffers by now."""
-        for errand in [errand for errand in self._errands.values() if errand.is_done]:
-            work, error = errand.work, errand.own_error or errand.error
-            del self._errands[work]
-            for rows, partial in errand.helped if error is None else ():
+        for relayed in [relayed for relayed in self._relayed.values() if relayed.is_done]:
+            work, error = relayed.work, relayed.own_error or relayed.error
+            del self._relayed[work]
+            for rows, partial in relayed.helped if error is None else ():
                 work.reply_buffer().index_add_(0, rows, partial)
             _reply(work, error)
 

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from moeserve.dispatch import permute
 from moeserve.errors import Cancelled, DeadlineExceeded, MoEServeError
-from moeserve.stats import HostInfo
+from moeserve.layer.dispatch import permute
+from moeserve.observe.stats import HostInfo
 from moeserve.transport import (
     Channel,
     ChannelClosed,
@@ -49,7 +49,7 @@ class Helped(NamedTuple):
     partial: torch.Tensor
 
 
-class Errand:
+class Relayed:
     """Other hosts' part of one work. Its memory is read until `is_done`; `helped` and `error` are to be read after that."""
 
     def __init__(self, work: Work, loop: asyncio.AbstractEventLoop) -> None:
@@ -67,7 +67,7 @@ class Errand:
         self._loop.call_soon_threadsafe(lambda: self.task and self.task.cancel())
 
 
-class Peer(NamedTuple):
+class RelayLink(NamedTuple):
     """Another host, as it was when it was dialled."""
 
     info: HostInfo
@@ -91,7 +91,7 @@ class Relay:
         self.number = number
         self._keys = keys
         self._directory: Mapping[int, HostInfo] = {}
-        self._peers: dict[int, Peer] = {}
+        self._peers: dict[int, RelayLink] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
@@ -99,16 +99,16 @@ class Relay:
         """All hosts by number as they are now, this one among them; from any thread, again whenever one has changed."""
         self._directory = dict(directory)
 
-    def pass_on(self, work: Work, on_done: Callable[[], None]) -> Errand:
+    def pass_on(self, work: Work, on_done: Callable[[], None]) -> Relayed:
         """Asks the other destinations of `work` to do their part; `on_done` is called from another thread when they have, or failed."""
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._loop.run_forever, name="relay", daemon=True)
             self._thread.start()
-        errand = Errand(work, self._loop)
-        work.on_cancel = errand.cancel
-        self._loop.call_soon_threadsafe(self._begin, errand, on_done)
-        return errand
+        relayed = Relayed(work, self._loop)
+        work.on_cancel = relayed.cancel
+        self._loop.call_soon_threadsafe(self._begin, relayed, on_done)
+        return relayed
 
     def close(self) -> None:
         """Hangs up on all peers and gives errands under way up; to be called by the thread that calls `pass_on`."""
@@ -126,31 +126,31 @@ class Relay:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
 
-    def _begin(self, errand: Errand, on_done: Callable[[], None]) -> None:
+    def _begin(self, relayed: Relayed, on_done: Callable[[], None]) -> None:
         def done(_: asyncio.Task[None]) -> None:
-            errand.is_done = True
+            relayed.is_done = True
             on_done()
 
-        errand.task = asyncio.create_task(self._run(errand))
-        errand.task.add_done_callback(done)
+        relayed.task = asyncio.create_task(self._run(relayed))
+        relayed.task.add_done_callback(done)
 
-    async def _run(self, errand: Errand) -> None:
-        work = errand.work
+    async def _run(self, relayed: Relayed) -> None:
+        work = relayed.work
         tasks = [asyncio.create_task(self._ask(work, share)) for share in _shares(work)]
         try:
             async with asyncio.timeout(work.deadline - time.monotonic()):
-                errand.helped = await asyncio.gather(*tasks)
+                relayed.helped = await asyncio.gather(*tasks)
         except TimeoutError:
-            errand.error = DeadlineExceeded("the deadline passed before all hosts that rows were passed on to had answered")
+            relayed.error = DeadlineExceeded("the deadline passed before all hosts that rows were passed on to had answered")
         except asyncio.CancelledError:
-            errand.error = Cancelled("the frontend cancelled this work")
+            relayed.error = Cancelled("the frontend cancelled this work")
         except ChannelClosed as error:
-            errand.error = PeerLost(str(error))
+            relayed.error = PeerLost(str(error))
         except MoEServeError as error:
-            errand.error = error
+            relayed.error = error
         except Exception as error:  # whatever it was, the host goes on and the caller is told
             log.exception("host %d failed to pass rows on", self.number)
-            errand.error = MoEServeError(f"the expert host failed to pass rows of layer {work.layer} on: {type(error).__name__}")
+            relayed.error = MoEServeError(f"the expert host failed to pass rows of layer {work.layer} on: {type(error).__name__}")
         finally:
             for task in tasks:
                 task.cancel()
@@ -186,7 +186,7 @@ class Relay:
         if peer is None or peer.info != info or peer.is_lost:
             endpoint = choose_endpoint(info.endpoints, is_same_node=info.node == here.node)
             keys = FrontendKeys(self._keys, info.public_key) if info.public_key else None
-            known, peer = peer, Peer(info, asyncio.create_task(connect(endpoint, keys=keys)))
+            known, peer = peer, RelayLink(info, asyncio.create_task(connect(endpoint, keys=keys)))
             self._peers[host] = peer
             if known is not None:
                 await known.hang_up()

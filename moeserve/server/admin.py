@@ -9,8 +9,8 @@ from typing import Any, Final, Literal, Protocol
 import grpc
 
 from moeserve.errors import InvalidRequest
+from moeserve.observe.status import ServiceStatus
 from moeserve.server.rpc import Context
-from moeserve.standing import Standing
 from moeserve.v1 import admin_service_pb2 as pb
 
 ADMIN_SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["AdminService"].full_name
@@ -31,7 +31,7 @@ class Served(Protocol):
 class Admin(Protocol):
     """Whoever can change what is served."""
 
-    def standing(self) -> Standing:
+    def status(self) -> ServiceStatus:
         """What is deployed and where, now."""
         ...
 
@@ -74,15 +74,15 @@ class AdminService:
         return grpc.method_handlers_generic_handler(ADMIN_SERVICE_NAME, handlers)
 
     async def get_placement(self, _request: pb.GetPlacementRequest, _context: Context) -> pb.GetPlacementResponse:
-        """A `Standing`, at once."""
-        standing = self._admin.standing()
+        """A `ServiceStatus`, at once."""
+        status = self._admin.status()
         return pb.GetPlacementResponse(
-            epoch=standing.epoch,
-            is_changing=standing.is_changing,
-            wanted_hosts=standing.wanted_hosts,
-            shortage=standing.shortage,
-            hosts=[pb.PlacedHost(**vars(host)) for host in standing.hosts],
-            frontends=[pb.FollowingFrontend(**vars(frontend)) for frontend in standing.frontends],
+            epoch=status.epoch,
+            is_changing=status.is_changing,
+            wanted_hosts=status.wanted_hosts,
+            shortage=status.shortage,
+            hosts=[pb.PlacedHost(**vars(host)) for host in status.hosts],
+            frontends=[pb.FollowingFrontend(**vars(frontend)) for frontend in status.frontends],
             layers=[
                 pb.PlacedLayer(
                     name=layer.name,
@@ -90,7 +90,7 @@ class AdminService:
                     tensor_parallel=layer.tensor_parallel,
                     placement=[pb.PlacedExperts(**vars(held)) for held in layer.placement],
                 )
-                for layer in standing.layers
+                for layer in status.layers
             ],
         )
 

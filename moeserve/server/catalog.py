@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+from moeserve.api.tensors import FLOAT_DTYPES, WIRE_NUMBERS
 from moeserve.config import LayerSpec
 from moeserve.errors import InvalidRequest, UnknownLayer
-from moeserve.stats import LayerStats, ServiceStats
-from moeserve.tensors import FLOAT_DTYPES, WIRE_NUMBERS
+from moeserve.observe.stats import LayerStats, ServiceStats
 from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1.tensor_pb2 import DType
 

@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 
 from moeserve.control import Frontends
 from moeserve.control.follow import Report
-from moeserve.control.frontends import Member
+from moeserve.control.frontends import FollowingFrontend
 from moeserve.errors import ExpertUnavailable, InvalidRequest
 from moeserve.server.rpc import Context, Handler
 from moeserve.server.security import FrontendTokens
@@ -59,7 +59,7 @@ class ControlService:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if hearing in done:
                 if hearing.result():
-                    await self._frontends.farewell(member)
+                    await self._frontends.left(member)
                 return
             if telling in done:
                 telling.result()
@@ -71,7 +71,7 @@ class ControlService:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _hear(self, member: Member, context: Context) -> bool:
+    async def _hear(self, member: FollowingFrontend, context: Context) -> bool:
         """Whether the frontend said that it leaves; it may also just break off."""
         while (message := await context.read()) is not grpc.aio.EOF:
             report = _report(message)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from moeserve.api.output import ForwardOutput
+from moeserve.api.request import LayerRequest
 from moeserve.config import LayerSpec
-from moeserve.output import ForwardOutput
-from moeserve.request import LayerRequest
-from moeserve.stats import ServiceStats
+from moeserve.observe.stats import ServiceStats
 
 
 class Engine(Protocol):

@@ -11,8 +11,8 @@ from typing import Final
 import grpc
 from grpc_health.v1 import health_pb2 as pb
 
-from moeserve.control.pulse import Pulse
 from moeserve.errors import UnknownLayer
+from moeserve.notifier import Notifier
 from moeserve.server.rpc import Context
 
 HEALTH_SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["Health"].full_name
@@ -36,7 +36,7 @@ class Health:
         self._services = frozenset(("", *services))
         self._layers = None if layers is None else dict.fromkeys(layers, False)
         self._is_draining = False
-        self._changed = Pulse()
+        self._changed = Notifier()
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """To add to as many servers as are to tell."""
@@ -52,18 +52,18 @@ class Health:
     def set_layers(self, layers: Iterable[str]) -> None:
         """These are the layers."""
         self._layers = dict.fromkeys(layers, False)
-        self._changed.beat()
+        self._changed.notify()
 
     def set_serving(self, layer: str, serving: bool) -> None:
         """The state of one layer; whoever watches it, or the whole, is told."""
         assert self._layers is not None and layer in self._layers, f"{layer} is not a served layer"
         self._layers[layer] = serving
-        self._changed.beat()
+        self._changed.notify()
 
     def drain(self) -> None:
         """Everything is NOT_SERVING from now on, whatever is set later."""
         self._is_draining = True
-        self._changed.beat()
+        self._changed.notify()
 
     async def check(self, request: pb.HealthCheckRequest, _context: Context) -> pb.HealthCheckResponse:
         """The state of a layer or service, now."""

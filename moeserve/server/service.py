@@ -12,10 +12,11 @@ from typing import Any, Final
 import grpc
 import torch
 
+from moeserve.api.output import ForwardOutput
+from moeserve.api.request import LayerRequest, validate
+from moeserve.api.wire import WireRequest, decode_forward_request, encode_forward_response, request_id_of
 from moeserve.config import LayerSpec
 from moeserve.errors import ExpertUnavailable
-from moeserve.output import ForwardOutput
-from moeserve.request import LayerRequest, validate
 from moeserve.server.boundary import Observe
 from moeserve.server.catalog import Catalog, describe_stats
 from moeserve.server.engine import Engine
@@ -23,7 +24,6 @@ from moeserve.server.rpc import Context
 from moeserve.server.status import as_user_error
 from moeserve.server.stream import answer_all
 from moeserve.v1 import moe_service_pb2 as pb
-from moeserve.wire import WireRequest, decode_forward_request, encode_forward_response, request_id_of
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["MoEService"].full_name
 #: requests of one stream that run at once; further ones are not read

@@ -17,12 +17,12 @@ from moeserve.errors import ExpertUnavailable, InvalidRequest
 from moeserve.transport.memory import Arena, Block, Limits
 from moeserve.transport.wire import (
     VERSION,
+    BareMessage,
     Destination,
     Kind,
-    Layout,
     MalformedMessage,
     Memory,
-    Note,
+    PacketLayout,
     PassOn,
     WorkHeader,
     WorkShape,
@@ -49,7 +49,7 @@ class Lease:
 
     __slots__ = ("block", "hidden_states", "layout", "row_index", "shape", "slots", "weights")
 
-    def __init__(self, shape: WorkShape, layout: Layout, block: Block) -> None:
+    def __init__(self, shape: WorkShape, layout: PacketLayout, block: Block) -> None:
         self.shape = shape
         self.layout = layout
         self.block = block
@@ -94,12 +94,12 @@ class PartialFuture(asyncio.Future[Partial]):
         return True
 
 
-class Sent(NamedTuple):
+class Pending(NamedTuple):
     """What the channel keeps of a message until the host has answered it."""
 
     future: PartialFuture
     shape: WorkShape
-    layout: Layout
+    layout: PacketLayout
     block: Block
 
 
@@ -113,7 +113,7 @@ class Channel(ABC):
         self._max_message_bytes = limits.max_message_bytes
         self._loop = asyncio.get_running_loop()
         self._ids = itertools.count(1)
-        self._unanswered: dict[int, Sent] = {}
+        self._unanswered: dict[int, Pending] = {}
         self._welcomed: asyncio.Future[None] = self._loop.create_future()
         self._reason = ""
 
@@ -144,7 +144,7 @@ class Channel(ABC):
         if self.closed.is_set():
             future.set_exception(ChannelClosed(self._reason))
             return future
-        sent = Sent(future, lease.shape, lease.layout, lease.take())
+        sent = Pending(future, lease.shape, lease.layout, lease.take())
         header = WorkHeader(work_id, layer, epoch, max(0, int(timeout_s * 1e6)), sent.shape, sent.block.offset, pass_on)
         self._unanswered[work_id] = sent
         self._transmit(pack_work(header), sent)
@@ -167,15 +167,15 @@ class Channel(ABC):
             raise
 
     @abstractmethod
-    def _block_bytes(self, layout: Layout) -> int:
+    def _block_bytes(self, layout: PacketLayout) -> int:
         """How much of a message's layout needs memory here."""
 
     @abstractmethod
-    def _transmit(self, packet: bytes, sent: Sent | None) -> None:
+    def _transmit(self, packet: bytes, sent: Pending | None) -> None:
         """Sends or queues; calls `_die` when the host is gone."""
 
     @abstractmethod
-    def _partial(self, sent: Sent, body: Memory | None) -> torch.Tensor:
+    def _partial(self, sent: Pending, body: Memory | None) -> torch.Tensor:
         """The answer to `sent`. Raises MalformedMessage when `body` does not fit."""
 
     @abstractmethod
@@ -198,7 +198,7 @@ class Channel(ABC):
         except MalformedMessage as error:
             self._die(f"the host at {self.endpoint} broke the protocol: {error}")
 
-    def _answer(self, note: Note, body: Memory | None) -> None:
+    def _answer(self, note: BareMessage, body: Memory | None) -> None:
         sent = self._unanswered.get(note.value)
         if sent is None:
             raise MalformedMessage(f"answer to unknown id {note.value}")

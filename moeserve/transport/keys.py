@@ -46,7 +46,7 @@ class FrontendKeys:
     host: str
 
 
-class Doorman:
+class ZapHandler:
     """Tells libzmq which public keys may connect to the sockets of `context`; to be made before they are bound."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: HostKeys) -> None:

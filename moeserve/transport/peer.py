@@ -12,9 +12,9 @@ from moeserve.transport.memory import Limits
 from moeserve.transport.wire import (
     VERSION,
     Kind,
-    Layout,
     MalformedMessage,
     Memory,
+    PacketLayout,
     WorkHeader,
     check_indices,
     kind_of,
@@ -56,7 +56,7 @@ class Peer(ABC):
         """Sends without blocking; hangs up when the frontend is gone."""
 
     @abstractmethod
-    def _place(self, header: WorkHeader, layout: Layout, body: Memory | None) -> tuple[Memory, int]:
+    def _place(self, header: WorkHeader, layout: PacketLayout, body: Memory | None) -> tuple[Memory, int]:
         """Memory and offset of the request area. Raises MalformedMessage unless all of the message lies inside."""
 
     def _finish(self, work: Work, packet: bytes, partial: torch.Tensor | None) -> None:

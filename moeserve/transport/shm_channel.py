@@ -8,10 +8,10 @@ import socket
 
 import torch
 
-from moeserve.transport.channel import Channel, ChannelClosed, Sent
+from moeserve.transport.channel import Channel, ChannelClosed, Pending
 from moeserve.transport.memory import Arena, Limits, create_shared
 from moeserve.transport.packets import PacketSocket, is_same_user
-from moeserve.transport.wire import VERSION, Kind, Layout, Memory, pack_note, partial
+from moeserve.transport.wire import VERSION, Kind, Memory, PacketLayout, pack_note, partial
 
 
 class ShmChannel(Channel):
@@ -27,10 +27,10 @@ class ShmChannel(Channel):
             os.close(fd)
         self._loop.add_reader(sock.fileno(), self._on_readable)
 
-    def _block_bytes(self, layout: Layout) -> int:
+    def _block_bytes(self, layout: PacketLayout) -> int:
         return layout.total_bytes
 
-    def _transmit(self, packet: bytes, sent: Sent | None) -> None:
+    def _transmit(self, packet: bytes, sent: Pending | None) -> None:
         try:
             self._packets.send(packet)
         except OSError:
@@ -39,7 +39,7 @@ class ShmChannel(Channel):
         if self._packets.is_full:
             self._loop.add_writer(self._packets.fileno(), self._on_writable)
 
-    def _partial(self, sent: Sent, body: Memory | None) -> torch.Tensor:
+    def _partial(self, sent: Pending, body: Memory | None) -> torch.Tensor:
         return partial(sent.block.memory, sent.shape, sent.layout.reply)
 
     def _hang_up(self) -> None:

@@ -18,7 +18,7 @@ from moeserve.transport.listener import Poller
 from moeserve.transport.memory import Limits, map_shared
 from moeserve.transport.packets import PacketSocket, is_same_user, listen_on
 from moeserve.transport.peer import Peer
-from moeserve.transport.wire import Layout, MalformedMessage, Memory, Note, WorkHeader, partial, unpack_note
+from moeserve.transport.wire import BareMessage, MalformedMessage, Memory, PacketLayout, WorkHeader, partial, unpack_note
 from moeserve.transport.work import Work
 
 _strangers = limited_logger(__name__)
@@ -134,12 +134,12 @@ class ShmPeer(Peer):
             os.close(fd)
         self.greet(packet)
 
-    def _map(self, hello: Note, fd: int) -> mmap.mmap:
+    def _map(self, hello: BareMessage, fd: int) -> mmap.mmap:
         if not 0 < hello.value <= self._limits.max_pool_bytes:
             raise MalformedMessage(f"pool of {hello.value} bytes; at most {self._limits.max_pool_bytes} are allowed")
         return map_shared(fd, hello.value)
 
-    def _place(self, header: WorkHeader, layout: Layout, body: Memory | None) -> tuple[Memory, int]:
+    def _place(self, header: WorkHeader, layout: PacketLayout, body: Memory | None) -> tuple[Memory, int]:
         assert self._arena is not None
         if header.offset % mmap.PAGESIZE or header.offset + layout.total_bytes > len(self._arena):
             raise MalformedMessage(f"block at {header.offset} of {layout.total_bytes} bytes does not lie in the shared arena")

@@ -10,11 +10,11 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from moeserve.errors import ConfigError
-from moeserve.transport.channel import Channel, Sent
+from moeserve.transport.channel import Channel, Pending
 from moeserve.transport.keys import FrontendKeys
 from moeserve.transport.memory import Arena, Limits
 from moeserve.transport.readiness import has_message
-from moeserve.transport.wire import VERSION, Kind, Layout, MalformedMessage, Memory, aligned, pack_note, partial
+from moeserve.transport.wire import VERSION, Kind, MalformedMessage, Memory, PacketLayout, aligned, pack_note, partial
 
 _GOODBYE_LINGER_MS = 100
 _ENDS = {
@@ -44,10 +44,10 @@ class TcpChannel(Channel):
         self._on_monitor()  # a socket never asked whether it has a message does not signal its first one
         self._transmit(pack_note(Kind.HELLO, code=VERSION), None)
 
-    def _block_bytes(self, layout: Layout) -> int:
+    def _block_bytes(self, layout: PacketLayout) -> int:
         return layout.request_bytes
 
-    def _transmit(self, packet: bytes, sent: Sent | None) -> None:
+    def _transmit(self, packet: bytes, sent: Pending | None) -> None:
         frames: list[bytes | memoryview] = [packet] if sent is None else [packet, sent.block.memory]
         try:
             self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
@@ -57,7 +57,7 @@ class TcpChannel(Channel):
         if has_message(self._socket):
             self._loop.call_soon(self._on_readable)
 
-    def _partial(self, sent: Sent, body: Memory | None) -> torch.Tensor:
+    def _partial(self, sent: Pending, body: Memory | None) -> torch.Tensor:
         if body is None or len(body) != sent.shape.rows * sent.shape.hidden_size * 4:
             raise MalformedMessage(f"reply of {len(body or b'')} bytes does not fit the rows sent")
         return partial(body, sent.shape, 0)

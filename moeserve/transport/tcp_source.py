@@ -11,14 +11,14 @@ from typing import Any
 import torch
 import zmq
 
+from moeserve.api.tensors import raw
 from moeserve.errors import ConfigError
-from moeserve.tensors import raw
-from moeserve.transport.keys import Doorman, HostKeys
+from moeserve.transport.keys import HostKeys, ZapHandler
 from moeserve.transport.listener import Poller
 from moeserve.transport.memory import Arena, Limits
 from moeserve.transport.peer import Peer
 from moeserve.transport.readiness import has_message
-from moeserve.transport.wire import Kind, Layout, MalformedMessage, Memory, WorkHeader, aligned, partial
+from moeserve.transport.wire import Kind, MalformedMessage, Memory, PacketLayout, WorkHeader, aligned, partial
 from moeserve.transport.work import Work
 
 _LINGER_MS = 200
@@ -38,7 +38,7 @@ class TcpSource:
         self._arrived = arrived
         self._context = zmq.Context()
         self._keys = keys
-        self._doorman = Doorman(self._context, keys) if keys is not None else None
+        self._zap = ZapHandler(self._context, keys) if keys is not None else None
         self._router = self._bind(endpoint, keys)
         self.endpoint = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         self.replies = Arena.private(limits.max_pool_bytes)
@@ -47,8 +47,8 @@ class TcpSource:
             poller.add(sock.FD, lambda _: self.catch_up())
 
     def catch_up(self) -> None:
-        if self._doorman is not None:
-            self._doorman.answer()
+        if self._zap is not None:
+            self._zap.answer()
         while has_message(self._router):
             identity, *frames = self._router.recv_multipart(copy=False)
             self._take_in(identity.bytes, frames)
@@ -69,7 +69,7 @@ class TcpSource:
         self._context.term()
 
     def _sockets(self) -> list[Any]:
-        return [self._router] if self._doorman is None else [self._router, self._doorman.socket]
+        return [self._router] if self._zap is None else [self._router, self._zap.socket]
 
     def _bind(self, endpoint: str, keys: HostKeys | None) -> Any:
         router = self._context.socket(zmq.ROUTER)
@@ -136,7 +136,7 @@ class TcpPeer(Peer):
         block = self._source.replies.lend(shape.rows * shape.hidden_size * 4)
         return partial(block.memory, shape, 0)
 
-    def _place(self, header: WorkHeader, layout: Layout, body: Memory | None) -> tuple[Memory, int]:
+    def _place(self, header: WorkHeader, layout: PacketLayout, body: Memory | None) -> tuple[Memory, int]:
         if body is None or len(body) != layout.request_bytes:
             raise MalformedMessage(f"work of {layout.request_bytes} bytes came with {len(body or b'')}")
         return body, 0

@@ -25,8 +25,8 @@ import grpc
 import numpy as np
 import torch
 
+from moeserve.api.tensors import FLOAT_DTYPES, WIRE_NUMBERS
 from moeserve.errors import ExpertUnavailable, MoEServeError, from_status
-from moeserve.tensors import FLOAT_DTYPES, WIRE_NUMBERS
 
 VERSION = 2
 MAX_SENTENCE_BYTES = 1024
@@ -94,7 +94,7 @@ class WorkShape(NamedTuple):
     destinations: int = 0
 
 
-class Layout(NamedTuple):
+class PacketLayout(NamedTuple):
     """Where the sections lie, in bytes from the start of the block."""
 
     row_index: int
@@ -127,7 +127,7 @@ class WorkHeader(NamedTuple):
     pass_on: PassOn = PassOn.NOTHING
 
 
-class Note(NamedTuple):
+class BareMessage(NamedTuple):
     """Any other packet."""
 
     kind: Kind
@@ -144,7 +144,7 @@ class Note(NamedTuple):
         return from_status(_STATUS[self.code], self.sentence)
 
 
-def layout_of(shape: WorkShape) -> Layout:
+def layout_of(shape: WorkShape) -> PacketLayout:
     """Offsets and sizes of the sections of a message of this shape."""
     numel = shape.rows * shape.hidden_size
     row_index = _rounded_up(numel * shape.dtype.itemsize)
@@ -155,10 +155,10 @@ def layout_of(shape: WorkShape) -> Layout:
         destinations = _rounded_up(destinations)
     request_bytes = destinations + shape.destinations * 8
     reply = _rounded_up(request_bytes)
-    return Layout(row_index, slots, weights, destinations, request_bytes, reply, reply + numel * 4)
+    return PacketLayout(row_index, slots, weights, destinations, request_bytes, reply, reply + numel * 4)
 
 
-def sections(memory: Memory, shape: WorkShape, layout: Layout, offset: int = 0) -> Sections:
+def sections(memory: Memory, shape: WorkShape, layout: PacketLayout, offset: int = 0) -> Sections:
     """The four sections of the request area that starts at `offset` of `memory`, without a copy."""
     rows, hidden_size, pairs = shape.rows, shape.hidden_size, shape.pairs
     return Sections(
@@ -181,12 +181,12 @@ def aligned(memory: memoryview) -> memoryview:
     return memoryview(bytearray(memory)) if address % 4 else memory
 
 
-def write_destinations(memory: Memory, layout: Layout, destinations: Sequence[Destination]) -> None:
+def write_destinations(memory: Memory, layout: PacketLayout, destinations: Sequence[Destination]) -> None:
     """Fills the section of a message to several hosts."""
     np.frombuffer(memory, np.uint32, 2 * len(destinations), layout.destinations).reshape(-1, 2)[:] = destinations
 
 
-def read_destinations(memory: Memory, shape: WorkShape, layout: Layout, offset: int = 0) -> tuple[Destination, ...]:
+def read_destinations(memory: Memory, shape: WorkShape, layout: PacketLayout, offset: int = 0) -> tuple[Destination, ...]:
     """Raises MalformedMessage unless hosts differ, each has at least one pair, and together they have all."""
     section = np.frombuffer(memory, dtype=np.uint32, count=2 * shape.destinations, offset=offset + layout.destinations)
     destinations = tuple(Destination(host, end) for host, end in section.reshape(-1, 2).tolist())
@@ -198,7 +198,9 @@ def read_destinations(memory: Memory, shape: WorkShape, layout: Layout, offset: 
     return destinations
 
 
-def check_indices(memory: Memory, shape: WorkShape, layout: Layout, offset: int = 0, destinations: Sequence[Destination] = ()) -> None:
+def check_indices(
+    memory: Memory, shape: WorkShape, layout: PacketLayout, offset: int = 0, destinations: Sequence[Destination] = ()
+) -> None:
     """Raises MalformedMessage unless row_index lies in 0..R-1 and slots are not negative and ascend, for each destination anew.
 
     How many slots there are only the host knows: the last one is its to check.
@@ -257,14 +259,14 @@ def pack_error(work_id: int, error: MoEServeError) -> bytes:
     return pack_note(Kind.ERROR, code=error.code.value[0], value=work_id, sentence=str(error))
 
 
-def unpack_note(packet: bytes) -> Note:
+def unpack_note(packet: bytes) -> BareMessage:
     """Raises MalformedMessage unless the size fits the kind."""
     kind = kind_of(packet)
     may_talk = kind in (Kind.ERROR, Kind.GOODBYE)
     if kind is Kind.WORK or not _NOTE.size <= len(packet) <= (MAX_PACKET_BYTES if may_talk else _NOTE.size):
         raise MalformedMessage(f"{kind.name} packet of {len(packet)} bytes")
     _, code, value = _NOTE.unpack_from(packet)
-    return Note(kind, code, value, packet[_NOTE.size :].decode(errors="replace"))
+    return BareMessage(kind, code, value, packet[_NOTE.size :].decode(errors="replace"))
 
 
 def _rounded_up(nbytes: int) -> int:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from moeserve.errors import Cancelled, DeadlineExceeded, MoEServeError
-from moeserve.transport.wire import Destination, Layout, Sections, WorkHeader
+from moeserve.transport.wire import Destination, PacketLayout, Sections, WorkHeader
 
 
 class Answerer(Protocol):
@@ -39,7 +39,7 @@ class Work:
     """
 
     def __init__(
-        self, header: WorkHeader, layout: Layout, request: Sections, destinations: tuple[Destination, ...], answerer: Answerer
+        self, header: WorkHeader, layout: PacketLayout, request: Sections, destinations: tuple[Destination, ...], answerer: Answerer
     ) -> None:
         self.id = header.id
         self.epoch = header.epoch

@@ -13,8 +13,8 @@ from moeserve.checkpoints import layer_sources
 from moeserve.config import load_config
 from moeserve.experts import ExpertShard
 from tests.checkpoints.published import PUBLISHED, Stored, Writer, compressed
-from tests.checkpoints_on_disk import write_folder
-from tests.stacked import stacked
+from tests.support.checkpoints_on_disk import write_folder
+from tests.support.stacked import stacked
 
 SIZE, EXPERTS = 64, 4
 KINDS = ("gate", "up", "down")

@@ -11,8 +11,8 @@ import torch
 
 from moeserve import CheckpointError, MoELayer
 from moeserve.checkpoints.families import FAMILIES
-from tests.checkpoints_on_disk import CONFIG, layer_tensors, write_folder
-from tests.closeness import assert_close
+from tests.support.checkpoints_on_disk import CONFIG, layer_tensors, write_folder
+from tests.support.closeness import assert_close
 
 MODULE = """
 from moeserve.checkpoints import Family, Layout, Separate

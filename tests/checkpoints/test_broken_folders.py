@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moeserve import CheckpointError, MoELayer
 from moeserve.checkpoints.families import FAMILIES
-from tests.checkpoints_on_disk import CONFIG, MLP, expert_tensors, layer_tensors, write_folder
+from tests.support.checkpoints_on_disk import CONFIG, MLP, expert_tensors, layer_tensors, write_folder
 
 UP = f"{MLP}.experts.2.up_proj.weight"
 

@@ -10,7 +10,7 @@ import torch
 
 from moeserve import CheckpointError, ConfigError, GatingConfig, MoELayer, UnknownLayer, load_config
 from moeserve.checkpoints import layer_sources
-from tests.checkpoints_on_disk import CONFIG, layer_tensors, write_folder
+from tests.support.checkpoints_on_disk import CONFIG, layer_tensors, write_folder
 
 
 def names(tiny_moe: Path, **model: Any) -> list[str]:

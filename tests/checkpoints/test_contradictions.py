@@ -16,7 +16,7 @@ from moeserve.checkpoints.claims import CLAIMS
 from moeserve.checkpoints.families import FAMILIES, family_of
 from tests.checkpoints.saved import config_of, language_model, rewritten, saved, second_layer, tensors_of
 from tests.checkpoints.tiny_models import SETTINGS, answer_of, auto_class, moe_block, some_tokens, tiny_model
-from tests.closeness import assert_close
+from tests.support.closeness import assert_close
 
 #: as MiniMax-M2 was first published, besides its `model_type`
 FIRST_PUBLISHED = {"scoring_func": "sigmoid", "use_routing_bias": True}

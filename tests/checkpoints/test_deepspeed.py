@@ -17,9 +17,9 @@ from moeserve.compat.deepspeed import MoE
 from moeserve.config import GatingConfig, load_config
 from moeserve.errors import CheckpointError, ConfigError
 from moeserve.experts import ExpertShard
-from tests.closeness import assert_close
 from tests.compat.modules import EXPERTS, HIDDEN, Block, sequential, shaken
-from tests.harness import ServiceHarness
+from tests.support.closeness import assert_close
+from tests.support.harness import ServiceHarness
 
 PARAMETERS = {"num_experts": EXPERTS, "k": 2, "top2_2nd_expert_sampling": False, "eval_capacity_factor": 0.7, "min_capacity": 2}
 

@@ -18,8 +18,8 @@ from moeserve.checkpoints.layouts import Separate, Stacked
 from tests.checkpoints.newer_settings import NEWER_SETTINGS
 from tests.checkpoints.saved import rewritten, saved, stacked, tensors_of
 from tests.checkpoints.tiny_models import EXPERTS, SETTINGS, answer_of, moe_block, some_tokens, tiny_model
-from tests.closeness import assert_close, relative_bound
-from tests.harness import ServiceHarness
+from tests.support.closeness import assert_close, relative_bound
+from tests.support.harness import ServiceHarness
 
 #: those that transformers does not have: test_families_by_keys.py
 BY_KEYS = {"bailing_moe", "kimi_k2", "minimax_m1"}

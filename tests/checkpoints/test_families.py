@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moeserve import MoELayer, load_config
 from moeserve.checkpoints import layer_sources
-from tests.checkpoints_on_disk import (
+from tests.support.checkpoints_on_disk import (
     FAMILIES,
     HIDDEN_SIZE,
     INTERMEDIATE_SIZE,
@@ -23,8 +23,8 @@ from tests.checkpoints_on_disk import (
     moe_blocks,
     random_model,
 )
-from tests.closeness import assert_close
-from tests.stacked import stacked
+from tests.support.closeness import assert_close
+from tests.support.stacked import stacked
 
 
 def some_tokens(num_tokens: int, hidden_size: int = HIDDEN_SIZE) -> Tensor:

@@ -19,7 +19,7 @@ from moeserve import CheckpointError, MoELayer
 from moeserve.checkpoints.families import FAMILIES
 from tests.checkpoints.saved import rewritten, saved, tensors_of
 from tests.checkpoints.tiny_models import some_tokens
-from tests.checkpoints_on_disk import write_folder
+from tests.support.checkpoints_on_disk import write_folder
 
 H, INNER, E, K = 32, 24, 8, 3
 LING = {

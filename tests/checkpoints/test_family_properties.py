@@ -15,8 +15,8 @@ from moeserve.checkpoints import layer_sources
 from moeserve.checkpoints.families import family_of
 from moeserve.experts import ExpertShard
 from tests.checkpoints.tiny_models import NESTED, SETTINGS, answer_of, moe_block, new_model, some_tokens
-from tests.closeness import assert_close
-from tests.stacked import stacked
+from tests.support.closeness import assert_close
+from tests.support.stacked import stacked
 
 #: sizes by the names they go by
 EXPERTS_KEYS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}

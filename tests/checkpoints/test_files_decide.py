@@ -15,8 +15,8 @@ from moeserve.checkpoints.families import family_of
 from moeserve.checkpoints.family import no_shared_expert
 from tests.checkpoints.saved import config_of, language_model, saved, second_layer, tensors_of
 from tests.checkpoints.tiny_models import SETTINGS, some_tokens
-from tests.checkpoints_on_disk import write_folder
-from tests.closeness import assert_close
+from tests.support.checkpoints_on_disk import write_folder
+from tests.support.closeness import assert_close
 
 SHARED_KEYS = {key for claim in CLAIMS for key in claim.keys if "shared" in key or "share_expert" in key}
 SHARED = (".shared_expert.", ".shared_experts.", ".shared_mlp.", ".shared_expert_gate.", ".share_expert.")

@@ -19,8 +19,8 @@ from tests.checkpoints.quantized_folders import CONFIG as QUANTIZED
 from tests.checkpoints.quantized_folders import PACKED, gates, weights
 from tests.checkpoints.test_deepspeed import config as deepspeed_config
 from tests.checkpoints.test_deepspeed import model_of, write
-from tests.checkpoints_on_disk import CONFIG, expert_tensors, layer_tensors, write_folder
 from tests.compat.modules import sequential
+from tests.support.checkpoints_on_disk import CONFIG, expert_tensors, layer_tensors, write_folder
 
 
 def one_file(folder: Path) -> dict[str, Any]:

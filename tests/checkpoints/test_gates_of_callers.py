@@ -19,7 +19,7 @@ from moeserve import CheckpointError, Client, InvalidRequest, MoELayer, load_mod
 from moeserve.checkpoints.families import family_of
 from tests.checkpoints.saved import rewritten, tensors_of
 from tests.checkpoints.tiny_configs import BASE, DEEPSEEK, EXPERTS, INTERMEDIATE, MOE
-from tests.harness import ServiceHarness
+from tests.support.harness import ServiceHarness
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "gemma4_text": {

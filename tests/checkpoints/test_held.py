@@ -20,9 +20,9 @@ from tests.checkpoints.published import PUBLISHED
 from tests.checkpoints.published_case import HIDDEN, INTERMEDIATE, LAYER, original, published_case
 from tests.checkpoints.saved import rewritten, tensors_of
 from tests.checkpoints.tiny_models import answer_of, some_tokens
-from tests.closeness import assert_close
-from tests.harness import ServiceHarness
-from tests.stacked import in_full
+from tests.support.closeness import assert_close
+from tests.support.harness import ServiceHarness
+from tests.support.stacked import in_full
 
 #: formats that say for every column in which group it is
 ORDERED = {name for name in PUBLISHED if name.startswith("gptq")}

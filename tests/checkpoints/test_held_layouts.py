@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moeserve.checkpoints.formats import scheme_of
 from moeserve.checkpoints.held import held_bytes, held_projections
-from moeserve.checkpoints.layouts import Flat, Part, Separate, Stacked
+from moeserve.checkpoints.layouts import Flat, Separate, Stacked, StoredPart
 from moeserve.checkpoints.safetensors_folder import SafetensorsFolder
 from moeserve.experts import ExpertShard, FeedForward
 from tests.checkpoints.published import Published, fp8_scaled
@@ -65,7 +65,7 @@ def test_held_is_what_is_read(title: str, block: str, of: int, tmp_path: Path) -
     files = folder_of(layout, gate_up, down, BLOCKS[block], tmp_path)
     for number in range(of):
         shard = ExpertShard(1, number, of)
-        part = Part(files, PREFIX, EXPERTS, HIDDEN, INTERMEDIATE, 1, shard.span(INTERMEDIATE))
+        part = StoredPart(files, PREFIX, EXPERTS, HIDDEN, INTERMEDIATE, 1, shard.span(INTERMEDIATE))
         width = part.channels.stop - part.channels.start
         full = FeedForward("swiglu", torch.empty(2 * width, HIDDEN), torch.empty(HIDDEN, width))
         layout.fill(full, part)

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from moeserve import CheckpointError, load_config
 from moeserve.checkpoints import LayerSource, layer_sources
-from tests.checkpoints_on_disk import CONFIG, MLP, expert_tensors, layer_tensors, write_folder
-from tests.stacked import stacked, whole
+from tests.support.checkpoints_on_disk import CONFIG, MLP, expert_tensors, layer_tensors, write_folder
+from tests.support.stacked import stacked, whole
 
 
 def only_layer(folder: Path) -> LayerSource:

@@ -21,7 +21,7 @@ from moeserve.config import load_config
 from moeserve.errors import CheckpointError
 from tests.checkpoints import trainer_state
 from tests.checkpoints.trainer_state import BESIDE, OwnDict
-from tests.closeness import assert_close
+from tests.support.closeness import assert_close
 
 H, INTERMEDIATE, EXPERTS = 16, 32, 4
 MLP = "encoder.layers.1.mlp"

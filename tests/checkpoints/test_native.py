@@ -16,7 +16,7 @@ from moeserve.checkpoints import layer_sources
 from moeserve.config import load_config
 from moeserve.errors import CheckpointError, ConfigError
 from moeserve.experts import ExpertShard
-from tests.closeness import assert_close
+from tests.support.closeness import assert_close
 
 HIDDEN, EXPERTS = 8, 4
 LINEAR = {"expert": "torch.nn:Linear", "expert_args": {"in_features": HIDDEN, "out_features": HIDDEN}}

@@ -19,7 +19,7 @@ from moeserve import CheckpointError, Client, ConfigError, InvalidRequest, MoELa
 from moeserve.checkpoints import layer_sources
 from tests.checkpoints.saved import rewritten, saved, tensors_of
 from tests.checkpoints.tiny_models import moe_block, new_model, some_tokens, tiny_model
-from tests.harness import ServiceHarness
+from tests.support.harness import ServiceHarness
 
 HASHED, LEARNED = "model.layers.0.mlp", "model.layers.1.mlp"
 

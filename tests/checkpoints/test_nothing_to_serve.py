@@ -16,7 +16,7 @@ from moeserve.checkpoints import layer_sources
 from moeserve.cli.app import main
 from tests.checkpoints.saved import config_of, saved, tensors_of
 from tests.checkpoints.tiny_models import SETTINGS, tiny_model
-from tests.checkpoints_on_disk import CONFIG, layer_tensors, write_folder
+from tests.support.checkpoints_on_disk import CONFIG, layer_tensors, write_folder
 
 #: a dense decoder of two layers, as many families name its tensors
 DENSE_TENSORS = {

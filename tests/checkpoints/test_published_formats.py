@@ -18,9 +18,9 @@ from tests.checkpoints.published import PUBLISHED
 from tests.checkpoints.published_case import HIDDEN, LAYER
 from tests.checkpoints.published_case import published_case as case
 from tests.checkpoints.tiny_models import answer_of, some_tokens
-from tests.closeness import assert_close
-from tests.harness import ServiceHarness
-from tests.stacked import stacked
+from tests.support.closeness import assert_close
+from tests.support.harness import ServiceHarness
+from tests.support.stacked import stacked
 
 
 @pytest.mark.parametrize("quantization", [None, "none"], ids=["as published", "none"])

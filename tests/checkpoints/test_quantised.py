@@ -18,9 +18,9 @@ from moeserve.config import load_config
 from moeserve.experts import ExpertShard
 from tests.checkpoints.saved import rewritten, tensors_of
 from tests.checkpoints.tiny_models import answer_of, moe_block, new_model, some_tokens
-from tests.closeness import assert_close
-from tests.harness import ServiceHarness
-from tests.stacked import stacked
+from tests.support.closeness import assert_close
+from tests.support.harness import ServiceHarness
+from tests.support.stacked import stacked
 
 LAYER = "model.layers.1.mlp"
 SHARDS = [{"num_hosts": 1}, {"num_hosts": 2, "tensor_parallel": 2}, {"num_hosts": 3, "tensor_parallel": 3}]

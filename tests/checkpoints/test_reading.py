@@ -22,7 +22,7 @@ from moeserve.checkpoints.huggingface import HuggingFaceLayer
 from moeserve.experts import ExpertShard
 from moeserve.placement import plan_placement
 from tests.checkpoints.saved import rewritten, saved, stacked, tensors_of
-from tests.checkpoints_on_disk import CONFIG, MLP, expert_tensors, layer_tensors, write_folder
+from tests.support.checkpoints_on_disk import CONFIG, MLP, expert_tensors, layer_tensors, write_folder
 
 
 def only_layer(family: str, folder: Path) -> HuggingFaceLayer:

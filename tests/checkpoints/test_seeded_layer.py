@@ -13,7 +13,7 @@ import torch
 
 from moeserve import load_config
 from moeserve.checkpoints import LayerSource, layer_sources
-from tests.stacked import Stacked, stacked, whole
+from tests.support.stacked import Stacked, stacked, whole
 
 LAYER = {"hidden_size": 48, "intermediate_size": 32, "num_experts": 6, "bias": True}
 

@@ -17,8 +17,8 @@ from moeserve.config import load_config
 from moeserve.experts import ExpertShard
 from tests.checkpoints.published import PUBLISHED
 from tests.checkpoints.quantized_folders import EXPERTS, LAYER, SIZE, folder_of, plain, weights
-from tests.checkpoints_on_disk import write_folder
-from tests.stacked import stacked
+from tests.support.checkpoints_on_disk import write_folder
+from tests.support.stacked import stacked
 
 _IN_BITS = {
     8: "BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ",

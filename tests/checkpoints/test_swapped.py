@@ -14,8 +14,8 @@ from moeserve.checkpoints.swapped import Swap, compacted, swapped_layers
 from moeserve.control.record import release_message
 from moeserve.placement import plan_placement
 from moeserve.release import Release
-from tests.checkpoints_on_disk import CONFIG, layer_tensors, write_folder
-from tests.stacked import stacked, whole
+from tests.support.checkpoints_on_disk import CONFIG, layer_tensors, write_folder
+from tests.support.stacked import stacked, whole
 
 LAYER = "model.layers.0.mlp"
 

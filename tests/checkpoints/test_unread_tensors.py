@@ -16,7 +16,7 @@ from moeserve.checkpoints.wrappers import everywhere
 from moeserve.cli.app import main
 from tests.checkpoints.saved import config_of, rewritten, saved, tensors_of
 from tests.checkpoints.tiny_models import EXPERTS, HIDDEN, INTERMEDIATE, SETTINGS
-from tests.checkpoints_on_disk import CONFIG, MLP, layer_tensors, write_folder
+from tests.support.checkpoints_on_disk import CONFIG, MLP, layer_tensors, write_folder
 
 
 def prefix_of(family: str) -> str:

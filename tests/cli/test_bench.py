@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from moeserve import Client
+from moeserve.api.output import ForwardOutput
+from moeserve.bench.load import Load, Measured, WrongAnswer, check_answer, run
 from moeserve.cli.app import main
-from moeserve.cli.load import Load, Measured, WrongAnswer, check_answer, run
 from moeserve.errors import Overloaded
-from moeserve.output import ForwardOutput
 from tests.client.engine import EXPERTS, HIDDEN, FunctionEngine, served, spec
-from tests.harness import ServiceHarness
+from tests.support.harness import ServiceHarness
 
 LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 4}
 

@@ -19,14 +19,14 @@ from moeserve import AsyncClient, Client, ExpertUnavailable, ForwardOutput, MoEL
 from moeserve.cli.app import main
 from moeserve.config import ServerConfig
 from moeserve.control import frontends as fan_out
-from moeserve.frontend_service import FrontendService
-from tests.closeness import assert_close
-from tests.followers import TOKEN, FrontendProcess
+from moeserve.programs.frontend_service import FrontendService
 from tests.frontend.test_failure import until
-from tests.harness import ServiceHarness
 from tests.service.test_followers import answers, epochs
 from tests.service.test_scale import CONFIG
 from tests.service.test_swap import LAYER, configuration, folder, tokens
+from tests.support.closeness import assert_close
+from tests.support.followers import TOKEN, FrontendProcess
+from tests.support.harness import ServiceHarness
 
 
 @pytest.fixture

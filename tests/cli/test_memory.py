@@ -13,8 +13,8 @@ import grpc
 import pytest
 import torch
 
-from moeserve.wire import WireRequest, encode_forward_request
-from tests.processes import moeserve
+from moeserve.api.wire import WireRequest, encode_forward_request
+from tests.support.processes import moeserve
 
 pytestmark = [pytest.mark.ray, pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks Linux for the memory of a process")]
 

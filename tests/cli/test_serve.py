@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from moeserve import Client, ExpertUnavailable, MoELayer
 from moeserve.cli.app import main
-from tests.closeness import assert_close
-from tests.processes import descendants, signal_all
-from tests.processes import running as alive
+from tests.support.closeness import assert_close
+from tests.support.processes import descendants, signal_all
+from tests.support.processes import running as alive
 
 pytestmark = pytest.mark.ray
 

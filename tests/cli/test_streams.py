@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moeserve import Client
-from tests.followers import TOKEN, FrontendProcess
-from tests.harness import ServiceHarness
-from tests.processes import moeserve, until
+from tests.support.followers import TOKEN, FrontendProcess
+from tests.support.harness import ServiceHarness
+from tests.support.processes import moeserve, until
 
 CONFIG = {"layers": [{"hidden_size": 16, "intermediate_size": 24, "num_experts": 4}], "placement": {"num_hosts": 1}}
 

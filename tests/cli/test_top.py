@@ -18,9 +18,9 @@ from rich.console import Console
 from moeserve import Client
 from moeserve.cli.app import main
 from moeserve.cli.top_view import view
-from moeserve.stats import HostShards, HostStats, LayerStats, ServiceStats
-from moeserve.summary import balancedness, demand
-from tests.harness import ServiceHarness
+from moeserve.observe.stats import HostShards, HostStats, LayerStats, ServiceStats
+from moeserve.observe.summary import balancedness, demand
+from tests.support.harness import ServiceHarness
 
 LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8}
 

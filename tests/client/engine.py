@@ -13,12 +13,12 @@ from contextlib import contextmanager
 import torch
 
 from moeserve.addresses import join
+from moeserve.api.output import ForwardOutput
+from moeserve.api.request import LayerRequest
 from moeserve.config import GatingConfig, LayerSpec, ServerConfig
 from moeserve.errors import MoEServeError
-from moeserve.output import ForwardOutput
-from moeserve.request import LayerRequest
+from moeserve.observe.stats import HostStats, LayerStats, ServiceStats
 from moeserve.server import GrpcServer
-from moeserve.stats import HostStats, LayerStats, ServiceStats
 
 HIDDEN, EXPERTS = 16, 4
 X = torch.arange(3.0 * HIDDEN).view(3, HIDDEN)

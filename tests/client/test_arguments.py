@@ -15,8 +15,8 @@ from moeserve import errors, load_model
 from moeserve.addresses import parse_target
 from moeserve.cli.app import main
 from moeserve.client import AdminClient, AsyncClient, Client, ControlClient, WireRequest
-from moeserve.client.hf import connect_experts
 from moeserve.compat.deepspeed import MoE
+from moeserve.engines.hf import connect_experts
 
 from .conftest import Calls
 from .engine import FunctionEngine, X, served
@@ -212,7 +212,7 @@ async def test_what_does_not_speak_grpc_is_said(connect: Callable[..., Calls]) -
     """As the metrics port, whose address is told beside the other one."""
     from prometheus_client import CollectorRegistry
 
-    from moeserve.page import StatusPage
+    from moeserve.observe.page import StatusPage
 
     page = StatusPage("127.0.0.1", 0, CollectorRegistry(), lambda: pytest.fail("nobody asks"))
     try:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from moeserve import errors
+from moeserve.api.output import ForwardOutput
 from moeserve.client import AsyncClient, WireRequest
-from moeserve.output import ForwardOutput
 
 from .conftest import Calls
 from .engine import EXPERTS, HIDDEN, FunctionEngine, X, served, spec

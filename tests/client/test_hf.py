@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import moeserve
 from moeserve import Client, ConfigError, MoEServeError, connect_experts
-from tests.closeness import assert_close
+from tests.support.closeness import assert_close
 
 from .engine import Experts, FunctionEngine, served, spec
 

@@ -18,15 +18,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from moeserve.deployment import Deployed, Deployer
 from ray._private import ray_constants
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 
 from moeserve import Client, ConfigError, ExpertUnavailable, MoELayer, load_config
 from moeserve.client import AdminClient
-from moeserve.deployment import Deployed, Deployer
-from tests.closeness import assert_close
 from tests.cluster.test_hosts import processes
+from tests.support.closeness import assert_close
 
 ray_constants.ENABLE_RAY_CLUSTER = False  # every port on 127.0.0.1
 CALLERS = 4

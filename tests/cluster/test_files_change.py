@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 import moeserve
 from moeserve import CheckpointError, Client, ExpertUnavailable, MoELayer
 from moeserve.errors import CheckpointChanged
-from tests.checkpoints_on_disk import MLP
-from tests.closeness import assert_close
 from tests.cluster.test_scale import pid_of
 from tests.service.test_files_change import replaced
 from tests.service.test_swap import folder, tokens
+from tests.support.checkpoints_on_disk import MLP
+from tests.support.closeness import assert_close
 
 pytestmark = pytest.mark.ray
 
@@ -47,8 +47,8 @@ def test_a_host_that_comes_back_to_other_files(tmp_path: Path, local_ray: None) 
         with pytest.raises(ExpertUnavailable, match=rf"the numbers in {served}/model\.safetensors are others; .*moeserve swap TARGET"):
             client.forward(tokens(0), timeout=60)
         assert not client.ready()
-        standing = service._service.controller.standing()
-        assert "the numbers in" in standing.shortage and [host.is_up for host in standing.hosts] == [False, True]
+        status = service._service.controller.status()
+        assert "the numbers in" in status.shortage and [host.is_up for host in status.hosts] == [False, True]
 
         # Here host-0 takes the new weights and host-1 cannot: then neither has them, and with the old files host-0 is as it was.
         tensors = load_file(new / "model.safetensors")

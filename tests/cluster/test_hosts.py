@@ -19,8 +19,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
 from moeserve import BackgroundService, Client, MoELayer
-from tests.closeness import assert_close
 from tests.cluster.conftest import NUM_HOSTS
+from tests.support.closeness import assert_close
 
 pytestmark = pytest.mark.ray
 
@@ -161,11 +161,11 @@ def wait_until(condition) -> None:
 
 
 def test_a_host_that_hangs_is_started_again(service: BackgroundService, tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moeserve.cluster.fleet._HANG_S", 2.0)
+    monkeypatch.setattr("moeserve.cluster.ray_fleet._HANG_S", 2.0)
     controller = service._service.controller
 
     def pids() -> dict[str, int]:
-        return {host.name: host.pid for host in controller.standing().hosts if host.is_up}
+        return {host.name: host.pid for host in controller.status().hosts if host.is_up}
 
     # Hosts that an earlier test has killed may have come back without being known yet.
     until(lambda: sorted(pids().values()) == sorted(processes()["ray::ExpertHost"]))

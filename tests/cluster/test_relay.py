@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from moeserve import Client, MoELayer, serve
-from tests.closeness import assert_close
 from tests.cluster.test_hosts import metric, wait_until
+from tests.support.closeness import assert_close
 
 pytestmark = pytest.mark.ray
 

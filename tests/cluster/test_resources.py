@@ -14,7 +14,7 @@ from ray._private import worker
 from torch import nn
 
 from moeserve import BackgroundService, CheckpointError, Client, ConfigError, ExpertUnavailable, serve
-from moeserve.cluster.loss import Loss, find_loss
+from moeserve.cluster.ray_loss import Loss, find_loss
 from tests.cluster.test_hosts import until
 
 pytestmark = pytest.mark.ray

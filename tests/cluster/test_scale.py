@@ -14,8 +14,8 @@ import torch
 import moeserve
 from moeserve import BackgroundService, Client, ConfigError, ExpertUnavailable, MoELayer
 from moeserve.client import AdminClient
-from tests.closeness import assert_close
 from tests.cluster.test_hosts import processes
+from tests.support.closeness import assert_close
 
 pytestmark = pytest.mark.ray
 
@@ -24,7 +24,7 @@ CALLERS = 8
 
 def pid_of(service: BackgroundService, host: str) -> int:
     """Of the present incarnation."""
-    return next(seen.pid for seen in service._service.controller.standing().hosts if seen.name == host)
+    return next(seen.pid for seen in service._service.controller.status().hosts if seen.name == host)
 
 
 def test_two_six_two_and_every_host_replaced_under_load(tiny_moe: Path, tmp_path: Path, local_ray: None) -> None:

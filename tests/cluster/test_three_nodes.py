@@ -33,7 +33,7 @@ def test_a_fleet_on_three_nodes() -> None:
     assert re.search(r"refused: .* room for 2: .*Missing: 1 more node labelled pool=experts .*strict_spread", said)
     assert re.search(r"refused: .* room for 0: .* is not labelled pool=none", said)
     assert "all 6 packed on 1" in said
-    assert "seats ['wide', 'narrow', 'wide']" in said
+    assert "assignments ['wide', 'narrow', 'wide']" in said
     assert "GPUs [('narrow', '0'), ('wide', '0'), ('wide', '0'), ('wide', '1')]" in said, "half a GPU each, of one GPU"
     assert "adopted [] and answered over TCP" in said
     assert "given up with its node 1" in said

@@ -22,21 +22,21 @@ from ray.cluster_utils import Cluster
 
 import moeserve.cli.verbs  # noqa: F401 - not while hosts leave: without them their node ends, and `leave` would not find it
 from moeserve import MoELayer, MoEServeError
+from moeserve.api.request import LayerRequest
 from moeserve.checkpoints import layer_sources
 from moeserve.cli.app import main as cli
 from moeserve.cluster import Fleet, Nodes, RayRuntime
-from moeserve.cluster.leave import leave
-from moeserve.cluster.reservation import find_hosts, find_reservations
+from moeserve.cluster.ray_leave import leave
+from moeserve.cluster.ray_reservation import find_hosts, find_reservations
 from moeserve.config import ServiceConfig, load_config
-from moeserve.control import Seat, first_state, reconcile, wanted_hosts
+from moeserve.control import Assignment, first_state, reconcile, wanted_hosts
 from moeserve.frontend import Frontend
-from moeserve.metrics import Metrics
+from moeserve.observe.metrics import Metrics
+from moeserve.observe.stats import HostInfo
 from moeserve.placement import plan_placement
 from moeserve.release import Release
-from moeserve.request import LayerRequest
-from moeserve.stats import HostInfo
 from moeserve.transport import KeyPair
-from tests.closeness import assert_close
+from tests.support.closeness import assert_close
 
 ray_constants.ENABLE_RAY_CLUSTER = False  # every port on 127.0.0.1
 LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8}
@@ -50,10 +50,10 @@ def config_for(address: str, **placement: Any) -> ServiceConfig:
     return load_config({"layers": [LAYER], "placement": placing, "ray": {"address": address}})
 
 
-def release_on(seats: list[Seat], config: ServiceConfig, epoch: int) -> Release:
-    placing = config.placement.model_copy(update={"num_hosts": len(seats)})
+def release_on(assignments: list[Assignment], config: ServiceConfig, epoch: int) -> Release:
+    placing = config.placement.model_copy(update={"num_hosts": len(assignments)})
     specs = [source.spec for source in layer_sources(config)]
-    return Release(plan_placement(specs, placing).renumbered([seat.number for seat in seats], epoch))
+    return Release(plan_placement(specs, placing).renumbered([assignment.number for assignment in assignments], epoch))
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -68,27 +68,36 @@ async def first_driver(cluster: Cluster, wide: Any, narrow: Any) -> None:
     nodes, wanted = Nodes(fleet), wanted_hosts(config.placement.num_hosts, sources, config)
     await only_what_fits(nodes, config)
 
-    seats = list((await first_state(config, sources, nodes)).seats)
+    assignments = list((await first_state(config, sources, nodes)).assignments)
     names = {wide.node_id: "wide", narrow.node_id: "narrow"}
-    print("seats", [names[seat.node] for seat in seats])
+    print("assignments", [names[assignment.node] for assignment in assignments])
     fleet.start(SERVICE)
     ready: list[HostInfo] = []
-    release = release_on(seats, config, 1)
-    await fleet.take(release, [*seats, Seat(STRANGER, wide.node_id)], ready.append)
+    release = release_on(assignments, config, 1)
+    await fleet.take(release, [*assignments, Assignment(STRANGER, wide.node_id)], ready.append)
     infos = {info.name: info for info in ready}
-    for seat in seats:
-        info = infos[f"host-{seat.number}"]
-        assert info.node == seat.node
+    for assignment in assignments:
+        info = infos[f"host-{assignment.number}"]
+        assert info.node == assignment.node
         assert [endpoint.partition(":")[0] for endpoint in info.endpoints] == ["unix", "tcp"]
     gpus = sorted((names[info.node], info.cuda_visible_devices) for info in ready)
     print("GPUs", gpus)
     assert FOLDER.stat().st_mode & 0o777 == 0o700 and len(list(FOLDER.glob("host-*.sock"))) == 4  # noqa: ASYNC240
     listed = {node.id: node for node in await nodes.list()}
-    assert {key: listed[key].free["GPU"] for key in names} == {wide.node_id: 2, narrow.node_id: 1}, "own hosts are counted by their seats"
-    assert reconcile(list(listed.values()), seats, wanted, 8).seats == tuple(seats)
+    assert {key: listed[key].free["GPU"] for key in names} == {wide.node_id: 2, narrow.node_id: 1}, (
+        "own hosts are counted by their assignments"
+    )
+    assert reconcile(list(listed.values()), assignments, wanted, 8).assignments == tuple(assignments)
 
     pids = {info.name: info.pid for info in ready}
-    told = json.dumps({"service": SERVICE, "address": cluster.address, "seats": [(seat.number, seat.node) for seat in seats], "pids": pids})
+    told = json.dumps(
+        {
+            "service": SERVICE,
+            "address": cluster.address,
+            "assignments": [(assignment.number, assignment.node) for assignment in assignments],
+            "pids": pids,
+        }
+    )
     second = await asyncio.to_thread(
         subprocess.run, [sys.executable, "-m", "tests.cluster.three_nodes", told], text=True, check=False, stdout=subprocess.PIPE
     )
@@ -99,17 +108,22 @@ async def first_driver(cluster: Cluster, wide: Any, narrow: Any) -> None:
     watching = asyncio.create_task(fleet.watch(lambda hosts: changes.append(dict(hosts))))
     await until(lambda: fleet.given_up == {STRANGER})
     cluster.remove_node(narrow, allow_graceful=False)
-    lost = next(seat.number for seat in seats if seat.node == narrow.node_id)
+    lost = next(assignment.number for assignment in assignments if assignment.node == narrow.node_id)
     await until(lambda: fleet.given_up == {STRANGER, lost} and lost not in changes[-1])
     watching.cancel()
     print("given up with its node", lost)
 
-    after = reconcile(await nodes.list(), seats, wanted, 8, fleet.given_up)
+    after = reconcile(await nodes.list(), assignments, wanted, 8, fleet.given_up)
     assert after.shortage is None
-    await fleet.take(release_on(list(after.seats), config, 2), after.seats)
+    await fleet.take(release_on(list(after.assignments), config, 2), after.assignments)
     await fleet.retire(2)
     await fleet.remove([STRANGER, lost])
-    print("then", [(seat.number, names[seat.node]) for seat in after.seats], sorted(fleet.given_up), sorted(find_hosts()))
+    print(
+        "then",
+        [(assignment.number, names[assignment.node]) for assignment in after.assignments],
+        sorted(fleet.given_up),
+        sorted(find_hosts()),
+    )
     await a_node_is_left(cluster, fleet, nodes, wide.node_id)
 
 
@@ -121,9 +135,9 @@ async def only_what_fits(nodes: Nodes, config: ServiceConfig) -> None:
             await first_state(config_for(config.ray.address or "", **placement), sources, nodes)
         except MoEServeError as error:
             print("refused:", error)
-    everywhere = (await first_state(config_for("", num_hosts="all"), sources, nodes)).seats
-    packed = (await first_state(config_for("", num_hosts=4, node_strategy="pack"), sources, nodes)).seats
-    print("all", len(everywhere), "packed on", len({seat.node for seat in packed}))
+    everywhere = (await first_state(config_for("", num_hosts="all"), sources, nodes)).assignments
+    packed = (await first_state(config_for("", num_hosts=4, node_strategy="pack"), sources, nodes)).assignments
+    print("all", len(everywhere), "packed on", len({assignment.node for assignment in packed}))
 
 
 async def a_node_is_left(cluster: Cluster, fleet: Fleet, nodes: Nodes, node: str) -> None:
@@ -138,15 +152,15 @@ async def a_node_is_left(cluster: Cluster, fleet: Fleet, nodes: Nodes, node: str
     print("left:", await leaving, find_hosts(), find_reservations())
 
 
-async def second_driver(address: str, service: str, seats: list[Seat], pids: dict[str, int]) -> None:
+async def second_driver(address: str, service: str, assignments: list[Assignment], pids: dict[str, int]) -> None:
     config = config_for(address)
     assert STRANGER in find_hosts()
-    fleet, keys, release = Fleet(config, detached=True), KeyPair.generate(), release_on(seats, config, 1)
+    fleet, keys, release = Fleet(config, detached=True), KeyPair.generate(), release_on(assignments, config, 1)
     fleet.start(service)
-    await fleet.adopt(release, seats)
-    for seat in seats:
-        assert (await fleet.find(seat.number)).pid == pids[f"host-{seat.number}"], "the same process as before"
-    await until(lambda: find_hosts() == {seat.number for seat in seats} == set(find_reservations()))
+    await fleet.adopt(release, assignments)
+    for assignment in assignments:
+        assert (await fleet.find(assignment.number)).pid == pids[f"host-{assignment.number}"], "the same process as before"
+    await until(lambda: find_hosts() == {assignment.number for assignment in assignments} == set(find_reservations()))
     await fleet.admit({keys.public})
     sources, hidden_states = layer_sources(config), torch.randn(20, 16)
     metrics = Metrics([source.spec for source in sources], "off")
@@ -156,8 +170,8 @@ async def second_driver(address: str, service: str, seats: list[Seat], pids: dic
     assert_close((await frontend.forward(0, LayerRequest(hidden_states))).hidden_states, expected)
     once_more = Fleet(config, detached=True)
     once_more.start(service)
-    await once_more.adopt(release, seats)
-    assert {(await once_more.find(seat.number)).pid for seat in seats} <= set(pids.values())
+    await once_more.adopt(release, assignments)
+    assert {(await once_more.find(assignment.number)).pid for assignment in assignments} <= set(pids.values())
     assert_close((await frontend.forward(0, LayerRequest(hidden_states))).hidden_states, expected)
     assert not any(link.restarts for link in frontend._links.values()), "who adopts hosts does not cut off frontends it does not know yet"
     await frontend.close()
@@ -169,7 +183,9 @@ def main() -> None:
         told = json.loads(sys.argv[1])
         runtime = RayRuntime(config_for(told["address"]).ray, config_for("").placement)
         runtime.start()
-        asyncio.run(second_driver(told["address"], told["service"], [Seat(*seat) for seat in told["seats"]], told["pids"]))
+        asyncio.run(
+            second_driver(told["address"], told["service"], [Assignment(*assignment) for assignment in told["assignments"]], told["pids"])
+        )
         runtime.stop()
         return
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False, "_system_config": QUICK})

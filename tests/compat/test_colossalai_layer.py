@@ -14,7 +14,7 @@ from torch import nn
 from moeserve.compat import SYSTEMS, load
 from moeserve.compat.colossalai import Experts, MoeLayer, NormalNoiseGenerator, Top1Router, Top2Router, UniformNoiseGenerator
 from moeserve.errors import ConfigError
-from tests.closeness import assert_close, near
+from tests.support.closeness import assert_close, near
 
 HIDDEN, EXPERTS = 12, 5
 ROUTERS = {1: Top1Router, 2: Top2Router}

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from moeserve.compat.deepspeed import MoE
-from tests.closeness import assert_close
+from tests.support.closeness import assert_close
 
 from .golden.cases import EXPERTS, GOLDEN, HIDDEN, all_cases, expert, fill, hidden_states
 

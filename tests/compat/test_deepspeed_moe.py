@@ -15,7 +15,7 @@ from moeserve.compat import SYSTEMS, load
 from moeserve.compat.deepspeed import MoE
 from moeserve.compat.page import OWN
 from moeserve.errors import ConfigError
-from tests.closeness import assert_close
+from tests.support.closeness import assert_close
 
 HIDDEN, EXPERTS = 12, 6
 

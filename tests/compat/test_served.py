@@ -14,8 +14,8 @@ from moeserve import Client, MoELayer
 from moeserve.compat import SYSTEMS, load
 from moeserve.config import ServiceConfig
 from moeserve.errors import ConfigError
-from tests.closeness import assert_close, near
-from tests.harness import ServiceHarness
+from tests.support.closeness import assert_close, near
+from tests.support.harness import ServiceHarness
 
 from .cases import nested
 

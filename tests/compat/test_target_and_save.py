@@ -16,8 +16,8 @@ from moeserve.compat import save_layers
 from moeserve.compat.colossalai import Experts, MoeLayer, Top1Router, Top2Router
 from moeserve.compat.deepspeed import MoE
 from moeserve.errors import ConfigError, UnknownLayer
-from tests.closeness import assert_close
-from tests.harness import ServiceHarness
+from tests.support.closeness import assert_close
+from tests.support.harness import ServiceHarness
 
 from .modules import EXPERTS, HIDDEN, Block, Counting, sequential, shaken
 

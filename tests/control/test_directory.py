@@ -10,7 +10,7 @@ import pytest
 
 from moeserve.control import directory as room
 from moeserve.control.directory import Directory
-from moeserve.stats import HostInfo
+from moeserve.observe.stats import HostInfo
 
 HOST = HostInfo("host-0", ("tcp://127.0.0.1:1",), "", "", 1, "cpu", "", 1, 0)
 

@@ -53,7 +53,7 @@ async def test_each_gets_keys_of_its_own_and_keeps_them_when_it_comes_back() -> 
     assert case.keys[-1] == {one.public_key, two.public_key, three.public_key}, "it may serve on, and come back"
     back = await case.frontends.join(Report("one", public_key=one.public_key))
     assert (back.keys, back.public_key) == (None, one.public_key)
-    await case.frontends.farewell(back)
+    await case.frontends.left(back)
     assert case.keys[-1] == {two.public_key, three.public_key}
 
 
@@ -70,12 +70,12 @@ async def test_keys_of_an_earlier_controller_are_valid_and_their_owners_are_wait
     case = Case(frozenset({key}))
     await case.frontends.join(Report("new"))
     assert key in case.keys[-1]
-    waiting = asyncio.create_task(case.frontends.reunited(3600.0))
+    waiting = asyncio.create_task(case.frontends.until_back(3600.0))
     await asyncio.sleep(0)
     assert not waiting.done()
     await case.frontends.join(Report("old", public_key=key))
     await waiting
-    await Case(frozenset({key})).frontends.reunited(0.01)
+    await Case(frozenset({key})).frontends.until_back(0.01)
 
 
 async def test_a_second_stream_of_the_same_frontend_ends_the_first() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moeserve import ConfigError, load_config
 from moeserve.checkpoints import host_bytes, layer_sources
-from moeserve.control.wish import plan_for, wanted_hosts
+from moeserve.control.desired import plan_for, wanted_hosts
 
 LAYER = {"hidden_size": 8, "intermediate_size": 4, "num_experts": 6}
 

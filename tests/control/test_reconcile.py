@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from moeserve.config import GatingConfig, LayerSpec, PlacementConfig
-from moeserve.control import Node, Seat, Seating, Wanted, reconcile
+from moeserve.control import Assigned, Assignment, Node, Wanted, reconcile
 from moeserve.placement import plan_placement
 
 SPEC = LayerSpec("layer", 4, 4, 12, "swiglu", False, "float32", GatingConfig())
@@ -25,13 +25,13 @@ def leaving(one: Node) -> Node:
     return replace(one, is_leaving=True)
 
 
-def spread_of(seating: Seating) -> dict[str, int]:
-    return dict(Counter(seat.node for seat in seating.seats))
+def spread_of(assigned: Assigned) -> dict[str, int]:
+    return dict(Counter(assignment.node for assignment in assigned.assignments))
 
 
-def seats(*nodes: str) -> tuple[Seat, ...]:
+def assignments(*nodes: str) -> tuple[Assignment, ...]:
     """Host i on the i-th node."""
-    return tuple(Seat(number, name) for number, name in enumerate(nodes))
+    return tuple(Assignment(number, name) for number, name in enumerate(nodes))
 
 
 @pytest.mark.parametrize(
@@ -45,9 +45,9 @@ def seats(*nodes: str) -> tuple[Seat, ...]:
     ],
 )
 def test_where_the_first_hosts_go(strategy: str, number: int, expected: dict[str, int]) -> None:
-    seating = reconcile([node("a", 6), node("b", 4, used=3), node("c", 4)], (), Wanted(number, strategy=strategy), 0)  # type: ignore[arg-type]
-    assert (spread_of(seating), seating.shortage) == (expected, None)
-    assert [seat.number for seat in seating.seats] == list(range(number))
+    assigned = reconcile([node("a", 6), node("b", 4, used=3), node("c", 4)], (), Wanted(number, strategy=strategy), 0)  # type: ignore[arg-type]
+    assert (spread_of(assigned), assigned.shortage) == (expected, None)
+    assert [assignment.number for assignment in assigned.assignments] == list(range(number))
 
 
 @pytest.mark.parametrize(
@@ -66,68 +66,75 @@ def test_where_the_first_hosts_go(strategy: str, number: int, expected: dict[str
     ],
 )
 def test_a_fraction_of_a_gpu_is_of_one_gpu(free: float, each: float, room: int) -> None:
-    seating = reconcile([node("a", 0, free)], (), Wanted("all", cpus=0, gpus=each, most=99, least=0), 0)
-    assert len(seating.seats) == room
+    assigned = reconcile([node("a", 0, free)], (), Wanted("all", cpus=0, gpus=each, most=99, least=0), 0)
+    assert len(assigned.assignments) == room
 
 
 def test_only_nodes_with_the_labels_take_hosts() -> None:
     nodes = [node("a", pool="experts", zone="1"), node("b", pool="other"), node("c", pool="experts")]
-    seating = reconcile(nodes, (), Wanted(2, labels={"pool": "experts", "zone": "1"}), 0)
-    assert spread_of(seating) == {"a": 2}
+    assigned = reconcile(nodes, (), Wanted(2, labels={"pool": "experts", "zone": "1"}), 0)
+    assert spread_of(assigned) == {"a": 2}
 
 
 def test_all_is_all_room_between_least_and_most() -> None:
     nodes = [node("a", 2), node("b", 3)]
-    assert len(reconcile(nodes, (), Wanted("all"), 0).seats) == 5
-    assert len(reconcile(nodes, (), Wanted("all", most=4), 0).seats) == 4
-    assert len(reconcile(nodes, (), Wanted("all", cpus=0), 0).seats) == 2, "of hosts that take nothing one on each node"
+    assert len(reconcile(nodes, (), Wanted("all"), 0).assignments) == 5
+    assert len(reconcile(nodes, (), Wanted("all", most=4), 0).assignments) == 4
+    assert len(reconcile(nodes, (), Wanted("all", cpus=0), 0).assignments) == 2, "of hosts that take nothing one on each node"
     few = reconcile(nodes, (), Wanted("all", cpus=2, least=3), 0)
-    assert few.seats == () and few.shortage is not None
+    assert few.assignments == () and few.shortage is not None
     assert few.shortage.startswith("placement.num_hosts is 'all', and the experts need 3 hosts and each takes")
 
 
 def test_a_node_that_joins_is_used_by_all_and_left_alone_otherwise() -> None:
-    before = seats("a", "a")
+    before = assignments("a", "a")
     nodes = [node("a", 2), node("b", 1)]
-    assert reconcile(nodes, before, Wanted("all"), 7).seats == (*before, Seat(7, "b"))
-    assert reconcile(nodes, before, Wanted(2), 7).seats == before
+    assert reconcile(nodes, before, Wanted("all"), 7).assignments == (*before, Assignment(7, "b"))
+    assert reconcile(nodes, before, Wanted(2), 7).assignments == before
 
 
 def test_a_node_that_leaves_or_dies_is_left() -> None:
-    before = seats("a", "b", "a")
+    before = assignments("a", "b", "a")
     for nodes in ([node("a"), leaving(node("b")), node("c")], [node("a"), node("c")]):
-        assert reconcile(nodes, before, Wanted(3), 3).seats == (Seat(0, "a"), Seat(2, "a"), Seat(3, "c"))
+        assert reconcile(nodes, before, Wanted(3), 3).assignments == (Assignment(0, "a"), Assignment(2, "a"), Assignment(3, "c"))
 
 
 def test_with_less_room_fewer_hosts_hold_the_experts_and_without_enough_all_stays() -> None:
-    before, nodes = seats("a", "a", "b", "b"), [node("a", 2), leaving(node("b", 2))]
+    before, nodes = assignments("a", "a", "b", "b"), [node("a", 2), leaving(node("b", 2))]
     fewer = reconcile(nodes, before, Wanted(4, least=2), 4)
-    assert fewer.seats == before[:2] and fewer.shortage is not None and "b is leaving" in fewer.shortage
+    assert fewer.assignments == before[:2] and fewer.shortage is not None and "b is leaving" in fewer.shortage
     stuck = reconcile(nodes, before, Wanted(4, least=3), 4)
-    assert stuck.seats == before and stuck.shortage == fewer.shortage
+    assert stuck.assignments == before and stuck.shortage == fewer.shortage
 
 
 def test_a_host_that_is_given_up_is_replaced_on_its_node() -> None:
-    assert reconcile([node("a", 2)], seats("a", "a"), Wanted(2), 5, given_up={0}).seats == (Seat(1, "a"), Seat(5, "a"))
+    assert reconcile([node("a", 2)], assignments("a", "a"), Wanted(2), 5, given_up={0}).assignments == (
+        Assignment(1, "a"),
+        Assignment(5, "a"),
+    )
 
 
 def test_hosts_stay_although_others_have_taken_what_is_left() -> None:
-    before = seats("a", "a", "a")
-    assert reconcile([node("a", 4, used=3)], before, Wanted(3), 3) == Seating(before)
+    before = assignments("a", "a", "a")
+    assert reconcile([node("a", 4, used=3)], before, Wanted(3), 3) == Assigned(before)
 
 
 def test_of_too_many_the_highest_numbers_on_the_fullest_nodes_go() -> None:
-    before, nodes = seats("a", "a", "b", "a", "b"), [node("a"), node("b")]
-    assert reconcile(nodes, before, Wanted(3), 5).seats == (Seat(0, "a"), Seat(1, "a"), Seat(2, "b"))
-    assert reconcile(nodes, before, Wanted(3, strategy="pack"), 5).seats == (Seat(0, "a"), Seat(1, "a"), Seat(3, "a"))
-    assert reconcile([leaving(node("a")), node("b")], before, Wanted(2), 5).seats == (Seat(2, "b"), Seat(4, "b"))
+    before, nodes = assignments("a", "a", "b", "a", "b"), [node("a"), node("b")]
+    assert reconcile(nodes, before, Wanted(3), 5).assignments == (Assignment(0, "a"), Assignment(1, "a"), Assignment(2, "b"))
+    assert reconcile(nodes, before, Wanted(3, strategy="pack"), 5).assignments == (
+        Assignment(0, "a"),
+        Assignment(1, "a"),
+        Assignment(3, "a"),
+    )
+    assert reconcile([leaving(node("a")), node("b")], before, Wanted(2), 5).assignments == (Assignment(2, "b"), Assignment(4, "b"))
 
 
 def test_the_sentence_says_what_there_is_on_each_node_and_what_is_missing() -> None:
     nodes = [node("a", 2, 1, pool="x"), node("b", 4, 1, used=4, pool="x"), leaving(node("c", 4, 4, pool="x")), node("d")]
-    seating = reconcile(nodes, (), Wanted(5, cpus=1, gpus=0.5, labels={"pool": "x"}), 0)
-    assert spread_of(seating) == {"a": 2}
-    assert seating.shortage == (
+    assigned = reconcile(nodes, (), Wanted(5, cpus=1, gpus=0.5, labels={"pool": "x"}), 0)
+    assert spread_of(assigned) == {"a": 2}
+    assert assigned.shortage == (
         "placement.num_hosts is 5 and each takes placement.cpus_per_host = 1 and placement.gpus_per_host = 0.5, but there is room for 2: "
         "a holds 2 (2 of 2 CPUs are free for it, 1 of 1 GPUs are free for it); "
         "b holds 0 (0 of 4 CPUs are free for it, 1 of 1 GPUs are free for it); "
@@ -146,18 +153,18 @@ class Cluster(RuleBasedStateMachine):
         super().__init__()
         self.nodes: dict[str, Node] = {}
         self.wanted = Wanted(1, most=SPEC.num_experts)
-        self.seating = Seating(())
-        self.before: tuple[Seat, ...] = ()
+        self.assigned = Assigned(())
+        self.before: tuple[Assignment, ...] = ()
         self.given_up: set[int] = set()
         self.next_number = self.next_node = 0
 
     @initialize()
     def step(self) -> None:
-        self.before = self.seating.seats
-        self.seating = reconcile(list(self.nodes.values()), self.before, self.wanted, self.next_number, self.given_up)
-        self.new = [seat for seat in self.seating.seats if seat not in self.before]
-        assert all(seat.number >= self.next_number for seat in self.new), "numbers are never used again"
-        self.next_number = max([self.next_number, *(seat.number + 1 for seat in self.new)])
+        self.before = self.assigned.assignments
+        self.assigned = reconcile(list(self.nodes.values()), self.before, self.wanted, self.next_number, self.given_up)
+        self.new = [assignment for assignment in self.assigned.assignments if assignment not in self.before]
+        assert all(assignment.number >= self.next_number for assignment in self.new), "numbers are never used again"
+        self.next_number = max([self.next_number, *(assignment.number + 1 for assignment in self.new)])
 
     @rule(cpus=st.integers(0, 4), gpus=st.integers(0, 2), pool=st.sampled_from("xy"))
     def joins(self, cpus: int, gpus: int, pool: str) -> None:
@@ -186,10 +193,10 @@ class Cluster(RuleBasedStateMachine):
         self.nodes[one.id] = replace(one, free={**one.total, "CPU": max(0, one.total["CPU"] - used)})
         self.step()
 
-    @precondition(lambda self: self.seating.seats)
+    @precondition(lambda self: self.assigned.assignments)
     @rule(data=st.data())
     def is_given_up(self, data: st.DataObject) -> None:
-        self.given_up.add(data.draw(st.sampled_from(self.seating.seats)).number)
+        self.given_up.add(data.draw(st.sampled_from(self.assigned.assignments)).number)
         self.step()
 
     @rule(
@@ -199,8 +206,8 @@ class Cluster(RuleBasedStateMachine):
         gpus=st.sampled_from([0, 0.5]),
         least=st.integers(1, 4),
     )
-    def is_scaled(self, **wish: object) -> None:
-        self.wanted = Wanted(**wish, most=SPEC.num_experts)
+    def is_scaled(self, **num_hosts: object) -> None:
+        self.wanted = Wanted(**num_hosts, most=SPEC.num_experts)
         self.step()
 
     def _usable(self) -> dict[str, Node]:
@@ -224,33 +231,34 @@ class Cluster(RuleBasedStateMachine):
     @invariant()
     def hosts_are_as_wished_where_there_is_room(self) -> None:
         usable = self._usable()
-        stay = [seat for seat in self.before if seat.node in usable and seat.number not in self.given_up]
+        stay = [assignment for assignment in self.before if assignment.node in usable and assignment.number not in self.given_up]
         if self.wanted.strategy == "strict_spread":
             stay = [
-                min((seat for seat in stay if seat.node == name), key=lambda seat: seat.number) for name in {seat.node for seat in stay}
+                min((assignment for assignment in stay if assignment.node == name), key=lambda assignment: assignment.number)
+                for name in {assignment.node for assignment in stay}
             ]
-        held = Counter(seat.node for seat in stay)
+        held = Counter(assignment.node for assignment in stay)
         room = {name: self._room(one, held[name]) for name, one in usable.items()}
-        fit, wish = sum(room.values()), self.wanted.num_hosts
-        number = max(self.wanted.least, min(fit, SPEC.num_experts)) if wish == "all" else wish
-        assert (self.seating.shortage is not None) == (fit < number)
+        fit, num_hosts = sum(room.values()), self.wanted.num_hosts
+        number = max(self.wanted.least, min(fit, SPEC.num_experts)) if num_hosts == "all" else num_hosts
+        assert (self.assigned.shortage is not None) == (fit < number)
         if fit < min(self.wanted.least, number):
-            assert self.seating.seats == self.before, "nothing fits: those that live serve on"
+            assert self.assigned.assignments == self.before, "nothing fits: those that live serve on"
             return
-        assert len(self.seating.seats) == min(number, fit)
-        assert all(seat.node in usable and seat.number not in self.given_up for seat in self.seating.seats)
-        assert all(count <= room[name] for name, count in Counter(seat.node for seat in self.seating.seats).items())
-        moved = [seat for seat in stay if seat not in self.seating.seats]
+        assert len(self.assigned.assignments) == min(number, fit)
+        assert all(assignment.node in usable and assignment.number not in self.given_up for assignment in self.assigned.assignments)
+        assert all(count <= room[name] for name, count in Counter(assignment.node for assignment in self.assigned.assignments).items())
+        moved = [assignment for assignment in stay if assignment not in self.assigned.assignments]
         assert not moved or (len(stay) > number and not self.new), "hosts are not moved without need"
 
     @invariant()
     def it_comes_to_rest(self) -> None:
-        again = reconcile(list(self.nodes.values()), self.seating.seats, self.wanted, self.next_number, self.given_up)
-        assert again == self.seating
+        again = reconcile(list(self.nodes.values()), self.assigned.assignments, self.wanted, self.next_number, self.given_up)
+        assert again == self.assigned
 
     @invariant()
     def every_expert_has_a_host(self) -> None:
-        numbers = [seat.number for seat in self.seating.seats]
+        numbers = [assignment.number for assignment in self.assigned.assignments]
         assert numbers == sorted(set(numbers))
         if not numbers:
             return

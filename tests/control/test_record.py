@@ -17,9 +17,9 @@ from moeserve.config.spec import LayerSpec
 from moeserve.control.follow import Order, Report, Welcome, followed_config
 from moeserve.control.record import host_message, read_hosts, read_release, release_message
 from moeserve.errors import ConfigError, InvalidRequest
+from moeserve.observe.stats import HostInfo
 from moeserve.placement import plan_placement
 from moeserve.release import Release
-from moeserve.stats import HostInfo
 from moeserve.transport import KeyPair
 from moeserve.v1 import control_service_pb2 as pb
 from tests.service.test_scale import LAYERS

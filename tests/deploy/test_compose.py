@@ -14,10 +14,10 @@ import typer
 from moeserve import ConfigError, load_config
 from moeserve.cli.verbs import app
 from moeserve.config import ServerConfig
-from moeserve.page import StatusPage
+from moeserve.observe.page import StatusPage
 from moeserve.server import check_exposure
 from tests.deploy.files import DEPLOY, dashboard, read_yaml
-from tests.harness import ServiceHarness
+from tests.support.harness import ServiceHarness
 
 COMPOSE: dict[str, Any] = read_yaml(DEPLOY / "compose.yaml")
 SERVICE = COMPOSE["services"]["moeserve"]

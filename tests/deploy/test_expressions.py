@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from moeserve import Client, InvalidRequest
-from moeserve.page import StatusPage
-from moeserve.summary import balancedness, demand
+from moeserve.observe.page import StatusPage
+from moeserve.observe.summary import balancedness, demand
 from tests.deploy.files import Query, alerts, panels
 from tests.deploy.prometheus import Prometheus, prometheus, until
-from tests.harness import ServiceHarness
+from tests.support.harness import ServiceHarness
 
 LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8}
 BROKEN = {"MoeserveExpertUnavailable", "MoeserveHostDown"}

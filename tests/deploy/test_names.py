@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from moeserve.metrics import Metrics
+from moeserve.observe.metrics import Metrics
 from tests.deploy.files import DEPLOY, REPOSITORY, Query, alerts, dashboard, panels, rules
 
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from moeserve.compat import SYSTEMS
-from tests.closeness import relative_bound
+from tests.support.closeness import relative_bound
 
 FOLDER = Path(__file__).parents[2] / "examples"
 COMPAT = sorted(FOLDER.glob("compat_*.py"))

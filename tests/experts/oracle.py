@@ -18,8 +18,8 @@ from moeserve.errors import ConfigError
 from moeserve.experts import ExpertBank, Shape, is_gated
 from moeserve.experts.choice import kernels_for
 from moeserve.experts.feed_forward import ROWS
-from tests.closeness import assert_close
-from tests.stacked import Stacked
+from tests.support.closeness import assert_close
+from tests.support.stacked import Stacked
 
 HIDDEN_SIZE, INTERMEDIATE_SIZE = 16, 24
 ACTIVATIONS: tuple[Activation, ...] = (

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from moeserve.config import Activation, Kernel
 from moeserve.experts import ExpertBank, FeedForward, ModuleExpert
 from moeserve.experts.ragged import Stack
-from tests.closeness import assert_close
 from tests.experts.oracle import (
     ACTIVATIONS,
     CASES,
@@ -27,6 +26,7 @@ from tests.experts.oracle import (
     some_weights,
     some_work,
 )
+from tests.support.closeness import assert_close
 
 
 @pytest.mark.parametrize(("device", "dtype", "kernel"), CASES, ids=str)

@@ -14,7 +14,6 @@ from moeserve.config import Bits, Kernel
 from moeserve.errors import ConfigError, InvalidRequest
 from moeserve.experts import ExpertBank, FeedForward, QuantizedFeedForward, quantize
 from moeserve.kernels import library
-from tests.closeness import assert_close
 from tests.experts.oracle import (
     CASES,
     DTYPES,
@@ -27,7 +26,8 @@ from tests.experts.oracle import (
     some_weights,
     some_work,
 )
-from tests.stacked import Stacked
+from tests.support.closeness import assert_close
+from tests.support.stacked import Stacked
 
 
 def test_the_compiled_kernels_are_there() -> None:

@@ -20,9 +20,9 @@ from moeserve.config import Bits, PlacementConfig
 from moeserve.experts import ExpertBank, ExpertShard, FeedForward, QuantizedFeedForward, QuantizedMatrix, quantize
 from moeserve.experts.quantized import quantize_matrix
 from moeserve.placement import plan_placement
-from tests.closeness import assert_close
-from tests.harness import ServiceHarness
-from tests.stacked import in_full
+from tests.support.closeness import assert_close
+from tests.support.harness import ServiceHarness
+from tests.support.stacked import in_full
 
 TYPES: tuple[Bits, ...] = get_args(Bits)
 # Rounding an element costs int8 step / sqrt(12), where normal weights have a step of (2.5 to 3.7 sigma) / 127: 0.6 to 0.85 %. fp8 keeps

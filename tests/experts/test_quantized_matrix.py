@@ -15,7 +15,7 @@ from torch import Tensor
 from moeserve.experts import INT4, INT8, Code, QuantizedMatrix, ScaleGroups, float_code
 from moeserve.experts.decoding import CompiledDecoder, TorchDecoder
 from moeserve.kernels import can_decode
-from tests.closeness import assert_close
+from tests.support.closeness import assert_close
 
 FP8_TYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 FP4 = float_code(torch.uint8)

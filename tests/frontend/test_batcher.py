@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moeserve.api.request import LayerRequest
 from moeserve.config import BatchingConfig, GatingOverrides
 from moeserve.errors import InvalidRequest, MoEServeError, Overloaded
 from moeserve.frontend.batch import Batch
 from moeserve.frontend.batcher import Batcher, TokenBudget
-from moeserve.request import LayerRequest
 
 FAR = 1e9
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from moeserve.api.output import ForwardOutput
+from moeserve.api.request import LayerRequest
 from moeserve.errors import DeadlineExceeded, ExpertUnavailable
-from moeserve.output import ForwardOutput
-from moeserve.request import LayerRequest
-from tests.harness import CHANNELS, Kind, ServiceHarness
+from tests.support.harness import CHANNELS, Kind, ServiceHarness
 
 LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 4, "gating": {"top_k": 1}}
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeserve.dispatch import HostWork, plan
 from moeserve.frontend.patterns import PATTERNS, Message, hierarchical, point_to_point, ring
+from moeserve.layer.dispatch import HostWork, plan
 from moeserve.placement import LayerPlacement
 from moeserve.transport import PassOn
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from moeserve import MoELayer
+from moeserve.api.output import ForwardOutput
+from moeserve.api.request import LayerRequest
 from moeserve.errors import DeadlineExceeded, ExpertUnavailable
 from moeserve.experts import ExpertBank
-from moeserve.output import ForwardOutput
-from moeserve.request import LayerRequest
-from tests.closeness import assert_close
 from tests.frontend.test_failure import gone, until
-from tests.harness import CHANNELS, Killed, Kind, ServiceHarness, ThreadedHost
+from tests.support.closeness import assert_close
+from tests.support.harness import CHANNELS, Killed, Kind, ServiceHarness, ThreadedHost
 
 LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8}
 #: some of it is added by the frontend itself: once, however often a batch is sent again
@@ -39,10 +39,10 @@ class Held:
     def __init__(self, host: ThreadedHost) -> None:
         self.is_waiting, self.go, self.kills = threading.Event(), threading.Event(), False
         self.error: Exception | None = None
-        bank = host.holdings.shelf.bank(0, 1)
+        bank = host.holdings.bank_table.bank(0, 1)
         assert bank is not None
         self._bank: ExpertBank = bank
-        host.holdings.shelf.put(0, 1, self)  # type: ignore[arg-type]
+        host.holdings.bank_table.put(0, 1, self)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._bank, name)

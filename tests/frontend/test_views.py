@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from moeserve import Client, MoELayer
-from moeserve.control import Seat
+from moeserve.control import Assignment
+from moeserve.observe.stats import HostInfo
 from moeserve.placement import plan_placement
 from moeserve.release import Release
-from moeserve.stats import HostInfo
-from tests.closeness import assert_close
-from tests.harness import ServiceHarness
 from tests.service.test_scale import CONFIG, LAYERS
+from tests.support.closeness import assert_close
+from tests.support.harness import ServiceHarness
 
 #: enough to be written beside the event loop
 ROWS = torch.randn(10_000, 16, generator=torch.Generator().manual_seed(0))
@@ -39,7 +39,7 @@ def test_hosts_that_come_and_go_while_a_batch_is_written(change: str, tmp_path: 
         wider = Release(plan_placement(specs, service.config.placement.model_copy(update={"num_hosts": 3}), epoch=2))
 
         async def join() -> None:
-            await service.take(wider, [Seat(number, "this-node") for number in range(3)])
+            await service.take(wider, [Assignment(number, "this-node") for number in range(3)])
             await service.frontend.welcome(wider)
 
         async def leave() -> None:

@@ -17,7 +17,7 @@ from moeserve.gating.drop import DROP_POLICIES
 from moeserve.gating.scoring import SCORING, softmax
 from moeserve.gating.selection import select_top_k
 from moeserve.gating.weights import RENORMALIZE
-from tests.closeness import assert_close, near
+from tests.support.closeness import assert_close, near
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moeserve.config import GatingConfig
 from moeserve.gating import Routing, route
-from tests.closeness import assert_close, near
+from tests.support.closeness import assert_close, near
 
 from .golden.deepspeed_cases import GOLDEN, Case, all_cases, logits_of, used_token_of
 

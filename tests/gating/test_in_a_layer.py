@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from moeserve import ConfigError, GatingConfig, InvalidRequest, MoELayer, route
-from tests.closeness import assert_close
+from tests.support.closeness import assert_close
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8}
 

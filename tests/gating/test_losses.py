@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moeserve.config import GatingConfig
 from moeserve.gating import route, route_requests
-from tests.closeness import near
+from tests.support.closeness import near
 
 
 def by_loop(probabilities: list[list[float]], choices: list[list[int]], num_tokens: int, num_experts: int) -> float:

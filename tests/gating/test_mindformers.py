@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moeserve.config import GatingConfig
 from moeserve.gating import route, route_requests
-from tests.closeness import assert_close, near
+from tests.support.closeness import assert_close, near
 
 from . import routings_oracle as oracle
 from .inputs import COUNTS, SEEDS, as_list, logits_of, used_of

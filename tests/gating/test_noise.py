@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moeserve.config import GatingConfig
 from moeserve.gating import Router, route, route_requests
-from tests.closeness import assert_close
+from tests.support.closeness import assert_close
 
 KNOBS: list[dict[str, Any]] = [
     {"noise": "jitter", "noise_scale": 0.5},

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moeserve.config import GatingConfig
 from moeserve.gating import Routing, apply_choices, route, route_requests
-from tests.closeness import assert_close, near
+from tests.support.closeness import assert_close, near
 
 from . import oracle
 from .cases import Case, cases

@@ -13,7 +13,7 @@ from torch import Tensor
 from moeserve.config import GatingConfig
 from moeserve.config.gating import DropPolicy
 from moeserve.gating import BatchRouting, apply_choices, route, route_requests
-from tests.closeness import assert_close
+from tests.support.closeness import assert_close
 
 from . import oracle
 from .cases import Case, cases

@@ -14,7 +14,7 @@ from moeserve.config import GatingConfig
 from moeserve.errors import ConfigError, InvalidRequest
 from moeserve.gating import Router, route, route_requests
 from moeserve.gating.routings.hashing import fnv1a
-from tests.closeness import assert_close, near
+from tests.support.closeness import assert_close, near
 
 from . import routings_oracle as oracle
 from .inputs import COUNTS, SEEDS, as_list, logits_of, used_of

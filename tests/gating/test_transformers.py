@@ -18,7 +18,7 @@ from moeserve.config import GatingConfig
 from moeserve.gating import route
 from moeserve.gating.expert_groups import GROUP_SCORES
 from moeserve.gating.scoring import SCORING
-from tests.closeness import assert_close
+from tests.support.closeness import assert_close
 
 transformers = pytest.importorskip("transformers")
 

@@ -14,8 +14,8 @@ from moeserve.errors import DeadlineExceeded, ExpertUnavailable, InvalidRequest,
 from moeserve.experts import ExpertBank, FeedForward
 from moeserve.host import HostLoop
 from moeserve.transport import Channel, Partial, WorkShape, connect, listen
-from tests.closeness import assert_close
-from tests.stacked import Stacked, shelf_of
+from tests.support.closeness import assert_close
+from tests.support.stacked import Stacked, bank_table_of
 
 HIDDEN, HELD = 8, 3
 
@@ -50,7 +50,7 @@ def bank() -> CountingBank:
 @pytest.fixture
 def endpoint(bank: CountingBank, tmp_path: Path) -> Iterator[str]:
     listener = listen(f"unix:{tmp_path}/host.sock")
-    loop = HostLoop(shelf_of({5: bank}), listener)
+    loop = HostLoop(bank_table_of({5: bank}), listener)
     thread = threading.Thread(target=loop.run)
     thread.start()
     yield listener.endpoints[0]
@@ -135,7 +135,7 @@ def banks(tmp_path: Path) -> Iterator[tuple[dict[int, CountingBank], str]]:
     """Of layers 5 to 7, and where their host listens."""
     banks = {layer: CountingBank() for layer in (5, 6, 7)}
     listener = listen(f"unix:{tmp_path}/three.sock")
-    loop = HostLoop(shelf_of(dict(banks)), listener)
+    loop = HostLoop(bank_table_of(dict(banks)), listener)
     thread = threading.Thread(target=loop.run)
     thread.start()
     yield banks, listener.endpoints[0]

@@ -13,10 +13,10 @@ import torch
 from moeserve.errors import Cancelled, DeadlineExceeded, InvalidRequest, MoEServeError
 from moeserve.experts import ExpertBank
 from moeserve.host import HostLoop, Relay
-from moeserve.stats import HostInfo
+from moeserve.observe.stats import HostInfo
 from moeserve.transport import Channel, Destination, KeyPair, Listener, Partial, PassOn, PeerLost, Work, WorkShape, connect, listen
-from tests.closeness import assert_close
-from tests.stacked import Stacked, shelf_of
+from tests.support.closeness import assert_close
+from tests.support.stacked import Stacked, bank_table_of
 
 HIDDEN, ROWS = 8, 3
 
@@ -46,7 +46,7 @@ class Hosts:
         self.infos = [HostInfo(f"host-{n}", listener.endpoints, "", "node", 0, "cpu", "", 1, 0) for n, listener in enumerate(listeners)]
         self.third: Listener = listeners[2]
         self.relays = [Relay(number, KeyPair.generate()) for number in range(2)]
-        self.shelves = [shelf_of({0: bank(number)}) for number in range(2)]
+        self.shelves = [bank_table_of({0: bank(number)}) for number in range(2)]
         self._loops = [HostLoop(self.shelves[n], listeners[n], self.relays[n]) for n in range(2)]
         self._threads = [threading.Thread(target=loop.run) for loop in self._loops]
         for thread in self._threads:
@@ -185,7 +185,7 @@ async def test_what_goes_wrong_here_or_there_is_said_once_everybody_has_let_go(h
 
 async def test_a_host_without_a_relay_passes_nothing_on(tmp_path: Path) -> None:
     listener = listen(f"unix:{tmp_path}/alone.sock")
-    loop = HostLoop(shelf_of({0: bank(0)}), listener)
+    loop = HostLoop(bank_table_of({0: bank(0)}), listener)
     thread = threading.Thread(target=loop.run)
     thread.start()
     channel = await connect(listener.endpoints[0])

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from moeserve import Client, InvalidRequest
-from moeserve.page import StatusPage
-from tests.harness import ServiceHarness
+from moeserve.observe.page import StatusPage
+from tests.support.harness import ServiceHarness
 
 NUM_EXPERTS, TOKENS = 8, 1234
 LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": NUM_EXPERTS}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moeserve.summary import balancedness, demand
+from moeserve.observe.summary import balancedness, demand
 from tests.page.conftest import NUM_EXPERTS, TOKENS, Loaded
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -147,4 +147,4 @@ def test_the_package_ships_the_page() -> None:
     data = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["moeserve"]
     folder = Path(__file__).parents[2] / "moeserve"
     shipped = {path for pattern in data for path in folder.glob(pattern)}
-    assert {path for path in (folder / "page").iterdir() if path.suffix in (".html", ".css", ".js")} <= shipped
+    assert {path for path in (folder / "observe" / "page").iterdir() if path.suffix in (".html", ".css", ".js")} <= shipped

@@ -14,8 +14,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from moeserve import Client
-from moeserve.page import StatusPage
-from moeserve.summary import as_json
+from moeserve.observe.page import StatusPage
+from moeserve.observe.summary import as_json
 from tests.page.conftest import TOKENS, Loaded
 
 

@@ -16,9 +16,9 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.parser import text_string_to_metric_families
 
 from moeserve.config import GatingConfig, LayerSpec
-from moeserve.metrics import Metrics
-from moeserve.page import StatusPage
-from moeserve.page.exposition import expose
+from moeserve.observe.metrics import Metrics
+from moeserve.observe.page import StatusPage
+from moeserve.observe.page.exposition import expose
 
 NAMES = ("layers.0", 'a "quoted" \\ one', 'expert="",layer="', "two\nlines", "100 %d 0.0", "\u2028 \x85 \x0b Schicht für Experten", "{}")
 FORMATS = (

@@ -14,8 +14,8 @@ from urllib.request import urlopen
 import pytest
 from prometheus_client import CollectorRegistry
 
-from moeserve.page import StatusPage
-from moeserve.stats import Event, ServiceStats
+from moeserve.observe.page import StatusPage
+from moeserve.observe.stats import Event, ServiceStats
 
 PATIENCE_S = 20
 #: more than kernels keep for a connection
@@ -144,7 +144,7 @@ def test_connections_that_are_reset_are_no_news(page: StatusPage) -> None:
 
 def test_who_takes_too_long_to_ask_is_left(page: StatusPage, monkeypatch: pytest.MonkeyPatch) -> None:
     """However much is said meanwhile."""
-    monkeypatch.setattr("moeserve.page.http_server._REQUEST_TIMEOUT_S", 0.2, raising=False)
+    monkeypatch.setattr("moeserve.observe.page.http_server._REQUEST_TIMEOUT_S", 0.2, raising=False)
     silent, dripping = connect(page), connect(page, GET)
 
     def is_left() -> bool:
@@ -159,7 +159,7 @@ def test_who_takes_too_long_to_ask_is_left(page: StatusPage, monkeypatch: pytest
 
 
 def test_who_takes_too_long_to_read_is_left(page: StatusPage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moeserve.page.http_server._ANSWER_TIMEOUT_S", 0.2, raising=False)
+    monkeypatch.setattr("moeserve.observe.page.http_server._ANSWER_TIMEOUT_S", 0.2, raising=False)
     connection = connect(page, b"GET /stats.json HTTP/1.1\r\n\r\n")
     until(lambda: is_established(connection))
     until(lambda: not is_established(connection))

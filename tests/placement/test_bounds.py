@@ -25,10 +25,10 @@ def wishes(draw: st.DrawFn) -> tuple[list[int], PlacementConfig]:
     return experts, config
 
 
-@given(wish=wishes())
+@given(num_hosts=wishes())
 @settings(deadline=None)
-def test_all_numbers_between_the_bounds_can_be_planned_and_the_bounds_are_bounds(wish: tuple[list[int], PlacementConfig]) -> None:
-    experts, config = wish
+def test_all_numbers_between_the_bounds_can_be_planned_and_the_bounds_are_bounds(num_hosts: tuple[list[int], PlacementConfig]) -> None:
+    experts, config = num_hosts
     specs = [spec_of(number) for number in experts]
     fewest, most = fewest_hosts(specs, config), most_hosts(specs, config)
     for num_hosts in range(fewest, most + 1):

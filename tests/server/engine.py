@@ -6,10 +6,10 @@ import asyncio
 
 import torch
 
+from moeserve.api.output import ForwardOutput
+from moeserve.api.request import LayerRequest
 from moeserve.config import GatingConfig, LayerSpec
-from moeserve.output import ForwardOutput
-from moeserve.request import LayerRequest
-from moeserve.stats import HostStats, LayerStats, ServiceStats
+from moeserve.observe.stats import HostStats, LayerStats, ServiceStats
 
 HIDDEN, EXPERTS = 16, 4
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from grpc_status import rpc_status
 
-from moeserve.tensors import WIRE_DTYPES, WIRE_NUMBERS, raw
+from moeserve.api.tensors import WIRE_DTYPES, WIRE_NUMBERS, raw
 from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1 import tensor_pb2
 

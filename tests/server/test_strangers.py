@@ -16,9 +16,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from moeserve.api.output import ForwardOutput
+from moeserve.api.request import LayerRequest
 from moeserve.errors import DeadlineExceeded
-from moeserve.output import ForwardOutput
-from moeserve.request import LayerRequest
 
 from .conftest import Running, run
 from .messages import request

@@ -13,10 +13,10 @@ from typing import Any
 from moeserve import load_config
 from moeserve.checkpoints import layer_sources
 from moeserve.client import AdminClient
-from moeserve.control.wish import first_wish
+from moeserve.control.desired import first_num_hosts
 from moeserve.errors import MoEServeError
 from moeserve.experts import ExpertShard
-from tests.harness import ServiceHarness
+from tests.support.harness import ServiceHarness
 
 LAYER = {"hidden_size": 8, "intermediate_size": 8, "num_experts": 4}
 MORE_BYTES = 2**30
@@ -25,7 +25,7 @@ LARGE = (10**7, 2**32 - 1, 2**63, 10**30)
 
 def planned(layer: Mapping[str, Any], placement: Mapping[str, Any]) -> None:
     config = load_config({"layers": [{**LAYER, **layer}], "placement": placement})
-    first_wish(config, layer_sources(config))
+    first_num_hosts(config, layer_sources(config))
 
 
 def stored(folder: Path, changes: Mapping[str, Any], tiny: Path) -> None:
@@ -33,7 +33,7 @@ def stored(folder: Path, changes: Mapping[str, Any], tiny: Path) -> None:
     (folder / "config.json").write_text(json.dumps(written | dict(changes)))
     config = load_config({"model": {"checkpoint": folder}, "placement": {"memory_per_host_bytes": 2**59}, "ray": {"address": "auto"}})
     sources = layer_sources(config)
-    first_wish(config, sources)
+    first_num_hosts(config, sources)
     sources[0].router()
     sources[0].experts([ExpertShard(0)])
 

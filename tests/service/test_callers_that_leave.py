@@ -14,10 +14,10 @@ import grpc
 import pytest
 import torch
 
+from moeserve.api.wire import WireRequest, encode_forward_request
 from moeserve.transport import give_back_pools
-from moeserve.wire import WireRequest, encode_forward_request
 from tests.frontend.test_relay_failure import Held
-from tests.harness import ServiceHarness
+from tests.support.harness import ServiceHarness
 
 HIDDEN = 64
 #: of a quarter of a megabyte; what it brings is seen when it stays

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moeserve import Client
-from tests.harness import CHANNELS, ServiceHarness
+from tests.support.harness import CHANNELS, ServiceHarness
 
 ROUNDS = 5
 

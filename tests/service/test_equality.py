@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from moeserve import Client, MoELayer
-from tests.closeness import assert_close, near
-from tests.harness import CHANNELS, ServiceHarness
+from tests.support.closeness import assert_close, near
+from tests.support.harness import CHANNELS, ServiceHarness
 
 TOKENS = (0, 1, 3, 64, 1000)
 

@@ -13,11 +13,11 @@ import torch
 
 from moeserve import Client, MoELayer
 from moeserve.errors import CheckpointChanged, ConfigError
-from tests.closeness import assert_close
-from tests.followers import ThreadedFrontend
 from tests.frontend.test_failure import gone, until
-from tests.harness import ServiceHarness
 from tests.service.test_swap import LAYER, configuration, folder, tokens
+from tests.support.closeness import assert_close
+from tests.support.followers import ThreadedFrontend
+from tests.support.harness import ServiceHarness
 
 
 def answer_of(path: Path) -> torch.Tensor:

@@ -16,13 +16,13 @@ from moeserve.client import TLS
 from moeserve.config import BatchingConfig
 from moeserve.errors import CheckpointError, ServiceUnreachable
 from moeserve.transport import ChannelClosed, FrontendKeys, KeyPair, connect
-from tests.closeness import assert_close
-from tests.followers import ThreadedFrontend
 from tests.frontend.test_failure import until
-from tests.harness import ServiceHarness, ThreadedHost
 from tests.server.certificates import Authority
 from tests.service.test_pipeline import Held
 from tests.service.test_scale import CONFIG, LAYERS, Load, tokens
+from tests.support.closeness import assert_close
+from tests.support.followers import ThreadedFrontend
+from tests.support.harness import ServiceHarness, ThreadedHost
 
 HERE = "this-node"
 

@@ -8,11 +8,11 @@ import pytest
 
 from moeserve import Unauthenticated
 from moeserve.cli.token import rotating_token
-from tests.followers import ThreadedFrontend
 from tests.frontend.test_failure import until
-from tests.harness import ServiceHarness
 from tests.service.test_followers import epochs
 from tests.service.test_scale import CONFIG
+from tests.support.followers import ThreadedFrontend
+from tests.support.harness import ServiceHarness
 
 
 def test_it_comes_back_with_the_token_that_is_valid_by_then(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from moeserve import Client, DeadlineExceeded, ExpertUnavailable
-from tests.followers import ThreadedFrontend
-from tests.harness import ServiceHarness
+from tests.support.followers import ThreadedFrontend
+from tests.support.harness import ServiceHarness
 
 LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 4, "gating": {"top_k": 1}}
 WHY = "host-1 died 3 times while it loaded its experts."
@@ -65,13 +65,13 @@ def test_whoever_needs_it_is_told_why_at_once_and_everybody_else_is_answered(tmp
                 assert "experts of layer layers.0 on host-1 cannot be had: " + WHY in refused(client, 3)
                 assert ask(client, 0) == [2, 0, 0, 0]
                 assert not client.ready()
-        assert WHY in service.controller.standing().shortage
+        assert WHY in service.controller.status().shortage
         service.failing.clear()
         service.hosts[1].start()
         for target in (service.target, frontend.target):
             with Client(target) as client:
                 assert ask(client, 3) == [0, 0, 0, 2]
-        assert service.controller.standing().shortage == ""
+        assert service.controller.status().shortage == ""
 
 
 def test_who_waits_already_is_told_too(tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from moeserve import Client
 from moeserve.cli.app import main
 from moeserve.cli.top_view import view
 from moeserve.client import AdminClient
-from moeserve.summary import as_json
-from tests.closeness import assert_close
+from moeserve.observe.summary import as_json
 from tests.frontend.test_failure import until
-from tests.harness import ServiceHarness
 from tests.service.test_pipeline import Held
 from tests.service.test_scale import CONFIG, tokens
+from tests.support.closeness import assert_close
+from tests.support.harness import ServiceHarness
 
 ADMIN = "of the administrator"
 
@@ -52,9 +52,9 @@ def test_a_drain_and_a_replacement(tmp_path: Path, capsys: pytest.CaptureFixture
         assert {name: int(line.split()[-1]) for name, line in rows(capsys.readouterr().out).items()} == counts
 
         with AdminClient(service.target, ADMIN) as admin:
-            standing = admin.status()
-        assert [(host.number, host.name) for host in standing.hosts] == [(0, "host-0"), (2, "host-2")]
-        assert {held.host for layer in standing.layers for held in layer.placement} == {0, 2}
+            status = admin.status()
+        assert [(host.number, host.name) for host in status.hosts] == [(0, "host-0"), (2, "host-2")]
+        assert {held.host for layer in status.layers for held in layer.placement} == {0, 2}
 
         held.leave.release()
         assert_close(waiting.result(timeout=30).hidden_states, client.forward(tokens(0), 0).hidden_states)

@@ -10,8 +10,8 @@ import torch
 
 from moeserve import Client, MoELayer
 from moeserve.config import GatingConfig
-from tests.closeness import assert_close
-from tests.harness import ServiceHarness
+from tests.support.closeness import assert_close
+from tests.support.harness import ServiceHarness
 
 HIDDEN, EXPERTS, TOP_K = 32, 8, 2
 SIZES = {"hidden_size": HIDDEN, "intermediate_size": 16, "num_experts": EXPERTS}

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from moeserve import AsyncClient, Client, ForwardOutput, MoELayer, NonFiniteOutput
-from moeserve.request import LayerRequest
-from moeserve.wire import WireRequest
-from tests.closeness import assert_close
-from tests.harness import CHANNELS, ServiceHarness
+from moeserve.api.request import LayerRequest
+from moeserve.api.wire import WireRequest
+from tests.support.closeness import assert_close
+from tests.support.harness import CHANNELS, ServiceHarness
 
 HIDDEN, EXPERTS = 16, 6
 SIZES: dict[str, Any] = {"hidden_size": HIDDEN, "intermediate_size": 8, "num_experts": EXPERTS}

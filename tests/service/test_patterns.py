@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from moeserve import MoELayer
+from moeserve.api.request import LayerRequest
 from moeserve.frontend import part
 from moeserve.frontend.patterns import PATTERNS
-from moeserve.request import LayerRequest
-from tests.closeness import assert_close
-from tests.harness import CHANNELS, ServiceHarness
+from tests.support.closeness import assert_close
+from tests.support.harness import CHANNELS, ServiceHarness
 from tests.test_kinds_of_experts import EXPERTS, HIDDEN, KINDS
 
 TOKENS = (0, 1, 7, 300)

@@ -11,9 +11,9 @@ import torch
 
 from moeserve import AsyncClient, InvalidRequest, MoELayer
 from moeserve.client import through_layers
-from tests.closeness import assert_close
-from tests.harness import CHANNELS, Kind, ServiceHarness
-from tests.held import Held
+from tests.support.closeness import assert_close
+from tests.support.harness import CHANNELS, Kind, ServiceHarness
+from tests.support.held import Held
 
 LAYERS = [{"hidden_size": 16, "intermediate_size": 24, "num_experts": 4, "seed": seed} for seed in range(4)]
 STAGES = {"layers": LAYERS, "placement": {"num_hosts": 4, "pipeline_stages": 2}}

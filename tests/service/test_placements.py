@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from moeserve import Client, MoELayer
-from tests.closeness import assert_close
-from tests.harness import ServiceHarness
+from tests.support.closeness import assert_close
+from tests.support.harness import ServiceHarness
 from tests.test_kinds_of_experts import EXPERTS, HIDDEN, KINDS, SUMMED
 
 PLACEMENTS: dict[str, dict[str, Any]] = {

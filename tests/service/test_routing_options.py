@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from moeserve import Client, ForwardOutput, GatingConfig, InvalidRequest, MoELayer, Routing, route
+from moeserve.api.request import LayerRequest
 from moeserve.cli.app import main
-from moeserve.request import LayerRequest
-from tests.closeness import assert_close, near
-from tests.harness import ServiceHarness
+from tests.support.closeness import assert_close, near
+from tests.support.harness import ServiceHarness
 
 H, E = 16, 8
 SIZES: dict[str, Any] = {"hidden_size": H, "intermediate_size": 8, "num_experts": E}

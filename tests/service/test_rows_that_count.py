@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moeserve import Client, ForwardOutput, MoELayer, connect_experts
+from moeserve.api.wire import WireRequest
 from moeserve.cli.app import main
 from moeserve.compat.deepspeed import MoE
-from moeserve.wire import WireRequest
-from tests.closeness import assert_close
-from tests.harness import ServiceHarness
+from tests.support.closeness import assert_close
+from tests.support.harness import ServiceHarness
 
 HIDDEN, EXPERTS, TOKENS = 16, 6, 10
 NAN = float("nan")

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from moeserve import Client, ConfigError, MoELayer
-from tests.closeness import assert_close
 from tests.frontend.test_failure import gone, until
-from tests.harness import CHANNELS, Kind, ServiceHarness
 from tests.service.test_pipeline import Held
+from tests.support.closeness import assert_close
+from tests.support.harness import CHANNELS, Kind, ServiceHarness
 
 LAYERS = [{"hidden_size": 16, "intermediate_size": 24, "num_experts": 8, "seed": seed, "gating": {"top_k": 3}} for seed in range(2)]
 CONFIG = {"layers": LAYERS, "placement": {"num_hosts": 2}}

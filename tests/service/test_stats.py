@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from moeserve import Client, InvalidRequest
-from moeserve.stats import ServiceStats
-from moeserve.summary import as_json, forwards
-from tests.harness import ServiceHarness
+from moeserve.observe.stats import ServiceStats
+from moeserve.observe.summary import as_json, forwards
+from tests.support.harness import ServiceHarness
 
 LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 4}
 CONFIG = {

@@ -16,11 +16,11 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from moeserve import Client, MoELayer
+from moeserve.api.wire import WireRequest, encode_forward_request
 from moeserve.v1 import admin_service_pb2, control_service_pb2
 from moeserve.v1 import moe_service_pb2 as pb
-from moeserve.wire import WireRequest, encode_forward_request
-from tests.closeness import assert_close
-from tests.harness import ServiceHarness
+from tests.support.closeness import assert_close
+from tests.support.harness import ServiceHarness
 
 LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 4}
 MAX_MESSAGE_BYTES = 2**20

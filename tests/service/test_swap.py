@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from moeserve import CheckpointError, Client, ConfigError, ForwardOutput, MoELayer, UnknownLayer
 from moeserve.checkpoints.huggingface import HuggingFaceLayer
 from moeserve.gating import Router
-from tests.checkpoints_on_disk import CONFIG, MLP, layer_tensors, write_folder
-from tests.closeness import assert_close
-from tests.followers import ThreadedFrontend
-from tests.harness import CHANNELS, Kind, ServiceHarness
+from tests.support.checkpoints_on_disk import CONFIG, MLP, layer_tensors, write_folder
+from tests.support.closeness import assert_close
+from tests.support.followers import ThreadedFrontend
+from tests.support.harness import CHANNELS, Kind, ServiceHarness
 
 LAYER = "model.layers.0.mlp"
 CONFIGURATION = {"model": {"dtype": "float32"}, "placement": {"num_hosts": 2}, "layers": [{"gating": {"top_k": 2}}]}

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from moeserve import Client, ConfigError, load_model
 from tests.checkpoints.saved import saved
 from tests.checkpoints.tiny_models import HIDDEN, SETTINGS, auto_class, new_model, tiny_model
-from tests.closeness import assert_close
-from tests.harness import ServiceHarness
+from tests.support.closeness import assert_close
+from tests.support.harness import ServiceHarness
 
 #: two layers, each with norms, attention or a recurrence, and experts over at most eight times the hidden size; then norm and head
 SUMMED = 2 * 8 * HIDDEN + 2 * HIDDEN
@@ -50,10 +50,10 @@ HOLDS = """
 import sys
 from pathlib import Path
 from moeserve import load_model
-resident = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-before = resident()
+actor = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+before = actor()
 model = load_model(sys.argv[1], sys.argv[2])
-print(resident() - before, sum(weight.nbytes for weight in model.parameters()))
+print(actor() - before, sum(weight.nbytes for weight in model.parameters()))
 """
 
 

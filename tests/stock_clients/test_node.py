@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moeserve.tensors import WIRE_NUMBERS, raw, view
+from moeserve.api.tensors import WIRE_NUMBERS, raw, view
 from moeserve.v1 import tensor_pb2
 
 from ..server.conftest import Running

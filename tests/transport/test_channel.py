@@ -10,7 +10,7 @@ import torch
 
 from moeserve.errors import Cancelled, DeadlineExceeded, InvalidRequest
 from moeserve.transport import ChannelClosed, Destination, PassOn, PeerLost, WorkShape
-from tests.closeness import assert_close
+from tests.support.closeness import assert_close
 
 from .rig import Rig, answer, random_message, send, until
 

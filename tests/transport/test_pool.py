@@ -12,7 +12,7 @@ import torch
 
 from moeserve.errors import InvalidRequest, Overloaded
 from moeserve.transport import Channel, Lease, Limits, WorkShape
-from tests.closeness import assert_close
+from tests.support.closeness import assert_close
 
 from .conftest import RigFactory
 from .rig import Message, Rig, answer, random_message, send, until

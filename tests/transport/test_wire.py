@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeserve import errors
-from moeserve.tensors import FLOAT_DTYPES
+from moeserve.api.tensors import FLOAT_DTYPES
 from moeserve.transport.wire import (
     MAX_SENTENCE_BYTES,
     Destination,

@@ -16,11 +16,11 @@ from zlib import crc32
 import pytest
 import torch
 
+from moeserve.api.output import ForwardOutput
+from moeserve.api.tensors import WIRE_DTYPES, WIRE_NUMBERS, raw
+from moeserve.api.wire import WireRequest, decode_forward_request, encode_forward_request, encode_forward_response
 from moeserve.errors import NonFiniteOutput
-from moeserve.output import ForwardOutput
-from moeserve.tensors import WIRE_DTYPES, WIRE_NUMBERS, raw
 from moeserve.v1 import moe_service_pb2 as pb
-from moeserve.wire import WireRequest, decode_forward_request, encode_forward_request, encode_forward_response
 
 from . import read_by_protobuf
 

@@ -12,11 +12,11 @@ from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeserve.output import ForwardOutput
-from moeserve.tensors import WIRE_DTYPES, raw
+from moeserve.api.output import ForwardOutput
+from moeserve.api.tensors import WIRE_DTYPES, raw
+from moeserve.api.wire import decode_forward_request, decode_forward_response
 from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1 import tensor_pb2
-from moeserve.wire import decode_forward_request, decode_forward_response
 
 from .test_wire import OVERRIDES, REQUEST_TENSORS, RESPONSE_TENSORS, nested, varint
 

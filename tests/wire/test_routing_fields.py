@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from moeserve.output import DROP_REASONS, Drop, ForwardOutput
-from moeserve.v1 import moe_service_pb2 as pb
-from moeserve.wire import (
+from moeserve.api.output import DROP_REASONS, Drop, ForwardOutput
+from moeserve.api.wire import (
     WireRequest,
     decode_forward_request,
     decode_forward_response,
     encode_forward_request,
     encode_forward_response,
 )
+from moeserve.v1 import moe_service_pb2 as pb
 
 from .test_wire import REQUEST_TENSORS, RESPONSE_TENSORS, ROUTING_TENSORS, some_output
 

@@ -11,18 +11,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeserve.errors import InvalidRequest, MoEServeError, Overloaded
-from moeserve.output import ForwardOutput
-from moeserve.tensors import WIRE_DTYPES, raw
-from moeserve.v1 import moe_service_pb2 as pb
-from moeserve.v1 import tensor_pb2
-from moeserve.wire import (
+from moeserve.api.output import ForwardOutput
+from moeserve.api.tensors import WIRE_DTYPES, raw
+from moeserve.api.wire import (
     WireRequest,
     decode_forward_request,
     decode_forward_response,
     encode_forward_request,
     encode_forward_response,
 )
+from moeserve.errors import InvalidRequest, MoEServeError, Overloaded
+from moeserve.v1 import moe_service_pb2 as pb
+from moeserve.v1 import tensor_pb2
 
 DTYPES = {name: number for number, name in WIRE_DTYPES.items()}
 REQUEST_TENSORS = ("hidden_states", "used_token", "topk_ids", "topk_weights", "token_ids")

@@ -1,0 +1,1 @@
+"""What crosses the door: requests, answers, tensors, and their bytes."""

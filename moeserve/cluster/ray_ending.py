@@ -1,0 +1,76 @@
+"""Ending hosts for good, whatever state they are in."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private import state
+from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from moeserve.cluster.folders import SocketFolder, remove_abandoned
+from moeserve.cluster.ray_expert_host import ExpertHost
+
+_STOP_TIMEOUT_S = 5.0
+_LOOK_S = 0.01
+
+
+async def end_hosts(actors: Sequence[ActorHandle[ExpertHost]], sockets: SocketFolder) -> None:
+    """Each finishes the pass that is running; one that does not answer is killed on its node, because it would not hear Ray either."""
+    stops: list[Any] = [actor.stop.remote() for actor in actors]
+    if stops:
+        stopped, _ = await asyncio.to_thread(ray.wait, stops, num_returns=len(stops), timeout=_STOP_TIMEOUT_S)
+        hanging = [actor for actor, stop in zip(actors, stops, strict=True) if stop not in stopped]
+        processes = await asyncio.to_thread(_processes_of, hanging)
+        for actor in actors:
+            ray.kill(actor)
+        await asyncio.to_thread(_end_processes, processes, sockets)
+
+
+async def kill_processes(actors: Sequence[ActorHandle[ExpertHost]], sockets: SocketFolder) -> None:
+    """End the processes of hosts that hang; Ray starts others in their place."""
+    await asyncio.to_thread(lambda: _end_processes(_processes_of(actors), sockets))
+
+
+def _processes_of(actors: Sequence[ActorHandle[ExpertHost]]) -> list[tuple[str, int]]:
+    """Node and process id of each that is on a node where something can still be started."""
+    usable = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - set(state.state.get_draining_nodes())
+    tables = [state.actors(actor._actor_id.hex()) for actor in actors]
+    return [(table["Address"]["NodeID"], table["Pid"]) for table in tables if table and table["Address"]["NodeID"] in usable]
+
+
+def _end_processes(processes: Sequence[tuple[str, int]], sockets: SocketFolder) -> None:
+    ends = [
+        _end_process.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(pid, sockets)
+        for node, pid in processes
+    ]
+    if ends:
+        ray.wait(ends, num_returns=len(ends), timeout=_STOP_TIMEOUT_S)
+
+
+@ray.remote(num_cpus=0)
+def _end_process(pid: int, sockets: SocketFolder) -> None:
+    command = Path(f"/proc/{pid}/cmdline")
+    with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+        if b"ExpertHost" in command.read_bytes():
+            os.kill(pid, signal.SIGKILL)
+            _await_end(command)
+    folder = sockets.path()
+    for left_behind in folder.glob(f"host-*-{pid}.sock"):
+        left_behind.unlink(missing_ok=True)
+    remove_abandoned(folder)
+
+
+def _await_end(command: Path) -> None:
+    """Until the process has let go of its files; then its command line is empty, or gone."""
+    deadline = time.monotonic() + _STOP_TIMEOUT_S
+    while command.read_bytes() and time.monotonic() < deadline:
+        time.sleep(_LOOK_S)

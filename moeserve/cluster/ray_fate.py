@@ -1,0 +1,128 @@
+"""What has become of a host's process, as far as Ray, the kernel and the end of its log can tell."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import ray
+from ray._private import state, worker
+from ray.core.generated.gcs_pb2 import ActorTableData, WorkerTableData  # type: ignore[attr-defined]
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from moeserve.checkpoints import MemoryGroup, host_bytes
+from moeserve.config import ServiceConfig
+from moeserve.control import Assignment
+from moeserve.errors import MoEServeError
+from moeserve.release import Release
+
+log = logging.getLogger(__name__)
+
+_ASK_TIMEOUT_S: Final = 5.0
+_LOG_LINES: Final = 3
+_MAX_CHARS: Final = 400
+#: behind these words Ray lists what it may have been
+_GUESSES: Final = "Some common causes"
+
+
+@dataclass(frozen=True)
+class Fate:
+    """How often Ray has started the process again; whether the actor is up, and its node lives; ids of its processes, the latest last."""
+
+    restarts: int
+    is_up: bool
+    is_node_live: bool
+    workers: Sequence[bytes] = ()
+
+
+def fate_of(actor_id: ray.ActorID | None, node: str) -> Fate:
+    """Blocks as long as Ray does. A place that is lost with its node never comes back."""
+    is_node_live = any(each["Alive"] and each["NodeID"] == node for each in ray.nodes())
+    found = None if actor_id is None else state.state._connect_and_get_accessor().get_actor_info(actor_id)
+    if found is None:
+        return Fate(0, False, is_node_live)
+    table = ActorTableData.FromString(found)
+    before = [one.worker_id for one in getattr(table, "previous_incarnations", ())]  # not every Ray says
+    workers = [one for one in (*before, table.address.worker_id) if one]
+    return Fate(table.num_restarts, table.state == ActorTableData.ALIVE, is_node_live, workers)
+
+
+class PostMortem:
+    """Why processes of hosts end. To be made before the first does, as what the kernel counts is counted from then on."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        self._config = config
+        self._kills_before = MemoryGroup().oom_kills
+
+    def findings(self, assignment: Assignment, release: Callable[[], Release], fate: Fate) -> str:
+        """Of the latest that has ended there, in a few sentences; `release` is what it was to hold. Blocks for seconds."""
+        said, worker_id = "", b""
+        for worker_id in reversed(fate.workers):
+            if said := _exit_detail(worker_id):
+                break
+        found = _found_on(assignment.node, worker_id.hex(), self._kills_before)
+        return " ".join(part for part in (self._burden(release(), assignment.number), said, *found) if part)
+
+    def _burden(self, release: Release, number: int) -> str:
+        with suppress(MoEServeError):  # the files may be gone
+            nbytes = host_bytes(release.sources(self._config), release.placement)[number]
+            return f"It was to hold {nbytes / 2**20:.1f} MiB of weights."
+        return ""
+
+
+def _exit_detail(worker_id: bytes) -> str:
+    """What Ray says of the end of a process; "" while it lives."""
+    found = state.state._connect_and_get_accessor().get_worker_info(ray.WorkerID(worker_id))
+    if found is None:
+        return ""
+    table = WorkerTableData.FromString(found)
+    detail = " ".join(table.exit_detail.partition(_GUESSES)[0].splitlines()[:2])
+    return "" if table.is_alive or not detail else f"Ray says: {_sentence(detail)}"
+
+
+def _found_on(node: str, worker_id: str, kills_before: int) -> list[str]:
+    """What `_found_here` finds on that node; nothing when it does not answer."""
+    if node == ray.get_runtime_context().get_node_id():
+        return _found_here(worker_id, kills_before)
+    asked: Any = _found_there.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(worker_id)
+    with suppress(RayError):
+        found: list[str] = ray.get(asked, timeout=_ASK_TIMEOUT_S)
+        return found
+    return []
+
+
+@ray.remote(num_cpus=0)
+def _found_there(worker_id: str) -> list[str]:
+    return _found_here(worker_id, 0)
+
+
+def _found_here(worker_id: str, kills_before: int) -> list[str]:
+    """What the kernel has counted, and the end of the process' log."""
+    group, found = MemoryGroup(), []
+    kills, limit_bytes = group.oom_kills - kills_before, group.limit_bytes
+    if kills > 0:
+        limit = "" if limit_bytes is None else f", which may use {limit_bytes / 2**20:.0f} MiB,"
+        found.append(f"The kernel has killed {kills} processes of its memory control group{limit} for want of memory.")
+    if lines := _log_end(worker_id):
+        found.append(f"Its log ends: {_sentence(lines)}")
+    return found
+
+
+def _log_end(worker_id: str) -> str:
+    node = worker._global_node
+    if node is None or not worker_id:
+        return ""
+    for path in Path(node.get_logs_dir_path()).glob(f"worker-{worker_id}-*.err"):
+        lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
+        return " / ".join([line for line in lines if line and not line.startswith(":")][-_LOG_LINES:])
+    return ""
+
+
+def _sentence(text: str) -> str:
+    text = text.strip().rstrip(".")
+    return f"{text if len(text) <= _MAX_CHARS else text[:_MAX_CHARS] + '…'}."

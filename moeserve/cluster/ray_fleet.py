@@ -1,0 +1,300 @@
+"""A release's hosts as Ray actors on the nodes they are given: started side by side, found again after a restart, stopped together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup
+
+from moeserve.cluster.folders import SocketFolder, remove_abandoned
+from moeserve.cluster.ray_ending import end_hosts, kill_processes
+from moeserve.cluster.ray_expert_host import HostOrder
+from moeserve.cluster.ray_fate import PostMortem
+from moeserve.cluster.ray_host_actor import MAX_DEATHS, Call, HostActor
+from moeserve.cluster.ray_reservation import await_forgotten, await_granted, find_hosts, find_reservations, give_back, reserve
+from moeserve.config import ServiceConfig
+from moeserve.control import Assignment
+from moeserve.errors import ConfigError, ExpertUnavailable, MoEServeError
+from moeserve.observe.stats import HostInfo, host_name
+from moeserve.release import Release
+
+log = logging.getLogger(__name__)
+
+OnReady = Callable[[HostInfo], None]
+
+_WATCH_S = 1.0
+_MEET_TIMEOUT_S = 5.0
+_HANG_S = 60.0  # a healthy host never stays silent this long
+_FORGET_TIMEOUT_S = 10.0  # hosts hear in the end what to forget; a busy one is not waited for
+
+
+class Fleet:
+    """All hosts, by number, and the releases they have: one, or two while the second is brought in.
+
+    `detached`: they outlive this process, and one that comes after it `adopt`s them by their names in its Ray namespace.
+    """
+
+    def __init__(self, config: ServiceConfig, *, detached: bool) -> None:
+        self._config = config
+        self._detached = detached
+        self._releases: list[Release] = []
+        self._members: dict[int, HostActor] = {}
+        self._directory: dict[int, HostInfo] = {}
+        self._late: frozenset[int] = frozenset()
+        self._on_change: Callable[[Mapping[int, HostInfo]], None] = lambda _: None
+        #: None until it is known: then hosts go on with those they know
+        self._frontends: frozenset[str] | None = None
+        self._folder: SocketFolder | None = None
+        self._over_tcp = True
+        #: hosts that Ray has given up, until they are removed: their node is gone
+        self.given_up: set[int] = set()
+        self._post_mortem = PostMortem(config)
+        self._ray_lost: str | None = None
+
+    @property
+    def reservations(self) -> set[str]:
+        """Ids of the placement groups that its hosts stand in."""
+        return {member.group.id.hex() for member in self._members.values()}
+
+    @property
+    def present(self) -> dict[int, HostInfo]:
+        """What hosts have said of themselves that are up, as far as `watch` has seen."""
+        return {number: info for number, info in self._directory.items() if number not in self._late}
+
+    @property
+    def failing(self) -> dict[int, str]:
+        """Hosts that are not on their way back at present, and why; those whose node is gone are `given_up`."""
+        if self._ray_lost is not None:
+            return dict.fromkeys(self._members, self._ray_lost)
+        return {number: why for number, member in self._members.items() if (why := member.why_not) is not None}
+
+    def lose_ray(self, why: str) -> None:
+        """Nothing can be asked of Ray any more, and whoever has started it ends what is left."""
+        self._ray_lost = why
+
+    def start(self, service_id: str, *, over_tcp: bool = True, folder: Path | None = None) -> None:
+        """To be called first. `service_id` names the private folder for sockets that hosts make on every node, or within `folder`.
+
+        `over_tcp`: frontends and hosts on other nodes, or outside Ray, reach hosts, too, with keys (`admit`).
+        """
+        self._folder, self._over_tcp = SocketFolder(service_id, self._config.ray.temp_dir, folder), over_tcp
+
+    @property
+    def _sockets(self) -> SocketFolder:
+        assert self._folder is not None, "the fleet was started"
+        return self._folder
+
+    async def take(self, release: Release, assignments: Sequence[Assignment], on_ready: OnReady = lambda _: None) -> None:
+        """Every host of `release` loads what is new in it, started first if need be; `on_ready` is told of each that was started.
+
+        One that dies meanwhile comes back with it. Raises ConfigError when there is no room on a node any more, what a host raised,
+        or ExpertUnavailable when one dies again and again or Ray gives it up.
+        """
+        self._releases = [*self._releases, release]
+        for member in self._members.values():
+            member.wake()
+        new = [each for each in assignments if each.number not in self._members]
+        await self._add(new)
+        await _all(self._come_up(each.number, on_ready) for each in new)
+        await _all(self._tell(number, lambda actor: actor.take.remote(release)) for number in release.placement.hosts)
+
+    async def adopt(self, release: Release, assignments: Sequence[Assignment]) -> None:
+        """Make the detached hosts of an earlier process one's own: those of `assignments` shall serve `release`, all others end.
+
+        What is missing is started, unless its node is gone: then it is `given_up`. Does not wait long for hosts that are not ready.
+        """
+        self._releases = [release]
+        groups, living = await asyncio.to_thread(find_reservations), await asyncio.to_thread(find_hosts)
+        nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        whole = living & groups.keys() & {each.number for each in assignments}
+        await end_hosts([ray.get_actor(host_name(number)) for number in living - whole], self._sockets)
+        for number in groups.keys() - whole:
+            give_back(groups[number])
+        self._members = {each.number: self._member(each, groups[each.number]) for each in assignments if each.number in whole}
+        for member in self._members.values():
+            await member.adopt()
+        await await_forgotten((living | groups.keys()) - whole, _FORGET_TIMEOUT_S)
+        missing = [each for each in assignments if each.number not in self._members]
+        self.given_up = {each.number for each in missing if each.node not in nodes}
+        await self._add([each for each in missing if each.node in nodes])
+        await self._have_forget(lambda actor: actor.start_program.remote(release))
+
+    def admit(self, public_keys: Collection[str]) -> asyncio.Future[None]:
+        """Frontends that show these keys may talk to hosts over TCP, and no others; done when hosts have been told."""
+        self._frontends = frozenset(public_keys)
+        return asyncio.ensure_future(self._meet())
+
+    async def find(self, number: int) -> HostInfo:
+        """The present incarnation of a host, once it is ready; while Ray restarts it, waits.
+
+        Raises ExpertUnavailable when Ray has given the host up or it dies again and again, or what the host raised.
+        """
+        if self._ray_lost is not None:
+            raise ExpertUnavailable(self._ray_lost)
+        if number not in self._members:
+            raise ExpertUnavailable(f"{host_name(number)} {'is gone for good' if number in self.given_up else 'has left'}")
+        member = self._members[number]
+        try:
+            info = await member.find(lambda: (self._releases, self._frontends or ()))
+        except ExpertUnavailable:
+            if member.is_lost and self._members.get(number) is member:
+                self._give_up(number)
+            raise
+        if self._members.get(number) is member:
+            await self._introduce(number, info)
+        return info
+
+    async def watch(self, on_change: Callable[[Mapping[int, HostInfo]], None]) -> None:
+        """For ever: looks about once a second where each host is, and tells at once when that, or which there are, has changed."""
+        looking: dict[int, asyncio.Task[None]] = {}
+        self._on_change = on_change
+        self._announce()
+        try:
+            while True:
+                looking |= {number: asyncio.create_task(self._look(number)) for number in self._members if number not in looking}
+                if looking:
+                    await asyncio.wait(looking.values(), timeout=_WATCH_S)
+                looking = {number: task for number, task in looking.items() if not task.done()}
+                self._late = frozenset(looking)
+                await asyncio.sleep(_WATCH_S)
+        finally:
+            for task in looking.values():
+                task.cancel()
+
+    async def withdraw(self, epoch: int) -> None:
+        """Hosts forget the release of `epoch`, which will not be, and all after it."""
+        self._releases = [release for release in self._releases if release.epoch < epoch]
+        await self._have_forget(lambda actor: actor.withdraw.remote(epoch))
+
+    async def retire(self, epoch: int) -> None:
+        """Hosts forget what was before the release of `epoch`."""
+        self._releases = [release for release in self._releases if release.epoch >= epoch]
+        await self._have_forget(lambda actor: actor.retire.remote(epoch))
+
+    async def remove(self, numbers: Sequence[int]) -> None:
+        """Stop these hosts for good and give their places back; the others stop talking to them."""
+        leaving = [self._members.pop(number) for number in numbers if number in self._members]
+        self.given_up.difference_update(numbers)
+        for number in numbers:
+            self._directory.pop(number, None)
+        self._announce()
+        await self._end(leaving)
+        if leaving:
+            await self._meet()
+
+    async def stop(self) -> None:
+        """Stop the hosts, whatever state they are in; nothing of theirs is left on this node, nor on others where they could be asked."""
+        leaving = list(self._members.values())
+        self._members.clear()
+        self._directory.clear()
+        if self._folder is not None:
+            if self._ray_lost is None:
+                await self._end(leaving)
+            await asyncio.to_thread(remove_abandoned, self._folder.path())
+
+    async def _add(self, assignments: Sequence[Assignment]) -> None:
+        """Ask Ray for these hosts, beside those there are. Raises ConfigError when there is no room for one on its node; then for none."""
+        placing = self._config.placement
+        groups = [reserve(each, placing, detached=self._detached) for each in assignments]
+        late = [each for each, is_granted in zip(assignments, await await_granted(groups), strict=True) if not is_granted]
+        if late:
+            for group in groups:
+                give_back(group)
+            where = ", ".join(f"{host_name(each.number)} on {each.node}" for each in late)
+            raise ConfigError(f"there is no room any more for {where}: something else has taken it, or the node is gone")
+        for each, group in zip(assignments, groups, strict=True):
+            self._members[each.number] = self._member(each, group)
+            self._members[each.number].start()
+
+    def _member(self, assignment: Assignment, group: PlacementGroup) -> HostActor:
+        order = HostOrder(host_name(assignment.number), assignment.number, self._config, self._sockets, self._over_tcp)
+        findings = partial(self._post_mortem.findings, assignment, lambda: self._releases[-1])
+        return HostActor(order, assignment.node, group, findings, detached=self._detached)
+
+    async def _come_up(self, number: int, on_ready: OnReady) -> None:
+        on_ready(await self.find(number))
+
+    async def _tell(self, number: int, call: Call) -> None:
+        """`call` a host; one that has died knows when it is found again, because it then starts with the releases in force."""
+        for _ in range(MAX_DEATHS):
+            await self.find(number)
+            member = self._members[number]
+            if await member.is_told(call):
+                return
+        raise await member.died(MAX_DEATHS)
+
+    async def _have_forget(self, call: Call) -> None:
+        """`call` the hosts of the release in force, and wait for a while until they have heard."""
+        numbers = self._releases[-1].placement.hosts if self._releases else ()
+        calls = {asyncio.ensure_future(self._tell(number, call)): number for number in numbers}
+        if not calls:
+            return
+        done, late = await asyncio.wait(calls, timeout=_FORGET_TIMEOUT_S)
+        for future in done:
+            if (error := future.exception()) is not None:
+                log.warning("%s could not be told what to forget: %s", host_name(calls[future]), error)
+        for future in late:
+            log.warning("%s has not answered yet", host_name(calls[future]))
+            future.cancel()
+
+    async def _look(self, number: int) -> None:
+        member, before = self._members[number], self.failing.get(number)
+        try:
+            if not await member.answers(_HANG_S):
+                log.warning("%s has not answered for %g s: it is killed, and starts anew", host_name(number), _HANG_S)
+                await kill_processes(member.actors, self._sockets)
+            await self.find(number)
+        except MoEServeError as error:
+            if str(error) != before:
+                log.warning("%s", error)
+            await asyncio.sleep(_WATCH_S)
+
+    async def _introduce(self, number: int, info: HostInfo) -> None:
+        """Tells all hosts of all hosts, once all have been found, and again of every new incarnation."""
+        if self._directory.get(number) == info:
+            return
+        self._directory[number] = info
+        self._announce()
+        if len(self._directory) == len(self._members):
+            await self._meet()
+
+    def _announce(self) -> None:
+        self._on_change(dict(self._directory))
+
+    async def _meet(self) -> None:
+        directory, frontends = dict(self._directory), self._frontends
+        meetings = [asyncio.ensure_future(member.meet(directory, frontends)) for member in self._members.values()]
+        if meetings:
+            await asyncio.wait(meetings, timeout=_MEET_TIMEOUT_S)
+
+    def _give_up(self, number: int) -> None:
+        """Its place is free for another: nothing will come back there."""
+        lost = self._members.pop(number)
+        for actor in lost.actors:
+            ray.kill(actor)
+        give_back(lost.group)
+        self._directory.pop(number, None)
+        self._announce()
+        self.given_up.add(number)
+
+    async def _end(self, members: Sequence[HostActor]) -> None:
+        await end_hosts([actor for member in members for actor in member.actors], self._sockets)
+        for member in members:
+            give_back(member.group)
+
+
+async def _all(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Until all are done; the first error ends the others."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,234 @@
+"""One host of a fleet: its actor, and its place on a node."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from moeserve.cluster.ray_expert_host import ExpertHost, HostOrder
+from moeserve.cluster.ray_fate import Fate, fate_of
+from moeserve.errors import ExpertUnavailable, MoEServeError
+from moeserve.observe.stats import HostInfo
+from moeserve.release import Release
+
+log = logging.getLogger(__name__)
+
+_RETRY_S = 0.1
+_LOOK_S = 0.5
+#: how often a host may die while it loads, until it has been well for a while
+MAX_DEATHS = 3
+_WELL_S = 30.0
+#: Ray starts processes within seconds; on a machine that is very busy, in a minute
+_START_TIMEOUT_S = 120.0
+#: doubled from one to the next
+_LEAST_REST_S, _MOST_REST_S = 5.0, 60.0
+
+Call = Callable[[ActorHandle[ExpertHost]], Awaitable[None]]
+#: the releases in force, and the public keys of frontends, if they are known
+InForce = Callable[[], tuple[Sequence[Release], Collection[str]]]
+#: why the latest process of this host has ended; may block for seconds
+Findings = Callable[[Fate], str]
+
+
+class HostActor:
+    """Ray starts its process again whenever it dies, on the same place, until the place is given back or its node is gone.
+
+    One that dies again and again before it is ready, or that refuses to load what it shall, rests between tries, longer each time.
+    """
+
+    def __init__(self, order: HostOrder, node: str, group: PlacementGroup, findings: Findings, *, detached: bool) -> None:
+        self.name = order.name
+        self.node = node
+        self.group = group
+        #: Ray has given it up
+        self.is_lost = False
+        self._order, self._findings, self._detached = order, findings, detached
+        #: None between its end and the next try
+        self._actor: ActorHandle[ExpertHost] | None = None
+        #: while it loaded, since it was well; restarts of this actor that are none of these
+        self._deaths, self._restarts_before = 0, 0
+        #: why it rests, or did before the present try; until when, and how long, in seconds of the monotonic clock
+        self._error: MoEServeError | None = None
+        self._rests_until = self._pause_s = 0.0
+        #: since when the latest incarnation has been ready, and how often Ray had started it again by then
+        self._ready: tuple[float, int] | None = None
+
+    @property
+    def actors(self) -> list[ActorHandle[ExpertHost]]:
+        """The one, if there is one at present."""
+        return [] if self._actor is None else [self._actor]
+
+    @property
+    def why_not(self) -> str | None:
+        """Why it is not up, if nobody should wait for it."""
+        return None if self._error is None else str(self._error)
+
+    def start(self) -> None:
+        """A new one, on a place that has been granted."""
+        placing = self._order.config.placement
+        host = ExpertHost.options(  # type: ignore[attr-defined]
+            num_cpus=placing.cpus_per_host,
+            num_gpus=placing.gpus_per_host,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, 0),
+            max_restarts=-1,
+            max_task_retries=0,
+            **({"name": self.name, "lifetime": "detached"} if self._detached else {}),
+        )
+        self._actor = host.remote(self._order)
+        self._restarts_before, self._ready = 0, None
+
+    async def adopt(self) -> None:
+        """A detached one that lives."""
+        self._actor = ray.get_actor(self.name)
+        self._restarts_before = (await self._fate()).restarts
+
+    def wake(self) -> None:
+        """There is something new to load, which it may be able to where it was not before: it need not rest."""
+        self._rests_until = 0.0
+
+    async def find(self, in_force: InForce) -> HostInfo:
+        """The present incarnation, once it is ready with the releases in force by then.
+
+        Raises ExpertUnavailable when Ray has given it up or it has died too often, or what the host raised; while it rests, the same again.
+        """
+        self._require_no_rest()
+        if self._actor is None:
+            self._try_again()
+        asking = asyncio.ensure_future(self._ask(in_force))
+        try:
+            restarts, changed_at = -1, 0.0
+            while not (await asyncio.wait({asking}, timeout=_LOOK_S))[0]:
+                fate = await self._fate()
+                if fate.is_up or fate.restarts != restarts:
+                    restarts, changed_at = fate.restarts, time.monotonic()
+                await self._require_hope(fate, time.monotonic() - changed_at)
+            info = asking.result()
+        finally:
+            asking.cancel()
+        self._is_ready((await self._fate()).restarts)
+        return info
+
+    async def answers(self, timeout_s: float) -> bool:
+        """False when its process lives and says nothing, as one does that hangs; loading does not keep it from answering."""
+        if (actor := self._actor) is None:
+            return True
+        asking, deadline = asyncio.ensure_future(_heard(actor)), time.monotonic() + timeout_s
+        try:
+            while not (await asyncio.wait({asking}, timeout=_LOOK_S))[0]:
+                if self._actor is not actor or not (await self._fate()).is_up:
+                    return True  # it is on its way, or not: `find` sees to that
+                if time.monotonic() > deadline:
+                    return False
+        finally:
+            asking.cancel()
+        return True
+
+    async def is_told(self, call: Call) -> bool:
+        """`call` the actor; False when it has died meanwhile, or rests. Raises what the host raised."""
+        try:
+            for actor in self.actors:
+                await call(actor)
+                return True
+        except RayTaskError as error:
+            raise error.cause from None
+        except RayActorError as error:
+            log.info("%s was lost meanwhile: %s", self.name, str(error).splitlines()[0])
+        return False
+
+    async def meet(self, directory: Mapping[int, HostInfo], frontends: Collection[str] | None) -> None:
+        """One that is gone is introduced when it is found again; until then rows are sent to each host directly."""
+        await self.is_told(lambda actor: actor.meet.remote(directory, frontends))
+
+    async def died(self, deaths: int) -> ExpertUnavailable:
+        """What to say of that."""
+        fate = await self._fate()
+        return ExpertUnavailable(f"{self.name} died {deaths} times while it loaded its experts. {await self._found_of(fate)}".strip())
+
+    async def _ask(self, in_force: InForce) -> HostInfo:
+        while (actor := self._actor) is not None:
+            releases, frontends = in_force()
+            try:
+                info: HostInfo | None = await actor.present.remote()
+                return info or await actor.start.remote(releases, frontends)
+            except ActorUnavailableError:
+                await asyncio.sleep(_RETRY_S)
+            except RayActorError as error:
+                if actor is self._actor:
+                    raise self._lost(str(error).splitlines()[0]) from None
+            except RayTaskError as error:
+                if in_force()[0] == releases:  # it may be able to load what is in force by now
+                    raise self._begin_rest(self._refusal(error.cause)) from None
+        assert self._error is not None, "it is without an actor because of an error"
+        raise self._error
+
+    def _is_ready(self, restarts: int) -> None:
+        now, self._error = time.monotonic(), None
+        if self._ready is None or self._ready[1] != restarts:
+            self._deaths += max(0, restarts - self._restarts_before)
+            self._restarts_before, self._ready = restarts + 1, (now, restarts)  # its own death is not one while it loads
+        elif now - self._ready[0] > _WELL_S:
+            self._deaths, self._pause_s = 0, 0.0
+
+    async def _require_hope(self, fate: Fate, waited_s: float) -> None:
+        """Raises ExpertUnavailable when it will not come up soon."""
+        self._require_no_rest()  # somebody else has found out
+        if not fate.is_node_live:
+            raise self._lost(f"its node {self.node} is gone")
+        new_deaths, actor = max(0, fate.restarts - self._restarts_before), self._actor
+        if not (new_deaths and self._deaths + new_deaths >= MAX_DEATHS) and waited_s < _START_TIMEOUT_S:
+            return
+        found = await self._found_of(fate)
+        if actor is self._actor and actor is not None:
+            self._deaths += new_deaths
+            what = f"died {self._deaths} times while it loaded its experts" if new_deaths else f"was not started by Ray in {waited_s:.0f} s"
+            self._actor = None
+            ray.kill(actor)
+            self._begin_rest(ExpertUnavailable(f"{self.name} {what}. {found}".strip()))
+        self._require_no_rest()
+
+    def _require_no_rest(self) -> None:
+        if self._error is not None and time.monotonic() < self._rests_until:
+            raise self._error
+
+    def _begin_rest(self, error: MoEServeError) -> MoEServeError:
+        self._pause_s = min(max(_LEAST_REST_S, 2 * self._pause_s), _MOST_REST_S)
+        self._error, self._rests_until = error, time.monotonic() + self._pause_s
+        return error
+
+    def _try_again(self) -> None:
+        try:
+            self.start()
+        except ValueError as error:  # Ray has not forgotten the one before, and its name is taken
+            raise self._begin_rest(ExpertUnavailable(f"{self.name} cannot be started: {error}")) from None
+
+    def _refusal(self, cause: Exception) -> MoEServeError:
+        if isinstance(cause, MoEServeError):
+            return cause
+        return ExpertUnavailable(f"{self.name} cannot load its experts: {type(cause).__name__}: {cause}")
+
+    def _lost(self, why: str) -> ExpertUnavailable:
+        self.is_lost = True
+        return ExpertUnavailable(f"{self.name} is gone for good: {why}")
+
+    async def _fate(self) -> Fate:
+        actor_id = None if self._actor is None else self._actor._actor_id
+        return await asyncio.to_thread(fate_of, actor_id, self.node)
+
+    async def _found_of(self, fate: Fate) -> str:
+        return await asyncio.to_thread(self._findings, fate)
+
+
+async def _heard(actor: ActorHandle[ExpertHost]) -> None:
+    """Until it says something, or is gone."""
+    try:
+        await actor.present.remote()
+    except RayActorError as error:
+        log.debug("a host is on its way: %s", error)

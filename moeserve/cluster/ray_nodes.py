@@ -1,0 +1,68 @@
+"""The nodes of the cluster as the service sees them: what each can hold, and whether it is about to go."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Collection, Mapping
+
+import ray
+from ray._private import state
+from ray.autoscaler.sdk import request_resources
+
+from moeserve.cluster.ray_fleet import Fleet
+from moeserve.control import Node, Wanted
+
+_RESOURCES = ("CPU", "GPU")
+
+
+class RayNodes:
+    """What hosts of `fleet` have reserved counts as free."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    async def list(self) -> list[Node]:
+        """All that live, by id. A node that Ray drains is leaving."""
+        own = self._fleet.reservations
+        return await asyncio.to_thread(_nodes, own)
+
+    def ask_for(self, wanted: Wanted, num_hosts: int) -> None:
+        """Have the cluster's autoscaler, if there is one, keep nodes for so many hosts, those that exist included; 0 = as it likes."""
+        bundle = {resource: amount for resource, amount in (("CPU", wanted.cpus), ("GPU", wanted.gpus)) if amount}
+        count = num_hosts if bundle else 0
+        selectors = [dict(wanted.labels)] * count if wanted.labels else None
+        request_resources(bundles=[bundle] * count, bundle_label_selectors=selectors)
+
+
+def _nodes(own: Collection[str]) -> list[Node]:
+    live = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeID"]))
+    available, total = state.available_resources_per_node(), state.total_resources_per_node()
+    draining = state.state.get_draining_nodes()
+    hostnames = Counter(node["NodeManagerHostname"] for node in live)
+    return [
+        Node(
+            id=node["NodeID"],
+            name=_name(node, hostnames),
+            total={resource: node["Resources"].get(resource, 0.0) for resource in _RESOURCES},
+            free={
+                resource: available.get(node["NodeID"], node["Resources"]).get(resource, 0.0)
+                + _reserved(total.get(node["NodeID"], {}), resource, own)
+                for resource in _RESOURCES
+            },
+            labels=node["Labels"],
+            is_leaving=node["NodeID"] in draining,
+        )
+        for node in live
+    ]
+
+
+def _reserved(total: Mapping[str, float], resource: str, own: Collection[str]) -> float:
+    """What own placement groups have of a node: Ray counts it as resources of other names, CPU_group_<id>."""
+    return sum(total.get(f"{resource}_group_{group}", 0.0) for group in own)
+
+
+def _name(node: Mapping[str, str], hostnames: Mapping[str, int]) -> str:
+    """The host name, which is the pod's in Kubernetes; with the beginning of the id where several nodes share one."""
+    hostname = node["NodeManagerHostname"]
+    return hostname if hostnames[hostname] == 1 else f"{hostname}/{node['NodeID'][:8]}"

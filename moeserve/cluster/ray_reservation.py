@@ -1,0 +1,93 @@
+"""A place for one host on one node, kept for it whatever happens to its process: a Ray placement group of one bundle.
+
+The service decides the node; Ray would put a host that comes back on any. When the node dies the place is lost with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Collection, Sequence
+
+import ray
+from ray._private import state
+from ray.util import get_placement_group, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup
+
+from moeserve.config import PlacementConfig
+from moeserve.control import Assignment
+from moeserve.observe.stats import host_name
+
+_HOST_NAME = re.compile(r"host-(\d+)")
+#: Ray grants what is free within milliseconds
+_GRANT_TIMEOUT_S = 5.0
+_RETRY_S = 0.1
+
+
+class _Expected(logging.Filter):
+    """Ray warns that removing a group kills its actor for good, which is what removing it is for."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Scheduling a restartable detached actor with a placement group")
+
+
+logging.getLogger("ray.actor").addFilter(_Expected())
+
+
+def host_number(name: str) -> int | None:
+    """None when it is no host's name."""
+    found = _HOST_NAME.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def reserve(assignment: Assignment, placement: PlacementConfig, *, detached: bool) -> PlacementGroup:
+    """Ask for what a host takes on the node of its assignment; `await_granted` tells whether it could be had."""
+    amounts = {"CPU": placement.cpus_per_host, "GPU": placement.gpus_per_host}
+    bundle = {resource: amount for resource, amount in amounts.items() if amount} or {"memory": 1}  # an empty one is refused; 1 byte
+    where = {"ray.io/node-id": assignment.node, **placement.node_labels}
+    name, lifetime = (host_name(assignment.number), "detached") if detached else ("", None)
+    group: PlacementGroup = placement_group([bundle], strategy="STRICT_PACK", bundle_label_selector=[where], name=name, lifetime=lifetime)
+    return group
+
+
+async def await_granted(groups: Sequence[PlacementGroup]) -> list[bool]:
+    """Which of these reservations could be had within a few seconds."""
+    waiting = [asyncio.wrap_future(group.ready().future()) for group in groups]
+    if waiting:
+        await asyncio.wait(waiting, timeout=_GRANT_TIMEOUT_S)
+    granted = [future.done() and future.exception() is None for future in waiting]
+    for future in waiting:
+        future.cancel()
+    return granted
+
+
+def give_back(group: PlacementGroup) -> None:
+    """Whatever is still there is killed."""
+    remove_placement_group(group)
+
+
+def find_reservations() -> dict[int, PlacementGroup]:
+    """Those of detached hosts in this process' Ray namespace, by number of the host."""
+    namespace = ray.get_runtime_context().namespace
+    names = {entry["name"] for entry in state.state.placement_group_table().values() if entry["state"] != "REMOVED"}
+    found = {}
+    for name in names:
+        number = host_number(name)
+        if number is not None and state.state.get_placement_group_by_name(name, namespace):
+            found[number] = get_placement_group(name)
+    return found
+
+
+def find_hosts() -> set[int]:
+    """Numbers of the detached hosts in this process' Ray namespace that live, or that Ray is about to restart."""
+    numbers = {host_number(name) for name in ray.util.list_named_actors()}
+    return {number for number in numbers if number is not None}
+
+
+async def await_forgotten(numbers: Collection[int], timeout_s: float) -> None:
+    """Until Ray has forgotten these hosts, so that their names are free."""
+    for _ in range(int(timeout_s / _RETRY_S)):
+        if (find_hosts() | find_reservations().keys()).isdisjoint(numbers):
+            return
+        await asyncio.sleep(_RETRY_S)

@@ -1,0 +1,182 @@
+"""Starting a local Ray that only this machine and this user can reach, or joining one that runs."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import secrets
+import socket
+import threading
+from datetime import datetime
+from pathlib import Path
+
+import ray
+from ray._private import ray_constants, worker
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+from ray.exceptions import AuthenticationError
+
+from moeserve.cluster.folders import Hold, hold_new, remove_all_abandoned
+from moeserve.cluster.ray_local import LocalRay, kept_handlers
+from moeserve.config import PlacementConfig, RayConfig
+from moeserve.errors import ConfigError, MoEServeError
+
+log = logging.getLogger(__name__)
+
+_OBJECT_STORE_BYTES = 80 * 2**20  # tensors do not travel through Ray; this is about the least it accepts
+_KNOCK_TIMEOUT_S = 5.0
+
+
+class RayRuntime:
+    """A Ray to put hosts on; `stop` ends what `start` began and leaves a joined cluster alone. Both may be called from any thread."""
+
+    def __init__(self, config: RayConfig, placement: PlacementConfig) -> None:
+        self._config = config
+        self._placement = placement
+        self._previous_environment: dict[str, str | None] = {}
+        self._may_cluster: bool = ray_constants.ENABLE_RAY_CLUSTER
+        self._changing = threading.Lock()
+        self._folder: Hold | None = None
+        self._local: LocalRay | None = None
+        self._has_joined = False
+
+    @property
+    def is_private(self) -> bool:
+        """It is a local one that this object started: nobody outside this machine takes part."""
+        return self._local is not None
+
+    @property
+    def folder(self) -> Path | None:
+        """Of a private Ray, from `start` to `stop`: its files and the sockets of hosts, where nobody else can look."""
+        return None if self._folder is None else self._folder.path
+
+    @property
+    def log_dir(self) -> Path:
+        """Where Ray's processes on this node write what they have to say (worker-*.err); of a private one, until `stop`."""
+        node = worker._global_node
+        assert node is not None, "a Ray that has started"
+        return Path(node.get_logs_dir_path())
+
+    @property
+    def node_id(self) -> str:
+        """The Ray node this process is on."""
+        node_id: str = ray.get_runtime_context().get_node_id()
+        return node_id
+
+    def start(self) -> None:
+        """Blocks for some seconds. Raises ConfigError when the address does not answer, MoEServeError when a local Ray does not start."""
+        try:
+            with self._changing:
+                self._start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """After a `start` that is under way. Idempotent."""
+        with self._changing:
+            self._stop()
+
+    def _start(self) -> None:
+        if ray.is_initialized():
+            log.info("using the Ray this process is connected to already")
+        elif self._config.address is not None:
+            self._join(self._config.address)
+        else:
+            self._start_local()
+
+    def _stop(self) -> None:
+        atexit.unregister(self.stop)
+        if self._has_joined:
+            ray.shutdown()
+            self._has_joined = False
+        if self._local is not None:
+            self._local.stop()
+            self._local = None
+            ray_constants.ENABLE_RAY_CLUSTER = self._may_cluster
+        for name, value in self._previous_environment.items():
+            _set(name, value)
+        self._previous_environment.clear()
+        if self._folder is not None:
+            self._folder.let_go()
+            self._folder = None
+
+    def _join(self, address: str) -> None:
+        self._setenv("RAY_USAGE_STATS_ENABLED", "0")
+        knock(address)
+        try:
+            with kept_handlers():
+                ray.init(address=address, namespace=self._config.namespace, log_to_driver=False, logging_level=logging.ERROR)
+        except AuthenticationError as error:
+            raise ConfigError(f"the Ray cluster at {address} asks for a token: {str(error).split('. ')[0]}") from None
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            raise ConfigError(f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}") from None
+        self._has_joined = True
+
+    def _start_local(self) -> None:
+        remove_all_abandoned(self._config.temp_dir)
+        self._folder = hold_new(f"ray/{_session_name()}/sockets/plasma_store", self._config.temp_dir)
+        atexit.register(self.stop)  # a program may end without
+        token_file = self._folder.path / "ray-token"
+        token_file.touch(mode=0o600)
+        token_file.write_text(secrets.token_hex(32))
+        # Ray binds its ports to 127.0.0.1 only when clusters are ruled out; otherwise whoever reaches them can run code here.
+        # It reads the variable when it is imported: children see the variable, this process needs the constant.
+        self._setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        self._setenv("RAY_AUTH_MODE", "token")
+        self._setenv("RAY_AUTH_TOKEN_PATH", str(token_file))
+        self._setenv("RAY_USAGE_STATS_ENABLED", "0")
+        self._setenv("RAY_LOG_TO_STDERR", "0")
+        # Workers that Ray starts ahead of time import these, so an actor is ready in 0.2 s instead of 2-3 s.
+        self._setenv("RAY_preload_python_modules", "torch,moeserve.host,moeserve.checkpoints")
+        # This process has cached the absence of a token when ray was imported.
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+        self._local = LocalRay(self._folder.path, self._init_local)
+        try:
+            self._local.start()
+        except Exception as error:  # Ray raises plain Exceptions, too
+            raise MoEServeError(f"a local Ray did not start: {' '.join(str(error).split())}") from error
+
+    def _init_local(self) -> None:
+        assert self._folder is not None
+        hosts = 0 if self._placement.num_hosts == "all" else self._placement.num_hosts
+        num_cpus = self._config.num_cpus or max(os.cpu_count() or 1, int(hosts * self._placement.cpus_per_host + 0.999))
+        ray.init(
+            address="local",  # or Ray would join one that somebody else runs on this machine
+            num_cpus=num_cpus,
+            num_gpus=self._config.num_gpus,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            _temp_dir=str(self._folder.path / "ray"),  # which Ray opens to everybody
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+
+    def _setenv(self, name: str, value: str) -> None:
+        self._previous_environment.setdefault(name, os.environ.get(name))
+        os.environ[name] = value
+
+
+def _session_name() -> str:
+    """As long as that which Ray makes of the time and this process."""
+    return f"session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{os.getpid()}"
+
+
+def knock(address: str) -> None:
+    """Raises ConfigError when nobody listens there; Ray itself tries for minutes and then ends the process."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto" and the like: Ray finds out at once
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConfigError(f"no Ray cluster answers at {address}: {error.strerror or error}") from None
+
+
+def _set(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value

@@ -1,0 +1,41 @@
+"""What there is, for people who ask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from moeserve.control.assignments import Assignment
+from moeserve.control.frontends import FrontendInfo
+from moeserve.control.state import State
+from moeserve.observe.stats import HostInfo, host_name
+from moeserve.observe.status import FrontendStatus, HostStatus, LayerStatus, ServiceStatus
+
+
+def status_of(
+    state: State,
+    is_changing: bool,
+    shortage: str,
+    layer_names: Sequence[str],
+    present: Mapping[int, HostInfo],
+    frontends: Sequence[FrontendInfo],
+) -> ServiceStatus:
+    """`present`: what hosts that are up have said of themselves."""
+    release = state.release
+    return ServiceStatus(
+        epoch=release.epoch,
+        wanted_hosts=str(state.num_hosts),
+        is_changing=is_changing,
+        shortage=shortage,
+        hosts=[_host(assignment, present.get(assignment.number)) for assignment in state.assignments],
+        frontends=[FrontendStatus(one.name, one.target, one.metrics_target, one.node, one.epoch, one.is_ready) for one in frontends],
+        layers=[
+            LayerStatus(name, release.revision(name), layer.tensor_parallel, release.held(number))
+            for number, (name, layer) in enumerate(zip(layer_names, release.placement.layers, strict=True))
+        ],
+    )
+
+
+def _host(assignment: Assignment, info: HostInfo | None) -> HostStatus:
+    if info is None:
+        return HostStatus(host_name(assignment.number), assignment.node, is_up=False, number=assignment.number)
+    return HostStatus(info.name, info.node, True, info.pid, info.device, info.cuda_visible_devices, info.weights_bytes, assignment.number)

@@ -1,0 +1,169 @@
+"""Hugging Face models whose experts live in a service (transformers >= 5).
+
+    from moeserve import connect_experts                      # registers the implementation "moeserve"
+    model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="moeserve")
+    connect_experts(model, "127.0.0.1:50051")
+
+The model keeps its router: every call sends tokens with the experts and weights chosen for them.
+
+T tokens, H hidden size, K choices per token; a model may also call with [B, S, H], B sequences of S tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moeserve.client.answers import LayerInfo
+from moeserve.client.client import Client
+from moeserve.errors import ConfigError, MoEServeError
+
+if TYPE_CHECKING:  # this module is imported while transformers is, which is too early for its models
+    from transformers import PreTrainedModel
+
+#: name of the experts implementation in transformers
+IMPLEMENTATION: Final = "moeserve"
+
+# Beside the modules, not on them: a copied or saved model must not drag a connection along.
+_connected: Final[WeakKeyDictionary[nn.Module, tuple[Client, int]]] = WeakKeyDictionary()
+
+
+def connect_experts(model: PreTrainedModel, target: str | Client) -> Client:
+    """Sends the tokens of every experts module of `model` to the layer of the service that holds these experts.
+
+    Modules and served layers are matched by name ("model.layers.1.mlp.experts" and "model.layers.1.mlp"); when no name
+    matches, by order. Returns the client, for the caller to close. Raises ConfigError when the model was loaded without
+    experts_implementation="moeserve", or the served layers are not its layers.
+    """
+    client = target if isinstance(target, Client) else Client(target)
+    modules = experts_of(model) if _is_remote(model) else {}
+    if not modules:
+        raise ConfigError('the model has no remote experts: load it with from_pretrained(..., experts_implementation="moeserve")')
+    try:
+        pairs = _match(list(modules), client.layers())
+        for name, layer in pairs.items():
+            _check_sizes(name, modules[name], layer)
+    except MoEServeError:
+        if client is not target:
+            client.close()
+        raise
+    _connected.update({modules[name]: (client, layer.index) for name, layer in pairs.items()})
+    for module in modules.values():
+        if not _is_dispatched(module):
+            module.forward = partial(_CALLS[_arguments(module)], module)
+    return client
+
+
+def experts_of(model: nn.Module) -> dict[str, Any]:
+    """The modules that hold the experts of an MoE layer each, by name: those that let transformers choose how they are computed, and
+    those of older models that are called in a way we know."""
+    modules = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] == "experts"}
+    return {name: module for name, module in modules.items() if _is_dispatched(module) or _arguments(module) in _CALLS}
+
+
+def remote_experts(experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+    """What is called instead of the module's own forward: [T, H] or [B, S, H], [.., K], [.., K] -> like hidden_states."""
+    if experts not in _connected:
+        raise ConfigError("the experts of this model are not connected to a service: call moeserve.connect_experts(model, target) first")
+    client, layer = _connected[experts]
+    output: torch.Tensor = _Remote.apply(hidden_states, top_k_index, top_k_weights, client, layer)  # type: ignore[no-untyped-call]
+    return output
+
+
+def _remote_rows(experts: Any, routed_in: torch.Tensor) -> torch.Tensor:
+    """As Llama 4 calls its experts: [E * T, H], every token for every expert, weighed, zero for those not chosen -> [E * T, H]."""
+    by_expert = routed_in.view(experts.num_experts, -1, routed_in.shape[-1])
+    expert, token = by_expert.any(dim=-1).nonzero(as_tuple=True)
+    rows = by_expert[expert, token]
+    answer = torch.zeros_like(by_expert)
+    answer[expert, token] = remote_experts(experts, rows, expert[:, None], torch.ones(len(rows), 1))
+    return answer.view(routed_in.shape)
+
+
+#: arguments of an experts module's forward -> what to call instead
+_CALLS: Final[Mapping[tuple[str, ...], Callable[..., torch.Tensor]]] = {
+    ("hidden_states", "top_k_index", "top_k_weights"): remote_experts,
+    ("hidden_states",): _remote_rows,
+}
+
+
+class _Remote(torch.autograd.Function):
+    """Gradients that silently went missing would be worse than none: asking for them is an error."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, client: Client, layer: int
+    ) -> torch.Tensor:
+        choices = ids.shape[-1]
+        output = client.forward(
+            hidden_states.reshape(-1, hidden_states.shape[-1]),
+            layer=layer,
+            topk_ids=ids.reshape(-1, choices),
+            topk_weights=weights.reshape(-1, choices),
+        )
+        return output.hidden_states.view(hidden_states.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise MoEServeError("remote experts are for inference: no gradient flows through them")
+
+
+def _is_remote(model: PreTrainedModel) -> bool:
+    configs = {id(config): config for config in (model.config, model.config.get_text_config())}
+    return any(getattr(config, "_experts_implementation", None) == IMPLEMENTATION for config in configs.values())
+
+
+def _is_dispatched(experts: nn.Module) -> bool:
+    """Whether transformers calls for them what their model was told to, instead of their own forward."""
+    return hasattr(experts, "has_gate")
+
+
+def _arguments(experts: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(type(experts).forward).parameters)[1:]
+
+
+def _match(names: list[str], layers: list[LayerInfo]) -> dict[str, LayerInfo]:
+    by_name = {name: layer for name in names for layer in layers if _same_place(name, layer.name)}
+    if len(by_name) == len(names):
+        return by_name
+    if not by_name and len(names) == len(layers):
+        return dict(zip(names, layers, strict=True))
+    missing = [name for name in names if name not in by_name]
+    raise ConfigError(
+        f"the model has {len(names)} MoE layers and the service {len(layers)}; not served: {', '.join(missing[:4])}"
+        f"{' and more' if len(missing) > 4 else ''}; served: {', '.join(layer.name for layer in layers[:4])}"
+        f"{' and more' if len(layers) > 4 else ''}"
+    )
+
+
+def _same_place(module: str, layer: str) -> bool:
+    """Whether one path ends with the other: wrappers and bare models put different prefixes before the same place."""
+    here, there = f".{module.rpartition('.')[0]}", f".{layer}"
+    return here.endswith(there) or there.endswith(here)
+
+
+def _check_sizes(name: str, module: Any, layer: LayerInfo) -> None:
+    num_experts, hidden_size = _sizes(module)
+    if (num_experts, hidden_size) != (layer.num_experts, layer.hidden_size):
+        raise ConfigError(
+            f"{name} has {num_experts} experts of hidden size {hidden_size}, the served layer {layer.name} has "
+            f"{layer.num_experts} of {layer.hidden_size}"
+        )
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    """E, those without weights included, and H."""
+    if _is_dispatched(module):
+        return module.num_experts, module.down_proj.shape[-1 if module.is_transposed else -2]
+    hidden_size: int = module.hidden_size if hasattr(module, "hidden_size") else module.hidden_dim
+    return getattr(module, "total_experts", None) or module.num_experts, hidden_size
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, remote_experts)

@@ -1,0 +1,60 @@
+"""Loads Hugging Face models without their experts: what a service holds is neither read nor given memory here."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from moeserve.addresses import parse_target
+from moeserve.client.client import Client
+from moeserve.engines.hf import IMPLEMENTATION, connect_experts, experts_of
+from moeserve.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+def load_model(path: str | Path, target: str | Client, auto_class: Any = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
+    """The model of a checkpoint folder with its experts in the service at `target`: ready to generate, and without their weights.
+
+    auto_class: which head, as in transformers; options: as for its `from_pretrained` (dtype, …). The experts keep their shapes as
+    tensors without data, so the model cannot be saved or trained. Raises ConfigError when it has no experts, or the service not these.
+    """
+    if not isinstance(target, Client):
+        parse_target(target)  # what cannot be is said before weights are read
+    config = AutoConfig.from_pretrained(path)
+    try:
+        original = auto_class._model_mapping[type(config)]
+    except KeyError:
+        raise ConfigError(f"{path}: {auto_class.__name__} has no model for {config.model_type}") from None
+    model: PreTrainedModel = _without_experts(original).from_pretrained(path, experts_implementation=IMPLEMENTATION, **options)
+    model.__class__ = original
+    try:
+        connect_experts(model, target)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    log.info("%s: %d bytes of weights here, the experts at %s", path, sum(each.nbytes for each in model.parameters()), target)
+    return model
+
+
+def _without_experts(original: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The same model, whose experts lose their weights before the files are read: transformers makes models on the meta device first."""
+
+    def init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        original.__init__(self, *args, **kwargs)
+        for experts in experts_of(self).values():
+            for module in experts.modules():
+                _empty(module)
+
+    changes = {"__init__": init, "__module__": original.__module__, "_keys_to_ignore_on_load_unexpected": [r"\.experts\."]}
+    return type(original.__name__, (original,), changes)
+
+
+def _empty(module: torch.nn.Module) -> None:
+    """Weights become attributes that are no parameters and have shapes only: `connect_experts` compares them with the service."""
+    for name, weight in list(module.named_parameters(recurse=False)):
+        delattr(module, name)
+        setattr(module, name, torch.empty_like(weight, device="meta", requires_grad=False))

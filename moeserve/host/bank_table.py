@@ -1,0 +1,41 @@
+"""What a host holds of every layer, by epoch: while a new placement or new weights are brought in, the old ones are still served."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+from moeserve.experts import ExpertBank
+
+
+class BankTable:
+    """Banks by layer number and the epoch from which on they are valid. Written by one thread, read by another."""
+
+    def __init__(self) -> None:
+        self._layers: dict[int, tuple[tuple[int, ExpertBank | None], ...]] = {}
+
+    def put(self, layer: int, epoch: int, bank: ExpertBank | None) -> None:
+        """From `epoch` on this is the layer's bank; None = the host has nothing of it any more."""
+        earlier = [(since, held) for since, held in self._layers.get(layer, ()) if since < epoch]
+        self._layers[layer] = (*earlier, (epoch, bank))
+
+    def bank(self, layer: int, epoch: int) -> ExpertBank | None:
+        """The one valid at `epoch`; None when the host has, or had, nothing of the layer then."""
+        held = self._layers.get(layer, ())
+        index = bisect_right([since for since, _ in held], epoch)
+        return held[index - 1][1] if index else None
+
+    def withdraw(self, epoch: int) -> None:
+        """What was to be valid from `epoch` on will not be."""
+        for layer, held in self._layers.items():
+            self._layers[layer] = tuple((since, bank) for since, bank in held if since < epoch)
+
+    def retire(self, epoch: int) -> None:
+        """Nobody asks for what was valid before `epoch` any more."""
+        for layer, held in self._layers.items():
+            current = bisect_right([since for since, _ in held], epoch)
+            self._layers[layer] = held[max(0, current - 1) :]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the newest weights of every layer."""
+        return sum(held[-1][1].nbytes for held in self._layers.values() if held and held[-1][1] is not None)

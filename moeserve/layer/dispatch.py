@@ -1,0 +1,191 @@
+"""From routing to messages and back: one stable sort, then slices.
+
+T tokens, K choices per token, P kept (token, choice) pairs, R rows sent to one host, N pairs of one host, H hidden size, D hosts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from moeserve.config import CopyChoice
+from moeserve.placement import LayerPlacement, choose_copies
+
+Integers = npt.NDArray[np.integer]
+Floats = npt.NDArray[np.float32]
+Booleans = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class HostWork:
+    """What one host is asked to do for one batch.
+
+    rows      [R] int64, ascending: the tokens it receives, each once however many of their experts live there
+    row_index [N] int64: which of those rows a pair reads
+    slots     [N] int32, ascending: which of the host's experts a pair goes to; the last one may be the layer's shared expert
+    weights   [N] float32: the gate's weight of the pair
+    """
+
+    host: int
+    rows: torch.Tensor
+    row_index: torch.Tensor
+    slots: torch.Tensor
+    weights: torch.Tensor
+
+
+@dataclass(frozen=True)
+class HostLoads:
+    """The state of a layer's hosts when a batch is planned: is_live [D], load [D] rows sent and not yet answered; how copies are chosen."""
+
+    is_live: Booleans
+    load: Integers
+    copy_choice: CopyChoice = "least_outstanding"
+
+    @classmethod
+    def all_idle(cls, num_hosts: int) -> HostLoads:
+        return cls(np.ones(num_hosts, dtype=np.bool_), np.zeros(num_hosts, dtype=np.int64))
+
+
+class SharedWork(NamedTuple):
+    """What the shared expert has to do: weights [T] float32, and which tokens are used, [T] bool, None = all."""
+
+    weights: torch.Tensor
+    used_token: torch.Tensor | None
+
+
+class Dispatch(NamedTuple):
+    """works: busy hosts in the order of their numbers; alone [A] int64: used tokens that go to no host and need the shared expert."""
+
+    works: list[HostWork]
+    alone: torch.Tensor
+
+
+def plan(
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    kept: torch.Tensor,
+    placement: LayerPlacement,
+    hosts: HostLoads | None = None,
+    shared: SharedWork | None = None,
+) -> Dispatch:
+    """Split a routed batch by host.
+
+    topk_ids [T, K] int64, topk_weights [T, K] float32, kept [T, K] bool (false = dropped or not routed at all), all on the CPU. Experts
+    that do not live on hosts are left out. Pairs of one expert keep the order of their tokens.
+    """
+    # NumPy: a call costs a third of what torch's does, and there are some twenty of them, however few the tokens.
+    num_tokens, top_k = topk_ids.shape
+    experts = topk_ids.numpy().reshape(-1)
+    pairs = np.flatnonzero(kept.numpy().reshape(-1) & (experts < placement.num_experts))
+    tokens, units, weights = pairs // top_k, experts[pairs], topk_weights.numpy().reshape(-1)[pairs]
+    if placement.tensor_parallel > 1:
+        shards = np.tile(np.arange(placement.tensor_parallel), len(pairs))
+        tokens, units, weights = (np.repeat(each, placement.tensor_parallel) for each in (tokens, units, weights))
+        units = units * placement.tensor_parallel + shards
+    physical = choose_copies(units, placement, *_state(hosts, placement))
+    alone = np.empty(0, dtype=np.int64)
+    shared_host = None
+    if shared is not None:
+        used = np.ones(num_tokens, dtype=np.bool_) if shared.used_token is None else shared.used_token.numpy()
+        shared_host = _shared_hosts(tokens, placement.host_of_physical[physical], used, placement.num_hosts)
+        alone = np.flatnonzero(used & (shared_host < 0))
+    return Dispatch(_by_host(tokens, physical, weights, num_tokens, placement, shared_host, shared), torch.from_numpy(alone))
+
+
+def plan_again(lost: Sequence[HostWork], num_tokens: int, placement: LayerPlacement, hosts: HostLoads) -> list[HostWork]:
+    """The same pairs for other copies, as far as there are any that live; the rest stays where it was."""
+    tokens = np.concatenate([work.rows.numpy()[work.row_index.numpy()] for work in lost])
+    slots = np.concatenate([work.slots.numpy() for work in lost])
+    weights = np.concatenate([work.weights.numpy() for work in lost])
+    host = np.repeat([work.host for work in lost], [len(work.slots) for work in lost])
+    is_shared = slots == placement.shared_slot[host]
+    first = np.searchsorted(placement.host_of_physical, host)
+    units = placement.unit_of_physical[(first + slots)[~is_shared]]
+    order = tokens[~is_shared].argsort(kind="stable")
+    physical = choose_copies(units[order], placement, hosts.is_live, hosts.load, hosts.copy_choice)
+    routed = tokens[~is_shared][order]
+    shared = shared_host = None
+    if is_shared.any():
+        used, share = np.zeros(num_tokens, dtype=np.bool_), np.zeros(num_tokens, dtype=np.float32)
+        used[tokens[is_shared]], share[tokens[is_shared]] = True, weights[is_shared]
+        shared = SharedWork(torch.from_numpy(share), None)
+        shared_host = _shared_hosts(routed, placement.host_of_physical[physical], used, placement.num_hosts)
+    return _by_host(routed, physical, weights[~is_shared][order], num_tokens, placement, shared_host, shared)
+
+
+def _state(hosts: HostLoads | None, placement: LayerPlacement) -> tuple[Booleans, Integers, CopyChoice]:
+    hosts = hosts or HostLoads.all_idle(placement.num_hosts)
+    return hosts.is_live, hosts.load, hosts.copy_choice
+
+
+def _shared_hosts(tokens: Integers, host_of_pair: Integers, used: Booleans, num_hosts: int) -> Integers:
+    """[T]: for every used token one of the hosts that receive it anyway, in turn; -1 where there is none or the token is not used."""
+    receives = np.zeros((num_hosts, len(used)), dtype=np.bool_)
+    receives[host_of_pair, tokens] = True
+    number = receives.sum(axis=0)
+    turn = np.arange(len(used)) % np.maximum(number, 1)
+    chosen = (receives & (receives.cumsum(axis=0) == turn + 1)).argmax(axis=0)
+    return np.where(used & (number > 0), chosen, -1)
+
+
+def _by_host(
+    tokens: Integers,
+    physical: Integers,
+    weights: Floats,
+    num_tokens: int,
+    placement: LayerPlacement,
+    shared_host: Integers | None,
+    shared: SharedWork | None,
+) -> list[HostWork]:
+    # Physical experts are numbered host by host, so one stable sort groups pairs by host and, within it, by expert.
+    order = physical.argsort(kind="stable")
+    tokens, physical, weights = tokens[order], physical[order], weights[order]
+    slots = placement.slot_of_physical[physical]
+    ends = np.searchsorted(placement.host_of_physical[physical], np.arange(placement.num_hosts + 1)).tolist()
+    works = []
+    for host, (start, end) in enumerate(pairwise(ends)):
+        if start == end:
+            continue
+        own = tokens[start:end], slots[start:end], weights[start:end]
+        if shared is not None and shared_host is not None:
+            also = np.flatnonzero(shared_host == host)
+            slot = np.full(len(also), placement.shared_slot[host], dtype=np.int32)
+            more = also, slot, shared.weights.numpy()[also]
+            own = np.concatenate([own[0], more[0]]), np.concatenate([own[1], more[1]]), np.concatenate([own[2], more[2]])
+        works.append(_host_work(host, num_tokens, *own))
+    return works
+
+
+def _host_work(host: int, num_tokens: int, tokens: Integers, slots: Integers, weights: Floats) -> HostWork:
+    """The pairs of one host; each of their tokens becomes one row."""
+    sent = np.zeros(num_tokens, dtype=np.bool_)
+    sent[tokens] = True
+    row_index = (sent.cumsum() - 1)[tokens]
+    rows = np.flatnonzero(sent)
+    return HostWork(host, *map(torch.from_numpy, (rows, row_index, slots, weights)))
+
+
+def permute(hidden_states: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The given rows of [T, H], into `out` [R, H] of the same dtype if given; no copy when all rows are wanted and no `out` is."""
+    if out is None and len(rows) == len(hidden_states):
+        return hidden_states
+    return torch.index_select(hidden_states, 0, rows, out=out)
+
+
+def combine(answers: Sequence[tuple[torch.Tensor, torch.Tensor]], num_tokens: int, hidden_size: int) -> torch.Tensor:
+    """Add the hosts' partial rows in float32, in the order given, so the sum does not depend on who answered first.
+
+    answers: (rows [R] int64, partial [R, H] float32) per host. Returns [T, H] float32; zeros where nothing was computed.
+    """
+    if len(answers) == 1 and len(answers[0][0]) == num_tokens:
+        return answers[0][1].clone()
+    total = torch.zeros(num_tokens, hidden_size)
+    for rows, partial in answers:
+        total.index_add_(0, rows, partial)
+    return total

@@ -1,0 +1,1 @@
+"""What is shown to people: metrics, one record per thing, the page."""

@@ -1,0 +1,132 @@
+"""What is counted of every expert, and how much of that Prometheus is told.
+
+E experts of a layer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, Sample
+from prometheus_client.registry import Collector
+
+from moeserve.config import LayerSpec
+from moeserve.observe.summary import balancedness
+
+log = logging.getLogger(__name__)
+
+ExpertDetail = Literal["off", "top", "full"]
+
+#: above so many series of experts, only those of the busiest are told unless "full" is asked for
+MAX_DEFAULT_SERIES: Final = 10_000
+_SERIES_PER_EXPERT: Final = 3
+_TOP_EXPERTS: Final = 32
+
+
+@dataclass(frozen=True)
+class LayerSeries:
+    """Some experts of a layer, and the number of each; the series of expert e has the label `expert="e"` beside `labels`."""
+
+    labels: dict[str, str]
+    experts: Sequence[int]
+    numbers: Sequence[int]
+
+
+class ExpertFamily(Metric):
+    """A metric of experts, which may have tens of thousands of series: their samples are made only where somebody asks for them."""
+
+    def __init__(self, name: str, documentation: str, kind: Literal["counter", "gauge"], **labels: str) -> None:
+        super().__init__(name, documentation, kind)
+        self.series_name = f"{name}_total" if kind == "counter" else name
+        self.layers: list[LayerSeries] = []
+        self._labels = labels
+
+    def add(self, layer: str, experts: Sequence[int], numbers: torch.Tensor) -> None:
+        """numbers [E] int64: of all experts of the layer."""
+        every = numbers.tolist()
+        self.layers.append(LayerSeries({"layer": layer, **self._labels}, experts, [every[expert] for expert in experts]))
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [
+            Sample(self.series_name, {"expert": str(expert), **layer.labels}, number)
+            for layer in self.layers
+            for expert, number in zip(layer.experts, layer.numbers, strict=True)
+        ]
+
+    @samples.setter
+    def samples(self, _none: list[Sample]) -> None:
+        """Metric begins without any."""
+
+
+class ExpertCounts(Collector):
+    """Tokens of every layer and expert since the start: one vector addition per batch, turned into series when scraped.
+
+    `detail` says which experts have series of their own; None = all, or the busiest where all would be more than MAX_DEFAULT_SERIES.
+    """
+
+    def __init__(self, specs: Sequence[LayerSpec], detail: ExpertDetail | None) -> None:
+        self._names = [spec.name for spec in specs]
+        #: experts without weights live nowhere, so they have no copies
+        self._hosted = [spec.num_hosted_experts for spec in specs]
+        self._detail = detail or _default_detail(specs)
+        self.tokens = [0] * len(specs)
+        self.processed = [torch.zeros(spec.num_experts, dtype=torch.int64) for spec in specs]
+        self.dropped = [torch.zeros(spec.num_experts, dtype=torch.int64) for spec in specs]
+        #: [E] per layer: copies on a host that can be reached
+        self.live_copies = [torch.zeros(spec.num_experts, dtype=torch.int64) for spec in specs]
+
+    def add(self, layer: int, tokens: int, processed: torch.Tensor, dropped: torch.Tensor) -> None:
+        """`tokens` used tokens were answered; processed [E] and dropped [E] int64 (token, expert) pairs."""
+        self.tokens[layer] += tokens
+        self.processed[layer] += processed
+        self.dropped[layer] += dropped
+
+    def collect(self) -> Iterable[Metric]:
+        tokens = CounterMetricFamily("moeserve_tokens", "Used tokens answered", labels=["layer"])
+        processed = ExpertFamily("moeserve_expert_tokens", "Computed (token, expert) pairs", "counter")
+        dropped = ExpertFamily("moeserve_expert_dropped_tokens", "(token, expert) pairs not computed", "counter", reason="capacity")
+        copies = ExpertFamily("moeserve_expert_copies", "Copies of an expert", "gauge", state="live")
+        balance = GaugeMetricFamily("moeserve_expert_balancedness_ratio", "Mean / max of an expert's demand", labels=["layer"])
+        for layer, name in enumerate(self._names):
+            tokens.add_metric([name], self.tokens[layer])
+            demand = self.processed[layer] + self.dropped[layer]
+            shown = self._busiest(demand)
+            processed.add(name, shown, self.processed[layer])
+            dropped.add(name, shown, self.dropped[layer])
+            copies.add(name, self._shown_copies(layer, shown), self.live_copies[layer])
+            balance.add_metric([name], balancedness(demand))
+        return [tokens, processed, dropped, copies, balance]
+
+    def _busiest(self, demand: torch.Tensor) -> list[int]:
+        if self._detail == "full":
+            return list(range(len(demand)))
+        count = min(_TOP_EXPERTS, len(demand)) if self._detail == "top" else 0
+        return sorted(demand.topk(count).indices.tolist())
+
+    def _shown_copies(self, layer: int, shown: Sequence[int]) -> list[int]:
+        """With a limit, experts that cannot be had come first: an alert waits for them."""
+        hosted = self._hosted[layer]
+        of_shown = [expert for expert in shown if expert < hosted]
+        if self._detail != "top":
+            return of_shown
+        missing = (self.live_copies[layer][:hosted] == 0).nonzero().flatten().tolist()
+        return sorted(list(dict.fromkeys((*missing, *of_shown)))[:_TOP_EXPERTS])
+
+
+def _default_detail(specs: Sequence[LayerSpec]) -> ExpertDetail:
+    series = _SERIES_PER_EXPERT * sum(spec.num_experts for spec in specs)
+    if series <= MAX_DEFAULT_SERIES:
+        return "full"
+    log.warning(
+        "the metrics tell the %d busiest experts of each layer: series for all would be %d, more than %d "
+        '(observability.expert_detail: "full" = all, "top" = the busiest and no warning)',
+        _TOP_EXPERTS,
+        series,
+        MAX_DEFAULT_SERIES,
+    )
+    return "top"

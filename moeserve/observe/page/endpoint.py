@@ -1,0 +1,78 @@
+"""The metrics port: the page at /, its data at /stats.json, Prometheus' text at /metrics. GET and HEAD only, and no authentication:
+it tells what the metrics tell, beside the names of hosts and nodes and what is placed where.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any, Final
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import gzip_accepted
+
+from moeserve.observe.page.document import load_document
+from moeserve.observe.page.exposition import expose
+from moeserve.observe.page.http_request import Request
+from moeserve.observe.page.http_server import HttpAnswer, HttpServer
+from moeserve.observe.stats import ServiceStats
+from moeserve.observe.summary import as_json
+
+_HEADERS: Final = {
+    "Server": "moeserve",
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+#: of a host, what only callers with the token are told
+_PRIVATE: Final = ("device", "cuda_visible_devices", "weights_bytes")
+#: higher levels take ten times as long for a fifth less
+_GZIP_LEVEL: Final = 1
+
+
+class StatusPage:
+    """Listens from the moment it is made; `stats` is called from its thread. Raises OSError when it cannot listen."""
+
+    def __init__(self, host: str, port: int, registry: CollectorRegistry, stats: Callable[[], ServiceStats]) -> None:
+        self._registry = registry
+        self._stats = stats
+        self._document = load_document()
+        self._server = HttpServer(host, port, self._answer, _HEADERS)
+
+    @property
+    def port(self) -> int:
+        return self._server.port
+
+    def stop(self) -> None:
+        """Answers nothing from here on."""
+        self._server.stop()
+
+    def _answer(self, request: Request) -> HttpAnswer:
+        if request.method not in ("GET", "HEAD"):
+            return HttpAnswer(HTTPStatus.METHOD_NOT_ALLOWED, b"only GET and HEAD\n", headers={"Allow": "GET, HEAD"})
+        match request.path:
+            case "/":
+                policy = {"Content-Security-Policy": self._document.policy}
+                return HttpAnswer(HTTPStatus.OK, self._document.body, "text/html; charset=utf-8", policy)
+            case "/stats.json":
+                return HttpAnswer(HTTPStatus.OK, json.dumps(public_json(self._stats())).encode(), "application/json")
+            case "/metrics":
+                return self._scrape(request)
+        return HttpAnswer(HTTPStatus.NOT_FOUND, b"there are /, /metrics and /stats.json\n")
+
+    def _scrape(self, request: Request) -> HttpAnswer:
+        exposition = expose(self._registry, request.headers.get("accept", ""), request.query.get("name[]", ()))
+        if not gzip_accepted(request.headers.get("accept-encoding", "")):
+            return HttpAnswer(HTTPStatus.OK, exposition.body, exposition.content_type)
+        body = gzip.compress(exposition.body, _GZIP_LEVEL)
+        return HttpAnswer(HTTPStatus.OK, body, exposition.content_type, {"Content-Encoding": "gzip"})
+
+
+def public_json(stats: ServiceStats) -> dict[str, Any]:
+    """What may be told without a token."""
+    said = as_json(stats)
+    said["hosts"] = [{name: value for name, value in host.items() if name not in _PRIVATE} for host in said["hosts"]]
+    return said

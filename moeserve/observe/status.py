@@ -1,0 +1,63 @@
+"""What is deployed, and where: what `moeserve status` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moeserve.observe.stats import HostShards
+
+
+@dataclass(frozen=True)
+class HostStatus:
+    """One host; is_up = it has answered within the last seconds. `cuda_visible_devices` is empty where no GPU was granted.
+
+    `number` is what placements call it.
+    """
+
+    name: str
+    node: str
+    is_up: bool
+    pid: int = 0
+    device: str = ""
+    cuda_visible_devices: str = ""
+    weights_bytes: int = 0
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class FrontendStatus:
+    """One frontend; `epoch` is what new batches use there; is_ready = it takes requests, and every expert can be reached."""
+
+    name: str
+    target: str
+    metrics_target: str
+    node: str
+    epoch: int
+    is_ready: bool
+
+
+@dataclass(frozen=True)
+class LayerStatus:
+    """One layer; `placement` names hosts by their numbers."""
+
+    name: str
+    revision: int
+    tensor_parallel: int
+    placement: Sequence[HostShards]
+
+
+@dataclass(frozen=True)
+class ServiceStatus:
+    """`wanted_hosts` is a number or "all"; `shortage` says what of that cannot be had, "" = nothing.
+
+    `is_changing`: a new epoch is being brought in.
+    """
+
+    epoch: int
+    wanted_hosts: str
+    is_changing: bool
+    shortage: str
+    hosts: Sequence[HostStatus]
+    frontends: Sequence[FrontendStatus]
+    layers: Sequence[LayerStatus]

@@ -1,0 +1,102 @@
+"""What is worked out of a service's counts for people to look at: quantiles, balance, and the snapshot as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+
+from moeserve.observe.stats import Durations, LayerStats, ServiceStats, host_name
+
+_QUANTILES: Final = {"p50_ms": 0.5, "p90_ms": 0.9, "p99_ms": 0.99}
+
+
+def quantile_ms(durations: Durations, q: float) -> float | None:
+    """As Prometheus' `histogram_quantile`: linear within a bucket, so no more exact than the buckets; None where nothing was counted."""
+    rank = q * sum(durations.counts)
+    if not rank:
+        return None
+    below, lower_s = 0, 0.0
+    for upper_s, count in zip(durations.upper_bounds_s, durations.counts, strict=False):
+        if count and below + count >= rank:
+            return 1000 * (lower_s + (upper_s - lower_s) * (rank - below) / count)
+        below, lower_s = below + count, upper_s
+    return 1000 * lower_s
+
+
+def added(histograms: Sequence[Durations], name: str) -> Durations:
+    """Several histograms over the same bounds as one; empty where there is none."""
+    if not histograms:
+        return Durations(name, (), (0,), 0.0)
+    counts = [sum(column) for column in zip(*(one.counts for one in histograms), strict=True)]
+    return Durations(name, histograms[0].upper_bounds_s, counts, sum(one.sum_s for one in histograms))
+
+
+def since(now: Sequence[Durations], before: Sequence[Durations]) -> list[Durations]:
+    """What was counted between two snapshots."""
+    old = {one.name: one for one in before}
+    return [
+        replace(
+            one,
+            counts=[new - then for new, then in zip(one.counts, old[one.name].counts, strict=True)],
+            sum_s=one.sum_s - old[one.name].sum_s,
+        )
+        if one.name in old
+        else one
+        for one in now
+    ]
+
+
+def forwards(stats: ServiceStats) -> list[Durations]:
+    """Those of the calls that run tokens."""
+    return [one for one in stats.requests if one.name.startswith("Forward")]
+
+
+def demand(layer: LayerStats) -> torch.Tensor:
+    """[E] int64: (token, expert) pairs that the gate asked for."""
+    return layer.processed + layer.dropped
+
+
+def balancedness(demand: torch.Tensor) -> float:
+    """Mean / max of the experts' demand [E]: 1 = all alike, 1 / E = one has everything; 1 where nothing was asked for."""
+    most = float(demand.max()) if len(demand) else 0.0
+    return float(demand.double().mean()) / most if most else 1.0
+
+
+def as_json(stats: ServiceStats) -> dict[str, Any]:
+    """The snapshot as a JSON object, with what is worked out of it; hosts are called by their names."""
+    return {
+        "epoch": stats.epoch,
+        "uptime_s": stats.uptime_s,
+        "queue_tokens": stats.queue_tokens,
+        "expert_retries": stats.expert_retries,
+        "layers": [_layer(layer) for layer in stats.layers],
+        "hosts": [{key: value for key, value in vars(host).items() if key != "number"} for host in stats.hosts],
+        "requests": [_durations(one) for one in stats.requests],
+        "stages": [_durations(one) for one in stats.stages],
+        "calls": [vars(call) for call in stats.calls],
+        "events": [vars(event) for event in stats.events],
+    }
+
+
+def _layer(layer: LayerStats) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "tokens": layer.tokens,
+        "processed": layer.processed.tolist(),
+        "dropped": layer.dropped.tolist(),
+        "balancedness": balancedness(demand(layer)),
+        "live_copies": list(layer.live_copies),
+        "tensor_parallel": layer.tensor_parallel,
+        "placement": [
+            {"host": host_name(held.host), "experts": list(held.experts), "shards": list(held.shards)} for held in layer.placement
+        ],
+    }
+
+
+def _durations(durations: Durations) -> dict[str, Any]:
+    quantiles = {name: quantile_ms(durations, q) for name, q in _QUANTILES.items()}
+    shown = {"upper_bounds_s": list(durations.upper_bounds_s), "counts": list(durations.counts), "sum_s": durations.sum_s}
+    return {"name": durations.name, **shown, **quantiles}

@@ -1,5 +1,0 @@
-"""What a browser and Prometheus see of a service: one HTTP port, read only."""
-
-from moeserve.page.endpoint import StatusPage
-
-__all__ = ["StatusPage"]

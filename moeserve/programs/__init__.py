@@ -1,0 +1,1 @@
+"""The composition roots: everything put together, and nothing else."""

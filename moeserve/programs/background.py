@@ -1,0 +1,123 @@
+"""A service in a thread of this program: for notebooks, tests and scripts."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from moeserve.config import ServiceConfig, load_config
+from moeserve.errors import MoEServeError
+from moeserve.programs.service import Progress, Service, log
+from moeserve.release import Release
+
+
+class BackgroundService:
+    """`with serve(...) as service: Client(service.target)`; stops what it started on the way out."""
+
+    def __init__(self, config: ServiceConfig, progress: Progress) -> None:
+        self._service = Service(config, progress)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="moeserve", daemon=True)
+
+    @property
+    def target(self) -> str:
+        """host:port of the gRPC service."""
+        return self._service.target
+
+    @property
+    def metrics_target(self) -> str:
+        """host:port of the Prometheus endpoint."""
+        return self._service.metrics_target
+
+    @property
+    def failure(self) -> MoEServeError | None:
+        """Why the service has ended, or is about to, by itself: it could not go on. None = it goes on, or was asked to stop."""
+        return self._service.failure
+
+    def start(self) -> None:
+        """Blocks until the service is ready; Ctrl-C undoes what has been begun. Raises what `Service.start` raises."""
+        self._thread.start()
+        starting: list[asyncio.Task[None]] = []
+        try:
+            asyncio.run_coroutine_threadsafe(_begin(self._service, starting), self._loop).result()
+        except BaseException:
+            asyncio.run_coroutine_threadsafe(_undo(starting), self._loop).result()
+            self._end_thread()
+            raise
+        self._ending = asyncio.run_coroutine_threadsafe(self._stop_when_asked(), self._loop)
+
+    def stop(self) -> None:
+        """Drain, then stop everything; idempotent. A service that could not go on has done that by itself, and `failure` says why."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._service.controller.ask_to_stop)
+            self._ending.result()
+            self._end_thread()
+
+    async def _stop_when_asked(self) -> None:
+        try:
+            await self._service.over()
+        except MoEServeError as error:
+            log.error("%s", error)
+        await self._service.stop()
+
+    def swap(self, layer: str, checkpoint: str | Path, experts: Sequence[int] | None = None) -> int:
+        """Serve a layer, or some of its experts, with the weights of another folder; no request fails meanwhile.
+
+        Returns the layer's new revision, which answers name. Raises MoEServeError; then nothing has changed.
+        """
+        return self._change(self._service.controller.swap(layer, Path(checkpoint), experts)).revision(layer)
+
+    def scale(self, num_hosts: int | Literal["all"]) -> int:
+        """Spread the experts over so many hosts, or over all that the nodes hold; no request fails meanwhile.
+
+        Returns the epoch. Raises ConfigError.
+        """
+        return self._change(self._service.controller.scale(num_hosts)).epoch
+
+    def drain_host(self, host: str) -> int:
+        """Place the experts of a host on the others and let it go; no request fails meanwhile. Returns the epoch. Raises ConfigError."""
+        return self._change(self._service.controller.drain(host)).epoch
+
+    def _change(self, change: Coroutine[Any, Any, Release]) -> Release:
+        if self.failure is not None:
+            change.close()
+            raise self.failure
+        return asyncio.run_coroutine_threadsafe(change, self._loop).result()
+
+    def _end_thread(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+
+async def _begin(service: Service, starting: list[asyncio.Task[None]]) -> None:
+    starting.append(asyncio.create_task(service.start()))
+    await starting[0]
+
+
+async def _undo(starting: list[asyncio.Task[None]]) -> None:
+    for task in starting:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+def serve(source: str | Path | Mapping[str, Any] | ServiceConfig, progress: Progress = log.info) -> BackgroundService:
+    """Start a service from a TOML file, a checkpoint folder or a mapping, in this process; blocks until it is ready.
+
+    Starts a local Ray if this process is not connected to one. Use as a context manager or call `stop`.
+    Raises ConfigError and its kin with one sentence.
+    """
+    config = source if isinstance(source, ServiceConfig) else load_config(source)
+    service = BackgroundService(config, progress)
+    service.start()
+    return service

@@ -1,0 +1,81 @@
+"""Putting a service on a Ray cluster, where it stays."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from functools import partial
+
+from moeserve.cluster import ProgramActor, RayRuntime, on_head, start_program, sweep
+from moeserve.config import ServiceConfig
+from moeserve.errors import ConfigError
+from moeserve.programs.controller import ControllerProgram, Deployed, Tell
+from moeserve.server import controller_address
+
+log = logging.getLogger(__name__)
+
+_CONTROLLER = "controller"
+_STOP_TIMEOUT_S = 30.0
+_LOOK_S = 2.0
+
+
+class Deployer:
+    """This process, joined to the cluster at ray.address; `close` leaves the cluster and what is deployed there alone."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        """Raises ConfigError for a configuration that cannot be deployed."""
+        if config.ray.address is None:
+            raise ConfigError("ray.address is not set: a service is deployed on a Ray cluster that runs, for example --address auto")
+        if config.server.admin_token_file is None:
+            raise ConfigError("server.admin_token_file is not set: with its token a deployed service is asked for a status and shut down")
+        controller_address(config)
+        self._config = config
+        self._runtime = RayRuntime(config.ray, config.placement)
+
+    def join(self) -> None:
+        """Raises ConfigError when the cluster does not answer."""
+        self._runtime.start()
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._runtime.stop()
+
+    async def until_gone(self) -> None:
+        """Until no service is deployed in this namespace any more."""
+        there = True
+        while there:
+            await asyncio.sleep(_LOOK_S)
+            there = await asyncio.to_thread(self._find) is not None
+
+    async def deploy(self, tell: Tell) -> Deployed:
+        """Until the service is ready, which it may have been before; `tell` hears, in words, how that goes.
+
+        Raises ConfigError when it cannot be deployed, or another one is; then nothing has changed.
+        """
+        there = self._find()
+        deployed: Deployed = await there.ready() if there is not None else await self._new(tell)
+        if deployed.is_ending:
+            tell(f"the service at {deployed.controller} is being shut down: waiting until it has ended")
+            await self.until_gone()
+            deployed = await self._new(tell)
+        if deployed.config_json != self._config.model_dump_json():
+            raise ConfigError(
+                f"another service, or this one with another configuration, is deployed in ray.namespace {self._config.ray.namespace!r}: "
+                f"shut it down first (moeserve shutdown {deployed.controller}) or choose another namespace"
+            )
+        return deployed
+
+    def _find(self) -> ProgramActor | None:
+        return ProgramActor.find(_CONTROLLER, self._config.ray.namespace)
+
+    async def _new(self, tell: Tell) -> Deployed:
+        await sweep(self._config.ray.namespace)
+        tell(f"starting a controller in namespace {self._config.ray.namespace}")
+        make = partial(ControllerProgram, self._config)
+        controller = start_program("controller", _CONTROLLER, self._config.ray.namespace, make, on_head())
+        try:
+            deployed: Deployed = await controller.ready(tell)
+        except BaseException:
+            await controller.stop(_STOP_TIMEOUT_S)
+            raise
+        return deployed

@@ -1,0 +1,41 @@
+"""Actors that stay: what cannot start says why, and leaves nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import ray
+
+from moeserve import ConfigError
+from moeserve.cluster import ProgramActor, start_program
+
+
+class Broken:
+    """Cannot start, and must not be asked to stop."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+
+    async def start(self) -> None:
+        self._tell("starting")
+        raise ConfigError("the port is in use")
+
+    async def stop(self) -> None:
+        raise AssertionError("what has not started cannot be stopped")
+
+    def describe(self) -> None:
+        raise AssertionError("what has not started cannot be described")
+
+
+@pytest.mark.ray
+async def test_what_cannot_start_says_why_and_is_ended(local_ray: None) -> None:
+    namespace = ray.get_runtime_context().namespace
+    actor = start_program("frontend", "frontend-0", namespace, partial(Broken), {})
+    told: list[str] = []
+    with pytest.raises(ConfigError, match=r"^the port is in use$"):
+        await actor.ready(told.append)
+    assert told == ["starting"]
+    await actor.stop(30)
+    assert ProgramActor.find("frontend-0", namespace) is None
