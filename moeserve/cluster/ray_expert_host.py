@@ -82,7 +82,7 @@ class ExpertHost:
         """Forget what was before a release that everybody uses now."""
         self._change(lambda holdings: holdings.retire(epoch))
 
-    def start_program(self, release: Release) -> None:
+    def adopt(self, release: Release) -> None:
         """This release and no other, whatever was under way."""
 
         def change(holdings: Holdings) -> None:

@@ -123,7 +123,7 @@ class Fleet:
         missing = [each for each in assignments if each.number not in self._members]
         self.given_up = {each.number for each in missing if each.node not in nodes}
         await self._add([each for each in missing if each.node in nodes])
-        await self._have_forget(lambda actor: actor.start_program.remote(release))
+        await self._have_forget(lambda actor: actor.adopt.remote(release))
 
     def admit(self, public_keys: Collection[str]) -> asyncio.Future[None]:
         """Frontends that show these keys may talk to hosts over TCP, and no others; done when hosts have been told."""
