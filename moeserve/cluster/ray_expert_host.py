@@ -1,11 +1,10 @@
-"""The host actor: a thin Ray shell around the host's loop."""
+"""The host actor: a thin Ray shell around a `Host`."""
 
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import ray
@@ -15,10 +14,10 @@ import torch
 from moeserve.allocator import give_back_when_quiet
 from moeserve.cluster.folders import Hold, SocketFolder
 from moeserve.config import ServiceConfig
-from moeserve.host import Holdings, HostLoop, Relay
+from moeserve.host import Holdings, Host, Where
 from moeserve.observe.stats import HostInfo
 from moeserve.release import Release
-from moeserve.transport import HostKeys, KeyPair, give_back_pools, listen
+from moeserve.transport import give_back_pools
 
 
 @dataclass(frozen=True)
@@ -45,77 +44,59 @@ class ExpertHost:
 
     def __init__(self, order: HostOrder) -> None:
         self._order = order
-        self._info: HostInfo | None = None
-        self._holdings: Holdings | None = None
-        self._loop: HostLoop | None = None
-        self._thread: threading.Thread | None = None
-        self._relay: Relay | None = None
-        self._keys: HostKeys | None = None
         self._folder: Hold | None = None
-        self._frontends: Collection[str] = ()
+        self._host: Host | None = None
 
     @ray.method(concurrency_group="ask")
     def present(self) -> HostInfo | None:
         """What this incarnation says of itself; None until it has been started."""
-        return self._info
+        return None if self._host is None else self._host.info
 
     def start(self, releases: Sequence[Release], frontends: Collection[str]) -> HostInfo:
         """Load the experts of the releases in force and listen, once per incarnation; the `frontends` of these public keys may talk to it.
 
         Raises ConfigError, or CheckpointChanged when files are not those any more that the releases were made of.
         """
-        if self._info is None:
-            self._info = self._start(releases, frontends)
-        return self._info
+        if self._host is None:
+            self._host = self._start(releases, frontends)
+        return self._host.info
 
     def take(self, release: Release) -> None:
-        """Load what is new in a release beside what is served. Raises ConfigError or CheckpointError, and forgets it then."""
-        self._change(lambda holdings: holdings.take(release))
+        """As `Host.take`."""
+        self._started.take(release)
 
     def withdraw(self, epoch: int) -> None:
-        """Forget a release that will not be; where it was the only one that could be loaded, this process ends, and the next tries anew."""
-        self._change(lambda holdings: holdings.withdraw(epoch))
-        if self._holdings is not None and self._holdings.is_empty:
+        """As `Host.withdraw`; where it was the only one that could be loaded, this process ends, and the next tries anew."""
+        self._started.withdraw(epoch)
+        if self._started.holdings.is_empty:
             os._exit(1)
 
     def retire(self, epoch: int) -> None:
-        """Forget what was before a release that everybody uses now."""
-        self._change(lambda holdings: holdings.retire(epoch))
+        """As `Host.retire`."""
+        self._started.retire(epoch)
 
     def adopt(self, release: Release) -> None:
-        """This release and no other, whatever was under way."""
-
-        def change(holdings: Holdings) -> None:
-            holdings.withdraw(release.epoch + 1)
-            holdings.take(release)
-            holdings.retire(release.epoch)
-
-        self._change(change)
-
-    def _change(self, change: Callable[[Holdings], None]) -> None:
-        assert self._holdings is not None and self._info is not None, "a host that has started"
-        change(self._holdings)
-        self._info = replace(self._info, weights_bytes=self._holdings.bank_table.nbytes)
+        """As `Host.adopt`."""
+        self._started.adopt(release)
 
     def meet(self, directory: Mapping[int, HostInfo], frontends: Collection[str] | None) -> None:
-        """All hosts by number as they are now, and the public keys of all frontends: these may talk to this one, and nobody else.
-
-        None = the frontends it knows. Before it has started it does not listen, and will be introduced again.
-        """
-        if self._relay is not None and self._keys is not None:
-            self._frontends = self._frontends if frontends is None else frontends
-            self._keys.allow({*self._frontends, *(info.public_key for info in directory.values())})
-            self._relay.meet(directory)
+        """As `Host.meet`. Before it has started it does not listen, and will be introduced again."""
+        if self._host is not None:
+            self._host.meet(directory, frontends)
 
     @ray.method(concurrency_group="ask")
     def stop(self) -> None:
         """Finish the pass that is running, and remove the socket and, with the last one, its folder; a host that loads has neither."""
-        if self._loop is not None and self._thread is not None and self._folder is not None:
-            self._loop.stop()
-            self._thread.join()
+        if self._host is not None and self._folder is not None:
+            self._host.stop()
             self._folder.let_go()
 
-    def _start(self, releases: Sequence[Release], frontends: Collection[str]) -> HostInfo:
+    @property
+    def _started(self) -> Host:
+        assert self._host is not None, "a host that has started"
+        return self._host
+
+    def _start(self, releases: Sequence[Release], frontends: Collection[str]) -> Host:
         order = self._order
         granted = ray.get_runtime_context().get_assigned_resources()
         num_threads = max(1, int(granted.get("CPU", 1)))
@@ -123,41 +104,23 @@ class ExpertHost:
         # With no GPU granted Ray leaves all of them visible, so what counts is the grant.
         has_gpu = bool(granted.get("GPU", 0))
         device = torch.device("cuda" if has_gpu and torch.cuda.is_available() else "cpu")
-        self._holdings = Holdings(order.config, order.number, device)
-        self._holdings.begin(releases)
-        keys, self._frontends = KeyPair.generate(), frontends
-        self._keys = HostKeys(keys, frozenset(frontends))
+        holdings = Holdings(order.config, order.number, device)
+        holdings.begin(releases)
         self._folder = Hold(order.sockets.path())
-        listener = listen(*_endpoints(order, self._folder.path), keys=self._keys)
-        self._relay = Relay(order.number, keys)
-        self._loop = HostLoop(self._holdings.bank_table, listener, self._relay)
-        self._thread = threading.Thread(target=_run, args=(self._loop, num_threads), name="expert-host", daemon=True)
-        self._thread.start()
-        give_back_when_quiet(give_back_pools)
-        return HostInfo(
-            name=order.name,
-            endpoints=listener.endpoints,
-            public_key=keys.public,
+        where = Where(
             node=ray.get_runtime_context().get_node_id(),
-            pid=os.getpid(),
-            device=str(device),
-            cuda_visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES", "") if has_gpu else "",
+            endpoints=_endpoints(order, self._folder.path),
+            device=device,
             num_threads=num_threads,
-            weights_bytes=self._holdings.bank_table.nbytes,
-            since_epoch=self._holdings.since_epoch,
+            cuda_visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES", "") if has_gpu else "",
         )
+        give_back_when_quiet(give_back_pools)
+        return Host(holdings, where, frontends, on_crash=lambda: os._exit(1))
 
 
-def _endpoints(order: HostOrder, folder: Path) -> list[str]:
+def _endpoints(order: HostOrder, folder: Path) -> tuple[str, ...]:
     """Shared memory for everybody on this node, and encrypted TCP for everybody else."""
     for left_behind in folder.glob(f"{order.name}-*.sock"):
         left_behind.unlink(missing_ok=True)  # by an incarnation that was killed
     unix = f"unix:{folder / order.name}-{os.getpid()}.sock"
-    return [unix, f"tcp://{ray.util.get_node_ip_address()}:0"] if order.over_tcp else [unix]
-
-
-def _run(loop: HostLoop, num_threads: int) -> None:
-    # OpenMP keeps this setting per thread, and the math libraries below torch ask OpenMP: without it every matmul of this
-    # thread would be spread over all cores of the machine.
-    torch.set_num_threads(num_threads)
-    loop.run()
+    return (unix, f"tcp://{ray.util.get_node_ip_address()}:0") if order.over_tcp else (unix,)

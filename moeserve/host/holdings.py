@@ -25,7 +25,7 @@ class Holdings:
         #: nothing of earlier releases is here
         self.since_epoch = 0
         self._config = config
-        self._number = number
+        self.number = number
         self._device = device
         self._releases: list[Release] = []
 
@@ -55,7 +55,7 @@ class Holdings:
         banks = {
             layer: self._bank(source, layer, release, before)
             for layer, source in enumerate(release.sources(self._config))
-            if before is None or _is_changed(before, release, layer, self._number, source.spec.name)
+            if before is None or _is_changed(before, release, layer, self.number, source.spec.name)
         }
         for layer, bank in banks.items():
             self.bank_table.put(layer, release.epoch, bank)
@@ -77,11 +77,11 @@ class Holdings:
         self.bank_table.retire(epoch)
 
     def _bank(self, source: LayerSource, layer: int, release: Release, before: Release | None) -> ExpertBank | None:
-        shards = release.placement.layers[layer].shards_on(self._number)
+        shards = release.placement.layers[layer].shards_on(self.number)
         if not shards:
             return None
         served = None if before is None else self.bank_table.bank(layer, before.epoch)
-        if before is None or served is None or before.placement.layers[layer].shards_on(self._number) != shards:
+        if before is None or served is None or before.placement.layers[layer].shards_on(self.number) != shards:
             return load_bank(source, shards, self._device)
         old, new = before.origins(source.spec.name), release.origins(source.spec.name)
         if old.get(None) != new.get(None):

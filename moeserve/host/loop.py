@@ -40,7 +40,18 @@ class HostLoop:
         self._stopping = False
 
     def run(self) -> None:
-        """Blocks until `stop`; a piece of work that fails is answered with an error and harms no other."""
+        """Blocks until `stop`; a piece of work that fails is answered with an error and harms no other.
+
+        However it ends, nobody is listened to any more then.
+        """
+        try:
+            self._run()
+        finally:
+            self._listener.close()
+            if self._relay is not None:
+                self._relay.close()
+
+    def _run(self) -> None:
         waiting: OrderedDict[tuple[int, ExpertBank | None], list[Work]] = OrderedDict()
         while not self._stopping:
             for work in self._listener.poll(0 if waiting else _POLL_S):
@@ -49,9 +60,6 @@ class HostLoop:
                 (layer, bank), works = waiting.popitem(last=False)
                 self._serve(layer, bank, [work for work in works if not work.drop_if_late()])
             self._finish_relayed()
-        self._listener.close()
-        if self._relay is not None:
-            self._relay.close()
 
     def stop(self) -> None:
         """From any thread: finish the pass that is running, then return from `run`."""

@@ -1,0 +1,113 @@
+"""One expert host that runs: what it holds, and the loop that answers from it, in a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from moeserve.host.holdings import Holdings
+from moeserve.host.loop import HostLoop
+from moeserve.host.relay import Relay
+from moeserve.observe.stats import HostInfo, host_name
+from moeserve.release import Release
+from moeserve.transport import HostKeys, KeyPair, listen
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where a host runs: its node, what it computes on, and the endpoints it listens at.
+
+    `cuda_visible_devices` is what was granted ("" = no GPU); `num_threads` compute a pass.
+    """
+
+    node: str
+    endpoints: tuple[str, ...]
+    device: torch.device
+    num_threads: int
+    cuda_visible_devices: str = ""
+
+
+class Host:
+    """Serves `holdings`, which have begun, until `stop`; frontends with these public keys may talk to it over TCP.
+
+    `on_crash` is called by the host's thread when that has failed, once nobody is listened to any more. Raises ConfigError when it cannot
+    listen where it shall.
+    """
+
+    def __init__(self, holdings: Holdings, where: Where, frontends: Collection[str], on_crash: Callable[[], None]) -> None:
+        self.holdings = holdings
+        self._frontends, self._on_crash = frontends, on_crash
+        own = KeyPair.generate()
+        self._keys = HostKeys(own, frozenset(frontends))
+        listener = listen(*where.endpoints, keys=self._keys)
+        self.relay = Relay(holdings.number, own)
+        self._loop = HostLoop(holdings.bank_table, listener, self.relay)
+        self.info = HostInfo(
+            name=host_name(holdings.number),
+            endpoints=listener.endpoints,
+            public_key=own.public,
+            node=where.node,
+            pid=os.getpid(),
+            device=str(where.device),
+            cuda_visible_devices=where.cuda_visible_devices,
+            num_threads=where.num_threads,
+            weights_bytes=holdings.bank_table.nbytes,
+            since_epoch=holdings.since_epoch,
+        )
+        self._thread = threading.Thread(target=self._run, args=(where.num_threads,), name=self.info.name, daemon=True)
+        self._thread.start()
+
+    def take(self, release: Release) -> None:
+        """Load what is new in a release beside what is served. Raises ConfigError or CheckpointError, and forgets it then."""
+        self.holdings.take(release)
+        self._weigh()
+
+    def withdraw(self, epoch: int) -> None:
+        """Forget a release that will not be, and all after it."""
+        self.holdings.withdraw(epoch)
+        self._weigh()
+
+    def retire(self, epoch: int) -> None:
+        """Forget what was before a release that everybody uses now."""
+        self.holdings.retire(epoch)
+        self._weigh()
+
+    def adopt(self, release: Release) -> None:
+        """This release and no other, whatever was under way. Raises as `take`."""
+        self.withdraw(release.epoch + 1)
+        self.take(release)
+        self.retire(release.epoch)
+
+    def meet(self, directory: Mapping[int, HostInfo], frontends: Collection[str] | None) -> None:
+        """All hosts by number as they are now, and the public keys of all frontends: these may talk to this one, and nobody else.
+
+        None = the frontends it knows.
+        """
+        self._frontends = self._frontends if frontends is None else frontends
+        self._keys.allow({*self._frontends, *(info.public_key for info in directory.values())})
+        self.relay.meet(directory)
+
+    def stop(self) -> None:
+        """Finish the pass that is running, then end."""
+        self._loop.stop()
+        self._thread.join()
+
+    def _weigh(self) -> None:
+        self.info = replace(self.info, weights_bytes=self.holdings.bank_table.nbytes)
+
+    def _run(self, num_threads: int) -> None:
+        # OpenMP keeps this setting per thread, and the math libraries below torch ask OpenMP: without it every matmul of this
+        # thread would be spread over all cores of the machine.
+        torch.set_num_threads(num_threads)
+        try:
+            self._loop.run()
+        except BaseException:
+            log.exception("%s has failed", self.info.name)
+            self._on_crash()
