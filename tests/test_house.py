@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import re
 import subprocess
 import sys
 import tomllib
@@ -82,6 +83,21 @@ def test_only_the_cluster_imports_ray() -> None:
     who = {path for path in PACKAGE.rglob("*.py") if any(name.split(".")[0] == "ray" for name in imported(path))}
     assert who
     assert {path for path in who if path.parent != PACKAGE / "cluster" or not path.name.startswith("ray_")} == set()
+
+
+def test_private_parts_of_ray_are_in_one_file() -> None:
+    imported_or_named = r"\bray(\.\w+)*\._[a-z]|from ray(\.\w+)* import _|ray\.core\.generated"
+    private = re.compile(rf"{imported_or_named}|internal_kv|\._actor_id|_global_node|ray_constants")
+    owner = PACKAGE / "cluster" / "ray_internals.py"
+    allowed = {owner, REPOSITORY / "tests" / "cluster" / "test_ray_internals.py"}
+    assert private.search(owner.read_text())
+    assert [path for path in written_code() if path not in allowed and path != Path(__file__) and private.search(path.read_text())] == []
+
+
+def test_constants_of_time_of_the_cluster_are_in_one_table() -> None:
+    constant, room = re.compile(r"^\w+_M?S(?:: \w+)? = |(?:sleep|Timer|timeout)[(=][0-9]", re.MULTILINE), PACKAGE / "cluster"
+    table = {room / "timing.py", room / "keeper.py"}  # a keeper imports nothing
+    assert [path for path in sorted(room.rglob("*.py")) if path not in table and constant.search(path.read_text())] == []
 
 
 def test_public_names_are_pinned() -> None:

@@ -12,22 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import state
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from moeserve.cluster.folders import SocketFolder, remove_abandoned
 from moeserve.cluster.ray_expert_host import ExpertHost
-
-_STOP_TIMEOUT_S = 5.0
-_LOOK_S = 0.01
+from moeserve.cluster.ray_internals import actor_id, draining_nodes, find_actor
+from moeserve.cluster.timing import END_LOOK_S, STOP_TIMEOUT_S
 
 
 async def end_hosts(actors: Sequence[ActorHandle[ExpertHost]], sockets: SocketFolder) -> None:
     """Each finishes the pass that is running; one that does not answer is killed on its node, because it would not hear Ray either."""
     stops: list[Any] = [actor.stop.remote() for actor in actors]
     if stops:
-        stopped, _ = await asyncio.to_thread(ray.wait, stops, num_returns=len(stops), timeout=_STOP_TIMEOUT_S)
+        stopped, _ = await asyncio.to_thread(ray.wait, stops, num_returns=len(stops), timeout=STOP_TIMEOUT_S)
         hanging = [actor for actor, stop in zip(actors, stops, strict=True) if stop not in stopped]
         processes = await asyncio.to_thread(_processes_of, hanging)
         for actor in actors:
@@ -42,9 +40,9 @@ async def kill_processes(actors: Sequence[ActorHandle[ExpertHost]], sockets: Soc
 
 def _processes_of(actors: Sequence[ActorHandle[ExpertHost]]) -> list[tuple[str, int]]:
     """Node and process id of each that is on a node where something can still be started."""
-    usable = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - set(state.state.get_draining_nodes())
-    tables = [state.actors(actor._actor_id.hex()) for actor in actors]
-    return [(table["Address"]["NodeID"], table["Pid"]) for table in tables if table and table["Address"]["NodeID"] in usable]
+    usable = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - draining_nodes()
+    found = [find_actor(actor_id(actor)) for actor in actors]
+    return [(record.node_id, record.pid) for record in found if record is not None and record.node_id in usable]
 
 
 def _end_processes(processes: Sequence[tuple[str, int]], sockets: SocketFolder) -> None:
@@ -53,7 +51,7 @@ def _end_processes(processes: Sequence[tuple[str, int]], sockets: SocketFolder) 
         for node, pid in processes
     ]
     if ends:
-        ray.wait(ends, num_returns=len(ends), timeout=_STOP_TIMEOUT_S)
+        ray.wait(ends, num_returns=len(ends), timeout=STOP_TIMEOUT_S)
 
 
 @ray.remote(num_cpus=0)
@@ -71,6 +69,6 @@ def _end_process(pid: int, sockets: SocketFolder) -> None:
 
 def _await_end(command: Path) -> None:
     """Until the process has let go of its files; then its command line is empty, or gone."""
-    deadline = time.monotonic() + _STOP_TIMEOUT_S
+    deadline = time.monotonic() + STOP_TIMEOUT_S
     while command.read_bytes() and time.monotonic() < deadline:
-        time.sleep(_LOOK_S)
+        time.sleep(END_LOOK_S)

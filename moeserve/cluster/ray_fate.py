@@ -6,16 +6,15 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import ray
-from ray._private import state, worker
-from ray.core.generated.gcs_pb2 import ActorTableData, WorkerTableData  # type: ignore[attr-defined]
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from moeserve.checkpoints import MemoryGroup, host_bytes
+from moeserve.cluster.ray_internals import exit_detail, find_actor, log_dir
+from moeserve.cluster.timing import ASK_TIMEOUT_S
 from moeserve.config import ServiceConfig
 from moeserve.control import Assignment
 from moeserve.errors import MoEServeError
@@ -23,11 +22,8 @@ from moeserve.release import Release
 
 log = logging.getLogger(__name__)
 
-_ASK_TIMEOUT_S: Final = 5.0
 _LOG_LINES: Final = 3
 _MAX_CHARS: Final = 400
-#: behind these words Ray lists what it may have been
-_GUESSES: Final = "Some common causes"
 
 
 @dataclass(frozen=True)
@@ -43,13 +39,10 @@ class Fate:
 def fate_of(actor_id: ray.ActorID | None, node: str) -> Fate:
     """Blocks as long as Ray does. A place that is lost with its node never comes back."""
     is_node_live = any(each["Alive"] and each["NodeID"] == node for each in ray.nodes())
-    found = None if actor_id is None else state.state._connect_and_get_accessor().get_actor_info(actor_id)
+    found = None if actor_id is None else find_actor(actor_id)
     if found is None:
         return Fate(0, False, is_node_live)
-    table = ActorTableData.FromString(found)
-    before = [one.worker_id for one in getattr(table, "previous_incarnations", ())]  # not every Ray says
-    workers = [one for one in (*before, table.address.worker_id) if one]
-    return Fate(table.num_restarts, table.state == ActorTableData.ALIVE, is_node_live, workers)
+    return Fate(found.restarts, found.is_alive, is_node_live, found.worker_ids)
 
 
 class PostMortem:
@@ -63,7 +56,7 @@ class PostMortem:
         """Of the latest that has ended there, in a few sentences; `release` is what it was to hold. Blocks for seconds."""
         said, worker_id = "", b""
         for worker_id in reversed(fate.workers):
-            if said := _exit_detail(worker_id):
+            if said := _exit_of(worker_id):
                 break
         found = _found_on(assignment.node, worker_id.hex(), self._kills_before)
         return " ".join(part for part in (self._burden(release(), assignment.number), said, *found) if part)
@@ -75,14 +68,10 @@ class PostMortem:
         return ""
 
 
-def _exit_detail(worker_id: bytes) -> str:
+def _exit_of(worker_id: bytes) -> str:
     """What Ray says of the end of a process; "" while it lives."""
-    found = state.state._connect_and_get_accessor().get_worker_info(ray.WorkerID(worker_id))
-    if found is None:
-        return ""
-    table = WorkerTableData.FromString(found)
-    detail = " ".join(table.exit_detail.partition(_GUESSES)[0].splitlines()[:2])
-    return "" if table.is_alive or not detail else f"Ray says: {_sentence(detail)}"
+    detail = " ".join(exit_detail(worker_id).splitlines()[:2])
+    return f"Ray says: {_sentence(detail)}" if detail else ""
 
 
 def _found_on(node: str, worker_id: str, kills_before: int) -> list[str]:
@@ -91,7 +80,7 @@ def _found_on(node: str, worker_id: str, kills_before: int) -> list[str]:
         return _found_here(worker_id, kills_before)
     asked: Any = _found_there.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(worker_id)
     with suppress(RayError):
-        found: list[str] = ray.get(asked, timeout=_ASK_TIMEOUT_S)
+        found: list[str] = ray.get(asked, timeout=ASK_TIMEOUT_S)
         return found
     return []
 
@@ -114,10 +103,10 @@ def _found_here(worker_id: str, kills_before: int) -> list[str]:
 
 
 def _log_end(worker_id: str) -> str:
-    node = worker._global_node
-    if node is None or not worker_id:
+    folder = log_dir()
+    if folder is None or not worker_id:
         return ""
-    for path in Path(node.get_logs_dir_path()).glob(f"worker-{worker_id}-*.err"):
+    for path in folder.glob(f"worker-{worker_id}-*.err"):
         lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
         return " / ".join([line for line in lines if line and not line.startswith(":")][-_LOG_LINES:])
     return ""

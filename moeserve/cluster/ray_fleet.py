@@ -18,6 +18,7 @@ from moeserve.cluster.ray_expert_host import HostOrder
 from moeserve.cluster.ray_fate import PostMortem
 from moeserve.cluster.ray_host_actor import MAX_DEATHS, Call, HostActor
 from moeserve.cluster.ray_reservation import await_forgotten, await_granted, find_hosts, find_reservations, give_back, reserve
+from moeserve.cluster.timing import FORGET_TIMEOUT_S, HANG_S, MEET_TIMEOUT_S, WATCH_S
 from moeserve.config import ServiceConfig
 from moeserve.control import Assignment
 from moeserve.errors import ConfigError, ExpertUnavailable, MoEServeError
@@ -27,11 +28,6 @@ from moeserve.release import Release
 log = logging.getLogger(__name__)
 
 OnReady = Callable[[HostInfo], None]
-
-_WATCH_S = 1.0
-_MEET_TIMEOUT_S = 5.0
-_HANG_S = 60.0  # a healthy host never stays silent this long
-_FORGET_TIMEOUT_S = 10.0  # hosts hear in the end what to forget; a busy one is not waited for
 
 
 class Fleet:
@@ -119,7 +115,7 @@ class Fleet:
         self._members = {each.number: self._member(each, groups[each.number]) for each in assignments if each.number in whole}
         for member in self._members.values():
             await member.adopt()
-        await await_forgotten((living | groups.keys()) - whole, _FORGET_TIMEOUT_S)
+        await await_forgotten((living | groups.keys()) - whole, FORGET_TIMEOUT_S)
         missing = [each for each in assignments if each.number not in self._members]
         self.given_up = {each.number for each in missing if each.node not in nodes}
         await self._add([each for each in missing if each.node in nodes])
@@ -159,10 +155,10 @@ class Fleet:
             while True:
                 looking |= {number: asyncio.create_task(self._look(number)) for number in self._members if number not in looking}
                 if looking:
-                    await asyncio.wait(looking.values(), timeout=_WATCH_S)
+                    await asyncio.wait(looking.values(), timeout=WATCH_S)
                 looking = {number: task for number, task in looking.items() if not task.done()}
                 self._late = frozenset(looking)
-                await asyncio.sleep(_WATCH_S)
+                await asyncio.sleep(WATCH_S)
         finally:
             for task in looking.values():
                 task.cancel()
@@ -235,7 +231,7 @@ class Fleet:
         calls = {asyncio.ensure_future(self._tell(number, call)): number for number in numbers}
         if not calls:
             return
-        done, late = await asyncio.wait(calls, timeout=_FORGET_TIMEOUT_S)
+        done, late = await asyncio.wait(calls, timeout=FORGET_TIMEOUT_S)
         for future in done:
             if (error := future.exception()) is not None:
                 log.warning("%s could not be told what to forget: %s", host_name(calls[future]), error)
@@ -246,14 +242,14 @@ class Fleet:
     async def _look(self, number: int) -> None:
         member, before = self._members[number], self.failing.get(number)
         try:
-            if not await member.answers(_HANG_S):
-                log.warning("%s has not answered for %g s: it is killed, and starts anew", host_name(number), _HANG_S)
+            if not await member.answers(HANG_S):
+                log.warning("%s has not answered for %g s: it is killed, and starts anew", host_name(number), HANG_S)
                 await kill_processes(member.actors, self._sockets)
             await self.find(number)
         except MoEServeError as error:
             if str(error) != before:
                 log.warning("%s", error)
-            await asyncio.sleep(_WATCH_S)
+            await asyncio.sleep(WATCH_S)
 
     async def _introduce(self, number: int, info: HostInfo) -> None:
         """Tells all hosts of all hosts, once all have been found, and again of every new incarnation."""
@@ -271,7 +267,7 @@ class Fleet:
         directory, frontends = dict(self._directory), self._frontends
         meetings = [asyncio.ensure_future(member.meet(directory, frontends)) for member in self._members.values()]
         if meetings:
-            await asyncio.wait(meetings, timeout=_MEET_TIMEOUT_S)
+            await asyncio.wait(meetings, timeout=MEET_TIMEOUT_S)
 
     def _give_up(self, number: int) -> None:
         """Its place is free for another: nothing will come back there."""

@@ -15,21 +15,16 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from moeserve.cluster.ray_expert_host import ExpertHost, HostOrder
 from moeserve.cluster.ray_fate import Fate, fate_of
+from moeserve.cluster.ray_internals import actor_id
+from moeserve.cluster.timing import HOST_LOOK_S, LEAST_REST_S, MOST_REST_S, RETRY_S, START_TIMEOUT_S, WELL_S
 from moeserve.errors import ExpertUnavailable, MoEServeError
 from moeserve.observe.stats import HostInfo
 from moeserve.release import Release
 
 log = logging.getLogger(__name__)
 
-_RETRY_S = 0.1
-_LOOK_S = 0.5
 #: how often a host may die while it loads, until it has been well for a while
 MAX_DEATHS = 3
-_WELL_S = 30.0
-#: Ray starts processes within seconds; on a machine that is very busy, in a minute
-_START_TIMEOUT_S = 120.0
-#: doubled from one to the next
-_LEAST_REST_S, _MOST_REST_S = 5.0, 60.0
 
 Call = Callable[[ActorHandle[ExpertHost]], Awaitable[None]]
 #: the releases in force, and the public keys of frontends, if they are known
@@ -105,7 +100,7 @@ class HostActor:
         asking = asyncio.ensure_future(self._ask(in_force))
         try:
             restarts, changed_at = -1, 0.0
-            while not (await asyncio.wait({asking}, timeout=_LOOK_S))[0]:
+            while not (await asyncio.wait({asking}, timeout=HOST_LOOK_S))[0]:
                 fate = await self._fate()
                 if fate.is_up or fate.restarts != restarts:
                     restarts, changed_at = fate.restarts, time.monotonic()
@@ -122,7 +117,7 @@ class HostActor:
             return True
         asking, deadline = asyncio.ensure_future(_heard(actor)), time.monotonic() + timeout_s
         try:
-            while not (await asyncio.wait({asking}, timeout=_LOOK_S))[0]:
+            while not (await asyncio.wait({asking}, timeout=HOST_LOOK_S))[0]:
                 if self._actor is not actor or not (await self._fate()).is_up:
                     return True  # it is on its way, or not: `find` sees to that
                 if time.monotonic() > deadline:
@@ -159,7 +154,7 @@ class HostActor:
                 info: HostInfo | None = await actor.present.remote()
                 return info or await actor.start.remote(releases, frontends)
             except ActorUnavailableError:
-                await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(RETRY_S)
             except RayActorError as error:
                 if actor is self._actor:
                     raise self._lost(str(error).splitlines()[0]) from None
@@ -174,7 +169,7 @@ class HostActor:
         if self._ready is None or self._ready[1] != restarts:
             self._deaths += max(0, restarts - self._restarts_before)
             self._restarts_before, self._ready = restarts + 1, (now, restarts)  # its own death is not one while it loads
-        elif now - self._ready[0] > _WELL_S:
+        elif now - self._ready[0] > WELL_S:
             self._deaths, self._pause_s = 0, 0.0
 
     async def _require_hope(self, fate: Fate, waited_s: float) -> None:
@@ -183,7 +178,7 @@ class HostActor:
         if not fate.is_node_live:
             raise self._lost(f"its node {self.node} is gone")
         new_deaths, actor = max(0, fate.restarts - self._restarts_before), self._actor
-        if not (new_deaths and self._deaths + new_deaths >= MAX_DEATHS) and waited_s < _START_TIMEOUT_S:
+        if not (new_deaths and self._deaths + new_deaths >= MAX_DEATHS) and waited_s < START_TIMEOUT_S:
             return
         found = await self._found_of(fate)
         if actor is self._actor and actor is not None:
@@ -199,7 +194,7 @@ class HostActor:
             raise self._error
 
     def _begin_rest(self, error: MoEServeError) -> MoEServeError:
-        self._pause_s = min(max(_LEAST_REST_S, 2 * self._pause_s), _MOST_REST_S)
+        self._pause_s = min(max(LEAST_REST_S, 2 * self._pause_s), MOST_REST_S)
         self._error, self._rests_until = error, time.monotonic() + self._pause_s
         return error
 
@@ -219,8 +214,8 @@ class HostActor:
         return ExpertUnavailable(f"{self.name} is gone for good: {why}")
 
     async def _fate(self) -> Fate:
-        actor_id = None if self._actor is None else self._actor._actor_id
-        return await asyncio.to_thread(fate_of, actor_id, self.node)
+        of = None if self._actor is None else actor_id(self._actor)
+        return await asyncio.to_thread(fate_of, of, self.node)
 
     async def _found_of(self, fate: Fate) -> str:
         return await asyncio.to_thread(self._findings, fate)

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import ray
-from ray._private import ray_constants, worker
 
 from moeserve.cluster import keeper
+from moeserve.cluster.ray_internals import take_processes
 
 #: what terminals, supervisors and control groups send to all processes of a service at once; ending Ray's is up to this one
 _SHIELDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_RAYLET: Final = ray_constants.PROCESS_TYPE_RAYLET
 _SIGACTION_BYTES: Final = 256  # more than the C library's struct has
 
 
@@ -44,8 +43,8 @@ class LocalRay:
         self._started.result()
 
     def stop(self) -> None:
-        """Leave Ray, then end its processes."""
-        processes = _taken_from_ray()
+        """Leave Ray, then end its processes, which do not hear the SIGTERM of `ray.shutdown`."""
+        processes = take_processes()
         ray.shutdown()
         for process in processes:
             process.kill()
@@ -71,16 +70,6 @@ class LocalRay:
         command = [sys.executable, "-I", "-S", keeper.__file__, str(self._folder)]
         none = subprocess.DEVNULL
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=none, stderr=none, start_new_session=True)  # noqa: S603
-
-
-def _taken_from_ray() -> list[subprocess.Popen[bytes]]:
-    """The processes that `ray.shutdown` would end, by a SIGTERM that they do not hear; the raylet, which would replace others, first."""
-    if worker._global_node is None:
-        return []
-    started = worker._global_node.all_processes
-    processes = [info.process for kind in sorted(started, key=_RAYLET.__ne__) for info in started[kind]]
-    started.clear()
-    return processes
 
 
 @contextmanager

@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Final
 
-from ray._private import worker
-
-_LOOK_S: Final = 1.0
+from moeserve.cluster.ray_internals import GCS, RAYLET, session_dir, started_processes
+from moeserve.cluster.timing import LOSS_LOOK_S
 
 
 @dataclass(frozen=True)
@@ -23,16 +20,16 @@ class Loss:
 
 def find_loss() -> Loss | None:
     """What is missing of the Ray that this process is connected to, as far as it has started it itself."""
-    node = worker._global_node
-    if node is None:
+    session = session_dir()
+    if session is None:
         return Loss("this process is not connected to Ray any more", is_final=True)
-    for name in ("gcs_server", "raylet"):
-        for started in node.all_processes.get(name, ()):
-            if started.process.poll() is not None:
-                return Loss(f"a process of Ray has ended: {name}, pid {started.process.pid}", is_final=name == "gcs_server")
-            if _folder_of(started.process.pid).endswith(" (deleted)"):
+    started = started_processes()
+    for kind in (GCS, RAYLET):
+        for process in started.get(kind, ()):
+            if process.poll() is not None:
+                return Loss(f"a process of Ray has ended: {kind}, pid {process.pid}", is_final=kind == GCS)
+            if _folder_of(process.pid).endswith(" (deleted)"):
                 return Loss("the folder that Ray was started in has been removed, and Ray starts no process without it", is_final=False)
-    session = Path(node.get_session_dir_path())
     return None if session.is_dir() else Loss(f"the folder of Ray, {session}, has been removed", is_final=False)
 
 
@@ -41,7 +38,7 @@ async def until_lost() -> Loss:
     while True:
         if (loss := find_loss()) is not None:
             return loss
-        await asyncio.sleep(_LOOK_S)
+        await asyncio.sleep(LOSS_LOOK_S)
 
 
 def _folder_of(pid: int) -> str:

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 
 import ray
-from ray._private import state
 from ray.autoscaler.sdk import request_resources
 
 from moeserve.cluster.ray_fleet import Fleet
+from moeserve.cluster.ray_internals import available_resources, draining_nodes, total_resources
 from moeserve.control import Node, Wanted
 
 _RESOURCES = ("CPU", "GPU")
@@ -37,8 +37,7 @@ class RayNodes:
 
 def _nodes(own: Collection[str]) -> list[Node]:
     live = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeID"]))
-    available, total = state.available_resources_per_node(), state.total_resources_per_node()
-    draining = state.state.get_draining_nodes()
+    available, total, draining = available_resources(), total_resources(), draining_nodes()
     hostnames = Counter(node["NodeManagerHostname"] for node in live)
     return [
         Node(

@@ -13,12 +13,10 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
+from moeserve.cluster.timing import END_DELAY_S, KILL_TIMEOUT_S, PROGRAM_RETRY_S
 from moeserve.errors import ExpertUnavailable
 
 log = logging.getLogger(__name__)
-
-_RETRY_S = 0.2
-_KILL_TIMEOUT_S = 10.0
 
 
 class Program(Protocol):
@@ -69,7 +67,7 @@ class _Runner:
             if ray.get_runtime_context().was_current_actor_reconstructed:
                 # Nobody waits for what kept it from starting, as somebody did for the first incarnation.
                 log.exception("it did not start again; Ray gives it another try")
-                await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(PROGRAM_RETRY_S)
                 os._exit(1)
             raise
 
@@ -138,7 +136,7 @@ class ProgramActor:
         """What the program says of itself, once it has started; `tell` hears how that goes. Raises what kept it from starting."""
         heard, ready = 0, asyncio.ensure_future(self._call("ready"))
         while True:
-            done, _ = await asyncio.wait({ready}, timeout=_RETRY_S)
+            done, _ = await asyncio.wait({ready}, timeout=PROGRAM_RETRY_S)
             for line in await self._call("told", heard):
                 heard += 1
                 tell(line)
@@ -150,7 +148,7 @@ class ProgramActor:
             try:
                 return await getattr(self._actor, method).remote(*arguments)
             except ActorUnavailableError:
-                await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(PROGRAM_RETRY_S)
             except RayActorError as error:
                 raise ExpertUnavailable(f"{self.name} is gone for good: {str(error).splitlines()[0]}") from None
             except RayTaskError as error:
@@ -173,5 +171,5 @@ class ProgramActor:
 def end_this_process() -> None:
     """End the actor that this runs in, for good."""
     actor = ray.get_runtime_context().current_actor
-    threading.Timer(0.1, lambda: ray.kill(actor, no_restart=True)).start()
-    threading.Timer(_KILL_TIMEOUT_S, lambda: os._exit(1)).start()
+    threading.Timer(END_DELAY_S, lambda: ray.kill(actor, no_restart=True)).start()
+    threading.Timer(KILL_TIMEOUT_S, lambda: os._exit(1)).start()

@@ -9,20 +9,18 @@ import asyncio
 import logging
 import re
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 
 import ray
-from ray._private import state
-from ray.util import get_placement_group, placement_group, remove_placement_group
+from ray.util import get_placement_group, placement_group, placement_group_table, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 
+from moeserve.cluster.timing import GRANT_TIMEOUT_S, RETRY_S
 from moeserve.config import PlacementConfig
 from moeserve.control import Assignment
 from moeserve.observe.stats import host_name
 
 _HOST_NAME = re.compile(r"host-(\d+)")
-#: Ray grants what is free within milliseconds
-_GRANT_TIMEOUT_S = 5.0
-_RETRY_S = 0.1
 
 
 class _Expected(logging.Filter):
@@ -55,7 +53,7 @@ async def await_granted(groups: Sequence[PlacementGroup]) -> list[bool]:
     """Which of these reservations could be had within a few seconds."""
     waiting = [asyncio.wrap_future(group.ready().future()) for group in groups]
     if waiting:
-        await asyncio.wait(waiting, timeout=_GRANT_TIMEOUT_S)
+        await asyncio.wait(waiting, timeout=GRANT_TIMEOUT_S)
     granted = [future.done() and future.exception() is None for future in waiting]
     for future in waiting:
         future.cancel()
@@ -69,13 +67,12 @@ def give_back(group: PlacementGroup) -> None:
 
 def find_reservations() -> dict[int, PlacementGroup]:
     """Those of detached hosts in this process' Ray namespace, by number of the host."""
-    namespace = ray.get_runtime_context().namespace
-    names = {entry["name"] for entry in state.state.placement_group_table().values() if entry["state"] != "REMOVED"}
+    names = {entry["name"] for entry in placement_group_table().values() if entry["state"] != "REMOVED"}
     found = {}
     for name in names:
-        number = host_number(name)
-        if number is not None and state.state.get_placement_group_by_name(name, namespace):
-            found[number] = get_placement_group(name)
+        if (number := host_number(name)) is not None:
+            with suppress(ValueError):  # it is in another namespace
+                found[number] = get_placement_group(name)
     return found
 
 
@@ -87,7 +84,7 @@ def find_hosts() -> set[int]:
 
 async def await_forgotten(numbers: Collection[int], timeout_s: float) -> None:
     """Until Ray has forgotten these hosts, so that their names are free."""
-    for _ in range(int(timeout_s / _RETRY_S)):
+    for _ in range(int(timeout_s / RETRY_S)):
         if (find_hosts() | find_reservations().keys()).isdisjoint(numbers):
             return
-        await asyncio.sleep(_RETRY_S)
+        await asyncio.sleep(RETRY_S)

@@ -12,19 +12,18 @@ from datetime import datetime
 from pathlib import Path
 
 import ray
-from ray._private import ray_constants, worker
-from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError
 
 from moeserve.cluster.folders import Hold, hold_new, remove_all_abandoned
+from moeserve.cluster.ray_internals import allow_clusters, forget_cached_token, log_dir
 from moeserve.cluster.ray_local import LocalRay, kept_handlers
+from moeserve.cluster.timing import KNOCK_TIMEOUT_S
 from moeserve.config import PlacementConfig, RayConfig
 from moeserve.errors import ConfigError, MoEServeError
 
 log = logging.getLogger(__name__)
 
 _OBJECT_STORE_BYTES = 80 * 2**20  # tensors do not travel through Ray; this is about the least it accepts
-_KNOCK_TIMEOUT_S = 5.0
 
 
 class RayRuntime:
@@ -34,7 +33,7 @@ class RayRuntime:
         self._config = config
         self._placement = placement
         self._previous_environment: dict[str, str | None] = {}
-        self._may_cluster: bool = ray_constants.ENABLE_RAY_CLUSTER
+        self._may_cluster = True
         self._changing = threading.Lock()
         self._folder: Hold | None = None
         self._local: LocalRay | None = None
@@ -53,9 +52,9 @@ class RayRuntime:
     @property
     def log_dir(self) -> Path:
         """Where Ray's processes on this node write what they have to say (worker-*.err); of a private one, until `stop`."""
-        node = worker._global_node
-        assert node is not None, "a Ray that has started"
-        return Path(node.get_logs_dir_path())
+        folder = log_dir()
+        assert folder is not None, "a Ray that has started"
+        return folder
 
     @property
     def node_id(self) -> str:
@@ -93,7 +92,7 @@ class RayRuntime:
         if self._local is not None:
             self._local.stop()
             self._local = None
-            ray_constants.ENABLE_RAY_CLUSTER = self._may_cluster
+            allow_clusters(self._may_cluster)
         for name, value in self._previous_environment.items():
             _set(name, value)
         self._previous_environment.clear()
@@ -121,18 +120,15 @@ class RayRuntime:
         token_file.touch(mode=0o600)
         token_file.write_text(secrets.token_hex(32))
         # Ray binds its ports to 127.0.0.1 only when clusters are ruled out; otherwise whoever reaches them can run code here.
-        # It reads the variable when it is imported: children see the variable, this process needs the constant.
         self._setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        ray_constants.ENABLE_RAY_CLUSTER = False
+        self._may_cluster = allow_clusters(False)
         self._setenv("RAY_AUTH_MODE", "token")
         self._setenv("RAY_AUTH_TOKEN_PATH", str(token_file))
         self._setenv("RAY_USAGE_STATS_ENABLED", "0")
         self._setenv("RAY_LOG_TO_STDERR", "0")
         # Workers that Ray starts ahead of time import these, so an actor is ready in 0.2 s instead of 2-3 s.
         self._setenv("RAY_preload_python_modules", "torch,moeserve.host,moeserve.checkpoints")
-        # This process has cached the absence of a token when ray was imported.
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
+        forget_cached_token()
         self._local = LocalRay(self._folder.path, self._init_local)
         try:
             self._local.start()
@@ -170,7 +166,7 @@ def knock(address: str) -> None:
     if not host or not port.isdigit():
         return  # "auto" and the like: Ray finds out at once
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_TIMEOUT_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_TIMEOUT_S).close()
     except OSError as error:
         raise ConfigError(f"no Ray cluster answers at {address}: {error.strerror or error}") from None
 

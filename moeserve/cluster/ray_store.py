@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+from moeserve.cluster.ray_internals import kv_delete, kv_get, kv_put
 
 _KEY: Final = b"moeserve:state"
 
@@ -17,13 +17,12 @@ class Store:
 
     def load(self) -> bytes | None:
         """What was saved last; None = nothing."""
-        value: bytes | None = _internal_kv_get(self._key)
-        return value
+        return kv_get(self._key)
 
     def save(self, value: bytes) -> None:
         """Replaces what was there."""
-        _internal_kv_put(self._key, value, overwrite=True)
+        kv_put(self._key, value)
 
     def clear(self) -> None:
         """Nothing is saved any more."""
-        _internal_kv_del(self._key)
+        kv_delete(self._key)

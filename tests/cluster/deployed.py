@@ -18,17 +18,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from moeserve.deployment import Deployed, Deployer
-from ray._private import ray_constants
-from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 
 from moeserve import Client, ConfigError, ExpertUnavailable, MoELayer, load_config
 from moeserve.client import AdminClient
+from moeserve.cluster.ray_internals import ClusterFromOutside, allow_clusters
+from moeserve.programs.deploy import Deployed, Deployer
 from tests.cluster.test_hosts import processes
 from tests.support.closeness import assert_close
 
-ray_constants.ENABLE_RAY_CLUSTER = False  # every port on 127.0.0.1
+allow_clusters(False)  # every port on 127.0.0.1
 CALLERS = 4
 
 
@@ -202,9 +201,8 @@ def live(scene: Scene, deployed: Deployed, admin: AdminClient, goes_on: Callable
 
 def drain_node(address: str, node: str) -> bool:
     """As an autoscaler does, or whoever takes a machine away."""
-    gcs = GcsClient(address=address)
-    accepted, _ = gcs.drain_node(node, 2, "taken away", int((time.time() + 600) * 1000))
-    return bool(accepted)
+    accepted, _ = ClusterFromOutside(address).drain(node, "taken away", time.time() + 600)
+    return accepted
 
 
 if __name__ == "__main__":

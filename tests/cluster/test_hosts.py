@@ -161,7 +161,7 @@ def wait_until(condition) -> None:
 
 
 def test_a_host_that_hangs_is_started_again(service: BackgroundService, tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moeserve.cluster.ray_fleet._HANG_S", 2.0)
+    monkeypatch.setattr("moeserve.cluster.ray_fleet.HANG_S", 2.0)
     controller = service._service.controller
 
     def pids() -> dict[str, int]:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from ray._private import worker
 from torch import nn
 
 from moeserve import BackgroundService, CheckpointError, Client, ConfigError, ExpertUnavailable, serve
+from moeserve.cluster.ray_internals import session_dir
 from moeserve.cluster.ray_loss import Loss, find_loss
 from tests.cluster.test_hosts import until
 
@@ -39,7 +39,8 @@ def test_all_is_what_the_nodes_have_room_for(service: BackgroundService) -> None
 
 
 def test_without_its_folder_ray_is_lost(local_ray: None) -> None:
-    session = Path(worker._global_node.get_session_dir_path())
+    session = session_dir()
+    assert session is not None
     assert find_loss() is None
     away = session.rename(session.with_name("away"))
     try:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ray._private import ray_constants
 from ray.cluster_utils import Cluster
 
 import moeserve.cli.verbs  # noqa: F401 - not while hosts leave: without them their node ends, and `leave` would not find it
@@ -25,7 +24,8 @@ from moeserve import MoELayer, MoEServeError
 from moeserve.api.request import LayerRequest
 from moeserve.checkpoints import layer_sources
 from moeserve.cli.app import main as cli
-from moeserve.cluster import Fleet, Nodes, RayRuntime
+from moeserve.cluster import Fleet, RayNodes, RayRuntime
+from moeserve.cluster.ray_internals import allow_clusters
 from moeserve.cluster.ray_leave import leave
 from moeserve.cluster.ray_reservation import find_hosts, find_reservations
 from moeserve.config import ServiceConfig, load_config
@@ -38,7 +38,7 @@ from moeserve.release import Release
 from moeserve.transport import KeyPair
 from tests.support.closeness import assert_close
 
-ray_constants.ENABLE_RAY_CLUSTER = False  # every port on 127.0.0.1
+allow_clusters(False)  # every port on 127.0.0.1
 LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8}
 SERVICE, STRANGER = f"three-nodes-{os.getpid()}", 7
 FOLDER = Path(tempfile.gettempdir(), f"moeserve-{SERVICE}")
@@ -65,7 +65,7 @@ async def until(condition: Callable[[], bool]) -> None:
 async def first_driver(cluster: Cluster, wide: Any, narrow: Any) -> None:
     config = config_for(cluster.address)
     fleet, sources = Fleet(config, detached=True), layer_sources(config)
-    nodes, wanted = Nodes(fleet), wanted_hosts(config.placement.num_hosts, sources, config)
+    nodes, wanted = RayNodes(fleet), wanted_hosts(config.placement.num_hosts, sources, config)
     await only_what_fits(nodes, config)
 
     assignments = list((await first_state(config, sources, nodes)).assignments)
@@ -127,7 +127,7 @@ async def first_driver(cluster: Cluster, wide: Any, narrow: Any) -> None:
     await a_node_is_left(cluster, fleet, nodes, wide.node_id)
 
 
-async def only_what_fits(nodes: Nodes, config: ServiceConfig) -> None:
+async def only_what_fits(nodes: RayNodes, config: ServiceConfig) -> None:
     """What cannot be had is said; what is there is used."""
     sources = layer_sources(config)
     for placement in ({"num_hosts": 7}, {"node_strategy": "strict_spread"}, {"node_labels": {"pool": "none"}}):
@@ -140,7 +140,7 @@ async def only_what_fits(nodes: Nodes, config: ServiceConfig) -> None:
     print("all", len(everywhere), "packed on", len({assignment.node for assignment in packed}))
 
 
-async def a_node_is_left(cluster: Cluster, fleet: Fleet, nodes: Nodes, node: str) -> None:
+async def a_node_is_left(cluster: Cluster, fleet: Fleet, nodes: RayNodes, node: str) -> None:
     try:
         await asyncio.to_thread(leave, cluster.address, "moeserve", 1.0, node)
     except MoEServeError as error:

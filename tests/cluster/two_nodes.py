@@ -12,13 +12,13 @@ import urllib.request
 from pathlib import Path
 
 import torch
-from ray._private import ray_constants
 from ray.cluster_utils import Cluster
 
 from moeserve import BackgroundService, Client, MoELayer, serve
+from moeserve.cluster.ray_internals import allow_clusters
 from tests.support.closeness import assert_close
 
-ray_constants.ENABLE_RAY_CLUSTER = False  # every port on 127.0.0.1
+allow_clusters(False)  # every port on 127.0.0.1
 LAYER = {"hidden_size": 64, "intermediate_size": 32, "num_experts": 8}
 
 
