@@ -64,8 +64,10 @@ def imported(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module
+        elif isinstance(node, ast.ImportFrom):
+            package = path.relative_to(REPOSITORY).parts[: -node.level] if node.level else ()
+            module = ".".join([*package, *filter(None, [node.module])])
+            yield from (module, *(f"{module}.{alias.name}" for alias in node.names))
 
 
 def run(*command: str) -> str:
@@ -82,6 +84,17 @@ def test_only_the_cluster_imports_ray() -> None:
     who = {path for path in PACKAGE.rglob("*.py") if any(name.split(".")[0] == "ray" for name in imported(path))}
     assert who
     assert {path for path in who if path.parent != PACKAGE / "cluster" or not path.name.startswith("ray_")} == set()
+
+
+def test_no_test_imports_another_test() -> None:
+    """What several of them use stands in tests/support, or in a module of their folder that is none."""
+    borrowed = {
+        f"{path.relative_to(REPOSITORY)} imports {name}"
+        for path in (REPOSITORY / "tests").rglob("*.py")
+        for name in imported(path)
+        if name.startswith("tests.") and name.rpartition(".")[2].startswith(("test_", "conftest"))
+    }
+    assert not borrowed
 
 
 def test_public_names_are_pinned() -> None:
