@@ -65,8 +65,10 @@ def imported(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module
+        elif isinstance(node, ast.ImportFrom):
+            package = path.relative_to(REPOSITORY).parts[: -node.level] if node.level else ()
+            module = ".".join([*package, *filter(None, [node.module])])
+            yield from (module, *(f"{module}.{alias.name}" for alias in node.names))
 
 
 def run(*command: str) -> str:
@@ -98,6 +100,17 @@ def test_constants_of_time_of_the_cluster_are_in_one_table() -> None:
     constant, room = re.compile(r"^\w+_M?S(?:: \w+)? = |(?:sleep|Timer|timeout)[(=][0-9]", re.MULTILINE), PACKAGE / "cluster"
     table = {room / "timing.py", room / "keeper.py"}  # a keeper imports nothing
     assert [path for path in sorted(room.rglob("*.py")) if path not in table and constant.search(path.read_text())] == []
+
+
+def test_no_test_imports_another_test() -> None:
+    """What several of them use stands in tests/support, or in a module of their folder that is none."""
+    borrowed = {
+        f"{path.relative_to(REPOSITORY)} imports {name}"
+        for path in (REPOSITORY / "tests").rglob("*.py")
+        for name in imported(path)
+        if name.startswith("tests.") and name.rpartition(".")[2].startswith(("test_", "conftest"))
+    }
+    assert not borrowed
 
 
 def test_public_names_are_pinned() -> None:

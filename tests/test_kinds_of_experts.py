@@ -5,49 +5,18 @@ T tokens, H hidden size, I intermediate size, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from moeserve import ConfigError, GatingConfig, MoELayer, load_config, route
 from moeserve.checkpoints import LayerSource, layer_sources
 from moeserve.experts import ExpertShard, FeedForward, ModuleExpert
 from tests.support.closeness import assert_close
-
-HIDDEN, EXPERTS = 16, 6
-#: the gate, an expert, then the shared one and its mixer: hidden sizes and an intermediate one of at most 40 each
-SUMMED = 4 * HIDDEN + 2 * 40
-
-
-class Block(nn.Module):
-    """An expert of one's own: keeps the shape, answers a tuple."""
-
-    def __init__(self, width: int, depth: int = 1) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.inner = nn.ModuleList([nn.Linear(width, width) for _ in range(depth)])
-
-    def forward(self, rows: Tensor) -> tuple[Tensor, None]:
-        for linear in self.inner:
-            rows = torch.tanh(linear(self.norm(rows)))
-        return rows, None
-
-
-BLOCK = f"{__name__}:Block"
-
-KINDS: Mapping[str, dict[str, Any]] = {
-    "added": {"intermediate_size": 24, "shared_expert": {"intermediate_size": 40}},
-    "gated": {"intermediate_size": 24, "shared_expert": {"intermediate_size": 40, "mixing": "sigmoid"}, "bias": True},
-    "residual": {"intermediate_size": 24, "shared_expert": {"intermediate_size": 8, "mixing": "residual"}},
-    "identity and zero": {"intermediate_size": 24, "identity_experts": 2, "zero_experts": 1},
-    "unequal": {"intermediate_size": (8, 24, 3, 16, 40, 1)},
-    "module": {"expert": BLOCK, "expert_args": {"width": HIDDEN, "depth": 2}},
-    "module beside a shared expert": {"expert": BLOCK, "expert_args": {"width": HIDDEN}, "shared_expert": {"intermediate_size": 8}},
-}
+from tests.support.kinds_of_experts import BLOCK, EXPERTS, HIDDEN, KINDS, SUMMED
 
 
 def source_of(kind: str, **gating: Any) -> LayerSource:

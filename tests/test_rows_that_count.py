@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moeserve import ForwardOutput, GatingConfig, InvalidRequest, MoELayer
 from moeserve.gating import Router
-from tests.test_kinds_of_experts import KINDS
+from tests.support.kinds_of_experts import KINDS
 
 HIDDEN, EXPERTS, TOKENS = 16, 6, 12
 NAN, INF = float("nan"), float("inf")

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from moeserve import MoELayer
 from moeserve.checkpoints import Fingerprint, fingerprint_of, layer_fingerprints, layer_sources
 from moeserve.config import ServiceConfig, load_config
+from tests.checkpoints.deepspeed_folders import config as deepspeed_config
+from tests.checkpoints.deepspeed_folders import model_of, write
 from tests.checkpoints.quantized_folders import CONFIG as QUANTIZED
 from tests.checkpoints.quantized_folders import PACKED, gates, weights
-from tests.checkpoints.test_deepspeed import config as deepspeed_config
-from tests.checkpoints.test_deepspeed import model_of, write
 from tests.compat.modules import sequential
 from tests.support.checkpoints_on_disk import CONFIG, expert_tensors, layer_tensors, write_folder
 

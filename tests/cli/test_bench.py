@@ -15,8 +15,9 @@ from moeserve.api.output import ForwardOutput
 from moeserve.bench.load import Load, Measured, WrongAnswer, check_answer, run
 from moeserve.cli.app import main
 from moeserve.errors import Overloaded
-from tests.client.engine import EXPERTS, HIDDEN, FunctionEngine, served, spec
+from tests.support.engine import FakeEngine, identity, spec
 from tests.support.harness import ServiceHarness
+from tests.support.servers import served
 
 LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 4}
 
@@ -105,7 +106,7 @@ def test_no_service_and_no_layer(capsys: pytest.CaptureFixture[str], service: Se
 
 
 def test_a_service_that_always_refuses(capsys: pytest.CaptureFixture[str]) -> None:
-    engine = FunctionEngine([(spec("l", HIDDEN, EXPERTS), lambda x, ids, weights: x)])
+    engine = FakeEngine([(spec("l"), identity)])
     engine.errors = [Overloaded("full")] * 100
     with served(engine) as (target, _, _):
         code, out, _ = bench(capsys, target, "--requests", "5", "--json")
@@ -118,13 +119,13 @@ def test_a_service_that_always_refuses(capsys: pytest.CaptureFixture[str]) -> No
 def test_answers_are_checked(capsys: pytest.CaptureFixture[str], stream: tuple[str, ...]) -> None:
     """A service that answers NaN, and one that answers too few rows, are not taken for fast ones."""
     for wrong in (lambda x, ids, weights: x * float("nan"), lambda x, ids, weights: x[1:]):
-        with served(FunctionEngine([(spec("l", HIDDEN, EXPERTS), wrong)])) as (target, _, _):
+        with served(FakeEngine([(spec("l"), wrong)])) as (target, _, _):
             code, out, _ = bench(capsys, target, "--requests", "4", "--json", *stream)
         assert code == 1 and json.loads(out)["runs"][0]["errors"] == {"WRONG_ANSWER": 4}
 
 
 def test_a_broken_stream_fails_its_requests_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
-    engine = FunctionEngine([(spec("l", HIDDEN, EXPERTS), lambda x, ids, weights: x)])
+    engine = FakeEngine([(spec("l"), identity)])
     with served(engine, max_message_bytes=2**16) as (target, _, _):
         code, out, _ = bench(capsys, target, "--stream", "--tokens", "4096", "--requests", "3", "--concurrency", "2", "--json")
     assert code == 1 and sum(json.loads(out)["runs"][0]["errors"].values()) == 3

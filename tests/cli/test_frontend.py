@@ -20,13 +20,13 @@ from moeserve.cli.app import main
 from moeserve.config import ServerConfig
 from moeserve.control import frontends as fan_out
 from moeserve.programs.frontend_service import FrontendService
-from tests.frontend.test_failure import until
-from tests.service.test_followers import answers, epochs
-from tests.service.test_scale import CONFIG
-from tests.service.test_swap import LAYER, configuration, folder, tokens
 from tests.support.closeness import assert_close
 from tests.support.followers import TOKEN, FrontendProcess
 from tests.support.harness import ServiceHarness
+from tests.support.seeded_folders import LAYER, configuration, folder, tokens
+from tests.support.seen import epochs
+from tests.support.two_layers import CONFIG, answers
+from tests.support.waiting import until_async
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_one_that_is_killed_during_a_roll_out_does_not_hold_it_up(
     monkeypatch.setattr(service.frontends, "_try_timeout_s", 3600.0)
     with ThreadPoolExecutor() as pool:
         scaling = pool.submit(service.call, service.controller.scale(4))
-        service.call(until(lambda: sorted(member.report.tried_epoch for member in service.frontends._members) == [0, 2]))
+        service.call(until_async(lambda: sorted(member.report.tried_epoch for member in service.frontends._members) == [0, 2]))
         assert not scaling.done()
         os.kill(killed.process.pid, signal.SIGKILL)
         assert scaling.result(timeout=30).epoch == 2
@@ -118,7 +118,7 @@ def test_one_that_hangs_is_left_behind_and_catches_up(two: tuple[ServiceHarness,
     assert service.call(service.controller.scale(4)).epoch == 2
     assert epochs(service) == [2, 2]
     hanging.process.send_signal(signal.SIGCONT)
-    service.call(until(lambda: epochs(service) == [2, 2, 2]))
+    service.call(until_async(lambda: epochs(service) == [2, 2, 2]))
 
 
 async def test_health_tells_the_truth_before_there_is_a_controller(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ async def test_health_tells_the_truth_before_there_is_a_controller(tmp_path: Pat
         port = free.getsockname()[1]
     service = FrontendService(f"127.0.0.1:{port}", TOKEN, ServerConfig(port=0, metrics_port=0))
     starting = asyncio.create_task(service.start(3600.0))
-    await until(lambda: service.target)
+    await until_async(lambda: service.target)
     async with AsyncClient(service.target) as client:
         assert not await client.ready()
         with pytest.raises(ExpertUnavailable, match="the service is starting: it does not know yet what to serve"):

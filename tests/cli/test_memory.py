@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -15,6 +15,7 @@ import torch
 
 from moeserve.api.wire import WireRequest, encode_forward_request
 from tests.support.processes import moeserve
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks Linux for the memory of a process")]
 
@@ -65,12 +66,6 @@ def running(tiny_moe: Path, tmp_path: Path) -> Iterator[tuple[str, dict[str, int
         yield target[1], {"service": process.pid, **{name: int(pid) for name, pid in hosts}}, log
         process.terminate()
         process.wait(60)
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 90) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.1)
 
 
 def resident_mb(pid: int) -> int:

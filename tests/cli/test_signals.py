@@ -17,7 +17,8 @@ from moeserve import Client, MoEServeError
 from tests.support.followers import TOKEN, FrontendProcess
 from tests.support.harness import ServiceHarness
 from tests.support.held import Held
-from tests.support.processes import blocks, descendants, moeserve, running, signal_all, until
+from tests.support.processes import blocks, descendants, moeserve, running, signal_all
+from tests.support.waiting import until
 
 LAYERS = [{"hidden_size": 16, "intermediate_size": 24, "num_experts": 4}]
 CONFIG = {"layers": LAYERS, "placement": {"num_hosts": 2}, "resilience": {"request_timeout_s": 60.0}}

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from moeserve import Client
 from tests.support.followers import TOKEN, FrontendProcess
 from tests.support.harness import ServiceHarness
-from tests.support.processes import moeserve, until
+from tests.support.processes import moeserve
+from tests.support.waiting import until
 
 CONFIG = {"layers": [{"hidden_size": 16, "intermediate_size": 24, "num_experts": 4}], "placement": {"num_hosts": 1}}
 

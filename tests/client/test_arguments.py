@@ -17,9 +17,9 @@ from moeserve.cli.app import main
 from moeserve.client import AdminClient, AsyncClient, Client, ControlClient, WireRequest
 from moeserve.compat.deepspeed import MoE
 from moeserve.engines.hf import connect_experts
-
-from .conftest import Calls
-from .engine import FunctionEngine, X, served
+from tests.client.calls import Calls
+from tests.support.engine import FakeEngine, X
+from tests.support.servers import served
 
 BAD_TARGETS = {
     "": "it is empty",
@@ -85,7 +85,7 @@ async def test_a_target_may_be_written_so(connect: Callable[..., Calls], target:
 
 
 @pytest.mark.parametrize("host", ["::1", "0.0.0.0", "::", "localhost", "127.3.2.1", "[::1]"])
-async def test_addresses_of_every_family(engine: FunctionEngine, connect: Callable[..., Calls], host: str) -> None:
+async def test_addresses_of_every_family(engine: FakeEngine, connect: Callable[..., Calls], host: str) -> None:
     try:
         with served(engine, host=host, insecure=True) as (target, _, _):
             assert (await connect(target).forward(X)).hidden_states.tolist() == X.tolist()
@@ -100,7 +100,7 @@ def token_file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("written", ["secret", "secret\n", "secret \r\n", "\tsecret\n\n", "\ufeffsecret\r\n", b"secret\n"])
-def test_a_token_may_have_space_around_it(engine: FunctionEngine, token_file: Path, written: Any) -> None:
+def test_a_token_may_have_space_around_it(engine: FakeEngine, token_file: Path, written: Any) -> None:
     with served(engine, auth_token_file=token_file) as (target, _, _):
         with Client(target, token=written) as client:
             client.forward(X)
@@ -179,7 +179,7 @@ async def test_what_is_no_time_to_wait_is_refused(connect: Callable[..., Calls],
             await call
 
 
-async def test_a_short_timeout_is_a_deadline(connect: Callable[..., Calls], target: str, engine: FunctionEngine) -> None:
+async def test_a_short_timeout_is_a_deadline(connect: Callable[..., Calls], target: str, engine: FakeEngine) -> None:
     engine.gate.clear()
     with pytest.raises(errors.DeadlineExceeded, match=f"no answer from {target} within 1e-300 s"):
         await connect(target).forward(X, timeout=1e-300)

@@ -14,9 +14,10 @@ import torch
 from moeserve import errors
 from moeserve.api.output import ForwardOutput
 from moeserve.client import AsyncClient, WireRequest
-
-from .conftest import Calls
-from .engine import EXPERTS, HIDDEN, FunctionEngine, X, served, spec
+from tests.client.calls import Calls
+from tests.support.engine import EXPERTS, HIDDEN, FakeEngine, X, identity, spec
+from tests.support.servers import served
+from tests.support.waiting import until_async
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -31,7 +32,7 @@ async def test_forward(calls: Calls, dtype: torch.dtype, layer: int | str, facto
     assert (out.aux_loss, out.z_loss, out.topk_ids, out.topk_weights) == (0.5, 0.25, None, None)
 
 
-async def test_everything_said_arrives(calls: Calls, engine: FunctionEngine) -> None:
+async def test_everything_said_arrives(calls: Calls, engine: FakeEngine) -> None:
     used_token, ids, weights = torch.tensor([True, False, True]), torch.tensor([[0, 1], [2, 3], [3, 0]]), torch.rand(3, 2)
     out = await calls.forward(X, used_token=used_token, topk_ids=ids, topk_weights=weights.bfloat16(), return_routing=True, model="tiny")
     assert out.topk_ids.tolist() == [[0, 1], [-1, -1], [3, 0]]
@@ -42,7 +43,7 @@ async def test_everything_said_arrives(calls: Calls, engine: FunctionEngine) -> 
     assert request.deadline is not None
 
 
-async def test_what_is_changed_of_the_gate_arrives(calls: Calls, engine: FunctionEngine) -> None:
+async def test_what_is_changed_of_the_gate_arrives(calls: Calls, engine: FakeEngine) -> None:
     changes = {"token_ids": torch.tensor([7, 8, 9], dtype=torch.int32), "capacity_factor": 1.2, "noise": "rsample", "seed": 2**63 - 1}
     await calls.forward(X, **changes)
     await calls.forward_stream([WireRequest(X, **changes)])
@@ -74,7 +75,7 @@ async def test_large_and_empty_and_strided_batches(calls: Calls) -> None:
         errors.MoEServeError("no"),
     ],
 )
-async def test_the_error_of_the_server_is_raised(calls: Calls, engine: FunctionEngine, raised: errors.MoEServeError) -> None:
+async def test_the_error_of_the_server_is_raised(calls: Calls, engine: FakeEngine, raised: errors.MoEServeError) -> None:
     engine.errors = [raised] * 4
     with pytest.raises(errors.MoEServeError, match=r"^no$") as caught:
         await calls.forward(X)
@@ -128,16 +129,16 @@ async def test_a_service_that_is_not_there_is_named(connect: Callable[..., Calls
 
 @pytest.mark.parametrize("per_call", [True, False])
 async def test_a_call_takes_no_longer_than_its_timeout(
-    connect: Callable[..., Calls], target: str, engine: FunctionEngine, per_call: bool
+    connect: Callable[..., Calls], target: str, engine: FakeEngine, per_call: bool
 ) -> None:
     engine.gate.clear()
     calls = connect(target, timeout=60 if per_call else 0.3)
     with pytest.raises(errors.DeadlineExceeded, match=rf"no answer from {target} within 0\.3 s"):
         await calls.forward(X, timeout=0.3 if per_call else None)
-    assert await asyncio.to_thread(engine.cancelled.wait, 10)
+    await until_async(lambda: engine.cancelled)
 
 
-async def test_unavailable_is_tried_again(calls: Calls, engine: FunctionEngine) -> None:
+async def test_unavailable_is_tried_again(calls: Calls, engine: FakeEngine) -> None:
     engine.errors = [errors.ExpertUnavailable("a host died")] * 3
     large = torch.randn(2**14, HIDDEN)
     assert torch.equal((await calls.forward(large)).hidden_states, large)
@@ -145,10 +146,10 @@ async def test_unavailable_is_tried_again(calls: Calls, engine: FunctionEngine) 
 
 
 async def test_requests_are_shared_out_among_the_frontends_behind_a_name(
-    target: str, engine: FunctionEngine, connect: Callable[..., Calls]
+    target: str, engine: FakeEngine, connect: Callable[..., Calls]
 ) -> None:
     """As a headless Service of Kubernetes has several addresses."""
-    other = FunctionEngine([(spec("model.layers.0.mlp", HIDDEN, EXPERTS), lambda x, ids, weights: x)])
+    other = FakeEngine([(spec("model.layers.0.mlp"), identity)])
     with served(other) as (second, _, _):
         calls = connect(f"ipv4:{target},{second}")
         async with asyncio.timeout(30):
@@ -160,14 +161,14 @@ async def test_requests_are_shared_out_among_the_frontends_behind_a_name(
         assert (len(engine.requests) - before[0], len(other.requests) - before[1]) == (5, 5)
 
 
-async def test_nothing_else_is_tried_again(calls: Calls, engine: FunctionEngine) -> None:
+async def test_nothing_else_is_tried_again(calls: Calls, engine: FakeEngine) -> None:
     engine.errors = [errors.Overloaded("full")]
     with pytest.raises(errors.Overloaded):
         await calls.forward(X)
     assert len(engine.requests) == 1
 
 
-async def test_layers_stats_ready(engine: FunctionEngine, connect: Callable[..., Calls]) -> None:
+async def test_layers_stats_ready(engine: FakeEngine, connect: Callable[..., Calls]) -> None:
     with served(engine) as (target, server, loop):
         calls = connect(target)
         first, second = await calls.layers()
@@ -190,15 +191,15 @@ async def test_layers_stats_ready(engine: FunctionEngine, connect: Callable[...,
                 pass
 
 
-async def test_cancelling_a_call_cancels_the_work(target: str, engine: FunctionEngine) -> None:
+async def test_cancelling_a_call_cancels_the_work(target: str, engine: FakeEngine) -> None:
     engine.gate.clear()
     async with AsyncClient(target) as client:
         task = asyncio.create_task(client.forward(X))
-        assert await asyncio.to_thread(engine.started.wait, 10)
+        await until_async(lambda: engine.requests)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert await asyncio.to_thread(engine.cancelled.wait, 10)
+        await until_async(lambda: engine.cancelled)
 
 
 def test_a_client_never_loads_the_engine() -> None:

@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import moeserve
 from moeserve import Client, ConfigError, MoEServeError, connect_experts
 from tests.support.closeness import assert_close
-
-from .engine import Experts, FunctionEngine, served, spec
+from tests.support.engine import Experts, FakeEngine, identity, spec
+from tests.support.servers import served
 
 SIZES = {
     "vocab_size": 64,
@@ -80,10 +80,10 @@ def as_layer(experts: nn.Module) -> Experts:
     return run
 
 
-def serving(model: nn.Module, names: list[str] | None = None) -> FunctionEngine:
+def serving(model: nn.Module, names: list[str] | None = None) -> FakeEngine:
     found = experts_of(model)
     names = [name.rpartition(".")[0] for name in found] if names is None else names
-    return FunctionEngine([(spec(name, 32, 4), as_layer(experts)) for name, experts in zip(names, found.values(), strict=True)])
+    return FakeEngine([(spec(name, 32, 4), as_layer(experts)) for name, experts in zip(names, found.values(), strict=True)])
 
 
 def remote_model(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -179,7 +179,7 @@ def test_prefixes_do_not_matter(model: PreTrainedModel, remote: PreTrainedModel,
 
 def test_names_win_over_order(model: PreTrainedModel, remote: PreTrainedModel, input_ids: torch.Tensor) -> None:
     engine = serving(model)
-    swapped = FunctionEngine(list(zip(engine.layers, engine._experts, strict=True))[::-1])
+    swapped = FakeEngine(list(zip(engine.layers, engine._experts, strict=True))[::-1])
     assert_same_with(swapped, model, remote, input_ids)
 
 
@@ -187,7 +187,7 @@ def test_names_that_say_nothing_go_by_order(model: PreTrainedModel, remote: PreT
     assert_same_with(serving(model, ["first", "second"]), model, remote, input_ids)
 
 
-def assert_same_with(engine: FunctionEngine, model: PreTrainedModel, remote: PreTrainedModel, input_ids: torch.Tensor) -> None:
+def assert_same_with(engine: FakeEngine, model: PreTrainedModel, remote: PreTrainedModel, input_ids: torch.Tensor) -> None:
     with served(engine) as (target, _, _), connect_experts(remote, target), torch.no_grad():
         assert_close(remote(input_ids).logits, model(input_ids).logits, summed=SUMMED)
 
@@ -202,7 +202,7 @@ def assert_same_with(engine: FunctionEngine, model: PreTrainedModel, remote: Pre
     ],
 )
 def test_a_service_of_another_model_is_refused(remote: PreTrainedModel, layers: list, sentence: str) -> None:
-    engine = FunctionEngine([(layer, lambda hidden_states, ids, weights: hidden_states) for layer in layers])
+    engine = FakeEngine([(layer, identity) for layer in layers])
     with served(engine) as (target, _, _), pytest.raises(ConfigError, match=sentence):
         connect_experts(remote, target)
 

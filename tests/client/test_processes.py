@@ -18,9 +18,9 @@ import torch
 from moeserve import errors
 from moeserve.client import TLS, AdminClient, AsyncClient, Client
 from moeserve.compat.deepspeed import MoE
-
-from ..server.certificates import Authority
-from .engine import EXPERTS, HIDDEN, FunctionEngine, X, served
+from tests.support.certificates import Authority
+from tests.support.engine import EXPERTS, HIDDEN, FakeEngine, X
+from tests.support.servers import served
 
 FORKING = """
 import os, sys, moeserve
@@ -56,7 +56,7 @@ def answers_async(client: AsyncClient) -> list[float]:
     return asyncio.run(ask())
 
 
-def test_clients_go_to_processes_that_are_spawned(engine: FunctionEngine, tmp_path: Path) -> None:
+def test_clients_go_to_processes_that_are_spawned(engine: FakeEngine, tmp_path: Path) -> None:
     """As those of a DataLoader, with everything they were made with, before they were used or after."""
     (tmp_path / "token").write_text("secret\n")
     ours = Authority(tmp_path, "ours")

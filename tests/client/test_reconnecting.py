@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,52 +13,15 @@ import torch
 
 from moeserve import errors
 from moeserve.client import AdminClient, AsyncClient, Client, WireRequest
-
-from .conftest import Calls
-from .engine import EXPERTS, HIDDEN, FunctionEngine, X, served, spec
-from .names import names
+from tests.client.calls import Calls
+from tests.support.engine import HIDDEN, FakeEngine, X, identity, spec
+from tests.support.listeners import listener
+from tests.support.names import names
+from tests.support.servers import served
 
 #: gRPC's own pauses grow by 60 % each, so that this many attempts take it some 40 s
 ATTEMPTS = 8
 PATIENCE_S = 25.0
-
-
-class Absent:
-    """Takes connections and ends them: an address where the service is not. Counts them."""
-
-    def __init__(self) -> None:
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.target = f"127.0.0.1:{self._socket.getsockname()[1]}"
-        self.attempts = 0
-        self._thread = threading.Thread(target=self._accept)
-        self._thread.start()
-
-    def _accept(self) -> None:
-        while True:
-            connection, _ = self._socket.accept()
-            with connection:
-                if connection.recv(1, socket.MSG_PEEK) == b"x":
-                    return
-            self.attempts += 1
-
-    def stop(self) -> None:
-        with socket.create_connection(self._socket.getsockname()) as last:
-            last.sendall(b"x")
-        self._thread.join()
-        self._socket.close()
-
-
-@pytest.fixture
-def absent() -> Iterator[Callable[[], Absent]]:
-    made: list[Absent] = []
-
-    def make() -> Absent:
-        made.append(Absent())
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.stop()
 
 
 def is_tried(call: Callable[[], object], attempts: Callable[[], int]) -> bool:
@@ -73,26 +34,27 @@ def is_tried(call: Callable[[], object], attempts: Callable[[], int]) -> bool:
     return attempts() >= ATTEMPTS
 
 
-def test_attempts_to_reach_a_service_do_not_become_rare(absent: Callable[[], Absent]) -> None:
+def test_attempts_to_reach_a_service_do_not_become_rare() -> None:
     """Those of each client, and of each to find out what a name stands for."""
-    away = [absent() for _ in range(3)]
-    with names() as nameless, asyncio.Runner() as runner:
+    with ExitStack() as stack:
+        away = [stack.enter_context(listener()) for _ in range(3)]
+        nameless, runner = stack.enter_context(names()), stack.enter_context(asyncio.Runner())
         client, admin, named = Client(away[0].target), AdminClient(away[1].target, "token"), Client(nameless.target(50051))
         asynchronous = AsyncClient(away[2].target)
         with client, admin, named, ThreadPoolExecutor(4) as pool:
             tries = (
-                pool.submit(is_tried, client.layers, lambda: away[0].attempts),
-                pool.submit(is_tried, admin.status, lambda: away[1].attempts),
-                pool.submit(is_tried, lambda: runner.run(asynchronous.layers()), lambda: away[2].attempts),
+                pool.submit(is_tried, client.layers, lambda: len(away[0].asked)),
+                pool.submit(is_tried, admin.status, lambda: len(away[1].asked)),
+                pool.submit(is_tried, lambda: runner.run(asynchronous.layers()), lambda: len(away[2].asked)),
                 pool.submit(is_tried, named.layers, lambda: nameless.asked),
             )
             assert [each.result() for each in tries] == [True] * 4
         runner.run(asynchronous.close())
 
 
-async def test_new_frontends_behind_a_name_get_work(engine: FunctionEngine, connect: Callable[..., Calls]) -> None:
+async def test_new_frontends_behind_a_name_get_work(engine: FakeEngine, connect: Callable[..., Calls]) -> None:
     """From a client that is connected to an older one, which goes later; no call fails."""
-    other = FunctionEngine([(spec("model.layers.0.mlp", HIDDEN, EXPERTS), lambda x, ids, weights: x)])
+    other = FakeEngine([(spec("model.layers.0.mlp"), identity)])
     with names("127.0.0.1") as name, ExitStack() as old:
         first, _, _ = old.enter_context(served(engine, max_connection_age_s=0.3))
         port = int(first.rpartition(":")[2])
@@ -110,7 +72,7 @@ async def test_new_frontends_behind_a_name_get_work(engine: FunctionEngine, conn
                 await calls.forward(X)
 
 
-async def test_nothing_fails_and_nothing_is_lost_when_connections_age(engine: FunctionEngine, connect: Callable[..., Calls]) -> None:
+async def test_nothing_fails_and_nothing_is_lost_when_connections_age(engine: FakeEngine, connect: Callable[..., Calls]) -> None:
     """Dozens of times, under load of every kind; a stream stays where it is."""
     large = torch.randn(60_000, HIDDEN)
     with served(engine, max_connection_age_s=0.05) as (target, _, _):

@@ -10,13 +10,13 @@ import torch
 
 from moeserve import errors
 from moeserve.client import TLS, AsyncClient, Client
+from tests.client.calls import Calls
+from tests.support.certificates import Authority
+from tests.support.engine import FakeEngine, X
+from tests.support.servers import served
 
-from ..server.certificates import Authority
-from .conftest import Calls
-from .engine import FunctionEngine, X, served
 
-
-async def test_token_and_mutual_tls(tmp_path: Path, engine: FunctionEngine, connect: Callable[..., Calls]) -> None:
+async def test_token_and_mutual_tls(tmp_path: Path, engine: FakeEngine, connect: Callable[..., Calls]) -> None:
     (tmp_path / "token").write_text("secret\n")
     ours, theirs = Authority(tmp_path, "ours"), Authority(tmp_path, "theirs")
     (cert, key), (client_cert, client_key), (their_cert, their_key) = ours.sign("server"), ours.sign("client"), theirs.sign("stranger")

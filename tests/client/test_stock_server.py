@@ -14,8 +14,7 @@ from moeserve import errors
 from moeserve.client import AsyncClient, Client, WireRequest
 from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1 import moe_service_pb2_grpc as pb_grpc
-
-from ..server.messages import tensor
+from tests.support.messages import tensor
 
 X = torch.randn(700, 64, generator=torch.Generator().manual_seed(0))
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
 from moeserve import errors
 from moeserve.client import AsyncClient, Client, WireRequest, WireResponse
-
-from .conftest import Calls
-from .engine import FunctionEngine, X
+from tests.client.calls import Calls
+from tests.support.engine import FakeEngine, X
+from tests.support.waiting import until, until_async
 
 
 async def test_a_stream_answers_each_request(calls: Calls) -> None:
@@ -36,11 +35,11 @@ async def test_what_the_requests_of_a_stream_raise_is_raised(calls: Calls) -> No
         await calls.forward_stream([WireRequest(X), WireRequest(X.long())])
 
 
-async def test_a_stream_takes_no_longer_than_its_timeout(calls: Calls, engine: FunctionEngine, target: str) -> None:
+async def test_a_stream_takes_no_longer_than_its_timeout(calls: Calls, engine: FakeEngine, target: str) -> None:
     engine.gate.clear()
     with pytest.raises(errors.DeadlineExceeded, match=rf"no answer from {target} within 0\.3 s"):
         await calls.forward_stream([WireRequest(X)], timeout=0.3)
-    assert await asyncio.to_thread(engine.cancelled.wait, 10)
+    await until_async(lambda: engine.cancelled)
 
 
 async def test_requests_of_a_stream_may_be_asynchronous(target: str) -> None:
@@ -52,7 +51,7 @@ async def test_requests_of_a_stream_may_be_asynchronous(target: str) -> None:
         assert {answer.request_id async for answer in client.forward_stream(requests())} == {"0", "1", "2"}
 
 
-def test_leaving_a_stream_cancels_the_rest(target: str, engine: FunctionEngine) -> None:
+def test_leaving_a_stream_cancels_the_rest(target: str, engine: FakeEngine) -> None:
     def requests() -> Iterator[WireRequest]:
         yield WireRequest(X[:0], request_id="first")
         engine.gate.clear()
@@ -61,6 +60,6 @@ def test_leaving_a_stream_cancels_the_rest(target: str, engine: FunctionEngine) 
     with Client(target) as client:
         stream = client.forward_stream(requests())
         assert next(stream).request_id == "first"
-        assert engine.started.wait(10)
+        until(lambda: engine.requests)
         stream.close()
-        assert engine.cancelled.wait(10)
+        until(lambda: engine.cancelled)

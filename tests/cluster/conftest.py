@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from moeserve import BackgroundService, serve
-
-NUM_HOSTS = 8
+from tests.support.ray_service import NUM_HOSTS
 
 
 @pytest.fixture(scope="package")

@@ -24,8 +24,9 @@ from moeserve import Client, ConfigError, ExpertUnavailable, MoELayer, load_conf
 from moeserve.client import AdminClient
 from moeserve.cluster.ray_internals import ClusterFromOutside, allow_clusters
 from moeserve.programs.deploy import Deployed, Deployer
-from tests.cluster.test_hosts import processes
 from tests.support.closeness import assert_close
+from tests.support.ray_service import processes
+from tests.support.waiting import until
 
 allow_clusters(False)  # every port on 127.0.0.1
 CALLERS = 4
@@ -33,13 +34,6 @@ CALLERS = 4
 
 def say(*words: object) -> None:
     print(*words, flush=True)
-
-
-def until(is_so: Callable[[], bool], what: str, timeout_s: float = 90.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not is_so():
-        assert time.monotonic() < end, f"never: {what}"
-        time.sleep(0.1)
 
 
 @contextmanager
@@ -113,7 +107,7 @@ def main(folder: Path, checkpoint: Path) -> None:
             live(scene, deployed, admin, goes_on)
         say("shutdown", scene.command("shutdown", deployed.controller).returncode)
         kept(scene)  # at once: it waits for the end of the one before
-        until(lambda: not any(map(scene.pids, NAMES)), "all processes are gone")
+        until(lambda: not any(map(scene.pids, NAMES)))
     finally:
         scene.cluster.shutdown()
     say("done")
@@ -162,36 +156,36 @@ def live(scene: Scene, deployed: Deployed, admin: AdminClient, goes_on: Callable
     hosts = sorted(scene.pids("ray::ExpertHost"))
     os.kill(scene.pids("ray::MoEController")[0], signal.SIGKILL)
     goes_on()
-    until(lambda: settled(4), "the controller is back, and has all hosts")
+    until(lambda: settled(4))
     seen = admin.status()
     kept = sorted(host.pid for host in seen.hosts) == hosts
     say("after the controller's death: epoch", seen.epoch, "the same hosts:", kept, "frontends:", len(seen.frontends))
 
     with ThreadPoolExecutor(1) as pool:
         interrupted = pool.submit(admin.scale, 3)
-        until(lambda: admin.status().is_changing, "the change is under way")
+        until(lambda: admin.status().is_changing)
         os.kill(scene.pids("ray::MoEController")[0], signal.SIGKILL)
         say("interrupted:", type(interrupted.exception()).__name__)
     goes_on()
-    until(lambda: settled(3) or settled(4), "the change was made, or was not")
+    until(lambda: settled(3) or settled(4))
     say("after an interrupted change: epoch", "higher" if admin.scale(4).epoch > seen.epoch or settled(4) else "?")
     goes_on()
 
     scene.cluster.remove_node(scene.nodes[0], allow_graceful=False)
     goes_on()
-    until(lambda: settled(2, short=True), "the experts of the lost node are on the other")
+    until(lambda: settled(2, short=True))
     say("after a node's death:", admin.status().shortage)
     scene.nodes[0] = scene.cluster.add_node(num_cpus=2)
-    until(lambda: settled(4), "the new node is used")
+    until(lambda: settled(4))
     goes_on()
 
     admin.scale("all")
     scene.nodes.append(scene.cluster.add_node(num_cpus=1))
-    until(lambda: settled(5), "a node that joins is used")
+    until(lambda: settled(5))
     goes_on()
     leaving = admin.status().hosts[0].node
     say("drains:", drain_node(scene.cluster.address, leaving))
-    until(lambda: settled(3) and leaving not in {host.node for host in admin.status().hosts}, "a node that drains is left")
+    until(lambda: settled(3) and leaving not in {host.node for host in admin.status().hosts})
     goes_on()
     shown = scene.command("status", deployed.controller, "--json")
     read = json.loads(shown.stdout)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -15,20 +14,13 @@ from safetensors.torch import load_file, save_file
 import moeserve
 from moeserve import CheckpointError, Client, ExpertUnavailable, MoELayer
 from moeserve.errors import CheckpointChanged
-from tests.cluster.test_scale import pid_of
-from tests.service.test_files_change import replaced
-from tests.service.test_swap import folder, tokens
 from tests.support.checkpoints_on_disk import MLP
 from tests.support.closeness import assert_close
+from tests.support.ray_service import pid_of
+from tests.support.seeded_folders import folder, replaced, tokens
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.ray
-
-
-def until_ready(client: Client) -> None:
-    deadline = time.monotonic() + 60
-    while not client.ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_a_host_that_comes_back_to_other_files(tmp_path: Path, local_ray: None) -> None:
@@ -57,7 +49,7 @@ def test_a_host_that_comes_back_to_other_files(tmp_path: Path, local_ray: None) 
         with pytest.raises(CheckpointError, match="holds NaN or Inf"):
             service.swap("", new)
         replaced(served, kept)
-        until_ready(client)
+        until(client.ready)
         assert_close(client.forward(tokens(0)).hidden_states, old)
 
         replaced(served, folder(tmp_path / "newer", 1))

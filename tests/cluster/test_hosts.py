@@ -6,9 +6,6 @@ import os
 import signal
 import subprocess
 import threading
-import time
-import urllib.request
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,41 +13,13 @@ import grpc
 import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from prometheus_client.parser import text_string_to_metric_families
 
 from moeserve import BackgroundService, Client, MoELayer
-from tests.cluster.conftest import NUM_HOSTS
 from tests.support.closeness import assert_close
+from tests.support.ray_service import NUM_HOSTS, metric, processes
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.ray
-
-
-def processes() -> dict[str, list[int]]:
-    """Names of the processes that Ray named, with their ids: those that this process has started, by however many others."""
-    shown = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout.splitlines()[1:]
-    rows = {int(pid): (int(parent), name) for pid, parent, name in (line.split(maxsplit=2) for line in shown)}
-
-    def is_ours(pid: int) -> bool:
-        return pid in rows and (rows[pid][0] == os.getpid() or is_ours(rows[pid][0]))
-
-    found: dict[str, list[int]] = {}
-    for pid, (_, name) in rows.items():
-        if name.startswith("ray::") and is_ours(pid):
-            found.setdefault(name.split(".")[0].split(" ")[0], []).append(pid)
-    return found
-
-
-def until(is_so: Callable[[], bool], timeout_s: float = 90.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not is_so():
-        assert time.monotonic() < end, "never happened"
-        threading.Event().wait(0.1)
-
-
-def metric(service: BackgroundService, name: str, **labels: str) -> float:
-    with urllib.request.urlopen(f"http://{service.metrics_target}/metrics") as page:
-        families = text_string_to_metric_families(page.read().decode())
-    return sum(s.value for f in families for s in f.samples if s.name == name and labels.items() <= s.labels.items())
 
 
 def test_every_host_is_pinned_to_a_gpu_of_its_own(service: BackgroundService) -> None:
@@ -131,7 +100,7 @@ def test_a_killed_host_loses_nobodys_request_and_comes_back(service: BackgroundS
         warm.wait()
         os.kill(victim, signal.SIGKILL)
         try:
-            wait_until(lambda: metric(service, "moeserve_host_restarts_total") == restarts + 1)
+            until(lambda: metric(service, "moeserve_host_restarts_total") == restarts + 1)
         finally:
             recovered.set()
         for future in loads:
@@ -149,15 +118,6 @@ def test_health_says_so_while_a_host_is_away(service: BackgroundService) -> None
         assert next(states).status == health_pb2.HealthCheckResponse.NOT_SERVING
         assert next(states).status == health_pb2.HealthCheckResponse.SERVING
         assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
-
-
-def wait_until(condition) -> None:
-    tick = threading.Event()
-    for _ in range(600):
-        if condition():
-            return
-        tick.wait(0.1)
-    raise AssertionError("the condition did not come true within 60 s")
 
 
 def test_a_host_that_hangs_is_started_again(service: BackgroundService, tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

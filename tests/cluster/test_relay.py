@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from moeserve import Client, MoELayer, serve
-from tests.cluster.test_hosts import metric, wait_until
 from tests.support.closeness import assert_close
+from tests.support.ray_service import metric
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.ray
 
@@ -61,7 +62,7 @@ def test_a_killed_host_loses_nobodys_request(local_ray: None, tiny_moe: Path, pa
         assert metric(service, "moeserve_expert_retries_total") == 0
         os.kill(pids[f"host-{victim}"], signal.SIGKILL)
         try:
-            wait_until(lambda: metric(service, "moeserve_host_restarts_total") == 1)
+            until(lambda: metric(service, "moeserve_host_restarts_total") == 1)
         finally:
             recovered.set()
         for future in loads:

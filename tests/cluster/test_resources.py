@@ -15,7 +15,7 @@ from torch import nn
 from moeserve import BackgroundService, CheckpointError, Client, ConfigError, ExpertUnavailable, serve
 from moeserve.cluster.ray_internals import session_dir
 from moeserve.cluster.ray_loss import Loss, find_loss
-from tests.cluster.test_hosts import until
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.ray
 

@@ -12,19 +12,14 @@ import pytest
 import torch
 
 import moeserve
-from moeserve import BackgroundService, Client, ConfigError, ExpertUnavailable, MoELayer
+from moeserve import Client, ConfigError, ExpertUnavailable, MoELayer
 from moeserve.client import AdminClient
-from tests.cluster.test_hosts import processes
 from tests.support.closeness import assert_close
+from tests.support.ray_service import pid_of, processes
 
 pytestmark = pytest.mark.ray
 
 CALLERS = 8
-
-
-def pid_of(service: BackgroundService, host: str) -> int:
-    """Of the present incarnation."""
-    return next(seen.pid for seen in service._service.controller.status().hosts if seen.name == host)
 
 
 def test_two_six_two_and_every_host_replaced_under_load(tiny_moe: Path, tmp_path: Path, local_ray: None) -> None:

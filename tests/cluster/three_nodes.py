@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from moeserve.placement import plan_placement
 from moeserve.release import Release
 from moeserve.transport import KeyPair
 from tests.support.closeness import assert_close
+from tests.support.waiting import until_async
 
 allow_clusters(False)  # every port on 127.0.0.1
 LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8}
@@ -54,12 +54,6 @@ def release_on(assignments: list[Assignment], config: ServiceConfig, epoch: int)
     placing = config.placement.model_copy(update={"num_hosts": len(assignments)})
     specs = [source.spec for source in layer_sources(config)]
     return Release(plan_placement(specs, placing).renumbered([assignment.number for assignment in assignments], epoch))
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.05)
 
 
 async def first_driver(cluster: Cluster, wide: Any, narrow: Any) -> None:
@@ -106,10 +100,10 @@ async def first_driver(cluster: Cluster, wide: Any, narrow: Any) -> None:
 
     changes: list[dict[int, HostInfo]] = []
     watching = asyncio.create_task(fleet.watch(lambda hosts: changes.append(dict(hosts))))
-    await until(lambda: fleet.given_up == {STRANGER})
+    await until_async(lambda: fleet.given_up == {STRANGER})
     cluster.remove_node(narrow, allow_graceful=False)
     lost = next(assignment.number for assignment in assignments if assignment.node == narrow.node_id)
-    await until(lambda: fleet.given_up == {STRANGER, lost} and lost not in changes[-1])
+    await until_async(lambda: fleet.given_up == {STRANGER, lost} and lost not in changes[-1])
     watching.cancel()
     print("given up with its node", lost)
 
@@ -160,7 +154,7 @@ async def second_driver(address: str, service: str, assignments: list[Assignment
     await fleet.adopt(release, assignments)
     for assignment in assignments:
         assert (await fleet.find(assignment.number)).pid == pids[f"host-{assignment.number}"], "the same process as before"
-    await until(lambda: find_hosts() == {assignment.number for assignment in assignments} == set(find_reservations()))
+    await until_async(lambda: find_hosts() == {assignment.number for assignment in assignments} == set(find_reservations()))
     await fleet.admit({keys.public})
     sources, hidden_states = layer_sources(config), torch.randn(20, 16)
     metrics = Metrics([source.spec for source in sources], "off")

@@ -16,8 +16,7 @@ from moeserve.errors import ConfigError
 from moeserve.placement import plan_placement
 from moeserve.release import Release
 from moeserve.transport import KeyPair
-from tests.control.test_record import spec
-from tests.service.test_scale import CONFIG
+from tests.support.two_layers import CONFIG, spec
 
 SERVES = Report("f", epoch=1, oldest_epoch=1)
 

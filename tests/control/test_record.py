@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from moeserve.checkpoints import FileMark, Fingerprint, Swap
 from moeserve.config import PlacementConfig, load_config, load_json
-from moeserve.config.spec import LayerSpec
 from moeserve.control.follow import Order, Report, Welcome, followed_config
 from moeserve.control.record import host_message, read_hosts, read_release, release_message
 from moeserve.errors import ConfigError, InvalidRequest
@@ -22,7 +21,7 @@ from moeserve.placement import plan_placement
 from moeserve.release import Release
 from moeserve.transport import KeyPair
 from moeserve.v1 import control_service_pb2 as pb
-from tests.service.test_scale import LAYERS
+from tests.support.two_layers import spec
 
 KEYS = KeyPair.generate()
 TEXT = st.text(max_size=20)
@@ -45,12 +44,6 @@ SWAPS = st.builds(
     checkpoint=st.sampled_from([Path("/a"), Path("/b/ü c")]),
     experts=st.none() | st.frozensets(st.integers(0, 999), min_size=1),
 )
-
-
-def spec() -> LayerSpec:
-    from moeserve.checkpoints import layer_sources
-
-    return layer_sources(load_config({"layers": LAYERS}))[0].spec
 
 
 @st.composite

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from moeserve.observe.metrics import Metrics
+
 REPOSITORY = Path(__file__).parents[2]
 DEPLOY = REPOSITORY / "deploy"
 ALERTS = DEPLOY / "prometheus" / "alerts.yml"
@@ -62,3 +64,11 @@ def rules() -> list[dict[str, Any]]:
 def alerts() -> list[Query]:
     """Every alert's expression."""
     return [Query(rule["alert"], rule["expr"]) for rule in rules()]
+
+
+SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
+
+
+def series() -> set[str]:
+    """Every name that a scrape can have, from the registry itself."""
+    return {family.name + suffix for family in Metrics([]).registry.collect() for suffix in SUFFIXES[family.type]}

@@ -6,8 +6,7 @@ import json
 import shutil
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import pytest
 import yaml
 
 from tests.deploy.files import ALERTS, DEPLOY, read_yaml
+from tests.support.waiting import until
 
 PATIENCE_S = 60
 #: whatever proxy the environment names
@@ -60,13 +60,6 @@ class Prometheus:
 
     def _scrapes(self) -> float:
         return sum(value for _, value in self.ask('count_over_time(up{job="moeserve"}[1h])'))
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.05)
 
 
 @contextmanager

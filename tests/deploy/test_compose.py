@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,19 +15,13 @@ from moeserve.cli.verbs import app
 from moeserve.config import ServerConfig
 from moeserve.observe.page import StatusPage
 from moeserve.server import check_exposure
+from tests.deploy.containers import COMPOSE, SERVICE, filled
 from tests.deploy.files import DEPLOY, dashboard, read_yaml
 from tests.support.harness import ServiceHarness
 
-COMPOSE: dict[str, Any] = read_yaml(DEPLOY / "compose.yaml")
-SERVICE = COMPOSE["services"]["moeserve"]
 TLS = read_yaml(DEPLOY / "compose.tls.yaml")["services"]["moeserve"]
 IMAGE_ENV = {"MOESERVE_HOST": "0.0.0.0"}
 PORT, METRICS_PORT = ServerConfig().port, ServerConfig().metrics_port
-
-
-def filled(text: str) -> str:
-    """With the defaults of its variables."""
-    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
 
 
 def settings(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:

@@ -5,17 +5,8 @@ from __future__ import annotations
 import re
 
 from moeserve.config import ServerConfig
+from tests.deploy.dockerfile import given, instructions
 from tests.deploy.files import DEPLOY, REPOSITORY
-
-
-def instructions() -> list[tuple[str, str]]:
-    """Name and arguments of each, continued lines joined."""
-    text = re.sub(r"^\s*#.*\n", "", (DEPLOY / "Dockerfile").read_text(), flags=re.M).replace("\\\n", " ")
-    return [(name, rest.strip()) for name, _, rest in (line.partition(" ") for line in text.splitlines() if line.strip())]
-
-
-def given(name: str) -> list[str]:
-    return [rest for found, rest in instructions() if found == name]
 
 
 def test_any_builder_can_build_it() -> None:

@@ -13,8 +13,9 @@ from moeserve import Client, InvalidRequest
 from moeserve.observe.page import StatusPage
 from moeserve.observe.summary import balancedness, demand
 from tests.deploy.files import Query, alerts, panels
-from tests.deploy.prometheus import Prometheus, prometheus, until
+from tests.deploy.prometheus import Prometheus, prometheus
 from tests.support.harness import ServiceHarness
+from tests.support.waiting import until
 
 LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8}
 BROKEN = {"MoeserveExpertUnavailable", "MoeserveHostDown"}

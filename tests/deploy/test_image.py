@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.deploy.test_compose import SERVICE, filled
+from tests.deploy.containers import SERVICE, docker, filled, image
+
+__all__ = ["image"]
+
 
 #: an answer of the service against the layer in one process, both inside the container; their weights are bfloat16, and sums that were
 #: added up in another order are not always rounded to it alike
@@ -27,26 +28,6 @@ for layer in range(4):
     assert int(out.processed.sum()) == 66
 print("restarts", sum(host.restarts for host in client.stats().hosts))
 """
-
-
-@pytest.fixture(scope="module")
-def image() -> str:
-    if shutil.which("docker") is None:
-        pytest.skip("no container engine: docker is not installed")
-    if subprocess.run(["docker", "info"], capture_output=True, timeout=30, check=False).returncode:
-        pytest.skip("no container engine: docker is installed, but no daemon answers")
-    if not (name := os.environ.get("MOESERVE_TEST_IMAGE")):
-        pytest.skip("no image to try: build deploy/Dockerfile and name the result in MOESERVE_TEST_IMAGE")
-    return name
-
-
-def docker(*arguments: str, given: str = "", code: int = 0) -> str:
-    """stdout and stderr; the command ends with `code`."""
-    done = subprocess.run(
-        ["docker", *arguments], input=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False
-    )
-    assert done.returncode == code, done.stdout
-    return done.stdout
 
 
 def flags(model: Path) -> list[str]:

@@ -6,15 +6,7 @@ import re
 
 import pytest
 
-from moeserve.observe.metrics import Metrics
-from tests.deploy.files import DEPLOY, REPOSITORY, Query, alerts, dashboard, panels, rules
-
-SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
-
-
-def series() -> set[str]:
-    """Every name that a scrape can have, from the registry itself."""
-    return {family.name + suffix for family in Metrics([]).registry.collect() for suffix in SUFFIXES[family.type]}
+from tests.deploy.files import DEPLOY, REPOSITORY, Query, alerts, dashboard, panels, rules, series
 
 
 @pytest.mark.parametrize("query", [*panels(), *alerts()], ids=str)

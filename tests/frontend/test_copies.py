@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from moeserve import Client, MoELayer
-from tests.frontend.test_failure import gone
 from tests.support.closeness import assert_close
 from tests.support.harness import CHANNELS, Kind, ServiceHarness
+from tests.support.seen import gone
 
 LAYER = {"hidden_size": 16, "intermediate_size": 24, "num_experts": 6, "shared_expert": {"intermediate_size": 8}, "gating": {"top_k": 3}}
 

@@ -13,6 +13,8 @@ from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest
 from moeserve.errors import DeadlineExceeded, ExpertUnavailable
 from tests.support.harness import CHANNELS, Kind, ServiceHarness
+from tests.support.seen import gone
+from tests.support.waiting import until_async
 
 LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 4, "gating": {"top_k": 1}}
 
@@ -27,16 +29,6 @@ def routed_to(expert: int, tokens: int = 2) -> LayerRequest:
     return LayerRequest(torch.randn(tokens, 16), topk_ids=ids, topk_weights=torch.ones(tokens, 1))
 
 
-async def until(condition) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
-async def gone(service: ServiceHarness, number: int) -> None:
-    await until(lambda: service.frontend.stats().hosts[number].up is False)
-
-
 @pytest.mark.parametrize("kind", CHANNELS)
 def test_rows_of_a_lost_host_wait_for_it_and_the_rest_is_answered_at_once(kind: Kind, tmp_path: Path) -> None:
     with ServiceHarness(config(), kind, tmp_path) as service, ThreadPoolExecutor() as pool:
@@ -48,7 +40,7 @@ def test_rows_of_a_lost_host_wait_for_it_and_the_rest_is_answered_at_once(kind: 
             return service.call(service.frontend.forward(0, request))
 
         waiting = pool.submit(send, routed_to(3))
-        service.call(until(lambda: service.frontend.stats().queue_tokens == 2))
+        service.call(until_async(lambda: service.frontend.stats().queue_tokens == 2))
         for _ in range(5):
             assert send(routed_to(0)).processed.tolist() == [2, 0, 0, 0]
         assert not waiting.done()
@@ -113,5 +105,5 @@ def test_a_layer_without_all_its_experts_is_not_serving(tmp_path: Path) -> None:
         live = {"layer": "layers.0", "expert": "0", "state": "live"}
         assert service.metrics.registry.get_sample_value("moeserve_expert_copies", live) == 0
         service.hosts[0].start()
-        service.call(until(lambda: reported == [False, True]))
+        service.call(until_async(lambda: reported == [False, True]))
         assert service.metrics.registry.get_sample_value("moeserve_expert_copies", live) == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,10 +12,11 @@ from moeserve import MoELayer
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest
 from moeserve.errors import DeadlineExceeded, ExpertUnavailable
-from moeserve.experts import ExpertBank
-from tests.frontend.test_failure import gone, until
 from tests.support.closeness import assert_close
-from tests.support.harness import CHANNELS, Killed, Kind, ServiceHarness, ThreadedHost
+from tests.support.harness import CHANNELS, Killed, Kind, ServiceHarness
+from tests.support.held import Held
+from tests.support.seen import gone
+from tests.support.waiting import until_async
 
 LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8}
 #: some of it is added by the frontend itself: once, however often a batch is sent again
@@ -31,30 +31,6 @@ def config(pattern: str, **resilience: object) -> dict[str, object]:
         "communication": {"pattern": pattern},
         "resilience": resilience,
     }
-
-
-class Held:
-    """Stands before a host's bank: a pass waits until `go` is set, and fails there with `error`, or the host dies when `kills`."""
-
-    def __init__(self, host: ThreadedHost) -> None:
-        self.is_waiting, self.go, self.kills = threading.Event(), threading.Event(), False
-        self.error: Exception | None = None
-        bank = host.holdings.bank_table.bank(0, 1)
-        assert bank is not None
-        self._bank: ExpertBank = bank
-        host.holdings.bank_table.put(0, 1, self)  # type: ignore[arg-type]
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._bank, name)
-
-    def run(self, *args: torch.Tensor, out: torch.Tensor) -> None:
-        self.is_waiting.set()
-        assert self.go.wait(30)
-        if self.kills:
-            raise Killed
-        if self.error is not None:
-            raise self.error
-        self._bank.run(*args, out=out)
 
 
 def ask(service: ServiceHarness, hidden_states: torch.Tensor) -> ForwardOutput:
@@ -74,15 +50,15 @@ def test_a_host_killed_in_the_middle(kind: Kind, pattern: str, victim: int, tmp_
     ):
         assert_close(ask(service, hidden_states).hidden_states, expected)
         held = Held(service.hosts[victim])
-        held.kills = True
+        held.error = Killed()
         answers = [pool.submit(ask, service, hidden_states) for _ in range(3)]
-        assert held.is_waiting.wait(20)
-        held.go.set()
+        assert held.begun.acquire(timeout=30)
+        held.let_go()
         service.call(gone(service, victim))
         service.hosts[victim].start()
         for answer in answers:
             assert_close(answer.result(timeout=30).hidden_states, expected)
-        service.call(until(lambda: service.frontend.stats().hosts[victim].up))
+        service.call(until_async(lambda: service.frontend.stats().hosts[victim].up))
         before = service.metrics.registry.get_sample_value("moeserve_expert_retries_total", {"reason": "host_lost"})
         assert_close(ask(service, hidden_states).hidden_states, expected)
         after = service.metrics.registry.get_sample_value("moeserve_expert_retries_total", {"reason": "host_lost"})
@@ -123,7 +99,7 @@ def test_a_host_that_hangs_ends_at_the_deadline_and_its_neighbours_go_on(pattern
         ids = torch.tensor([[0, 2], [3, 7]])
         request = LayerRequest(torch.randn(2, 16), topk_ids=ids, topk_weights=torch.ones(2, 2))
         assert service.call(service.frontend.forward(0, request)).processed.sum() == 4
-        held.go.set()
+        held.let_go()
         hidden_states = torch.randn(40, 16)
         assert_close(ask(service, hidden_states).hidden_states, MoELayer(**LAYER)(hidden_states))
 
@@ -154,5 +130,5 @@ def test_what_hosts_owe_is_zero_again_however_a_batch_ends(pattern: str, tmp_pat
             broken.setattr("moeserve.frontend.forward._by_request", lambda routing: 1 / 0)
             with pytest.raises(Exception, match="ZeroDivisionError"):
                 ask(service, torch.randn(40, 16))
-        service.call(until(lambda: owed() == [0] * HOSTS))
+        service.call(until_async(lambda: owed() == [0] * HOSTS))
         assert ask(service, torch.randn(40, 16)).processed.sum() == 80

@@ -15,9 +15,9 @@ from moeserve.control import Assignment
 from moeserve.observe.stats import HostInfo
 from moeserve.placement import plan_placement
 from moeserve.release import Release
-from tests.service.test_scale import CONFIG, LAYERS
 from tests.support.closeness import assert_close
 from tests.support.harness import ServiceHarness
+from tests.support.two_layers import CONFIG, LAYERS
 
 #: enough to be written beside the event loop
 ROWS = torch.randn(10_000, 16, generator=torch.Generator().manual_seed(0))

@@ -141,3 +141,13 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(each)
     elif isinstance(value, str):
         yield value
+
+
+#: names of secrets, and the keys that they hold
+#: made by people (docs/kubernetes.md), and by KubeRay
+SECRETS = {
+    "moeserve-tokens": {"token", "frontend-token", "admin-token"},
+    "moeserve-tls": {"tls.crt", "tls.key", "ca.crt"},
+    "moeserve-redis": {"password"},
+    "moeserve": {"auth_token"},
+}

@@ -15,8 +15,7 @@ import yaml
 
 from moeserve.cli.verbs import app
 from tests.k8s.kustomize import build
-from tests.k8s.manifests import K8S, REPOSITORY, Choice, everything, kinds, render
-from tests.k8s.test_references import SECRETS
+from tests.k8s.manifests import K8S, REPOSITORY, SECRETS, Choice, everything, kinds, render
 
 TEXT = (REPOSITORY / "docs" / "kubernetes.md").read_text()
 #: what kubectl knows by these names

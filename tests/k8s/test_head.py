@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.deploy.test_image import docker, image
+from tests.deploy.containers import docker, image
 from tests.k8s.manifests import Choice, Manifest, container, one, pods_named
 
 __all__ = ["image"]

@@ -9,8 +9,7 @@ import pytest
 import yaml
 
 from moeserve.config import ServerConfig
-from tests.deploy.files import ALERTS, DEPLOY, read_yaml
-from tests.deploy.test_names import series
+from tests.deploy.files import ALERTS, DEPLOY, read_yaml, series
 from tests.k8s.manifests import K8S, Choice, container, kinds, one, pods, strings
 
 WATCHED = Choice("base", ("monitoring", "autoscaling"))

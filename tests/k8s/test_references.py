@@ -8,16 +8,23 @@ import pytest
 
 from moeserve.config import ServerConfig
 from moeserve.config.service import ControllerConfig
-from tests.k8s.manifests import Choice, Manifest, Pods, choices, container, environment, everything, kinds, one, plain, pods, pods_named
+from tests.k8s.manifests import (
+    SECRETS,
+    Choice,
+    Manifest,
+    Pods,
+    choices,
+    container,
+    environment,
+    everything,
+    kinds,
+    one,
+    plain,
+    pods,
+    pods_named,
+)
 
 ALL = [*plain(), *everything()]
-#: made by people (docs/kubernetes.md), and by KubeRay
-SECRETS = {
-    "moeserve-tokens": {"token", "frontend-token", "admin-token"},
-    "moeserve-tls": {"tls.crt", "tls.key", "ca.crt"},
-    "moeserve-redis": {"password"},
-    "moeserve": {"auth_token"},
-}
 #: where the program is told of files
 FILES = ("_FILE", "_CERT", "_KEY", "_CA")
 

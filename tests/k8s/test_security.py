@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.test_dockerfile import given
+from tests.deploy.dockerfile import given
 from tests.k8s.manifests import K8S, Choice, Manifest, everything, kinds, one, plain, pods
 
 ALL = [*plain(), *everything()]

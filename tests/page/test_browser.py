@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from moeserve.observe.summary import balancedness, demand
-from tests.page.conftest import NUM_EXPERTS, TOKENS, Loaded
+from tests.page.loaded import NUM_EXPERTS, TOKENS, Loaded
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 VOID = {"meta", "link", "input", "col", "br"}

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from moeserve import Client
 from moeserve.observe.page import StatusPage
 from moeserve.observe.summary import as_json
-from tests.page.conftest import TOKENS, Loaded
+from tests.page.loaded import TOKENS, Loaded
 
 
 def ask(loaded: Loaded, path: str, method: str = "GET", **headers: str) -> tuple[int, http.client.HTTPMessage, bytes]:

@@ -6,8 +6,7 @@ import contextlib
 import socket
 import struct
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -16,6 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from moeserve.observe.page import StatusPage
 from moeserve.observe.stats import Event, ServiceStats
+from tests.support.waiting import until
 
 PATIENCE_S = 20
 #: more than kernels keep for a connection
@@ -72,13 +72,6 @@ def is_closed(connection: socket.socket) -> bool:
         return False
     except ConnectionResetError:
         return True
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_idle_connections_lock_nobody_out_and_cost_no_threads(page: StatusPage) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from moeserve import ConfigError
 from moeserve.config import PlacementConfig
 from moeserve.placement import fewest_hosts, most_hosts, plan_placement
-from tests.placement.test_plan_placement import STRATEGIES, spec_of
+from tests.placement.layers import STRATEGIES, spec_of
 
 
 @st.composite

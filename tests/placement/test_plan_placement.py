@@ -13,14 +13,9 @@ from hypothesis import strategies as st
 
 from moeserve import ConfigError, load_config
 from moeserve.checkpoints import bank_bytes, check_memory, host_bytes, layer_sources, load_bank, memory_bytes
-from moeserve.config import GatingConfig, LayerSpec, PlacementConfig
+from moeserve.config import PlacementConfig
 from moeserve.placement import LayerPlacement, plan_placement
-
-STRATEGIES = st.sampled_from(["contiguous", "round_robin"])
-
-
-def spec_of(num_experts: int) -> LayerSpec:
-    return LayerSpec(f"layer of {num_experts}", 4, 4, num_experts, "swiglu", False, "float32", GatingConfig())
+from tests.placement.layers import STRATEGIES, spec_of
 
 
 def experts_on(layer: LayerPlacement, host: int) -> list[int]:

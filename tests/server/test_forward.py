@@ -14,10 +14,10 @@ from google.rpc import error_details_pb2 as details
 from moeserve import errors
 from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1 import tensor_pb2
-
-from .conftest import Running
-from .engine import EXPERTS, HIDDEN
-from .messages import detail, refused, request, tensor, tokens, value
+from tests.support.engine import EXPERTS, HIDDEN
+from tests.support.messages import detail, refused, request, tensor, tokens, value
+from tests.support.servers import Running
+from tests.support.waiting import until_async
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -43,7 +43,7 @@ async def test_everything_a_request_says_reaches_the_engine(running: Running) ->
     assert value(answer.topk_ids).shape == (3, 2)
     assert value(answer.slots).tolist() == [[-1, -1]] * 3
     assert value(answer.drop_reasons).tolist() == [[pb.DROP_REASON_CAPACITY] * 2] * 3
-    (got,) = running.engine.requests
+    ((_, got),) = running.engine.requests
     assert torch.equal(got.hidden_states, tokens() * used_token[:, None])
     assert got.used_token is not None
     assert torch.equal(got.used_token, used_token)
@@ -59,7 +59,7 @@ async def test_what_a_request_changes_of_the_gate_reaches_the_engine(running: Ru
     ids = torch.tensor([0, 2**32 - 1, 5])
     await running.stub.Forward(request(layer=1, token_ids=tensor(ids), capacity_factor=1.2, noise="normal", seed=0))
     await running.stub.Forward(request(layer=1, capacity_factor=float("inf")))
-    got, unlimited = running.engine.requests
+    (_, got), (_, unlimited) = running.engine.requests
     assert got.token_ids is not None
     assert torch.equal(got.token_ids, ids)
     assert (got.capacity_factor, got.noise, got.seed) == (1.2, "normal", 0)
@@ -77,22 +77,22 @@ async def test_an_empty_batch_is_answered_without_the_engine(running: Running, d
 
 async def test_the_deadline_reaches_the_engine(running: Running) -> None:
     await running.stub.Forward(request(), timeout=20)
-    deadline = running.engine.requests[0].deadline
+    deadline = running.engine.requests[0][1].deadline
     assert deadline is not None
     assert 0 < deadline - time.monotonic() < 21
     await running.stub.Forward(request())
-    assert running.engine.requests[1].deadline is None
+    assert running.engine.requests[1][1].deadline is None
 
 
 async def test_a_caller_that_leaves_cancels_the_work(running: Running) -> None:
     running.engine.gate.clear()
     call = running.stub.Forward(request())
     waiting = asyncio.ensure_future(call)
-    await running.engine.until(started=1)
+    await until_async(lambda: running.engine.requests)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    await running.engine.until(cancelled=1)
+    await until_async(lambda: running.engine.cancelled == 1)
     assert await running.observed.until(1) == [("Forward", "CANCELLED")]
 
 
@@ -101,7 +101,7 @@ async def test_a_deadline_that_passes_cancels_the_work(running: Running) -> None
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await running.stub.Forward(request(), timeout=0.3)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    await running.engine.until(started=1, cancelled=1)
+    await until_async(lambda: running.engine.requests and running.engine.cancelled)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ async def test_a_deadline_that_passes_cancels_the_work(running: Running) -> None
     ],
 )
 async def test_every_error_keeps_its_status_and_sentence(running: Running, raised: errors.MoEServeError) -> None:
-    running.engine.error = raised
+    running.engine.errors = [raised]
     error = await refused(running, request())
     assert (error.code(), error.details()) == (raised.code, "no")
     info = detail(error, details.ErrorInfo)
@@ -129,7 +129,7 @@ async def test_every_error_keeps_its_status_and_sentence(running: Running, raise
 
 
 async def test_overload_says_when_to_try_again(running: Running) -> None:
-    running.engine.error = errors.Overloaded("the queue is full")
+    running.engine.errors = [errors.Overloaded("the queue is full")]
     error = await refused(running, request())
     retry, quota = detail(error, details.RetryInfo), detail(error, details.QuotaFailure)
     assert isinstance(retry, details.RetryInfo)
@@ -142,7 +142,7 @@ async def test_overload_says_when_to_try_again(running: Running) -> None:
 async def test_our_own_mistakes_are_logged_and_told_without_details(
     running: Running, raised: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
-    running.engine.error = raised
+    running.engine.errors = [raised]
     with caplog.at_level(logging.ERROR, "moeserve"):
         error = await refused(running, request())
     assert (error.code(), error.details()) == (grpc.StatusCode.INTERNAL, "internal error; the server's log says more")
@@ -151,7 +151,7 @@ async def test_our_own_mistakes_are_logged_and_told_without_details(
 
 
 async def test_a_sentence_never_outgrows_the_metadata(running: Running) -> None:
-    running.engine.error = errors.InvalidRequest("long " * 10_000, "hidden_states")
+    running.engine.errors = [errors.InvalidRequest("long " * 10_000, "hidden_states")]
     error = await refused(running, request())
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
 

@@ -13,10 +13,10 @@ from moeserve.config import ServerConfig
 from moeserve.errors import ConfigError
 from moeserve.server import GrpcServer
 from moeserve.v1 import moe_service_pb2 as pb
-
-from .conftest import Running, run
-from .engine import EchoEngine
-from .messages import request
+from tests.support.engine import echo_engine
+from tests.support.messages import request
+from tests.support.servers import Running, run
+from tests.support.waiting import until_async
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 NAMES = ("", "moeserve.v1.MoEService", "model.layers.3.mlp", "model.layers.5.mlp")
@@ -65,7 +65,7 @@ async def test_reflection_names_the_services(running: Running) -> None:
 async def test_draining_finishes_what_runs_and_refuses_the_rest(running: Running) -> None:
     running.engine.gate.clear()
     finishing = asyncio.ensure_future(running.stub.Forward(request(request_id="running")))
-    await running.engine.until(started=1)
+    await until_async(lambda: running.engine.requests)
     draining = asyncio.create_task(running.server.drain(10))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await running.stub.Forward(request())
@@ -88,16 +88,16 @@ async def test_draining_finishes_what_runs_and_refuses_the_rest(running: Running
 async def test_draining_gives_up_after_its_time(running: Running) -> None:
     running.engine.gate.clear()
     endless = asyncio.ensure_future(running.stub.Forward(request()))
-    await running.engine.until(started=1)
+    await until_async(lambda: running.engine.requests)
     await running.server.drain(0)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await endless
     assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-    await running.engine.until(cancelled=1)
+    await until_async(lambda: running.engine.cancelled == 1)
 
 
 async def test_stopping_twice_or_before_starting_is_nothing_special() -> None:
-    server = GrpcServer(ServerConfig(port=0), lambda method, code, seconds: None, engine=EchoEngine())
+    server = GrpcServer(ServerConfig(port=0), lambda method, code, seconds: None, engine=echo_engine())
     await server.stop()
     started = await run()
     await started.channel.close()
@@ -107,13 +107,13 @@ async def test_stopping_twice_or_before_starting_is_nothing_special() -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 async def test_a_port_in_use_is_named(running: Running, host: str) -> None:
-    second = GrpcServer(ServerConfig(host=host, port=running.port), lambda method, code, seconds: None, engine=EchoEngine())
+    second = GrpcServer(ServerConfig(host=host, port=running.port), lambda method, code, seconds: None, engine=echo_engine())
     with pytest.raises(ConfigError, match=f"{host}:{running.port}"):
         await second.start()
 
 
 async def test_the_ipv6_loopback_is_an_address_too() -> None:
-    server = GrpcServer(ServerConfig(host="::1", port=0), lambda method, code, seconds: None, engine=EchoEngine())
+    server = GrpcServer(ServerConfig(host="::1", port=0), lambda method, code, seconds: None, engine=echo_engine())
     try:
         port = await server.start()
     except ConfigError as error:

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from .conftest import Running
+from tests.support.servers import Running
 
 _PING, _GOAWAY, _SETTINGS, _ACK = 6, 7, 4, 1
 _ENHANCE_YOUR_CALM = 11

@@ -14,11 +14,11 @@ from moeserve.config import ServerConfig
 from moeserve.errors import ConfigError
 from moeserve.server import GrpcServer
 from moeserve.server.health import LIVENESS
-
-from .certificates import Authority
-from .conftest import Running, run
-from .engine import EchoEngine
-from .messages import request
+from tests.support.certificates import Authority
+from tests.support.engine import echo_engine
+from tests.support.messages import request
+from tests.support.servers import Running, run
+from tests.support.waiting import until_async
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -62,7 +62,7 @@ async def test_it_says_not_serving_while_the_service_drains() -> None:
     running = await run(health_port=0)
     running.engine.gate.clear()
     finishing = asyncio.ensure_future(running.stub.Forward(request()))
-    await running.engine.until(started=1)
+    await until_async(lambda: running.engine.requests)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{running.server.health_port}") as channel:
         draining = asyncio.create_task(running.server.drain(10))
         await health_pb2_grpc.HealthStub(running.channel).Check(health_pb2.HealthCheckRequest())
@@ -80,7 +80,7 @@ async def test_its_port_in_use_is_named() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        server = GrpcServer(ServerConfig(port=0, health_port=port), lambda method, code, seconds: None, engine=EchoEngine())
+        server = GrpcServer(ServerConfig(port=0, health_port=port), lambda method, code, seconds: None, engine=echo_engine())
         with pytest.raises(ConfigError, match=rf"server\.health_port: cannot listen on 127\.0\.0\.1:{port}"):
             await server.start()
         await server.stop()

@@ -12,10 +12,9 @@ from google.rpc import error_details_pb2 as details
 
 from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1 import tensor_pb2
-
-from .conftest import Running
-from .engine import HIDDEN
-from .messages import detail, refused, request, tensor, tokens
+from tests.support.engine import HIDDEN
+from tests.support.messages import detail, refused, request, tensor, tokens
+from tests.support.servers import Running
 
 
 def nan_at(token: int) -> torch.Tensor:

@@ -16,11 +16,11 @@ from moeserve.config import ServerConfig
 from moeserve.errors import ConfigError
 from moeserve.server import GrpcServer
 from moeserve.v1 import moe_service_pb2_grpc as pb_grpc
-
-from .certificates import Authority
-from .conftest import Running, run
-from .engine import EchoEngine
-from .messages import request
+from tests.support.certificates import Authority
+from tests.support.engine import echo_engine
+from tests.support.messages import request
+from tests.support.servers import Running, run
+from tests.support.waiting import until_async
 
 OK, UNAUTHENTICATED, UNAVAILABLE = grpc.StatusCode.OK, grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE
 
@@ -66,13 +66,8 @@ async def code_of(call: Awaitable[object]) -> grpc.StatusCode:
     return OK
 
 
-async def until(answer: Callable[[], Awaitable[grpc.StatusCode]], code: grpc.StatusCode) -> None:
-    """Within a hundred tries; a server looks once a second."""
-    for _ in range(100):
-        if await answer() is code:
-            return
-        await asyncio.sleep(0.1)
-    raise AssertionError(f"never {code}")
+async def is_ok(call: Awaitable[grpc.StatusCode]) -> bool:
+    return await call is OK
 
 
 def token(running: Running, given: str) -> Callable[[], Awaitable[grpc.StatusCode]]:
@@ -84,7 +79,7 @@ async def test_a_token_that_is_replaced_is_the_one_that_counts(tmp_path: Path, p
     running = await run(auth_token_file=tmp_path / "token")
     assert await token(running, "first")() is OK
     put(tmp_path, "token", b"other\n")
-    await until(token(running, "other"), OK)
+    await until_async(lambda: is_ok(token(running, "other")()))
     assert await token(running, "first")() is UNAUTHENTICATED
     assert [record.getMessage() for record in caplog.records if "in force" in record.getMessage()] == []
     await running.channel.close()
@@ -106,7 +101,7 @@ async def test_a_token_file_that_cannot_be_used_leaves_the_old_one_in_force(tmp_
             assert await token(running, "first")() is OK
         assert len(said(caplog)) == 1
     path.write_text("other")
-    await until(token(running, "other"), OK)
+    await until_async(lambda: is_ok(token(running, "other")()))
     await running.channel.close()
     await running.server.stop()
 
@@ -147,7 +142,7 @@ async def test_certificates_that_are_replaced_are_shown_to_who_connects_then(
         stub = pb_grpc.MoEServiceStub(connected_before)
         assert await code_of(stub.Forward(request(), timeout=10)) is OK
         serve(new)
-        await until(lambda: connected(running, roots[new], pairs[new]), OK)
+        await until_async(lambda: is_ok(connected(running, roots[new], pairs[new])))
         assert await connected(running, roots[old], pairs[old]) is UNAVAILABLE
         assert await connected(running, roots[new], pairs[old]) is UNAVAILABLE
         assert await code_of(stub.Forward(request(), timeout=10)) is OK
@@ -158,7 +153,7 @@ async def test_certificates_that_are_replaced_are_shown_to_who_connects_then(
         while not any("do not make a pair" in line for line in said(caplog)):
             assert await connected(running, roots[new], pairs[new]) is OK
     serve(old)
-    await until(lambda: connected(running, roots[old], pairs[old]), OK)
+    await until_async(lambda: is_ok(connected(running, roots[old], pairs[old])))
     await running.server.stop()
 
 
@@ -167,7 +162,7 @@ async def test_a_secret_that_everybody_could_have_written_is_refused(tmp_path: P
     files = secrets(tmp_path)
     files[key].chmod(0o666)
     with pytest.raises(ConfigError, match=rf"server\.{key} {files[key]} cannot be read: Every user of this machine could have written it"):
-        GrpcServer(ServerConfig(**files), lambda method, code, seconds: None, engine=EchoEngine())
+        GrpcServer(ServerConfig(**files), lambda method, code, seconds: None, engine=echo_engine())
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o600])
@@ -176,7 +171,7 @@ async def test_a_secret_that_everybody_can_read_is_warned_about(tmp_path: Path, 
     for path in files.values():
         path.chmod(mode)
     with caplog.at_level(logging.WARNING, "moeserve"):
-        server = GrpcServer(ServerConfig(**files), lambda method, code, seconds: None, engine=EchoEngine())
+        server = GrpcServer(ServerConfig(**files), lambda method, code, seconds: None, engine=echo_engine())
     await server.stop()
     warned = {str(path) for path in files.values() if mode & 0o004} - {str(files["tls_cert"])}
     assert {record.getMessage().partition(" holds a secret, and every user")[0] for record in caplog.records} == warned

@@ -17,11 +17,10 @@ from moeserve.server import GrpcServer, check_exposure
 from moeserve.server.security import read_tokens
 from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1 import moe_service_pb2_grpc as pb_grpc
-
-from .certificates import Authority
-from .conftest import Running, run
-from .engine import EchoEngine
-from .messages import request
+from tests.support.certificates import Authority
+from tests.support.engine import echo_engine
+from tests.support.messages import request
+from tests.support.servers import Running, run
 
 CERT, KEY, CA, TOKEN = (Path(name) for name in ("cert.pem", "key.pem", "ca.pem", "token"))
 
@@ -61,7 +60,7 @@ def test_one_token_for_callers_and_the_administrator_is_refused(tmp_path: Path) 
 @pytest.mark.parametrize("config", [{}, {"auth_token_file": TOKEN}, {"tls_cert": CERT, "tls_key": KEY}])
 async def test_anything_else_is_refused_before_it_listens(host: str, config: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=r"server\.host .* can be reached from other machines: set server\.tls_cert"):
-        GrpcServer(ServerConfig(host=host, **config), lambda method, code, seconds: None, engine=EchoEngine())
+        GrpcServer(ServerConfig(host=host, **config), lambda method, code, seconds: None, engine=echo_engine())
 
 
 async def code_of(call: grpc.aio.UnaryUnaryCall) -> grpc.StatusCode:
@@ -118,7 +117,7 @@ async def test_a_token_file_that_cannot_work_is_named(tmp_path: Path, content: b
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=rf"server\.auth_token_file {path} "):
-        GrpcServer(ServerConfig(auth_token_file=path), lambda method, code, seconds: None, engine=EchoEngine())
+        GrpcServer(ServerConfig(auth_token_file=path), lambda method, code, seconds: None, engine=echo_engine())
 
 
 async def test_tls_and_mutual_tls(tmp_path: Path) -> None:
@@ -151,4 +150,4 @@ async def test_a_tls_file_that_cannot_work_is_named(tmp_path: Path, broken: str,
     if content is not None:
         files[broken].write_bytes(content)
     with pytest.raises(ConfigError, match=rf"server\.{broken} {files[broken]} "):
-        GrpcServer(ServerConfig(**files), lambda method, code, seconds: None, engine=EchoEngine())
+        GrpcServer(ServerConfig(**files), lambda method, code, seconds: None, engine=echo_engine())

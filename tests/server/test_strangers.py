@@ -19,9 +19,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest
 from moeserve.errors import DeadlineExceeded
-
-from .conftest import Running, run
-from .messages import request
+from tests.support.messages import request
+from tests.support.servers import Running, run
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -134,8 +133,8 @@ GARBAGE = """
 import moeserve.cli
 
 import asyncio, os, pathlib, sys
-from tests.server.certificates import Authority
-from tests.server.conftest import run
+from tests.support.certificates import Authority
+from tests.support.servers import run
 
 async def main():
     folder = pathlib.Path(sys.argv[1])

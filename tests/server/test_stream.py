@@ -14,10 +14,10 @@ from moeserve.server.service import MAX_STREAM_REQUESTS
 from moeserve.server.stream import FIRST_BYTES
 from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1 import tensor_pb2
-
-from .conftest import Running, run
-from .engine import HIDDEN
-from .messages import request, tokens, value
+from tests.support.engine import HIDDEN
+from tests.support.messages import request, tokens, value
+from tests.support.servers import Running, run
+from tests.support.waiting import until_async
 
 
 async def test_answers_are_matched_by_id(running: Running) -> None:
@@ -42,7 +42,7 @@ async def test_a_slow_request_holds_nobody_up(running: Running) -> None:
     call = running.stub.ForwardStream()
     running.engine.gate.clear()
     await call.write(request(request_id="slow"))
-    await running.engine.until(started=1)
+    await until_async(lambda: running.engine.requests)
     await call.write(request(tokens(0), request_id="quick"))
     assert (await call.read()).request_id == "quick"
     running.engine.gate.set()
@@ -81,7 +81,7 @@ async def test_bytes_that_are_no_message_are_answered_too(running: Running) -> N
     ("raised", "sentence"), [(errors.Overloaded("full"), "full"), (KeyError("x"), "internal error; the server's log says more")]
 )
 async def test_errors_of_the_engine_are_answers(running: Running, raised: Exception, sentence: str) -> None:
-    running.engine.error = raised
+    running.engine.errors = [raised]
     (answer,) = [answer async for answer in running.stub.ForwardStream(iter([request(request_id="1")]))]
     assert (answer.request_id, answer.error.message) == ("1", sentence)
 
@@ -90,7 +90,7 @@ async def test_only_so_many_run_at_once(running: Running) -> None:
     running.engine.gate.clear()
     messages = [request(tokens(1), request_id=str(number)) for number in range(MAX_STREAM_REQUESTS * 2)]
     call = running.stub.ForwardStream(iter(messages))
-    await running.engine.until(started=MAX_STREAM_REQUESTS)
+    await until_async(lambda: len(running.engine.requests) == MAX_STREAM_REQUESTS)
     # A call of its own gets through, so the stream had every chance to run more.
     await running.stub.ListLayers(pb.ListLayersRequest())
     assert len(running.engine.requests) == MAX_STREAM_REQUESTS
@@ -111,7 +111,7 @@ async def test_large_requests_run_side_by_side_as_far_as_their_answers_are_read(
 
     running.engine.gate.clear()
     answers = aiter(running.stub.ForwardStream(messages()))
-    await running.engine.until(started=8)
+    await until_async(lambda: len(running.engine.requests) == 8)
     await running.stub.ListLayers(pb.ListLayersRequest())
     assert len(running.engine.requests) == FIRST_BYTES // 2**20 == 8
     running.engine.gate.set()
@@ -119,7 +119,7 @@ async def test_large_requests_run_side_by_side_as_far_as_their_answers_are_read(
         await anext(answers)
     running.engine.gate.clear()
     more.set()
-    await running.engine.until(started=16 + 20)
+    await until_async(lambda: len(running.engine.requests) == 16 + 20)
     running.engine.gate.set()
     assert len([answer async for answer in answers]) == 20
     await running.channel.close()
@@ -131,9 +131,9 @@ async def test_a_caller_that_leaves_cancels_all_of_it(running: Running) -> None:
     call = running.stub.ForwardStream()
     for number in range(3):
         await call.write(request(request_id=str(number)))
-    await running.engine.until(started=3)
+    await until_async(lambda: len(running.engine.requests) == 3)
     call.cancel()
-    await running.engine.until(cancelled=3)
+    await until_async(lambda: running.engine.cancelled == 3)
 
 
 async def test_a_caller_that_vanishes_while_answers_are_written_is_not_our_mistake(
@@ -153,7 +153,7 @@ async def test_draining_answers_what_was_read_and_ends_the_stream(running: Runni
     running.engine.gate.clear()
     call = running.stub.ForwardStream()
     await call.write(request(request_id="running"))
-    await running.engine.until(started=1)
+    await until_async(lambda: running.engine.requests)
     draining = asyncio.create_task(running.server.drain(10))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await running.stub.Forward(request())

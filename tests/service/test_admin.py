@@ -11,9 +11,9 @@ import torch
 from moeserve import Client, ConfigError, InvalidRequest, MoELayer, MoEServeError, Unauthenticated, UnknownLayer
 from moeserve.cli.app import main
 from moeserve.client import AdminClient
-from tests.service.test_swap import LAYER, configuration, folder, tokens
 from tests.support.closeness import assert_close
 from tests.support.harness import ServiceHarness
+from tests.support.seeded_folders import LAYER, configuration, folder, tokens
 
 ADMIN, CALLER = "of the administrator", "of callers"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import re
-import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +15,9 @@ import torch
 
 from moeserve.api.wire import WireRequest, encode_forward_request
 from moeserve.transport import give_back_pools
-from tests.frontend.test_relay_failure import Held
 from tests.support.harness import ServiceHarness
+from tests.support.held import Held
+from tests.support.waiting import until
 
 HIDDEN = 64
 #: of a quarter of a megabyte; what it brings is seen when it stays
@@ -60,25 +60,18 @@ def queued(service: ServiceHarness) -> float:
     return stats.queue_tokens + sum(host.queue_tokens for host in stats.hosts)
 
 
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
 def leave_the_queue(service: ServiceHarness, channel: grpc.Channel) -> None:
     """Some are cancelled and some are too late while a host is busy with somebody else's."""
     held = Held(service.hosts[0])
     busy = forward(channel)
-    assert held.is_waiting.wait(20)
+    assert held.begun.acquire(timeout=30)
     late = [forward(channel, timeout_s=0.2) for _ in range(CALLS // 2)]
     cancelled = [forward(channel) for _ in range(CALLS // 2)]
     until(lambda: queued(service) > 1024 * CALLS // 2)
     for call in cancelled:
         call.cancel()
     assert {call.exception().code() for call in late} == {grpc.StatusCode.DEADLINE_EXCEEDED}
-    held.go.set()
+    held.let_go()
     busy.result()
 
 
@@ -103,7 +96,7 @@ def leave_streams(service: ServiceHarness, channel: grpc.Channel) -> None:
 def lose_a_pass(service: ServiceHarness, channel: grpc.Channel) -> None:
     """The host fails to compute, so its error is what everybody in the batch gets."""
     held = Held(service.hosts[0])
-    held.go.set()
+    held.let_go()
     held.error = ZeroDivisionError()
     calls = [forward(channel) for _ in range(CALLS)]
     assert {call.exception().code() for call in calls} == {grpc.StatusCode.INTERNAL}

@@ -12,10 +12,10 @@ from moeserve import Client
 from moeserve.cli.app import main
 from moeserve.client import AdminClient
 from moeserve.server import Control, GrpcServer, frontend_tokens
-from tests.service.test_followers import answers, epochs
-from tests.service.test_scale import CONFIG
 from tests.support.followers import TOKEN, ThreadedFrontend
 from tests.support.harness import ServiceHarness
+from tests.support.seen import epochs
+from tests.support.two_layers import CONFIG, answers
 
 
 def has_ipv6() -> bool:

@@ -13,22 +13,16 @@ import torch
 
 from moeserve import Client, MoELayer
 from moeserve.errors import CheckpointChanged, ConfigError
-from tests.frontend.test_failure import gone, until
-from tests.service.test_swap import LAYER, configuration, folder, tokens
 from tests.support.closeness import assert_close
 from tests.support.followers import ThreadedFrontend
 from tests.support.harness import ServiceHarness
+from tests.support.seeded_folders import LAYER, configuration, folder, replaced, tokens
+from tests.support.seen import gone
+from tests.support.waiting import until_async
 
 
 def answer_of(path: Path) -> torch.Tensor:
     return MoELayer.from_checkpoint(path, dtype=torch.float32)(tokens(0))
-
-
-def replaced(served: Path, other: Path) -> None:
-    """The files of `other`, in place of those that are served."""
-    for file in other.iterdir():
-        shutil.copyfile(file, served / f"{file.name}.new")
-        os.replace(served / f"{file.name}.new", served / file.name)
 
 
 def restart(service: ServiceHarness, number: int) -> None:
@@ -58,7 +52,7 @@ def test_a_copy_that_has_the_old_weights_serves_on(folders: tuple[Path, Path, Pa
             assert answer.model_revision == 1
             assert_close(answer.hidden_states, old)
         replaced(served, kept)
-        service.call(until(lambda: service.frontend.stats().hosts[0].up))
+        service.call(until_async(lambda: service.frontend.stats().hosts[0].up))
         assert_close(client.forward(tokens(0)).hidden_states, old)
 
 

@@ -16,25 +16,16 @@ from moeserve.client import TLS
 from moeserve.config import BatchingConfig
 from moeserve.errors import CheckpointError, ServiceUnreachable
 from moeserve.transport import ChannelClosed, FrontendKeys, KeyPair, connect
-from tests.frontend.test_failure import until
-from tests.server.certificates import Authority
-from tests.service.test_pipeline import Held
-from tests.service.test_scale import CONFIG, LAYERS, Load, tokens
+from tests.support.certificates import Authority
 from tests.support.closeness import assert_close
 from tests.support.followers import ThreadedFrontend
 from tests.support.harness import ServiceHarness, ThreadedHost
+from tests.support.held import Held
+from tests.support.seen import epochs
+from tests.support.two_layers import CONFIG, LAYERS, Load, answers, tokens
+from tests.support.waiting import until_async
 
 HERE = "this-node"
-
-
-def epochs(service: ServiceHarness) -> list[int]:
-    return [member.epoch for member in service.frontends.members()]
-
-
-def answers(target: str, times: int = 3) -> None:
-    with Client(target) as client:
-        for seed in range(times):
-            assert_close(client.forward(tokens(seed), layer=seed % 2).hidden_states, MoELayer(**LAYERS[seed % 2])(tokens(seed)))
 
 
 @pytest.mark.parametrize("nodes", [(HERE, ""), ("", "")], ids=["memory-and-tcp", "tcp"])
@@ -65,9 +56,9 @@ def test_a_host_that_comes_back_is_found_where_it_is_now(tmp_path: Path) -> None
                 load.goes_on(5)
                 assert service.frontends.members()[1].is_ready
                 host.stop()
-                service.call(until(lambda: not service.frontends.members()[1].is_ready))
+                service.call(until_async(lambda: not service.frontends.members()[1].is_ready))
                 host.start()
-                service.call(until(lambda: service.frontends.members()[1].is_ready))
+                service.call(until_async(lambda: service.frontends.members()[1].is_ready))
             load.goes_on(10)
 
 
@@ -78,7 +69,7 @@ def test_what_hosts_say_of_themselves_reaches_frontends_elsewhere(tmp_path: Path
             for host in service.hosts:
                 host.info = replace(host.info, weights_bytes=99)
             service.introduce()
-            service.call(until(lambda: {host.weights_bytes for host in client.stats().hosts} == {99}))
+            service.call(until_async(lambda: {host.weights_bytes for host in client.stats().hosts} == {99}))
 
 
 def test_without_its_controller_a_frontend_serves_on_and_catches_up_later(tmp_path: Path) -> None:
@@ -88,7 +79,7 @@ def test_without_its_controller_a_frontend_serves_on_and_catches_up_later(tmp_pa
             key = follower.service._follower.report.public_key
             with Load(follower.target, 2) as load:
                 service.call(service.close_control())
-                service.call(until(lambda: epochs(service) == [1]))
+                service.call(until_async(lambda: epochs(service) == [1]))
                 load.goes_on(20)
                 assert service._followers == {key}
             service.call(service.controller.scale(4))
@@ -96,9 +87,9 @@ def test_without_its_controller_a_frontend_serves_on_and_catches_up_later(tmp_pa
             with Client(follower.target, timeout=10) as client, pytest.raises(ExpertUnavailable, match=r"holds no experts .* at epoch 1"):
                 client.forward(tokens(0))
             service.call(service.reopen_control())
-            service.call(until(lambda: epochs(service) == [3, 3]))
+            service.call(until_async(lambda: epochs(service) == [3, 3]))
             assert service._followers == {key}
-            service.call(until(lambda: service.frontends.members()[1].oldest_epoch == 3))
+            service.call(until_async(lambda: service.frontends.members()[1].oldest_epoch == 3))
             answers(follower.target)
             with Client(follower.target) as client:
                 assert len(client.stats().hosts) == 3
@@ -114,10 +105,10 @@ def test_one_that_joins_in_the_middle_of_a_roll_out_takes_part(tmp_path: Path, m
         early = stack.enter_context(ThreadedFrontend(service.control_target))
         gate = _Gate(service, monkeypatch)
         scaling = pool.submit(service.call, service.controller.scale(4))
-        service.call(until(lambda: gate.waits))
+        service.call(until_async(lambda: gate.waits))
         late = stack.enter_context(ThreadedFrontend(service.control_target, name="late"))
         answers(late.target)
-        service.call(until(lambda: late.service._follower.report.tried_epoch == 2))
+        service.call(until_async(lambda: late.service._follower.report.tried_epoch == 2))
         assert not scaling.done() and epochs(service) == [1, 1, 1]
         gate.open(service)
         assert scaling.result(timeout=30).epoch == 2
@@ -163,7 +154,7 @@ def test_one_that_cannot_use_it_stops_the_roll_out_with_its_sentence(tmp_path: P
         for load in loads:
             load.goes_on(5)
         with Client(good.target) as client:
-            service.call(until(lambda: len(client.stats().hosts) == 2))
+            service.call(until_async(lambda: len(client.stats().hosts) == 2))
         assert service.call(service.controller.scale(4)).epoch == 3
         assert epochs(service) == [3, 3, 3]
 
@@ -181,7 +172,7 @@ def test_a_host_that_hangs_is_left_by_all(tmp_path: Path) -> None:
             assert_close(waiting.result(timeout=30).hidden_states, MoELayer(**LAYERS[0])(tokens(0)))
             held.leave.release(10)
             assert drained.result(timeout=30).placement.hosts == (0, 2)
-            service.call(until(lambda: service.frontends.members()[1].oldest_epoch == 2))
+            service.call(until_async(lambda: service.frontends.members()[1].oldest_epoch == 2))
 
 
 def test_one_that_does_not_move_over_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +245,7 @@ def test_another_configuration_needs_a_new_start(tmp_path: Path) -> None:
             service.call(service.close_control())
             service.config = service.config.model_copy(update={"batching": BatchingConfig(micro_batches=2)})
             service.call(service.reopen_control())
-            service.call(until(lambda: follower.broken))
+            service.call(until_async(lambda: follower.broken))
             assert "the controller serves with another configuration now" in str(follower.broken)
             answers(follower.target)
 
@@ -267,7 +258,7 @@ def test_another_deployment_needs_a_new_start(tmp_path: Path) -> None:
             service.call(service.close_control())
             service.service_id = "another"
             service.call(service.reopen_control())
-            service.call(until(lambda: follower.broken))
+            service.call(until_async(lambda: follower.broken))
             assert "the controller serves another deployment now" in str(follower.broken)
 
 
@@ -293,7 +284,7 @@ def test_hosts_join_the_work_of_all_frontends(tmp_path: Path) -> None:
         first = pool.submit(clients[0].forward, tokens(0))
         assert held.begun.acquire(timeout=30)
         joined = [pool.submit(client.forward, tokens(seed)) for seed, client in enumerate(clients, 1)]
-        service.call(until(lambda: [client.stats().hosts[0].queue_tokens for client in clients] == [60, 30]))
+        service.call(until_async(lambda: [client.stats().hosts[0].queue_tokens for client in clients] == [60, 30]))
         held.leave.release(2)
         for seed, future in enumerate((first, *joined)):
             assert_close(future.result(timeout=30).hidden_states, MoELayer(**LAYERS[0])(tokens(seed)))

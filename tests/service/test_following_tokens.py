@@ -8,11 +8,11 @@ import pytest
 
 from moeserve import Unauthenticated
 from moeserve.cli.token import rotating_token
-from tests.frontend.test_failure import until
-from tests.service.test_followers import epochs
-from tests.service.test_scale import CONFIG
 from tests.support.followers import ThreadedFrontend
 from tests.support.harness import ServiceHarness
+from tests.support.seen import epochs
+from tests.support.two_layers import CONFIG
+from tests.support.waiting import until_async
 
 
 def test_it_comes_back_with_the_token_that_is_valid_by_then(tmp_path: Path) -> None:
@@ -23,9 +23,9 @@ def test_it_comes_back_with_the_token_that_is_valid_by_then(tmp_path: Path) -> N
         service.call(service.open_control())
         with ThreadedFrontend(service.control_target, token=rotating_token(path)):
             service.call(service.close_control())
-            service.call(until(lambda: epochs(service) == [1]))
+            service.call(until_async(lambda: epochs(service) == [1]))
             path.write_text("other\n")
             service.call(service.reopen_control())
-            service.call(until(lambda: epochs(service) == [1, 1]))
+            service.call(until_async(lambda: epochs(service) == [1, 1]))
         with pytest.raises(Unauthenticated), ThreadedFrontend(service.control_target, token="first"):
             pass

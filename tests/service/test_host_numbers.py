@@ -14,11 +14,11 @@ from moeserve.cli.app import main
 from moeserve.cli.top_view import view
 from moeserve.client import AdminClient
 from moeserve.observe.summary import as_json
-from tests.frontend.test_failure import until
-from tests.service.test_pipeline import Held
-from tests.service.test_scale import CONFIG, tokens
 from tests.support.closeness import assert_close
 from tests.support.harness import ServiceHarness
+from tests.support.held import Held
+from tests.support.two_layers import CONFIG, tokens
+from tests.support.waiting import until_async
 
 ADMIN = "of the administrator"
 
@@ -37,7 +37,7 @@ def test_a_drain_and_a_replacement(tmp_path: Path, capsys: pytest.CaptureFixture
         waiting = pool.submit(client.forward, tokens(0), 0)
         assert held.begun.acquire(timeout=30)
         draining = pool.submit(service.call, service.controller.drain("host-1"))
-        service.call(until(lambda: service.frontend.epoch == 2))
+        service.call(until_async(lambda: service.frontend.epoch == 2))
 
         stats = client.stats()
         assert [(host.number, host.name) for host in stats.hosts] == [(0, "host-0"), (1, "host-1"), (2, "host-2")]

@@ -14,10 +14,10 @@ import torch
 
 from moeserve import Client, ConfigError, InvalidRequest, MoELayer, MoEServeError
 from moeserve.client import AdminClient
-from tests.service.test_swap import LAYER, configuration, folder, tokens
 from tests.support.checkpoints_on_disk import CONFIG
 from tests.support.closeness import assert_close
 from tests.support.harness import ServiceHarness
+from tests.support.seeded_folders import LAYER, configuration, folder, tokens
 
 ADMIN = "of-the-administrator"
 

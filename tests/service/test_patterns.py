@@ -15,7 +15,7 @@ from moeserve.frontend import part
 from moeserve.frontend.patterns import PATTERNS
 from tests.support.closeness import assert_close
 from tests.support.harness import CHANNELS, ServiceHarness
-from tests.test_kinds_of_experts import EXPERTS, HIDDEN, KINDS
+from tests.support.kinds_of_experts import EXPERTS, HIDDEN, KINDS
 
 TOKENS = (0, 1, 7, 300)
 NODES = {1: ["a"], 3: ["a", "b", "b"], 4: ["a", "b", "a", "b"]}

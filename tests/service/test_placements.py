@@ -11,7 +11,7 @@ import torch
 from moeserve import Client, MoELayer
 from tests.support.closeness import assert_close
 from tests.support.harness import ServiceHarness
-from tests.test_kinds_of_experts import EXPERTS, HIDDEN, KINDS, SUMMED
+from tests.support.kinds_of_experts import EXPERTS, HIDDEN, KINDS, SUMMED
 
 PLACEMENTS: dict[str, dict[str, Any]] = {
     "one host": {"num_hosts": 1},

@@ -2,58 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 
 from moeserve import Client, ConfigError, MoELayer
-from tests.frontend.test_failure import gone, until
-from tests.service.test_pipeline import Held
 from tests.support.closeness import assert_close
 from tests.support.harness import CHANNELS, Kind, ServiceHarness
-
-LAYERS = [{"hidden_size": 16, "intermediate_size": 24, "num_experts": 8, "seed": seed, "gating": {"top_k": 3}} for seed in range(2)]
-CONFIG = {"layers": LAYERS, "placement": {"num_hosts": 2}}
-
-
-def tokens(seed: int) -> torch.Tensor:
-    return torch.randn(30, 16, generator=torch.Generator().manual_seed(seed))
-
-
-class Load:
-    """Callers that ask without pause, and compare every answer with the layer in this process."""
-
-    def __init__(self, target: str, callers: int) -> None:
-        self._references = [MoELayer(**layer) for layer in LAYERS]
-        self._target, self._callers = target, callers
-        self._stop, self._answered = threading.Event(), threading.Semaphore(0)
-
-    def __enter__(self) -> Load:
-        self._pool = ThreadPoolExecutor(self._callers)
-        self._running = [self._pool.submit(self._call, number) for number in range(self._callers)]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._pool.shutdown()
-        assert sum(future.result() for future in self._running) > 0
-
-    def goes_on(self, answers: int = 30) -> None:
-        for _ in range(answers):
-            assert self._answered.acquire(timeout=30)
-
-    def _call(self, number: int) -> int:
-        count = 0
-        with Client(self._target) as client:
-            while not self._stop.is_set():
-                seed, layer = 10_000 * number + count, count % 2
-                assert_close(client.forward(tokens(seed), layer=layer).hidden_states, self._references[layer](tokens(seed)))
-                count += 1
-                self._answered.release()
-        return count
+from tests.support.held import Held
+from tests.support.seen import gone
+from tests.support.two_layers import CONFIG, LAYERS, Load, tokens
+from tests.support.waiting import until_async
 
 
 @pytest.mark.parametrize("pattern", ["all_to_all", "ring"])
@@ -113,7 +73,7 @@ def test_a_host_that_never_comes_back_is_left_and_those_who_wait_for_it_are_answ
         service.call(gone(service, 1))
         with Client(service.target) as client:
             waiting = [pool.submit(client.forward, rows, layer) for layer in (0, 1)]
-            service.call(until(lambda: service.frontend.stats().queue_tokens == 2 * len(rows)))
+            service.call(until_async(lambda: service.frontend.stats().queue_tokens == 2 * len(rows)))
             assert not any(future.done() for future in waiting)
             assert service.call(service.controller.drain("host-1")).placement.hosts == (0, 2)
             for layer, future in enumerate(waiting):
@@ -129,7 +89,7 @@ def test_a_host_that_hangs_is_left_too(tmp_path: Path) -> None:
         held = [Held(service.hosts[1], layer) for layer in (0, 1)]
         with Client(service.target) as client:
             waiting = [pool.submit(client.forward, rows, layer) for layer in (0, 1)]
-            service.call(until(lambda: service.frontend._links[1].queue_tokens > 0))
+            service.call(until_async(lambda: service.frontend._links[1].queue_tokens > 0))
             drained = pool.submit(service.call, service.controller.drain("host-1"))
             for layer, future in enumerate(waiting):
                 assert_close(future.result(timeout=30).hidden_states, MoELayer(**LAYERS[layer])(rows))

@@ -15,27 +15,11 @@ from safetensors.torch import load_file
 from moeserve import CheckpointError, Client, ConfigError, ForwardOutput, MoELayer, UnknownLayer
 from moeserve.checkpoints.huggingface import HuggingFaceLayer
 from moeserve.gating import Router
-from tests.support.checkpoints_on_disk import CONFIG, MLP, layer_tensors, write_folder
+from tests.support.checkpoints_on_disk import CONFIG, MLP, write_folder
 from tests.support.closeness import assert_close
 from tests.support.followers import ThreadedFrontend
 from tests.support.harness import CHANNELS, Kind, ServiceHarness
-
-LAYER = "model.layers.0.mlp"
-CONFIGURATION = {"model": {"dtype": "float32"}, "placement": {"num_hosts": 2}, "layers": [{"gating": {"top_k": 2}}]}
-
-
-def folder(path: Path, seed: int) -> Path:
-    path.mkdir()
-    generator = torch.Generator().manual_seed(seed)
-    return write_folder(path, CONFIG, {name: torch.randn(tensor.shape, generator=generator) for name, tensor in layer_tensors().items()})
-
-
-def configuration(checkpoint: Path) -> dict[str, object]:
-    return {**CONFIGURATION, "model": {"checkpoint": checkpoint, "dtype": "float32"}}
-
-
-def tokens(seed: int) -> torch.Tensor:
-    return torch.randn(20, 8, generator=torch.Generator().manual_seed(seed))
+from tests.support.seeded_folders import LAYER, configuration, folder, tokens
 
 
 @pytest.mark.parametrize("kind", CHANNELS)

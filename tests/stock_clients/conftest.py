@@ -4,20 +4,12 @@ import asyncio
 import os
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 import pytest
 
-from ..server.conftest import Running, run
-
-REPOSITORY = Path(__file__).parents[2]
-EXAMPLE = REPOSITORY / "examples" / "node"
-#: gRPC's own bound on what a client takes, unless told otherwise
-STOCK_LIMIT_BYTES = 4 * 2**20
-
-#: script and arguments -> the lines it prints
-Node = Callable[..., Awaitable[list[str]]]
+from tests.stock_clients.node import EXAMPLE, Node
+from tests.support.servers import Running, run
 
 
 @pytest.fixture(scope="session")

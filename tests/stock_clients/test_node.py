@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from moeserve.api.request import LayerRequest
 from moeserve.api.tensors import WIRE_NUMBERS, raw, view
 from moeserve.v1 import tensor_pb2
-
-from ..server.conftest import Running
-from ..server.engine import EXPERTS, HIDDEN, output
-from .conftest import EXAMPLE, REPOSITORY, STOCK_LIMIT_BYTES, Node
+from tests.stock_clients.node import EXAMPLE, REPOSITORY, STOCK_LIMIT_BYTES, Node
+from tests.support.engine import EXPERTS, HIDDEN, echo_engine
+from tests.support.servers import Running
 
 SCRIPT = Path(__file__).with_name("forward.js")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -42,7 +42,7 @@ def expected(batch: Batch) -> dict[str, Any]:
     data = (torch.arange(tokens * HIDDEN * dtype.itemsize) % 59).to(torch.uint8)
     sent = view(data.numpy().tobytes(), [tokens, HIDDEN], dtype)
     found: dict[str, Any] = {"request_id": f"{name(dtype)} {tokens}", "error": None}
-    values = dict(vars(output(sent, return_routing=True)))
+    values = dict(vars(echo_engine().answer(0, LayerRequest(sent, return_routing=True))))
     if not tokens:
         values |= dict.fromkeys(("requested", "processed", "dropped"), torch.zeros(EXPERTS, dtype=torch.int64))
         values |= {"aux_loss": 0, "z_loss": 0}

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from moeserve.v1 import moe_service_pb2_grpc as pb_grpc
-
-from ..server.conftest import Running
-from ..server.engine import HIDDEN
-from ..server.messages import request, value
-from .conftest import REPOSITORY, STOCK_LIMIT_BYTES
+from tests.stock_clients.node import REPOSITORY, STOCK_LIMIT_BYTES
+from tests.support.engine import HIDDEN
+from tests.support.messages import request, value
+from tests.support.servers import Running
 
 
 async def test_the_documented_client(running: Running) -> None:

@@ -1,4 +1,4 @@
-"""A host that computes when a test lets it."""
+"""A host that computes when a test lets it, or fails or dies then."""
 
 from __future__ import annotations
 
@@ -11,19 +11,26 @@ from tests.support.harness import ThreadedHost
 
 
 class Held:
-    """A bank that says when a pass begins, and waits for leave to compute it."""
+    """A bank that says when a pass begins, and waits for leave to compute it; it raises `error` instead, and dies of `Killed`."""
 
-    def __init__(self, host: ThreadedHost, layer: int) -> None:
+    def __init__(self, host: ThreadedHost, layer: int = 0) -> None:
         bank = host.holdings.bank_table.bank(layer, 1)
         assert bank is not None
         self._bank: ExpertBank = bank
         self.begun, self.leave = threading.Semaphore(0), threading.Semaphore(0)
+        self.error: BaseException | None = None
         host.holdings.bank_table.put(layer, 1, self)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._bank, name)
 
+    def let_go(self) -> None:
+        """No pass waits from now on."""
+        self.leave.release(1000)
+
     def run(self, *args: torch.Tensor, out: torch.Tensor) -> None:
         self.begun.release()
         assert self.leave.acquire(timeout=30)
+        if self.error is not None:
+            raise self.error
         self._bank.run(*args, out=out)

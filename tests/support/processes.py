@@ -6,8 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,14 +55,6 @@ def blocks(pid: int, number: signal.Signals) -> bool:
     """The process blocks this signal, as `moeserve` does from its start."""
     mask = next((line.split()[1] for line in _read(Path(f"/proc/{pid}/status")).splitlines() if line.startswith("SigBlk")), "0")
     return bool(int(mask, 16) >> (number - 1) & 1)
-
-
-def until(holds: Callable[[], object], timeout_s: float = 60.0) -> None:
-    """Waits for a condition."""
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, f"not within {timeout_s:g} s"
-        time.sleep(0.02)
 
 
 def _parent(path: Path) -> int | None:

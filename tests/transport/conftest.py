@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from moeserve.transport import FrontendKeys, HostKeys, KeyPair, Limits, listen
 
-from .rig import Rig
-
-RigFactory = Callable[..., Rig]
+from .rig import Rig, RigFactory
 
 
 @pytest.fixture(params=["local", "unix", "tcp", "curve"])

@@ -109,7 +109,4 @@ def send(channel: Channel, message: Message, *, layer: int = 0, epoch: int = 0, 
     return channel.send(message.fill(channel.lease(message.shape)), layer=layer, epoch=epoch, timeout_s=timeout_s)
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():
-            await asyncio.sleep(0.001)
+RigFactory = Callable[..., Rig]

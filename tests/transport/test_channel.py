@@ -11,8 +11,9 @@ import torch
 from moeserve.errors import Cancelled, DeadlineExceeded, InvalidRequest
 from moeserve.transport import ChannelClosed, Destination, PassOn, PeerLost, WorkShape
 from tests.support.closeness import assert_close
+from tests.support.waiting import until_async
 
-from .rig import Rig, answer, random_message, send, until
+from .rig import Rig, answer, random_message, send
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -39,7 +40,7 @@ async def test_every_field_arrives(rig: Rig) -> None:
             assert torch.equal(getattr(work, name), getattr(message, name))
         assert work.reply_buffer().shape == message.hidden_states.shape
         answer(work)
-        await until(future.done)
+        await until_async(future.done)
 
 
 async def test_a_message_to_several_hosts_shows_the_receiver_its_own_share_first(rig: Rig) -> None:

@@ -13,9 +13,9 @@ import torch
 from moeserve.errors import InvalidRequest, Overloaded
 from moeserve.transport import Channel, Lease, Limits, WorkShape
 from tests.support.closeness import assert_close
+from tests.support.waiting import until_async
 
-from .conftest import RigFactory
-from .rig import Message, Rig, answer, random_message, send, until
+from .rig import Message, Rig, RigFactory, answer, random_message, send
 
 PAGE = WorkShape(1, 64, 1, torch.float32)
 
@@ -64,7 +64,7 @@ async def test_a_cancelled_message_keeps_its_memory_until_the_host_has_answered(
         with pytest.raises(Overloaded):
             channel.lease(PAGE)
         answer(work)
-        await until(lambda: has_room(channel))
+        await until_async(lambda: has_room(channel))
 
 
 async def test_memory_is_used_again_only_when_no_view_is_left(rig: Rig) -> None:
@@ -131,5 +131,5 @@ async def test_nothing_stays_behind(make_rig: RigFactory, tmp_path: Path) -> Non
     before = open_files()
     for _ in range(3):
         await live()
-    await until(lambda: open_files() <= before)
+    await until_async(lambda: open_files() <= before)
     assert os.listdir(tmp_path) == []

@@ -18,7 +18,7 @@ from moeserve.api.wire import decode_forward_request, decode_forward_response
 from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1 import tensor_pb2
 
-from .test_wire import OVERRIDES, REQUEST_TENSORS, RESPONSE_TENSORS, nested, varint
+from .messages import OVERRIDES, REQUEST_TENSORS, RESPONSE_TENSORS, nested, varint
 
 DATA_BYTES = [0, 8, 8184, 8192, 8200, 140_000]
 REQUIRED = ("hidden_states", "requested", "processed", "dropped", "dropped_tokens")

@@ -14,7 +14,7 @@ from moeserve.api.wire import (
 )
 from moeserve.v1 import moe_service_pb2 as pb
 
-from .test_wire import REQUEST_TENSORS, RESPONSE_TENSORS, ROUTING_TENSORS, some_output
+from .messages import REQUEST_TENSORS, RESPONSE_TENSORS, ROUTING_TENSORS, some_output
 
 
 def test_a_message_with_everything_in_it_is_within_the_bounds() -> None:

@@ -24,11 +24,9 @@ from moeserve.errors import InvalidRequest, MoEServeError, Overloaded
 from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1 import tensor_pb2
 
+from .messages import OVERRIDES, REQUEST_TENSORS, RESPONSE_TENSORS, ROUTING_TENSORS, nested, some_output
+
 DTYPES = {name: number for number, name in WIRE_DTYPES.items()}
-REQUEST_TENSORS = ("hidden_states", "used_token", "topk_ids", "topk_weights", "token_ids")
-OVERRIDES = ("capacity_factor", "noise", "seed")
-ROUTING_TENSORS = ("topk_ids", "topk_weights", "slots", "drop_reasons")
-RESPONSE_TENSORS = ("hidden_states", "requested", "processed", "dropped", "dropped_tokens", *ROUTING_TENSORS)
 # Above 128 KiB a message is split by hand, below protobuf copies it: every property must hold for both.
 tokens = st.sampled_from([0, 1, 3, 1500])
 floats = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
@@ -68,23 +66,6 @@ def requests(draw: st.DrawFn) -> WireRequest:
         capacity_factor=draw(st.none() | st.floats(allow_nan=False)),
         noise=draw(st.none() | st.text(max_size=10)),
         seed=draw(st.none() | st.integers(0, 2**64 - 1)),
-    )
-
-
-def some_output(num_tokens: int = 3, routing: bool = True, dtype: torch.dtype = torch.bfloat16) -> ForwardOutput:
-    counts = torch.arange(8)
-    return ForwardOutput(
-        hidden_states=torch.randn(num_tokens, 64).to(dtype),
-        requested=counts + 1,
-        processed=counts,
-        dropped=torch.ones_like(counts),
-        dropped_tokens=torch.rand(num_tokens) > 0.5,
-        aux_loss=1.25,
-        z_loss=0.5,
-        topk_ids=torch.randint(0, 8, (num_tokens, 2)) if routing else None,
-        topk_weights=torch.rand(num_tokens, 2) if routing else None,
-        slots=torch.randint(-1, 9, (num_tokens, 2)) if routing else None,
-        drop_reasons=torch.randint(0, 2, (num_tokens, 2), dtype=torch.int32) if routing else None,
     )
 
 
@@ -142,14 +123,6 @@ def test_an_error_answer_is_the_exception_itself() -> None:
     assert str(answer.result) == "too much"
     unknown = pb.ForwardResponse(error=pb.Error(code=4711, message="what?")).SerializeToString()
     assert type(decode_forward_response(unknown).result) is MoEServeError
-
-
-def varint(value: int) -> bytes:
-    return bytes([value]) if value < 0x80 else bytes([value & 0x7F | 0x80]) + varint(value >> 7)
-
-
-def nested(number: int, body: bytes) -> bytes:
-    return varint(number << 3 | 2) + varint(len(body)) + body
 
 
 @st.composite

@@ -10,9 +10,8 @@ from grpc_status import rpc_status
 from moeserve.api.tensors import WIRE_DTYPES, WIRE_NUMBERS, raw
 from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1 import tensor_pb2
-
-from .conftest import Running
-from .engine import HIDDEN
+from tests.support.engine import HIDDEN
+from tests.support.servers import Running
 
 
 def tensor(value: torch.Tensor) -> tensor_pb2.Tensor:
