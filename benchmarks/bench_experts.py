@@ -78,8 +78,10 @@ MAX_COPIED_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Row:
-    """Milliseconds of one call; error: relative, of moeserve's answers to transformers', of the median token: in bfloat16 their gates may
-    choose otherwise for some."""
+    """Milliseconds of one call; error: relative, of moeserve's answers to transformers', of the median token.
+
+    In bfloat16 their gates may choose otherwise for some tokens.
+    """
 
     shape: str
     weights: str

@@ -1,4 +1,4 @@
-"""Serves a checkpoint that DeepSpeed wrote, as it is: python examples/compat_deepspeed_checkpoint.py [FOLDER K ACTIVATION]
+"""Serves a checkpoint that DeepSpeed wrote, as it is: python examples/compat_deepspeed_checkpoint.py [FOLDER K ACTIVATION].
 
 Without a folder, one layer is written first, in files of the names and the contents that DeepSpeed's `save_checkpoint` gives them.
 """

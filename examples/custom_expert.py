@@ -1,4 +1,4 @@
-"""Experts of your own: any nn.Module, by import path. Run it as python examples/custom_expert.py"""
+"""Experts of your own: any nn.Module, by import path. Run it as python examples/custom_expert.py."""
 
 from __future__ import annotations
 

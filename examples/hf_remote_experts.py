@@ -1,4 +1,4 @@
-"""A Hugging Face model whose experts are in a service: python examples/hf_remote_experts.py [FOLDER] [HOST:PORT]
+"""A Hugging Face model whose experts are in a service: python examples/hf_remote_experts.py [FOLDER] [HOST:PORT].
 
 Without an address, a service with two expert hosts is started first. The model itself is loaded without its experts.
 """

@@ -25,6 +25,7 @@ class LogLimit(logging.Filter):
         self._seen: dict[tuple[str, str], tuple[float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is written; the first after a pause also tells how many were not."""
         kind, now = (record.name, str(getattr(record, "kind", record.msg))), time.monotonic()
         with self._lock:
             since, left_out = self._seen.get(kind, (-self._period_s, 0))

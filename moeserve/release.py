@@ -39,6 +39,7 @@ class Release:
 
     @property
     def epoch(self) -> int:
+        """That of its placement."""
         return self.placement.epoch
 
     def sources(self, config: ServiceConfig, base: Sequence[LayerSource] | None = None) -> list[ReleasedLayer]:
@@ -50,6 +51,7 @@ class Release:
 
     @property
     def host_names(self) -> list[str]:
+        """Names of the hosts that have experts, in the order of the placement."""
         return [host_name(number) for number in self.placement.hosts]
 
     def held(self, layer: int) -> list[HostShards]:

@@ -39,6 +39,15 @@ def test_links_between_documents_lead_somewhere() -> None:
                 assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
+def test_files_that_documents_name_exist() -> None:
+    """Those inside the project's folders; a reader makes `k8s/mine`."""
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+        for name in re.findall(r"`((?:[\w.-]+/)[\w./*-]*)`", page.read_text()):
+            if name.partition("/")[0] in folders and not name.startswith("k8s/mine"):
+                assert any(ROOT.glob(name)), f"{page.name}: {name}"
+
+
 def test_every_metric_and_option_is_documented() -> None:
     """Names from the registry itself and from the commands themselves."""
     import inspect

@@ -21,10 +21,11 @@ NO_CHOICE = -1
 
 @dataclass(frozen=True)
 class LayerRequest:
-    """hidden_states [T, H] float; used_token [T] bool; topk_ids [T, K] int and topk_weights [T, K] float when the caller routed,
-    id -1 = no choice; token_ids [T] int, 0..2^32-1, for layers that route by them; capacity_factor, noise and seed instead of the
-    layer's own. What stands in the rows of unused tokens means nothing, and neither does the weight of no choice.
+    """What one request says; the caller routed when it has topk_ids.
 
+    hidden_states [T, H] float; used_token [T] bool; topk_ids [T, K] int and topk_weights [T, K] float, id -1 = no choice;
+    token_ids [T] int, 0..2^32-1, for layers that route by them; capacity_factor, noise and seed instead of the layer's own.
+    What stands in the rows of unused tokens means nothing, and neither does the weight of no choice.
     `deadline` is a time on this machine's monotonic clock, in seconds.
     """
 
@@ -41,14 +42,17 @@ class LayerRequest:
 
     @property
     def num_tokens(self) -> int:
+        """How many tokens it has, used or not: T."""
         return self.hidden_states.shape[0]
 
     @property
     def is_routed(self) -> bool:
+        """Whether the caller has chosen the experts."""
         return self.topk_ids is not None
 
     @property
     def overrides(self) -> GatingOverrides:
+        """What the request says in place of the layer's gate."""
         return GatingOverrides(self.capacity_factor, self.noise, self.seed)
 
 

@@ -64,6 +64,7 @@ class Measured:
 
     @property
     def failed(self) -> int:
+        """Requests that ended in an error, of any kind."""
         return self.errors.total()
 
     def as_json(self) -> dict[str, Any]:

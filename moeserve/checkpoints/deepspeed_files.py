@@ -53,12 +53,15 @@ class DeepSpeedFolder:
 
     @property
     def num_layers(self) -> int:
+        """How many MoE layers there are: numbers count from 0."""
         return max(number for number, _ in self._files) + 1
 
     def num_experts(self, number: int) -> int:
+        """How many experts the layer has: numbers count from 0."""
         return max((expert for layer, expert in self._files if layer == number), default=0) + 1
 
     def file(self, number: int, expert: int) -> Path:
+        """The file of one expert."""
         return self._files[number, expert]
 
     def name(self, number: int) -> str:
@@ -74,7 +77,7 @@ class DeepSpeedFolder:
         return {theirs: file.tensor(name, file.items[name]) for name, (_, _, theirs) in names.items()}
 
     def gate_shape(self, number: int) -> tuple[int, int]:
-        """[E, H]"""
+        """E and H."""
         name = self.of_layer(number, GATE)
         gate = self.rest.tensor(name)
         if gate is None or gate.dim() != 2:
@@ -82,6 +85,7 @@ class DeepSpeedFolder:
         return gate.shape[0], gate.shape[1]
 
     def has_residual(self, number: int) -> bool:
+        """Whether a dense branch is mixed with the experts (Residual MoE)."""
         return self.of_layer(number, "coefficient.weight") in self.rest
 
     def of_layer(self, number: int, name: str) -> str:

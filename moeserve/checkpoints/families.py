@@ -170,6 +170,7 @@ def supported() -> list[str]:
 
 
 def is_known(model_type: str) -> bool:
+    """Whether some family, here or in another package, serves this `model_type`."""
     return not {model_type, model_type.removesuffix("_text")}.isdisjoint({*FAMILIES, *_added()})
 
 

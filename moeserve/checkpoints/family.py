@@ -49,19 +49,23 @@ class Layout:
 
     @property
     def shared_projections(self) -> ExpertLayout:
+        """Where the shared expert is: three tensors, or two with gate and up in one."""
         names = [f"{self.shared_expert}.{name}.weight" if name else "" for name in self.shared_names]
         return Separate(*names) if len(names) == 3 else Joined(*names)
 
 
 def no_shared_expert(config: Config) -> int:
+    """The width of a shared expert that there is not: 0."""
     return 0
 
 
 def every_layer(config: Config, index: int) -> bool:
+    """All layers are MoE layers."""
     return True
 
 
 def same_for_all(config: Config, index: int) -> Config:
+    """No layer has settings of its own."""
     return config
 
 

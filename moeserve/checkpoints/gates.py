@@ -45,6 +45,7 @@ def renormalized_if_told(default: bool) -> Callable[[Config], Knobs]:
 
 
 def dbrx(config: Config) -> Knobs:
+    """Renormalized, unless `moe_normalize_expert_weights` is null; its one other value is the power 1."""
     key = "ffn_config.moe_normalize_expert_weights"
     power = lookup(config, key)
     if power is not None and not (type(power) in (int, float) and power == 1):
@@ -112,10 +113,12 @@ def bailing(config: Config) -> Knobs:
 
 
 def flint(config: Config) -> Knobs:
+    """Sigmoid scores, renormalized unless `norm_topk_prob` is false."""
     return {"scoring_func": "sigmoid", "renormalize": _renormalize(config, True)}
 
 
 def hy_v3(config: Config) -> Knobs:
+    """Sigmoid scores, renormalized and scaled."""
     return {"scoring_func": "sigmoid", "renormalize": "pre_drop", "routed_scaling_factor": number(config, "router_scaling_factor", 2.826)}
 
 
@@ -125,6 +128,7 @@ def kolibri(config: Config) -> Knobs:
 
 
 def laguna(config: Config) -> Knobs:
+    """Sigmoid scores of softly capped logits, renormalized and scaled."""
     cap = number(config, "moe_router_logit_softcapping", 0.0, may_be_zero=True)
     return {
         "scoring_func": "sigmoid",
@@ -135,6 +139,7 @@ def laguna(config: Config) -> Knobs:
 
 
 def minimax_m3(config: Config) -> Knobs:
+    """That of MiniMax-M2, scaled."""
     return {**minimax_m2(config), "routed_scaling_factor": number(config, "routed_scaling_factor", 2.0)}
 
 
@@ -144,6 +149,7 @@ def nemotron(config: Config) -> Knobs:
 
 
 def step(config: Config) -> Knobs:
+    """That of MiniMax-M2, scaled by a key of its own."""
     return {**minimax_m2(config), "routed_scaling_factor": number(config, "moe_router_scaling_factor", 1.0)}
 
 
@@ -158,6 +164,7 @@ def mistral4(config: Config) -> Knobs:
 
 
 def mistral_large4(config: Config) -> Knobs:
+    """Softmax, the best groups by their two best experts; renormalized and scaled."""
     return {
         **_groups(config, "top2_sum"),
         "renormalize": "pre_drop",
@@ -166,27 +173,33 @@ def mistral_large4(config: Config) -> Knobs:
 
 
 def minimax_m2(config: Config) -> Knobs:
+    """Sigmoid scores, renormalized."""
     return {"scoring_func": "sigmoid", "renormalize": "pre_drop"}
 
 
 def afmoe(config: Config) -> Knobs:
+    """Sigmoid scores, renormalized and scaled by `route_scale`."""
     return {"scoring_func": "sigmoid", "renormalize": "pre_drop", "routed_scaling_factor": number(config, "route_scale", 1.0)}
 
 
 def lfm2(config: Config) -> Knobs:
+    """Sigmoid scores, scaled, and renormalized with an epsilon of 1e-6 unless `norm_topk_prob` is false."""
     renormalize = {"renormalize": "pre_drop", "renormalize_eps": 1e-6} if flag(config, "norm_topk_prob", True) else {}
     return {"scoring_func": "sigmoid", "routed_scaling_factor": number(config, "routed_scaling_factor", 1.0), **renormalize}
 
 
 def longcat(config: Config) -> Knobs:
+    """Softmax, scaled."""
     return {"routed_scaling_factor": number(config, "routed_scaling_factor", 6.0)}
 
 
 def llama4(config: Config) -> Knobs:
+    """Sigmoid scores, which scale what the experts get instead of what they answer."""
     return {"scoring_func": "sigmoid", "scale_inputs": True}
 
 
 def phimoe(config: Config) -> Knobs:
+    """SparseMixer, which chooses two experts."""
     if config.get("num_experts_per_tok") != 2:
         raise must_be(config, "num_experts_per_tok", "2, as many as SparseMixer chooses")
     return {"routing": "sparsemixer", "sparsemixer_eps": number(config, "router_jitter_noise", 0.01, may_be_zero=True)}

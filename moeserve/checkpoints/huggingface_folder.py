@@ -37,9 +37,9 @@ _MOST: Final = {"hidden_size": MAX_SIZE, "intermediate_size": MAX_SIZE, "num_exp
 
 
 def huggingface_layers(folder: Path, dtype: Dtype | None, family: str | None = None) -> list[HuggingFaceLayer]:
-    """All MoE layers of the folder, in model order. Reads config.json and the index; a file's header only where there is no index,
-    or neither `dtype` nor config.json tells the type.
+    """All MoE layers of the folder, in model order.
 
+    Reads config.json and the index; a file's header only where there is no index, or neither `dtype` nor config.json tells the type.
     `dtype` casts on load; None takes what config.json says, else what is stored. A model that is not wholly what its `model_type` says
     is served as the class that `architectures` names, if it is wholly that; `family` says what it is, whatever these two say. Raises
     CheckpointError naming the file or the key, ConfigError when there is no such family.

@@ -56,6 +56,7 @@ def must_be(config: Config, key: str, allowed: str) -> ValueError:
 
 
 def is_whole(value: Any, at_least: int) -> bool:
+    """Whether it is a whole number, not a bool, from `at_least` to the largest size there can be."""
     return type(value) is int and at_least <= value <= MAX_SIZE
 
 
@@ -67,6 +68,7 @@ def allowed_whole(value: Any, at_least: int, at_most: int = MAX_SIZE) -> str:
 
 
 def whole(config: Config, key: str, default: int | None = None, at_least: int = 1) -> int:
+    """The whole number at a dotted key."""
     value = lookup(config, key) if has(config, key) else default
     if not is_whole(value, at_least):
         raise must_be(config, key, allowed_whole(value, at_least))
@@ -74,6 +76,7 @@ def whole(config: Config, key: str, default: int | None = None, at_least: int = 
 
 
 def number(config: Config, key: str, default: float, *, may_be_zero: bool = False) -> float:
+    """The finite number at a dotted key: positive, or 0 where it may be."""
     value = lookup(config, key) if has(config, key) else default
     if type(value) not in (int, float) or not isfinite(value) or value < 0 or (value == 0 and not may_be_zero):
         raise must_be(config, key, "a number of at least 0" if may_be_zero else "a positive number")
@@ -81,6 +84,7 @@ def number(config: Config, key: str, default: float, *, may_be_zero: bool = Fals
 
 
 def table(config: Config, key: str) -> Config:
+    """The table at a key."""
     value = config.get(key)
     if not isinstance(value, Mapping):
         raise must_be(config, key, "a table")
@@ -88,6 +92,7 @@ def table(config: Config, key: str) -> Config:
 
 
 def flag(config: Config, key: str, default: bool) -> bool:
+    """The bool at a key."""
     value = config.get(key, default)
     if type(value) is not bool:
         raise must_be(config, key, "true or false")
@@ -95,6 +100,7 @@ def flag(config: Config, key: str, default: bool) -> bool:
 
 
 def one_of(config: Config, key: str, allowed: Sequence[str], default: str) -> str:
+    """The text at a key, one of `allowed`."""
     value = config.get(key, default)
     if value not in allowed:
         raise must_be(config, key, f"one of {', '.join(allowed)}")

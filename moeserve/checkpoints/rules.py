@@ -13,6 +13,7 @@ from moeserve.config import LIMITED, Activation, Mixing, parsed_activation
 
 
 def sparse_step(config: Config, index: int) -> bool:
+    """Every `decoder_sparse_step`-th layer, except those in `mlp_only_layers`: Qwen."""
     return index not in (indexes(config, "mlp_only_layers") or ()) and (index + 1) % whole(config, "decoder_sparse_step", 1) == 0
 
 
@@ -52,6 +53,7 @@ def of_kind(default: int) -> Callable[[Config, int], bool]:
 
 
 def gemma4(config: Config, index: int) -> bool:
+    """All layers or none."""
     return flag(config, "enable_moe_block", False)
 
 
@@ -68,6 +70,7 @@ def nemotron(config: Config, index: int) -> bool:
 
 
 def inkling(config: Config, index: int) -> bool:
+    """As the rule by kinds says; without kinds the first `dense_mlp_idx` layers are dense."""
     return of_kind(whole(config, "dense_mlp_idx", 0, at_least=0))(config, index)
 
 
@@ -113,6 +116,7 @@ def every_nth(config: Config, index: int) -> bool:
 
 
 def ernie(config: Config, index: int) -> bool:
+    """Every `moe_layer_interval`-th layer between two given ones, -1 being the last."""
     start, end = whole(config, "moe_layer_start_index", 1, at_least=0), whole(config, "moe_layer_end_index", -1, at_least=-1)
     is_within = index >= start and (end == -1 or index <= end)
     return is_within and (index + 1) % whole(config, "moe_layer_interval", 1) == 0
@@ -141,10 +145,12 @@ def dots3_shared(config: Config) -> int:
 
 
 def of_its_own(config: Config) -> int:
+    """The shared expert has a key for its width; 0 = there is none."""
     return whole(config, "shared_expert_intermediate_size", at_least=0)
 
 
 def by_key(key: str) -> Callable[[Config], int]:
+    """The width of the shared expert is at `key`; 0 = there is none."""
     return lambda config: whole(config, key, at_least=0)
 
 
@@ -154,6 +160,7 @@ def times_dense(key: str) -> Callable[[Config], int]:
 
 
 def like_the_others(config: Config) -> int:
+    """The shared expert is as wide as the others."""
     return whole(config, "intermediate_size")
 
 
@@ -169,6 +176,8 @@ def limited(name: str, default: float, key: str = "swiglu_limit") -> Callable[[C
 
 
 def step_activation(key: str) -> Callable[[Config], Activation]:
+    """The usual ones, or SwiGLU with a limit after SiLU when `key` has one: Step 3.5."""
+
     def activation(config: Config) -> Activation:
         return limited("swiglu_post", 0.0, key)(config) if config.get(key) else hidden_act(config)
 
@@ -176,21 +185,25 @@ def step_activation(key: str) -> Callable[[Config], Activation]:
 
 
 def by_activation_key(key: str, default: str, supported: Mapping[str, Activation] = ACTIVATIONS) -> Callable[[Config], Activation]:
+    """The activation is named at `key`, in the words of `supported`."""
     return lambda config: supported[one_of(config, key, tuple(supported), default)]
 
 
 def cohere2_mixing(config: Config) -> Mixing:
+    """The shared expert is added, or averaged with the others."""
     strategies: dict[str, Mixing] = {"average": "average", "sum": "add"}
     return strategies[one_of(config, "shared_expert_combination_strategy", tuple(strategies), "average")]
 
 
 def gpt_oss_activation(config: Config) -> Activation:
+    """Its own SwiGLU, of alpha = 1.702 and with a limit; `hidden_act` is not read."""
     if config.get("swiglu_alpha", 1.702) != 1.702:
         raise ValueError(f"swiglu_alpha is {shown(config['swiglu_alpha'])}; supported: 1.702")
     return limited("swigluoai", 7.0)({key: value for key, value in config.items() if key != "hidden_act"})
 
 
 def dbrx_activation(config: Config) -> Activation:
+    """SiLU, written as a table."""
     function = lookup(config, "ffn_config.ffn_act_fn") or {"name": "silu"}
     if function != {"name": "silu"}:
         raise ValueError(f'ffn_config.ffn_act_fn is {shown(function)}; supported: {{"name": "silu"}}')

@@ -95,6 +95,7 @@ def _named(prefix: str, tensors: Mapping[str, torch.Tensor | None]) -> dict[str,
 
 
 def prefixed(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors, their names below `prefix`."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 

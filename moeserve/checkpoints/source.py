@@ -23,7 +23,9 @@ class LayerSource(Protocol):
     """E experts, H hidden size. Nothing is read before one of the methods is called; all raise CheckpointError."""
 
     @property
-    def spec(self) -> LayerSpec: ...
+    def spec(self) -> LayerSpec:
+        """What the layer is, without its weights."""
+        ...
 
     def files_read(self) -> Sequence[Path]:
         """All files that it is described by and its weights are in; none for a layer of a seed."""

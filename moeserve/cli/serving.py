@@ -15,10 +15,14 @@ class Serving(Protocol):
     """A service that listens."""
 
     @property
-    def target(self) -> str: ...
+    def target(self) -> str:
+        """host:port of gRPC, as a client on this machine takes it."""
+        ...
 
     @property
-    def metrics_target(self) -> str: ...
+    def metrics_target(self) -> str:
+        """host:port of the metrics port."""
+        ...
 
     async def stop(self) -> None:
         """Finish what is under way, then end everything."""

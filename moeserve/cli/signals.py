@@ -29,6 +29,7 @@ class Ended(BaseException):  # no KeyboardInterrupt: typer would hide which sign
 
     @property
     def exit_code(self) -> int:
+        """128 + the number of the signal, as shells have it."""
         return exit_code(self.number)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from importlib import metadata
 
 import typer
 
@@ -21,6 +20,7 @@ from moeserve.cli.shutdown import shutdown
 from moeserve.cli.status import status
 from moeserve.cli.swap import swap
 from moeserve.cli.top import top
+from moeserve.cli.version import running_version
 
 app = typer.Typer(
     name="moeserve",
@@ -51,6 +51,6 @@ def _options(
     version: bool = typer.Option(False, "--version", help="Show the version and exit."),
 ) -> None:
     if version:
-        typer.echo(f"moeserve {metadata.version('moeserve')}")
+        typer.echo(f"moeserve {running_version()}")
         raise typer.Exit
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

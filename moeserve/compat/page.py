@@ -1,4 +1,4 @@
-"""docs/compat.md, written from the tables: python -m moeserve.compat.page > docs/compat.md"""
+"""docs/compat.md, written from the tables by python -m moeserve.compat.page > docs/compat.md."""
 
 from __future__ import annotations
 

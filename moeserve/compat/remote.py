@@ -20,8 +20,10 @@ class RemoteLayer:
         self._layer, self._sizes, self._is_known = layer, sizes, False
 
     def forward(self, rows: Tensor, used_token: Tensor | None, is_training: bool) -> ForwardOutput:
-        """rows [T, H], used_token [T] bool. Raises ConfigError in training mode and when the served layer is another, UnknownLayer, and
-        whatever the service raises."""
+        """rows [T, H] and used_token [T] bool to the service and back.
+
+        Raises ConfigError in training mode and when the served layer is another, UnknownLayer, and whatever the service raises.
+        """
         if is_training:
             raise ConfigError("a layer with target= answers in evaluation mode only, because gradients do not travel: call eval() first")
         if not self._is_known:

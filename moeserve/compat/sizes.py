@@ -26,6 +26,7 @@ def hidden_size_extra() -> Param:
 
 
 def hidden_size(values: Values, name: str) -> int:
+    """H as the configuration has it, or the assumed one."""
     size: int = ASSUMED_HIDDEN_SIZE if values[name] is None else values[name]
     return size
 
@@ -43,6 +44,7 @@ def expert_extras(hidden: str, intermediate: bool = True) -> list[Param]:
 
 
 def intermediate_size(values: Values, hidden: str) -> int:
+    """I as the configuration has it, or 4 H."""
     size: int | None = values["intermediate_size"]
     return 4 * hidden_size(values, hidden) if size is None else size
 

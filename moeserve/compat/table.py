@@ -25,10 +25,12 @@ ANYTHING = Accepts("anything", lambda value: True)
 
 
 def whole(minimum: int) -> Accepts:
+    """Integers of at least `minimum`."""
     return Accepts(f"an integer of at least {minimum}", lambda value: type(value) is int and value >= minimum)
 
 
 def real(above: float = -math.inf, below: float = math.inf, minimum: float = -math.inf, maximum: float = math.inf) -> Accepts:
+    """Finite numbers within the bounds, of which `above` and `below` are outside."""
     bounds = [(above, "above"), (below, "below"), (minimum, "of at least"), (maximum, "of at most")]
     said = " and ".join(f"{word} {bound:g}" for bound, word in bounds if math.isfinite(bound))
 
@@ -40,11 +42,13 @@ def real(above: float = -math.inf, below: float = math.inf, minimum: float = -ma
 
 
 def one_of(*values: Any) -> Accepts:
+    """These values and no others; 1 is not true."""
     said = ", ".join("null" if value is None else repr(value) for value in values)
     return Accepts(said, lambda value: any(type(value) is type(allowed) and value == allowed for allowed in values))
 
 
 def optional(accepts: Accepts) -> Accepts:
+    """Null, or what `accepts` takes."""
     return Accepts(f"null, or {accepts.says}", lambda value: value is None or accepts.test(value))
 
 

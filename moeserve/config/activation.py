@@ -18,7 +18,7 @@ _WRITTEN: Final = re.compile(r"(\w+)(?:\(([^()]+)\))?")
 
 @lru_cache
 def parsed_activation(activation: str) -> tuple[ActivationName, float | None]:
-    """ "swiglu(10)" -> its name and its limit, None = no limit. Raises ValueError."""
+    """Name and limit of an activation, as "swiglu(10)" has them; None = no limit. Raises ValueError."""
     match = _WRITTEN.fullmatch(activation)
     name = match[1] if match else activation
     if name not in get_args(ActivationName):

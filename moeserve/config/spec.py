@@ -13,9 +13,9 @@ from moeserve.config.values import Bits, Dtype, Kernel, Mixing, Quantization
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Sizes and rules of one layer: H hidden_size, I intermediate_size, E num_experts; dtype is that of the expert weights,
-    and of what is computed with them, unless they are quantized or published in few bits.
+    """Sizes and rules of one layer: H hidden_size, I intermediate_size, E num_experts.
 
+    dtype is that of the expert weights, and of what is computed with them, unless they are quantized or published in few bits.
     intermediate_size is that of the largest expert, 0 for a module; `module` is the import path of a module that is the expert,
     module_args what each of the hosted experts is made with.
     Of the num_experts the last do not compute: first identity_experts that answer the token itself, then zero_experts.

@@ -9,10 +9,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Node:
-    """A live node. `total` and `free` are amounts of "CPU" and "GPU"; `free` is all that others do not use: what hosts of this service
-    have there counts as free, because assignments say where they are.
+    """A live node.
 
-    `is_leaving`: it takes nothing new, and what is there should go elsewhere.
+    `total` and `free` are amounts of "CPU" and "GPU"; `free` is all that others do not use: what hosts of this service have there
+    counts as free, because assignments say where they are. `is_leaving`: it takes nothing new, and what is there should go elsewhere.
     """
 
     id: str

@@ -73,8 +73,9 @@ class Report:
 
 @dataclass(frozen=True)
 class Welcome:
-    """What a frontend is told once: which deployment it follows, how to serve, the keys it shows to hosts (None = it has some), and how
-    long batches may take to finish.
+    """What a frontend is told once: which deployment it follows, and how to serve.
+
+    keys: those it shows to hosts, None = it has some; drain_timeout_s: how long batches may take to finish.
     """
 
     service_id: str

@@ -64,6 +64,7 @@ class FollowingFrontend:
 
     @property
     def info(self) -> FrontendInfo:
+        """What people are told of it: its latest report."""
         said = self.report
         return FrontendInfo(said.name, said.target, said.metrics_target, said.node, said.epoch, said.oldest_epoch, said.is_ready)
 

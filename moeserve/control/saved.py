@@ -14,7 +14,9 @@ from moeserve.v1 import control_service_pb2 as pb
 
 @dataclass(frozen=True)
 class Saved:
-    """`service_id` names folders of sockets; `frontend_token` is what the frontends that the controller starts follow it with;
+    """What a successor must know of a service beside its configuration.
+
+    `service_id` names folders of sockets; `frontend_token` is what the frontends that the controller starts follow it with;
     `frontend_keys` are the public keys that hosts let in; `control_port` is where the controller listens, 0 = nowhere yet.
     """
 
@@ -25,6 +27,7 @@ class Saved:
     control_port: int = 0
 
     def to_bytes(self) -> bytes:
+        """JSON; `from_bytes` reads it."""
         state = self.state
         return json.dumps(
             {

@@ -62,8 +62,10 @@ def connect_experts(model: PreTrainedModel, target: str | Client) -> Client:
 
 
 def experts_of(model: nn.Module) -> dict[str, Any]:
-    """The modules that hold the experts of an MoE layer each, by name: those that let transformers choose how they are computed, and
-    those of older models that are called in a way we know."""
+    """The modules that hold the experts of an MoE layer each, by name.
+
+    Those that let transformers choose how they are computed, and those of older models that are called in a way we know.
+    """
     modules = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] == "experts"}
     return {name: module for name, module in modules.items() if _is_dispatched(module) or _arguments(module) in _CALLS}
 

@@ -48,7 +48,9 @@ class ExpertBank:
         kernel: Kernel = "auto",
         deterministic: bool = False,
     ) -> None:
-        """experts: all of them, or an iterable that loads one after the other: no more than one is in memory beside what is held.
+        """Takes the experts one after the other.
+
+        experts: all of them, or an iterable that loads one after the other: no more than one is in memory beside what is held.
         dtype: of the rows, unless an expert knows better. scale_inputs: weights multiply what goes into an expert instead of what comes
         out (Llama 4); that of the shared expert always multiplies what comes out. kernel: what computes feed-forward experts on the CPU.
         deterministic: the answer to a row is bitwise the same whatever other rows there are.
@@ -77,6 +79,7 @@ class ExpertBank:
 
     @property
     def num_experts(self) -> int:
+        """How many it holds, the shared one among them."""
         return self._num_together + len(self._others)
 
     @property

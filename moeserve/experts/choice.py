@@ -51,6 +51,7 @@ class Shape:
 
     @classmethod
     def of(cls, expert: Packable) -> Shape:
+        """That of an expert, with the threads that this process has now."""
         rows_dtype, (hidden_size, intermediate_size) = expert.rows_dtype, expert.down_proj.shape
         return cls(expert.down_proj.dtype, rows_dtype, expert.activation, hidden_size, intermediate_size, torch.get_num_threads())
 
@@ -82,8 +83,10 @@ class Choice:
 
 
 def chosen(expert: Packable, kernel: Kernel = "auto", deterministic: bool = False) -> Choice:
-    """For experts like this one. kernel: "auto" = the fastest, "torch" = the fastest form of torch's operators, or the one to take.
-    deterministic: a compiled one where there is any, because these compute a row alike whatever else they compute.
+    """What computes experts like this one.
+
+    kernel: "auto" = the fastest, "torch" = the fastest form of torch's operators, or the one to take. deterministic: a compiled one
+    where there is any, because these compute a row alike whatever else they compute.
 
     Raises ConfigError when this processor, or this type of weights, has not the kernel that is asked for.
     """

@@ -24,8 +24,11 @@ _FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, eq=False)
 class Packable:
-    """gate_up_proj [G, H] and down_proj [H, I] in float, or as codes of one byte with scales [G] and [H] float32; biases [G] and [H], or
-    None. rows_dtype: what rows are rounded to."""
+    """What packing needs of an expert.
+
+    gate_up_proj [G, H] and down_proj [H, I] in float, or as codes of one byte with scales [G] and [H] float32; biases [G] and [H], or
+    None. rows_dtype: what rows are rounded to.
+    """
 
     activation: Activation
     rows_dtype: torch.dtype

@@ -99,6 +99,7 @@ class PackedExperts:
 
     @property
     def num_experts(self) -> int:
+        """How many are packed."""
         return len(self._experts)
 
     def expert(self, slot: int) -> FeedForward | QuantizedFeedForward:
@@ -141,11 +142,11 @@ class PackedExperts:
         weights: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """hidden_states [R, H] of any float type, row_index [N] int64, tokens_per_expert [E], input_weights [N] float32 or None
-        (what rows are multiplied by, rounded to their type), weights [N] float32 (what answers are multiplied by), out [R, H] float32,
-        overwritten.
+        """Gathers rows, computes them, weighs the answers and sums them into `out`.
 
-        Raises InvalidRequest when `row_index` names a row that is not there.
+        hidden_states [R, H] of any float type, row_index [N] int64, tokens_per_expert [E], input_weights [N] float32 or None
+        (what rows are multiplied by, rounded to their type), weights [N] float32 (what answers are multiplied by), out [R, H] float32,
+        overwritten. Raises InvalidRequest when `row_index` names a row that is not there.
         """
         code = library()
         assert code is not None and out.is_contiguous(), "found before the experts were packed"

@@ -50,6 +50,7 @@ class QuantizedMatrix:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """O and C, whatever the bytes of the codes."""
         return len(self.codes), self.columns
 
     @property
@@ -60,9 +61,11 @@ class QuantizedMatrix:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of codes, scales and zeros."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def to(self, device: torch.device) -> QuantizedMatrix:
+        """The same matrix on another device."""
         there: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         return replace(self, **there)
 

@@ -55,6 +55,7 @@ class Stack:
 
     @property
     def num_experts(self) -> int:
+        """How many experts it has: E."""
         return len(self._tensors["down_proj"])
 
     def expert(self, slot: int) -> FeedForward:
@@ -75,8 +76,11 @@ class Stack:
         weights: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """As `PackedExperts.run`: hidden_states [R, H] bfloat16, row_index [N], tokens_per_expert [E], input_weights [N] float32 or None,
-        weights [N] float32, out [R, H] float32, overwritten."""
+        """As `PackedExperts.run`, of rows in bfloat16.
+
+        hidden_states [R, H], row_index [N], tokens_per_expert [E], input_weights [N] float32 or None, weights [N] float32,
+        out [R, H] float32, overwritten.
+        """
         rows = hidden_states.index_select(0, row_index)
         if input_weights is not None:
             rows *= input_weights[:, None].to(rows.dtype)

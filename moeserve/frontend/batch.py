@@ -88,6 +88,7 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
+        """How many tokens all requests have: T."""
         return sum(self.sizes)
 
     @property

@@ -53,6 +53,7 @@ class Part:
 
     @property
     def num_elements(self) -> int:
+        """How many numbers its rows have: T * H."""
         return self.hidden_states.numel()
 
     def combined(self) -> torch.Tensor:

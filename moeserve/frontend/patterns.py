@@ -31,6 +31,7 @@ class Message:
 
     @property
     def host(self) -> int:
+        """The host it is sent to."""
         return self.works[0].host
 
     @cached_property

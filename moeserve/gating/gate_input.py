@@ -40,6 +40,7 @@ class GateInput:
 
     @property
     def num_experts(self) -> int:
+        """How many experts there are to choose from: E."""
         return self.router_logits.shape[1]
 
     @cached_property
@@ -56,9 +57,11 @@ class GateInput:
 
 @dataclass(frozen=True)
 class Selection:
-    """scores       [T, E] float32, 0 or more, what load-balancing losses are made of
+    """What a routing answers.
+
+    scores       [T, E] float32, 0 or more, what load-balancing losses are made of
     topk_ids     [T, K] int64
-    topk_scores  [T, K] float32, the weights before renormalisation, scaling and drops
+    topk_scores  [T, K] float32, the weights before renormalization, scaling and drops
     kept         [T, K] bool, when the routing has itself decided what there is room for; None = capacity decides
     chosen       [T, K] bool, when not every column is a choice; None = every choice of a used token is
     """

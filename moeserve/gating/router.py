@@ -61,6 +61,7 @@ class Router:
 
     @property
     def num_experts(self) -> int:
+        """How many experts there are to choose from: E."""
         return self.gate.shape[0]
 
     def invariant(self) -> Router:

@@ -45,6 +45,7 @@ class Routing:
 
     @property
     def slots(self) -> Tensor:
+        """[T, K] int64, -1 where not kept; made when first asked for."""
         return self.batch.slots[self.tokens]
 
     @property
@@ -95,14 +96,17 @@ class BatchRouting:
 
     @property
     def aux_loss(self) -> Tensor:
+        """[R] float32."""
         return self.losses[0]
 
     @property
     def z_loss(self) -> Tensor:
+        """[R] float32."""
         return self.losses[1]
 
     @cached_property
     def slots(self) -> Tensor:
+        """[T, K] int64 of all requests; made when first asked for."""
         return slots(self.topk_ids, self.kept, self.is_choice_major, self.groups)
 
     def request(self, index: int) -> Routing:

@@ -75,11 +75,13 @@ class RelayLink(NamedTuple):
 
     @property
     def is_lost(self) -> bool:
+        """Whether dialling has failed, or the channel has closed since."""
         if not self.dialling.done():
             return False
         return self.dialling.cancelled() or self.dialling.exception() is not None or self.dialling.result().closed.is_set()
 
     async def hang_up(self) -> None:
+        """Closes the channel, if there is one."""
         if self.dialling.done() and not self.is_lost:
             await self.dialling.result().close()
 

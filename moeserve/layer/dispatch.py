@@ -49,6 +49,7 @@ class HostLoads:
 
     @classmethod
     def all_idle(cls, num_hosts: int) -> HostLoads:
+        """All hosts live and without work."""
         return cls(np.ones(num_hosts, dtype=np.bool_), np.zeros(num_hosts, dtype=np.int64))
 
 

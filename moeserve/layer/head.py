@@ -41,6 +41,7 @@ class Planned:
 
     @property
     def works(self) -> list[HostWork]:
+        """What each busy host computes."""
         return self.dispatch.works
 
 

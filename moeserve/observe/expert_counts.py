@@ -52,6 +52,7 @@ class ExpertFamily(Metric):
 
     @property
     def samples(self) -> list[Sample]:
+        """A sample for each layer and shown expert."""
         return [
             Sample(self.series_name, {"expert": str(expert), **layer.labels}, number)
             for layer in self.layers
@@ -87,6 +88,7 @@ class ExpertCounts(Collector):
         self.dropped[layer] += dropped
 
     def collect(self) -> Iterable[Metric]:
+        """The families of a scrape, with the experts that `detail` shows."""
         tokens = CounterMetricFamily("moeserve_tokens", "Used tokens answered", labels=["layer"])
         processed = ExpertFamily("moeserve_expert_tokens", "Computed (token, expert) pairs", "counter")
         dropped = ExpertFamily("moeserve_expert_dropped_tokens", "(token, expert) pairs not computed", "counter", reason="capacity")

@@ -40,6 +40,7 @@ class HostStates(Collector):
             self._events.add("host_left", host)
 
     def collect(self) -> Iterable[Metric]:
+        """`moeserve_host_up`, of hosts that were reached at least once."""
         states = GaugeMetricFamily("moeserve_host_up", "1 while the frontend is connected to the host", labels=["host"])
         for name, host in list(self._hosts.items()):
             if host.is_up is not None:
@@ -70,6 +71,7 @@ class EventLog:
         self._events: deque[Event] = deque(maxlen=_MAX_EVENTS)
 
     def add(self, kind: str, subject: str) -> None:
+        """Notes an event at the present time, or counts it with the same one of a moment ago."""
         now, count = time.time(), 1
         for event in reversed(self._events):
             if event.time_unix_s < now - _SAME_EVENT_S:
@@ -81,6 +83,7 @@ class EventLog:
         self._events.append(Event(now, kind, subject, count))
 
     def latest(self) -> list[Event]:
+        """The oldest first."""
         return list(self._events)
 
 
@@ -134,6 +137,7 @@ class Metrics:
 
     @property
     def uptime_s(self) -> float:
+        """Seconds since the service was made."""
         return time.monotonic() - self._started
 
     def calls(self) -> list[CallCount]:

@@ -35,6 +35,7 @@ class LayerPlacement:
 
     @cached_property
     def num_units(self) -> int:
+        """How many units the layer has: U."""
         return int(self.unit_of_physical.max()) + 1
 
     @property
@@ -44,7 +45,7 @@ class LayerPlacement:
 
     @property
     def logical_of_physical(self) -> Integers:
-        """[P]"""
+        """[P], the logical expert of each."""
         return self.unit_of_physical // self.tensor_parallel
 
     @cached_property

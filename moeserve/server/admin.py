@@ -20,12 +20,18 @@ class Served(Protocol):
     """What is served after a change."""
 
     @property
-    def epoch(self) -> int: ...
+    def epoch(self) -> int:
+        """Of the release in force."""
+        ...
 
     @property
-    def host_names(self) -> Sequence[str]: ...
+    def host_names(self) -> Sequence[str]:
+        """Names of the hosts that have experts."""
+        ...
 
-    def revision(self, layer: str) -> int: ...
+    def revision(self, layer: str) -> int:
+        """The `model_revision` of a layer; "" = the highest of all."""
+        ...
 
 
 class Admin(Protocol):

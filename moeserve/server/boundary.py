@@ -189,8 +189,10 @@ def _told(error: BaseException, method: str) -> tuple[grpc.StatusCode, grpc.Stat
 
 
 def _caller_left(error: BaseException) -> bool:
-    """Whether nobody listens any more: gRPC could not read or write, or the call was cancelled from outside; a CancelledError out of
-    something that it awaited is just a bug."""
+    """Whether nobody listens any more: gRPC could not read or write, or the call was cancelled from outside.
+
+    A CancelledError out of something that it awaited is just a bug.
+    """
     if isinstance(error, grpc.aio.InternalError):
         return True
     task = asyncio.current_task()

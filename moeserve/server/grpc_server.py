@@ -40,11 +40,11 @@ Options = Sequence[tuple[str, int]]
 
 
 class GrpcServer:
-    """Serves as `config` says what it is given: an `engine`; `admin`, to whoever has the admin token, if there is one; `control`, to
-    frontends that have a token for that, if there is any.
+    """Serves as `config` says what it is given.
 
-    Health is NOT_SERVING until `set_serving` was called for every layer of the engine. `is_starting`: there will be an engine, which is for
-    `serve` to say; until then callers are asked to wait.
+    That is an `engine`; `admin`, to whoever has the admin token, if there is one; `control`, to frontends that have a token for that, if
+    there is any. Health is NOT_SERVING until `set_serving` was called for every layer of the engine. `is_starting`: there will be an
+    engine, which is for `serve` to say; until then callers are asked to wait.
 
     `observe` is called for every call with method, status code and seconds. Raises ConfigError for a configuration that is
     refused: exposed without protection, unreadable files. To be made and used inside one event loop.

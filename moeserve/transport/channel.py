@@ -88,6 +88,7 @@ class PartialFuture(asyncio.Future[Partial]):
         self._on_cancel = on_cancel
 
     def cancel(self, msg: object = None) -> bool:
+        """Also tells the host, once."""
         if not super().cancel(msg):
             return False
         self._on_cancel(self._work_id)

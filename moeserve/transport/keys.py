@@ -22,6 +22,7 @@ class KeyPair:
 
     @classmethod
     def generate(cls) -> KeyPair:
+        """A new pair."""
         public, secret = zmq.curve_keypair()
         return cls(public.decode(), secret.decode())
 

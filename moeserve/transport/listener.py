@@ -21,10 +21,12 @@ class Poller:
         self._on_events: dict[int, OnEvents] = {}
 
     def add(self, fd: int, on_events: OnEvents) -> None:
+        """Watches `fd` for something to read."""
         self._on_events[fd] = on_events
         self._epoll.register(fd, select.EPOLLIN)
 
     def watch_writable(self, fd: int, wanted: bool) -> None:
+        """Also watches `fd` for room to write, or no longer."""
         self._epoll.modify(fd, select.EPOLLIN | (select.EPOLLOUT if wanted else 0))
 
     def remove(self, fd: int) -> None:
@@ -33,12 +35,14 @@ class Poller:
         self._epoll.unregister(fd)
 
     def wait(self, timeout_s: float) -> None:
+        """Waits for events, at most so long, and calls their callbacks."""
         for fd, mask in self._epoll.poll(timeout_s):
             # An earlier callback of this round may have removed it.
             if fd in self._on_events:
                 self._on_events[fd](mask)
 
     def close(self) -> None:
+        """Ends the watching; file descriptors stay open."""
         self._epoll.close()
 
 
@@ -50,7 +54,9 @@ class Source(Protocol):
     def catch_up(self) -> None:
         """Takes in what arrived without leaving its file descriptor readable."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Stops listening and hangs up on everyone."""
+        ...
 
 
 class Listener:

@@ -32,6 +32,7 @@ class PacketSocket:
         return bool(self._waiting)
 
     def fileno(self) -> int:
+        """For pollers."""
         return self._sock.fileno()
 
     def send(self, packet: bytes) -> None:
@@ -77,6 +78,7 @@ class PacketSocket:
         return packet, fds[0]
 
     def close(self) -> None:
+        """What still waits to be sent is lost."""
         self._sock.close()
 
 

@@ -46,9 +46,11 @@ class Peer(ABC):
         """[R, H] float32 to write the answer to."""
 
     def reply(self, work: Work, partial: torch.Tensor) -> None:
+        """Sends the answer, unless the frontend is gone."""
         self._finish(work, pack_note(Kind.REPLY, value=work.id), partial)
 
     def fail(self, work: Work, error: MoEServeError) -> None:
+        """Sends the error in place of an answer, unless the frontend is gone."""
         self._finish(work, pack_error(work.id, error), None)
 
     @abstractmethod

@@ -84,8 +84,10 @@ _KINDS = {int(kind): kind for kind in Kind}
 
 
 class WorkShape(NamedTuple):
-    """Sizes of one message: hidden_states [rows, hidden_size] of `dtype`, `pairs` (token, expert) pairs that read them, for
-    `destinations` hosts (0 = the receiver alone)."""
+    """Sizes of one message: hidden_states [rows, hidden_size] of `dtype`, and `pairs` (token, expert) pairs that read them.
+
+    destinations: how many hosts it is for, 0 = the receiver alone.
+    """
 
     rows: int
     hidden_size: int
@@ -227,6 +229,7 @@ def kind_of(packet: bytes) -> Kind:
 
 
 def pack_work(header: WorkHeader) -> bytes:
+    """A WORK packet; the receiver finds the block at `header.offset`."""
     shape = header.shape
     number = WIRE_NUMBERS[shape.dtype]
     sizes = (shape.rows, shape.hidden_size, shape.pairs, shape.destinations)
@@ -251,6 +254,7 @@ def unpack_work(packet: bytes) -> WorkHeader:
 
 
 def pack_note(kind: Kind, *, code: int = 0, value: int = 0, sentence: str = "") -> bytes:
+    """A packet of any other kind; a sentence that is too long is cut."""
     return _NOTE.pack(kind, code, value) + sentence.encode()[:MAX_SENTENCE_BYTES]
 
 

@@ -18,11 +18,17 @@ from moeserve.transport.wire import Destination, PacketLayout, Sections, WorkHea
 class Answerer(Protocol):
     """The connection a work came over."""
 
-    def reply_buffer(self, work: Work) -> torch.Tensor: ...
+    def reply_buffer(self, work: Work) -> torch.Tensor:
+        """[R, H] float32 to write the answer to. Raises Overloaded when there is no room."""
+        ...
 
-    def reply(self, work: Work, partial: torch.Tensor) -> None: ...
+    def reply(self, work: Work, partial: torch.Tensor) -> None:
+        """Sends what was written."""
+        ...
 
-    def fail(self, work: Work, error: MoEServeError) -> None: ...
+    def fail(self, work: Work, error: MoEServeError) -> None:
+        """Sends the error in place of an answer."""
+        ...
 
 
 class Work:
@@ -61,6 +67,7 @@ class Work:
 
     @property
     def is_expired(self) -> bool:
+        """Whether its deadline has passed."""
         return time.monotonic() >= self.deadline
 
     def reply_buffer(self) -> torch.Tensor:

@@ -1,5 +1,6 @@
-"""A service deployed on a Ray cluster of three nodes on this machine, from its deployment to its end. Run by test_deploy.py in a process
-of its own; every line it prints is something seen.
+"""A service deployed on a Ray cluster of three nodes on this machine, from its deployment to its end.
+
+Run by test_deploy.py in a process of its own; every line it prints is something seen.
 """
 
 from __future__ import annotations

@@ -24,8 +24,10 @@ HOSTS = 3
 
 @pytest.mark.parametrize(("pattern", "victim"), [("hierarchical", 0), ("ring", 1)])
 def test_a_killed_host_loses_nobodys_request(local_ray: None, tiny_moe: Path, pattern: str, victim: int) -> None:
-    """The one that passes rows on dies, and one in the middle of the ring: every request is answered right, and then the pattern is
-    whole again, because the new incarnation has been introduced to the others."""
+    """The one that passes rows on dies, and one in the middle of the ring: every request is answered right.
+
+    Then the pattern is whole again, because the new incarnation has been introduced to the others.
+    """
     local = MoELayer.from_checkpoint(tiny_moe, 1, dtype=torch.float32)
     hidden_states = torch.randn(64, local.spec.hidden_size)
     expected = local(hidden_states)

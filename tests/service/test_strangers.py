@@ -1,5 +1,7 @@
-"""Callers that send anything but what they should, or leave in the middle: a status that says why, few lines in the log, and nobody else
-is served worse."""
+"""Callers that send anything but what they should, or leave in the middle.
+
+They get a status that says why; the log gets few lines, and nobody else is served worse.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from .rig import Rig, RigFactory
 
 @pytest.fixture(params=["local", "unix", "tcp", "curve"])
 def make_rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RigFactory]:
-    """make_rig(max_message_bytes, max_pool_bytes) -> Rig, over each kind of endpoint in turn."""
+    """A function of max_message_bytes and max_pool_bytes that makes a Rig, over each kind of endpoint in turn."""
     rigs: list[Rig] = []
     frontend, host = KeyPair.generate(), KeyPair.generate()
     endpoint = {"local": "local:host", "unix": f"unix:{tmp_path}/host.sock"}.get(request.param, "tcp://127.0.0.1:0")

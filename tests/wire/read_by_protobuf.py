@@ -1,5 +1,6 @@
-"""Says what protobuf reads of the messages in a file, one line of JSON each: run by a test in a process of its own, where the environment
-chooses which of protobuf's parsers that is.
+"""Says what protobuf reads of the messages in a file, one line of JSON each.
+
+Run by a test in a process of its own, where the environment chooses which of protobuf's parsers that is.
 
 python read_by_protobuf.py FILE: every message is preceded by its name and length, as `struct` has it in HEADER.
 """

@@ -61,6 +61,7 @@ def _is_expert(name: str) -> bool:
 
 
 def module_of(name: str) -> str:
+    """The module that has the weight of this name."""
     return name.removesuffix(".weight")
 
 

@@ -16,10 +16,12 @@ ONLY_V2 = "TopkRouterV2 alone reads it"
 
 
 def is_v1(values: Values) -> bool:
+    """Whether `TopkRouterV1` routes; with `use_gmm` it never does."""
     return values["routing_policy"] == "TopkRouterV1" and not values["use_gmm"]
 
 
 def is_v2(values: Values) -> bool:
+    """Whether the routing is that of `TopkRouterV2`."""
     return not is_v1(values)
 
 
@@ -32,6 +34,7 @@ def v2_only(
 
 
 def not_in_v1(example: Any, why: str = ONLY_V2) -> Case:
+    """The parameter does nothing with `TopkRouterV1`."""
     return Case("note", why, example, "with V1", is_v1)
 
 
@@ -59,6 +62,7 @@ def _groups(score: str) -> Callable[[Values], dict[str, Any]]:
 
 
 def has_groups(values: Values) -> bool:
+    """Whether tokens choose inside groups of experts."""
     return is_v2(values) and values["topk_method"] != "greedy"
 
 

@@ -27,6 +27,7 @@ def variant(
 
 
 def at_most(smaller: str, larger: str) -> Rule:
+    """The first parameter may not exceed the second."""
     return Rule(
         lambda values: values[smaller] > values[larger],
         lambda values: f"{smaller} is {values[smaller]}; allowed: 1 to {larger} = {values[larger]}",

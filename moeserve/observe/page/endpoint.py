@@ -1,5 +1,6 @@
-"""The metrics port: the page at /, its data at /stats.json, Prometheus' text at /metrics. GET and HEAD only, and no authentication:
-it tells what the metrics tell, beside the names of hosts and nodes and what is placed where.
+"""The metrics port: the page at /, its data at /stats.json, Prometheus' text at /metrics.
+
+GET and HEAD only, and no authentication: it tells what the metrics tell, beside the names of hosts and nodes and what is placed where.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class StatusPage:
 
     @property
     def port(self) -> int:
+        """The one it listens on, whatever was asked for."""
         return self._server.port
 
     def stop(self) -> None:

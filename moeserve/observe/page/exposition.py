@@ -1,5 +1,6 @@
-"""Prometheus' text of a registry, as prometheus_client writes it, but for metrics of experts: these may have tens of thousands of
-series, and what a scrape costs the interpreter is taken from requests.
+"""Prometheus' text of a registry, as prometheus_client writes it, but for metrics of experts.
+
+These may have tens of thousands of series, and what a scrape costs the interpreter is taken from requests.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ _PAUSE_S: Final = 50e-6
 
 @dataclass(frozen=True)
 class Exposition:
+    """The body of an answer and its Content-Type."""
+
     content_type: str
     body: bytes
 

@@ -1,5 +1,6 @@
-"""HTTP for a port that strangers reach: one thread, a bounded number of connections, a deadline for everything, one answer for each
-connection. What they do wrong is answered or ends their connection; it is no news, so it leaves nothing in the log.
+"""HTTP for a port that strangers reach: one thread, few connections, a deadline for everything, one answer for each connection.
+
+What they do wrong is answered or ends their connection; it is no news, so it leaves nothing in the log.
 """
 
 from __future__ import annotations
