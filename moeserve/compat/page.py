@@ -45,11 +45,11 @@ moeserve.compat.save_layers("folder", {"blocks.0": first, "blocks.1": second})
 MoE(hidden_size, expert, num_experts=8, k=2, target="127.0.0.1:50051", layer="blocks.0").eval()  # its experts are in the service
 ```
 
-* With `target=`, answers, losses and counts equal those in process, in evaluation mode. Training mode is refused, because the service does not
-  compute gradients. The service routes and computes, so the layer creates no experts (nor DeepSpeed's `mlp` and `coefficient`), and its
-  state dict has only the gate. Random choices (`use_rts`, `top2_2nd_expert_sampling`, `select_policy="random"`) are made in the service, from
-  its seed. `used_token` with `use_residual` is refused, because a service answers unused tokens with zeros. A service also treats them as
-  rows of zeros, which affects only `l_aux`.
+* With `target=`, answers, losses and counts equal those in process, in evaluation mode. Training mode is refused, because the service
+  does not compute gradients. The service routes and computes, so the layer creates no experts (nor DeepSpeed's `mlp` and
+  `coefficient`), and its state dict has only the gate. Random choices (`use_rts`, `top2_2nd_expert_sampling`, `select_policy="random"`)
+  are made in the service, from its seed. `used_token` with `use_residual` is refused, because a service answers unused tokens with
+  zeros. A service also treats them as rows of zeros, which affects only `l_aux`.
 * `save` writes `nn.Sequential(Linear, GELU or ReLU, Linear)` as two projections, which can be split over hosts. Any other module is
   written as a class and its arguments. The class must be in a module that can be imported, and DeepSpeed's `MoE` needs the arguments:
   `save(folder, expert_args={...})`. Building such an expert runs its code, so the operator of the service must allow it with
@@ -58,8 +58,9 @@ MoE(hidden_size, expert, num_experts=8, k=2, target="127.0.0.1:50051", layer="bl
 ## Checkpoints of DeepSpeed
 
 `[model] checkpoint` can be the folder that `save_checkpoint` wrote, or the folder of its tag, with a
-`layer_L_expert_E_mp_rank_00_model_states.pt` for each expert and `mp_rank_00_model_states.pt` with the gates. The files do not say how a layer
-routes or what its experts compute. So set this in `[[layers]]`, for all layers or by name; the entry of an imported configuration fits:
+`layer_L_expert_E_mp_rank_00_model_states.pt` for each expert and `mp_rank_00_model_states.pt` with the gates. The files do not say how a
+layer routes or what its experts compute. So set this in `[[layers]]`, for all layers or by name; the entry of an imported configuration
+fits:
 
 ```toml
 [model]
@@ -77,11 +78,11 @@ renormalize = "post_drop"
 drop_policy = "choice_major"
 ```
 
-These files are pickles, and a pickle can name any code. moeserve has its own reader: it returns tensors, numbers, strings and containers, and
-skips everything that the pickle would import or call, without importing or running it. So the files may contain other objects than the
-model, even of packages that are not installed here, such as Megatron-DeepSpeed's arguments, random states and loss scaler. `module` may be
-flat or nested, and may have a wrapper's prefix (`module.`) that the files of the experts do not have, or the reverse. If a needed tensor is
-another object instead, the error names the file and the tensor.
+These files are pickles, and a pickle can name any code. moeserve has its own reader: it returns tensors, numbers, strings and containers,
+and skips everything that the pickle would import or call, without importing or running it. So the files may contain other objects than
+the model, even of packages that are not installed here, such as Megatron-DeepSpeed's arguments, random states and loss scaler. `module`
+may be flat or nested, and may have a wrapper's prefix (`module.`) that the files of the experts do not have, or the reverse. If a needed
+tensor is another object instead, the error names the file and the tensor.
 
 Each host reads its own experts, one at a time. One model-parallel rank is supported. Files from before torch 1.6 are not zip files: load
 such a file with torch, and save it again.
