@@ -1,4 +1,4 @@
-"""A ColossalAI MoE layer with only its import changed: in this process, saved and served, and with `target=` in front of the service."""
+"""A ColossalAI MoE layer with only its import changed: in this process, then saved and served, then with `target=` as a client."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moeserve.compat.colossalai import Experts, MoeLayer, NormalNoiseGenerator, 
 
 
 def feed_forward(d_model: int, d_ff: int) -> nn.Module:
-    """One expert. A class of one's own works too, if a service can import it: it must stand in a module, not in the script."""
+    """One expert. Your own class works, too, if a service can import it from a module; a class in this script is not enough."""
     return nn.Sequential(nn.Linear(d_model, d_ff), nn.ReLU(), nn.Linear(d_ff, d_model))
 
 

@@ -1,4 +1,4 @@
-"""A DeepSpeed MoE layer with only its import changed: in this process, saved and served, and with `target=` in front of the service."""
+"""A DeepSpeed MoE layer with only its import changed: in this process, then saved and served, then with `target=` as a client."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moeserve.compat.deepspeed import MoE  # was: from deepspeed.moe.layer impor
 def main() -> None:
     torch.manual_seed(0)
     parameters = {"hidden_size": 64, "num_experts": 8, "k": 2, "eval_capacity_factor": 1.5, "use_residual": True}
-    parameters["top2_2nd_expert_sampling"] = False  # true, the default, draws the second expert by chance, in evaluation too
+    parameters["top2_2nd_expert_sampling"] = False  # true, the default, draws the second expert at random, even in evaluation
     expert = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
     layer = MoE(expert=expert, **parameters).eval()  # type: ignore[arg-type]
     hidden_states = torch.randn(4, 32, 64)

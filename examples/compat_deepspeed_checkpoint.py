@@ -1,6 +1,6 @@
-"""Serves a checkpoint that DeepSpeed wrote, as it is: python examples/compat_deepspeed_checkpoint.py [FOLDER K ACTIVATION].
+"""Serve a checkpoint that DeepSpeed wrote, unchanged: python examples/compat_deepspeed_checkpoint.py [FOLDER K ACTIVATION]
 
-Without a folder, one layer is written first, in files of the names and the contents that DeepSpeed's `save_checkpoint` gives them.
+Without a folder, the example first writes one layer to files with the names and contents of DeepSpeed's `save_checkpoint`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moeserve.compat.deepspeed import MoE
 
 
 def write(folder: Path) -> None:
-    """A trained model's stand-in: one MoE layer called `mlp`, one file per expert, and one with the rest."""
+    """Write a small model instead of a trained one: one MoE layer named `mlp`, with a file per expert and a file for the rest."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"mlp": MoE(64, nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)), num_experts=4, k=2)})
     state = model.state_dict()
@@ -28,7 +28,7 @@ def write(folder: Path) -> None:
 
 
 def main(folder: Path, k: int, activation: str) -> None:
-    """What the files do not say, how the layers route and what is between the two projections of an expert, is told in [[layers]]."""
+    """Serve the folder. [[layers]] adds what the files do not say: how layers route, and the activation of the experts."""
     original = {"hidden_size": 1, "num_experts": k, "k": k, "top2_2nd_expert_sampling": False, "use_rts": False}
     gating = moeserve.compat.load("deepspeed", original).config.layers[0].gating
     config = {
@@ -41,7 +41,7 @@ def main(folder: Path, k: int, activation: str) -> None:
         for layer in client.layers():
             out = client.forward(torch.randn(128, layer.hidden_size), layer=layer.name)
             print(f"{layer.name}: {layer.num_experts} experts of {layer.hidden_size} x {layer.intermediate_size}")
-            print(f"128 tokens asked them {out.requested.tolist()} times, {int(out.dropped.sum())} without success")
+            print(f"128 tokens: choices per expert {out.requested.tolist()}, dropped {int(out.dropped.sum())}")
 
 
 if __name__ == "__main__":

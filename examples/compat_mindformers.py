@@ -1,4 +1,4 @@
-"""MindFormers' MoEConfig with only its import changed: a service of it, and the same layer in this process."""
+"""MindFormers' MoEConfig with only its import changed: as a service, compared with the same layer in this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TrustformeRS' two structs as a service, and the same layer in this process."""
+"""The two configuration structs of TrustformeRS as a service, compared with the same layer in this process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main() -> None:
 
     hidden_states = torch.randn(128, 64)
     here = moeserve.MoELayer(**layer.model_dump(exclude_unset=True, exclude={"gating"}), gating=layer.gating).run(hidden_states)
-    print(f"in process  every expert takes {here.processed.tolist()} of 128 tokens")
+    print(f"in process  tokens per expert {here.processed.tolist()} of 128")
 
     config = imported.config.model_dump(exclude_unset=True) | {"server": {"port": 0, "metrics_port": 0}}
     with moeserve.serve(config) as service, moeserve.Client(service.target) as client:

@@ -1,4 +1,4 @@
-"""Experts of your own: any nn.Module, by import path. Run it as python examples/custom_expert.py."""
+"""Your own experts: any nn.Module, by its import path. Run it with python examples/custom_expert.py"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import moeserve
 
 
 class Convolved(nn.Module):
-    """An expert that is no feed-forward network: a gated convolution over the channels."""
+    """An expert that is not a feed-forward network: a gated convolution over the channels."""
 
     def __init__(self, hidden_size: int, width: int = 5) -> None:
         super().__init__()
@@ -26,8 +26,8 @@ class Convolved(nn.Module):
 
 
 def main() -> None:
-    """Serves six such experts on two hosts, and compares with the same layer in this process."""
-    # Hosts are processes of their own: they import this file by its name.
+    """Serve six of these experts on two hosts, and compare with the same layer in this process."""
+    # Hosts are separate processes; they import this file by its name.
     sys.path.insert(0, str(Path(__file__).parent))
     layer = {"hidden_size": 64, "num_experts": 6, "expert": "custom_expert:Convolved", "expert_args": {"hidden_size": 64}, "seed": 3}
     config = {"layers": [layer], "placement": {"num_hosts": 2}, "server": {"port": 0, "metrics_port": 0}}

@@ -1,6 +1,6 @@
-"""The whole story on one machine: a trained MoE model whose experts are served by four Ray hosts over gRPC.
+"""A trained MoE model on one machine, with its experts on four Ray hosts, called over gRPC.
 
-Run it with `make demo`. Exits with 0 only if every comparison holds.
+Run it with `make demo`. The exit code is 0 only if every comparison holds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Ray starts its processes while gRPC is up; none of them uses this process's gRPC, so it need not warn about each.
+# Ray starts processes while gRPC runs here. None of them uses this process's gRPC, so its warnings about forks are not needed.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import torch
@@ -43,26 +43,26 @@ def main() -> int:
     local = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
     inputs = tokenizer(PROMPT, return_tensors="pt")
 
-    headline("1. Four expert hosts, each pinned to a (logical) GPU")
+    headline("1. Start four expert hosts, each pinned to a (logical) GPU")
     with start_service() as service, moeserve.Client(service.target) as client:
         show_hosts(service)
-        headline("2. Text, with every MoE layer answered over gRPC")
+        headline("2. Generate text, with every MoE layer computed over gRPC")
         remote = load_model(CHECKPOINT, client, dtype=torch.float32)
         sequence = generate_and_compare(tokenizer, local, remote, inputs)
-        headline("3. Where the tokens went")
+        headline("3. Tokens per expert")
         show_load(client)
-        headline("4. The service's own gate, on the model's hidden states")
+        headline("4. Compare the service's gate with the model's, on the same hidden states")
         compare_gates(client, local, sequence)
-        headline("5. One Forward")
+        headline("5. Latency of one Forward")
         show_latency(client)
-    headline("6. Again with capacity_factor = 1.0: an expert takes its fair share and no more")
+    headline("6. Limit every expert to its even share: capacity_factor = 1.0")
     with start_service(capacity_factor=1.0) as service, moeserve.Client(service.target) as client:
         connect_experts(remote, client)
         show_drops(service, client, remote, sequence)
 
     console.print()
     console.print(f"[bold {'red' if failures else 'green'}]{'FAILED: ' + '; '.join(failures) if failures else 'All comparisons hold.'}[/]")
-    console.print(f"{time.perf_counter() - started:.0f} s in all")
+    console.print(f"{time.perf_counter() - started:.0f} s in total")
     return 1 if failures else 0
 
 
@@ -91,7 +91,7 @@ def show_hosts(service: moeserve.BackgroundService) -> None:
     console.print(table)
     console.print(f"gRPC at {service.target}, metrics at {service.metrics_target}, {len(layers)} layers x {layers[0].num_experts} experts")
     pinned = [host.cuda_visible_devices for host in stats.hosts]
-    check(len(set(pinned)) == len(pinned) and "" not in pinned, "every host has a GPU of its own")
+    check(len(set(pinned)) == len(pinned) and "" not in pinned, "every host has its own GPU")
 
 
 def generate_and_compare(tokenizer: Any, local: Any, remote: Any, inputs: Any) -> torch.Tensor:
@@ -104,11 +104,11 @@ def generate_and_compare(tokenizer: Any, local: Any, remote: Any, inputs: Any) -
     console.print(f"[bold]{text[: len(PROMPT)]}[/][cyan]{text[len(PROMPT) :]}[/]", markup=True)
     new_tokens = served.sequences.shape[1] - inputs["input_ids"].shape[1]
     console.print(f"{new_tokens} tokens in {elapsed:.2f} s: {new_tokens / elapsed:.1f} tokens/s")
-    check(torch.equal(served.sequences, alone.sequences), "tokens equal those of the model in one process")
+    check(torch.equal(served.sequences, alone.sequences), "the tokens equal those of the model in one process")
     difference = max(float((a - b).norm() / b.norm()) for a, b in zip(served.logits, alone.logits, strict=True))
-    # Sums in another order are rounded otherwise: 4 layers add up numbers of at most 8 hidden sizes, one after the other.
+    # Sums in another order round differently: 4 layers, each a sum of at most 8 hidden sizes of numbers.
     bound = 4 * 8 * local.config.hidden_size * torch.finfo(torch.float32).eps
-    check(difference < bound, f"logits too: largest relative difference {difference:.1e}")
+    check(difference < bound, f"so do the logits: largest relative difference {difference:.1e}")
     sequence: torch.Tensor = served.sequences
     return sequence
 
@@ -137,7 +137,7 @@ def compare_gates(client: moeserve.Client, local: Any, sequence: torch.Tensor) -
         assert answer.topk_ids is not None
         same += int((answer.topk_ids.sort().values == topk_ids.sort().values).all(dim=1).sum())
         total += len(topk_ids)
-    check(same == total, f"same experts for {same} of {total} (token, layer) pairs")
+    check(same == total, f"the gates choose the same experts for {same} of {total} (token, layer) pairs")
 
 
 def show_latency(client: moeserve.Client) -> None:
@@ -160,13 +160,13 @@ def show_drops(service: moeserve.BackgroundService, client: moeserve.Client, rem
         dropped = int(layer.dropped.sum())
         console.print(f"{layer.name:20} {layer.tokens} tokens, {dropped} of {dropped + int(layer.processed.sum())} choices dropped")
     dropped = sum(int(layer.dropped.sum()) for layer in layers)
-    page = http.client.HTTPConnection(service.metrics_target)  # unlike urllib it asks no proxy
+    page = http.client.HTTPConnection(service.metrics_target)  # unlike urllib, it uses no proxy
     page.request("GET", "/metrics")
     families = text_string_to_metric_families(page.getresponse().read().decode())
     samples = [sample for family in families for sample in family.samples]
     counted = sum(sample.value for sample in samples if sample.name == "moeserve_expert_dropped_tokens_total")
     check(dropped > 0, f"{dropped} choices were dropped")
-    check(counted == dropped, f"the metrics endpoint counts {counted:.0f}")
+    check(counted == dropped, f"/metrics counts {counted:.0f} dropped choices, too")
 
 
 def headline(text: str) -> None:

@@ -1,6 +1,6 @@
-"""A Hugging Face model whose experts are in a service: python examples/hf_remote_experts.py [FOLDER] [HOST:PORT].
+"""A Hugging Face model with its experts in a service: python examples/hf_remote_experts.py [FOLDER] [HOST:PORT]
 
-Without an address, a service with two expert hosts is started first. The model itself is loaded without its experts.
+Without an address, the example first starts a service with two expert hosts. The model here is loaded without its experts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TINY = Path(__file__).parent / "tiny-moe"
 
 
 def main(folder: Path, target: str | None) -> None:
-    """Generates some text and tells where the weights are."""
+    """Generate some text, and print where the weights are."""
     config = {"model": {"checkpoint": folder}, "placement": {"num_hosts": 2}, "server": {"port": 0, "metrics_port": 0}}
     with ExitStack() as running:
         target = target or running.enter_context(moeserve.serve(config)).target
@@ -32,7 +32,7 @@ def main(folder: Path, target: str | None) -> None:
             held = sum(host.weights_bytes for host in client.stats().hosts)
             asked = sum(int(layer.processed.sum()) for layer in client.stats().layers)
         here = sum(weight.nbytes for weight in model.parameters())
-        print(f"weights in this process {here / 2**20:.1f} MiB, on expert hosts {held / 2**20:.1f} MiB; experts were asked {asked} times")
+        print(f"weights in this process {here / 2**20:.1f} MiB, on expert hosts {held / 2**20:.1f} MiB; experts computed {asked} times")
 
 
 if __name__ == "__main__":

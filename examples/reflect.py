@@ -1,7 +1,7 @@
-"""What grpcurl does, in Python: explore and call a service through reflection, without its .proto files or generated code.
+"""Explore and call a service by reflection, like grpcurl, without its .proto files or generated code.
 
 python examples/reflect.py 127.0.0.1:50051                                          # services and methods
-python examples/reflect.py 127.0.0.1:50051 moeserve.v1.MoEService/ListLayers        # call one, with JSON in and out
+python examples/reflect.py 127.0.0.1:50051 moeserve.v1.MoEService/ListLayers        # one call, with JSON in and out
 python examples/reflect.py 127.0.0.1:50051 grpc.health.v1.Health/Check '{"service": "model.layers.0.mlp"}'
 """
 

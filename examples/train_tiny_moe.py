@@ -51,35 +51,37 @@ tags: [moe, mixtral]
 ---
 # tiny-moe
 
-A Mixtral of {parameters} parameters in bfloat16 ({LAYERS} layers of {EXPERTS} experts, top-{CHOICES}) for trying and testing how
-experts are served: small enough to ship, and trained, so that its routers really choose. It writes the look of Python, not the sense.
+A Mixtral of {parameters} parameters in bfloat16 ({LAYERS} layers of {EXPERTS} experts, top-{CHOICES}) for trying out and testing
+how experts are served. It is small enough to ship, and trained, so its routers make real choices. Its text
+looks like Python but makes no sense.
 
 Text: documentation topics (`pydoc_data.topics`: docs) and standard library sources (code) of CPython {python}, (c) Python Software
-Foundation, PSF-2.0; every tenth document of each held out. Trained by `examples/train_tiny_moe.py` in float32 with AdamW: {steps} steps
+Foundation, PSF-2.0; every tenth document of each is held out. Trained by `examples/train_tiny_moe.py` in float32 with AdamW: {steps} steps
 of {step_tokens} tokens (windows of {WINDOW}), seed {seed}, {wall_s} s on {threads} CPU threads, load-balancing loss per layer weighted
-{AUX_LOSS_WEIGHT}; kept are the weights of step {best_step}, the lowest loss on up to {EVALUATION_WINDOWS} held-out windows of each text.
+{AUX_LOSS_WEIGHT}; the weights are those of step {best_step},
+which has the lowest loss on up to {EVALUATION_WINDOWS} held-out windows of each text.
 Below: the stored weights on the whole held-out text; more in `training.json`.
 
 | held-out text | tokens | nats/token | bits/byte |
 |---|--:|--:|--:|
 {losses}
 
-Router entropy: mean over tokens of the entropy of the router's softmax. Load: share of the choices that went to each expert. Entropies
-in nats, ln {EXPERTS} = {uniform:.3f} if uniform. I(expert; domain), the domains weighted alike (at most ln 2 = 0.693), and
-I(expert; token id): mutual information in nats, what the chosen expert tells about the text.
+Router entropy: mean over tokens of the entropy of the router's softmax. Load: share of the choices of each expert. Entropies are
+in nats, ln {EXPERTS} = {uniform:.3f} if uniform. I(expert; domain), both domains with equal weight (at most ln 2 = 0.693), and
+I(expert; token id): mutual information in nats between the chosen expert and the text.
 
 | layer | router entropy | load entropy | I(expert; domain) | I(expert; token id) | load in %, docs | load in %, code |
 |--:|--:|--:|--:|--:|---|---|
 {layers}
 
-Greedy continuations, which at this size soon repeat themselves:
+Greedy continuations, which repeat themselves soon at this size:
 
 {samples}
 """
 
 
 class Measurement(NamedTuple):
-    """What the model does on some text: summed loss, and per layer who was chosen for which token; all float64."""
+    """Loss and routing of the model on some text: summed loss, and per layer the choices of each token; all float64."""
 
     nats: Tensor  # []
     tokens: Tensor  # []
@@ -89,7 +91,7 @@ class Measurement(NamedTuple):
 
 
 def read_docs() -> dict[str, str]:
-    """The documentation topics, without those that only repeat sections of a longer one: they would leak into the held-out part."""
+    """The documentation topics, without those that repeat sections of a longer one: they would leak into the held-out part."""
     kept: dict[str, str] = {}
     seen: set[str] = set()
     for name, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
@@ -101,7 +103,7 @@ def read_docs() -> dict[str, str]:
 
 
 def read_code() -> dict[str, str]:
-    """The standard library's sources, without tests, generated tables and what belongs to one machine."""
+    """The sources of the standard library, without tests, generated tables and files of one machine."""
     root = Path(sysconfig.get_path("stdlib"))
     files = {path.relative_to(root): path for path in root.rglob("*.py")}
     chosen = [name for name in files if not SKIPPED & set(name.parts) and not str(name).startswith(("_sysconfigdata", "config-"))]
@@ -109,7 +111,7 @@ def read_code() -> dict[str, str]:
 
 
 def split(documents: dict[str, str]) -> tuple[list[str], list[str]]:
-    """Texts to train on and texts held out, every tenth in the order of names."""
+    """Texts to train on, and held-out texts: every tenth in the order of names."""
     texts = [documents[name] for name in sorted(documents)]
     return [text for n, text in enumerate(texts) if n % 10 != 5], texts[5::10]
 
@@ -126,7 +128,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
-    """All texts in one row, each closed by the end token -> [T] int64."""
+    """All texts in one row, each followed by the end token -> [T] int64."""
     return torch.tensor([token for text in texts for token in (*tokenizer.encode(text), tokenizer.eos_token_id)])
 
 
@@ -162,7 +164,7 @@ def draw(text: list[Tensor], generator: torch.Generator) -> Tensor:
 
 
 def loss_of(model: MixtralForCausalLM, windows: Tensor) -> Tensor:
-    """Cross-entropy plus the Switch load-balancing loss of each layer by itself (the model's own would pool the layers)."""
+    """Cross-entropy plus the Switch load-balancing loss of each layer separately (the model's own loss pools the layers)."""
     out = model(input_ids=windows[:, :-1], output_router_logits=True)
     balance = [load_balancing_loss_func((logits,), EXPERTS, CHOICES) for logits in out.router_logits]
     return F.cross_entropy(out.logits.flatten(0, 1), windows[:, 1:].flatten()) + AUX_LOSS_WEIGHT * sum(balance) / LAYERS
@@ -170,7 +172,7 @@ def loss_of(model: MixtralForCausalLM, windows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure(model: MixtralForCausalLM, stream: Tensor, token_bytes: Tensor, every: int = 1) -> Measurement:
-    """Loss and routing over every n-th window of `stream` [T], each without context before it; `token_bytes` [V]."""
+    """Loss and routing over every n-th window of `stream` [T], each without earlier context; `token_bytes` [V]."""
     parts = []
     for rows in torch.split(stream.unfold(0, WINDOW + 1, WINDOW)[::every], 16):
         tokens, targets = rows[:, :-1].flatten(), rows[:, 1:].flatten()
@@ -185,7 +187,7 @@ def measure(model: MixtralForCausalLM, stream: Tensor, token_bytes: Tensor, ever
 
 
 def train(model: MixtralForCausalLM, text: list[Tensor], held_out: list[Tensor], steps: int, seed: int) -> list[dict[str, float]]:
-    """Train in place, leave the weights of the lowest held-out loss (mean of the domains), return the held-out curve."""
+    """Train in place, keep the weights with the lowest held-out loss (mean of the domains), return the held-out curve."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=WARMUP, cycle_momentum=False)
     generator = torch.Generator().manual_seed(seed)
@@ -215,7 +217,7 @@ def train(model: MixtralForCausalLM, text: list[Tensor], held_out: list[Tensor],
 
 
 def routing_of(parts: dict[str, Measurement]) -> list[dict[str, Any]]:
-    """Per layer: load, entropies, and what the chosen expert tells about domain and token; in nats."""
+    """Per layer: load, entropies, and the mutual information of the chosen expert with domain and token; in nats."""
     loads = {name: part.chosen.sum(2) / part.chosen.sum((1, 2))[:, None] for name, part in parts.items()}
     load_entropy = {name: entr(load).sum(1) for name, load in loads.items()}
     mixed = entr((loads["docs"] + loads["code"]) / 2).sum(1)
@@ -249,7 +251,7 @@ def evaluate(folder: Path, held_out: dict[str, list[str]]) -> dict[str, Any]:
 
 
 def model_card(record: dict[str, Any]) -> str:
-    """The folder's README.md, every number from `record`."""
+    """The folder's README.md, with every number from `record`."""
     losses = [f"| {n} | {p['tokens']} | {p['nats_per_token']:.3f} | {p['bits_per_byte']:.3f} |" for n, p in record["held_out"].items()]
     columns = ("router_entropy_nats", "load_entropy_nats", "expert_domain_information_nats", "expert_token_information_nats")
     layers = []

@@ -1,7 +1,7 @@
-// A client in Node, with nothing but the service's .proto files: https://grpc.io/docs/languages/node says more about its packages.
+// A client in Node that needs only the service's .proto files. https://grpc.io/docs/languages/node describes its packages.
 //
 // npm install --prefix examples/node
-// node examples/node/client.js 127.0.0.1:50051          # layers, then a batch through the first of them, alone and over a stream
+// node examples/node/client.js 127.0.0.1:50051          # layers, a batch through the first one, a stream through all
 // TOKEN=$(cat token) CA=tls.crt node examples/node/client.js moe.example:50051
 'use strict';
 
@@ -12,7 +12,7 @@ const loader = require('@grpc/proto-loader');
 
 const PROTOS = path.join(__dirname, '../../protos');
 const LOADING = { includeDirs: [PROTOS], keepCase: true, longs: String, enums: String, defaults: true, oneofs: true };
-// Answers are as large as requests: 4 MB, as gRPC has it unless told otherwise, are 2048 tokens of 1024 float16.
+// Answers are as large as requests. The default limit of gRPC, 4 MB, is reached by 2048 tokens of 1024 float16.
 const LIMITS = { 'grpc.max_receive_message_length': 256 * 2 ** 20, 'grpc.max_send_message_length': 256 * 2 ** 20 };
 
 function connect(target, token, ca) {
@@ -28,7 +28,7 @@ function tensor(numbers, shape) {
   return { dtype: 'D_TYPE_FLOAT32', shape, data: Buffer.from(numbers.buffer, numbers.byteOffset, numbers.byteLength) };
 }
 
-// A float32 Tensor -> Float32Array; copied, as the message's bytes may begin anywhere and numbers must be aligned.
+// A float32 Tensor -> Float32Array. It is a copy, because the message's bytes may start at any address and the numbers must be aligned.
 function numbers({ data }) {
   return new Float32Array(new Uint8Array(data).buffer);
 }
@@ -40,7 +40,7 @@ function call({ client, metadata }, method, request, seconds = 10) {
   });
 }
 
-// The answers to several requests over one call, in the order in which they come.
+// The answers to several requests over one call, in the order of their arrival.
 async function stream({ client, metadata }, requests, seconds = 60) {
   const call = client.ForwardStream(metadata, { deadline: Date.now() + 1000 * seconds });
   for (const request of requests) call.write(request);
@@ -59,7 +59,7 @@ async function main(target) {
   const batch = tensor(Float32Array.from({ length: shape[0] * shape[1] }, (_, i) => Math.sin(i)), shape);
   const answer = await call(service, 'Forward', { layer_index: 0, hidden_states: batch, return_routing: true });
   const { dtype, shape: got } = answer.hidden_states;
-  console.log(`answer: ${dtype} [${got}], first row begins with ${numbers(answer.hidden_states)[0].toPrecision(6)}`);
+  console.log(`answer: ${dtype} [${got}], first row starts with ${numbers(answer.hidden_states)[0].toPrecision(6)}`);
 
   const requests = layers.map(({ index }) => ({ request_id: String(index), layer_index: index, hidden_states: batch }));
   for (const { request_id, hidden_states, error } of await stream(service, requests)) {

@@ -13,24 +13,25 @@ _TITLES = {"deepspeed": "DeepSpeed", "colossalai": "ColossalAI", "mindformers": 
 
 _HEAD = """# Configurations of other systems
 
-Bring the configuration of a DeepSpeed, ColossalAI, MindFormers or TrustformeRS layer as it is, under that system's own names:
+With this page you serve a layer of DeepSpeed, ColossalAI, MindFormers or TrustformeRS: from its configuration, from its class, or, for
+DeepSpeed, from its checkpoint. Pass the configuration unchanged, with that system's own names:
 
 ```python
 imported = moeserve.compat.load("deepspeed", {"hidden_size": 1024, "num_experts": 8, "k": 2})
 imported.config  # a whole service configuration, ready to serve
-imported.notes  # what of the original changes no answer here, and why
+imported.notes  # settings that do not change any answer here, and why
 ```
 
 ```bash
 moeserve config import --from deepspeed layer.json > service.toml     # JSON, YAML or TOML; the notes become comments
 ```
 
-Defaults are the other system's. Each row below is one thing a parameter can mean: an **effect** on the service configuration, a **note**
-(it changes no answer; the reason is reported when the parameter is given), or a **refusal** (it cannot be had, and answers would differ
-without it). An unknown parameter and a value that is not allowed are errors that name the parameter, the value and what is allowed.
-Parameters marked ⁺ are moeserve's own, for what the original configuration does not say.
+Defaults are those of the other system. Each row below is one meaning of a parameter: an effect on the service configuration, a **note**
+(it does not change any answer; the reason is reported when the parameter is given), or a **refusal** (it is not supported, and answers
+would differ without it). An unknown parameter or a value that is not allowed is an error that names the parameter, the value and what is
+allowed. Parameters marked ⁺ are moeserve's own, for settings that the original configuration does not have.
 
-`moeserve.compat.mindformers.MoEConfig`, and the structs and enums of `moeserve.compat.trustformers`, go straight into `load`.
+`moeserve.compat.mindformers.MoEConfig`, and the structs and enums of `moeserve.compat.trustformers`, can be passed to `load` directly.
 
 ## The layers themselves
 
@@ -44,21 +45,22 @@ moeserve.compat.save_layers("folder", {"blocks.0": first, "blocks.1": second})
 MoE(hidden_size, expert, num_experts=8, k=2, target="127.0.0.1:50051", layer="blocks.0").eval()  # its experts are in the service
 ```
 
-* With `target=` answers, losses and counts equal those in process, in evaluation mode; training mode is refused, because gradients do not
-  travel. The service routes and computes, so the layer makes no experts (nor DeepSpeed's `mlp` and `coefficient`) and its state dict has
-  the gate alone. What is drawn by chance (`use_rts`, `top2_2nd_expert_sampling`, `select_policy="random"`) is drawn in the service, from
-  its seed. `used_token` with `use_residual` is refused: a service answers unused tokens with zeros. It also takes them for zeros, which
-  shows in `l_aux` alone.
+* With `target=`, answers, losses and counts equal those in process, in evaluation mode. Training mode is refused, because the service
+  does not compute gradients. The service routes and computes, so the layer creates no experts (nor DeepSpeed's `mlp` and
+  `coefficient`), and its state dict has only the gate. Random choices (`use_rts`, `top2_2nd_expert_sampling`, `select_policy="random"`)
+  are made in the service, from its seed. `used_token` with `use_residual` is refused, because a service answers unused tokens with
+  zeros. A service also treats them as rows of zeros, which affects only `l_aux`.
 * `save` writes `nn.Sequential(Linear, GELU or ReLU, Linear)` as two projections, which can be split over hosts. Any other module is
-  written as a class and what it is made with: the class must stand in a module that can be imported, and DeepSpeed's `MoE` must be told
-  what it is made with, `save(folder, expert_args={...})`. Making it runs its code, so whoever serves the folder allows that with
-  `model.trusted_modules`; classes of `torch.nn` are always allowed. `MoELayer` has `save` too.
+  written as a class and its arguments. The class must be in a module that can be imported, and DeepSpeed's `MoE` needs the arguments:
+  `save(folder, expert_args={...})`. Building such an expert runs its code, so the operator of the service must allow it with
+  `model.trusted_modules`; classes of `torch.nn` are always allowed. `MoELayer` has `save`, too.
 
 ## Checkpoints of DeepSpeed
 
-`[model] checkpoint` can be the folder that `save_checkpoint` wrote, or its tag: `layer_L_expert_E_mp_rank_00_model_states.pt` for each
-expert and `mp_rank_00_model_states.pt` with the gates. The files do not say how a layer routes or what its experts compute, so
-`[[layers]]` does, for all layers or by name; the entry of an import from below fits:
+`[model] checkpoint` can be the folder that `save_checkpoint` wrote, or the folder of its tag, with a
+`layer_L_expert_E_mp_rank_00_model_states.pt` for each expert and `mp_rank_00_model_states.pt` with the gates. The files do not say how a
+layer routes or what its experts compute. So set this in `[[layers]]`, for all layers or by name; the entry of an imported configuration
+fits:
 
 ```toml
 [model]
@@ -76,21 +78,21 @@ renormalize = "post_drop"
 drop_policy = "choice_major"
 ```
 
-These files are pickles, and a pickle can name any code. moeserve reads them itself: tensors, numbers, strings and containers come out;
-what the pickle would import or call is passed over, never imported, made or run. So trainers may put what they like beside the model, as
-Megatron-DeepSpeed does with its arguments, random states and loss scaler, of packages that are not installed here. `module` may be flat or
-nested by parts of the model, and have a wrapper's name in front (`module.`) that the files of the experts lack, or the other way. An object
-in place of a tensor that is needed is refused by file and name.
+These files are pickles, and a pickle can name any code. moeserve has its own reader: it returns tensors, numbers, strings and containers,
+and skips everything that the pickle would import or call, without importing or running it. So the files may contain other objects than
+the model, even of packages that are not installed here, such as Megatron-DeepSpeed's arguments, random states and loss scaler. `module`
+may be flat or nested, and may have a wrapper's prefix (`module.`) that the files of the experts do not have, or the reverse. If a needed
+tensor is another object instead, the error names the file and the tensor.
 
-Experts are read one by one, by the host that holds them. One model-parallel rank is supported. Files from before torch 1.6 are no zip:
-load such a file with torch, and save it again.
+Each host reads its own experts, one at a time. One model-parallel rank is supported. Files from before torch 1.6 are not zip files: load
+such a file with torch, and save it again.
 """
 
 #: what a row of a table cannot say
 _REMARKS = {
-    "mindformers": """The published source of `TopkRouterV2` normalises the weights of a token after the drop, over the choices that were
-kept, and then leaves out `routed_scaling_factor`. Here they are normalised before the drop, over all choices, and scaled: a token that
-lost a choice weighs the others less than there. Without drops and with a factor of 1 there is no difference.
+    "mindformers": """The published source of `TopkRouterV2` normalizes the weights of a token after the drop, over the kept choices, and
+ignores `routed_scaling_factor`. Here they are normalized before the drop, over all choices, and scaled: if a token lost a choice, its
+other choices weigh less than there. Without drops and with a factor of 1 there is no difference.
 """,
 }
 

@@ -57,24 +57,24 @@ SICK = {
     "MoeserveExpertUnavailable": Sick(
         {f'moeserve_expert_copies{{{AT}, layer="l", expert="0", state="live"}}': "1x10 0x50"},
         {**HERE, "layer": "l"},
-        "1 experts of l have no live copy, says a:9464",
+        "1 experts of l have no live copy, according to a:9464",
     ),
     "MoeserveHostDown": Sick(
-        {f'moeserve_host_up{{{AT}, host="host-0"}}': "1x10 0x50"}, {**HERE, "host": "host-0"}, "a:9464 has lost host-0"
+        {f'moeserve_host_up{{{AT}, host="host-0"}}': "1x10 0x50"}, {**HERE, "host": "host-0"}, "a:9464 has lost its connection to host-0"
     ),
-    "MoeserveHostFailing": Sick({f"moeserve_hosts_failing{{{AT}}}": "0x10 2x50"}, HERE, "2 hosts cannot be started again, says a:9464"),
+    "MoeserveHostFailing": Sick({f"moeserve_hosts_failing{{{AT}}}": "0x10 2x50"}, HERE, "2 hosts cannot be restarted, according to a:9464"),
     "MoeserveHostRestarts": Sick(
-        {f"moeserve_host_restarts_total{{{AT}}}": "0x45 1+1x14"}, HERE, "hosts came back 15 times in 15 minutes, says a:9464"
+        {f"moeserve_host_restarts_total{{{AT}}}": "0x45 1+1x14"}, HERE, "hosts restarted 15 times in 15 minutes, according to a:9464"
     ),
     "MoeserveRequestsFail": Sick(
         {f'moeserve_requests_total{{{AT}, method="Forward", code="UNAVAILABLE"}}': "0+200x60"},
         {"job": "moeserve", "method": "Forward"},
-        "25% of Forward fails",
+        "25% of Forward calls fail",
     ),
     "MoeserveOverloaded": Sick(
         {f'moeserve_requests_total{{{AT}, method="Forward", code="RESOURCE_EXHAUSTED"}}': "0+120x60"},
         {"job": "moeserve", "method": "Forward"},
-        "2 Forward a second are refused",
+        "2 Forward calls per second are refused",
     ),
     "MoeserveQueueWait": Sick(
         {f'moeserve_stage_duration_seconds_bucket{{{AT}, stage="queue", le="0.1"}}': "0x60"},

@@ -49,7 +49,7 @@ def test_operations_say_of_every_alert_what_to_do() -> None:
     for rule in rules():
         assert rule["annotations"]["runbook"] == f"docs/operations.md#{rule['alert'].lower()}"
         section = text.split(f"### {rule['alert']}\n")[1].split("\n#")[0]
-        assert "**Means**" in section and "**Do**" in section, rule["alert"]
+        assert "**Meaning.**" in section and "**Action.**" in section, rule["alert"]
 
 
 def test_nothing_names_a_place_outside() -> None:
