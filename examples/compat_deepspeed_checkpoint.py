@@ -1,4 +1,4 @@
-"""Serve a checkpoint that DeepSpeed wrote, unchanged: python examples/compat_deepspeed_checkpoint.py [FOLDER K ACTIVATION]
+"""Serve a checkpoint that DeepSpeed wrote, unchanged: python examples/compat_deepspeed_checkpoint.py [FOLDER K ACTIVATION].
 
 Without a folder, the example first writes one layer to files with the names and contents of DeepSpeed's `save_checkpoint`.
 """

@@ -1,4 +1,4 @@
-"""Your own experts: any nn.Module, by its import path. Run it with python examples/custom_expert.py"""
+"""Your own experts: any nn.Module, by its import path. Run it with python examples/custom_expert.py."""
 
 from __future__ import annotations
 

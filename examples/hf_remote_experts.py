@@ -1,4 +1,4 @@
-"""A Hugging Face model with its experts in a service: python examples/hf_remote_experts.py [FOLDER] [HOST:PORT]
+"""A Hugging Face model with its experts in a service: python examples/hf_remote_experts.py [FOLDER] [HOST:PORT].
 
 Without an address, the example first starts a service with two expert hosts. The model here is loaded without its experts.
 """
