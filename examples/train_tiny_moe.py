@@ -52,14 +52,12 @@ tags: [moe, mixtral]
 # tiny-moe
 
 A Mixtral of {parameters} parameters in bfloat16 ({LAYERS} layers of {EXPERTS} experts, top-{CHOICES}) for trying out and testing
-how experts are served. It is small enough to ship, and trained, so its routers make real choices. Its text
-looks like Python but makes no sense.
+how experts are served. It is small enough to ship, and trained, so its routers make real choices. Its text looks like Python only.
 
 Text: documentation topics (`pydoc_data.topics`: docs) and standard library sources (code) of CPython {python}, (c) Python Software
 Foundation, PSF-2.0; every tenth document of each is held out. Trained by `examples/train_tiny_moe.py` in float32 with AdamW: {steps} steps
 of {step_tokens} tokens (windows of {WINDOW}), seed {seed}, {wall_s} s on {threads} CPU threads, load-balancing loss per layer weighted
-{AUX_LOSS_WEIGHT}; the weights are those of step {best_step},
-which has the lowest loss on up to {EVALUATION_WINDOWS} held-out windows of each text.
+{AUX_LOSS_WEIGHT}; the weights are those of step {best_step}, lowest in loss on up to {EVALUATION_WINDOWS} held-out windows of each.
 Below: the stored weights on the whole held-out text; more in `training.json`.
 
 | held-out text | tokens | nats/token | bits/byte |
