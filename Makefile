@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test lint protos k8s bench bench-experts clean
+.PHONY: setup demo check test coverage lint protos k8s bench bench-experts clean
 
 setup: $(STAMP)
 
@@ -20,8 +20,15 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard moeserve/kernels/csrc/*)
 demo: setup
 	@$(BIN)/python examples/demo.py
 
+# Lint, and tests of every kind that start no service of their own; everything is `make test`.
+check: lint
+	@$(BIN)/python -m pytest -q -m "not ray and not slow" tests/config tests/control tests/frontend tests/gating tests/host tests/placement tests/transport tests/wire
+
 test: setup
 	@$(BIN)/python -m pytest
+
+coverage: setup
+	@$(BIN)/python -m pytest -q --cov=moeserve --cov-report=term:skip-covered
 
 lint: setup
 	@$(BIN)/ruff check .

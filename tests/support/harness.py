@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -41,12 +42,8 @@ class CountingLoop(HostLoop):
     received = 0
 
     def run(self) -> None:
-        try:
+        with suppress(Killed):
             super().run()
-        except Killed:
-            self._listener.close()
-            assert self._relay is not None
-            self._relay.close()
 
     def _serve(self, layer: int, bank: ExpertBank | None, works: Sequence[Work]) -> None:
         self.received += len(works)
