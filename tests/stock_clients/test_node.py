@@ -82,5 +82,5 @@ async def test_the_example(node: Node, running: Running) -> None:
     assert lines[:2] == [
         f"{index}: model.layers.{layer}.mlp, {EXPERTS} experts of hidden size {HIDDEN}" for index, layer in enumerate((3, 5))
     ]
-    assert lines[2] == f"answer: D_TYPE_FLOAT32 [4,{HIDDEN}], first row begins with 0.00000"
+    assert lines[2] == f"answer: D_TYPE_FLOAT32 [4,{HIDDEN}], first row starts with 0.00000"
     assert sorted(lines[3:]) == [f"layer {index}: [4,{HIDDEN}]" for index in range(2)]
