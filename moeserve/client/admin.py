@@ -11,8 +11,8 @@ from typing import Any, Literal, Self
 from moeserve.client.connection import ADMINISTERING, TLS, Reach
 from moeserve.client.line import Line
 from moeserve.errors import InvalidRequest
-from moeserve.observe.stats import HostShards
-from moeserve.observe.status import FrontendStatus, HostStatus, LayerStatus, ServiceStatus
+from moeserve.observe.records import read
+from moeserve.observe.status import ServiceStatus
 from moeserve.v1 import admin_service_pb2 as pb
 from moeserve.v1 import admin_service_pb2_grpc as pb_grpc
 
@@ -32,6 +32,9 @@ class Placed:
     epoch: int
     hosts: Sequence[str]
 
+    def __str__(self) -> str:
+        return f"epoch {self.epoch}: the experts stand on {', '.join(self.hosts)}"
+
 
 class AdminClient:
     """One connection to the AdminService at `target` ("host:port"), with the admin token; tls as for `Client`. It never asks a proxy.
@@ -44,8 +47,7 @@ class AdminClient:
 
     def status(self, timeout: float = 30.0) -> ServiceStatus:
         """What is deployed and where, now."""
-        answer = self._call("GetPlacement", pb.GetPlacementRequest(), timeout)
-        return _standing(answer)
+        return read(ServiceStatus, self._call("GetPlacement", pb.GetPlacementRequest(), timeout))
 
     def swap(self, layer: str, checkpoint: str | Path, experts: Iterable[int] = (), timeout: float = 3600.0) -> Swapped:
         """Serve `layer` ("" = every layer), or only these `experts` of it, with the weights of another folder of the same model.
@@ -97,26 +99,3 @@ def _request(kind: Callable[..., Any], **fields: object) -> Any:
         return kind(**fields)
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"{', '.join(f'{name} = {value!r:.80}' for name, value in fields.items())} cannot be sent: {error}") from None
-
-
-def _standing(answer: pb.GetPlacementResponse) -> ServiceStatus:
-    return ServiceStatus(
-        epoch=answer.epoch,
-        wanted_hosts=answer.wanted_hosts,
-        is_changing=answer.is_changing,
-        shortage=answer.shortage,
-        hosts=[
-            HostStatus(host.name, host.node, host.is_up, host.pid, host.device, host.cuda_visible_devices, host.weights_bytes, host.number)
-            for host in answer.hosts
-        ],
-        frontends=[FrontendStatus(one.name, one.target, one.metrics_target, one.node, one.epoch, one.is_ready) for one in answer.frontends],
-        layers=[
-            LayerStatus(
-                layer.name,
-                layer.model_revision,
-                layer.tensor_parallel,
-                [HostShards(held.host, tuple(held.experts), tuple(held.shards)) for held in layer.placement],
-            )
-            for layer in answer.layers
-        ],
-    )

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, Protocol
 import grpc
 
 from moeserve.errors import InvalidRequest
+from moeserve.observe.records import to_message
 from moeserve.observe.status import ServiceStatus
 from moeserve.server.rpc import Context
 from moeserve.v1 import admin_service_pb2 as pb
@@ -81,24 +82,7 @@ class AdminService:
 
     async def get_placement(self, _request: pb.GetPlacementRequest, _context: Context) -> pb.GetPlacementResponse:
         """A `ServiceStatus`, at once."""
-        status = self._admin.status()
-        return pb.GetPlacementResponse(
-            epoch=status.epoch,
-            is_changing=status.is_changing,
-            wanted_hosts=status.wanted_hosts,
-            shortage=status.shortage,
-            hosts=[pb.PlacedHost(**vars(host)) for host in status.hosts],
-            frontends=[pb.FollowingFrontend(**vars(frontend)) for frontend in status.frontends],
-            layers=[
-                pb.PlacedLayer(
-                    name=layer.name,
-                    model_revision=layer.revision,
-                    tensor_parallel=layer.tensor_parallel,
-                    placement=[pb.PlacedExperts(**vars(held)) for held in layer.placement],
-                )
-                for layer in status.layers
-            ],
-        )
+        return to_message(pb.GetPlacementResponse, self._admin.status())
 
     async def swap_experts(self, request: pb.SwapExpertsRequest, _context: Context) -> pb.SwapExpertsResponse:
         """One `SwapExpertsRequest`; returns when no request is answered with the old weights any more."""

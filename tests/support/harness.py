@@ -85,7 +85,7 @@ class ThreadedHost:
         own = KeyPair.generate()
         self.keys = HostKeys(own, self._admitted())
         listener = listen(*dict.fromkeys((endpoint[self._kind], endpoint["tcp"])), keys=self.keys)
-        self.info = HostInfo(f"host-{self.number}", listener.endpoints, own.public, self.node, 0, "cpu", "", 1, 0)
+        self.info = HostInfo(f"host-{self.number}", listener.endpoints, own.public, node=self.node, device="cpu", num_threads=1)
         self.relay = Relay(self.number, own)
         self.holdings = Holdings(self._config, self.number, torch.device("cpu"))
         self.refusal: MoEServeError | None = None
