@@ -1,7 +1,7 @@
-"""What is shown to people stands in records, dataclasses whose fields are called as those of a protobuf message: one way to the wire and
-back, one to JSON, and one description of what tables show.
+"""Records that are shown to people: one way to the wire and back, one to JSON, one description of what tables show.
 
-A number is added where its record is, in the message, and where it is counted; clients, `--json`, `moeserve top` and the page follow.
+A record is a dataclass whose fields have the names of those of its protobuf message. A number is added where its record is, in the message
+and where it is counted; clients, `--json`, `moeserve top` and the page follow.
 """
 
 from __future__ import annotations
@@ -111,6 +111,6 @@ def _scalar(message: Any, key: str) -> Any:
 
 
 def _prefix(enum: Any) -> str:
-    """ "D_TYPE_" of D_TYPE_UNSPECIFIED and all after it."""
+    """What the names of all values begin with: D_TYPE_ for D_TYPE_UNSPECIFIED."""
     first: str = enum.values[0].name
     return first.removesuffix("UNSPECIFIED")

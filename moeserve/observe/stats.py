@@ -64,10 +64,12 @@ class LayerStats:
 
     @cached_property
     def processed(self) -> torch.Tensor:
+        """[E] int64."""
         return _counts(self.processed_by_expert)
 
     @cached_property
     def dropped(self) -> torch.Tensor:
+        """[E] int64."""
         return _counts(self.dropped_by_expert)
 
 
