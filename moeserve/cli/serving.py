@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from moeserve.cli.signals import Ended, heard, importing
 from moeserve.cli.streams import tell
-from moeserve.cli.version import running_version
+from moeserve.files.version import running_version
 
 
 def tell_start(what: str) -> None:

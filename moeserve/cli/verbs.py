@@ -82,7 +82,7 @@ def _options(
     version: bool = typer.Option(False, "--version", help="Show the version and exit."),
 ) -> None:
     if version:
-        from moeserve.cli.version import running_version
+        from moeserve.files.version import running_version
 
         typer.echo(f"moeserve {running_version()}")
         raise typer.Exit

@@ -50,6 +50,11 @@ class MoEService:
         """Requests are for `engine` from now on."""
         self._engine, self._catalog = engine, Catalog(engine.model, engine.layers)
 
+    @property
+    def epoch(self) -> int:
+        """Of the placement in force; 0 = there is none yet."""
+        return self._engine.stats().epoch if self._engine is not None else 0
+
     def _served(self) -> tuple[Engine, Catalog]:
         if self._engine is None:
             raise ExpertUnavailable("the service is starting: it does not know yet what to serve")

@@ -141,3 +141,21 @@ class ShutdownRequest(_message.Message):
 class ShutdownResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class PingRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PingResponse(_message.Message):
+    __slots__ = ("role", "version", "epoch", "is_ready", "reason")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    IS_READY_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    role: str
+    version: str
+    epoch: int
+    is_ready: bool
+    reason: str
+    def __init__(self, role: _Optional[str] = ..., version: _Optional[str] = ..., epoch: _Optional[int] = ..., is_ready: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...

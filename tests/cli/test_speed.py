@@ -70,20 +70,20 @@ print(*sys.modules)
     assert not HEAVY & set(modules.split()), done.stderr
 
 
-@pytest.mark.parametrize("verb", ["status", "scale", "drain", "swap", "shutdown", "top"])
+@pytest.mark.parametrize("verb", ["status", "scale", "drain", "swap", "shutdown", "top", "ping"])
 def test_an_admin_verb_against_nobody(verb: str, admin_token: Path) -> None:
     more = {"scale": ("--hosts", "2"), "drain": ("host-0",), "swap": ("--checkpoint", "/x"), "top": ("--once",)}.get(verb, ())
-    token = () if verb == "top" else ("--admin-token-file", str(admin_token))
+    token = () if verb in ("top", "ping") else ("--admin-token-file", str(admin_token))
     _, done = python("-X", "importtime", "-m", "moeserve", verb, DEAD, *more, *token)
     assert done.returncode == 3 and len(said(done)) == 1 and said(done)[0].startswith(f"error: {DEAD} is unavailable")
     assert "grpc" in imported(done) and not HEAVY & imported(done)
 
 
 @pytest.mark.parametrize(
-    ("verb", "told"), [(("top", "--once"), "host-1"), (("status",), "2 of 2 hosts up"), (("scale", "--hosts", "2"), "host-0, host-1")]
+    ("verb", "told"), [(("top", "--once"), "host-1"), (("ping",), "ready"), (("status",), "2 of 2 hosts up"), (("scale", "--hosts", "2"), "host-0, host-1")]
 )
 def test_an_admin_verb_against_a_service(service: ServiceHarness, admin_token: Path, verb: tuple[str, ...], told: str) -> None:
-    token = () if verb[0] == "top" else ("--admin-token-file", str(admin_token))
+    token = () if verb[0] in ("top", "ping") else ("--admin-token-file", str(admin_token))
     _, done = python("-X", "importtime", "-m", "moeserve", verb[0], service.target, *verb[1:], *token)
     assert done.returncode == 0 and told in done.stdout and said(done) == []
     assert not HEAVY & imported(done)

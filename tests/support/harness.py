@@ -216,7 +216,7 @@ class ServiceHarness:
         """Lets frontends follow with the token "follow", from `control_target` on."""
         address = controller_address(self.config).model_copy(update={"port": port})
         control = Control(self.frontends, frontend_tokens(self.config.controller, "follow"))
-        self.control_server = GrpcServer(address, self.metrics.observe_call, control=control)
+        self.control_server = GrpcServer(address, self.metrics.observe_call, admin=self.controller, control=control)
         self.control_target = f"127.0.0.1:{await self.control_server.start()}"
 
     async def close_control(self) -> None:
