@@ -4,8 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import grpc
+if TYPE_CHECKING:
+    import grpc
+
+
+class _Status:
+    """A gRPC status code by its name. Only whoever asks for it imports gRPC, which a command line that answers at once cannot wait for."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, error: object, kind: type | None = None) -> grpc.StatusCode:
+        import grpc  # noqa: PLC0415
+
+        return grpc.StatusCode[self.name]
 
 
 @dataclass(frozen=True)
@@ -19,13 +33,13 @@ class FieldViolation:
 class MoEServeError(Exception):
     """Base of every error a user can meet; the message is one clear sentence."""
 
-    code = grpc.StatusCode.INTERNAL
+    code = _Status("INTERNAL")
 
 
 class ConfigError(MoEServeError):
     """The configuration or a checkpoint cannot be used; commands exit with 2."""
 
-    code = grpc.StatusCode.FAILED_PRECONDITION
+    code = _Status("FAILED_PRECONDITION")
 
 
 class CheckpointError(ConfigError):
@@ -39,7 +53,7 @@ class CheckpointChanged(CheckpointError):
 class InvalidRequest(MoEServeError):
     """The request itself is wrong: shape, dtype, size or values."""
 
-    code = grpc.StatusCode.INVALID_ARGUMENT
+    code = _Status("INVALID_ARGUMENT")
 
     def __init__(self, message: str, field: str = "") -> None:
         super().__init__(message)
@@ -49,19 +63,19 @@ class InvalidRequest(MoEServeError):
 class UnknownLayer(MoEServeError):
     """No such layer (or model) is served."""
 
-    code = grpc.StatusCode.NOT_FOUND
+    code = _Status("NOT_FOUND")
 
 
 class Overloaded(MoEServeError):
     """The queued-token budget is spent; try again later."""
 
-    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    code = _Status("RESOURCE_EXHAUSTED")
 
 
 class ExpertUnavailable(MoEServeError):
     """Experts this request needs have no live host, or the service is starting or draining."""
 
-    code = grpc.StatusCode.UNAVAILABLE
+    code = _Status("UNAVAILABLE")
 
 
 class ServiceUnreachable(ExpertUnavailable):
@@ -71,35 +85,35 @@ class ServiceUnreachable(ExpertUnavailable):
 class DeadlineExceeded(MoEServeError):
     """The deadline passed before the answer was ready."""
 
-    code = grpc.StatusCode.DEADLINE_EXCEEDED
+    code = _Status("DEADLINE_EXCEEDED")
 
 
 class Cancelled(MoEServeError):
     """The caller cancelled the request."""
 
-    code = grpc.StatusCode.CANCELLED
+    code = _Status("CANCELLED")
 
 
 class NonFiniteOutput(MoEServeError):
     """The experts answered a request with NaN or Inf, or with numbers that do not fit its dtype; larger dtypes may help."""
 
-    code = grpc.StatusCode.DATA_LOSS
+    code = _Status("DATA_LOSS")
 
 
 class Unauthenticated(MoEServeError):
     """The bearer token is missing or wrong."""
 
-    code = grpc.StatusCode.UNAUTHENTICATED
+    code = _Status("UNAUTHENTICATED")
 
 
 class PermissionDenied(MoEServeError):
     """The caller is known but may not do this."""
 
-    code = grpc.StatusCode.PERMISSION_DENIED
+    code = _Status("PERMISSION_DENIED")
 
 
-_BY_CODE = {
-    cls.code: cls
+_BY_NAME = {
+    vars(cls)["code"].name: cls
     for cls in (
         ConfigError,
         InvalidRequest,
@@ -117,4 +131,4 @@ _BY_CODE = {
 
 def from_status(code: grpc.StatusCode, message: str) -> MoEServeError:
     """The error a server raised, rebuilt on the client from its gRPC status."""
-    return _BY_CODE.get(code, MoEServeError)(message)
+    return _BY_NAME.get(code.name, MoEServeError)(message)

@@ -1,5 +1,8 @@
 """One token batch for one layer, and the only place where it is checked.
 
+A new field of requests is added in three places before the one that uses it: the message, `RequestOptions` and `RequestFields` here, and
+`validate`. Clients, wire and server pass on all fields there are.
+
 T tokens, H hidden size, E experts, K choices per token.
 """
 
@@ -7,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import torch
 
@@ -19,12 +23,33 @@ _FLOATS = FLOAT_DTYPES.values()
 NO_CHOICE = -1
 
 
+class RequestOptions(TypedDict, total=False):
+    """`RequestFields` as keyword arguments of every way to send a request."""
+
+    token_ids: torch.Tensor | None
+    capacity_factor: float | None
+    noise: str | None
+    seed: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestFields:
+    """What a request may say beside its tokens and who gets them.
+
+    token_ids [T] int, 0..2^32-1, for layers that route by them; capacity_factor, noise and seed instead of the layer's own.
+    """
+
+    token_ids: torch.Tensor | None = None
+    capacity_factor: float | None = None
+    noise: str | None = None
+    seed: int | None = None
+
+
 @dataclass(frozen=True)
-class LayerRequest:
+class LayerRequest(RequestFields):
     """What one request says; the caller routed when it has topk_ids.
 
-    hidden_states [T, H] float; used_token [T] bool; topk_ids [T, K] int and topk_weights [T, K] float, id -1 = no choice;
-    token_ids [T] int, 0..2^32-1, for layers that route by them; capacity_factor, noise and seed instead of the layer's own.
+    hidden_states [T, H] float; used_token [T] bool; topk_ids [T, K] int and topk_weights [T, K] float, id -1 = no choice.
     What stands in the rows of unused tokens means nothing, and neither does the weight of no choice.
     `deadline` is a time on this machine's monotonic clock, in seconds.
     """
@@ -35,10 +60,6 @@ class LayerRequest:
     topk_weights: torch.Tensor | None = None
     return_routing: bool = False
     deadline: float | None = None
-    token_ids: torch.Tensor | None = None
-    capacity_factor: float | None = None
-    noise: str | None = None
-    seed: int | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -12,7 +12,7 @@ T tokens, H hidden size, K choices per token.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Final, TypeVar
 
 import grpc
@@ -20,6 +20,7 @@ import torch
 from google.protobuf.message import DecodeError, Message
 
 from moeserve.api.output import ForwardOutput
+from moeserve.api.request import LayerRequest, RequestFields
 from moeserve.api.tensors import WIRE_DTYPES, WIRE_NUMBERS, dtype_name, raw, view
 from moeserve.errors import InvalidRequest, MoEServeError, from_status
 from moeserve.v1 import moe_service_pb2 as pb
@@ -39,7 +40,8 @@ _VARINT, _LENGTH, _GROUP_START, _GROUP_END = 0, 2, 3, 4
 _FIXED_SIZES: Final = {1: 8, 5: 4, _GROUP_START: 0, _GROUP_END: 0}
 _NOT_A_MESSAGE: Final = "the message is truncated or not a message of this service"
 _DATA_KEY: Final = bytes([tensor_pb2.Tensor.DATA_FIELD_NUMBER << 3 | _LENGTH])
-_OVERRIDES: Final = ("capacity_factor", "noise", "seed")
+#: fields that may be absent without being tensors
+_OPTIONAL: Final = [one.name for one in pb.ForwardRequest.DESCRIPTOR.fields if one.has_presence and one.message_type is None]
 _STATUS_BY_NUMBER: Final = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -60,6 +62,8 @@ _TENSOR_FIELDS: Final[Mapping[type[Message], Mapping[int, str]]] = {
     kind: {field.number: field.name for field in kind.DESCRIPTOR.fields if field.message_type is tensor_pb2.Tensor.DESCRIPTOR}
     for kind in (pb.ForwardRequest, pb.ForwardResponse)
 }
+#: those of a request, by name
+REQUEST_TENSORS: Final = tuple(_TENSOR_FIELDS[pb.ForwardRequest].values())
 # Every field in the order in which it is sent, and the key of those that are tensors.
 _KEYS: Final[Mapping[type[Message], Mapping[str, bytes | None]]] = {
     kind: {name: _key(number) if number in tensors else None for number, name in sorted((f.number, f.name) for f in kind.DESCRIPTOR.fields)}
@@ -68,7 +72,7 @@ _KEYS: Final[Mapping[type[Message], Mapping[str, bytes | None]]] = {
 
 
 @dataclass(frozen=True)
-class WireRequest:
+class WireRequest(RequestFields):
     """One forward request as a client states it; tensors as in `LayerRequest`.
 
     `request_id` comes back unchanged; `model` "" = the one the service serves; `layer` None = the client said none.
@@ -82,10 +86,13 @@ class WireRequest:
     return_routing: bool = False
     request_id: str = ""
     model: str = ""
-    token_ids: torch.Tensor | None = None
-    capacity_factor: float | None = None
-    noise: str | None = None
-    seed: int | None = None
+
+    def for_layer(self, deadline: float | None) -> LayerRequest:
+        """The request without what says which layer it is for."""
+        return LayerRequest(deadline=deadline, **{name: getattr(self, name) for name in _OF_LAYER})
+
+
+_OF_LAYER: Final = sorted({one.name for one in fields(LayerRequest)} & {one.name for one in fields(WireRequest)})
 
 
 @dataclass(frozen=True)
@@ -98,14 +105,14 @@ class WireResponse:
 
 def encode_forward_request(request: WireRequest) -> bytes:
     """A `moeserve.v1.ForwardRequest`. Raises InvalidRequest for a dtype or a value the wire does not know, or a negative layer."""
-    fields, layer, weights = dict(vars(request)), request.layer, request.topk_weights
+    stated, layer, weights = dict(vars(request)), request.layer, request.topk_weights
     if isinstance(layer, int) and not 0 <= layer < 2**32:
         raise InvalidRequest(f"layer is {layer}; layers count from 0", "layer")
     if layer is not None:
-        fields["layer_name" if isinstance(layer, str) else "layer_index"] = layer
+        stated["layer_name" if isinstance(layer, str) else "layer_index"] = layer
     if weights is not None and weights.is_floating_point():
-        fields["topk_weights"] = weights.float()
-    return _encode(pb.ForwardRequest, fields)
+        stated["topk_weights"] = weights.float()
+    return _encode(pb.ForwardRequest, stated)
 
 
 def decode_forward_request(data: bytes) -> WireRequest:
@@ -113,12 +120,8 @@ def decode_forward_request(data: bytes) -> WireRequest:
     small, tensors = _decode(pb.ForwardRequest, data)
     if "hidden_states" not in tensors:
         raise InvalidRequest("hidden_states is missing", "hidden_states")
-    layer: int | str | None = None
-    if small.HasField("layer_index"):
-        layer = small.layer_index
-    elif small.HasField("layer_name"):
-        layer = small.layer_name
-    optional: dict[str, Any] = {**tensors, **{name: getattr(small, name) for name in _OVERRIDES if small.HasField(name)}}
+    optional: dict[str, Any] = {**tensors, **{name: getattr(small, name) for name in _OPTIONAL if small.HasField(name)}}
+    layer = optional.pop("layer_index", optional.pop("layer_name", None))
     return WireRequest(layer=layer, return_routing=small.return_routing, request_id=small.request_id, model=small.model, **optional)
 
 
@@ -155,12 +158,12 @@ def decode_forward_response(data: bytes) -> WireResponse:
     )
 
 
-def _encode(kind: type[Message], fields: Mapping[str, Any]) -> bytes:
+def _encode(kind: type[Message], stated: Mapping[str, Any]) -> bytes:
     """A message of these fields, by name; None = absent, and names that the message does not have are left out."""
     parts: list[bytes | memoryview] = []
     small = kind()
     for name, key in _KEYS[kind].items():
-        value = fields.get(name)
+        value = stated.get(name)
         if value is None:
             continue
         if key is None:
@@ -174,13 +177,13 @@ def _encode(kind: type[Message], fields: Mapping[str, Any]) -> bytes:
             raise InvalidRequest(f"{name} is {dtype_name(value.dtype)}, which cannot be sent", name)
         data = raw(value)
         is_large = len(data) > _SMALL_TENSOR_BYTES
-        stated = tensor_pb2.Tensor() if is_large else getattr(small, name)
-        stated.dtype = dtype
-        stated.shape.extend(value.shape)
+        tensor = tensor_pb2.Tensor() if is_large else getattr(small, name)
+        tensor.dtype = dtype
+        tensor.shape.extend(value.shape)
         if not is_large:
-            stated.data = data.tobytes()
+            tensor.data = data.tobytes()
             continue
-        head = stated.SerializeToString() + _DATA_KEY + _varint(len(data))
+        head = tensor.SerializeToString() + _DATA_KEY + _varint(len(data))
         parts += (small.SerializeToString(), key, _varint(len(head) + len(data)), head, data)
         small = kind()
     parts.append(small.SerializeToString())

@@ -18,13 +18,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 ok, 1 failure, 2 usage or configuration, 3 service unreachable, 128 + N ended by signal N (130 Ctrl-C, 143 SIGTERM).
     """
-    import typer  # noqa: PLC0415 - with this takes seconds, in which signals are heard already
+    import typer
 
-    from moeserve.cli.verbs import app  # noqa: PLC0415
+    from moeserve.cli.verbs import app
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments, prog_name="moeserve", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except typer.Exit as exit_:
         return exit_.exit_code
@@ -56,7 +56,7 @@ def entry() -> None:
     """The console script."""
     streams.make_safe()
     signals.end_at_once()
-    import moeserve.cli.verbs  # noqa: F401, PLC0415
+    import moeserve.cli.verbs  # noqa: F401
 
     try:
         signals.raise_ended()

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable
-from functools import partial
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
-import torch
 import typer
 
-from moeserve.api.output import ForwardOutput
-from moeserve.api.tensors import FLOAT_DTYPES
-from moeserve.bench.load import Load, Measured, Send, check_answer, run
-from moeserve.bench.report import print_json, print_table, progress_bar
-from moeserve.bench.stream_sender import StreamSender
-from moeserve.cli.signals import until_signal
+from moeserve.cli.signals import importing, until_signal
 from moeserve.cli.target import Target, TlsCa, TokenFile, layer_of, timeout_of, tls_of, token_of
-from moeserve.client import AsyncClient, LayerInfo, WireRequest
-from moeserve.errors import ConfigError, UnknownLayer
+from moeserve.errors import ConfigError
 
-#: different inputs that are sent in turn, so that not every request asks the same experts
-_NUM_INPUTS: Final = 16
+if TYPE_CHECKING:
+    from moeserve.bench.load import Load, Measured
+
 _DURATION_S: Final = 5.0
 
 
@@ -52,6 +44,13 @@ def bench(
 
     Latency at a --rate counts from when a request should have started, so a service that falls behind cannot hide it.
     """
+    with importing():
+        from moeserve.api.tensors import FLOAT_DTYPES
+        from moeserve.bench.report import print_json, print_table
+        from moeserve.bench.runs import Inputs, run_all
+        from moeserve.bench.stream_sender import StreamSender
+        from moeserve.client import AsyncClient
+
     loads = _loads(tokens, concurrency, rate, duration_s, requests)
     _check(dtype in FLOAT_DTYPES, f"--dtype is {dtype}; allowed: {', '.join(FLOAT_DTYPES)}")
     _check(warmup_requests >= 0, f"--warmup-requests is {warmup_requests}; allowed: 0 and more")
@@ -60,8 +59,8 @@ def bench(
     measured: list[Measured] = []
     try:
         sender = StreamSender(client, timeout_s) if stream else None
-        inputs = _Inputs(FLOAT_DTYPES[dtype], token_ids, seed)
-        asyncio.run(until_signal(_bench(client, layer_of(layer), loads, inputs, sender, warmup_requests, measured)))
+        inputs = Inputs(FLOAT_DTYPES[dtype], token_ids, seed)
+        asyncio.run(until_signal(run_all(client, layer_of(layer), loads, inputs, sender, warmup_requests, measured)))
     finally:
         # After Ctrl-C too: runs that are complete are not lost.
         if measured:
@@ -74,6 +73,8 @@ def bench(
 
 
 def _loads(tokens: str, concurrency: str | None, rate: str | None, duration_s: float | None, requests: int | None) -> list[Load]:
+    from moeserve.bench.load import Load
+
     _check(concurrency is None or rate is None, "--concurrency and --rate exclude each other: a rate starts requests by the clock")
     _check(duration_s is None or requests is None, "--duration-s and --requests exclude each other")
     _check(duration_s is None or 0 < duration_s <= 86_400, f"--duration-s is {duration_s}; allowed: more than 0, at most 86400")
@@ -98,58 +99,3 @@ def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
 def _check(holds: bool, sentence: str) -> None:
     if not holds:
         raise ConfigError(sentence)
-
-
-class _Inputs:
-    """Random hidden_states [T, H], the same for the same seed."""
-
-    def __init__(self, dtype: torch.dtype, with_token_ids: bool, seed: int) -> None:
-        self._dtype, self._with_token_ids, self._seed = dtype, with_token_ids, seed
-
-    def make(self, layer: LayerInfo, tokens: int) -> list[WireRequest]:
-        generator = torch.Generator().manual_seed(self._seed)
-        return [
-            WireRequest(
-                torch.randn(tokens, layer.hidden_size, generator=generator).to(self._dtype),
-                layer.index,
-                token_ids=torch.randint(0, 2**31, (tokens,), generator=generator) if self._with_token_ids else None,
-            )
-            for _ in range(_NUM_INPUTS)
-        ]
-
-
-async def _bench(
-    client: AsyncClient,
-    wanted: int | str,
-    loads: list[Load],
-    inputs: _Inputs,
-    sender: StreamSender | None,
-    warmup_requests: int,
-    measured: list[Measured],
-) -> None:
-    async with client, sender or contextlib.nullcontext():
-        layer = _find(await client.layers(), wanted)
-        with progress_bar(len(loads)) as show:
-            for number, load in enumerate(loads):
-                requests = inputs.make(layer, load.tokens)
-                send, check = _sender(client, sender, layer.index, requests), partial(check_answer, like=requests[0].hidden_states)
-                if warmup_requests:
-                    await run(Load(load.tokens, load.concurrency or 8, None, None, warmup_requests), send, check, lambda _: None)
-                measured.append(await run(load, send, check, partial(show, number)))
-
-
-def _find(layers: list[LayerInfo], wanted: int | str) -> LayerInfo:
-    for layer in layers:
-        if wanted in (layer.index, layer.name):
-            return layer
-    raise UnknownLayer(f"there is no layer {wanted}; served: {', '.join(layer.name for layer in layers[:8])}")
-
-
-def _sender(client: AsyncClient, stream: StreamSender | None, layer: int, requests: list[WireRequest]) -> Send:
-    async def send(number: int) -> ForwardOutput:
-        request = requests[number % len(requests)]
-        if stream is not None:
-            return await stream.send(request)
-        return await client.forward(request.hidden_states, layer=layer, token_ids=request.token_ids)
-
-    return send

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moeserve.cli.flags import Overrides
-from moeserve.cli.signals import until_signal
+from moeserve.cli.flags import Overrides, with_config_flags
+from moeserve.cli.serving import tell_start
+from moeserve.cli.signals import importing, until_signal
 from moeserve.cli.streams import tell
 from moeserve.config import load_config
-from moeserve.programs.deploy import Deployer
+
+if TYPE_CHECKING:
+    from moeserve.programs.deploy import Deployer
 
 
+@with_config_flags()
 def deploy(
     source: Annotated[str, typer.Argument(help="A TOML configuration or a checkpoint folder.")],
     overrides: Overrides,
@@ -22,7 +26,11 @@ def deploy(
     ] = False,
 ) -> None:
     """Put a service on the Ray cluster at --address and return once it is ready; `status`, `scale`, `drain` and `shutdown` act on it."""
+    tell_start(f"reading {source}")
     config = load_config(source, overrides)
+    with importing():
+        from moeserve.programs.deploy import Deployer
+
     asyncio.run(until_signal(_deploy(Deployer(config), keep)))
 
 

@@ -14,14 +14,19 @@ from moeserve.config import ServiceConfig
 
 _TABLES = ("server", "model", "placement", "batching", "communication", "resilience", "observability", "controller", "ray")
 Overrides = dict[str, dict[str, Any]]
+Command = Callable[..., None]
 
 
-def with_config_flags(command: Callable[..., None], tables: Sequence[str] = _TABLES, without: Collection[str] = ()) -> Callable[..., None]:
+def with_config_flags(tables: Sequence[str] = _TABLES, without: Collection[str] = ()) -> Callable[[Command], Command]:
     """Give a command that takes `overrides` one option per scalar key of `tables`; what is set by flag or environment arrives there.
 
     `without` are keys that have no meaning for this command.
     """
     scalars = [found for found in _scalars(tables) if found[1] not in without]
+    return lambda command: _with_flags(command, scalars)
+
+
+def _with_flags(command: Command, scalars: Sequence[tuple[str, str, type]]) -> Command:
 
     def wrapped(**arguments: Any) -> None:
         overrides: Overrides = {}

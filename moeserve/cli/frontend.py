@@ -7,21 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from moeserve.allocator import give_back_when_quiet, keep_large_blocks
-from moeserve.cli.flags import Overrides
-from moeserve.cli.serving import serve_until_told
+from moeserve.cli.flags import Overrides, with_config_flags
+from moeserve.cli.serving import prepare_process, serve_until_told, tell_start
+from moeserve.cli.signals import importing
 from moeserve.cli.streams import tell
 from moeserve.cli.target import TlsCa
 from moeserve.cli.token import rotating_token
 from moeserve.client import TLS
 from moeserve.config import ServerConfig, load_server
-from moeserve.programs.frontend_service import FrontendService
-from moeserve.transport import give_back_pools
 
 
+@with_config_flags(tables=("server",), without=("admin_token_file",))
 def frontend(
     controller: Annotated[str, typer.Option(envvar="MOESERVE_CONTROLLER", help="host:port of the controller to follow.")],
     frontend_token_file: Annotated[Path, typer.Option(envvar="MOESERVE_FRONTEND_TOKEN_FILE", help="File holding the frontend token.")],
@@ -34,16 +32,18 @@ def frontend(
 
     The model and how it is served come from the controller; its checkpoint must be at the same path here, as the gate is read from it.
     """
+    tell_start(f"following {controller}")
     server = load_server(overrides.get("server", {}))
     # A controller that asks for certificates is shown this process's own.
     tls = TLS(ca=tls_ca, cert=server.tls_cert, key=server.tls_key) if tls_ca else None
-    torch.set_num_threads(1)
-    keep_large_blocks()
-    give_back_when_quiet(give_back_pools)
+    prepare_process()
     asyncio.run(_serve(controller, rotating_token(frontend_token_file), server, tls, name, timeout))
 
 
 async def _serve(controller: str, token: Callable[[], str], server: ServerConfig, tls: TLS | None, name: str, timeout_s: float) -> None:
+    with importing():
+        from moeserve.programs.frontend_service import FrontendService
+
     service = FrontendService(controller, token, server, tls=tls, name=name, progress=tell)
 
     async def over() -> None:

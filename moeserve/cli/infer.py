@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import torch
 import typer
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
+from moeserve.cli.signals import importing
 from moeserve.cli.streams import say
 from moeserve.cli.target import Target, TlsCa, TokenFile, layer_of, timeout_of, tls_of, token_of
 from moeserve.client import Client
@@ -35,22 +33,26 @@ def infer(
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 30.0,
 ) -> None:
     """Send one token batch from a file through one layer and write the answer to a file."""
+    with importing():
+        import torch
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file, save_file
+
+        from moeserve.api.wire import REQUEST_TENSORS
+
     try:
         tensors = load_file(input)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{input} is not a readable safetensors file: {error}") from None
     if "hidden_states" not in tensors:
         raise ConfigError(f"{input} has no tensor hidden_states; it has: {', '.join(sorted(tensors)) or 'none'}")
+    given: dict[str, Any] = {name: tensors[name] for name in REQUEST_TENSORS if name in tensors}
     with Client(target, token=token_of(token_file), tls=tls_of(tls_ca), timeout=timeout_of(timeout)) as client:
         started = time.perf_counter()
         out = client.forward(
-            tensors["hidden_states"],
+            **given,
             layer=layer_of(layer),
-            used_token=tensors.get("used_token"),
-            topk_ids=tensors.get("topk_ids"),
-            topk_weights=tensors.get("topk_weights"),
             return_routing=return_routing,
-            token_ids=tensors.get("token_ids"),
             capacity_factor=capacity_factor,
             noise=noise,
             seed=seed,

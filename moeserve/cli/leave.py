@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from moeserve.cli.signals import importing
 from moeserve.cli.streams import say
-from moeserve.cluster.ray_leave import leave as leave_node
 
 
 def leave(
@@ -17,5 +17,8 @@ def leave(
     node: Annotated[str | None, typer.Option(help="Ray's id of the node; default: the one that runs here.")] = None,
 ) -> None:
     """Tell Ray that this node drains, and wait until a deployed service has no expert host left on it."""
+    with importing():
+        from moeserve.cluster.ray_leave import leave as leave_node
+
     leave_node(address, namespace, timeout_s, node)
     say("no expert host is left here")

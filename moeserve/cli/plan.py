@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
-from moeserve.checkpoints import LayerSource, check_memory, host_bytes, layer_sources, memory_bytes
-from moeserve.cli.flags import Overrides
-from moeserve.cli.gates import gates
-from moeserve.cli.kernels import kernels
-from moeserve.config import GatingConfig, PlacementConfig, load_config
-from moeserve.experts import ExpertShard
-from moeserve.observe.stats import host_name
-from moeserve.placement import LayerPlacement, Placement, plan_placement
+from moeserve.cli.flags import Overrides, with_config_flags
+from moeserve.cli.signals import importing
+from moeserve.config import load_config
 
 
+@with_config_flags()
 def plan(
     source: Annotated[str, typer.Argument(help="A TOML configuration or a checkpoint folder.")],
     overrides: Overrides,
@@ -27,69 +19,17 @@ def plan(
 ) -> None:
     """Show the layers and their gates, which host would hold which experts, and the memory that takes; fail when it does not fit."""
     config = load_config(source, overrides)
-    sources = layer_sources(config)
-    specs = [layer.spec for layer in sources]
-    placement = plan_placement(specs, config.placement)
-    nbytes = host_bytes(sources, placement)
+    with importing():
+        from rich.console import Console
 
+        from moeserve.checkpoints import check_memory, host_bytes, layer_sources, memory_bytes
+        from moeserve.cli.plan_view import tables
+        from moeserve.placement import plan_placement
+
+    sources = layer_sources(config)
+    placement = plan_placement([layer.spec for layer in sources], config.placement)
+    nbytes = host_bytes(sources, placement)
     console = Console()
-    console.print(_layers(sources))
-    console.print(gates(sources))
-    console.print(_hosts(placement, config.placement, nbytes))
-    for table in kernels(sources, config.placement) if with_kernels else ():
+    for table in tables(sources, placement, config.placement, nbytes, with_kernels):
         console.print(table)
     check_memory(nbytes, config, memory_bytes())
-
-
-def _layers(sources: Sequence[LayerSource]) -> Table:
-    table = Table("", title=f"{len(sources)} MoE layers", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("layer", overflow="fold")
-    for column in ("H x I", "experts", "type", "capacity"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for number, source in enumerate(sources):
-        spec = source.spec
-        table.add_row(
-            str(number),
-            spec.name,
-            f"{spec.hidden_size} x {spec.intermediate_size}",
-            f"{spec.num_experts}, top {spec.gating.top_k}",
-            f"{spec.expert_kind} {source.held_as}",
-            _capacity(spec.gating),
-        )
-    return table
-
-
-def _hosts(placement: Placement, config: PlacementConfig, nbytes: Sequence[int]) -> Table:
-    title = "1 host" if placement.num_hosts == 1 else f"{placement.num_hosts} hosts"
-    table = Table("host", title=title, title_justify="left", box=SIMPLE_HEAD)
-    for column in ("GPUs", "CPUs", "experts", "expected load", "weights", "of layer 0"):
-        table.add_column(column, justify="right")
-    for number in range(placement.num_hosts):
-        held = [layer.shards_on(number) for layer in placement.layers]
-        share = sum(_share(layer, number) for layer in placement.layers) / len(placement.layers)
-        table.add_row(
-            host_name(number),
-            f"{config.gpus_per_host:g}",
-            f"{config.cpus_per_host:g}",
-            str(sum(map(len, held))),
-            f"{share:.0%}",
-            f"{nbytes[number] / 2**20:.1f} MiB",
-            ", ".join(map(_name, held[0])),
-        )
-    return table
-
-
-def _capacity(gating: GatingConfig) -> str:
-    factor = gating.capacity_factor if gating.drop_tokens else None
-    return "unlimited" if factor is None else f"factor {factor:g}"
-
-
-def _share(layer: LayerPlacement, host: int) -> float:
-    """Of the layer's work, if every expert were asked equally often and its copies in turn."""
-    on_host = layer.unit_of_physical[layer.host_of_physical == host]
-    copies = (layer.copies >= 0).sum(axis=1)
-    return float((1 / copies[on_host]).sum()) / layer.num_units
-
-
-def _name(shard: ExpertShard) -> str:
-    return str(shard.expert) if shard.of == 1 else f"{shard.expert}/{shard.shard}"

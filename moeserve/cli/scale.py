@@ -1,4 +1,4 @@
-"""`moeserve scale` and `moeserve drain`: more hosts, fewer, or others."""
+"""`moeserve scale`: more expert hosts, or fewer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import typer
 
 from moeserve.cli.streams import say
 from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of, number_in
-from moeserve.client.admin import Placed
 
 
 def scale(
@@ -19,18 +18,7 @@ def scale(
 ) -> None:
     """Spread the experts of a running service over another number of hosts; no request fails meanwhile."""
     with admin_of(target, admin_token_file, tls_ca) as client:
-        _show(client.scale(_number_or_all(hosts)))
-
-
-def drain(
-    target: Target,
-    host: Annotated[str, typer.Argument(help="Name of the host, as moeserve top shows it.")],
-    admin_token_file: AdminTokenFile,
-    tls_ca: TlsCa = None,
-) -> None:
-    """Place the experts of one host on the others and let it go; no request fails meanwhile."""
-    with admin_of(target, admin_token_file, tls_ca) as client:
-        _show(client.drain(host))
+        say(str(client.scale(_number_or_all(hosts))))
 
 
 def _number_or_all(text: str) -> int | Literal["all"]:
@@ -40,7 +28,3 @@ def _number_or_all(text: str) -> int | Literal["all"]:
     if not number:
         raise typer.BadParameter(f"{text!r} is neither a number of at least 1 nor all", param_hint="--hosts")
     return number
-
-
-def _show(placed: Placed) -> None:
-    say(f"epoch {placed.epoch}: the experts stand on {', '.join(placed.hosts)}")

@@ -5,31 +5,30 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated
 
-import torch
 import typer
 
-from moeserve.allocator import give_back_when_quiet, keep_large_blocks
-from moeserve.cli.flags import Overrides
-from moeserve.cli.serving import serve_until_told
+from moeserve.cli.flags import Overrides, with_config_flags
+from moeserve.cli.serving import prepare_process, serve_until_told, tell_start
+from moeserve.cli.signals import importing
 from moeserve.cli.streams import tell
 from moeserve.config import ServiceConfig, load_config
-from moeserve.programs.service import Service
-from moeserve.transport import give_back_pools
 
 
+@with_config_flags()
 def serve(
     source: Annotated[str, typer.Argument(help="A TOML configuration or a checkpoint folder.")],
     overrides: Overrides,
 ) -> None:
     """Start (or join) Ray, put the experts on it, serve gRPC until Ctrl-C or SIGTERM, then drain."""
+    tell_start(f"reading {source}")
     config = load_config(source, overrides)
-    # The hosts do the heavy work; idle threads of this process would only spin on their cores.
-    torch.set_num_threads(1)
-    keep_large_blocks()
-    give_back_when_quiet(give_back_pools)
+    prepare_process()
     asyncio.run(_serve(config))
 
 
 async def _serve(config: ServiceConfig) -> None:
+    with importing():
+        from moeserve.programs.service import Service
+
     service = Service(config, progress=tell)
     await serve_until_told(service, service.start(), service.over)

@@ -7,8 +7,27 @@ import signal
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
-from moeserve.cli.signals import Ended, heard
+from moeserve.cli.signals import Ended, heard, importing
 from moeserve.cli.streams import tell
+from moeserve.files.version import running_version
+
+
+def tell_start(what: str) -> None:
+    """The first line of a verb that takes seconds to be ready, before it imports what it needs."""
+    tell(f"starting moeserve {running_version()}, {what}")
+
+
+def prepare_process() -> None:
+    """For a process that serves: threads and memory. The hosts do the heavy work."""
+    with importing():
+        import torch
+
+        from moeserve.allocator import give_back_when_quiet, keep_large_blocks
+        from moeserve.transport import give_back_pools
+
+    torch.set_num_threads(1)  # idle threads would only spin on the cores of the hosts
+    keep_large_blocks()
+    give_back_when_quiet(give_back_pools)
 
 
 class Serving(Protocol):

@@ -6,15 +6,17 @@ Only a verb that runs neither Ray nor an event loop gets them as Python's handle
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from moeserve.cli.streams import tell
+
+if TYPE_CHECKING:
+    import asyncio
 
 T = TypeVar("T")
 
@@ -72,6 +74,19 @@ def raise_ended() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _numbers())
 
 
+@contextmanager
+def importing() -> Iterator[None]:
+    """Around imports that take seconds: a signal ends the process at once, instead of leaving a module half made."""
+    if not _watch.is_running:  # the verb is called by a program, whose signals are its own
+        yield
+        return
+    end_at_once()
+    try:
+        yield
+    finally:
+        raise_ended()
+
+
 def ignore() -> None:
     """How the process ends has been decided."""
     for number in _numbers():
@@ -81,6 +96,8 @@ def ignore() -> None:
 @contextmanager
 def heard() -> Iterator[asyncio.Queue[signal.Signals]]:
     """Meanwhile, signals are put into this queue."""
+    import asyncio
+
     loop, numbers = asyncio.get_running_loop(), asyncio.Queue[signal.Signals]()
     handlers = {number: signal.getsignal(number) for number in _numbers()}
     _watch.receive = lambda number: _put(loop, numbers, number)
@@ -96,6 +113,8 @@ def heard() -> Iterator[asyncio.Queue[signal.Signals]]:
 
 async def until_signal(work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which a signal cancels. Raises Ended once it has undone what it had begun."""
+    import asyncio
+
     with heard() as numbers:
         working, ending = asyncio.create_task(work), asyncio.create_task(numbers.get())
         await asyncio.wait({working, ending}, return_when=asyncio.FIRST_COMPLETED)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
+from moeserve.cli.columns import add_columns, cells
 from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of
-from moeserve.observe.status import ServiceStatus
+from moeserve.observe.records import plain
+from moeserve.observe.status import HostStatus, ServiceStatus
+
+#: of a node's name or of Ray's id of it
+_NODE_CHARS: Final = 12
 
 
 def status(
@@ -26,7 +30,7 @@ def status(
     with admin_of(target, admin_token_file, tls_ca) as client:
         status = client.status()
     if as_json:
-        print(json.dumps(asdict(status)))
+        print(json.dumps(plain(status)))
     else:
         _show(status, Console(highlight=False))
 
@@ -43,18 +47,16 @@ def _show(status: ServiceStatus, console: Console) -> None:
 
 
 def _hosts(status: ServiceStatus) -> Table:
-    table = _table("host", "state", "node", "pid", "device", "GPUs")
-    for column in ("experts", "weights"):
-        table.add_column(column, justify="right")
+    table = _table("host", "state", "pid")
+    add_columns(table, HostStatus, overflow="fold")
+    table.add_column("experts", justify="right")
     experts: Counter[int] = Counter()
     for layer in status.layers:
         for held in layer.placement:
             experts[held.host] += len(held.experts)
     for host in status.hosts:
         state = "[green]up[/]" if host.is_up else "[red]down[/]"
-        weights = f"{host.weights_bytes / 2**20:.1f} MiB"
-        pid, number = str(host.pid) if host.pid else "", str(experts[host.number])
-        table.add_row(host.name, state, host.node[:12], pid, host.device, host.cuda_visible_devices, number, weights)
+        table.add_row(host.name, state, str(host.pid or ""), *cells(host, _NODE_CHARS), str(experts[host.number]))
     return table
 
 
@@ -62,7 +64,7 @@ def _frontends(status: ServiceStatus) -> Table:
     table = _table("frontend", "state", "gRPC", "metrics", "node", "epoch")
     for frontend in status.frontends:
         state = "[green]ready[/]" if frontend.is_ready else "[red]not ready[/]"
-        table.add_row(frontend.name, state, frontend.target, frontend.metrics_target, frontend.node[:12], str(frontend.epoch))
+        table.add_row(frontend.name, state, frontend.target, frontend.metrics_target, frontend.node[:_NODE_CHARS], str(frontend.epoch))
     return table
 
 
@@ -71,7 +73,7 @@ def _layers(status: ServiceStatus) -> Table:
     for column in ("revision", "hosts", "shards per expert"):
         table.add_column(column, justify="right")
     for layer in status.layers:
-        table.add_row(layer.name, str(layer.revision), str(len(layer.placement)), str(layer.tensor_parallel))
+        table.add_row(layer.name, str(layer.model_revision), str(len(layer.placement)), str(layer.tensor_parallel))
     return table
 
 

@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from moeserve.cli.columns import add_columns, cells
+from moeserve.observe.records import columns
 from moeserve.observe.stats import HostStats, LayerStats, ServiceStats
 from moeserve.observe.summary import added, balancedness, demand, forwards, quantile_ms, since
 
@@ -63,46 +64,40 @@ def _headline(target: str, stats: ServiceStats, before: ServiceStats | None) -> 
         f"p99 {_ms(quantile_ms(calls, 0.99))}",
     ]
     period = f"in the last {seconds:.1f} s" if before else "since the start"
-    failures = (f"   {failed:,} failed" if failed else "", "yellow")
+    counted = [(failed, "failed"), *((getattr(stats, column.key), column.label) for column in columns(ServiceStats))]
+    failures = ("".join(f"   {count:,} {what}" for count, what in counted if count), "yellow")
     return Text.assemble((first, "bold"), failures, "\n", "   ".join(numbers), (f"   {period}", "dim"))
 
 
 def _hosts(stats: ServiceStats, width: int) -> Table:
-    table = _table(width, "host", "", "node", "device")
-    for name in ("restarts", "queue", "weights", "experts"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = _table(width, "host", "")
+    add_columns(table, HostStats, no_wrap=True)
+    table.add_column("experts", justify="right", no_wrap=True)
     experts: Counter[int] = Counter()
     for layer in stats.layers:
         for held in layer.placement:
             experts[held.host] += len(held.experts)
     for host in stats.hosts:
-        table.add_row(
-            host.name,
-            Text("up", style="green") if host.up else Text("DOWN", style="bold red"),
-            _cut(host.node, width // 5),
-            host.device,
-            str(host.restarts),
-            f"{host.queue_tokens:,}",
-            _size(host),
-            str(experts[host.number]),
-        )
+        state = Text("up", style="green") if host.up else Text("DOWN", style="bold red")
+        table.add_row(host.name, state, *cells(host, width // 5), str(experts[host.number]))
     return table
 
 
 def _layers(stats: ServiceStats, before: ServiceStats | None, rows: int, width: int) -> Table:
     table = _table(width, "", "layer")
-    for name in ("tokens", "tokens/s", "dropped", "balance"):
+    add_columns(table, LayerStats, no_wrap=True)
+    for name in ("tokens/s", "dropped", "balance"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("hottest experts", no_wrap=True)
     seconds = max(1e-9, stats.uptime_s - (before.uptime_s if before else 0.0))
     for index, layer in enumerate(stats.layers[:rows]):
         wanted = demand(layer)
         gained = layer.tokens - (before.layers[index].tokens if before else 0)
-        dropped = float(layer.dropped.sum()) / max(1, int(wanted.sum()))
+        dropped = sum(layer.dropped_by_expert) / max(1, sum(wanted))
         table.add_row(
             str(index),
             layer.name,
-            f"{layer.tokens:,}",
+            *cells(layer, width),
             f"{gained / seconds:,.0f}",
             Text(f"{dropped:.1%}", style="yellow" if dropped else ""),
             f"{balancedness(wanted):.2f}",
@@ -113,7 +108,7 @@ def _layers(stats: ServiceStats, before: ServiceStats | None, rows: int, width: 
 
 def _heat(layers: Sequence[LayerStats], width: int) -> list[RenderableType]:
     """Per layer one line of blocks, one per expert or, where they are many, the hottest of several neighbours."""
-    most = max((len(layer.processed) for layer in layers), default=0)
+    most = max((len(layer.processed_by_expert) for layer in layers), default=0)
     label = len(str(max(0, len(layers) - 1))) + 1
     room = max(1, width - label)
     per_cell = math.ceil(most / room)
@@ -127,10 +122,10 @@ def _heat(layers: Sequence[LayerStats], width: int) -> list[RenderableType]:
         scale.append(f"; hottest of {per_cell} per block", style="dim")
     lines: list[RenderableType] = [scale]
     for index, layer in enumerate(layers):
-        wanted = demand(layer).double()
-        cells = [float(group.max()) for group in wanted.split(per_cell)] if len(wanted) else []
-        fair = float(wanted.mean()) if len(wanted) else 0.0
-        levels = [_level(value / fair) if fair else 0 for value in cells]
+        wanted = demand(layer)
+        fair = sum(wanted) / max(1, len(wanted))
+        hottest = [max(wanted[first : first + per_cell]) for first in range(0, len(wanted), per_cell)]
+        levels = [_level(value / fair) if fair else 0 for value in hottest]
         lines.append(Text.assemble((f"{index:>{label - 1}} ", "dim"), *(_block(level, wide) for level in levels)))
     return lines
 
@@ -160,22 +155,13 @@ def _table(width: int, *columns: str) -> Table:
     return table
 
 
-def _hottest(wanted: torch.Tensor) -> str:
+def _hottest(wanted: Sequence[int]) -> str:
     """The experts with the largest part of the layer's demand [E], and that part."""
-    total = int(wanted.sum())
+    total = sum(wanted)
     if not total:
         return "-"
-    top = wanted.topk(min(_HOTTEST, len(wanted)))
-    return " ".join(f"{expert}:{count / total:.0%}" for count, expert in zip(top.values.tolist(), top.indices.tolist(), strict=True))
-
-
-def _size(host: HostStats) -> str:
-    mib = host.weights_bytes / 2**20
-    return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.1f} MiB"
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
+    hottest = sorted(range(len(wanted)), key=wanted.__getitem__, reverse=True)[:_HOTTEST]
+    return " ".join(f"{expert}:{wanted[expert] / total:.0%}" for expert in hottest)
 
 
 def _ms(value: float | None) -> str:

@@ -1,48 +1,79 @@
-"""The verbs."""
+"""The verbs: found as files of this folder, imported when one is asked for.
+
+The first line of a verb's file is `moeserve NAME`, a colon, and the sentence that the list of all verbs shows; in the file stands what is
+called NAME: the function of the verb, or a `typer.Typer` of several.
+"""
 
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from moeserve.cli.bench import bench
-from moeserve.cli.config import config_app
-from moeserve.cli.deploy import deploy
-from moeserve.cli.flags import with_config_flags
-from moeserve.cli.frontend import frontend
-from moeserve.cli.infer import infer
-from moeserve.cli.leave import leave
-from moeserve.cli.plan import plan
-from moeserve.cli.scale import drain, scale
-from moeserve.cli.serve import serve
-from moeserve.cli.shutdown import shutdown
-from moeserve.cli.status import status
-from moeserve.cli.swap import swap
-from moeserve.cli.top import top
-from moeserve.cli.version import running_version
+_FIRST_LINE: Final = re.compile(r'"""`moeserve (?P<name>\w+)`: (?P<help>.+?)(""")?\n')
+
+
+def _found() -> dict[str, str]:
+    """Name -> its line of help."""
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))}
+    matches = {stem: match for stem, text in texts.items() if (match := _FIRST_LINE.match(text))}
+    assert all(stem == match["name"] for stem, match in matches.items()), "a verb's file is called as the verb"
+    return {stem: match["help"][:1].upper() + match["help"][1:] for stem, match in matches.items()}
+
+
+class _Verbs(Mapping[str, Any]):
+    """Name -> the command, imported now."""
+
+    def __init__(self) -> None:
+        self.help = _found()
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.help:
+            raise KeyError(name)
+        verb = getattr(import_module(f"moeserve.cli.{name}"), name)
+        if not isinstance(verb, typer.Typer):
+            function, verb = verb, typer.Typer(add_completion=False)
+            verb.command(name)(function)
+        return typer.main.get_command(verb)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.help)
+
+    def __len__(self) -> int:
+        return len(self.help)
+
+
+class _VerbGroup(TyperGroup):
+    """A list of verbs takes their names and lines; only one that is to run, or to say what it takes, is imported."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**more)
+        self.commands: Any = _Verbs()
+
+    def list_commands(self, _context: Any) -> list[str]:
+        return list(self.commands)
+
+    def get_command(self, _context: Any, name: str) -> Any:
+        return TyperCommand(name, help=self.commands.help[name]) if name in self.commands.help else None
+
+    def resolve_command(self, context: Any, args: list[str]) -> Any:
+        name, listed, rest = super().resolve_command(context, args)
+        return name, listed and self.commands[str(name)], rest
+
 
 app = typer.Typer(
     name="moeserve",
+    cls=_VerbGroup,
     help="Serve the experts of Mixture-of-Experts models.",
     no_args_is_help=True,
     invoke_without_command=True,
-    add_completion=False,
 )
-app.command()(with_config_flags(serve))
-app.command()(with_config_flags(deploy))
-app.command()(with_config_flags(plan))
-app.command()(with_config_flags(frontend, tables=("server",), without=("admin_token_file",)))
-app.command()(infer)
-app.command()(swap)
-app.command()(status)
-app.command()(scale)
-app.command()(drain)
-app.command()(leave)
-app.command()(shutdown)
-app.command()(bench)
-app.command()(top)
-app.add_typer(config_app, name="config")
 
 
 @app.callback()
@@ -51,6 +82,8 @@ def _options(
     version: bool = typer.Option(False, "--version", help="Show the version and exit."),
 ) -> None:
     if version:
+        from moeserve.files.version import running_version
+
         typer.echo(f"moeserve {running_version()}")
         raise typer.Exit
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

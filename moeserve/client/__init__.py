@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import wrapt
 
-from moeserve.api.wire import WireRequest, WireResponse
-from moeserve.client.admin import AdminClient
-from moeserve.client.answers import LayerInfo
-from moeserve.client.async_client import AsyncClient
-from moeserve.client.client import Client
-from moeserve.client.connection import TLS
-from moeserve.client.control import ControlClient
-from moeserve.client.pipeline import through_layers
+if TYPE_CHECKING:
+    from moeserve.api.wire import WireRequest, WireResponse
+    from moeserve.client.admin import AdminClient
+    from moeserve.client.async_client import AsyncClient
+    from moeserve.client.client import Client
+    from moeserve.client.connection import TLS
+    from moeserve.client.control import ControlClient
+    from moeserve.client.pipeline import through_layers
+    from moeserve.observe.stats import LayerInfo
 
 __all__ = [
     "TLS",
@@ -28,15 +29,26 @@ __all__ = [
     "through_layers",
 ]
 
-#: they stand in `engines` now, a floor above
-_NEEDS_TRANSFORMERS = {"connect_experts": "moeserve.engines.hf", "load_model": "moeserve.engines.hf_loader"}
+#: name -> module; imported on first use: who administers a service needs no tensors, and few need transformers
+_HOME = {
+    "TLS": "moeserve.client.connection",
+    "AdminClient": "moeserve.client.admin",
+    "AsyncClient": "moeserve.client.async_client",
+    "Client": "moeserve.client.client",
+    "ControlClient": "moeserve.client.control",
+    "LayerInfo": "moeserve.observe.stats",
+    "WireRequest": "moeserve.api.wire",
+    "WireResponse": "moeserve.api.wire",
+    "connect_experts": "moeserve.engines.hf",
+    "load_model": "moeserve.engines.hf_loader",
+    "through_layers": "moeserve.client.pipeline",
+}
 
 # transformers takes seconds to import: "moeserve" becomes known to it when somebody else does, at once if that has happened.
 wrapt.register_post_import_hook(lambda _: import_module("moeserve.engines.hf"), "transformers.integrations.moe")
 
 
 def __getattr__(name: str) -> Any:
-    # Only who uses it pays for importing transformers.
-    if name in _NEEDS_TRANSFORMERS:
-        return getattr(import_module(_NEEDS_TRANSFORMERS[name]), name)
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'moeserve.client' has no attribute {name!r}")

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self, TypeVar
 
 from moeserve.client.connection import ADMINISTERING, TLS, Reach
 from moeserve.client.line import Line
 from moeserve.errors import InvalidRequest
-from moeserve.observe.stats import HostShards
-from moeserve.observe.status import FrontendStatus, HostStatus, LayerStatus, ServiceStatus
+from moeserve.observe.records import read
+from moeserve.observe.status import ServiceStatus
 from moeserve.v1 import admin_service_pb2 as pb
 from moeserve.v1 import admin_service_pb2_grpc as pb_grpc
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class _Nothing:
+    """An answer without a field."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,21 @@ class Placed:
     """epoch: version of the placement in force; hosts: their names."""
 
     epoch: int
-    hosts: Sequence[str]
+    hosts: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"epoch {self.epoch}: the experts stand on {', '.join(self.hosts)}"
+
+
+@dataclass(frozen=True)
+class Ping:
+    """Who answers: `role` is service, frontend or controller; `reason`: why it is not ready."""
+
+    role: str
+    version: str
+    epoch: int
+    is_ready: bool
+    reason: str
 
 
 class AdminClient:
@@ -42,41 +63,45 @@ class AdminClient:
     def __init__(self, target: str, token: str, tls: TLS | bool | None = None) -> None:
         self._line = Line(Reach(target, token, tls, None, ADMINISTERING), pb_grpc.AdminServiceStub)
 
+    def ping(self, timeout: float | None = 5.0) -> Ping:
+        """Who answers there, and whether it is ready; frontends say it too. Takes the token of a caller; "" where callers need none."""
+        return self._ask(Ping, "Ping", timeout)
+
     def status(self, timeout: float = 30.0) -> ServiceStatus:
         """What is deployed and where, now."""
-        answer = self._call("GetPlacement", pb.GetPlacementRequest(), timeout)
-        return _standing(answer)
+        return self._ask(ServiceStatus, "GetPlacement", timeout)
 
     def swap(self, layer: str, checkpoint: str | Path, experts: Iterable[int] = (), timeout: float = 3600.0) -> Swapped:
         """Serve `layer` ("" = every layer), or only these `experts` of it, with the weights of another folder of the same model.
 
         `checkpoint` is an absolute path where the service and its hosts run. Returns when no request gets the old weights any more.
         """
-        request = _request(pb.SwapExpertsRequest, layer=layer, checkpoint=str(checkpoint), experts=list(experts))
-        answer = self._call("SwapExperts", request, timeout)
-        return Swapped(answer.epoch, answer.model_revision)
+        return self._ask(Swapped, "SwapExperts", timeout, layer=layer, checkpoint=str(checkpoint), experts=list(experts))
 
     def scale(self, hosts: int | Literal["all"], timeout: float = 3600.0) -> Placed:
         """Spread the experts over so many hosts, or over all that the nodes have room for.
 
         Returns when the new ones serve and those that left are gone.
         """
-        request = pb.ScaleRequest(all=True) if hosts == "all" else _request(pb.ScaleRequest, hosts=hosts)
-        answer = self._call("Scale", request, timeout)
-        return Placed(answer.epoch, tuple(answer.hosts))
+        return self._ask(Placed, "Scale", timeout, **({"all": True} if hosts == "all" else {"hosts": hosts}))
 
     def drain(self, host: str, timeout: float = 3600.0) -> Placed:
         """Place the experts of a host on the others, and let it go."""
-        answer = self._call("DrainHost", _request(pb.DrainHostRequest, host=host), timeout)
-        return Placed(answer.epoch, tuple(answer.hosts))
+        return self._ask(Placed, "DrainHost", timeout, host=host)
 
     def shutdown(self, timeout: float = 30.0) -> None:
         """End the service as SIGTERM does; returns at once, while running requests finish."""
-        self._call("Shutdown", pb.ShutdownRequest(), timeout)
+        self._ask(_Nothing, "Shutdown", timeout)
 
-    def _call(self, method: str, request: Any, timeout: float) -> Any:
+    def _ask(self, kind: type[R], method: str, timeout: float | None, **fields: object) -> R:
+        """The answer of a method of the service, as a record. Raises InvalidRequest for what a field of the request cannot hold."""
+        try:
+            request = getattr(pb, f"{method}Request")(**fields)
+        except (TypeError, ValueError) as error:
+            given = ", ".join(f"{name} = {value!r:.80}" for name, value in fields.items())
+            raise InvalidRequest(f"{given} cannot be sent: {error}") from None
         with self._line.call(timeout) as call:
-            return getattr(call.stubs, method)(request, timeout=call.timeout_s, metadata=self._line.reach.metadata)
+            return read(kind, getattr(call.stubs, method)(request, timeout=call.timeout_s, metadata=self._line.reach.metadata))
 
     def close(self) -> None:
         """Ends the connection."""
@@ -89,34 +114,3 @@ class AdminClient:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-
-def _request(kind: Callable[..., Any], **fields: object) -> Any:
-    """Raises InvalidRequest for what a field cannot hold: a negative number, one of more than 32 bits."""
-    try:
-        return kind(**fields)
-    except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"{', '.join(f'{name} = {value!r:.80}' for name, value in fields.items())} cannot be sent: {error}") from None
-
-
-def _standing(answer: pb.GetPlacementResponse) -> ServiceStatus:
-    return ServiceStatus(
-        epoch=answer.epoch,
-        wanted_hosts=answer.wanted_hosts,
-        is_changing=answer.is_changing,
-        shortage=answer.shortage,
-        hosts=[
-            HostStatus(host.name, host.node, host.is_up, host.pid, host.device, host.cuda_visible_devices, host.weights_bytes, host.number)
-            for host in answer.hosts
-        ],
-        frontends=[FrontendStatus(one.name, one.target, one.metrics_target, one.node, one.epoch, one.is_ready) for one in answer.frontends],
-        layers=[
-            LayerStatus(
-                layer.name,
-                layer.model_revision,
-                layer.tensor_parallel,
-                [HostShards(held.host, tuple(held.experts), tuple(held.shards)) for held in layer.placement],
-            )
-            for layer in answer.layers
-        ],
-    )

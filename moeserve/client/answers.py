@@ -1,45 +1,42 @@
-"""Requests as they leave a client and answers as they come back: what Client and AsyncClient share.
+"""Forward requests as they leave a client and their answers as they come back: what Client and AsyncClient share of tensors.
 
-T tokens, H hidden size, E experts, K choices per token.
+Imported when the first tensor is sent: who only asks how a service is doing does not wait for torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from dataclasses import fields, replace
+from typing import Any, Unpack
 
 import torch
-from google.protobuf.message import Message
 
 from moeserve.api.output import ForwardOutput
-from moeserve.api.tensors import FLOAT_DTYPES, WIRE_DTYPES, dtype_name
-from moeserve.api.wire import WireRequest, WireResponse, decode_forward_response, encode_forward_request
+from moeserve.api.request import RequestOptions
+from moeserve.api.tensors import FLOAT_DTYPES, dtype_name
+from moeserve.api.wire import REQUEST_TENSORS, WireRequest, WireResponse, decode_forward_response, encode_forward_request
 from moeserve.errors import InvalidRequest, MoEServeError
-from moeserve.observe.stats import CallCount, Durations, Event, HostShards, HostStats, LayerStats, ServiceStats
-from moeserve.v1 import moe_service_pb2 as pb
-
-Record = TypeVar("Record", HostStats, HostShards, Durations, CallCount, Event)
 
 
-@dataclass(frozen=True)
-class LayerInfo:
-    """One served MoE layer; dtype is that of its expert weights; capacity_factor None = no capacity limit."""
-
-    index: int
-    name: str
-    hidden_size: int
-    intermediate_size: int
-    num_experts: int
-    top_k: int
-    activation: str
-    dtype: str
-    capacity_factor: float | None
+def encode_call(
+    hidden_states: torch.Tensor,
+    layer: int | str,
+    used_token: torch.Tensor | None,
+    topk_ids: torch.Tensor | None,
+    topk_weights: torch.Tensor | None,
+    return_routing: bool,
+    model: str | None,
+    **options: Unpack[RequestOptions],
+) -> bytes:
+    """The request that these arguments of `Client.forward` are. Raises InvalidRequest."""
+    return encode_request(
+        WireRequest(hidden_states, layer, used_token, topk_ids, topk_weights, return_routing, model=model or "", **options)
+    )
 
 
 def encode_request(request: WireRequest) -> bytes:
     """Raises InvalidRequest at once for what no service could take: not tensors, not float, no possible layer."""
-    for name in ("hidden_states", "used_token", "topk_ids", "topk_weights", "token_ids"):
+    for name in REQUEST_TENSORS:
         value = getattr(request, name)
         if not isinstance(value, torch.Tensor) and (value is not None or name == "hidden_states"):
             raise InvalidRequest(f"{name} must be a torch.Tensor, got {type(value).__name__}", name)
@@ -106,59 +103,3 @@ def output_of(answer: WireResponse) -> ForwardOutput:
     if isinstance(answer.result, MoEServeError):
         raise answer.result
     return answer.result
-
-
-def read_layers(response: pb.ListLayersResponse) -> list[LayerInfo]:
-    """In model order."""
-    return [
-        LayerInfo(
-            index=layer.index,
-            name=layer.name,
-            hidden_size=layer.hidden_size,
-            intermediate_size=layer.intermediate_size,
-            num_experts=layer.num_experts,
-            top_k=layer.top_k,
-            activation=layer.activation,
-            dtype=dtype_name(WIRE_DTYPES[layer.dtype]),
-            capacity_factor=layer.capacity_factor if layer.HasField("capacity_factor") else None,
-        )
-        for layer in response.layers
-    ]
-
-
-def read_stats(response: pb.GetStatsResponse) -> ServiceStats:
-    """The snapshot."""
-    return ServiceStats(
-        epoch=response.epoch,
-        layers=[_read_layer_stats(layer) for layer in response.layers],
-        hosts=_read_all(HostStats, response.hosts),
-        queue_tokens=response.queue_tokens,
-        uptime_s=response.uptime_s,
-        expert_retries=response.expert_retries,
-        requests=_read_all(Durations, response.requests),
-        stages=_read_all(Durations, response.stages),
-        calls=_read_all(CallCount, response.calls),
-        events=_read_all(Event, response.events),
-    )
-
-
-def _read_layer_stats(layer: pb.LayerStats) -> LayerStats:
-    return LayerStats(
-        name=layer.name,
-        tokens=layer.tokens,
-        processed=torch.tensor(layer.processed, dtype=torch.int64),
-        dropped=torch.tensor(layer.dropped, dtype=torch.int64),
-        live_copies=list(layer.live_copies),
-        tensor_parallel=layer.tensor_parallel,
-        placement=_read_all(HostShards, layer.placement),
-    )
-
-
-def _read_all(record: type[Record], messages: Iterable[Message]) -> list[Record]:
-    """A record's fields are called as the message's."""
-    names = [field.name for field in fields(record)]
-    return [record(**{name: _plain(getattr(message, name)) for name in names}) for message in messages]
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, bool | int | float | str) else list(value)

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
-import torch
 from grpc_health.v1 import health_pb2
 
-from moeserve.api.output import ForwardOutput
-from moeserve.api.wire import WireRequest, WireResponse
-from moeserve.client.answers import LayerInfo, SentRequest, decode_answer, encode_request, output_of, read_layers, read_stats
 from moeserve.client.connection import CALLING, TLS, Reach
 from moeserve.client.line import LoopLines
 from moeserve.client.stubs import ServiceStubs
 from moeserve.errors import DeadlineExceeded, ExpertUnavailable
-from moeserve.observe.stats import ServiceStats
+from moeserve.observe.records import read
+from moeserve.observe.stats import LayerInfo, ServiceStats
 from moeserve.v1 import moe_service_pb2 as pb
+
+if TYPE_CHECKING:
+    import torch
+
+    from moeserve.api.output import ForwardOutput
+    from moeserve.api.request import RequestOptions
+    from moeserve.api.wire import WireRequest, WireResponse
 
 
 class AsyncClient:
@@ -39,33 +43,21 @@ class AsyncClient:
         return_routing: bool = False,
         model: str | None = None,
         timeout: float | None = None,
-        *,
-        token_ids: torch.Tensor | None = None,
-        capacity_factor: float | None = None,
-        noise: str | None = None,
-        seed: int | None = None,
+        **options: Unpack[RequestOptions],
     ) -> ForwardOutput:
         """As `Client.forward`."""
-        request = WireRequest(
-            hidden_states,
-            layer,
-            used_token,
-            topk_ids,
-            topk_weights,
-            return_routing,
-            model=model or "",
-            token_ids=token_ids,
-            capacity_factor=capacity_factor,
-            noise=noise,
-            seed=seed,
-        )
-        data = await self._call("forward", encode_request(request), timeout)
-        return output_of(decode_answer(data, hidden_states.device))
+        from moeserve.client import answers  # noqa: PLC0415
+
+        routing = used_token, topk_ids, topk_weights, return_routing
+        data = await self._call("forward", answers.encode_call(hidden_states, layer, *routing, model, **options), timeout)
+        return answers.output_of(answers.decode_answer(data, hidden_states.device))
 
     async def forward_stream(
         self, requests: Iterable[WireRequest] | AsyncIterable[WireRequest], timeout: float | None = None
     ) -> AsyncIterator[WireResponse]:
         """As `Client.forward_stream`; `requests` is consumed while answers are read."""
+        from moeserve.client.answers import SentRequest, decode_answer  # noqa: PLC0415
+
         sent = SentRequest()
         outgoing = sent.encoded_async(requests) if isinstance(requests, AsyncIterable) else sent.encoded(requests)
         with self._lines.here.call(timeout) as call:
@@ -79,11 +71,11 @@ class AsyncClient:
 
     async def layers(self, timeout: float | None = None) -> list[LayerInfo]:
         """As `Client.layers`."""
-        return read_layers(await self._call("list_layers", pb.ListLayersRequest(), timeout))
+        return [read(LayerInfo, layer) for layer in (await self._call("list_layers", pb.ListLayersRequest(), timeout)).layers]
 
     async def stats(self, timeout: float | None = None) -> ServiceStats:
         """As `Client.stats`."""
-        return read_stats(await self._call("get_stats", pb.GetStatsRequest(), timeout))
+        return read(ServiceStats, await self._call("get_stats", pb.GetStatsRequest(), timeout))
 
     async def ready(self, timeout: float | None = None) -> bool:
         """As `Client.ready`."""

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
-import torch
 from grpc_health.v1 import health_pb2
 
-from moeserve.api.output import ForwardOutput
-from moeserve.api.wire import WireRequest, WireResponse
-from moeserve.client.answers import LayerInfo, SentRequest, decode_answer, encode_request, output_of, read_layers, read_stats
 from moeserve.client.connection import CALLING, TLS, Reach
 from moeserve.client.line import Line
 from moeserve.client.stubs import ServiceStubs
 from moeserve.errors import DeadlineExceeded, ExpertUnavailable
-from moeserve.observe.stats import ServiceStats
+from moeserve.observe.records import read
+from moeserve.observe.stats import LayerInfo, ServiceStats
 from moeserve.v1 import moe_service_pb2 as pb
+
+if TYPE_CHECKING:
+    import torch
+
+    from moeserve.api.output import ForwardOutput
+    from moeserve.api.request import RequestOptions
+    from moeserve.api.wire import WireRequest, WireResponse
 
 
 class Client:
@@ -48,11 +52,7 @@ class Client:
         return_routing: bool = False,
         model: str | None = None,
         timeout: float | None = None,
-        *,
-        token_ids: torch.Tensor | None = None,
-        capacity_factor: float | None = None,
-        noise: str | None = None,
-        seed: int | None = None,
+        **options: Unpack[RequestOptions],
     ) -> ForwardOutput:
         """hidden_states [T, H] float32, float16 or bfloat16 through one MoE layer; the answer is on the same device.
 
@@ -66,21 +66,11 @@ class Client:
         noise            "none", "jitter", "rsample", "gumbel_second", "normal" or "uniform", at its default noise_scale unless it is the
                          layer's own; seed is where the request's random numbers start
         """
-        request = WireRequest(
-            hidden_states,
-            layer,
-            used_token,
-            topk_ids,
-            topk_weights,
-            return_routing,
-            model=model or "",
-            token_ids=token_ids,
-            capacity_factor=capacity_factor,
-            noise=noise,
-            seed=seed,
-        )
-        data = self._call("forward", encode_request(request), timeout)
-        return output_of(decode_answer(data, hidden_states.device))
+        from moeserve.client import answers  # noqa: PLC0415
+
+        routing = used_token, topk_ids, topk_weights, return_routing
+        data = self._call("forward", answers.encode_call(hidden_states, layer, *routing, model, **options), timeout)
+        return answers.output_of(answers.decode_answer(data, hidden_states.device))
 
     def forward_stream(self, requests: Iterable[WireRequest], timeout: float | None = None) -> Iterator[WireResponse]:
         """Many requests over one call; answers come as they finish, so give each request a `request_id`.
@@ -89,6 +79,8 @@ class Client:
         are read; what it raises is raised here after the answers to what it gave before. `timeout` is for the whole stream.
         Answers are on the device of the first request.
         """
+        from moeserve.client.answers import SentRequest, decode_answer  # noqa: PLC0415
+
         sent = SentRequest()
         with self._line.call(timeout) as call:
             answers = call.stubs.forward_stream(sent.encoded(requests), timeout=call.timeout_s, metadata=self._line.reach.metadata)
@@ -101,11 +93,11 @@ class Client:
 
     def layers(self, timeout: float | None = None) -> list[LayerInfo]:
         """The served MoE layers, in model order."""
-        return read_layers(self._call("list_layers", pb.ListLayersRequest(), timeout))
+        return [read(LayerInfo, layer) for layer in self._call("list_layers", pb.ListLayersRequest(), timeout).layers]
 
     def stats(self, timeout: float | None = None) -> ServiceStats:
         """Counts since the service started."""
-        return read_stats(self._call("get_stats", pb.GetStatsRequest(), timeout))
+        return read(ServiceStats, self._call("get_stats", pb.GetStatsRequest(), timeout))
 
     def ready(self, timeout: float | None = None) -> bool:
         """Whether the service can be reached and every layer is served; asked once, without waiting for it."""

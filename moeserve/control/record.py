@@ -15,6 +15,7 @@ import numpy.typing as npt
 from moeserve.checkpoints import FileMark, Fingerprint, Swap
 from moeserve.config import MAX_HOSTS, MAX_LAYERS, MAX_PHYSICAL
 from moeserve.errors import InvalidRequest
+from moeserve.observe.records import plain, read
 from moeserve.observe.stats import HostInfo
 from moeserve.placement import LayerPlacement, Placement
 from moeserve.release import Release
@@ -106,7 +107,7 @@ def _read_fingerprint(positions: Sequence[int], files: Sequence[FileMark]) -> Fi
 
 def host_message(number: int, info: HostInfo) -> pb.Host:
     """To be read by `read_hosts`."""
-    return pb.Host(number=number, **vars(info))
+    return pb.Host(number=number, **plain(info))
 
 
 def read_hosts(messages: list[pb.Host]) -> dict[int, HostInfo]:
@@ -116,18 +117,7 @@ def read_hosts(messages: list[pb.Host]) -> dict[int, HostInfo]:
         _require(message.number < MAX_HOSTS and message.number not in hosts, "hosts.number", f"below {MAX_HOSTS}, each once")
         _require(1 <= len(message.endpoints) <= _MAX_ENDPOINTS, "hosts.endpoints", f"1..{_MAX_ENDPOINTS} of them")
         require_key(message.public_key, "hosts.public_key")
-        hosts[message.number] = HostInfo(
-            name=message.name,
-            endpoints=tuple(message.endpoints),
-            public_key=message.public_key,
-            node=message.node,
-            pid=message.pid,
-            device=message.device,
-            cuda_visible_devices=message.cuda_visible_devices,
-            num_threads=message.num_threads,
-            weights_bytes=message.weights_bytes,
-            since_epoch=message.since_epoch,
-        )
+        hosts[message.number] = read(HostInfo, message)
     return hosts
 
 

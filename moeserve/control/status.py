@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from moeserve.control.assignments import Assignment
 from moeserve.control.frontends import FrontendInfo
 from moeserve.control.state import State
-from moeserve.observe.stats import HostInfo, host_name
+from moeserve.observe.stats import HostInfo, facts, host_name
 from moeserve.observe.status import FrontendStatus, HostStatus, LayerStatus, ServiceStatus
 
 
@@ -37,5 +37,5 @@ def status_of(
 
 def _host(assignment: Assignment, info: HostInfo | None) -> HostStatus:
     if info is None:
-        return HostStatus(host_name(assignment.number), assignment.node, is_up=False, number=assignment.number)
-    return HostStatus(info.name, info.node, True, info.pid, info.device, info.cuda_visible_devices, info.weights_bytes, assignment.number)
+        return HostStatus(host_name(assignment.number), is_up=False, number=assignment.number, node=assignment.node)
+    return HostStatus(info.name, True, info.pid, assignment.number, **facts(info))

@@ -21,9 +21,9 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moeserve.client.answers import LayerInfo
 from moeserve.client.client import Client
 from moeserve.errors import ConfigError, MoEServeError
+from moeserve.observe.stats import LayerInfo
 
 if TYPE_CHECKING:  # this module is imported while transformers is, which is too early for its models
     from transformers import PreTrainedModel

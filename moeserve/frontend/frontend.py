@@ -24,7 +24,7 @@ from moeserve.frontend.view import LayerView, Views
 from moeserve.layer.head import LayerHead
 from moeserve.observe.expert_counts import ExpertCounts
 from moeserve.observe.metrics import Metrics
-from moeserve.observe.stats import HostInfo, HostShards, HostStats, LayerStats, ServiceStats, host_name
+from moeserve.observe.stats import HostInfo, HostShards, HostStats, LayerStats, ServiceStats, facts, host_name
 from moeserve.placement import LayerPlacement
 from moeserve.release import Release
 from moeserve.transport import KeyPair
@@ -222,8 +222,8 @@ def _layer_stats(index: int, name: str, layer: LayerPlacement, held: Sequence[Ho
     return LayerStats(
         name=name,
         tokens=counts.tokens[index],
-        processed=counts.processed[index].clone(),
-        dropped=counts.dropped[index].clone(),
+        processed_by_expert=counts.processed[index].tolist(),
+        dropped_by_expert=counts.dropped[index].tolist(),
         live_copies=counts.live_copies[index][: layer.num_experts].tolist(),
         tensor_parallel=layer.tensor_parallel,
         placement=held,
@@ -231,15 +231,4 @@ def _layer_stats(index: int, name: str, layer: LayerPlacement, held: Sequence[Ho
 
 
 def _host_stats(number: int, link: HostLink, queue_tokens: int) -> HostStats:
-    info = link.info
-    return HostStats(
-        name=link.name,
-        up=link.channel is not None,
-        restarts=link.restarts,
-        node=info.node if info else "",
-        device=info.device if info else "",
-        cuda_visible_devices=info.cuda_visible_devices if info else "",
-        weights_bytes=info.weights_bytes if info else 0,
-        queue_tokens=queue_tokens,
-        number=number,
-    )
+    return HostStats(link.name, link.channel is not None, link.restarts, queue_tokens, number, **facts(link.info))

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 
 from moeserve.api.output import ForwardOutput
-from moeserve.api.request import LayerRequest, validate
+from moeserve.api.request import LayerRequest, RequestOptions, validate
 from moeserve.api.tensors import FLOAT_DTYPES, dtype_name
 from moeserve.checkpoints import LayerSource, SavedLayer, layer_sources, load_bank, save, saved_experts
 from moeserve.config import Activation, GatingConfig, GatingOverrides, Kernel, LayerSpec, Quantization, load_config, override
@@ -138,23 +138,10 @@ class MoELayer:
         topk_ids: torch.Tensor | None = None,
         topk_weights: torch.Tensor | None = None,
         return_routing: bool = False,
-        token_ids: torch.Tensor | None = None,
-        capacity_factor: float | None = None,
-        noise: str | None = None,
-        seed: int | None = None,
+        **options: Unpack[RequestOptions],
     ) -> ForwardOutput:
         """One request; arguments and answer as in `Client.forward`. Raises InvalidRequest, and NonFiniteOutput."""
-        request = LayerRequest(
-            hidden_states,
-            used_token,
-            topk_ids,
-            topk_weights,
-            return_routing,
-            token_ids=token_ids,
-            capacity_factor=capacity_factor,
-            noise=noise,
-            seed=seed,
-        )
+        request = LayerRequest(hidden_states, used_token, topk_ids, topk_weights, return_routing, **options)
         request = validate(request, self.spec, _MAX_TOKENS)
         hidden_states, ids, weights = request.hidden_states, request.topk_ids, request.topk_weights
         routing = route_batch(

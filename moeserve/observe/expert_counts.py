@@ -101,7 +101,7 @@ class ExpertCounts(Collector):
             processed.add(name, shown, self.processed[layer])
             dropped.add(name, shown, self.dropped[layer])
             copies.add(name, self._shown_copies(layer, shown), self.live_copies[layer])
-            balance.add_metric([name], balancedness(demand))
+            balance.add_metric([name], balancedness(demand.tolist()))
         return [tokens, processed, dropped, copies, balance]
 
     def _busiest(self, demand: torch.Tensor) -> list[int]:

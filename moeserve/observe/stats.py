@@ -1,4 +1,6 @@
-"""What hosts tell about themselves, and what a service has done since it started: records only, `summary.py` reckons with them.
+"""What hosts tell about themselves, what is served, and what was done since the start: records only, `summary.py` reckons with them.
+
+Fields are called as those of the messages: see `records.py`. Nothing here imports torch, which takes a second.
 
 E experts of a layer.
 """
@@ -6,9 +8,14 @@ E experts of a layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-import torch
+from moeserve.observe.records import keyed, shown
+
+if TYPE_CHECKING:
+    import torch
 
 
 def host_name(number: int) -> str:
@@ -26,36 +33,68 @@ class HostShards:
 
 
 @dataclass(frozen=True)
+class LayerInfo:
+    """One served MoE layer; dtype is that of its expert weights; capacity_factor None = no capacity limit."""
+
+    index: int
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+    activation: str
+    dtype: str
+    capacity_factor: float | None
+
+
+@dataclass(frozen=True)
 class LayerStats:
-    """tokens = used tokens answered; processed [E] and dropped [E] int64 count (token, expert) pairs.
+    """tokens = used tokens answered; processed [E] and dropped [E] int64 count (token, expert) pairs, and are made of the lists when asked.
 
     live_copies counts the copies of each expert on hosts that can be reached; each copy is cut into tensor_parallel shards.
     """
 
     name: str
-    tokens: int
-    processed: torch.Tensor
-    dropped: torch.Tensor
+    tokens: int = shown("tokens", "total", is_public=True)
+    processed_by_expert: Sequence[int] = keyed("processed")
+    dropped_by_expert: Sequence[int] = keyed("dropped")
     live_copies: Sequence[int] = ()
     tensor_parallel: int = 1
     placement: Sequence[HostShards] = ()
 
+    @cached_property
+    def processed(self) -> torch.Tensor:
+        """[E] int64."""
+        return _counts(self.processed_by_expert)
+
+    @cached_property
+    def dropped(self) -> torch.Tensor:
+        """[E] int64."""
+        return _counts(self.dropped_by_expert)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostFacts:
+    """What people are shown of all that a host says of itself.
+
+    `node` is the Ray node it runs on, `num_threads` compute a pass, `cuda_visible_devices` is what its process was granted ("" = no GPU).
+    """
+
+    node: str = shown("node", "name", default="", is_public=True)
+    device: str = shown("device", "text", default="")
+    cuda_visible_devices: str = shown("GPUs", "text", default="")
+    num_threads: int = shown("threads", "count", default=0, is_public=True)
+    weights_bytes: int = shown("weights", "bytes", default=0)
+
 
 @dataclass(frozen=True)
-class HostStats:
-    """One host; cuda_visible_devices is what Ray set for its process, empty = no GPU was granted.
-
-    queue_tokens = rows sent to it and not yet answered; number is what placements call it.
-    """
+class HostStats(HostFacts):
+    """One host; queue_tokens = rows sent to it and not yet answered; number is what placements call it."""
 
     name: str
     up: bool
-    restarts: int
-    node: str
-    device: str
-    cuda_visible_devices: str
-    weights_bytes: int
-    queue_tokens: int = 0
+    restarts: int = shown("restarts", "count", default=0, is_public=True)
+    queue_tokens: int = shown("queue", "count", default=0, is_public=True)
     number: int = 0
 
 
@@ -103,7 +142,7 @@ class ServiceStats:
     hosts: Sequence[HostStats]
     queue_tokens: int
     uptime_s: float = 0.0
-    expert_retries: int = 0
+    expert_retries: int = shown("sent again", "count", default=0, is_public=True)
     requests: Sequence[Durations] = ()
     stages: Sequence[Durations] = ()
     calls: Sequence[CallCount] = ()
@@ -111,22 +150,26 @@ class ServiceStats:
 
 
 @dataclass(frozen=True)
-class HostInfo:
+class HostInfo(HostFacts):
     """What a host says of itself once it is ready.
 
-    `endpoints` are where its listener is reached, `public_key` (Z85) whom to expect there when that is over TCP ("" = without keys);
-    `node` is the Ray node it runs on;
-    `cuda_visible_devices` is what Ray set for its process ("" = no GPU granted).
+    `endpoints` are where its listener is reached, `public_key` (Z85) whom to expect there when that is over TCP ("" = without keys).
     It can be asked for work of `since_epoch` and later: when it started, weights of earlier releases could not be read any more.
     """
 
     name: str
     endpoints: tuple[str, ...]
-    public_key: str
-    node: str
-    pid: int
-    device: str
-    cuda_visible_devices: str
-    num_threads: int
-    weights_bytes: int
+    public_key: str = ""
+    pid: int = 0
     since_epoch: int = 0
+
+
+def facts(info: HostFacts | None) -> dict[str, Any]:
+    """The fields of `HostFacts`, to make another record of; none of a host that has said nothing yet."""
+    return {} if info is None else {one.name: getattr(info, one.name) for one in fields(HostFacts)}
+
+
+def _counts(numbers: Sequence[int]) -> torch.Tensor:
+    import torch  # noqa: PLC0415 - only for those who want a tensor
+
+    return torch.tensor(numbers, dtype=torch.int64)

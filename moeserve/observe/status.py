@@ -5,23 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moeserve.observe.stats import HostShards
+from moeserve.observe.stats import HostFacts, HostShards
 
 
 @dataclass(frozen=True)
-class HostStatus:
-    """One host; is_up = it has answered within the last seconds. `cuda_visible_devices` is empty where no GPU was granted.
-
-    `number` is what placements call it.
-    """
+class HostStatus(HostFacts):
+    """One host; is_up = it has answered within the last seconds. `number` is what placements call it."""
 
     name: str
-    node: str
     is_up: bool
     pid: int = 0
-    device: str = ""
-    cuda_visible_devices: str = ""
-    weights_bytes: int = 0
     number: int = 0
 
 
@@ -42,7 +35,7 @@ class LayerStatus:
     """One layer; `placement` names hosts by their numbers."""
 
     name: str
-    revision: int
+    model_revision: int
     tensor_parallel: int
     placement: Sequence[HostShards]
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-import torch
-
+from moeserve.observe.records import plain
 from moeserve.observe.stats import Durations, LayerStats, ServiceStats, host_name
 
 _QUANTILES: Final = {"p50_ms": 0.5, "p90_ms": 0.9, "p99_ms": 0.99}
@@ -54,49 +53,26 @@ def forwards(stats: ServiceStats) -> list[Durations]:
     return [one for one in stats.requests if one.name.startswith("Forward")]
 
 
-def demand(layer: LayerStats) -> torch.Tensor:
-    """[E] int64: (token, expert) pairs that the gate asked for."""
-    return layer.processed + layer.dropped
+def demand(layer: LayerStats) -> list[int]:
+    """[E]: (token, expert) pairs that the gate asked for."""
+    return [done + lost for done, lost in zip(layer.processed_by_expert, layer.dropped_by_expert, strict=True)]
 
 
-def balancedness(demand: torch.Tensor) -> float:
+def balancedness(demand: Sequence[int]) -> float:
     """Mean / max of the experts' demand [E]: 1 = all alike, 1 / E = one has everything; 1 where nothing was asked for."""
-    most = float(demand.max()) if len(demand) else 0.0
-    return float(demand.double().mean()) / most if most else 1.0
+    most = max(demand, default=0)
+    return sum(demand) / len(demand) / most if most else 1.0
 
 
 def as_json(stats: ServiceStats) -> dict[str, Any]:
     """The snapshot as a JSON object, with what is worked out of it; hosts are called by their names."""
-    return {
-        "epoch": stats.epoch,
-        "uptime_s": stats.uptime_s,
-        "queue_tokens": stats.queue_tokens,
-        "expert_retries": stats.expert_retries,
-        "layers": [_layer(layer) for layer in stats.layers],
-        "hosts": [{key: value for key, value in vars(host).items() if key != "number"} for host in stats.hosts],
-        "requests": [_durations(one) for one in stats.requests],
-        "stages": [_durations(one) for one in stats.stages],
-        "calls": [vars(call) for call in stats.calls],
-        "events": [vars(event) for event in stats.events],
-    }
-
-
-def _layer(layer: LayerStats) -> dict[str, Any]:
-    return {
-        "name": layer.name,
-        "tokens": layer.tokens,
-        "processed": layer.processed.tolist(),
-        "dropped": layer.dropped.tolist(),
-        "balancedness": balancedness(demand(layer)),
-        "live_copies": list(layer.live_copies),
-        "tensor_parallel": layer.tensor_parallel,
-        "placement": [
-            {"host": host_name(held.host), "experts": list(held.experts), "shards": list(held.shards)} for held in layer.placement
-        ],
-    }
-
-
-def _durations(durations: Durations) -> dict[str, Any]:
-    quantiles = {name: quantile_ms(durations, q) for name, q in _QUANTILES.items()}
-    shown = {"upper_bounds_s": list(durations.upper_bounds_s), "counts": list(durations.counts), "sum_s": durations.sum_s}
-    return {"name": durations.name, **shown, **quantiles}
+    said = plain(stats)
+    for host in said["hosts"]:
+        del host["number"]
+    for layer, told in zip(stats.layers, said["layers"], strict=True):
+        told["balancedness"] = balancedness(demand(layer))
+        for held in told["placement"]:
+            held["host"] = host_name(held["host"])
+    for durations, told in zip((*stats.requests, *stats.stages), (*said["requests"], *said["stages"]), strict=True):
+        told.update({name: quantile_ms(durations, q) for name, q in _QUANTILES.items()})
+    return said

@@ -1,19 +1,30 @@
-"""`moeserve.v1.AdminService`: changing what is served."""
+"""`moeserve.v1.AdminService`: changing what is served.
+
+A verb is a method of the service in the .proto file, the method of that name here, one of `AdminClient`, and a file in `cli/`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import grpc
 
 from moeserve.errors import InvalidRequest
+from moeserve.files.version import running_version
+from moeserve.observe.records import to_message
 from moeserve.observe.status import ServiceStatus
 from moeserve.server.rpc import Context
 from moeserve.v1 import admin_service_pb2 as pb
 
-ADMIN_SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["AdminService"].full_name
+_SERVICE: Final = pb.DESCRIPTOR.services_by_name["AdminService"]
+_METHODS: Final = _SERVICE.methods
+#: of hosts, in one sentence
+_MAX_NAMES: Final = 8
+ADMIN_SERVICE_NAME: Final = _SERVICE.full_name
 
 
 class Served(Protocol):
@@ -58,47 +69,49 @@ class Admin(Protocol):
         ...
 
 
-class AdminService:
-    """Handlers that raise MoEServeError; the `Boundary` around them asks for the admin token."""
+@dataclass(frozen=True)
+class Identity:
+    """Who a process is; `epoch` and `why_not_ready` ("" = it is ready) are asked whenever somebody wants to know."""
 
-    def __init__(self, admin: Admin) -> None:
-        self._admin = admin
+    role: Literal["service", "frontend", "controller"]
+    epoch: Callable[[], int]
+    why_not_ready: Callable[[], str]
+
+
+class PingService:
+    """What every process answers of AdminService, without the admin token: handlers for all methods of it that there are here."""
+
+    def __init__(self, identity: Identity) -> None:
+        self._identity = identity
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """To add to a server."""
-        methods: dict[str, tuple[Any, Any, Any]] = {
-            "GetPlacement": (self.get_placement, pb.GetPlacementRequest, pb.GetPlacementResponse),
-            "SwapExperts": (self.swap_experts, pb.SwapExpertsRequest, pb.SwapExpertsResponse),
-            "Scale": (self.scale, pb.ScaleRequest, pb.ScaleResponse),
-            "DrainHost": (self.drain_host, pb.DrainHostRequest, pb.DrainHostResponse),
-            "Shutdown": (self.shutdown, pb.ShutdownRequest, pb.ShutdownResponse),
-        }
+        found = {method: getattr(self, _snake(method.name), None) for method in _METHODS}
         handlers = {
-            name: grpc.unary_unary_rpc_method_handler(method, request.FromString, response.SerializeToString)
-            for name, (method, request, response) in methods.items()
+            method.name: grpc.unary_unary_rpc_method_handler(
+                handler, getattr(pb, method.input_type.name).FromString, getattr(pb, method.output_type.name).SerializeToString
+            )
+            for method, handler in found.items()
+            if handler is not None
         }
         return grpc.method_handlers_generic_handler(ADMIN_SERVICE_NAME, handlers)
 
+    async def ping(self, _request: pb.PingRequest, _context: Context) -> pb.PingResponse:
+        """Who answers, at once."""
+        who, reason = self._identity, self._identity.why_not_ready()
+        return pb.PingResponse(role=who.role, version=running_version(), epoch=who.epoch(), is_ready=not reason, reason=reason)
+
+
+class AdminService(PingService):
+    """Handlers that raise MoEServeError; the `Boundary` around them asks for the admin token."""
+
+    def __init__(self, identity: Identity, admin: Admin) -> None:
+        super().__init__(identity)
+        self._admin = admin
+
     async def get_placement(self, _request: pb.GetPlacementRequest, _context: Context) -> pb.GetPlacementResponse:
         """A `ServiceStatus`, at once."""
-        status = self._admin.status()
-        return pb.GetPlacementResponse(
-            epoch=status.epoch,
-            is_changing=status.is_changing,
-            wanted_hosts=status.wanted_hosts,
-            shortage=status.shortage,
-            hosts=[pb.PlacedHost(**vars(host)) for host in status.hosts],
-            frontends=[pb.FollowingFrontend(**vars(frontend)) for frontend in status.frontends],
-            layers=[
-                pb.PlacedLayer(
-                    name=layer.name,
-                    model_revision=layer.revision,
-                    tensor_parallel=layer.tensor_parallel,
-                    placement=[pb.PlacedExperts(**vars(held)) for held in layer.placement],
-                )
-                for layer in status.layers
-            ],
-        )
+        return to_message(pb.GetPlacementResponse, self._admin.status())
 
     async def swap_experts(self, request: pb.SwapExpertsRequest, _context: Context) -> pb.SwapExpertsResponse:
         """One `SwapExpertsRequest`; returns when no request is answered with the old weights any more."""
@@ -121,3 +134,14 @@ class AdminService:
         """Answers at once; the service then ends as after SIGTERM."""
         self._admin.ask_to_stop()
         return pb.ShutdownResponse()
+
+
+def why_incomplete(status: ServiceStatus) -> str:
+    """Why a controller is not done: one sentence, "" = all hosts that are wanted are up."""
+    down = [host.name for host in status.hosts if not host.is_up]
+    return status.shortage or (f"{len(down)} of {len(status.hosts)} hosts are down: {', '.join(down[:_MAX_NAMES])}" if down else "")
+
+
+def _snake(name: str) -> str:
+    """GetPlacement -> get_placement."""
+    return re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()

@@ -29,6 +29,8 @@ Observe = Callable[[str, str, float], None]
 
 _HEALTH: Final = "/grpc.health.v1.Health/"
 _ADMIN: Final = "/moeserve.v1.AdminService/"
+#: of it, what callers may ask too
+_PING: Final = "/moeserve.v1.AdminService/Ping"
 _CONTROL: Final = "/moeserve.v1.ControlService/"
 #: calls that may last for ever, of all callers together: streams either way, those that watch health or follow too
 MAX_STREAMS: Final = 4096
@@ -81,7 +83,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         which, allowed = self._let_in(method)
         if allowed and not any(_carries(metadata, token) for token in allowed):
             return Unauthenticated(f"the {which} token is missing or wrong; send it as metadata: authorization: Bearer TOKEN")
-        if self.draining.is_set():
+        if self.draining.is_set() and method != _PING:
             return ExpertUnavailable("the service is draining and takes no new requests")
         return None
 
@@ -90,6 +92,8 @@ class Boundary(grpc.aio.ServerInterceptor):
         tokens = self._tokens.current()
         if method.startswith(_CONTROL):
             return "frontend", tokens.frontends
+        if method == _PING:
+            return "bearer", () if tokens.caller is None else (tokens.caller, *filter(None, (tokens.admin,)))
         which, token = ("admin", tokens.admin) if method.startswith(_ADMIN) else ("bearer", tokens.caller)
         return which, () if token is None else (token,)
 

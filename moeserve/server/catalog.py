@@ -1,16 +1,13 @@
-"""The served model and its layers: finding the one a request means, and describing them and their counts to clients."""
+"""The served model and its layers: finding the one a request means, and describing them to clients."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Final
 
-from moeserve.api.tensors import FLOAT_DTYPES, WIRE_NUMBERS
 from moeserve.config import LayerSpec
 from moeserve.errors import InvalidRequest, UnknownLayer
-from moeserve.observe.stats import LayerStats, ServiceStats
-from moeserve.v1 import moe_service_pb2 as pb
-from moeserve.v1.tensor_pb2 import DType
+from moeserve.observe.stats import LayerInfo
 
 _MAX_NAMES: Final = 8
 
@@ -37,9 +34,9 @@ class Catalog:
             raise UnknownLayer(f"there is no layer {layer}; served: 0..{len(self.layers) - 1} ({self._names()})")
         return layer
 
-    def describe(self) -> pb.ListLayersResponse:
+    def describe(self) -> list[LayerInfo]:
         """Every layer, for a client."""
-        return pb.ListLayersResponse(model=self.model, layers=map(_describe, range(len(self.layers)), self.layers))
+        return [_describe(index, spec) for index, spec in enumerate(self.layers)]
 
     def _names(self) -> str:
         names = [spec.name for spec in self.layers]
@@ -47,8 +44,8 @@ class Catalog:
         return ", ".join(names[:_MAX_NAMES]) + more
 
 
-def _describe(index: int, spec: LayerSpec) -> pb.LayerInfo:
-    return pb.LayerInfo(
+def _describe(index: int, spec: LayerSpec) -> LayerInfo:
+    return LayerInfo(
         index=index,
         name=spec.name,
         hidden_size=spec.hidden_size,
@@ -56,35 +53,6 @@ def _describe(index: int, spec: LayerSpec) -> pb.LayerInfo:
         num_experts=spec.num_experts,
         top_k=spec.gating.top_k,
         activation=spec.expert_kind,
-        dtype=DType.Name(WIRE_NUMBERS[FLOAT_DTYPES[spec.dtype]]),
+        dtype=spec.dtype,
         capacity_factor=spec.gating.capacity_factor,
-    )
-
-
-def describe_stats(stats: ServiceStats) -> pb.GetStatsResponse:
-    """A snapshot, for a client."""
-    return pb.GetStatsResponse(
-        epoch=stats.epoch,
-        layers=map(_layer_stats, range(len(stats.layers)), stats.layers),
-        hosts=[pb.HostStats(**vars(host)) for host in stats.hosts],
-        queue_tokens=stats.queue_tokens,
-        uptime_s=stats.uptime_s,
-        expert_retries=stats.expert_retries,
-        requests=[pb.Durations(**vars(durations)) for durations in stats.requests],
-        stages=[pb.Durations(**vars(durations)) for durations in stats.stages],
-        calls=[pb.CallCount(**vars(call)) for call in stats.calls],
-        events=[pb.Event(**vars(event)) for event in stats.events],
-    )
-
-
-def _layer_stats(index: int, layer: LayerStats) -> pb.LayerStats:
-    return pb.LayerStats(
-        index=index,
-        name=layer.name,
-        tokens=layer.tokens,
-        processed=layer.processed.tolist(),
-        dropped=layer.dropped.tolist(),
-        live_copies=layer.live_copies,
-        tensor_parallel=layer.tensor_parallel,
-        placement=[pb.HostShards(**vars(held)) for held in layer.placement],
     )

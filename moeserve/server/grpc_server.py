@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection
 from moeserve.addresses import join
 from moeserve.config import ServerConfig
 from moeserve.errors import ConfigError
-from moeserve.server.admin import ADMIN_SERVICE_NAME, Admin, AdminService
+from moeserve.server.admin import ADMIN_SERVICE_NAME, Admin, AdminService, Identity, PingService, why_incomplete
 from moeserve.server.boundary import Boundary, Observe
 from moeserve.server.certificates import server_credentials
 from moeserve.server.control import CONTROL_SERVICE_NAME, Control, ControlService
@@ -80,7 +80,9 @@ class GrpcServer:
         if has_engine:
             services[SERVICE_NAME] = self._service.handlers()
         if admin is not None and config.admin_token_file is not None:
-            services[ADMIN_SERVICE_NAME] = AdminService(admin).handlers()
+            services[ADMIN_SERVICE_NAME] = AdminService(self._identity(admin, has_engine), admin).handlers()
+        elif admin is not None or has_engine:
+            self._server.add_generic_rpc_handlers((PingService(self._identity(admin, has_engine)).handlers(),))
         if control is not None and control.tokens:
             services[CONTROL_SERVICE_NAME] = ControlService(control.frontends, self._boundary.draining).handlers()
         self._health = Health(list(services), None if has_engine else ())
@@ -93,6 +95,17 @@ class GrpcServer:
 
     def _new_server(self, options: Options, ages: Options = ()) -> grpc.aio.Server:
         return grpc.aio.server(interceptors=[self._boundary], options=[*options, *ages], maximum_concurrent_rpcs=_MAX_CALLS)
+
+    def _identity(self, admin: Admin | None, has_engine: bool) -> Identity:
+        if admin is None or has_engine:
+            return Identity("frontend" if admin is None else "service", self._epoch, self._why_not_serving)
+        return Identity("controller", lambda: admin.status().epoch, lambda: why_incomplete(admin.status()))
+
+    def _epoch(self) -> int:
+        return self._service.epoch
+
+    def _why_not_serving(self) -> str:
+        return self._health.why_not_serving()
 
     def serve(self, engine: Engine) -> None:
         """What to serve, from now on."""

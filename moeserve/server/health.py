@@ -60,6 +60,16 @@ class Health:
         self._layers[layer] = serving
         self._changed.notify()
 
+    def why_not_serving(self) -> str:
+        """One sentence; "" = the whole is SERVING."""
+        if self._is_draining:
+            return "it is draining"
+        if self._layers is None:
+            return "it is starting, and does not know yet what to serve"
+        missing = [name for name, is_serving in self._layers.items() if not is_serving]
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        return f"experts without a live copy in {missing[0]}{more}" if missing else ""
+
     def drain(self) -> None:
         """Everything is NOT_SERVING from now on, whatever is set later."""
         self._is_draining = True

@@ -17,8 +17,9 @@ from moeserve.api.request import LayerRequest, validate
 from moeserve.api.wire import WireRequest, decode_forward_request, encode_forward_response, request_id_of
 from moeserve.config import LayerSpec
 from moeserve.errors import ExpertUnavailable
+from moeserve.observe.records import to_message
 from moeserve.server.boundary import Observe
-from moeserve.server.catalog import Catalog, describe_stats
+from moeserve.server.catalog import Catalog
 from moeserve.server.engine import Engine
 from moeserve.server.rpc import Context
 from moeserve.server.status import as_user_error
@@ -48,6 +49,11 @@ class MoEService:
     def serve(self, engine: Engine) -> None:
         """Requests are for `engine` from now on."""
         self._engine, self._catalog = engine, Catalog(engine.model, engine.layers)
+
+    @property
+    def epoch(self) -> int:
+        """Of the placement in force; 0 = there is none yet."""
+        return self._engine.stats().epoch if self._engine is not None else 0
 
     def _served(self) -> tuple[Engine, Catalog]:
         if self._engine is None:
@@ -89,12 +95,15 @@ class MoEService:
     async def list_layers(self, _request: pb.ListLayersRequest, _context: Context) -> pb.ListLayersResponse:
         """The served layers, in model order."""
         _, catalog = self._served()
-        return catalog.describe()
+        return pb.ListLayersResponse(model=catalog.model, layers=[to_message(pb.LayerInfo, layer) for layer in catalog.describe()])
 
     async def get_stats(self, _request: pb.GetStatsRequest, _context: Context) -> pb.GetStatsResponse:
         """The engine's counts, now."""
         engine, _ = self._served()
-        return describe_stats(engine.stats())
+        answer = to_message(pb.GetStatsResponse, engine.stats())
+        for index, layer in enumerate(answer.layers):
+            layer.index = index
+        return answer
 
     async def _answer(self, message: bytes, context: Context) -> bytes:
         code, start = grpc.StatusCode.OK, time.perf_counter()
@@ -115,18 +124,7 @@ class MoEService:
         layer = catalog.resolve(wire.model, wire.layer)
         spec = catalog.layers[layer]
         remaining_s = context.time_remaining()
-        request = LayerRequest(
-            hidden_states=wire.hidden_states,
-            used_token=wire.used_token,
-            topk_ids=wire.topk_ids,
-            topk_weights=wire.topk_weights,
-            return_routing=wire.return_routing,
-            deadline=None if remaining_s is None else time.monotonic() + remaining_s,
-            token_ids=wire.token_ids,
-            capacity_factor=wire.capacity_factor,
-            noise=wire.noise,
-            seed=wire.seed,
-        )
+        request = wire.for_layer(None if remaining_s is None else time.monotonic() + remaining_s)
         request = validate(request, spec, self._max_tokens)
         if not request.num_tokens:
             return _empty_output(request, spec)

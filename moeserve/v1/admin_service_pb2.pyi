@@ -1,10 +1,30 @@
+from moeserve.v1 import moe_service_pb2 as _moe_service_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+from moeserve.v1.moe_service_pb2 import ForwardRequest as ForwardRequest
+from moeserve.v1.moe_service_pb2 import ForwardResponse as ForwardResponse
+from moeserve.v1.moe_service_pb2 import Error as Error
+from moeserve.v1.moe_service_pb2 import ListLayersRequest as ListLayersRequest
+from moeserve.v1.moe_service_pb2 import ListLayersResponse as ListLayersResponse
+from moeserve.v1.moe_service_pb2 import LayerInfo as LayerInfo
+from moeserve.v1.moe_service_pb2 import GetStatsRequest as GetStatsRequest
+from moeserve.v1.moe_service_pb2 import GetStatsResponse as GetStatsResponse
+from moeserve.v1.moe_service_pb2 import LayerStats as LayerStats
+from moeserve.v1.moe_service_pb2 import HostShards as HostShards
+from moeserve.v1.moe_service_pb2 import Durations as Durations
+from moeserve.v1.moe_service_pb2 import CallCount as CallCount
+from moeserve.v1.moe_service_pb2 import Event as Event
+from moeserve.v1.moe_service_pb2 import HostStats as HostStats
+from moeserve.v1.moe_service_pb2 import PlacedHost as PlacedHost
+from moeserve.v1.moe_service_pb2 import Host as Host
+from moeserve.v1.moe_service_pb2 import DropReason as DropReason
 
 DESCRIPTOR: _descriptor.FileDescriptor
+DROP_REASON_NONE: _moe_service_pb2.DropReason
+DROP_REASON_CAPACITY: _moe_service_pb2.DropReason
 
 class SwapExpertsRequest(_message.Message):
     __slots__ = ("layer", "checkpoint", "experts")
@@ -71,30 +91,10 @@ class GetPlacementResponse(_message.Message):
     is_changing: bool
     wanted_hosts: str
     shortage: str
-    hosts: _containers.RepeatedCompositeFieldContainer[PlacedHost]
+    hosts: _containers.RepeatedCompositeFieldContainer[_moe_service_pb2.PlacedHost]
     frontends: _containers.RepeatedCompositeFieldContainer[FollowingFrontend]
     layers: _containers.RepeatedCompositeFieldContainer[PlacedLayer]
-    def __init__(self, epoch: _Optional[int] = ..., is_changing: _Optional[bool] = ..., wanted_hosts: _Optional[str] = ..., shortage: _Optional[str] = ..., hosts: _Optional[_Iterable[_Union[PlacedHost, _Mapping]]] = ..., frontends: _Optional[_Iterable[_Union[FollowingFrontend, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[PlacedLayer, _Mapping]]] = ...) -> None: ...
-
-class PlacedHost(_message.Message):
-    __slots__ = ("name", "node", "is_up", "pid", "device", "cuda_visible_devices", "weights_bytes", "number")
-    NAME_FIELD_NUMBER: _ClassVar[int]
-    NODE_FIELD_NUMBER: _ClassVar[int]
-    IS_UP_FIELD_NUMBER: _ClassVar[int]
-    PID_FIELD_NUMBER: _ClassVar[int]
-    DEVICE_FIELD_NUMBER: _ClassVar[int]
-    CUDA_VISIBLE_DEVICES_FIELD_NUMBER: _ClassVar[int]
-    WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
-    NUMBER_FIELD_NUMBER: _ClassVar[int]
-    name: str
-    node: str
-    is_up: bool
-    pid: int
-    device: str
-    cuda_visible_devices: str
-    weights_bytes: int
-    number: int
-    def __init__(self, name: _Optional[str] = ..., node: _Optional[str] = ..., is_up: _Optional[bool] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., cuda_visible_devices: _Optional[str] = ..., weights_bytes: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
+    def __init__(self, epoch: _Optional[int] = ..., is_changing: _Optional[bool] = ..., wanted_hosts: _Optional[str] = ..., shortage: _Optional[str] = ..., hosts: _Optional[_Iterable[_Union[_moe_service_pb2.PlacedHost, _Mapping]]] = ..., frontends: _Optional[_Iterable[_Union[FollowingFrontend, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[PlacedLayer, _Mapping]]] = ...) -> None: ...
 
 class FollowingFrontend(_message.Message):
     __slots__ = ("name", "target", "metrics_target", "node", "epoch", "is_ready")
@@ -141,3 +141,21 @@ class ShutdownRequest(_message.Message):
 class ShutdownResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class PingRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PingResponse(_message.Message):
+    __slots__ = ("role", "version", "epoch", "is_ready", "reason")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    IS_READY_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    role: str
+    version: str
+    epoch: int
+    is_ready: bool
+    reason: str
+    def __init__(self, role: _Optional[str] = ..., version: _Optional[str] = ..., epoch: _Optional[int] = ..., is_ready: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...

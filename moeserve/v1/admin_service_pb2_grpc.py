@@ -35,6 +35,11 @@ class AdminServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.Ping = channel.unary_unary(
+                '/moeserve.v1.AdminService/Ping',
+                request_serializer=moeserve_dot_v1_dot_admin__service__pb2.PingRequest.SerializeToString,
+                response_deserializer=moeserve_dot_v1_dot_admin__service__pb2.PingResponse.FromString,
+                _registered_method=True)
         self.GetPlacement = channel.unary_unary(
                 '/moeserve.v1.AdminService/GetPlacement',
                 request_serializer=moeserve_dot_v1_dot_admin__service__pb2.GetPlacementRequest.SerializeToString,
@@ -65,6 +70,13 @@ class AdminServiceStub:
 class AdminServiceServicer:
     """Changes what a running service serves. Answered only with the admin token, which is not the one callers of MoEService have.
     """
+
+    def Ping(self, request, context):
+        """Who answers, and whether it is ready. Frontends answer this too, and a caller's token is enough; where callers need none, so does this.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def GetPlacement(self, request, context):
         """What is deployed and where.
@@ -105,6 +117,11 @@ class AdminServiceServicer:
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'Ping': grpc.unary_unary_rpc_method_handler(
+                    servicer.Ping,
+                    request_deserializer=moeserve_dot_v1_dot_admin__service__pb2.PingRequest.FromString,
+                    response_serializer=moeserve_dot_v1_dot_admin__service__pb2.PingResponse.SerializeToString,
+            ),
             'GetPlacement': grpc.unary_unary_rpc_method_handler(
                     servicer.GetPlacement,
                     request_deserializer=moeserve_dot_v1_dot_admin__service__pb2.GetPlacementRequest.FromString,
@@ -141,6 +158,33 @@ def add_AdminServiceServicer_to_server(servicer, server):
 class AdminService:
     """Changes what a running service serves. Answered only with the admin token, which is not the one callers of MoEService have.
     """
+
+    @staticmethod
+    def Ping(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moeserve.v1.AdminService/Ping',
+            moeserve_dot_v1_dot_admin__service__pb2.PingRequest.SerializeToString,
+            moeserve_dot_v1_dot_admin__service__pb2.PingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def GetPlacement(request,

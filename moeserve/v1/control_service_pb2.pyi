@@ -1,10 +1,30 @@
+from moeserve.v1 import moe_service_pb2 as _moe_service_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+from moeserve.v1.moe_service_pb2 import ForwardRequest as ForwardRequest
+from moeserve.v1.moe_service_pb2 import ForwardResponse as ForwardResponse
+from moeserve.v1.moe_service_pb2 import Error as Error
+from moeserve.v1.moe_service_pb2 import ListLayersRequest as ListLayersRequest
+from moeserve.v1.moe_service_pb2 import ListLayersResponse as ListLayersResponse
+from moeserve.v1.moe_service_pb2 import LayerInfo as LayerInfo
+from moeserve.v1.moe_service_pb2 import GetStatsRequest as GetStatsRequest
+from moeserve.v1.moe_service_pb2 import GetStatsResponse as GetStatsResponse
+from moeserve.v1.moe_service_pb2 import LayerStats as LayerStats
+from moeserve.v1.moe_service_pb2 import HostShards as HostShards
+from moeserve.v1.moe_service_pb2 import Durations as Durations
+from moeserve.v1.moe_service_pb2 import CallCount as CallCount
+from moeserve.v1.moe_service_pb2 import Event as Event
+from moeserve.v1.moe_service_pb2 import HostStats as HostStats
+from moeserve.v1.moe_service_pb2 import PlacedHost as PlacedHost
+from moeserve.v1.moe_service_pb2 import Host as Host
+from moeserve.v1.moe_service_pb2 import DropReason as DropReason
 
 DESCRIPTOR: _descriptor.FileDescriptor
+DROP_REASON_NONE: _moe_service_pb2.DropReason
+DROP_REASON_CAPACITY: _moe_service_pb2.DropReason
 
 class FrontendReport(_message.Message):
     __slots__ = ("name", "target", "metrics_target", "node", "public_key", "epoch", "oldest_epoch", "tried_epoch", "refusal", "is_leaving", "is_ready")
@@ -49,9 +69,9 @@ class FrontendOrder(_message.Message):
     welcome: Welcome
     current: Release
     candidate: Release
-    hosts: _containers.RepeatedCompositeFieldContainer[Host]
+    hosts: _containers.RepeatedCompositeFieldContainer[_moe_service_pb2.Host]
     failing: _containers.ScalarMap[int, str]
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., current: _Optional[_Union[Release, _Mapping]] = ..., candidate: _Optional[_Union[Release, _Mapping]] = ..., hosts: _Optional[_Iterable[_Union[Host, _Mapping]]] = ..., failing: _Optional[_Mapping[int, str]] = ...) -> None: ...
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., current: _Optional[_Union[Release, _Mapping]] = ..., candidate: _Optional[_Union[Release, _Mapping]] = ..., hosts: _Optional[_Iterable[_Union[_moe_service_pb2.Host, _Mapping]]] = ..., failing: _Optional[_Mapping[int, str]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("config_json", "public_key", "secret_key", "service_id", "drain_timeout_s")
@@ -126,29 +146,3 @@ class Swap(_message.Message):
     revision: int
     files: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, layer: _Optional[str] = ..., checkpoint: _Optional[str] = ..., experts: _Optional[_Iterable[int]] = ..., revision: _Optional[int] = ..., files: _Optional[_Iterable[int]] = ...) -> None: ...
-
-class Host(_message.Message):
-    __slots__ = ("number", "name", "endpoints", "public_key", "node", "pid", "device", "cuda_visible_devices", "num_threads", "weights_bytes", "since_epoch")
-    NUMBER_FIELD_NUMBER: _ClassVar[int]
-    NAME_FIELD_NUMBER: _ClassVar[int]
-    ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
-    PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
-    NODE_FIELD_NUMBER: _ClassVar[int]
-    PID_FIELD_NUMBER: _ClassVar[int]
-    DEVICE_FIELD_NUMBER: _ClassVar[int]
-    CUDA_VISIBLE_DEVICES_FIELD_NUMBER: _ClassVar[int]
-    NUM_THREADS_FIELD_NUMBER: _ClassVar[int]
-    WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
-    SINCE_EPOCH_FIELD_NUMBER: _ClassVar[int]
-    number: int
-    name: str
-    endpoints: _containers.RepeatedScalarFieldContainer[str]
-    public_key: str
-    node: str
-    pid: int
-    device: str
-    cuda_visible_devices: str
-    num_threads: int
-    weights_bytes: int
-    since_epoch: int
-    def __init__(self, number: _Optional[int] = ..., name: _Optional[str] = ..., endpoints: _Optional[_Iterable[str]] = ..., public_key: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., cuda_visible_devices: _Optional[str] = ..., num_threads: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., since_epoch: _Optional[int] = ...) -> None: ...

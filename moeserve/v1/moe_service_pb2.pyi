@@ -212,7 +212,7 @@ class Event(_message.Message):
     def __init__(self, time_unix_s: _Optional[float] = ..., kind: _Optional[str] = ..., subject: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
 
 class HostStats(_message.Message):
-    __slots__ = ("name", "up", "restarts", "node", "device", "cuda_visible_devices", "weights_bytes", "queue_tokens", "number")
+    __slots__ = ("name", "up", "restarts", "node", "device", "cuda_visible_devices", "weights_bytes", "queue_tokens", "number", "num_threads")
     NAME_FIELD_NUMBER: _ClassVar[int]
     UP_FIELD_NUMBER: _ClassVar[int]
     RESTARTS_FIELD_NUMBER: _ClassVar[int]
@@ -222,6 +222,7 @@ class HostStats(_message.Message):
     WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
     QUEUE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
+    NUM_THREADS_FIELD_NUMBER: _ClassVar[int]
     name: str
     up: bool
     restarts: int
@@ -231,4 +232,53 @@ class HostStats(_message.Message):
     weights_bytes: int
     queue_tokens: int
     number: int
-    def __init__(self, name: _Optional[str] = ..., up: _Optional[bool] = ..., restarts: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., cuda_visible_devices: _Optional[str] = ..., weights_bytes: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
+    num_threads: int
+    def __init__(self, name: _Optional[str] = ..., up: _Optional[bool] = ..., restarts: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., cuda_visible_devices: _Optional[str] = ..., weights_bytes: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., number: _Optional[int] = ..., num_threads: _Optional[int] = ...) -> None: ...
+
+class PlacedHost(_message.Message):
+    __slots__ = ("name", "node", "is_up", "pid", "device", "cuda_visible_devices", "weights_bytes", "number", "num_threads")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    IS_UP_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    CUDA_VISIBLE_DEVICES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    NUM_THREADS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    node: str
+    is_up: bool
+    pid: int
+    device: str
+    cuda_visible_devices: str
+    weights_bytes: int
+    number: int
+    num_threads: int
+    def __init__(self, name: _Optional[str] = ..., node: _Optional[str] = ..., is_up: _Optional[bool] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., cuda_visible_devices: _Optional[str] = ..., weights_bytes: _Optional[int] = ..., number: _Optional[int] = ..., num_threads: _Optional[int] = ...) -> None: ...
+
+class Host(_message.Message):
+    __slots__ = ("number", "name", "endpoints", "public_key", "node", "pid", "device", "cuda_visible_devices", "num_threads", "weights_bytes", "since_epoch")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+    PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    CUDA_VISIBLE_DEVICES_FIELD_NUMBER: _ClassVar[int]
+    NUM_THREADS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SINCE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    name: str
+    endpoints: _containers.RepeatedScalarFieldContainer[str]
+    public_key: str
+    node: str
+    pid: int
+    device: str
+    cuda_visible_devices: str
+    num_threads: int
+    weights_bytes: int
+    since_epoch: int
+    def __init__(self, number: _Optional[int] = ..., name: _Optional[str] = ..., endpoints: _Optional[_Iterable[str]] = ..., public_key: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., cuda_visible_devices: _Optional[str] = ..., num_threads: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., since_epoch: _Optional[int] = ...) -> None: ...

@@ -43,6 +43,7 @@ def frontend(service: ServiceHarness, tmp_path: Path) -> Iterator[FrontendProces
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_while_modules_are_imported(number: signal.Signals, tiny_moe: Path) -> None:
     with moeserve("serve", str(tiny_moe)) as process:
+        assert process.stderr is not None and next(process.stderr).startswith("starting moeserve ")
         until(lambda: blocks(process.pid, signal.SIGTERM))
         process.send_signal(number)
         _, err = process.communicate(timeout=60)

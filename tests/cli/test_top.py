@@ -50,9 +50,9 @@ def test_one_picture(capsys: pytest.CaptureFixture[str], service: ServiceHarness
     stats = service.frontend.stats()
     wanted, layer = demand(stats.layers[0]), stats.layers[0]
     row = next(line for line in lines if "layers.0" in line).split()
-    dropped = int(layer.dropped.sum()) / int(wanted.sum())
+    dropped = int(layer.dropped.sum()) / sum(wanted)
     assert (row[2], row[4], row[5]) == ("1,234", f"{dropped:.1%}", f"{balancedness(wanted):.2f}")
-    assert int(row[6].split(":")[0]) == int(wanted.argmax())
+    assert int(row[6].split(":")[0]) == wanted.index(max(wanted))
     assert [line.split()[:4] for line in lines if line.startswith("host-")] == [[f"host-{n}", "up", "this-node", "cpu"] for n in range(2)]
     assert sum(int(line.split()[-1]) for line in lines if line.startswith("host-")) == 2 * 8
     assert "host up" in out
@@ -93,10 +93,9 @@ def test_no_service_and_nonsense(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def snapshot(tokens: int, uptime_s: float, num_experts: int = 4, num_layers: int = 2, up: bool = True) -> ServiceStats:
-    counts = torch.zeros(num_experts, dtype=torch.int64)
-    counts[1] = tokens
-    layer = LayerStats("l", tokens, counts, counts * 0, [1] * num_experts, 1, [HostShards(0, range(num_experts), [0] * num_experts)])
-    return ServiceStats(1, [layer] * num_layers, [HostStats("host-0", up, 3, "n", "cpu", "", 5 * 2**30)], 17, uptime_s)
+    counts = [tokens * (expert == 1) for expert in range(num_experts)]
+    layer = LayerStats("l", tokens, counts, [0] * num_experts, [1] * num_experts, 1, [HostShards(0, range(num_experts), [0] * num_experts)])
+    return ServiceStats(1, [layer] * num_layers, [HostStats("host-0", up, 3, weights_bytes=5 * 2**30, num_threads=6)], 17, uptime_s)
 
 
 def test_rates_are_of_the_time_between_two_snapshots() -> None:

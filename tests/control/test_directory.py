@@ -12,7 +12,7 @@ from moeserve.control import directory as room
 from moeserve.control.directory import Directory
 from moeserve.observe.stats import HostInfo
 
-HOST = HostInfo("host-0", ("tcp://127.0.0.1:1",), "", "", 1, "cpu", "", 1, 0)
+HOST = HostInfo("host-0", ("tcp://127.0.0.1:1",))
 
 
 async def test_a_host_is_waited_for() -> None:

@@ -43,7 +43,7 @@ class Hosts:
 
     def __init__(self, folder: Path) -> None:
         listeners = [listen(f"unix:{folder}/{number}.sock") for number in range(3)]
-        self.infos = [HostInfo(f"host-{n}", listener.endpoints, "", "node", 0, "cpu", "", 1, 0) for n, listener in enumerate(listeners)]
+        self.infos = [HostInfo(f"host-{n}", listener.endpoints, node="node") for n, listener in enumerate(listeners)]
         self.third: Listener = listeners[2]
         self.relays = [Relay(number, KeyPair.generate()) for number in range(2)]
         self.shelves = [bank_table_of({0: bank(number)}) for number in range(2)]
@@ -158,7 +158,7 @@ async def test_a_peer_that_goes_is_lost_and_a_new_incarnation_is_found(hosts: Ho
     with pytest.raises(PeerLost):
         await send(channel, [0, 2])
     hosts.third = listen(f"unix:{tmp_path}/new.sock")
-    hosts.infos[2] = HostInfo("host-2", hosts.third.endpoints, "", "node", 0, "cpu", "", 1, 0)
+    hosts.infos[2] = HostInfo("host-2", hosts.third.endpoints, node="node")
     hosts.introduce()
     again = send(channel, [0, 2])
     work = await hosts.third_receives()

@@ -83,8 +83,10 @@ class FakeEngine:
         return replace(counted, **self._stamped)
 
     def stats(self) -> ServiceStats:
-        layers = [LayerStats(layer.name, 7, counts := torch.arange(layer.num_experts), counts + 1) for layer in self.layers]
-        return ServiceStats(3, layers, [HostStats("host-0", True, 2, "node-a", "cuda:0", "1", 4096)], 11)
+        numbers = [range(layer.num_experts + 1) for layer in self.layers]
+        layers = [LayerStats(layer.name, 7, counts[:-1], counts[1:]) for layer, counts in zip(self.layers, numbers, strict=True)]
+        facts = {"node": "node-a", "device": "cuda:0", "cuda_visible_devices": "1", "num_threads": 3, "weights_bytes": 4096}
+        return ServiceStats(3, layers, [HostStats("host-0", True, 2, **facts)], 11)
 
 
 def identity(rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -82,7 +82,7 @@ class ThreadedHost:
         own = KeyPair.generate()
         self.keys = HostKeys(own, self._admitted())
         listener = listen(*dict.fromkeys((endpoint[self._kind], endpoint["tcp"])), keys=self.keys)
-        self.info = HostInfo(f"host-{self.number}", listener.endpoints, own.public, self.node, 0, "cpu", "", 1, 0)
+        self.info = HostInfo(f"host-{self.number}", listener.endpoints, own.public, node=self.node, device="cpu", num_threads=1)
         self.relay = Relay(self.number, own)
         self.holdings = Holdings(self._config, self.number, torch.device("cpu"))
         self.refusal: MoEServeError | None = None
@@ -213,7 +213,7 @@ class ServiceHarness:
         """Lets frontends follow with the token "follow", from `control_target` on."""
         address = controller_address(self.config).model_copy(update={"port": port})
         control = Control(self.frontends, frontend_tokens(self.config.controller, "follow"))
-        self.control_server = GrpcServer(address, self.metrics.observe_call, control=control)
+        self.control_server = GrpcServer(address, self.metrics.observe_call, admin=self.controller, control=control)
         self.control_target = f"127.0.0.1:{await self.control_server.start()}"
 
     async def close_control(self) -> None:

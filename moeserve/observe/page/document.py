@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Final
+
+from moeserve.observe.records import columns
+from moeserve.observe.stats import HostStats, LayerStats, ServiceStats
+
+#: what the page shows of records beside what it works out itself
+_TABLES: Final = {"service": ServiceStats, "layers": LayerStats, "hosts": HostStats}
 
 
 @dataclass(frozen=True)
@@ -19,7 +27,9 @@ class Document:
 def load_document() -> Document:
     """Put together of the package's files."""
     folder = files(__package__)
+    columns_json = json.dumps({table: [vars(one) for one in columns(kind) if one.is_public] for table, kind in _TABLES.items()})
     style, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    script = script.replace("/*shown*/ {}", columns_json)
     page = folder.joinpath("page.html").read_text(encoding="utf-8")
     page = page.replace("/*style*/", style).replace("/*script*/", script)
     # Nothing but what is in the document runs, and it talks to nobody but this port.

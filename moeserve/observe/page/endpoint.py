@@ -18,7 +18,8 @@ from moeserve.observe.page.document import load_document
 from moeserve.observe.page.exposition import expose
 from moeserve.observe.page.http_request import Request
 from moeserve.observe.page.http_server import HttpAnswer, HttpServer
-from moeserve.observe.stats import ServiceStats
+from moeserve.observe.records import columns
+from moeserve.observe.stats import HostStats, ServiceStats
 from moeserve.observe.summary import as_json
 
 _HEADERS: Final = {
@@ -28,8 +29,6 @@ _HEADERS: Final = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-#: of a host, what only callers with the token are told
-_PRIVATE: Final = ("device", "cuda_visible_devices", "weights_bytes")
 #: higher levels take ten times as long for a fifth less
 _GZIP_LEVEL: Final = 1
 
@@ -76,5 +75,6 @@ class StatusPage:
 def public_json(stats: ServiceStats) -> dict[str, Any]:
     """What may be told without a token."""
     said = as_json(stats)
-    said["hosts"] = [{name: value for name, value in host.items() if name not in _PRIVATE} for host in said["hosts"]]
+    public = {"name", "up", *(column.key for column in columns(HostStats) if column.is_public)}
+    said["hosts"] = [{name: value for name, value in host.items() if name in public} for host in said["hosts"]]
     return said

@@ -6,6 +6,7 @@ const sum = (list) => list.reduce((a, b) => a + b, 0);
 const percent = (part) => (100 * part).toFixed(1) + " %";
 const ms = (value) => value === null ? "–" : value >= 100 ? value.toFixed(0) : value.toPrecision(3);
 const short = (value) => value >= 1e6 ? (value / 1e6).toFixed(2) + " M" : value >= 1e4 ? (value / 1e3).toFixed(1) + " k" : value >= 100 || value === 0 ? number.format(value) : value.toFixed(1);
+const shown = /*shown*/ {};  // columns of tables, as records describe them
 const history = [];  // snapshots of the last minute, the newest last
 
 function make(name, attributes = {}, text = null) {
@@ -34,9 +35,10 @@ function less(now, base) {  // what was counted since `base`; null = all
   const minus = (list, old) => list.map((value, i) => value - (old ? old[i] : 0));
   const named = (list, name) => list.find((one) => one.name === name) ?? {};
   const durations = (key) => now[key].map((one) => ({ ...one, counts: minus(one.counts, named(base[key], one.name).counts) }));
+  const totals = shown.layers.filter((column) => column.form === "total").map((column) => column.key);
   const layers = now.layers.map((layer, i) => {
-    const old = base.layers[i];
-    return { ...layer, tokens: layer.tokens - old.tokens, processed: minus(layer.processed, old.processed), dropped: minus(layer.dropped, old.dropped) };
+    const old = base.layers[i], counted = Object.fromEntries(totals.map((key) => [key, layer[key] - old[key]]));
+    return { ...layer, ...counted, processed: minus(layer.processed, old.processed), dropped: minus(layer.dropped, old.dropped) };
   });
   const before = (call) => base.calls.find((one) => one.method === call.method && one.code === call.code)?.count ?? 0;
   const calls = now.calls.map((call) => ({ ...call, count: call.count - before(call) }));
@@ -131,6 +133,24 @@ function rows(table, list) {  // each a list of cells: text or an element, with 
   }));
 }
 
+const isText = (column) => column.form === "name" || column.form === "text";
+const MIB = 2 ** 20;
+const told = {
+  name: (text) => named(text || "–"), text: (text) => text || "–", count: number.format, total: number.format,
+  bytes: (size) => size >= 1024 * MIB ? (size / 1024 / MIB).toFixed(1) + " GiB" : (size / MIB).toFixed(1) + " MiB",
+};
+const cells = (columns, record) => columns.map((column) => [told[column.form](record[column.key]), isText(column) ? "l" : ""]);
+
+function addColumns(table, columns) {  // once, behind the names and the strips
+  const head = $(table).tHead.rows[0], group = $(table).querySelector("colgroup"), after = head.cells[2], col = group.children[2];
+  if (head.dataset.whole) return;
+  head.dataset.whole = "yes";
+  for (const column of columns) {
+    col.before(make("col", { class: column.form === "name" ? "node" : "number" }));
+    after.before(make("th", { scope: "col", class: isText(column) ? "l" : "" }, column.label[0].toUpperCase() + column.label.slice(1)));
+  }
+}
+
 // ---- the parts of the page ----------------------------------------------------------------------------------------------------
 function drawTiles(stats, counted) {
   const few = less(stats, history.at(-1 - FEW) ?? history[0]), seconds = few === stats ? 0 : few.uptime_s;
@@ -160,10 +180,11 @@ function drawLoad(stats, counted) {
   const few = less(stats, history.at(-1 - FEW) ?? history[0]), seconds = few === stats ? 0 : few.uptime_s;
   const most = Math.max(0, ...stats.layers.map((layer) => layer.processed.length));
   $("experts").textContent = most > 1 ? `Experts 0 … ${most - 1}` : "Experts";
+  addColumns("load", shown.layers);
   rows("load", counted.layers.map((layer, i) => {
     const loads = demand(layer), total = sum(loads), lost = sum(layer.dropped), hottest = loads.indexOf(Math.max(...loads));
     return [
-      [named(layer.name), "l"], [loadStrip(layer, loads)], [number.format(layer.tokens)], [seconds > 0 ? short(few.layers[i].tokens / seconds) : "–"],
+      [named(layer.name), "l"], [loadStrip(layer, loads)], ...cells(shown.layers, layer), [seconds > 0 ? short(few.layers[i].tokens / seconds) : "–"],
       [percent(total ? lost / total : 0)], [balance(loads).toFixed(2)], [total ? `${hottest}: ${(100 * loads[hottest] / total).toFixed(0)} %` : "–"],
     ];
   }));
@@ -173,11 +194,12 @@ function drawHosts(stats) {
   const select = $("layer"), names = stats.layers.map((layer) => layer.name);
   if (select.length !== names.length) select.replaceChildren(...names.map((name, i) => make("option", { value: i }, name)));
   const layer = stats.layers[Number(select.value) || 0], count = layer.live_copies.length;
+  addColumns("hosts", shown.hosts);
   rows("hosts", stats.hosts.map((host) => {
     const held = sum(stats.layers.map((one) => one.placement.find((each) => each.host === host.name)?.experts.length ?? 0));
     const name = make("span", { class: host.up ? "dot" : "dot down" }, host.name + (host.up ? "" : " is down"));
-    return [[name, host.up ? "l" : "l warn"], [placementStrip(host, layer, count)], [named(host.node || "–"), "l"],
-      [number.format(held)], [number.format(host.queue_tokens)], [number.format(host.restarts)]];
+    return [[name, host.up ? "l" : "l warn"], [placementStrip(host, layer, count)],
+      ...cells(shown.hosts, host), [number.format(held)]];
   }));
   const least = Math.min(...layer.live_copies), gone = layer.live_copies.flatMap((copies, expert) => copies ? [] : [expert]);
   const whole = least === Math.max(...layer.live_copies) ? `${least}` : `at least ${least}`;
@@ -211,7 +233,8 @@ function draw() {
   }
   drawRest(stats, counted);
   const up = stats.uptime_s, unit = up >= 172800 ? [86400, "d"] : up >= 7200 ? [3600, "h"] : up >= 120 ? [60, "min"] : [1, "s"];
-  $("since").textContent = `up ${Math.floor(up / unit[0])} ${unit[1]} · placement ${stats.epoch}` + (stats.expert_retries ? ` · ${number.format(stats.expert_retries)} sent again` : "");
+  $("since").textContent = `up ${Math.floor(up / unit[0])} ${unit[1]} · placement ${stats.epoch}`
+    + shown.service.map(({ key, label }) => stats[key] ? ` · ${number.format(stats[key])} ${label}` : "").join("");
 }
 
 async function update() {

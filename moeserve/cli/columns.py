@@ -1,0 +1,35 @@
+"""Columns that records describe themselves, in tables of a terminal: see `moeserve.observe.records`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from rich.table import Table
+
+from moeserve.observe.records import Column, Form, columns
+
+
+def _bytes(value: int) -> str:
+    mib = value / 2**20
+    return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.1f} MiB"
+
+
+_number: Final = "{:,}".format
+_TEXT: Final[Mapping[Form, Callable[[Any], str]]] = {"name": str, "text": str, "count": _number, "total": _number, "bytes": _bytes}
+
+
+def add_columns(table: Table, kind: type, **options: Any) -> None:
+    """Those of the records of a kind; `options` are rich's, for each of them."""
+    for column in columns(kind):
+        table.add_column(column.label, justify="left" if column.form in ("name", "text") else "right", **options)
+
+
+def cells(record: Any, name_chars: int) -> list[str]:
+    """What stands in them; names are cut to so many characters."""
+    return [_cell(column, getattr(record, column.key), name_chars) for column in columns(record.__class__)]
+
+
+def _cell(column: Column, value: Any, name_chars: int) -> str:
+    text = _TEXT[column.form](value)
+    return text if column.form != "name" or len(text) <= name_chars else text[: name_chars - 1] + "…"

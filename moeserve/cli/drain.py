@@ -1,0 +1,21 @@
+"""`moeserve drain`: place the experts of one host on the others, and let it go."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from moeserve.cli.streams import say
+from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of
+
+
+def drain(
+    target: Target,
+    host: Annotated[str, typer.Argument(help="Name of the host, as moeserve top shows it.")],
+    admin_token_file: AdminTokenFile,
+    tls_ca: TlsCa = None,
+) -> None:
+    """Place the experts of one host on the others and let it go; no request fails meanwhile."""
+    with admin_of(target, admin_token_file, tls_ca) as client:
+        say(str(client.drain(host)))
