@@ -30,6 +30,14 @@ def two_threads() -> None:
     torch.set_num_threads(2)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_choices() -> Iterator[None]:
+    """A kernel is chosen after it has been tried on one expert: measuring it well would take half of the time of all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moeserve.experts.choice._ALL_BYTES", 1)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def nothing_logged_yet() -> None:
     """Lines that are written once a minute are written in every test."""

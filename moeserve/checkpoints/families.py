@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Final
 
@@ -191,4 +193,10 @@ def family_of(model_type: str) -> Family:
 
 
 def _added() -> Mapping[str, EntryPoint]:
+    return _added_on(tuple(sys.path))
+
+
+@cache
+def _added_on(path: tuple[str, ...]) -> Mapping[str, EntryPoint]:
+    """Kept, because every installed distribution is looked into: milliseconds, and several times for a checkpoint."""
     return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
