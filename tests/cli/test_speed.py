@@ -80,7 +80,8 @@ def test_an_admin_verb_against_nobody(verb: str, admin_token: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("verb", "told"), [(("top", "--once"), "host-1"), (("ping",), "ready"), (("status",), "2 of 2 hosts up"), (("scale", "--hosts", "2"), "host-0, host-1")]
+    ("verb", "told"),
+    [(("top", "--once"), "host-1"), (("ping",), "ready"), (("status",), "2 of 2 hosts up"), (("scale", "--hosts", "2"), "host-0, host-1")],
 )
 def test_an_admin_verb_against_a_service(service: ServiceHarness, admin_token: Path, verb: tuple[str, ...], told: str) -> None:
     token = () if verb[0] in ("top", "ping") else ("--admin-token-file", str(admin_token))
