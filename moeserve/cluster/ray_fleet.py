@@ -34,7 +34,7 @@ _HANG_S = 60.0  # a healthy host never stays silent this long
 _FORGET_TIMEOUT_S = 10.0  # hosts hear in the end what to forget; a busy one is not waited for
 
 
-class Fleet:
+class RayFleet:
     """All hosts, by number, and the releases they have: one, or two while the second is brought in.
 
     `detached`: they outlive this process, and one that comes after it `adopt`s them by their names in its Ray namespace.
@@ -74,7 +74,7 @@ class Fleet:
             return dict.fromkeys(self._members, self._ray_lost)
         return {number: why for number, member in self._members.items() if (why := member.why_not) is not None}
 
-    def lose_ray(self, why: str) -> None:
+    def lose(self, why: str) -> None:
         """Nothing can be asked of Ray any more, and whoever has started it ends what is left."""
         self._ray_lost = why
 

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from ray._private import worker
 
+from moeserve.cluster.cluster import Loss
+
 _LOOK_S: Final = 1.0
-
-
-@dataclass(frozen=True)
-class Loss:
-    """Why nothing that ends here starts again; `is_final`: what still runs will end, too, and so will this process unless it leaves Ray."""
-
-    why: str
-    is_final: bool
 
 
 def find_loss() -> Loss | None:

@@ -10,7 +10,7 @@ import ray
 from ray._private import state
 from ray.autoscaler.sdk import request_resources
 
-from moeserve.cluster.ray_fleet import Fleet
+from moeserve.cluster.ray_fleet import RayFleet
 from moeserve.control import Node, Wanted
 
 _RESOURCES = ("CPU", "GPU")
@@ -19,7 +19,7 @@ _RESOURCES = ("CPU", "GPU")
 class RayNodes:
     """What hosts of `fleet` have reserved counts as free."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: RayFleet) -> None:
         self._fleet = fleet
 
     async def list(self) -> list[Node]:

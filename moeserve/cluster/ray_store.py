@@ -9,7 +9,7 @@ from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _in
 _KEY: Final = b"moeserve:state"
 
 
-class Store:
+class RayStore:
     """One value for each Ray namespace."""
 
     def __init__(self, namespace: str) -> None:

@@ -25,9 +25,11 @@ from moeserve import MoELayer, MoEServeError
 from moeserve.api.request import LayerRequest
 from moeserve.checkpoints import layer_sources
 from moeserve.cli.app import main as cli
-from moeserve.cluster import Fleet, Nodes, RayRuntime
+from moeserve.cluster.ray_fleet import RayFleet
 from moeserve.cluster.ray_leave import leave
+from moeserve.cluster.ray_nodes import RayNodes
 from moeserve.cluster.ray_reservation import find_hosts, find_reservations
+from moeserve.cluster.ray_runtime import RayRuntime
 from moeserve.config import ServiceConfig, load_config
 from moeserve.control import Assignment, first_state, reconcile, wanted_hosts
 from moeserve.frontend import Frontend
@@ -64,8 +66,8 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def first_driver(cluster: Cluster, wide: Any, narrow: Any) -> None:
     config = config_for(cluster.address)
-    fleet, sources = Fleet(config, detached=True), layer_sources(config)
-    nodes, wanted = Nodes(fleet), wanted_hosts(config.placement.num_hosts, sources, config)
+    fleet, sources = RayFleet(config, detached=True), layer_sources(config)
+    nodes, wanted = RayNodes(fleet), wanted_hosts(config.placement.num_hosts, sources, config)
     await only_what_fits(nodes, config)
 
     assignments = list((await first_state(config, sources, nodes)).assignments)
@@ -127,7 +129,7 @@ async def first_driver(cluster: Cluster, wide: Any, narrow: Any) -> None:
     await a_node_is_left(cluster, fleet, nodes, wide.node_id)
 
 
-async def only_what_fits(nodes: Nodes, config: ServiceConfig) -> None:
+async def only_what_fits(nodes: RayNodes, config: ServiceConfig) -> None:
     """What cannot be had is said; what is there is used."""
     sources = layer_sources(config)
     for placement in ({"num_hosts": 7}, {"node_strategy": "strict_spread"}, {"node_labels": {"pool": "none"}}):
@@ -140,7 +142,7 @@ async def only_what_fits(nodes: Nodes, config: ServiceConfig) -> None:
     print("all", len(everywhere), "packed on", len({assignment.node for assignment in packed}))
 
 
-async def a_node_is_left(cluster: Cluster, fleet: Fleet, nodes: Nodes, node: str) -> None:
+async def a_node_is_left(cluster: Cluster, fleet: RayFleet, nodes: RayNodes, node: str) -> None:
     try:
         await asyncio.to_thread(leave, cluster.address, "moeserve", 1.0, node)
     except MoEServeError as error:
@@ -155,7 +157,7 @@ async def a_node_is_left(cluster: Cluster, fleet: Fleet, nodes: Nodes, node: str
 async def second_driver(address: str, service: str, assignments: list[Assignment], pids: dict[str, int]) -> None:
     config = config_for(address)
     assert STRANGER in find_hosts()
-    fleet, keys, release = Fleet(config, detached=True), KeyPair.generate(), release_on(assignments, config, 1)
+    fleet, keys, release = RayFleet(config, detached=True), KeyPair.generate(), release_on(assignments, config, 1)
     fleet.start(service)
     await fleet.adopt(release, assignments)
     for assignment in assignments:
@@ -168,7 +170,7 @@ async def second_driver(address: str, service: str, assignments: list[Assignment
     await frontend.start("no node of this cluster")
     expected = MoELayer(**LAYER)(hidden_states)
     assert_close((await frontend.forward(0, LayerRequest(hidden_states))).hidden_states, expected)
-    once_more = Fleet(config, detached=True)
+    once_more = RayFleet(config, detached=True)
     once_more.start(service)
     await once_more.adopt(release, assignments)
     assert {(await once_more.find(assignment.number)).pid for assignment in assignments} <= set(pids.values())
