@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 OnReady = Callable[[HostInfo], None]
 
 
-class Fleet:
+class RayFleet:
     """All hosts, by number, and the releases they have: one, or two while the second is brought in.
 
     `detached`: they outlive this process, and one that comes after it `adopt`s them by their names in its Ray namespace.
@@ -70,7 +70,7 @@ class Fleet:
             return dict.fromkeys(self._members, self._ray_lost)
         return {number: why for number, member in self._members.items() if (why := member.why_not) is not None}
 
-    def lose_ray(self, why: str) -> None:
+    def lose(self, why: str) -> None:
         """Nothing can be asked of Ray any more, and whoever has started it ends what is left."""
         self._ray_lost = why
 

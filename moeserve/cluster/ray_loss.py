@@ -4,18 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from dataclasses import dataclass
 
+from moeserve.cluster.cluster import Loss
 from moeserve.cluster.ray_internals import GCS, RAYLET, session_dir, started_processes
 from moeserve.cluster.timing import LOSS_LOOK_S
-
-
-@dataclass(frozen=True)
-class Loss:
-    """Why nothing that ends here starts again; `is_final`: what still runs will end, too, and so will this process unless it leaves Ray."""
-
-    why: str
-    is_final: bool
 
 
 def find_loss() -> Loss | None:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 import ray
 from ray.autoscaler.sdk import request_resources
 
-from moeserve.cluster.ray_fleet import Fleet
+from moeserve.cluster.ray_fleet import RayFleet
 from moeserve.cluster.ray_internals import available_resources, draining_nodes, total_resources
 from moeserve.control import Node, Wanted
 
@@ -19,7 +19,7 @@ _RESOURCES = ("CPU", "GPU")
 class RayNodes:
     """What hosts of `fleet` have reserved counts as free."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: RayFleet) -> None:
         self._fleet = fleet
 
     async def list(self) -> list[Node]:

@@ -9,7 +9,7 @@ from moeserve.cluster.ray_internals import kv_delete, kv_get, kv_put
 _KEY: Final = b"moeserve:state"
 
 
-class Store:
+class RayStore:
     """One value for each Ray namespace."""
 
     def __init__(self, namespace: str) -> None:

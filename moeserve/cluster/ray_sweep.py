@@ -8,7 +8,7 @@ from typing import Final
 
 from moeserve.cluster.ray_program import ProgramActor
 from moeserve.cluster.ray_reservation import find_reservations, give_back
-from moeserve.cluster.ray_store import Store
+from moeserve.cluster.ray_store import RayStore
 
 _OURS: Final = re.compile(r"controller|(?:frontend|host)-\d+")
 
@@ -19,7 +19,7 @@ async def sweep(namespace: str) -> None:
 
 
 def _sweep(namespace: str) -> None:
-    Store(namespace).clear()
+    RayStore(namespace).clear()
     for actor in ProgramActor.find_all(namespace):
         if _OURS.fullmatch(actor.name):
             actor.kill()

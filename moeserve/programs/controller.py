@@ -13,7 +13,10 @@ from typing import Any, Final
 
 from moeserve.addresses import called, join
 from moeserve.checkpoints import LayerSource, layer_sources
-from moeserve.cluster import Fleet, RayNodes, Store, end_this_process
+from moeserve.cluster.ray_fleet import RayFleet
+from moeserve.cluster.ray_nodes import RayNodes
+from moeserve.cluster.ray_program import end_this_process
+from moeserve.cluster.ray_store import RayStore
 from moeserve.config import ServiceConfig
 from moeserve.control import Controller, Frontends, Saved, State, first_state
 from moeserve.errors import CheckpointChanged, ConfigError
@@ -46,7 +49,7 @@ class ControllerProgram:
     def __init__(self, config: ServiceConfig, tell: Tell) -> None:
         self._config = config
         self._tell = tell
-        self._store = Store(config.ray.namespace)
+        self._store = RayStore(config.ray.namespace)
         self._running = AsyncExitStack()
         self._tasks: set[asyncio.Task[None]] = set()
         self._target = ""
@@ -76,7 +79,7 @@ class ControllerProgram:
 
     async def _start(self, saved: Saved | None) -> None:
         config, sources = self._config, await asyncio.to_thread(layer_sources, self._config)
-        self._fleet = Fleet(config, detached=True)
+        self._fleet = RayFleet(config, detached=True)
         nodes = RayNodes(self._fleet)
         self._saved = saved or await self._first(sources, nodes)
         state = self._saved.state

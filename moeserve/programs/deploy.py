@@ -6,7 +6,10 @@ import asyncio
 import logging
 from functools import partial
 
-from moeserve.cluster import ProgramActor, RayRuntime, on_head, start_program, sweep
+from moeserve.cluster.ray_program import ProgramActor, start_program
+from moeserve.cluster.ray_runtime import RayRuntime
+from moeserve.cluster.ray_sweep import sweep
+from moeserve.cluster.ray_where import on_head
 from moeserve.config import ServiceConfig
 from moeserve.errors import ConfigError
 from moeserve.programs.controller import ControllerProgram, Deployed, Tell

@@ -11,7 +11,7 @@ import torch
 
 from moeserve.allocator import give_back_when_quiet, keep_large_blocks
 from moeserve.client import TLS
-from moeserve.cluster import this_node
+from moeserve.cluster.ray_where import this_node
 from moeserve.config import ServiceConfig
 from moeserve.programs.frontend_service import FrontendService
 from moeserve.transport import give_back_pools

@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any, Final
 
 from moeserve.addresses import is_loopback, join
-from moeserve.cluster import ProgramActor, node_address, on_this_node, spread, start_program
+from moeserve.cluster.ray_program import ProgramActor, start_program
+from moeserve.cluster.ray_where import node_address, on_this_node, spread
 from moeserve.config import ServiceConfig
 from moeserve.errors import MoEServeError
 from moeserve.programs.frontend_actor import FrontendProgram

@@ -12,7 +12,10 @@ from typing import Any
 
 from moeserve.addresses import called, join
 from moeserve.checkpoints import LayerSource, host_bytes, layer_sources, memory_warning
-from moeserve.cluster import Fleet, RayNodes, RayRuntime, until_lost
+from moeserve.cluster.ray_fleet import RayFleet
+from moeserve.cluster.ray_loss import until_lost
+from moeserve.cluster.ray_nodes import RayNodes
+from moeserve.cluster.ray_runtime import RayRuntime
 from moeserve.config import ServiceConfig
 from moeserve.control import Controller, FrontendInfo, Frontends, State, first_num_hosts, first_state
 from moeserve.errors import ConfigError, ExpertUnavailable, MoEServeError
@@ -92,7 +95,7 @@ class Service:
         first_num_hosts(config, sources)  # what cannot be is said before anything starts
         specs = [source.spec for source in sources]
         metrics, runtime = Metrics(specs, config.observability.expert_detail), RayRuntime(config.ray, config.placement)
-        fleet, keys = Fleet(config, detached=False), KeyPair.generate()
+        fleet, keys = RayFleet(config, detached=False), KeyPair.generate()
 
         self._progress("starting Ray" if config.ray.address is None else f"joining Ray at {config.ray.address}")
         self._running.push_async_callback(asyncio.to_thread, runtime.stop)
@@ -132,7 +135,7 @@ class Service:
         if warning:
             self._progress(f"warning: {warning}")
 
-    def _frontend(self, release: Release, sources: Sequence[LayerSource], fleet: Fleet, metrics: Metrics, keys: KeyPair) -> Frontend:
+    def _frontend(self, release: Release, sources: Sequence[LayerSource], fleet: RayFleet, metrics: Metrics, keys: KeyPair) -> Frontend:
         """It reads every gate."""
         served = release.sources(self._config, sources)
         return Frontend(served, release, fleet.find, self._config, metrics, self._health_changed, keys)
@@ -152,13 +155,13 @@ class Service:
         self._running.callback(task.cancel)
         return task
 
-    async def _end_with_ray(self, fleet: Fleet, frontends: Frontends, tasks: Sequence[asyncio.Task[None]]) -> None:
+    async def _end_with_ray(self, fleet: RayFleet, frontends: Frontends, tasks: Sequence[asyncio.Task[None]]) -> None:
         """Without Ray no host comes back: those that there are serve on, as long as they have all experts."""
         loss = await until_lost()
         log.error("no host that is lost will come back: %s", loss.why)
         for task in tasks:
             task.cancel()
-        fleet.lose_ray(f"no host comes back: {loss.why}")
+        fleet.lose(f"no host comes back: {loss.why}")
         frontends.set_failing(fleet.failing)
         if not loss.is_final:
             await self._is_ailing.wait()
@@ -198,13 +201,13 @@ class Service:
             await self._server.drain(self._config.server.drain_timeout_s)
 
 
-async def _unless_lost(work: Coroutine[Any, Any, None], fleet: Fleet) -> None:
+async def _unless_lost(work: Coroutine[Any, Any, None], fleet: RayFleet) -> None:
     """Until it is done. Raises ExpertUnavailable when Ray is lost before."""
     working, losing = asyncio.ensure_future(work), asyncio.ensure_future(until_lost())
     try:
         await asyncio.wait({working, losing}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            fleet.lose_ray(losing.result().why)
+            fleet.lose(losing.result().why)
             raise ExpertUnavailable(f"no host can be started: {losing.result().why}")
         await working
     finally:

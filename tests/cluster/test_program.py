@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from moeserve import ConfigError
-from moeserve.cluster import ProgramActor, start_program
+from moeserve.cluster.ray_program import ProgramActor, start_program
 
 
 class Broken:

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from moeserve.cluster import ray_internals as internals
-from moeserve.cluster import this_node
+from moeserve.cluster.ray_where import this_node
 
 ROOM = Path(internals.__file__).parent
 USERS = [path for path in sorted(ROOM.glob("ray_*.py")) if path.name != "ray_internals.py"]

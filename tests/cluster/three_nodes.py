@@ -23,10 +23,12 @@ from moeserve import MoELayer, MoEServeError
 from moeserve.api.request import LayerRequest
 from moeserve.checkpoints import layer_sources
 from moeserve.cli.app import main as cli
-from moeserve.cluster import Fleet, RayNodes, RayRuntime
+from moeserve.cluster.ray_fleet import RayFleet
 from moeserve.cluster.ray_internals import allow_clusters
 from moeserve.cluster.ray_leave import leave
+from moeserve.cluster.ray_nodes import RayNodes
 from moeserve.cluster.ray_reservation import find_hosts, find_reservations
+from moeserve.cluster.ray_runtime import RayRuntime
 from moeserve.config import ServiceConfig, load_config
 from moeserve.control import Assignment, first_state, reconcile, wanted_hosts
 from moeserve.frontend import Frontend
@@ -58,7 +60,7 @@ def release_on(assignments: list[Assignment], config: ServiceConfig, epoch: int)
 
 async def first_driver(cluster: Cluster, wide: Any, narrow: Any) -> None:
     config = config_for(cluster.address)
-    fleet, sources = Fleet(config, detached=True), layer_sources(config)
+    fleet, sources = RayFleet(config, detached=True), layer_sources(config)
     nodes, wanted = RayNodes(fleet), wanted_hosts(config.placement.num_hosts, sources, config)
     await only_what_fits(nodes, config)
 
@@ -134,7 +136,7 @@ async def only_what_fits(nodes: RayNodes, config: ServiceConfig) -> None:
     print("all", len(everywhere), "packed on", len({assignment.node for assignment in packed}))
 
 
-async def a_node_is_left(cluster: Cluster, fleet: Fleet, nodes: RayNodes, node: str) -> None:
+async def a_node_is_left(cluster: Cluster, fleet: RayFleet, nodes: RayNodes, node: str) -> None:
     try:
         await asyncio.to_thread(leave, cluster.address, "moeserve", 1.0, node)
     except MoEServeError as error:
@@ -149,7 +151,7 @@ async def a_node_is_left(cluster: Cluster, fleet: Fleet, nodes: RayNodes, node: 
 async def second_driver(address: str, service: str, assignments: list[Assignment], pids: dict[str, int]) -> None:
     config = config_for(address)
     assert STRANGER in find_hosts()
-    fleet, keys, release = Fleet(config, detached=True), KeyPair.generate(), release_on(assignments, config, 1)
+    fleet, keys, release = RayFleet(config, detached=True), KeyPair.generate(), release_on(assignments, config, 1)
     fleet.start(service)
     await fleet.adopt(release, assignments)
     for assignment in assignments:
@@ -162,7 +164,7 @@ async def second_driver(address: str, service: str, assignments: list[Assignment
     await frontend.start("no node of this cluster")
     expected = MoELayer(**LAYER)(hidden_states)
     assert_close((await frontend.forward(0, LayerRequest(hidden_states))).hidden_states, expected)
-    once_more = Fleet(config, detached=True)
+    once_more = RayFleet(config, detached=True)
     once_more.start(service)
     await once_more.adopt(release, assignments)
     assert {(await once_more.find(assignment.number)).pid for assignment in assignments} <= set(pids.values())

@@ -1,0 +1,177 @@
+"""All hosts of a service as threads of this process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from moeserve.cluster.thread_host import ThreadHost
+from moeserve.cluster.timing import LEAST_REST_S, MOST_REST_S, WATCH_S
+from moeserve.control.assignments import Assignment
+from moeserve.errors import MoEServeError
+from moeserve.host import Holdings, Host, Where
+from moeserve.notifier import Notifier
+from moeserve.observe.stats import HostInfo, host_name
+from moeserve.release import Release
+
+log = logging.getLogger(__name__)
+
+OnReady = Callable[[HostInfo], None]
+Load = Callable[[int, Where, Sequence[Release]], Holdings]
+
+
+class ThreadFleet:
+    """`where` says where host `number` runs in its incarnation number n; `load` fills it with the releases in force."""
+
+    def __init__(self, where: Callable[[int, int], Where], load: Load) -> None:
+        self._where, self._load = where, load
+        self._releases: list[Release] = []
+        self.members: dict[int, ThreadHost] = {}
+        self._frontends: frozenset[str] = frozenset()
+        self._changed = Notifier()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._incarnations = 0
+        #: when a host that failed to start may try again, and how long it has rested
+        self._rests: dict[int, tuple[float, float]] = {}
+        #: nothing takes a host away for good here
+        self.given_up: set[int] = set()
+        self._lost: str | None = None
+
+    @property
+    def present(self) -> dict[int, HostInfo]:
+        """What hosts that are up say of themselves."""
+        return {number: member.host.info for number, member in self.members.items() if member.is_up}
+
+    @property
+    def failing(self) -> dict[int, str]:
+        """Hosts that are not on their way back at present, and why."""
+        if self._lost is not None:
+            return dict.fromkeys(self.members, self._lost)
+        return {number: str(member.error) for number, member in self.members.items() if member.error is not None}
+
+    async def take(self, release: Release, assignments: Sequence[Assignment], on_ready: OnReady = lambda _: None) -> None:
+        """Every host of `release` loads what is new in it, started first if need be; `on_ready` is told of each that was started.
+
+        Raises ConfigError or CheckpointError; then the release is withdrawn by whoever asked.
+        """
+        self._releases = [*self._releases, release]
+        self._rests.clear()  # there is something new to load
+        new = [self._add(each.number) for each in assignments if each.number not in self.members]
+        for member in new:
+            await self._until_up(member)
+            on_ready(member.host.info)
+        for number in release.placement.hosts:
+            await self._until_up(self.members[number])
+            await asyncio.to_thread(self.members[number].host.take, release)
+
+    async def adopt(self, release: Release, assignments: Sequence[Assignment]) -> None:
+        """Those of `assignments` serve `release` and nothing else; all others end."""
+        self._releases = [release]
+        numbers = {each.number for each in assignments}
+        await self.remove([number for number in self.members if number not in numbers])
+        for number in sorted(numbers):
+            member = self.members.get(number) or self._add(number)
+            await self._until_up(member)
+            await asyncio.to_thread(member.host.adopt, release)
+
+    async def withdraw(self, epoch: int) -> None:
+        """The release of `epoch` will not be, nor any after it."""
+        self._releases = [release for release in self._releases if release.epoch < epoch]
+        for member in self._up():
+            await asyncio.to_thread(member.host.withdraw, epoch)
+
+    async def retire(self, epoch: int) -> None:
+        """Nobody asks for what was before `epoch` any more."""
+        self._releases = [release for release in self._releases if release.epoch >= epoch]
+        for member in self._up():
+            await asyncio.to_thread(member.host.retire, epoch)
+        self._introduce()
+
+    async def remove(self, numbers: Sequence[int]) -> None:
+        """End these hosts for good."""
+        leaving = [self.members.pop(number) for number in numbers if number in self.members]
+        for member in leaving:
+            await asyncio.to_thread(member.stop)
+        self._introduce()
+
+    def admit(self, public_keys: Collection[str]) -> asyncio.Future[None]:
+        """Frontends that show these keys may talk to hosts over TCP, and no others."""
+        self._frontends = frozenset(public_keys)
+        self._introduce()
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done.set_result(None)
+        return done
+
+    async def watch(self, on_change: Callable[[Mapping[int, HostInfo]], None]) -> None:
+        """For ever: starts hosts again that have failed, and tells where each is, down or not, when that has changed."""
+        told: Mapping[int, HostInfo] | None = None
+        while True:
+            directory = self._directory()
+            if directory != told:
+                on_change(told := directory)
+            changed = asyncio.create_task(self._changed.wait())
+            await asyncio.wait({changed}, timeout=WATCH_S)
+            changed.cancel()
+            for member in list(self.members.values()):
+                if not member.is_up and not member.is_stopped and self._lost is None and self._may_try(member.number):
+                    await self._try(member)
+
+    def lose(self, why: str) -> None:
+        """No host is started any more."""
+        self._lost = why
+
+    async def stop(self) -> None:
+        """End all hosts."""
+        await self.remove(list(self.members))
+
+    def _add(self, number: int) -> ThreadHost:
+        self._loop = asyncio.get_running_loop()
+        self.members[number] = ThreadHost(number, lambda on_crash: self._make(number, on_crash), self._from_any_thread)
+        return self.members[number]
+
+    def _make(self, number: int, on_crash: Callable[[], None]) -> Host:
+        self._incarnations += 1
+        where = self._where(number, self._incarnations)
+        return Host(self._load(number, where, self._releases), where, self._frontends, on_crash)
+
+    def _from_any_thread(self) -> None:
+        assert self._loop is not None, "a fleet that has hosts"
+        self._loop.call_soon_threadsafe(self._introduce)
+
+    def _directory(self) -> dict[int, HostInfo]:
+        """The latest incarnation of each host; who cannot reach one asks again for the next."""
+        known = ((number, member.host.info if member.is_up else member.info) for number, member in self.members.items())
+        return {number: info for number, info in known if info is not None}
+
+    def _introduce(self) -> None:
+        """Every host learns where all of them are now, and whom to let in."""
+        directory = self._directory()
+        for member in self._up():
+            member.host.meet(directory, self._frontends)
+        self._changed.notify()
+
+    def _up(self) -> list[ThreadHost]:
+        return [member for member in self.members.values() if member.is_up]
+
+    async def _until_up(self, member: ThreadHost) -> None:
+        """One that somebody has stopped is waited for. Raises what keeps it from starting."""
+        while not member.is_up:
+            if member.is_stopped:
+                await self._changed.wait()
+            else:
+                await asyncio.to_thread(member.start)
+
+    def _may_try(self, number: int) -> bool:
+        return time.monotonic() >= self._rests.get(number, (0.0, 0.0))[0]
+
+    async def _try(self, member: ThreadHost) -> None:
+        try:
+            await asyncio.to_thread(member.start)
+        except MoEServeError as error:
+            pause_s = min(max(LEAST_REST_S, 2 * self._rests.get(member.number, (0.0, 0.0))[1]), MOST_REST_S)
+            self._rests[member.number] = time.monotonic() + pause_s, pause_s
+            log.warning("%s does not start, next try in %g s: %s", host_name(member.number), pause_s, error)
+        else:
+            self._rests.pop(member.number, None)

@@ -1,0 +1,86 @@
+"""Hosts as threads of this process: no Ray, ready in no time, nothing pinned, and no fault of one kept from the others.
+
+For notebooks, tests, and a single machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+
+from moeserve.addresses import join
+from moeserve.cluster.cluster import Loss, MemoryStore
+from moeserve.cluster.thread_fleet import ThreadFleet
+from moeserve.config import ServiceConfig
+from moeserve.control import Node, Wanted
+from moeserve.host import Holdings, Where
+from moeserve.observe.stats import host_name
+from moeserve.release import Release
+
+_NODE = "this-process"
+
+
+class ThreadNodes:
+    """One node, with as many CPUs as a local Ray would say it has."""
+
+    def __init__(self, cpus: float, gpus: float) -> None:
+        self.cpus, self.gpus = cpus, gpus
+
+    async def list(self) -> list[Node]:
+        """It alone."""
+        room = {"CPU": float(self.cpus), "GPU": float(self.gpus)}
+        return [Node(_NODE, _NODE, room, room)]
+
+    def ask_for(self, wanted: Wanted, num_hosts: int) -> None:
+        """Nobody brings more."""
+
+
+class ThreadCluster:
+    """A `Cluster` that is this process."""
+
+    intent = "starting hosts as threads of this process"
+    is_private = True
+    here = _NODE
+
+    def __init__(self, config: ServiceConfig) -> None:
+        placing, ray = config.placement, config.ray
+        hosts = 0 if placing.num_hosts == "all" else placing.num_hosts
+        cpus = ray.num_cpus or max(os.cpu_count() or 1, math.ceil(hosts * placing.cpus_per_host))
+        self._config = config
+        self._service_id, self._is_followed = "", False
+        self.nodes = ThreadNodes(cpus, torch.cuda.device_count() if ray.num_gpus is None else ray.num_gpus)
+        self.hosts = ThreadFleet(self.where, self._load)
+        self.store = MemoryStore()
+
+    async def start(self) -> None:
+        """There is nothing to start."""
+
+    def open(self, service_id: str, *, is_followed: bool) -> None:
+        """As `Cluster.open`."""
+        self._service_id, self._is_followed = service_id, is_followed
+
+    async def lost(self) -> Loss:
+        """Never, while this process lives."""
+        await asyncio.Event().wait()
+        raise AssertionError("nobody sets it")
+
+    async def stop(self) -> None:
+        """There is nothing to stop but hosts, which their owner does."""
+
+    def where(self, number: int, incarnation: int) -> Where:
+        """Reached through memory from this process, and over TCP from others on this machine."""
+        placing = self._config.placement
+        local = f"local:{self._service_id}/{host_name(number)}-{incarnation}"
+        endpoints = (local, f"tcp://{join('127.0.0.1', 0)}") if self._is_followed else (local,)
+        gpus = torch.cuda.device_count() if placing.gpus_per_host else 0
+        device = torch.device("cuda", number % gpus) if gpus else torch.device("cpu")
+        return Where(_NODE, endpoints, device, max(1, int(placing.cpus_per_host)))
+
+    def _load(self, number: int, where: Where, releases: Sequence[Release]) -> Holdings:
+        holdings = Holdings(self._config, number, where.device)
+        holdings.begin(releases)
+        return holdings
