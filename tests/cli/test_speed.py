@@ -79,10 +79,15 @@ def test_an_admin_verb_against_nobody(verb: str, admin_token: Path) -> None:
     assert "grpc" in imported(done) and not HEAVY & imported(done)
 
 
-@pytest.mark.parametrize(
-    ("verb", "told"),
-    [(("top", "--once"), "host-1"), (("ping",), "ready"), (("status",), "2 of 2 hosts up"), (("scale", "--hosts", "2"), "host-0, host-1")],
-)
+ANSWERS = {
+    ("top", "--once"): "host-1",
+    ("ping",): "ready",
+    ("status",): "2 of 2 hosts up",
+    ("scale", "--hosts", "2"): "host-0, host-1",
+}
+
+
+@pytest.mark.parametrize(("verb", "told"), ANSWERS.items())
 def test_an_admin_verb_against_a_service(service: ServiceHarness, admin_token: Path, verb: tuple[str, ...], told: str) -> None:
     token = () if verb[0] in ("top", "ping") else ("--admin-token-file", str(admin_token))
     _, done = python("-X", "importtime", "-m", "moeserve", verb[0], service.target, *verb[1:], *token)

@@ -18,17 +18,23 @@ from rich.console import Console
 from moeserve import Client
 from moeserve.cli.app import main
 from moeserve.cli.top_view import view
+from moeserve.client import AdminClient
+from moeserve.observe.page.document import load_document
+from moeserve.observe.page.endpoint import public_json
 from moeserve.observe.stats import HostShards, HostStats, LayerStats, ServiceStats
 from moeserve.observe.summary import balancedness, demand
 from tests.support.harness import ServiceHarness
 
+ADMIN = "of the administrator"
 LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8}
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceHarness]:
     layers = [{**LAYER, "gating": {"top_k": 2, "capacity_factor": 1.0}}, {**LAYER, "gating": {"top_k": 1}}]
-    with ServiceHarness({"layers": layers, "placement": {"num_hosts": 2}}, "local", tmp_path_factory.mktemp("s")) as harness:
+    (token := tmp_path_factory.mktemp("token") / "admin").write_text(ADMIN)
+    config = {"layers": layers, "placement": {"num_hosts": 2}, "server": {"port": 0, "admin_token_file": token}}
+    with ServiceHarness(config, "local", tmp_path_factory.mktemp("s")) as harness:
         with Client(harness.target) as client:
             client.forward(torch.randn(1234, 16), layer=0)
         yield harness
@@ -71,6 +77,20 @@ def test_json(capsys: pytest.CaptureFixture[str], service: ServiceHarness) -> No
     assert [host["name"] for host in said["hosts"]] == ["host-0", "host-1"]
     forward = next(one for one in said["requests"] if one["name"] == "Forward")
     assert sum(forward["counts"]) == 1 and 0 < forward["p50_ms"] <= forward["p99_ms"]
+
+
+def test_the_threads_of_a_host_are_shown_wherever_hosts_are(capsys: pytest.CaptureFixture[str], service: ServiceHarness) -> None:
+    """The same for any number of a host: to programs, as JSON, in tables, and on the page, which asks for no token."""
+    with Client(service.target) as client, AdminClient(service.target, ADMIN) as admin:
+        assert [host.num_threads for host in (*client.stats().hosts, *admin.status().hosts)] == [1] * 4
+    token = ("--admin-token-file", str(service.config.server.admin_token_file))
+    for verb in (("top", "--once"), ("status", *token)):
+        assert main([verb[0], service.target, *verb[1:], "--json"]) == 0
+        assert [host["num_threads"] for host in json.loads(capsys.readouterr().out)["hosts"]] == [1, 1]
+        assert main([verb[0], service.target, *verb[1:]]) == 0
+        assert re.search(r"\bthreads\b", capsys.readouterr().out)
+    assert [host["num_threads"] for host in public_json(service.frontend.stats())["hosts"]] == [1, 1]
+    assert b'"num_threads", "label": "threads"' in load_document().body
 
 
 def test_live_until_interrupted(service: ServiceHarness) -> None:
