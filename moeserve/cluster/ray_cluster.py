@@ -11,16 +11,16 @@ from moeserve.cluster.ray_nodes import RayNodes
 from moeserve.cluster.ray_runtime import RayRuntime
 from moeserve.cluster.ray_store import RayStore
 from moeserve.cluster.ray_where import this_node
-from moeserve.config import ServiceConfig
+from moeserve.config import PlacementConfig, RayConfig, ServedModel
 
 
 class RayCluster:
     """A `Cluster` that this process starts or joins; its hosts end with it."""
 
-    def __init__(self, config: ServiceConfig) -> None:
-        self._runtime = RayRuntime(config.ray, config.placement)
-        self.intent = "starting Ray" if config.ray.address is None else f"joining Ray at {config.ray.address}"
-        self.hosts = RayFleet(config, detached=False)
+    def __init__(self, model: ServedModel, placing: PlacementConfig, ray: RayConfig) -> None:
+        self._runtime = RayRuntime(ray, placing)
+        self.intent = "starting Ray" if ray.address is None else f"joining Ray at {ray.address}"
+        self.hosts = RayFleet(model, placing, ray, detached=False)
         self.nodes = RayNodes(self.hosts)
         self.store = MemoryStore()
 
@@ -57,10 +57,10 @@ class DetachedRayCluster:
     intent = "using the Ray cluster this process is part of"
     is_private = False
 
-    def __init__(self, config: ServiceConfig) -> None:
-        self.hosts = RayFleet(config, detached=True)
+    def __init__(self, model: ServedModel, placing: PlacementConfig, ray: RayConfig) -> None:
+        self.hosts = RayFleet(model, placing, ray, detached=True)
         self.nodes = RayNodes(self.hosts)
-        self.store = RayStore(config.ray.namespace)
+        self.store = RayStore(ray.namespace)
 
     @property
     def here(self) -> str:

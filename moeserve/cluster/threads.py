@@ -15,7 +15,7 @@ import torch
 from moeserve.addresses import join
 from moeserve.cluster.cluster import Loss, MemoryStore
 from moeserve.cluster.thread_fleet import ThreadFleet
-from moeserve.config import ServiceConfig
+from moeserve.config import PlacementConfig, RayConfig, ServedModel
 from moeserve.control import Node, Wanted
 from moeserve.host import Holdings, Where
 from moeserve.observe.stats import host_name
@@ -46,11 +46,10 @@ class ThreadCluster:
     is_private = True
     here = _NODE
 
-    def __init__(self, config: ServiceConfig) -> None:
-        placing, ray = config.placement, config.ray
+    def __init__(self, model: ServedModel, placing: PlacementConfig, ray: RayConfig) -> None:
         hosts = 0 if placing.num_hosts == "all" else placing.num_hosts
         cpus = ray.num_cpus or max(os.cpu_count() or 1, math.ceil(hosts * placing.cpus_per_host))
-        self._config = config
+        self._model, self._placing = model, placing
         self._service_id, self._is_followed = "", False
         self.nodes = ThreadNodes(cpus, torch.cuda.device_count() if ray.num_gpus is None else ray.num_gpus)
         self.hosts = ThreadFleet(self.where, self._load)
@@ -73,14 +72,13 @@ class ThreadCluster:
 
     def where(self, number: int, incarnation: int) -> Where:
         """Reached through memory from this process, and over TCP from others on this machine."""
-        placing = self._config.placement
         local = f"local:{self._service_id}/{host_name(number)}-{incarnation}"
         endpoints = (local, f"tcp://{join('127.0.0.1', 0)}") if self._is_followed else (local,)
-        gpus = torch.cuda.device_count() if placing.gpus_per_host else 0
+        gpus = torch.cuda.device_count() if self._placing.gpus_per_host else 0
         device = torch.device("cuda", number % gpus) if gpus else torch.device("cpu")
-        return Where(_NODE, endpoints, device, max(1, int(placing.cpus_per_host)))
+        return Where(_NODE, endpoints, device, max(1, int(self._placing.cpus_per_host)))
 
     def _load(self, number: int, where: Where, releases: Sequence[Release]) -> Holdings:
-        holdings = Holdings(self._config, number, where.device)
+        holdings = Holdings(self._model, number, where.device)
         holdings.begin(releases)
         return holdings

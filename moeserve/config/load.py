@@ -10,7 +10,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from moeserve.config.server import ServerConfig
-from moeserve.config.service import ServiceConfig
+from moeserve.config.service import FrontendConfig, ServiceConfig
 from moeserve.errors import ConfigError
 from moeserve.files import read_file
 
@@ -37,10 +37,10 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Overrides | N
         raise ConfigError(f"{where}: {_sentence(error)}") from None
 
 
-def load_json(text: str) -> ServiceConfig:
-    """The configuration that somebody else has loaded and passes on. Raises ConfigError."""
+def load_json(text: str) -> FrontendConfig:
+    """The configuration that a controller has loaded and passes on. Raises ConfigError."""
     try:
-        return ServiceConfig.model_validate_json(text)
+        return FrontendConfig.model_validate_json(text)
     except ValidationError as error:
         raise ConfigError(f"the configuration that was passed on cannot be used: {_sentence(error)}") from None
 
@@ -104,7 +104,7 @@ def _shown(value: Any) -> str:
 
 
 def _allowed(loc: tuple[int | str, ...]) -> str:
-    fields = ServiceConfig.model_fields
+    fields: dict[str, Any] = {"server": None} | ServiceConfig.model_fields  # listed as in the documentation: where it listens first
     for part in loc[:-1]:
         if isinstance(part, str) and part in fields:
             fields = _table_of(fields[part].annotation)
