@@ -18,7 +18,8 @@ from moeserve.cli.target import TlsCa
 from moeserve.cli.token import rotating_token
 from moeserve.client import TLS
 from moeserve.config import ServerConfig, load_server
-from moeserve.programs.frontend_service import FrontendService
+from moeserve.programs.frontend import FrontendProgram
+from moeserve.programs.grpc_orders import GrpcOrders
 from moeserve.transport import give_back_pools
 
 
@@ -44,9 +45,9 @@ def frontend(
 
 
 async def _serve(controller: str, token: Callable[[], str], server: ServerConfig, tls: TLS | None, name: str, timeout_s: float) -> None:
-    service = FrontendService(controller, token, server, tls=tls, name=name, progress=tell)
+    program = FrontendProgram(server, GrpcOrders(controller, token, tls), name=name, progress=tell)
 
     async def over() -> None:
-        raise await service.broken
+        raise await program.broken
 
-    await serve_until_told(service, service.start(timeout_s), over)
+    await serve_until_told(program, program.start(timeout_s), over)
