@@ -42,11 +42,12 @@ def frontend(
 
 async def _serve(controller: str, token: Callable[[], str], server: ServerConfig, tls: TLS | None, name: str, timeout_s: float) -> None:
     with importing():
-        from moeserve.programs.frontend_service import FrontendService
+        from moeserve.programs.frontend import FrontendProgram
+        from moeserve.programs.grpc_orders import GrpcOrders
 
-    service = FrontendService(controller, token, server, tls=tls, name=name, progress=tell)
+    program = FrontendProgram(server, GrpcOrders(controller, token, tls), name=name, progress=tell)
 
     async def over() -> None:
-        raise await service.broken
+        raise await program.broken
 
-    await serve_until_told(service, service.start(timeout_s), over)
+    await serve_until_told(program, program.start(timeout_s), over)

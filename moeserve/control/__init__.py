@@ -4,7 +4,9 @@ from moeserve.control.assignments import Assigned, Assignment, Node, Wanted
 from moeserve.control.controller import Controller, first_state
 from moeserve.control.desired import Planner
 from moeserve.control.follower import CannotFollow, Follower
+from moeserve.control.following import Following
 from moeserve.control.frontends import FrontendInfo, Frontends
+from moeserve.control.orders import Orders, OrderStream
 from moeserve.control.reconcile import reconcile
 from moeserve.control.saved import Saved
 from moeserve.control.state import NumHosts, State
@@ -15,10 +17,13 @@ __all__ = [
     "CannotFollow",
     "Controller",
     "Follower",
+    "Following",
     "FrontendInfo",
     "Frontends",
     "Node",
     "NumHosts",
+    "OrderStream",
+    "Orders",
     "Planner",
     "Saved",
     "State",

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Final
 
+from moeserve.control import timing
 from moeserve.notifier import Notifier
 from moeserve.observe.stats import HostInfo
-
-#: an incarnation that was not reached a moment ago is tried again after this long, as it may have been the network
-_PATIENCE_S: Final = 2.0
 
 
 class Directory:
@@ -32,7 +29,7 @@ class Directory:
         Whoever asks again within seconds could not reach it: he waits a little for another, as nobody may be behind that door.
         """
         given, asked_at = self._given.get(number, (None, 0.0))
-        await self._changed.until(lambda: number in self._hosts and self._hosts[number] != given, asked_at + _PATIENCE_S)
+        await self._changed.until(lambda: number in self._hosts and self._hosts[number] != given, asked_at + timing.PATIENCE_S)
         await self._changed.until(lambda: number in self._hosts)
         info = self._hosts[number]
         self._given[number] = info, time.monotonic()

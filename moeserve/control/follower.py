@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Coroutine
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from moeserve.checkpoints import LayerSource, ServedLayers
 from moeserve.config import FrontendConfig, ServerConfig, load_json
+from moeserve.control import timing
 from moeserve.control.directory import Directory
 from moeserve.control.follow import Order, Report, Welcome
 from moeserve.errors import ConfigError, MoEServeError
@@ -19,9 +20,6 @@ from moeserve.release import Release
 from moeserve.transport import KeyPair
 
 log = logging.getLogger(__name__)
-
-#: what was missed is used at once, reached or not; but where hosts are reached, this is enough
-_REACH_S: Final = 5.0
 
 
 class CannotFollow(ConfigError):
@@ -166,7 +164,7 @@ class Follower:
     async def _move_to(self, release: Release, frontend: Frontend) -> None:
         """New batches use the release; when those under way have ended, or have had their time, hosts that are not needed are let go."""
         sources = await asyncio.to_thread(self._sources, release)
-        await _within(_REACH_S, frontend.welcome(release))
+        await _within(timing.REACH_S, frontend.welcome(release))
         await frontend.prepare(release, sources)
         frontend.publish(release)
         self.say(epoch=release.epoch, oldest_epoch=frontend.oldest_epoch)

@@ -7,10 +7,10 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
 from moeserve.checkpoints import LayerSource
 from moeserve.config import ServiceConfig
+from moeserve.control import timing
 from moeserve.control.follow import Order, Report, Welcome, followed_config
 from moeserve.control.rollout import Publisher
 from moeserve.errors import ConfigError
@@ -20,11 +20,6 @@ from moeserve.release import Release
 from moeserve.transport import KeyPair
 
 log = logging.getLogger(__name__)
-
-#: beyond what a frontend may take anyway, for it to say so
-_GRACE_S: Final = 5.0
-#: how long hosts let in a frontend whose stream broke: it serves on meanwhile, and comes back
-_KEEP_KEY_S: Final = 3600.0
 
 #: the public keys that hosts shall let in, from now on
 OnKeys = Callable[[frozenset[str]], Awaitable[None]]
@@ -81,13 +76,13 @@ class Frontends:
         self._local: list[tuple[Publisher, Callable[[], FrontendInfo]]] = []
         self._config_json = followed_config(config)
         self._drain_timeout_s = config.server.drain_timeout_s
-        self._try_timeout_s = 2 * config.resilience.request_timeout_s + _GRACE_S
+        self._try_timeout_s = 2 * config.resilience.request_timeout_s + timing.GRACE_S
         self._on_keys = on_keys
         self._members: list[FollowingFrontend] = []
         self._order = Order()
         self._let_go_at = 0.0
         #: keys of those that left without a word, and until when they stay valid
-        self._absent = dict.fromkeys(keys, time.monotonic() + _KEEP_KEY_S)
+        self._absent = dict.fromkeys(keys, time.monotonic() + timing.KEEP_KEY_S)
         self._heard, self._changed = Notifier(), Notifier()
         self._admitting = asyncio.Lock()
 
@@ -137,7 +132,7 @@ class Frontends:
         """Its stream broke: it is not counted, but may serve on and come back."""
         if member in self._members:
             self._members.remove(member)
-            self._absent[member.public_key] = time.monotonic() + _KEEP_KEY_S
+            self._absent[member.public_key] = time.monotonic() + timing.KEEP_KEY_S
             log.info("frontend %s does not follow any more", member.report.name)
         self._heard.notify()
 
@@ -190,7 +185,7 @@ class Frontends:
         """From now on, or as soon as they hear of it."""
         for frontend, _ in self._local:
             frontend.publish(release)
-        self._let_go_at = time.monotonic() + self._drain_timeout_s + _GRACE_S
+        self._let_go_at = time.monotonic() + self._drain_timeout_s + timing.GRACE_S
         self._tell(replace(self._order, current=release, candidate=None))
 
     async def drained(self) -> None:

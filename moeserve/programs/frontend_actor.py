@@ -13,14 +13,15 @@ from moeserve.allocator import give_back_when_quiet, keep_large_blocks
 from moeserve.client import TLS
 from moeserve.cluster.ray_where import this_node
 from moeserve.config import ServiceConfig
-from moeserve.programs.frontend_service import FrontendService
+from moeserve.programs.frontend import FrontendProgram
+from moeserve.programs.grpc_orders import GrpcOrders
 from moeserve.transport import give_back_pools
 
 log = logging.getLogger(__name__)
 
 
-class FrontendProgram:
-    """A `FrontendService` that follows the controller which has started it."""
+class DeployedFrontend:
+    """A `FrontendProgram` in an actor: it follows the controller that has started it."""
 
     def __init__(self, config: ServiceConfig, name: str, controller: str, token: str, tell: Callable[[str], None]) -> None:
         self._config = config
@@ -29,35 +30,28 @@ class FrontendProgram:
         self._token = token
         self._tell = tell
         self._watch: asyncio.Task[None] | None = None
-        self._service: FrontendService | None = None
+        self._frontend: FrontendProgram | None = None
         torch.set_num_threads(1)
         keep_large_blocks()
         give_back_when_quiet(give_back_pools)
 
     async def start(self) -> None:
-        """Until every expert can be reached. Raises what `FrontendService.start` raises."""
-        self._service = FrontendService(
-            self._controller,
-            self._token,
-            self._config.server,
-            tls=self._tls(),
-            name=self._name,
-            node=this_node(),
-            progress=self._tell,
-        )
-        await self._service.start(self._config.resilience.request_timeout_s)
-        self._watch = asyncio.create_task(self._end_when_broken(self._service))
+        """Until every expert can be reached. Raises what `FrontendProgram.start` raises."""
+        orders = GrpcOrders(self._controller, self._token, self._tls())
+        self._frontend = FrontendProgram(self._config.server, orders, name=self._name, node=this_node(), progress=self._tell)
+        await self._frontend.start(self._config.resilience.request_timeout_s)
+        self._watch = asyncio.create_task(self._end_when_broken(self._frontend))
 
     async def stop(self) -> None:
         """As SIGTERM does."""
-        assert self._service is not None and self._watch is not None, "a frontend that has started"
+        assert self._frontend is not None and self._watch is not None, "a frontend that has started"
         self._watch.cancel()
-        await self._service.stop()
+        await self._frontend.stop()
 
     def describe(self) -> str:
         """host:port of the gRPC service."""
-        assert self._service is not None, "a frontend that has started"
-        return self._service.target
+        assert self._frontend is not None, "a frontend that has started"
+        return self._frontend.target
 
     def _tls(self) -> TLS | None:
         server = self._config.server
@@ -65,7 +59,7 @@ class FrontendProgram:
             return None
         return TLS(ca=self._config.controller.control_ca or server.tls_cert, cert=server.tls_cert, key=server.tls_key)
 
-    async def _end_when_broken(self, service: FrontendService) -> None:
-        error = await service.broken
+    async def _end_when_broken(self, frontend: FrontendProgram) -> None:
+        error = await frontend.broken
         log.error("this frontend cannot go on; Ray starts it again: %s", error)
         os._exit(1)

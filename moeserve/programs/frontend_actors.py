@@ -13,7 +13,7 @@ from moeserve.cluster.ray_program import ProgramActor, start_program
 from moeserve.cluster.ray_where import node_address, on_this_node, spread
 from moeserve.config import ServiceConfig
 from moeserve.errors import MoEServeError
-from moeserve.programs.frontend_actor import FrontendProgram
+from moeserve.programs.frontend_actor import DeployedFrontend
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,6 @@ class FrontendActors:
         actor = ProgramActor.find(name, namespace)
         if actor is None:
             self._tell(f"starting {name}")
-            make = partial(FrontendProgram, self._config, name, self._controller, self._token)
+            make = partial(DeployedFrontend, self._config, name, self._controller, self._token)
             actor = start_program("frontend", name, namespace, make, self._where)
         self._targets[name] = await actor.ready()

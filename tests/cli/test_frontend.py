@@ -18,8 +18,9 @@ import torch
 from moeserve import AsyncClient, Client, ExpertUnavailable, ForwardOutput, MoELayer
 from moeserve.cli.app import main
 from moeserve.config import ServerConfig
-from moeserve.control import frontends as fan_out
-from moeserve.programs.frontend_service import FrontendService
+from moeserve.control import timing
+from moeserve.programs.frontend import FrontendProgram
+from moeserve.programs.grpc_orders import GrpcOrders
 from tests.support.closeness import assert_close
 from tests.support.followers import TOKEN, FrontendProcess
 from tests.support.harness import ServiceHarness
@@ -89,7 +90,7 @@ def test_two_of_them_scale_and_swap_under_load_of_eight_callers(tmp_path: Path, 
 @pytest.fixture
 def two(tmp_path: Path, token_file: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ServiceHarness, list[FrontendProcess]]]:
     """A service and two frontends, the second of which has stopped; the controller has little patience."""
-    monkeypatch.setattr(fan_out, "_GRACE_S", 0.5)
+    monkeypatch.setattr(timing, "GRACE_S", 0.5)
     with ServiceHarness({**CONFIG, "resilience": {"request_timeout_s": 2.0}}, "shm", tmp_path) as service, ExitStack() as stack:
         service.call(service.open_control())
         processes = [stack.enter_context(FrontendProcess(service.control_target, token_file)) for _ in range(2)]
@@ -124,7 +125,7 @@ def test_one_that_hangs_is_left_behind_and_catches_up(two: tuple[ServiceHarness,
 async def test_health_tells_the_truth_before_there_is_a_controller(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    service = FrontendService(f"127.0.0.1:{port}", TOKEN, ServerConfig(port=0, metrics_port=0))
+    service = FrontendProgram(ServerConfig(port=0, metrics_port=0), GrpcOrders(f"127.0.0.1:{port}", TOKEN))
     starting = asyncio.create_task(service.start(3600.0))
     await until_async(lambda: service.target)
     async with AsyncClient(service.target) as client:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from moeserve.control import directory as room
+from moeserve.control import timing
 from moeserve.control.directory import Directory
 from moeserve.observe.stats import HostInfo
 
@@ -26,7 +26,7 @@ async def test_a_host_is_waited_for() -> None:
 
 
 async def test_who_could_not_reach_it_gets_the_next_incarnation_as_soon_as_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_PATIENCE_S", 3600.0)
+    monkeypatch.setattr(timing, "PATIENCE_S", 3600.0)
     directory, reborn = Directory(), replace(HOST, pid=2)
     directory.replace({0: HOST})
     assert await directory.find(0) == HOST
@@ -40,7 +40,7 @@ async def test_who_could_not_reach_it_gets_the_next_incarnation_as_soon_as_there
 
 
 async def test_the_same_is_tried_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(timing, "PATIENCE_S", 0.05)
     directory = Directory()
     directory.replace({0: HOST})
     started = time.monotonic()

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from moeserve.config import load_config
-from moeserve.control import frontends as room
+from moeserve.control import timing
 from moeserve.control.follow import Order, Report
 from moeserve.control.frontends import Frontends
 from moeserve.errors import ConfigError
@@ -57,7 +57,7 @@ async def test_each_gets_keys_of_its_own_and_keeps_them_when_it_comes_back() -> 
 
 
 async def test_one_that_does_not_come_back_loses_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_KEEP_KEY_S", 0.0)
+    monkeypatch.setattr(timing, "KEEP_KEY_S", 0.0)
     case = Case()
     case.frontends.leave(await case.frontends.join(Report("one")))
     two = await case.frontends.join(Report("two"))

@@ -176,7 +176,7 @@ def test_a_host_that_hangs_is_left_by_all(tmp_path: Path) -> None:
 
 
 def test_one_that_does_not_move_over_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moeserve.control.frontends._GRACE_S", 0.1)
+    monkeypatch.setattr("moeserve.control.timing.GRACE_S", 0.1)
     with ServiceHarness({**CONFIG, "server": {"port": 0, "drain_timeout_s": 0.1}}, "shm", tmp_path) as service:
         service.call(service.open_control())
         with ThreadedFrontend(service.control_target) as follower:

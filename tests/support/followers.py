@@ -15,7 +15,8 @@ from typing import Any, Self
 
 from moeserve.config import ServerConfig
 from moeserve.errors import MoEServeError
-from moeserve.programs.frontend_service import FrontendService
+from moeserve.programs.frontend import FrontendProgram
+from moeserve.programs.grpc_orders import GrpcOrders
 
 TOKEN = "follow"
 
@@ -26,7 +27,7 @@ class ThreadedFrontend:
     def __init__(self, controller: str, node: str = "", token: str | Callable[[], str] = TOKEN, **more: Any) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
-        self._made = (controller, token, node, more)
+        self._orders, self._node, self._more = (controller, token, more.pop("tls", None)), node, more
 
     def call(self, work: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=60)
@@ -47,10 +48,9 @@ class ThreadedFrontend:
             self._end()
 
     async def _start(self) -> None:
-        controller, token, node, more = self._made
-        timeout_s = more.pop("timeout_s", 30.0)
-        server = ServerConfig(port=0, metrics_port=0, **more.pop("server", {}))
-        self.service = FrontendService(controller, token, server, node=node, **more)
+        timeout_s = self._more.pop("timeout_s", 30.0)
+        server = ServerConfig(port=0, metrics_port=0, **self._more.pop("server", {}))
+        self.service = FrontendProgram(server, GrpcOrders(*self._orders), node=self._node, **self._more)
         await self.service.start(timeout_s)
         self.target = self.service.target
 
