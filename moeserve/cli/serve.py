@@ -28,7 +28,7 @@ def serve(
 
 async def _serve(config: ServiceConfig) -> None:
     with importing():
-        from moeserve.programs.service import Service
+        from moeserve.programs.serve import Service
 
     service = Service(config, progress=tell)
     await serve_until_told(service, service.start(), service.over)

@@ -204,6 +204,13 @@ class ControllerConfig(Table):
     frontend_token_file: File | None = None
 
 
+class ClusterConfig(Table):
+    """[cluster]: what hosts run on."""
+
+    #: ray = each host is a Ray actor, as [ray] says; threads = hosts are threads of this process, without Ray
+    kind: Literal["ray", "threads"] = "ray"
+
+
 class RayConfig(Table):
     """[ray]: the cluster to join; unset = a local one, started and stopped by the service."""
 
@@ -284,6 +291,7 @@ class ServiceConfig(FrontendConfig):
 
     server: ServerConfig = ServerConfig()
     controller: ControllerConfig = ControllerConfig()
+    cluster: ClusterConfig = ClusterConfig()
     ray: RayConfig = RayConfig()
 
     def only(self, kind: type[Tables]) -> Tables:

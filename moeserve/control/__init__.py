@@ -5,7 +5,7 @@ from moeserve.control.controller import Controller, first_state
 from moeserve.control.desired import Planner
 from moeserve.control.follower import CannotFollow, Follower
 from moeserve.control.following import Following
-from moeserve.control.frontends import FrontendInfo, Frontends
+from moeserve.control.frontends import Frontends
 from moeserve.control.orders import Orders, OrderStream
 from moeserve.control.reconcile import reconcile
 from moeserve.control.saved import Saved
@@ -18,7 +18,6 @@ __all__ = [
     "Controller",
     "Follower",
     "Following",
-    "FrontendInfo",
     "Frontends",
     "Node",
     "NumHosts",

@@ -108,10 +108,7 @@ async def _until_assigned(assignment: Callable[[Sequence[Node]], Assigned], want
 
 
 class Controller:
-    """One change at a time, and each to its end, even if whoever asked for it hangs up.
-
-    `save` is given what a successor must know; batches under way have `drain_timeout_s` to end on hosts that leave.
-    """
+    """One change at a time, and each to its end, even if whoever asked for it hangs up. `save` is given what a successor must know."""
 
     def __init__(
         self,
@@ -121,7 +118,6 @@ class Controller:
         hosts: HostFleet,
         frontends: Frontends,
         save: Callable[[State], None],
-        drain_timeout_s: float,
     ) -> None:
         #: set when somebody who may has asked for the service to end
         self.stop_requested = asyncio.Event()
@@ -129,7 +125,7 @@ class Controller:
         self._frontends = frontends
         self._nodes = nodes
         self._hosts = hosts
-        self._rollout = Rollout(planner, state, hosts, frontends, save, drain_timeout_s)
+        self._rollout = Rollout(planner, state, hosts, frontends, save)
         self._one_at_a_time = asyncio.Lock()
         self._changes: set[asyncio.Task[Release]] = set()
         self._wanted_now: Wanted | None = None

@@ -42,9 +42,10 @@ class Follower:
     """Builds a `Frontend` of the first order and has it do what each later one says, the latest only; `report` says how far it is.
 
     Orders may stop coming at any time: then everything stays as it is. `server` is its own, the rest of the configuration the controller's.
+    `layers`: those of that configuration, where they have been read already.
     """
 
-    def __init__(self, server: ServerConfig, report: Report, stage: Stage) -> None:
+    def __init__(self, server: ServerConfig, report: Report, stage: Stage, layers: ServedLayers | None = None) -> None:
         self.report = report
         #: told of every new `report`
         self.reported = Notifier()
@@ -55,7 +56,7 @@ class Follower:
         self._told: Welcome | None = None
         self._config: FrontendConfig | None = None
         #: of the configuration, as they were when this frontend began
-        self._layers: ServedLayers | None = None
+        self._layers = layers
         self._keys: KeyPair | None = None
         self._frontend: Frontend | None = None
         #: number of the stream: what was tried for one controller says nothing to the next

@@ -1,18 +1,16 @@
-"""All frontends of a service as one: those in this process, and any number that follow from elsewhere."""
+"""All frontends of a service as one: any number that follow, from this process or from elsewhere."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from dataclasses import replace
 
-from moeserve.checkpoints import LayerSource
 from moeserve.config import ServiceConfig
 from moeserve.control import timing
 from moeserve.control.follow import Order, Report, Welcome, followed_config
-from moeserve.control.rollout import Publisher
 from moeserve.errors import ConfigError
 from moeserve.notifier import Notifier
 from moeserve.observe.stats import HostInfo
@@ -23,22 +21,6 @@ log = logging.getLogger(__name__)
 
 #: the public keys that hosts shall let in, from now on
 OnKeys = Callable[[frozenset[str]], Awaitable[None]]
-
-
-@dataclass(frozen=True)
-class FrontendInfo:
-    """One frontend: new batches use `epoch`, running ones `oldest_epoch` at least; 0 = it serves nothing yet.
-
-    is_ready = it takes requests, and every expert can be reached.
-    """
-
-    name: str
-    target: str
-    metrics_target: str
-    node: str
-    epoch: int
-    oldest_epoch: int
-    is_ready: bool
 
 
 class FollowingFrontend:
@@ -57,15 +39,9 @@ class FollowingFrontend:
         """No batch of it uses an earlier one; 0 = it has not been told of any."""
         return self.report.oldest_epoch or self.told_epoch
 
-    @property
-    def info(self) -> FrontendInfo:
-        """What people are told of it: its latest report."""
-        said = self.report
-        return FrontendInfo(said.name, said.target, said.metrics_target, said.node, said.epoch, said.oldest_epoch, said.is_ready)
-
 
 class Frontends:
-    """The `Publisher` of a roll-out. Those that follow are counted from when they serve until they leave, or say nothing for too long.
+    """What a roll-out talks to. Those that follow are counted from when they serve until they leave, or say nothing for too long.
 
     `service_id` is of this deployment. `on_keys` is told whom hosts shall let in whenever that changes. `keys` are of frontends that
     followed an earlier controller: they stay valid for an hour, within which those come back.
@@ -73,7 +49,6 @@ class Frontends:
 
     def __init__(self, service_id: str, config: ServiceConfig, on_keys: OnKeys, keys: Collection[str] = ()) -> None:
         self._service_id = service_id
-        self._local: list[tuple[Publisher, Callable[[], FrontendInfo]]] = []
         self._config_json = followed_config(config)
         self._drain_timeout_s = config.server.drain_timeout_s
         self._try_timeout_s = 2 * config.resilience.request_timeout_s + timing.GRACE_S
@@ -86,13 +61,9 @@ class Frontends:
         self._heard, self._changed = Notifier(), Notifier()
         self._admitting = asyncio.Lock()
 
-    def members(self) -> list[FrontendInfo]:
-        """Those in this process, then those that follow now."""
-        return [*(info() for _, info in self._local), *(member.info for member in self._members)]
-
-    def include(self, frontend: Publisher, info: Callable[[], FrontendInfo]) -> None:
-        """A frontend in this process, for good; `info` is asked what to say of it."""
-        self._local.append((frontend, info))
+    def members(self) -> list[Report]:
+        """What those say of themselves that follow now."""
+        return [member.report for member in self._members]
 
     def begin(self, release: Release) -> None:
         """The first release: what is served already, or will be once its hosts are there."""
@@ -138,7 +109,7 @@ class Frontends:
 
     async def left(self, member: FollowingFrontend) -> None:
         """It has left for good: hosts let it in no longer."""
-        self.leave(member)
+        self._dismiss(member)
         self._absent.pop(member.public_key, None)
         await self._admit()
 
@@ -155,14 +126,9 @@ class Frontends:
             yield told if welcome is None else replace(told, welcome=welcome)
             welcome = None
 
-    async def welcome(self, release: Release) -> None:
-        """Those elsewhere connect to new hosts and try them in one go; `try_out` waits for it."""
+    async def offer(self, release: Release) -> None:
+        """Until each has reached every host of `release` and had an answer of every expert. Raises ConfigError when one cannot use it."""
         self._tell(replace(self._order, candidate=release))
-        await asyncio.gather(*(frontend.welcome(release) for frontend, _ in self._local))
-
-    async def try_out(self, release: Release, sources: Sequence[LayerSource]) -> None:
-        """Until each has had an answer of every expert. Raises what went wrong with one in this process, ConfigError if elsewhere."""
-        await asyncio.gather(*(frontend.try_out(release, sources) for frontend, _ in self._local))
         await self._tried(release.epoch)
 
     async def _tried(self, epoch: int) -> None:
@@ -182,17 +148,12 @@ class Frontends:
             self._dismiss(member)
 
     def publish(self, release: Release) -> None:
-        """From now on, or as soon as they hear of it."""
-        for frontend, _ in self._local:
-            frontend.publish(release)
+        """Batches that begin use `release`, which was offered, as soon as their frontend hears of it."""
         self._let_go_at = time.monotonic() + self._drain_timeout_s + timing.GRACE_S
         self._tell(replace(self._order, current=release, candidate=None))
 
     async def drained(self) -> None:
-        """Until no batch anywhere uses an earlier release; a frontend elsewhere that takes too long is waited for no longer."""
-        await asyncio.gather(*(frontend.drained() for frontend, _ in self._local), self._followers_drained())
-
-    async def _followers_drained(self) -> None:
+        """Until no batch anywhere uses an earlier release; a frontend that takes too long is waited for no longer."""
         epoch = 0 if self._order.current is None else self._order.current.epoch
 
         def behind() -> list[FollowingFrontend]:
@@ -202,20 +163,13 @@ class Frontends:
         for member in behind():
             log.warning("frontend %s still uses epoch %d, and is waited for no longer", member.report.name, member.oldest_epoch)
 
-    async def refresh(self) -> None:
-        """Those elsewhere know what hosts hold by the directory."""
-        await asyncio.gather(*(frontend.refresh() for frontend, _ in self._local))
-
-    async def forget(self) -> None:
-        """There is no candidate any more; those elsewhere let go of hosts on their own, once they have drained."""
+    def withdraw(self) -> None:
+        """There is no candidate any more."""
         if self._order.candidate is not None:
             self._tell(replace(self._order, candidate=None))
-        await asyncio.gather(*(frontend.forget() for frontend, _ in self._local))
 
     def set_failing(self, failing: Mapping[int, str]) -> None:
         """Of these hosts, while they are down, nobody should wait for any, and why; the others are on their way."""
-        for frontend, _ in self._local:
-            frontend.set_failing(failing)
         if dict(failing) != dict(self._order.failing):
             self._tell(replace(self._order, failing=dict(failing)))
 

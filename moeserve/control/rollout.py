@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from moeserve.checkpoints import LayerSource, ReleasedLayer, Swap
+from moeserve.checkpoints import ReleasedLayer, Swap
 from moeserve.control.assignments import Assignment
 from moeserve.control.desired import Planner
+from moeserve.control.frontends import Frontends
 from moeserve.control.state import NumHosts, State
 from moeserve.release import Release
 
@@ -37,38 +38,6 @@ class Hosts(Protocol):
         ...
 
 
-class Publisher(Protocol):
-    """All frontends."""
-
-    async def welcome(self, release: Release) -> None:
-        """Connect to the hosts of `release` that are new."""
-        ...
-
-    async def try_out(self, release: Release, sources: Sequence[LayerSource]) -> None:
-        """Read what is new in front of the hosts, and have every expert of `release` answer something. Raises what goes wrong."""
-        ...
-
-    def publish(self, release: Release) -> None:
-        """Batches that begin from now on use `release`, which was tried."""
-        ...
-
-    async def drained(self) -> None:
-        """Until no batch uses an earlier one."""
-        ...
-
-    async def refresh(self) -> None:
-        """Learn what hosts hold now."""
-        ...
-
-    async def forget(self) -> None:
-        """Let go of hosts that the present release has nothing on."""
-        ...
-
-    def set_failing(self, failing: Mapping[int, str]) -> None:
-        """Of these hosts, while they are down, nobody should wait for any, and why."""
-        ...
-
-
 class Rollout:
     """Make before break: hosts load, frontends switch, running batches end, hosts forget. Its owner makes one change at a time.
 
@@ -80,14 +49,12 @@ class Rollout:
         planner: Planner,
         state: State,
         hosts: Hosts,
-        frontends: Publisher,
+        frontends: Frontends,
         save: Callable[[State], None],
-        drain_timeout_s: float,
     ) -> None:
         self.state = state
         self.is_under_way = False
         self._planner = planner
-        self._drain_timeout_s = drain_timeout_s
         self._hosts = hosts
         self._frontends = frontends
         self._save = save
@@ -134,9 +101,8 @@ class Rollout:
         self.is_under_way = True
         try:
             await self._offer(after)
-            await self._let_go()
+            await self._frontends.drained()
             await self._hosts.retire(after.release.epoch)
-            await self._frontends.refresh()
         finally:
             self.is_under_way = False
 
@@ -145,16 +111,14 @@ class Rollout:
         # Should this process die on the way, neither the epoch nor the numbers of new hosts are ever given out again.
         self._remember(replace(before, last_epoch=release.epoch, next_number=after.next_number))
         try:
-            sources = await asyncio.to_thread(release.sources, self._planner.layers)
             await self._hosts.take(release, after.assignments)
             self._frontends.set_failing({})  # all of them are up, perhaps since a moment ago
-            await self._frontends.welcome(release)
-            await self._frontends.try_out(release, sources)
+            await self._frontends.offer(release)
             self._save(replace(after, last_epoch=release.epoch))
             self._frontends.publish(release)
         except BaseException:  # whatever it was: a release that hosts have and frontends do not would be mistaken for what is served
             self._save(self.state)
-            await self._frontends.forget()
+            self._frontends.withdraw()
             await self._hosts.withdraw(release.epoch)
             await self._hosts.remove(
                 sorted({assignment.number for assignment in after.assignments} - {assignment.number for assignment in before.assignments})
@@ -166,13 +130,3 @@ class Rollout:
         if state != self.state:
             self._save(state)
         self.state = state
-
-    async def _let_go(self) -> None:
-        """Batches end as they began; those that wait too long for a host that leaves, because it hangs, begin again with the others."""
-        try:
-            async with asyncio.timeout(self._drain_timeout_s):
-                await self._frontends.drained()
-        except TimeoutError:
-            log.warning("epoch %d: batches still wait for hosts that leave; they begin again on the others", self.state.release.epoch)
-        await self._frontends.forget()
-        await self._frontends.drained()

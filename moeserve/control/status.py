@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from moeserve.control.assignments import Assignment
-from moeserve.control.frontends import FrontendInfo
+from moeserve.control.follow import Report
 from moeserve.control.state import State
 from moeserve.observe.stats import HostInfo, facts, host_name
 from moeserve.observe.status import FrontendStatus, HostStatus, LayerStatus, ServiceStatus
@@ -17,7 +17,7 @@ def status_of(
     shortage: str,
     layer_names: Sequence[str],
     present: Mapping[int, HostInfo],
-    frontends: Sequence[FrontendInfo],
+    frontends: Sequence[Report],
 ) -> ServiceStatus:
     """`present`: what hosts that are up have said of themselves."""
     release = state.release

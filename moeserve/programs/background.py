@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from moeserve.config import ServiceConfig, load_config
 from moeserve.errors import MoEServeError
-from moeserve.programs.service import Progress, Service, log
+from moeserve.programs.serve import Progress, Service, log
 from moeserve.release import Release
 
 

@@ -1,166 +1,206 @@
-"""What the controller's process does, from its start to its end."""
+"""What decides which hosts there are and what they hold, on whatever cluster they run."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final
 
-from moeserve.addresses import called, join
-from moeserve.checkpoints import ServedLayers
-from moeserve.cluster.ray_fleet import RayFleet
-from moeserve.cluster.ray_nodes import RayNodes
-from moeserve.cluster.ray_program import end_this_process
-from moeserve.cluster.ray_store import RayStore
+from moeserve.checkpoints import ServedLayers, host_bytes, memory_warning
+from moeserve.cluster.cluster import Cluster, Loss
 from moeserve.config import ServedModel, ServiceConfig
 from moeserve.control import Controller, Frontends, Planner, Saved, State, first_state
-from moeserve.errors import CheckpointChanged, ConfigError
+from moeserve.errors import CheckpointChanged, ConfigError, ExpertUnavailable
 from moeserve.observe.stats import HostInfo
-from moeserve.programs.frontend_actors import FrontendActors
 from moeserve.release import Release
-from moeserve.server import Control, GrpcServer, controller_address, frontend_tokens
+from moeserve.transport import choose_endpoint
 
 log = logging.getLogger(__name__)
 
 #: for frontends that followed an earlier incarnation: they come back within seconds, or have gone
-_REUNION_S: Final = 10.0
+_BACK_S: Final = 10.0
 
 Tell = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Deployed:
-    """host:port of the controller and of the frontends that it has started; the configuration as JSON; is_ending = it is shut down."""
-
-    controller: str
-    frontends: Sequence[str]
-    config_json: str
-    is_ending: bool
-
-
 class ControllerProgram:
-    """All of a deployed service that is not a host or a frontend. A later incarnation finds the hosts and frontends that are there."""
+    """`prepare`, let administrators and frontends in, `bring_up`, `keep`; `stop` undoes all of it.
 
-    def __init__(self, config: ServiceConfig, tell: Tell) -> None:
+    Where the cluster's store holds the state of an earlier incarnation, its hosts and frontends are found again. `tell` hears, in words,
+    how it goes.
+    """
+
+    def __init__(self, config: ServiceConfig, cluster: Cluster, tell: Tell) -> None:
+        self.cluster = cluster
         self._config = config
         self._tell = tell
-        self._store = RayStore(config.ray.namespace)
         self._running = AsyncExitStack()
+        self._prepared: _Prepared | None = None
+        self._is_first = True
         self._tasks: set[asyncio.Task[None]] = set()
-        self._target = ""
-        self._is_ending = False
+        #: what hosts said of themselves when they were started
+        self.hosts: list[HostInfo] = []
 
-    async def start(self) -> None:
-        """Until hosts and frontends are ready. When something fails, a first incarnation stops what it has started."""
-        data = self._store.load()
-        try:
-            await self._start(None if data is None else Saved.from_bytes(data))
-        except BaseException:
-            if data is None:
-                await self.stop()
-            raise
+    @property
+    def layers(self) -> ServedLayers:
+        """What the configuration serves."""
+        return self._known.layers
+
+    @property
+    def controller(self) -> Controller:
+        """Changes what is served."""
+        return self._known.controller
+
+    @property
+    def frontends(self) -> Frontends:
+        """Those that follow."""
+        return self._known.frontends
+
+    @property
+    def saved(self) -> Saved:
+        """What the next incarnation will know."""
+        return self._known.saved
+
+    async def prepare(self, *, is_followed: bool) -> None:
+        """Until it is known what is served and where; `is_followed`: frontends of other processes reach hosts, too.
+
+        Raises ConfigError, before anything starts where that is possible.
+        """
+        config, cluster = self._config, self.cluster
+        layers = await asyncio.to_thread(ServedLayers.read, config.only(ServedModel))
+        planner = Planner(layers, config.placement, on_this_machine=config.ray.address is None)
+        planner.first_num_hosts()
+        self._tell(cluster.intent)
+        self._running.push_async_callback(cluster.stop)
+        await cluster.start()
+        saved = await self._load(planner)
+        frontends = Frontends(saved.service_id, config, self._admit, saved.frontend_keys)
+        frontends.begin(saved.state.release)
+        controller = Controller(planner, saved.state, cluster.nodes, cluster.hosts, frontends, self._remember)
+        self._prepared = _Prepared(layers, controller, frontends, saved)
+        self._running.push_async_callback(controller.end)
+        cluster.open(saved.service_id, is_followed=is_followed)
+        self._running.push_async_callback(cluster.hosts.stop)
+
+    async def bring_up(self) -> None:
+        """Until every host can be asked. Raises what a host raised, or ExpertUnavailable when the cluster is lost meanwhile."""
+        hosts, state = self.cluster.hosts, self.saved.state
+        await hosts.admit(self.saved.frontend_keys)
+        if self._is_first:
+            self._warn_of_memory(state.release)
+            num_experts = sum(spec.num_experts for spec in self.layers.specs)
+            self._tell(f"loading {num_experts} experts of {len(self.layers.specs)} layers on {len(state.assignments)} hosts")
+            work = hosts.take(state.release, state.assignments, self._host_ready)
+        else:
+            work = hosts.adopt(state.release, state.assignments)
+        await self._unless_lost(self.controller.begin(work))
+        self._later(hosts.watch(self.frontends.directory))
+
+    async def keep(self) -> None:
+        """From now on, follow nodes and hosts; those that followed an earlier incarnation are waited for first."""
+        if not self._is_first:
+            await self.frontends.until_back(_BACK_S)
+        self._later(self.controller.keep())
+
+    async def lost(self) -> Loss:
+        """Until hosts that end cannot come back: those that there are serve on."""
+        loss = await self.cluster.lost()
+        log.error("no host that is lost will come back: %s", loss.why)
+        self._stop_tasks()
+        self.cluster.hosts.lose(f"no host comes back: {loss.why}")
+        self.frontends.set_failing(self.cluster.hosts.failing)
+        return loss
+
+    async def failed(self) -> None:
+        """Until something fails that goes on until the end. Raises what it raised."""
+        while True:
+            done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
 
     async def stop(self) -> None:
-        """Frontends drain, hosts leave, and nothing of the service remains but this process."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        """End the hosts, and what was started; nothing is left for another incarnation."""
+        tasks = self._stop_tasks()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._running.aclose()
-        self._store.clear()
+        self.cluster.store.clear()
 
-    def describe(self) -> Deployed:
-        """What whoever deploys it is told."""
-        return Deployed(self._target, self._frontend_actors.targets, self._config.model_dump_json(), self._is_ending)
+    def remember(self, **changes: Any) -> None:
+        """Something that the next incarnation must know is different now."""
+        self._known.saved = replace(self._known.saved, **changes)
+        self.cluster.store.save(self._known.saved.to_bytes())
 
-    async def _start(self, saved: Saved | None) -> None:
-        config, layers = self._config, await asyncio.to_thread(ServedLayers.read, self._config.only(ServedModel))
-        self._fleet = RayFleet(layers.model, config.placement, config.ray, detached=True)
-        nodes, planner = RayNodes(self._fleet), Planner(layers, config.placement, on_this_machine=config.ray.address is None)
-        self._saved = saved or await self._first(planner, nodes)
-        state = self._saved.state
-        if saved is not None:
-            await asyncio.to_thread(_say_what_changed, state.release, layers)
-        self._fleet.start(self._saved.service_id)
-        self._running.push_async_callback(self._fleet.stop)
-        frontends = Frontends(self._saved.service_id, config, self._admit, self._saved.frontend_keys)
-        frontends.begin(state.release)
-        controller = Controller(planner, state, nodes, self._fleet, frontends, self._remember, config.server.drain_timeout_s)
-        self._running.push_async_callback(controller.end)
-        await self._serve(controller, frontends)
-        await self._fleet.admit(self._saved.frontend_keys)
-        if saved is None:
-            self._tell(f"loading the experts of {len(layers.sources)} layers on {len(state.assignments)} hosts")
-            await controller.begin(self._fleet.take(state.release, state.assignments, self._host_ready))
-        else:
-            await controller.begin(self._fleet.adopt(state.release, state.assignments))
-        self._later(self._fleet.watch(frontends.directory))
-        if saved is None:
-            await self._frontend_actors.start()
-        else:
-            await frontends.until_back(_REUNION_S)
-        self._later(self._frontend_actors.keep())
-        self._later(controller.keep())
-        self._later(self._end_when_asked(controller))
-
-    def _host_ready(self, info: HostInfo) -> None:
-        self._tell(f"{info.name} ready on {info.device} of node {info.node[:12]}: {info.weights_bytes / 2**20:.1f} MiB, pid {info.pid}")
-
-    async def _first(self, planner: Planner, nodes: RayNodes) -> Saved:
-        state = await first_state(planner, nodes)
+    async def _load(self, planner: Planner) -> Saved:
+        data = self.cluster.store.load()
+        if data is not None:
+            self._is_first = False
+            saved = Saved.from_bytes(data)
+            await asyncio.to_thread(_say_what_changed, saved.state.release, planner.layers)
+            return saved
+        state = await first_state(planner, self.cluster.nodes)
         saved = Saved(secrets.token_hex(6), secrets.token_hex(32), state)
-        self._store.save(saved.to_bytes())
+        self.cluster.store.save(saved.to_bytes())
         return saved
-
-    async def _serve(self, controller: Controller, frontends: Frontends) -> None:
-        """Listen before the weights are there: who asks for a status meanwhile gets one."""
-        where, token = self._config.controller, self._saved.frontend_token
-        control = Control(frontends, frontend_tokens(where, token))
-        address = controller_address(self._config.server, where)
-        if self._saved.control_port:  # where frontends look for it
-            address = address.model_copy(update={"port": self._saved.control_port})
-        server = GrpcServer(address, _ignore, admin=controller, control=control)
-        port = await server.start()
-        self._saved = replace(self._saved, control_port=port)
-        self._store.save(self._saved.to_bytes())
-        self._running.push_async_callback(server.stop)
-        self._target = join(called(where.control_host), port)
-        self._frontend_actors = FrontendActors(self._config, port, token, self._tell)
-        self._running.push_async_callback(self._frontend_actors.stop)
 
     async def _admit(self, public_keys: frozenset[str]) -> None:
         """Hosts let these frontends in, and a later incarnation knows."""
-        self._saved = replace(self._saved, frontend_keys=tuple(sorted(public_keys)))
-        self._store.save(self._saved.to_bytes())
-        await self._fleet.admit(public_keys)
+        self.remember(frontend_keys=tuple(sorted(public_keys)))
+        await self.cluster.hosts.admit(public_keys)
 
     def _remember(self, state: State) -> None:
-        self._saved = replace(self._saved, state=state)
-        self._store.save(self._saved.to_bytes())
+        self.remember(state=state)
 
-    def _later(self, task: Coroutine[Any, Any, None]) -> None:
+    @property
+    def _known(self) -> _Prepared:
+        assert self._prepared is not None, "a controller that has been prepared"
+        return self._prepared
+
+    def _warn_of_memory(self, release: Release) -> None:
+        is_here = self.cluster.is_private and not self._config.placement.gpus_per_host
+        if is_here and (warning := memory_warning(host_bytes(self.layers.sources, release.placement))):
+            self._tell(f"warning: {warning}")
+
+    def _host_ready(self, info: HostInfo) -> None:
+        self.hosts.append(info)
+        gpus = f", CUDA_VISIBLE_DEVICES={info.cuda_visible_devices}" if info.cuda_visible_devices else ""
+        channel = choose_endpoint(info.endpoints, is_same_node=info.node == self.cluster.here).partition(":")[0]
+        self._tell(
+            f"{info.name} ready on {info.device}{gpus} of node {info.node[:12]}: {info.weights_bytes / 2**20:.1f} MiB, "
+            f"{info.num_threads} threads, reached over {channel}, pid {info.pid} ({len(self.hosts)} of {len(self.saved.state.assignments)})"
+        )
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
         """Beside everything else, until the end."""
-        self._tasks.add(asyncio.ensure_future(_or_restart(task)))
+        self._tasks.add(asyncio.create_task(work))
 
-    async def _end_when_asked(self, controller: Controller) -> None:
-        await controller.stop_requested.wait()
-        self._is_ending = True
-        self._tasks.discard(asyncio.current_task())
-        await self.stop()
-        end_this_process()
+    def _stop_tasks(self) -> set[asyncio.Task[None]]:
+        for task in self._tasks:
+            task.cancel()
+        return self._tasks
+
+    async def _unless_lost(self, work: Coroutine[Any, Any, None]) -> None:
+        working, losing = asyncio.create_task(work), asyncio.create_task(self.cluster.lost())
+        try:
+            await asyncio.wait({working, losing}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                self.cluster.hosts.lose(losing.result().why)
+                raise ExpertUnavailable(f"no host can be started: {losing.result().why}")
+            await working
+        finally:
+            for task in (working, losing):
+                task.cancel()
+            await asyncio.gather(working, losing, return_exceptions=True)
 
 
-async def _or_restart(task: Coroutine[Any, Any, None]) -> None:
-    """One that fails ends this process, and the next incarnation begins anew."""
-    try:
-        await task
-    except Exception:
-        log.exception("the controller cannot go on; Ray starts it again")
-        os._exit(1)
+class _Prepared:
+    """What there is once a controller knows what it serves."""
+
+    def __init__(self, layers: ServedLayers, controller: Controller, frontends: Frontends, saved: Saved) -> None:
+        self.layers, self.controller, self.frontends, self.saved = layers, controller, frontends, saved
 
 
 def _say_what_changed(release: Release, layers: ServedLayers) -> None:
@@ -175,7 +215,3 @@ def _say_what_changed(release: Release, layers: ServedLayers) -> None:
             source.check()
     except ConfigError as error:
         log.warning("%s", error)
-
-
-def _ignore(_method: str, _code: str, _seconds: float) -> None:
-    """Nobody counts what administrators ask."""

@@ -12,7 +12,7 @@ from moeserve.cluster.ray_sweep import sweep
 from moeserve.cluster.ray_where import on_head
 from moeserve.config import ServiceConfig
 from moeserve.errors import ConfigError
-from moeserve.programs.controller import ControllerProgram, Deployed, Tell
+from moeserve.programs.deployed import Deployed, DeployedController, Tell
 from moeserve.server import controller_address
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Deployer:
     async def _new(self, tell: Tell) -> Deployed:
         await sweep(self._config.ray.namespace)
         tell(f"starting a controller in namespace {self._config.ray.namespace}")
-        make = partial(ControllerProgram, self._config)
+        make = partial(DeployedController, self._config)
         controller = start_program("controller", _CONTROLLER, self._config.ray.namespace, make, on_head())
         try:
             deployed: Deployed = await controller.ready(tell)

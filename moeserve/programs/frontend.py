@@ -10,11 +10,13 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from moeserve.addresses import called, join
+from moeserve.checkpoints import ServedLayers
 from moeserve.config import ServerConfig
 from moeserve.control import Follower, Following, Orders, timing
 from moeserve.control.follow import Report
 from moeserve.errors import ConfigError, MoEServeError
 from moeserve.frontend import Frontend
+from moeserve.notifier import Notifier
 from moeserve.observe.metrics import Metrics
 from moeserve.observe.page import StatusPage
 from moeserve.server import GrpcServer
@@ -28,7 +30,8 @@ class FrontendProgram:
     """`start` it, use `target`, `stop` it. When `broken` is done, it cannot go on: stop it, and tell why.
 
     Listens as `server` says; what it serves, and how, is told by `orders`. `node` is the Ray node that this process is on, if any: hosts
-    there are reached through memory. `admin` and `control` are of a controller in this process, which is served on the same port.
+    there are reached through memory. `admin` and `control` are of a controller in this process, which is served on the same port; `layers`
+    are those that it has read.
     """
 
     def __init__(
@@ -40,11 +43,12 @@ class FrontendProgram:
         node: str = "",
         admin: Admin | None = None,
         control: Control | None = None,
+        layers: ServedLayers | None = None,
         progress: Callable[[str], None] = log.info,
     ) -> None:
         self._server, self._progress = server, progress
         self._controller, self._host = orders.controller, called(server.host, orders.controller)
-        self._follower = Follower(server, Report(name or f"{socket.gethostname()}-{os.getpid()}", node=node), self)
+        self._follower = Follower(server, Report(name or f"{socket.gethostname()}-{os.getpid()}", node=node), self, layers)
         self._grpc = GrpcServer(server, self._observe, is_starting=True, admin=admin, control=control)
         self._following = Following(orders, self._follower)
         self._frontend: Frontend | None = None
@@ -52,6 +56,7 @@ class FrontendProgram:
         self._page: StatusPage | None = None
         self._healthy: list[bool] = []
         self._known, self._ready = asyncio.Event(), asyncio.Event()
+        self._health = Notifier()
         self._tasks: list[asyncio.Task[None]] = []
         self.broken: asyncio.Future[MoEServeError] = asyncio.get_running_loop().create_future()
         #: host:port of the gRPC service, and of the metrics endpoint
@@ -97,6 +102,10 @@ class FrontendProgram:
         """Until every expert can be reached. Raises ConfigError when what it serves cannot be served here."""
         await self._until(self._ready)
 
+    async def ailing(self) -> None:
+        """Until some expert cannot be reached."""
+        await self._health.until(lambda: not all(self._healthy))
+
     async def stop(self) -> None:
         """Refuse new requests, finish the running ones (at most server.drain_timeout_s), leave the controller, then stop everything."""
         self._healthy.clear()
@@ -137,6 +146,7 @@ class FrontendProgram:
             return  # it is stopping
         self._healthy[layer] = healthy
         self._follower.say(is_ready=all(self._healthy))
+        self._health.notify()
         if all(self._healthy):
             self._ready.set()
 
