@@ -1,4 +1,4 @@
-"""`moeserve bench`: load on a running service, and how it took it."""
+"""`moeserve bench`: load a layer of a running service, and measure it."""
 
 from __future__ import annotations
 

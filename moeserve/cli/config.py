@@ -1,4 +1,4 @@
-"""`moeserve config`: look at a configuration without running it, or import another system's."""
+"""`moeserve config`: check a configuration, or import another system's."""
 
 from __future__ import annotations
 

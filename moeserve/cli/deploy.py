@@ -1,4 +1,4 @@
-"""`moeserve deploy`: a service on a Ray cluster that stays when this command ends."""
+"""`moeserve deploy`: put a service on a Ray cluster, where it stays when this command ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`moeserve drain`: place the experts of one host on the others, and let it go."""
+"""`moeserve drain`: move the experts of a host to the others, and let it go."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`moeserve infer`: one call from the shell."""
+"""`moeserve infer`: send a token batch from a file, and write the answer to a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`moeserve ping`: who answers there, and whether it is ready."""
+"""`moeserve ping`: ask who answers, and whether it is ready."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`moeserve plan`: what would be started, without starting it."""
+"""`moeserve plan`: show what would be started; starts nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`moeserve scale`: more expert hosts, or fewer."""
+"""`moeserve scale`: spread the experts over more hosts, or fewer."""
 
 from __future__ import annotations
 

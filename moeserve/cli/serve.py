@@ -1,4 +1,4 @@
-"""`moeserve serve`: everything in one process, until Ctrl-C or SIGTERM."""
+"""`moeserve serve`: start a service in this process, until Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 

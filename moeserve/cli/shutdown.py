@@ -1,4 +1,4 @@
-"""`moeserve shutdown`: end a running service from elsewhere."""
+"""`moeserve shutdown`: end a running service."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`moeserve status`: what is deployed, and where."""
+"""`moeserve status`: show what is deployed, and where."""
 
 from __future__ import annotations
 

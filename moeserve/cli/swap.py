@@ -1,4 +1,4 @@
-"""`moeserve swap`: new weights for a running service."""
+"""`moeserve swap`: serve new weights, without a pause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`moeserve top`: what a running service does, live."""
+"""`moeserve top`: watch what a running service does."""
 
 from __future__ import annotations
 

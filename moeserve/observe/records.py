@@ -10,6 +10,7 @@ import types
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
@@ -52,7 +53,13 @@ def columns(kind: Any) -> Sequence[Column]:
 
 def plain(record: Any) -> dict[str, Any]:
     """Field by field, what JSON can hold."""
-    return {key: _plain(getattr(record, name)) for name, key in _keys(record.__class__)}
+    shape = _shape(record.__class__)
+    found = dict(zip(shape.keys, shape.values(record), strict=True))
+    for key in shape.lists:
+        found[key] = list(found[key])
+    for key in shape.records:
+        found[key] = [plain(each) for each in found[key]]
+    return found
 
 
 def to_message(kind: type[M], record: Any) -> M:
@@ -75,12 +82,23 @@ def _keys(kind: Any) -> Sequence[tuple[str, str]]:
     return [(one.name, one.metadata.get(_KEY, one.name)) for one in fields(kind)]
 
 
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return plain(value)
-    if value is None or isinstance(value, str | int | float):
-        return value
-    return [plain(each) for each in value] if len(value) and is_dataclass(value[0]) else list(value)
+@dataclass(frozen=True)
+class _Shape:
+    """Of a kind of record, worked out once: its keys and what gets their values, and which of them are lists of what."""
+
+    keys: Sequence[str]
+    values: Callable[[Any], Sequence[Any]]
+    lists: Sequence[str]
+    records: Sequence[str]
+
+
+@cache
+def _shape(kind: Any) -> _Shape:
+    hints, keys = get_type_hints(kind), _keys(kind)
+    held = {key: get_args(hints[name])[0] for name, key in keys if get_origin(hints[name]) in (Sequence, tuple)}
+    records = [key for key, of in held.items() if is_dataclass(of)]
+    values = attrgetter(*(name for name, _ in keys))  # of one field it would be no sequence, but no record is so small
+    return _Shape([key for _, key in keys], values, [key for key in held if key not in records], records)
 
 
 @cache
