@@ -84,7 +84,7 @@ class ControllerProgram:
             await asyncio.to_thread(_say_what_changed, state.release, layers)
         self._fleet.start(self._saved.service_id)
         self._running.push_async_callback(self._fleet.stop)
-        frontends = Frontends(self._saved.service_id, config, self._admit, self._saved.frontend_keys)
+        frontends = Frontends(self._saved.service_id, config, config.server.drain_timeout_s, self._admit, self._saved.frontend_keys)
         frontends.begin(state.release)
         controller = Controller(planner, state, nodes, self._fleet, frontends, self._remember, config.server.drain_timeout_s)
         self._running.push_async_callback(controller.end)

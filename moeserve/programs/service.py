@@ -107,7 +107,7 @@ class Service:
 
         # The ports come before the weights: whoever probes them is told that the service is starting.
         service_id = secrets.token_hex(8)
-        frontends = Frontends(service_id, config, admit)
+        frontends = Frontends(service_id, config, config.server.drain_timeout_s, admit)
         frontends.include(frontend, lambda: self._info(frontend, runtime.node_id))
         frontends.begin(state.release)
         self._controller = Controller(planner, state, nodes, fleet, frontends, _forget, config.server.drain_timeout_s)
