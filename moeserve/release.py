@@ -9,13 +9,12 @@ from moeserve.checkpoints import (
     Fingerprint,
     LayerSource,
     ReleasedLayer,
+    ServedLayers,
     Swap,
     compacted,
     fingerprint_of,
     layer_fingerprints,
-    swapped_layers,
 )
-from moeserve.config import ServiceConfig
 from moeserve.observe.stats import HostShards, host_name
 from moeserve.placement import Placement
 
@@ -42,12 +41,12 @@ class Release:
         """That of its placement."""
         return self.placement.epoch
 
-    def sources(self, config: ServiceConfig, base: Sequence[LayerSource] | None = None) -> list[ReleasedLayer]:
-        """The layers with the weights of this release, of which nothing is read from files that have changed since.
+    def sources(self, layers: ServedLayers) -> list[ReleasedLayer]:
+        """`layers` with the weights of this release, of which nothing is read from files that have changed since.
 
-        `base`: the layers of the configuration, where they are known. Raises ConfigError or CheckpointError.
+        Raises ConfigError or CheckpointError.
         """
-        return swapped_layers(config, self.swaps, self.deployed, base)
+        return layers.swapped(self.swaps, self.deployed)
 
     @property
     def host_names(self) -> list[str]:
@@ -78,11 +77,11 @@ class Release:
         """1 for a layer as it was deployed, one more for every swap since; "" = the highest of all layers."""
         return max((swap.revision for swap in self.swaps if layer in ("", swap.layer)), default=1)
 
-    def swapped(self, swaps: Sequence[Swap], config: ServiceConfig, base: Sequence[LayerSource], epoch: int) -> Release:
+    def swapped(self, swaps: Sequence[Swap], layers: ServedLayers, epoch: int) -> Release:
         """The same places with new weights, as the files of `swaps` are now. Raises UnknownLayer, ConfigError or CheckpointError."""
-        layers = {source.spec.name: source for source in swapped_layers(config, swaps, base=base)}
+        newer = {source.spec.name: source for source in layers.swapped(swaps)}
         made = [
-            replace(swap, revision=self.revision(swap.layer) + 1, fingerprint=fingerprint_of(layers[swap.layer].files_swapped()))
+            replace(swap, revision=self.revision(swap.layer) + 1, fingerprint=fingerprint_of(newer[swap.layer].files_swapped()))
             for swap in swaps
         ]
         return replace(self, placement=replace(self.placement, epoch=epoch), swaps=compacted([*self.swaps, *made]))

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from moeserve import ConfigError, GatingConfig, MoELayer, load_config, route
 from moeserve.checkpoints import LayerSource, layer_sources
+from moeserve.config import PlacementConfig
 from moeserve.experts import ExpertShard, FeedForward, ModuleExpert
+from moeserve.placement import plan_placement
 from tests.support.closeness import assert_close
 from tests.support.kinds_of_experts import BLOCK, EXPERTS, HIDDEN, KINDS, SUMMED
 
@@ -90,7 +92,7 @@ def test_a_caller_who_routes_gets_the_experts_he_names_alone() -> None:
 def test_modules_are_not_split() -> None:
     layer = {"hidden_size": HIDDEN, "num_experts": EXPERTS, **KINDS["module"]}
     with pytest.raises(ConfigError, match=r"placement\.tensor_parallel must be 1: the experts of layer layers\.0 are modules"):
-        layer_sources(load_config({"layers": [layer], "placement": {"num_hosts": 2, "tensor_parallel": 2}}))
+        plan_placement([layer_sources(load_config({"layers": [layer]}))[0].spec], PlacementConfig(num_hosts=2, tensor_parallel=2))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from moeserve.checkpoints.memory_group import MemoryGroup
 from moeserve.checkpoints.resolve import layer_sources
 from moeserve.checkpoints.saving import SavedLayer, prefixed, save, saved_experts
 from moeserve.checkpoints.source import LayerSource, bank_bytes, load_bank, load_experts
-from moeserve.checkpoints.swapped import ReleasedLayer, Swap, compacted, layer_fingerprints, swapped_layers
+from moeserve.checkpoints.swapped import ReleasedLayer, ServedLayers, Swap, compacted, layer_fingerprints
 
 __all__ = [
     "ExpertLayout",
@@ -22,6 +22,7 @@ __all__ = [
     "ReleasedLayer",
     "SavedLayer",
     "Separate",
+    "ServedLayers",
     "Stacked",
     "Swap",
     "bank_bytes",
@@ -38,5 +39,4 @@ __all__ = [
     "prefixed",
     "save",
     "saved_experts",
-    "swapped_layers",
 ]

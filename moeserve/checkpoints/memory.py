@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from moeserve.checkpoints.memory_group import MemoryGroup
 from moeserve.checkpoints.source import LayerSource, bank_bytes
-from moeserve.config import ServiceConfig
+from moeserve.config import PlacementConfig
 from moeserve.errors import ConfigError
 from moeserve.observe.stats import host_name
 from moeserve.placement import Placement
@@ -25,12 +25,12 @@ def host_bytes(sources: Sequence[LayerSource], placement: Placement) -> list[int
     return nbytes
 
 
-def check_memory(nbytes: Sequence[int], config: ServiceConfig, machine_bytes: int) -> None:
-    """`nbytes` of every host; `machine_bytes` is what this machine has, which counts for hosts that a local Ray keeps in its memory.
+def check_memory(nbytes: Sequence[int], placing: PlacementConfig, machine_bytes: int | None) -> None:
+    """`nbytes` of every host; `machine_bytes` is what this machine has, where all hosts without a GPU are in its memory.
 
     Raises ConfigError when weights do not fit.
     """
-    limit = config.placement.memory_per_host_bytes
+    limit = placing.memory_per_host_bytes
     largest = max(range(len(nbytes)), key=lambda host: nbytes[host])
     if limit is not None and nbytes[largest] > limit:
         raise ConfigError(
@@ -38,7 +38,7 @@ def check_memory(nbytes: Sequence[int], config: ServiceConfig, machine_bytes: in
             f"but placement.memory_per_host_bytes allows {_gib(limit)}: "
             "use more hosts, fewer copies, or a smaller model.dtype or model.quantization"
         )
-    if config.ray.address is None and not config.placement.gpus_per_host and sum(nbytes) > machine_bytes:
+    if machine_bytes is not None and not placing.gpus_per_host and sum(nbytes) > machine_bytes:
         raise ConfigError(
             f"{len(nbytes)} hosts would hold {_gib(sum(nbytes))} of weights, "
             f"but this machine has {_gib(machine_bytes)} of memory, or its container has: "

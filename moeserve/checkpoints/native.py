@@ -119,7 +119,7 @@ class NativeLayer:
     def _expert(self, shard: ExpertShard) -> Expert:
         key = f"experts.{shard.expert}"
         if self.spec.module is not None:
-            assert shard.of == 1, "modules are not split: checked when layers are resolved"
+            assert shard.of == 1, "modules are not split: checked when they are placed"
             return self._module(key, self.spec.module, self.spec.module_args[shard.expert])
         return self._feed_forward(key, intermediate_sizes(self.layer)[shard.expert], shard)
 

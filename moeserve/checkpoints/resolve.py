@@ -1,4 +1,4 @@
-"""Service configuration -> the layers to serve, every open question answered."""
+"""What is configured to be served -> its layers, every open question answered."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moeserve.checkpoints.json_file import read_json
 from moeserve.checkpoints.native import MODEL_TYPE, NativeLayer, native_layers
 from moeserve.checkpoints.seeded import SeededLayer
 from moeserve.checkpoints.source import LayerSource
-from moeserve.config import GatingConfig, LayerConfig, LayerSpec, ServiceConfig
+from moeserve.config import GatingConfig, LayerConfig, LayerSpec, ServedModel
 from moeserve.errors import CheckpointError, ConfigError
 from moeserve.files import require_folder
 from moeserve.gating.expert_groups import check_groups
@@ -25,14 +25,14 @@ from moeserve.gating.expert_groups import check_groups
 StoredLayer = HuggingFaceLayer | NativeLayer
 
 
-def layer_sources(config: ServiceConfig) -> list[LayerSource]:
+def layer_sources(served: ServedModel) -> list[LayerSource]:
     """The served layers in order. Raises ConfigError or CheckpointError with one sentence; reads no weights."""
     sources: list[LayerSource] = []
-    model = config.model
+    model = served.model
     if model.checkpoint is None:
-        found: Sequence[SeededLayer | StoredLayer] = [_seeded(index, layer, config) for index, layer in enumerate(config.layers)]
+        found: Sequence[SeededLayer | StoredLayer] = [_seeded(index, layer, served) for index, layer in enumerate(served.layers)]
     else:
-        found = _read(model.checkpoint, config)
+        found = _read(model.checkpoint, served)
     for layer in found:
         sources.append(replace(layer, spec=replace(layer.spec, kernel=model.kernel, deterministic=model.deterministic)))
     for source in sources:
@@ -41,54 +41,45 @@ def layer_sources(config: ServiceConfig) -> list[LayerSource]:
                 f"layer {source.spec.name}: gating.top_k is {source.spec.gating.top_k}, but it has {source.spec.num_experts} experts"
             )
         check_groups(source.spec.num_experts, source.spec.gating)
-        if source.spec.module is not None and config.placement.tensor_parallel > 1:
-            raise ConfigError(
-                f"placement.tensor_parallel must be 1: the experts of layer {source.spec.name} are modules, which cannot be split"
-            )
-        if model.deterministic and config.placement.copies != 1:
-            raise ConfigError(
-                f"model.deterministic is true, but placement.copies is {config.placement.copies}; allowed: 1, because load decides which "
-                f"copy computes, and so which answers are added up where"
-            )
         if (source.spec.module or source.spec.shared_module) and source.spec.quantized_to is not None:
             raise ConfigError(
-                f"model.quantization is {config.model.quantization!r}, but the experts of layer {source.spec.name} are modules; "
+                f"model.quantization is {model.quantization!r}, but the experts of layer {source.spec.name} are modules; "
                 f"allowed: only feed-forward experts are quantized"
             )
     return sources
 
 
-def _seeded(index: int, layer: LayerConfig, config: ServiceConfig) -> SeededLayer:
-    spec = spec_of(layer.name or f"layers.{index}", layer, config.model.dtype or "float32", config.model.quantization)
+def _seeded(index: int, layer: LayerConfig, served: ServedModel) -> SeededLayer:
+    spec = spec_of(layer.name or f"layers.{index}", layer, served.model.dtype or "float32", served.model.quantization)
     return SeededLayer(spec, layer.seed, intermediate_sizes(layer), layer.shared_expert)
 
 
-def _read(folder: Path, config: ServiceConfig) -> list[StoredLayer]:
+def _read(folder: Path, served: ServedModel) -> list[StoredLayer]:
     """The served layers of a folder, whatever that is."""
     try:
         require_folder(folder)
-        return _stored(folder, config)
+        return _stored(folder, served)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint folder {folder} does not exist") from None
     except OSError as error:
         raise CheckpointError(f"checkpoint folder {folder} cannot be read: {error.strerror}") from None
 
 
-def _stored(folder: Path, config: ServiceConfig) -> list[StoredLayer]:
+def _stored(folder: Path, served: ServedModel) -> list[StoredLayer]:
     """The served layers of a checkpoint, whoever wrote it, with what the configuration changes about them."""
-    where, model = folder / "config.json", config.model
+    where, model = folder / "config.json", served.model
     found: Sequence[StoredLayer]
     is_native = where.is_file() and read_json(where).get("model_type") == MODEL_TYPE
     if model.family is not None and (is_native or is_deepspeed(folder)):
         raise ConfigError(f"model.family is {model.family!r}, but {folder} is no checkpoint of Hugging Face; allowed: unset")
     if is_deepspeed(folder):
-        return _wanted(deepspeed_layers(folder, model.dtype, model.quantization, config.layers), model.layers)
+        return _wanted(deepspeed_layers(folder, model.dtype, model.quantization, served.layers), model.layers)
     if is_native:
         found = native_layers(folder, model.dtype, model.trusted_modules)
     else:
         found = huggingface_layers(folder, model.dtype, model.family)
-    sources = [_overlaid(source, config) for source in _wanted(found, model.layers)]
-    _reject_unknown_names(config.layers, [source.spec.name for source in sources])
+    sources = [_overlaid(source, served) for source in _wanted(found, model.layers)]
+    _reject_unknown_names(served.layers, [source.spec.name for source in sources])
     return sources
 
 
@@ -102,15 +93,15 @@ def _wanted(found: Sequence[StoredLayer], wanted: Sequence[int | str] | None) ->
     return [source for index, source in enumerate(found) if index in wanted or source.spec.name in wanted]
 
 
-def _overlaid(source: StoredLayer, config: ServiceConfig) -> StoredLayer:
+def _overlaid(source: StoredLayer, served: ServedModel) -> StoredLayer:
     """Settings that were written down win over what the checkpoint says; those of a nameless entry apply to every layer."""
     gating: dict[str, Any] = source.spec.gating.model_dump()
-    for change in config.layers:
+    for change in served.layers:
         if change.name is None or change.name == source.spec.name:
             _reject_sizes(change, source.spec)
             gating.update(change.gating.model_dump(exclude_unset=True))
     try:
-        spec = replace(source.spec, gating=GatingConfig.model_validate(gating), quantization=config.model.quantization)
+        spec = replace(source.spec, gating=GatingConfig.model_validate(gating), quantization=served.model.quantization)
     except ValidationError as error:
         raise ConfigError(f"layer {source.spec.name}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
     return replace(source, spec=spec)

@@ -82,7 +82,7 @@ class SeededLayer:
 
     def _expert(self, shard: ExpertShard) -> Expert:
         if self.spec.module is not None:
-            assert shard.of == 1, "modules are not split: checked when layers are resolved"
+            assert shard.of == 1, "modules are not split: checked when they are placed"
             return self._module(str(shard.expert), self.spec.module, self.spec.module_args[shard.expert])
         return self._feed_forward(str(shard.expert), self._size_of(shard), shard)
 

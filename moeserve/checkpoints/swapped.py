@@ -12,7 +12,7 @@ from moeserve.checkpoints.deepspeed import TOLD, is_deepspeed
 from moeserve.checkpoints.fingerprint import Fingerprint, fingerprint_of
 from moeserve.checkpoints.resolve import layer_sources
 from moeserve.checkpoints.source import LayerSource
-from moeserve.config import LayerConfig, LayerSpec, ServiceConfig
+from moeserve.config import LayerConfig, LayerSpec, ServedModel
 from moeserve.errors import CheckpointChanged, CheckpointError, ConfigError, UnknownLayer
 from moeserve.experts import Expert, ExpertShard
 from moeserve.gating import Mixer, Router
@@ -76,42 +76,47 @@ def check_swap(swap: Swap, served: LayerSpec, newer: LayerSpec) -> None:
         raise ConfigError(f"layer {served.name} has no expert {unknown[0]}; it has 0..{served.num_hosted_experts - 1}")
 
 
-def newer_layer(config: ServiceConfig, swap: Swap, served: LayerSpec) -> LayerSource:
-    """What `swap` brings: the layer of that name in the new folder, in the served dtype, with the operator's changes to its gate.
+@dataclass(frozen=True, eq=False)
+class ServedLayers:
+    """The layers that are configured to be served, and their files as they were when they were `read`: what releases are made of."""
 
-    Raises ConfigError or CheckpointError; reads no weights.
-    """
-    kept = {"name", "gating"} | (TOLD if is_deepspeed(swap.checkpoint) else set())
-    told = [layer for layer in config.layers if layer.name in {None, swap.layer}]
-    changes = tuple(LayerConfig(**{key: getattr(layer, key) for key in layer.model_fields_set & kept}) for layer in told)
-    model = config.model.model_copy(update={"checkpoint": swap.checkpoint, "layers": (swap.layer,), "dtype": served.dtype})
-    (source,) = layer_sources(config.model_copy(update={"model": model, "layers": changes}))
-    return source
+    model: ServedModel
+    sources: Sequence[LayerSource]
 
+    @classmethod
+    def read(cls, model: ServedModel) -> ServedLayers:
+        """Raises ConfigError or CheckpointError; reads no weights."""
+        return cls(model, layer_sources(model))
 
-def swapped_layers(
-    config: ServiceConfig,
-    swaps: Sequence[Swap],
-    deployed: Mapping[str, Fingerprint] | None = None,
-    base: Sequence[LayerSource] | None = None,
-) -> list[ReleasedLayer]:
-    """`layer_sources`, or `base` where they are known, with the swaps made in their order.
+    @property
+    def specs(self) -> list[LayerSpec]:
+        return [source.spec for source in self.sources]
 
-    deployed: fingerprints by layer of what these are read from. Raises ConfigError or CheckpointError when a swap cannot be made; reads no
-    weights.
-    """
-    sources = layer_sources(config) if base is None else base
-    layers = {source.spec.name: ReleasedLayer(Origin(source, (deployed or {}).get(source.spec.name))) for source in sources}
-    newer: dict[tuple[str, Path], LayerSource] = {}
-    for swap in compacted(swaps):
-        if swap.layer not in layers:
-            raise UnknownLayer(f"layer {swap.layer} is not served; served: {', '.join(layers)}")
-        layer, where = layers[swap.layer], (swap.layer, swap.checkpoint)
-        if where not in newer:
-            newer[where] = newer_layer(config, swap, layer.spec)
-        check_swap(swap, layer.spec, newer[where].spec)
-        layers[swap.layer] = layer.swapped(Origin(newer[where], swap.fingerprint, swap))
-    return list(layers.values())
+    def swapped(self, swaps: Sequence[Swap], deployed: Mapping[str, Fingerprint] | None = None) -> list[ReleasedLayer]:
+        """With the swaps made in their order. `deployed`: fingerprints by layer of what these are read from.
+
+        Raises UnknownLayer, ConfigError or CheckpointError when a swap cannot be made; reads no weights.
+        """
+        layers = {source.spec.name: ReleasedLayer(Origin(source, (deployed or {}).get(source.spec.name))) for source in self.sources}
+        newer: dict[tuple[str, Path], LayerSource] = {}
+        for swap in compacted(swaps):
+            if swap.layer not in layers:
+                raise UnknownLayer(f"layer {swap.layer} is not served; served: {', '.join(layers)}")
+            layer, where = layers[swap.layer], (swap.layer, swap.checkpoint)
+            if where not in newer:
+                newer[where] = self._newer(swap, layer.spec)
+            check_swap(swap, layer.spec, newer[where].spec)
+            layers[swap.layer] = layer.swapped(Origin(newer[where], swap.fingerprint, swap))
+        return list(layers.values())
+
+    def _newer(self, swap: Swap, served: LayerSpec) -> LayerSource:
+        """What `swap` brings: the layer of that name in the new folder, in the served dtype, with the operator's changes to its gate."""
+        kept = {"name", "gating"} | (TOLD if is_deepspeed(swap.checkpoint) else set())
+        told = [layer for layer in self.model.layers if layer.name in {None, swap.layer}]
+        changes = tuple(LayerConfig(**{key: getattr(layer, key) for key in layer.model_fields_set & kept}) for layer in told)
+        model = self.model.model.model_copy(update={"checkpoint": swap.checkpoint, "layers": (swap.layer,), "dtype": served.dtype})
+        (source,) = layer_sources(self.model.model_copy(update={"model": model, "layers": changes}))
+        return source
 
 
 @dataclass(frozen=True, eq=False)

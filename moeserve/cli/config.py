@@ -20,15 +20,16 @@ def check(file: Annotated[Path, typer.Argument(help="A TOML configuration or a c
 
     loaded = load_config(file)
     with importing():
-        from moeserve.checkpoints import layer_sources
-        from moeserve.control import first_num_hosts, wanted_hosts
+        from moeserve.checkpoints import ServedLayers
+        from moeserve.control import Planner
         from moeserve.server import check_exposure
 
     check_exposure(loaded.server)
-    sources = layer_sources(loaded)
-    wanted = wanted_hosts(first_num_hosts(loaded, sources), sources, loaded)
+    layers = ServedLayers.read(loaded)
+    planner = Planner(layers, loaded.placement, on_this_machine=loaded.ray.address is None)
+    wanted = planner.wanted(planner.first_num_hosts())
     hosts = f"{wanted.least} hosts or more" if wanted.num_hosts == "all" else f"{wanted.num_hosts} hosts"
-    say(f"{file}: ok, {len(sources)} MoE layers on {hosts}")
+    say(f"{file}: ok, {len(layers.sources)} MoE layers on {hosts}")
 
 
 @config.command(name="import")

@@ -32,4 +32,4 @@ def plan(
     console = Console()
     for table in tables(sources, placement, config.placement, nbytes, with_kernels):
         console.print(table)
-    check_memory(nbytes, config, memory_bytes())
+    check_memory(nbytes, config.placement, memory_bytes() if config.ray.address is None else None)

@@ -13,9 +13,9 @@ import torch
 
 from moeserve.allocator import give_back_when_quiet
 from moeserve.cluster.folders import Hold, SocketFolder
-from moeserve.config import ServiceConfig
+from moeserve.config import ServedModel
 from moeserve.host import Holdings, Host, Where
-from moeserve.observe.stats import HostInfo
+from moeserve.observe.stats import HostInfo, host_name
 from moeserve.release import Release
 from moeserve.transport import give_back_pools
 
@@ -27,11 +27,15 @@ class HostOrder:
     Its socket is in `sockets`. `over_tcp`: frontends and hosts of other nodes, or of no node at all, reach it, too.
     """
 
-    name: str
     number: int
-    config: ServiceConfig
+    model: ServedModel
     sockets: SocketFolder
     over_tcp: bool
+
+    @property
+    def name(self) -> str:
+        """As its actor and its sockets are called."""
+        return host_name(self.number)
 
 
 # A host that loads for minutes says meanwhile that it is there.
@@ -104,7 +108,7 @@ class ExpertHost:
         # With no GPU granted Ray leaves all of them visible, so what counts is the grant.
         has_gpu = bool(granted.get("GPU", 0))
         device = torch.device("cuda" if has_gpu and torch.cuda.is_available() else "cpu")
-        holdings = Holdings(order.config, order.number, device)
+        holdings = Holdings(order.model, order.number, device)
         holdings.begin(releases)
         self._folder = Hold(order.sockets.path())
         where = Where(

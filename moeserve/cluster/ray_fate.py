@@ -12,10 +12,10 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from moeserve.checkpoints import MemoryGroup, host_bytes
+from moeserve.checkpoints import MemoryGroup, ServedLayers, host_bytes
 from moeserve.cluster.ray_internals import exit_detail, find_actor, log_dir
 from moeserve.cluster.timing import ASK_TIMEOUT_S
-from moeserve.config import ServiceConfig
+from moeserve.config import ServedModel
 from moeserve.control import Assignment
 from moeserve.errors import MoEServeError
 from moeserve.release import Release
@@ -48,8 +48,8 @@ def fate_of(actor_id: ray.ActorID | None, node: str) -> Fate:
 class PostMortem:
     """Why processes of hosts end. To be made before the first does, as what the kernel counts is counted from then on."""
 
-    def __init__(self, config: ServiceConfig) -> None:
-        self._config = config
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
         self._kills_before = MemoryGroup().oom_kills
 
     def findings(self, assignment: Assignment, release: Callable[[], Release], fate: Fate) -> str:
@@ -63,7 +63,7 @@ class PostMortem:
 
     def _burden(self, release: Release, number: int) -> str:
         with suppress(MoEServeError):  # the files may be gone
-            nbytes = host_bytes(release.sources(self._config), release.placement)[number]
+            nbytes = host_bytes(release.sources(ServedLayers.read(self._model)), release.placement)[number]
             return f"It was to hold {nbytes / 2**20:.1f} MiB of weights."
         return ""
 

@@ -16,10 +16,10 @@ from moeserve.cluster.folders import SocketFolder, remove_abandoned
 from moeserve.cluster.ray_ending import end_hosts, kill_processes
 from moeserve.cluster.ray_expert_host import HostOrder
 from moeserve.cluster.ray_fate import PostMortem
-from moeserve.cluster.ray_host_actor import MAX_DEATHS, Call, HostActor
+from moeserve.cluster.ray_host_actor import MAX_DEATHS, Call, HostActor, Place
 from moeserve.cluster.ray_reservation import await_forgotten, await_granted, find_hosts, find_reservations, give_back, reserve
 from moeserve.cluster.timing import FORGET_TIMEOUT_S, HANG_S, MEET_TIMEOUT_S, WATCH_S
-from moeserve.config import ServiceConfig
+from moeserve.config import PlacementConfig, RayConfig, ServedModel
 from moeserve.control import Assignment
 from moeserve.errors import ConfigError, ExpertUnavailable, MoEServeError
 from moeserve.observe.stats import HostInfo, host_name
@@ -36,8 +36,8 @@ class Fleet:
     `detached`: they outlive this process, and one that comes after it `adopt`s them by their names in its Ray namespace.
     """
 
-    def __init__(self, config: ServiceConfig, *, detached: bool) -> None:
-        self._config = config
+    def __init__(self, model: ServedModel, placing: PlacementConfig, ray: RayConfig, *, detached: bool) -> None:
+        self._model, self._placing, self._temp_dir = model, placing, ray.temp_dir
         self._detached = detached
         self._releases: list[Release] = []
         self._members: dict[int, HostActor] = {}
@@ -50,7 +50,7 @@ class Fleet:
         self._over_tcp = True
         #: hosts that Ray has given up, until they are removed: their node is gone
         self.given_up: set[int] = set()
-        self._post_mortem = PostMortem(config)
+        self._post_mortem = PostMortem(model)
         self._ray_lost: str | None = None
 
     @property
@@ -79,7 +79,7 @@ class Fleet:
 
         `over_tcp`: frontends and hosts on other nodes, or outside Ray, reach hosts, too, with keys (`admit`).
         """
-        self._folder, self._over_tcp = SocketFolder(service_id, self._config.ray.temp_dir, folder), over_tcp
+        self._folder, self._over_tcp = SocketFolder(service_id, self._temp_dir, folder), over_tcp
 
     @property
     def _sockets(self) -> SocketFolder:
@@ -196,8 +196,7 @@ class Fleet:
 
     async def _add(self, assignments: Sequence[Assignment]) -> None:
         """Ask Ray for these hosts, beside those there are. Raises ConfigError when there is no room for one on its node; then for none."""
-        placing = self._config.placement
-        groups = [reserve(each, placing, detached=self._detached) for each in assignments]
+        groups = [reserve(each, self._placing, detached=self._detached) for each in assignments]
         late = [each for each, is_granted in zip(assignments, await await_granted(groups), strict=True) if not is_granted]
         if late:
             for group in groups:
@@ -209,9 +208,10 @@ class Fleet:
             self._members[each.number].start()
 
     def _member(self, assignment: Assignment, group: PlacementGroup) -> HostActor:
-        order = HostOrder(host_name(assignment.number), assignment.number, self._config, self._sockets, self._over_tcp)
+        order = HostOrder(assignment.number, self._model, self._sockets, self._over_tcp)
+        place = Place(assignment.node, group, self._placing.cpus_per_host, self._placing.gpus_per_host, self._detached)
         findings = partial(self._post_mortem.findings, assignment, lambda: self._releases[-1])
-        return HostActor(order, assignment.node, group, findings, detached=self._detached)
+        return HostActor(order, place, findings)
 
     async def _come_up(self, number: int, on_ready: OnReady) -> None:
         on_ready(await self.find(number))

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import ray
 from ray.actor import ActorHandle
@@ -33,19 +34,29 @@ InForce = Callable[[], tuple[Sequence[Release], Collection[str]]]
 Findings = Callable[[Fate], str]
 
 
+@dataclass(frozen=True)
+class Place:
+    """A placement group on a node, and what the host there takes of it. `detached`: it outlives this process."""
+
+    node: str
+    group: PlacementGroup
+    cpus: float
+    gpus: float
+    detached: bool
+
+
 class HostActor:
     """Ray starts its process again whenever it dies, on the same place, until the place is given back or its node is gone.
 
     One that dies again and again before it is ready, or that refuses to load what it shall, rests between tries, longer each time.
     """
 
-    def __init__(self, order: HostOrder, node: str, group: PlacementGroup, findings: Findings, *, detached: bool) -> None:
+    def __init__(self, order: HostOrder, place: Place, findings: Findings) -> None:
         self.name = order.name
-        self.node = node
-        self.group = group
+        self.node, self.group = place.node, place.group
         #: Ray has given it up
         self.is_lost = False
-        self._order, self._findings, self._detached = order, findings, detached
+        self._order, self._place, self._findings = order, place, findings
         #: None between its end and the next try
         self._actor: ActorHandle[ExpertHost] | None = None
         #: while it loaded, since it was well; restarts of this actor that are none of these
@@ -68,14 +79,14 @@ class HostActor:
 
     def start(self) -> None:
         """A new one, on a place that has been granted."""
-        placing = self._order.config.placement
+        place = self._place
         host = ExpertHost.options(  # type: ignore[attr-defined]
-            num_cpus=placing.cpus_per_host,
-            num_gpus=placing.gpus_per_host,
+            num_cpus=place.cpus,
+            num_gpus=place.gpus,
             scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, 0),
             max_restarts=-1,
             max_task_retries=0,
-            **({"name": self.name, "lifetime": "detached"} if self._detached else {}),
+            **({"name": self.name, "lifetime": "detached"} if place.detached else {}),
         )
         self._actor = host.remote(self._order)
         self._restarts_before, self._ready = 0, None

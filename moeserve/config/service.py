@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -217,19 +217,11 @@ class RayConfig(Table):
     temp_dir: File | None = None
 
 
-class ServiceConfig(Table):
-    """Everything `moeserve serve` needs."""
+class ServedModel(Table):
+    """[model] and [[layers]]: what is served, and all that a host must know of it to read its experts."""
 
-    server: ServerConfig = ServerConfig()
     model: ModelConfig = ModelConfig()
     layers: Annotated[tuple[LayerConfig, ...], Field(strict=False, max_length=MAX_LAYERS)] = ()
-    placement: PlacementConfig = PlacementConfig()
-    batching: BatchingConfig = BatchingConfig()
-    communication: CommunicationConfig = CommunicationConfig()
-    resilience: ResilienceConfig = ResilienceConfig()
-    observability: ObservabilityConfig = ObservabilityConfig()
-    controller: ControllerConfig = ControllerConfig()
-    ray: RayConfig = RayConfig()
 
     @property
     def model_name(self) -> str:
@@ -263,3 +255,37 @@ class ServiceConfig(Table):
         if len(set(names)) != len(names):
             raise ValueError(f"layer names must differ, got {names}")
         return self
+
+
+class FrontendConfig(ServedModel):
+    """The tables that all frontends of a service follow alike."""
+
+    placement: PlacementConfig = PlacementConfig()
+    batching: BatchingConfig = BatchingConfig()
+    communication: CommunicationConfig = CommunicationConfig()
+    resilience: ResilienceConfig = ResilienceConfig()
+    observability: ObservabilityConfig = ObservabilityConfig()
+
+    @model_validator(mode="after")
+    def _one_host_computes_an_answer(self) -> Self:
+        if self.model.deterministic and self.placement.copies != 1:
+            raise ValueError(
+                f"model.deterministic is true, but placement.copies is {self.placement.copies}; allowed: 1, because load decides which "
+                f"copy computes, and so which answers are added up where"
+            )
+        return self
+
+
+Tables = TypeVar("Tables", bound=ServedModel)
+
+
+class ServiceConfig(FrontendConfig):
+    """Everything `moeserve serve` needs."""
+
+    server: ServerConfig = ServerConfig()
+    controller: ControllerConfig = ControllerConfig()
+    ray: RayConfig = RayConfig()
+
+    def only(self, kind: type[Tables]) -> Tables:
+        """The tables of `kind`: what a host needs, or a frontend, and nothing else."""
+        return kind(**{name: getattr(self, name) for name in self.model_fields_set & kind.model_fields.keys()})

@@ -2,7 +2,7 @@
 
 from moeserve.control.assignments import Assigned, Assignment, Node, Wanted
 from moeserve.control.controller import Controller, first_state
-from moeserve.control.desired import first_num_hosts, wanted_hosts
+from moeserve.control.desired import Planner
 from moeserve.control.follower import CannotFollow, Follower
 from moeserve.control.frontends import FrontendInfo, Frontends
 from moeserve.control.reconcile import reconcile
@@ -19,11 +19,10 @@ __all__ = [
     "Frontends",
     "Node",
     "NumHosts",
+    "Planner",
     "Saved",
     "State",
     "Wanted",
-    "first_num_hosts",
     "first_state",
     "reconcile",
-    "wanted_hosts",
 ]

@@ -10,10 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from moeserve.checkpoints import LayerSource, Swap
-from moeserve.config import ServiceConfig
+from moeserve.checkpoints import Swap
 from moeserve.control.assignments import Assigned, Node, Wanted
-from moeserve.control.desired import first_num_hosts, plan_for, wanted_hosts
+from moeserve.control.desired import Planner
 from moeserve.control.frontends import Frontends
 from moeserve.control.reconcile import reconcile
 from moeserve.control.rollout import Hosts, Rollout
@@ -72,21 +71,20 @@ def _tell_of_failure(change: asyncio.Task[Release]) -> None:
         strangers.warning("a change that nobody waits for any more could not be made: %s", error)
 
 
-async def first_state(config: ServiceConfig, sources: Sequence[LayerSource], nodes: Nodes) -> State:
+async def first_state(planner: Planner, nodes: Nodes) -> State:
     """Where the hosts of a new service go. Raises ConfigError when the nodes do not hold them, after placement.wait_for_nodes_s.
 
-    `sources`: the layers of the configuration, whose files it is made of from now on.
+    It is made of the files that the planner's layers are in now.
     """
-    num_hosts = first_num_hosts(config, sources)
-    wanted = wanted_hosts(num_hosts, sources, config)
-    wait_s = config.placement.wait_for_nodes_s
+    num_hosts = planner.first_num_hosts()
+    wanted, wait_s = planner.wanted(num_hosts), planner.placing.wait_for_nodes_s
     try:
         assigned = await _until_assigned(lambda known: reconcile(known, (), wanted, 0), wanted, nodes, wait_s)
     except BaseException:
         if wait_s:
             nodes.ask_for(wanted, 0)
         raise
-    release = await asyncio.to_thread(Release.first, plan_for(len(assigned.assignments), sources, config), sources)
+    release = await asyncio.to_thread(Release.first, planner.plan(len(assigned.assignments)), planner.layers.sources)
     return State(release, assigned.assignments, num_hosts, release.epoch, len(assigned.assignments))
 
 
@@ -110,26 +108,28 @@ async def _until_assigned(assignment: Callable[[Sequence[Node]], Assigned], want
 
 
 class Controller:
-    """One change at a time, and each to its end, even if whoever asked for it hangs up. `save` is given what a successor must know."""
+    """One change at a time, and each to its end, even if whoever asked for it hangs up.
+
+    `save` is given what a successor must know; batches under way have `drain_timeout_s` to end on hosts that leave.
+    """
 
     def __init__(
         self,
-        config: ServiceConfig,
-        sources: Sequence[LayerSource],
+        planner: Planner,
         state: State,
         nodes: Nodes,
         hosts: HostFleet,
         frontends: Frontends,
         save: Callable[[State], None],
+        drain_timeout_s: float,
     ) -> None:
         #: set when somebody who may has asked for the service to end
         self.stop_requested = asyncio.Event()
-        self._config = config
-        self._sources = sources
+        self._planner = planner
         self._frontends = frontends
         self._nodes = nodes
         self._hosts = hosts
-        self._rollout = Rollout(config, sources, state, hosts, frontends, save)
+        self._rollout = Rollout(planner, state, hosts, frontends, save, drain_timeout_s)
         self._one_at_a_time = asyncio.Lock()
         self._changes: set[asyncio.Task[Release]] = set()
         self._wanted_now: Wanted | None = None
@@ -144,7 +144,7 @@ class Controller:
 
     def status(self) -> ServiceStatus:
         """What is deployed and where, for people."""
-        names = [source.spec.name for source in self._sources]
+        names = [spec.name for spec in self._planner.layers.specs]
         present, frontends = self._hosts.present, self._frontends.members()
         short = " ".join(dict.fromkeys((*([self._shortage] if self._shortage else []), *self._failing().values())))
         return status_of(self.state, self._rollout.is_under_way, short, names, present, frontends)
@@ -161,7 +161,7 @@ class Controller:
         """
         if not layer and experts is not None:
             raise ConfigError("experts are those of one layer: name it")
-        layers = [layer] if layer else [source.spec.name for source in self._sources]
+        layers = [layer] if layer else [spec.name for spec in self._planner.layers.specs]
         swaps = [Swap(name, checkpoint, None if experts is None else frozenset(experts)) for name in layers]
         return await self._to_its_end(self._change(lambda: self._rollout.swap(swaps)))
 
@@ -186,7 +186,7 @@ class Controller:
 
     async def end(self) -> None:
         """Nobody needs the nodes any more: an autoscaler may take those away that it has brought."""
-        if self._config.placement.wait_for_nodes_s:
+        if self._planner.placing.wait_for_nodes_s:
             self._nodes.ask_for(await self._wanted(), 0)
 
     async def keep(self) -> None:
@@ -237,10 +237,10 @@ class Controller:
     async def _scale(self, num_hosts: NumHosts) -> Release:
         if num_hosts != "all" and num_hosts < 1:
             raise ConfigError("at least one host is needed")
-        wanted = await asyncio.to_thread(wanted_hosts, num_hosts, self._sources, self._config)
+        wanted = await asyncio.to_thread(self._planner.wanted, num_hosts)
         try:
             # Nodes may be minutes away: meanwhile those that there are are followed.
-            await _until_assigned(lambda nodes: self._assigned(nodes, wanted), wanted, self._nodes, self._config.placement.wait_for_nodes_s)
+            await _until_assigned(lambda nodes: self._assigned(nodes, wanted), wanted, self._nodes, self._planner.placing.wait_for_nodes_s)
             return await self._change(lambda: self._reach(num_hosts, wanted))
         finally:
             self._ask_for(await self._wanted())
@@ -275,7 +275,7 @@ class Controller:
 
     async def _wanted(self) -> Wanted:
         if self._wanted_now is None or self._wanted_now.num_hosts != self.state.num_hosts:
-            self._wanted_now = await asyncio.to_thread(wanted_hosts, self.state.num_hosts, self._sources, self._config)
+            self._wanted_now = await asyncio.to_thread(self._planner.wanted, self.state.num_hosts)
         return self._wanted_now
 
     def _assigned(self, nodes: Sequence[Node], wanted: Wanted) -> Assigned:
@@ -283,5 +283,5 @@ class Controller:
 
     def _ask_for(self, wanted: Wanted) -> None:
         """Where nodes are waited for there is an autoscaler, which shall keep those that are needed and no more."""
-        if self._config.placement.wait_for_nodes_s:
+        if self._planner.placing.wait_for_nodes_s:
             self._nodes.ask_for(wanted, 0 if wanted.num_hosts == "all" else wanted.num_hosts)

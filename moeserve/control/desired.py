@@ -4,67 +4,81 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from moeserve.checkpoints import LayerSource, check_memory, host_bytes, memory_bytes
-from moeserve.config import ServiceConfig
+from moeserve.checkpoints import LayerSource, ServedLayers, check_memory, host_bytes, memory_bytes
+from moeserve.config import PlacementConfig
 from moeserve.control.assignments import Wanted
 from moeserve.control.state import NumHosts
 from moeserve.errors import ConfigError
 from moeserve.placement import Placement, fewest_hosts, most_hosts, plan_placement
 
 
-def plan_for(num_hosts: int, sources: Sequence[LayerSource], config: ServiceConfig) -> Placement:
-    """The placement on so many hosts, whatever [placement] says of their number. Raises ConfigError when there is none, or no memory."""
-    placing = config.placement.model_copy(update={"num_hosts": num_hosts, "experts_per_host": None})
-    placement = plan_placement([source.spec for source in sources], placing)
-    check_memory(host_bytes(sources, placement), config, memory_bytes())
-    return placement
+@dataclass(frozen=True, eq=False)
+class Planner:
+    """Places the experts of `layers` as `placing` says. `on_this_machine`: hosts without a GPU share its memory."""
 
+    layers: ServedLayers
+    placing: PlacementConfig
+    on_this_machine: bool
 
-def first_num_hosts(config: ServiceConfig, sources: Sequence[LayerSource]) -> NumHosts:
-    """placement.num_hosts, or as many as placement.experts_per_host takes. Raises ConfigError when so many cannot share the experts."""
-    if config.placement.num_hosts == "all":
-        return "all"
-    placement = plan_placement([source.spec for source in sources], config.placement)
-    check_memory(host_bytes(sources, placement), config, memory_bytes())
-    return placement.num_hosts
+    def plan(self, num_hosts: int, sources: Sequence[LayerSource] | None = None) -> Placement:
+        """The placement on so many hosts, whatever [placement] says of their number. Raises ConfigError when there is none, or no memory.
 
+        `sources`: the layers with the weights they have by now.
+        """
+        placement = self._on(num_hosts)
+        self._check_memory(host_bytes(sources or self.layers.sources, placement))
+        return placement
 
-def wanted_hosts(num_hosts: NumHosts, sources: Sequence[LayerSource], config: ServiceConfig) -> Wanted:
-    """What `num_hosts` of them ask of the nodes. Raises ConfigError when so many, or any number, cannot share the experts."""
-    placing, specs = config.placement, [source.spec for source in sources]
-    fewest = fewest_hosts(specs, placing)
-    if num_hosts == "all":  # the search takes seconds for the largest models, and nobody else needs it
-        upper = most = most_hosts(specs, placing)
-        if fewest > most:
-            plan_placement(specs, placing.model_copy(update={"num_hosts": fewest, "experts_per_host": None}))  # says why not
-            raise ConfigError(f"placement needs {fewest} hosts, of which some would hold no expert; allowed: at most {most}")
-    else:
-        plan_for(num_hosts, sources, config)
-        upper, most = max(fewest, num_hosts), None
-    return Wanted(
-        num_hosts=num_hosts,
-        cpus=placing.cpus_per_host,
-        gpus=placing.gpus_per_host,
-        labels=placing.node_labels,
-        strategy=placing.node_strategy,
-        least=_least(config, sources, fewest, upper),
-        most=most,
-    )
+    def first_num_hosts(self) -> NumHosts:
+        """placement.num_hosts, or as many as placement.experts_per_host takes. Raises ConfigError when so many cannot share the experts."""
+        if self.placing.num_hosts == "all":
+            return "all"
+        placement = plan_placement(self.layers.specs, self.placing)
+        self._check_memory(host_bytes(self.layers.sources, placement))
+        return placement.num_hosts
 
+    def wanted(self, num_hosts: NumHosts) -> Wanted:
+        """What `num_hosts` of them ask of the nodes. Raises ConfigError when so many, or any number, cannot share the experts."""
+        placing, specs = self.placing, self.layers.specs
+        fewest = fewest_hosts(specs, placing)
+        if num_hosts == "all":  # the search takes seconds for the largest models, and nobody else needs it
+            upper = most = most_hosts(specs, placing)
+            if fewest > most:
+                self._on(fewest)  # says why not
+                raise ConfigError(f"placement needs {fewest} hosts, of which some would hold no expert; allowed: at most {most}")
+        else:
+            self.plan(num_hosts)
+            upper, most = max(fewest, num_hosts), None
+        return Wanted(
+            num_hosts=num_hosts,
+            cpus=placing.cpus_per_host,
+            gpus=placing.gpus_per_host,
+            labels=placing.node_labels,
+            strategy=placing.node_strategy,
+            least=self._least(fewest, upper),
+            most=most,
+        )
 
-def _least(config: ServiceConfig, sources: Sequence[LayerSource], fewest: int, most: int) -> int:
-    """How many hosts it takes so that each has room for its weights."""
-    if config.placement.memory_per_host_bytes is None:
-        return fewest
-    largest = max(_bytes(config, sources, most))
-    if largest > config.placement.memory_per_host_bytes:
-        check_memory([largest], config, memory_bytes())
-    numbers = range(fewest, most + 1)
-    limit = config.placement.memory_per_host_bytes
-    return numbers[bisect_left(numbers, True, key=lambda number: max(_bytes(config, sources, number)) <= limit)]
+    def _on(self, num_hosts: int) -> Placement:
+        placing = self.placing.model_copy(update={"num_hosts": num_hosts, "experts_per_host": None})
+        return plan_placement(self.layers.specs, placing)
 
+    def _check_memory(self, nbytes: Sequence[int]) -> None:
+        check_memory(nbytes, self.placing, memory_bytes() if self.on_this_machine else None)
 
-def _bytes(config: ServiceConfig, sources: Sequence[LayerSource], num_hosts: int) -> list[int]:
-    placing = config.placement.model_copy(update={"num_hosts": num_hosts, "experts_per_host": None})
-    return host_bytes(sources, plan_placement([source.spec for source in sources], placing))
+    def _least(self, fewest: int, most: int) -> int:
+        """How many hosts it takes so that each has room for its weights."""
+        limit = self.placing.memory_per_host_bytes
+        if limit is None:
+            return fewest
+        largest = self._largest(most)
+        if largest > limit:
+            self._check_memory([largest])
+        numbers = range(fewest, most + 1)
+        return numbers[bisect_left(numbers, True, key=lambda number: self._largest(number) <= limit)]
+
+    def _largest(self, num_hosts: int) -> int:
+        """Bytes of the host that holds most."""
+        return max(host_bytes(self.layers.sources, self._on(num_hosts)))

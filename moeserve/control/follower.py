@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import Awaitable, Coroutine
 from typing import Any, Final, Protocol
 
-from moeserve.checkpoints import LayerSource, layer_sources
-from moeserve.config import ServerConfig, ServiceConfig, load_json
+from moeserve.checkpoints import LayerSource, ServedLayers
+from moeserve.config import FrontendConfig, ServerConfig, load_json
 from moeserve.control.directory import Directory
 from moeserve.control.follow import Order, Report, Welcome
 from moeserve.errors import ConfigError, MoEServeError
-from moeserve.frontend import Frontend
+from moeserve.frontend import Frontend, FrontendSettings, HostAccess
 from moeserve.notifier import Notifier
 from moeserve.observe.metrics import Metrics
 from moeserve.release import Release
@@ -55,9 +55,9 @@ class Follower:
         self._order = Order()
         self._ordered = Notifier()
         self._told: Welcome | None = None
-        self._config: ServiceConfig | None = None
+        self._config: FrontendConfig | None = None
         #: of the configuration, as they were when this frontend began
-        self._layers: Sequence[LayerSource] | None = None
+        self._layers: ServedLayers | None = None
         self._keys: KeyPair | None = None
         self._frontend: Frontend | None = None
         #: number of the stream: what was tried for one controller says nothing to the next
@@ -143,12 +143,13 @@ class Follower:
 
     async def _build(self, release: Release) -> None:
         assert self._told is not None and self._keys is not None
-        self._config = load_json(self._told.config_json).model_copy(update={"server": self._server})
+        self._config = load_json(self._told.config_json)
         sources = await asyncio.to_thread(self._sources, release)
         metrics = Metrics([source.spec for source in sources], self._config.observability.expert_detail)
-        find, health = self._directory.find, self._stage.health_changed
+        settings = FrontendSettings.of(self._config, self._server)
+        hosts = HostAccess(self._directory.find, self._keys, self._stage.health_changed)
         # It reads every gate, and probes are answered meanwhile.
-        self._frontend = await asyncio.to_thread(Frontend, sources, release, find, self._config, metrics, health, self._keys)
+        self._frontend = await asyncio.to_thread(Frontend, release, sources, settings, hosts, metrics)
         self._frontend.set_failing(self._order.failing)
         self._stage.enter(self._frontend, metrics)
         self._do("start", self._frontend.start(self.report.node))
@@ -156,8 +157,8 @@ class Follower:
 
     def _sources(self, release: Release) -> list[LayerSource]:
         assert self._config is not None
-        self._layers = self._layers or layer_sources(self._config)
-        sources: list[LayerSource] = [*release.sources(self._config, self._layers)]
+        self._layers = self._layers or ServedLayers.read(self._config)
+        sources: list[LayerSource] = [*release.sources(self._layers)]
         if len(sources) != len(release.placement.layers):
             raise ConfigError(f"the controller places {len(release.placement.layers)} layers, the configuration has {len(sources)} here")
         return sources

@@ -9,9 +9,8 @@ from dataclasses import replace
 from typing import Protocol
 
 from moeserve.checkpoints import LayerSource, ReleasedLayer, Swap
-from moeserve.config import ServiceConfig
 from moeserve.control.assignments import Assignment
-from moeserve.control.desired import plan_for
+from moeserve.control.desired import Planner
 from moeserve.control.state import NumHosts, State
 from moeserve.release import Release
 
@@ -78,17 +77,17 @@ class Rollout:
 
     def __init__(
         self,
-        config: ServiceConfig,
-        layers: Sequence[LayerSource],
+        planner: Planner,
         state: State,
         hosts: Hosts,
         frontends: Publisher,
         save: Callable[[State], None],
+        drain_timeout_s: float,
     ) -> None:
         self.state = state
-        self._layers = layers
         self.is_under_way = False
-        self._config = config
+        self._planner = planner
+        self._drain_timeout_s = drain_timeout_s
         self._hosts = hosts
         self._frontends = frontends
         self._save = save
@@ -96,7 +95,7 @@ class Rollout:
     async def swap(self, swaps: Sequence[Swap]) -> Release:
         """New weights in the same places. Raises UnknownLayer, ConfigError or CheckpointError; then everything is as it was."""
         before = self.state
-        release = await asyncio.to_thread(before.release.swapped, swaps, self._config, self._layers, before.last_epoch + 1)
+        release = await asyncio.to_thread(before.release.swapped, swaps, self._planner.layers, before.last_epoch + 1)
         await self._bring_in(replace(before, release=release))
         for swap in swaps:
             log.info(
@@ -115,7 +114,7 @@ class Rollout:
             return before.release
         sources = await asyncio.to_thread(self._readable, before.release)
         numbers = [assignment.number for assignment in assignments]
-        placement = plan_for(len(assignments), sources, self._config).renumbered(numbers, before.last_epoch + 1)
+        placement = self._planner.plan(len(assignments), sources).renumbered(numbers, before.last_epoch + 1)
         next_number = max(before.next_number, numbers[-1] + 1)
         release = replace(before.release, placement=placement)
         await self._bring_in(State(release, assignments, num_hosts, release.epoch, next_number))
@@ -126,7 +125,7 @@ class Rollout:
 
     def _readable(self, release: Release) -> list[ReleasedLayer]:
         """Its layers, all of which are as they were: that is found out before any host starts."""
-        sources = release.sources(self._config, self._layers)
+        sources = release.sources(self._planner.layers)
         for source in sources:
             source.check()
         return sources
@@ -146,7 +145,7 @@ class Rollout:
         # Should this process die on the way, neither the epoch nor the numbers of new hosts are ever given out again.
         self._remember(replace(before, last_epoch=release.epoch, next_number=after.next_number))
         try:
-            sources = await asyncio.to_thread(release.sources, self._config, self._layers)
+            sources = await asyncio.to_thread(release.sources, self._planner.layers)
             await self._hosts.take(release, after.assignments)
             self._frontends.set_failing({})  # all of them are up, perhaps since a moment ago
             await self._frontends.welcome(release)
@@ -171,7 +170,7 @@ class Rollout:
     async def _let_go(self) -> None:
         """Batches end as they began; those that wait too long for a host that leaves, because it hangs, begin again with the others."""
         try:
-            async with asyncio.timeout(self._config.server.drain_timeout_s):
+            async with asyncio.timeout(self._drain_timeout_s):
                 await self._frontends.drained()
         except TimeoutError:
             log.warning("epoch %d: batches still wait for hosts that leave; they begin again on the others", self.state.release.epoch)

@@ -2,5 +2,6 @@
 
 from moeserve.frontend.frontend import Frontend
 from moeserve.frontend.link import HostLink
+from moeserve.frontend.settings import FrontendSettings, HostAccess
 
-__all__ = ["Frontend", "HostLink"]
+__all__ = ["Frontend", "FrontendSettings", "HostAccess", "HostLink"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -13,68 +13,54 @@ import torch
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest
 from moeserve.checkpoints import LayerSource
-from moeserve.config import ServiceConfig
 from moeserve.errors import DeadlineExceeded
 from moeserve.frontend.batcher import Batcher, TokenBudget
 from moeserve.frontend.compute import Compute
 from moeserve.frontend.exchange import Exchange
 from moeserve.frontend.forward import Forward
 from moeserve.frontend.link import HostLink
+from moeserve.frontend.settings import FrontendSettings, HostAccess
 from moeserve.frontend.view import LayerView, Views
 from moeserve.layer.head import LayerHead
 from moeserve.observe.expert_counts import ExpertCounts
 from moeserve.observe.metrics import Metrics
-from moeserve.observe.stats import HostInfo, HostShards, HostStats, LayerStats, ServiceStats, facts, host_name
+from moeserve.observe.stats import HostShards, HostStats, LayerStats, ServiceStats, facts, host_name
 from moeserve.placement import LayerPlacement
 from moeserve.release import Release
-from moeserve.transport import KeyPair
-
-OnHealth = Callable[[int, bool], None]
-Find = Callable[[int], Awaitable[HostInfo]]
 
 
 class Frontend:
     """Takes requests for any served layer and answers them with the hosts' help.
 
-    `sources` are the layers of `release`, `find` tells of the present incarnation of a host by its number; `keys` are shown to hosts on
-    other nodes.
-    `on_health` is told, whenever it may have changed, of every layer (by number) whether each of its experts has a live copy.
+    `sources` are the layers of `release`.
     """
 
     def __init__(
-        self,
-        sources: Sequence[LayerSource],
-        release: Release,
-        find: Find,
-        config: ServiceConfig,
-        metrics: Metrics,
-        on_health: OnHealth,
-        keys: KeyPair,
+        self, release: Release, sources: Sequence[LayerSource], settings: FrontendSettings, hosts: HostAccess, metrics: Metrics
     ) -> None:
-        self.model = config.model_name
+        self.model = settings.model
         self.layers = [source.spec for source in sources]
         self._metrics = metrics
         self._use(release)
-        self._on_health = on_health
-        self._timeout_s = config.resilience.request_timeout_s
-        self._find, self._keys, self._here = find, keys, ""
+        self._timeout_s = settings.resilience.request_timeout_s
+        self._hosts, self._on_health, self._here = hosts, hosts.on_health, ""
         self._failing: Mapping[int, str] = {}
         #: by number; never changed but replaced, as threads read it
         self._links: Mapping[int, HostLink] = {number: self._link(number) for number in release.placement.hosts}
         #: gates that were read for the release of an epoch
         self._read: tuple[int, list[LayerHead]] = release.epoch, list(map(LayerHead, sources))
-        self._budget = TokenBudget(config.server.max_queued_tokens, metrics.queue_tokens.set)
+        self._budget = TokenBudget(settings.max_queued_tokens, metrics.queue_tokens.set)
         self._compute = Compute()
-        self._forwards = [self._forward(view, layer, config) for layer, view in enumerate(self._views(release))]
-        self._batchers = [Batcher(forward.run, config.batching, self._budget) for forward in self._forwards]
+        self._forwards = [self._forward(view, layer, settings) for layer, view in enumerate(self._views(release))]
+        self._batchers = [Batcher(forward.run, settings.batching, self._budget) for forward in self._forwards]
 
-    def _forward(self, view: LayerView, layer: int, config: ServiceConfig) -> Forward:
-        metrics, placing = self._metrics, config.placement
-        exchange = Exchange(layer, view.head.spec, config.communication, config.resilience, placing.copy_choice, metrics, self._compute)
-        return Forward(layer, Views(view), exchange, config.batching.micro_batches, metrics, self._compute)
+    def _forward(self, view: LayerView, layer: int, settings: FrontendSettings) -> Forward:
+        how, spec = settings, view.head.spec
+        exchange = Exchange(layer, spec, how.communication, how.resilience, how.copy_choice, self._metrics, self._compute)
+        return Forward(layer, Views(view), exchange, how.batching.micro_batches, self._metrics, self._compute)
 
     def _link(self, number: int) -> HostLink:
-        link = HostLink(host_name(number), partial(self._find, number), self._keys, self._metrics, self._hosts_changed)
+        link = HostLink(host_name(number), partial(self._hosts.find, number), self._hosts.keys, self._metrics, self._hosts_changed)
         link.set_failing(self._failing.get(number, ""))
         return link
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from moeserve.checkpoints import LayerSource, load_bank, load_experts
-from moeserve.config import ServiceConfig
+from moeserve.checkpoints import LayerSource, ServedLayers, load_bank, load_experts
+from moeserve.config import ServedModel
 from moeserve.errors import CheckpointError, ConfigError
 from moeserve.experts import ExpertBank
 from moeserve.host.bank_table import BankTable
@@ -20,11 +20,11 @@ log = logging.getLogger(__name__)
 class Holdings:
     """Fills the `bank_table` that the host's loop serves from. To be used by one thread, which may be another than the loop's."""
 
-    def __init__(self, config: ServiceConfig, number: int, device: torch.device) -> None:
+    def __init__(self, model: ServedModel, number: int, device: torch.device) -> None:
         self.bank_table = BankTable()
         #: nothing of earlier releases is here
         self.since_epoch = 0
-        self._config = config
+        self._model = model
         self.number = number
         self._device = device
         self._releases: list[Release] = []
@@ -54,7 +54,7 @@ class Holdings:
         before = self._releases[-1] if self._releases else None
         banks = {
             layer: self._bank(source, layer, release, before)
-            for layer, source in enumerate(release.sources(self._config))
+            for layer, source in enumerate(release.sources(ServedLayers.read(self._model)))
             if before is None or _is_changed(before, release, layer, self.number, source.spec.name)
         }
         for layer, bank in banks.items():

@@ -21,6 +21,7 @@ def plan_placement(specs: Sequence[LayerSpec], config: PlacementConfig, epoch: i
     Copies of an expert, and shards of a copy, stand on different hosts. Raises ConfigError when that cannot be, or when a host would be
     left without any expert.
     """
+    check_split(specs, config)
     num_hosts = _num_hosts(specs, config)
     _check_number(specs, config, num_hosts)
     stages = _stages(num_hosts, len(specs), config.pipeline_stages)
@@ -36,6 +37,13 @@ def plan_placement(specs: Sequence[LayerSpec], config: PlacementConfig, epoch: i
             f"placement.num_hosts is {num_hosts}, but no layer has enough experts to share out among so many: {len(idle)} would hold none"
         )
     return Placement(epoch, num_hosts, tuple(layers))
+
+
+def check_split(specs: Sequence[LayerSpec], config: PlacementConfig) -> None:
+    """Raises ConfigError when experts are to be split that cannot be."""
+    for spec in specs if config.tensor_parallel > 1 else ():
+        if spec.module is not None:
+            raise ConfigError(f"placement.tensor_parallel must be 1: the experts of layer {spec.name} are modules, which cannot be split")
 
 
 def _num_hosts(specs: Sequence[LayerSpec], config: PlacementConfig) -> int:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from moeserve.addresses import called, join
-from moeserve.checkpoints import LayerSource, layer_sources
+from moeserve.checkpoints import ServedLayers
 from moeserve.cluster import Fleet, RayNodes, Store, end_this_process
-from moeserve.config import ServiceConfig
-from moeserve.control import Controller, Frontends, Saved, State, first_state
+from moeserve.config import ServedModel, ServiceConfig
+from moeserve.control import Controller, Frontends, Planner, Saved, State, first_state
 from moeserve.errors import CheckpointChanged, ConfigError
 from moeserve.observe.stats import HostInfo
 from moeserve.programs.frontend_actors import FrontendActors
@@ -75,23 +75,23 @@ class ControllerProgram:
         return Deployed(self._target, self._frontend_actors.targets, self._config.model_dump_json(), self._is_ending)
 
     async def _start(self, saved: Saved | None) -> None:
-        config, sources = self._config, await asyncio.to_thread(layer_sources, self._config)
-        self._fleet = Fleet(config, detached=True)
-        nodes = RayNodes(self._fleet)
-        self._saved = saved or await self._first(sources, nodes)
+        config, layers = self._config, await asyncio.to_thread(ServedLayers.read, self._config.only(ServedModel))
+        self._fleet = Fleet(layers.model, config.placement, config.ray, detached=True)
+        nodes, planner = RayNodes(self._fleet), Planner(layers, config.placement, on_this_machine=config.ray.address is None)
+        self._saved = saved or await self._first(planner, nodes)
         state = self._saved.state
         if saved is not None:
-            await asyncio.to_thread(_say_what_changed, state.release, config, sources)
+            await asyncio.to_thread(_say_what_changed, state.release, layers)
         self._fleet.start(self._saved.service_id)
         self._running.push_async_callback(self._fleet.stop)
-        frontends = Frontends(self._saved.service_id, config, self._admit, self._saved.frontend_keys)
+        frontends = Frontends(self._saved.service_id, config, config.server.drain_timeout_s, self._admit, self._saved.frontend_keys)
         frontends.begin(state.release)
-        controller = Controller(config, sources, state, nodes, self._fleet, frontends, self._remember)
+        controller = Controller(planner, state, nodes, self._fleet, frontends, self._remember, config.server.drain_timeout_s)
         self._running.push_async_callback(controller.end)
         await self._serve(controller, frontends)
         await self._fleet.admit(self._saved.frontend_keys)
         if saved is None:
-            self._tell(f"loading the experts of {len(sources)} layers on {len(state.assignments)} hosts")
+            self._tell(f"loading the experts of {len(layers.sources)} layers on {len(state.assignments)} hosts")
             await controller.begin(self._fleet.take(state.release, state.assignments, self._host_ready))
         else:
             await controller.begin(self._fleet.adopt(state.release, state.assignments))
@@ -107,8 +107,8 @@ class ControllerProgram:
     def _host_ready(self, info: HostInfo) -> None:
         self._tell(f"{info.name} ready on {info.device} of node {info.node[:12]}: {info.weights_bytes / 2**20:.1f} MiB, pid {info.pid}")
 
-    async def _first(self, sources: Sequence[LayerSource], nodes: RayNodes) -> Saved:
-        state = await first_state(self._config, sources, nodes)
+    async def _first(self, planner: Planner, nodes: RayNodes) -> Saved:
+        state = await first_state(planner, nodes)
         saved = Saved(secrets.token_hex(6), secrets.token_hex(32), state)
         self._store.save(saved.to_bytes())
         return saved
@@ -117,7 +117,7 @@ class ControllerProgram:
         """Listen before the weights are there: who asks for a status meanwhile gets one."""
         where, token = self._config.controller, self._saved.frontend_token
         control = Control(frontends, frontend_tokens(where, token))
-        address = controller_address(self._config)
+        address = controller_address(self._config.server, where)
         if self._saved.control_port:  # where frontends look for it
             address = address.model_copy(update={"port": self._saved.control_port})
         server = GrpcServer(address, _ignore, admin=controller, control=control)
@@ -160,15 +160,15 @@ async def _or_restart(task: Coroutine[Any, Any, None]) -> None:
         os._exit(1)
 
 
-def _say_what_changed(release: Release, config: ServiceConfig, sources: Sequence[LayerSource]) -> None:
+def _say_what_changed(release: Release, layers: ServedLayers) -> None:
     """What hosts and frontends hold stays in force, and may be swapped; nobody takes more of what is not there any more as it was.
 
     Raises CheckpointChanged when even the layers are others.
     """
-    if len(sources) != len(release.placement.layers):
-        raise CheckpointChanged(f"{len(release.placement.layers)} layers are served, and the checkpoint has {len(sources)} now")
+    if len(layers.sources) != len(release.placement.layers):
+        raise CheckpointChanged(f"{len(release.placement.layers)} layers are served, and the checkpoint has {len(layers.sources)} now")
     try:
-        for source in release.sources(config, sources):
+        for source in release.sources(layers):
             source.check()
     except ConfigError as error:
         log.warning("%s", error)

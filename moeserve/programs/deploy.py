@@ -28,7 +28,7 @@ class Deployer:
             raise ConfigError("ray.address is not set: a service is deployed on a Ray cluster that runs, for example --address auto")
         if config.server.admin_token_file is None:
             raise ConfigError("server.admin_token_file is not set: with its token a deployed service is asked for a status and shut down")
-        controller_address(config)
+        controller_address(config.server, config.controller)
         self._config = config
         self._runtime = RayRuntime(config.ray, config.placement)
 

@@ -11,12 +11,12 @@ from functools import partial
 from typing import Any
 
 from moeserve.addresses import called, join
-from moeserve.checkpoints import LayerSource, host_bytes, layer_sources, memory_warning
+from moeserve.checkpoints import LayerSource, ServedLayers, host_bytes, memory_warning
 from moeserve.cluster import Fleet, RayNodes, RayRuntime, until_lost
-from moeserve.config import ServiceConfig
-from moeserve.control import Controller, FrontendInfo, Frontends, State, first_num_hosts, first_state
+from moeserve.config import ServedModel, ServiceConfig
+from moeserve.control import Controller, FrontendInfo, Frontends, Planner, State, first_state
 from moeserve.errors import ConfigError, ExpertUnavailable, MoEServeError
-from moeserve.frontend import Frontend
+from moeserve.frontend import Frontend, FrontendSettings, HostAccess
 from moeserve.observe.metrics import Metrics
 from moeserve.observe.page import StatusPage
 from moeserve.observe.stats import HostInfo
@@ -88,29 +88,29 @@ class Service:
     async def _start(self) -> None:
         config = self._config
         check_exposure(config.server)
-        sources = await asyncio.to_thread(layer_sources, config)
-        first_num_hosts(config, sources)  # what cannot be is said before anything starts
-        specs = [source.spec for source in sources]
+        layers = await asyncio.to_thread(ServedLayers.read, config.only(ServedModel))
+        planner, specs = Planner(layers, config.placement, on_this_machine=config.ray.address is None), layers.specs
+        planner.first_num_hosts()  # what cannot be is said before anything starts
         metrics, runtime = Metrics(specs, config.observability.expert_detail), RayRuntime(config.ray, config.placement)
-        fleet, keys = Fleet(config, detached=False), KeyPair.generate()
+        fleet, keys = Fleet(layers.model, config.placement, config.ray, detached=False), KeyPair.generate()
 
         self._progress("starting Ray" if config.ray.address is None else f"joining Ray at {config.ray.address}")
         self._running.push_async_callback(asyncio.to_thread, runtime.stop)
         await asyncio.to_thread(runtime.start)
-        state = await first_state(config, sources, nodes := RayNodes(fleet))
-        if runtime.is_private:
-            self._warn_of_memory(state.release, sources)
-        frontend = await asyncio.to_thread(self._frontend, state.release, sources, fleet, metrics, keys)
+        state = await first_state(planner, nodes := RayNodes(fleet))
+        self._warn_of_memory(state.release, layers.sources, runtime)
+        hosts = HostAccess(fleet.find, keys, self._health_changed)
+        frontend = await asyncio.to_thread(self._frontend, state.release, layers, hosts, metrics)
 
         async def admit(followers: frozenset[str]) -> None:
             await fleet.admit({keys.public, *followers})
 
         # The ports come before the weights: whoever probes them is told that the service is starting.
         service_id = secrets.token_hex(8)
-        frontends = Frontends(service_id, config, admit)
+        frontends = Frontends(service_id, config, config.server.drain_timeout_s, admit)
         frontends.include(frontend, lambda: self._info(frontend, runtime.node_id))
         frontends.begin(state.release)
-        self._controller = Controller(config, sources, state, nodes, fleet, frontends, _forget)
+        self._controller = Controller(planner, state, nodes, fleet, frontends, _forget, config.server.drain_timeout_s)
         self._running.push_async_callback(self._controller.end)
         control = Control(frontends, frontend_tokens(config.controller))
         await self._listen(frontend, control, metrics)
@@ -127,15 +127,15 @@ class Service:
         tasks = [self._later(fleet.watch(frontends.directory)), self._later(self._controller.keep())]
         self._later(self._end_with_ray(fleet, frontends, tasks))
 
-    def _warn_of_memory(self, release: Release, sources: Sequence[LayerSource]) -> None:
-        warning = "" if self._config.placement.gpus_per_host else memory_warning(host_bytes(sources, release.placement))
-        if warning:
+    def _warn_of_memory(self, release: Release, sources: Sequence[LayerSource], runtime: RayRuntime) -> None:
+        is_here = runtime.is_private and not self._config.placement.gpus_per_host
+        if is_here and (warning := memory_warning(host_bytes(sources, release.placement))):
             self._progress(f"warning: {warning}")
 
-    def _frontend(self, release: Release, sources: Sequence[LayerSource], fleet: Fleet, metrics: Metrics, keys: KeyPair) -> Frontend:
+    def _frontend(self, release: Release, layers: ServedLayers, hosts: HostAccess, metrics: Metrics) -> Frontend:
         """It reads every gate."""
-        served = release.sources(self._config, sources)
-        return Frontend(served, release, fleet.find, self._config, metrics, self._health_changed, keys)
+        settings = FrontendSettings.of(self._config, self._config.server)
+        return Frontend(release, release.sources(layers), settings, hosts, metrics)
 
     async def _listen(self, frontend: Frontend, control: Control, metrics: Metrics) -> None:
         server = self._config.server

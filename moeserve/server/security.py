@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from moeserve.addresses import is_loopback
-from moeserve.config import ControllerConfig, ServerConfig, ServiceConfig
+from moeserve.config import ControllerConfig, ServerConfig
 from moeserve.errors import ConfigError
 from moeserve.files import Rotating, read_secret
 
@@ -29,18 +29,18 @@ def check_exposure(config: ServerConfig) -> None:
     )
 
 
-def controller_address(config: ServiceConfig) -> ServerConfig:
+def controller_address(server: ServerConfig, controller: ControllerConfig) -> ServerConfig:
     """Where the controller of a deployed service listens: [server] with the address of [controller].
 
     Raises ConfigError when other machines could reach it unencrypted. Whoever calls it needs a token in any case.
     """
-    host, server = config.controller.control_host, config.server
+    host = controller.control_host
     if not (server.insecure or is_loopback(host) or server.tls_cert is not None):
         raise ConfigError(
             f"controller.control_host {host} can be reached from other machines: set server.tls_cert and server.tls_key, or "
             "server.insecure = true to send tokens and keys in the clear"
         )
-    own = {"host": host, "port": config.controller.control_port, "health_port": None, "auth_token_file": None}
+    own = {"host": host, "port": controller.control_port, "health_port": None, "auth_token_file": None}
     return server.model_copy(update={**own, "max_message_bytes": _MAX_CONTROL_BYTES})
 
 

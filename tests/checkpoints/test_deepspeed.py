@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moeserve import MoELayer
-from moeserve.checkpoints import Swap, bank_bytes, layer_sources, load_bank, swapped_layers
+from moeserve.checkpoints import Swap, bank_bytes, layer_sources, load_bank
 from moeserve.compat.deepspeed import MoE
 from moeserve.config import load_config
 from moeserve.errors import CheckpointError, ConfigError
@@ -20,6 +20,7 @@ from tests.checkpoints.deepspeed_folders import PARAMETERS, config, gating, mode
 from tests.compat.modules import EXPERTS, HIDDEN, Block, sequential, shaken
 from tests.support.closeness import assert_close
 from tests.support.harness import ServiceHarness
+from tests.support.planning import swapped
 
 
 def sources(folder: Path, **entry: Any) -> Any:
@@ -102,7 +103,7 @@ def test_newer_weights_come_from_files_of_the_same_kind(tmp_path: Path) -> None:
     swap = Swap("encoder.3", new, frozenset({2}))
     experts = [
         layers[1].experts([ExpertShard(expert) for expert in range(3)])
-        for layers in (sources(old, activation="gelu"), swapped_layers(load_config(config(old, activation="gelu")), [swap]))
+        for layers in (sources(old, activation="gelu"), swapped(load_config(config(old, activation="gelu")), [swap]))
     ]
     assert torch.equal(experts[1][1].down_proj, experts[0][1].down_proj)
     assert torch.equal(experts[1][2].down_proj, 2 * experts[0][2].down_proj)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moeserve import CheckpointError, Client, ConfigError, MoELayer
 from moeserve.checkpoints import LayerSource, bank_bytes, layer_sources, load_bank
-from moeserve.checkpoints.swapped import Swap, swapped_layers
+from moeserve.checkpoints.swapped import Swap
 from moeserve.config import Quantization, load_config
 from moeserve.experts import ExpertShard, FeedForward, QuantizedFeedForward
 from tests.checkpoints.published import PUBLISHED
@@ -22,6 +22,7 @@ from tests.checkpoints.saved import rewritten, tensors_of
 from tests.checkpoints.tiny_models import answer_of, some_tokens
 from tests.support.closeness import assert_close
 from tests.support.harness import ServiceHarness
+from tests.support.planning import swapped
 from tests.support.stacked import in_full
 
 #: formats that say for every column in which group it is
@@ -151,14 +152,14 @@ def test_scales_that_make_no_numbers(fp8: tuple[Path, nn.Module], scale: float, 
 
 def test_weights_in_full_replace_those_in_few_bits(fp8: tuple[Path, nn.Module]) -> None:
     model = {"checkpoint": fp8[0], "layers": [LAYER], "dtype": "float32"}
-    (source,) = swapped_layers(load_config({"model": model}), [Swap(LAYER, original(), frozenset({2, 3}))])
+    (source,) = swapped(load_config({"model": model}), [Swap(LAYER, original(), frozenset({2, 3}))])
     everyone = [ExpertShard(expert) for expert in range(8)]
     bank = load_bank(source, everyone)
     assert [isinstance(expert, FeedForward) for expert in bank.experts] == [expert in (2, 3) for expert in range(8)] + [False]
     assert bank.nbytes == bank_bytes(source, everyone)
     assert torch.equal(in_full(bank.experts[2]).down_proj, tensors_of(original())[f"{LAYER}.experts.2.down_proj.weight"])
     # And the other way round.
-    (source,) = swapped_layers(load_config({"model": {**model, "checkpoint": original()}}), [Swap(LAYER, fp8[0], frozenset({4}))])
+    (source,) = swapped(load_config({"model": {**model, "checkpoint": original()}}), [Swap(LAYER, fp8[0], frozenset({4}))])
     bank = load_bank(source, everyone)
     assert [isinstance(expert, QuantizedFeedForward) for expert in bank.experts[:8]] == [expert == 4 for expert in range(8)]
 
@@ -174,7 +175,7 @@ def test_a_service_swaps_experts_for_those_in_other_bits(fp8: tuple[Path, nn.Mod
         service.call(service.controller.swap(LAYER, after, [3]))
         answer = client.forward(rows, layer=0, topk_ids=ids, topk_weights=weights)
     assert answer.model_revision == 2
-    (source,) = swapped_layers(load_config(config), [Swap(LAYER, after, frozenset({3}))])
+    (source,) = swapped(load_config(config), [Swap(LAYER, after, frozenset({3}))])
     third, fourth = map(in_full, source.experts([ExpertShard(3), ExpertShard(4)]))
     assert_close(answer.hidden_states, (third(rows) + fourth(rows)) / 2)
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from moeserve import ConfigError, UnknownLayer, load_config
-from moeserve.checkpoints.swapped import Swap, compacted, swapped_layers
+from moeserve.checkpoints.swapped import ServedLayers, Swap, compacted
 from moeserve.control.record import release_message
 from moeserve.placement import plan_placement
 from moeserve.release import Release
 from tests.support.checkpoints_on_disk import CONFIG, layer_tensors, write_folder
+from tests.support.planning import swapped
 from tests.support.stacked import stacked, whole
 
 LAYER = "model.layers.0.mlp"
@@ -31,8 +32,8 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_some_experts_are_new_and_the_rest_is_as_it_was(folders: tuple[Path, Path]) -> None:
     old, new = folders
-    (source,) = swapped_layers(load_config(old), [Swap(LAYER, new, frozenset({1, 3}))])
-    (before,), (after,) = swapped_layers(load_config(old), []), swapped_layers(load_config(new), [])
+    (source,) = swapped(old, [Swap(LAYER, new, frozenset({1, 3}))])
+    (before,), (after,) = swapped(old, []), swapped(new, [])
     ids = [3, 0, 1, 2]
     mixed, older, newer = (stacked(each.experts(whole(ids))) for each in (source, before, after))
     for slot, expert in enumerate(ids):
@@ -43,8 +44,8 @@ def test_some_experts_are_new_and_the_rest_is_as_it_was(folders: tuple[Path, Pat
 
 def test_a_whole_layer_brings_its_gate_and_swaps_follow_one_another(folders: tuple[Path, Path]) -> None:
     old, new = folders
-    (source,) = swapped_layers(load_config(old), [Swap(LAYER, new), Swap(LAYER, old, frozenset({2}))])
-    (before,), (after,) = swapped_layers(load_config(old), []), swapped_layers(load_config(new), [])
+    (source,) = swapped(old, [Swap(LAYER, new), Swap(LAYER, old, frozenset({2}))])
+    (before,), (after,) = swapped(old, []), swapped(new, [])
     assert torch.equal(source.router().gate, after.router().gate)
     mixed = stacked(source.experts(whole(range(4)))).gate_up_proj
     assert torch.equal(mixed[2], stacked(before.experts(whole([2]))).gate_up_proj[0])
@@ -54,28 +55,28 @@ def test_a_whole_layer_brings_its_gate_and_swaps_follow_one_another(folders: tup
 def test_the_operators_changes_to_the_gate_stay(folders: tuple[Path, Path]) -> None:
     old, new = folders
     config = load_config({"model": {"checkpoint": old}, "layers": [{"gating": {"capacity_factor": 1.5}}]})
-    (source,) = swapped_layers(config, [Swap(LAYER, new)])
+    (source,) = swapped(config, [Swap(LAYER, new)])
     assert source.spec.gating.capacity_factor == 1.5
 
 
 def test_what_does_not_fit_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
     old, new = folders
     with pytest.raises(UnknownLayer, match=r"layer nowhere is not served; served: model\.layers\.0\.mlp"):
-        swapped_layers(load_config(old), [Swap("nowhere", new)])
+        swapped(old, [Swap("nowhere", new)])
     with pytest.raises(ConfigError, match=r"has no expert 4; it has 0\.\.3"):
-        swapped_layers(load_config(old), [Swap(LAYER, new, frozenset({0, 4}))])
+        swapped(old, [Swap(LAYER, new, frozenset({0, 4}))])
     wide = {**CONFIG, "num_experts_per_tok": 1}
     (tmp_path / "other").mkdir()
     write_folder(tmp_path / "other", wide, layer_tensors())
     with pytest.raises(ConfigError, match=r"/other: gating of layer model\.layers\.0\.mlp is .*; the served layer has"):
-        swapped_layers(load_config(old), [Swap(LAYER, tmp_path / "other", frozenset({0}))])
+        swapped(old, [Swap(LAYER, tmp_path / "other", frozenset({0}))])
 
 
 def test_a_layer_may_be_swapped_any_number_of_times(folders: tuple[Path, Path]) -> None:
     """What later swaps have replaced is forgotten, wherever a release goes; what is read is of the last."""
     old, new = folders
     config = load_config(old)
-    release, sizes = Release(plan_placement([swapped_layers(config, [])[0].spec], config.placement)), []
+    release, sizes = Release(plan_placement([swapped(config, [])[0].spec], config.placement)), []
     for number in range(1250):
         experts = frozenset({number % 4, (number + 1) % 4}) if number % 50 else None
         made = Swap(LAYER, (old, new)[number % 2], experts, release.revision(LAYER) + 1)
@@ -83,8 +84,8 @@ def test_a_layer_may_be_swapped_any_number_of_times(folders: tuple[Path, Path]) 
         assert release.revision(LAYER) == number + 2
         sizes.append(len(pickle.dumps(release.swaps)) + len(release_message(release).SerializeToString()))
     assert max(sizes[1200:]) <= max(sizes[50:100]) + 16, "numbers of revisions have grown by a byte or two"
-    (source,) = release.sources(config)
-    (before,), (after,) = (swapped_layers(load_config(folder), []) for folder in folders)
+    (source,) = release.sources(ServedLayers.read(config))
+    (before,), (after,) = (swapped(folder, []) for folder in folders)
     mixed = stacked(source.experts(whole(range(4)))).down_proj
     # The last: 1249 (expert 1, 2) from new, 1248 (0, 1) from old, 1247 (3, 0) from new; 1200 was of the whole layer, from old.
     for expert, origin in enumerate((before, after, after, after)):
@@ -94,7 +95,7 @@ def test_a_layer_may_be_swapped_any_number_of_times(folders: tuple[Path, Path]) 
 
 def test_swaps_in_any_number_are_read_as_the_last_of_each_expert(folders: tuple[Path, Path]) -> None:
     old, new = folders
-    (source,) = swapped_layers(load_config(old), [Swap(LAYER, (old, new)[number % 2]) for number in range(1200)])
-    (after,) = swapped_layers(load_config(new), [])
+    (source,) = swapped(old, [Swap(LAYER, (old, new)[number % 2]) for number in range(1200)])
+    (after,) = swapped(new, [])
     assert torch.equal(source.router().gate, after.router().gate)
     assert len(source.experts(whole(range(4)))) == 4

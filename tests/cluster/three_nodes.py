@@ -27,15 +27,16 @@ from moeserve.cluster import Fleet, RayNodes, RayRuntime
 from moeserve.cluster.ray_internals import allow_clusters
 from moeserve.cluster.ray_leave import leave
 from moeserve.cluster.ray_reservation import find_hosts, find_reservations
-from moeserve.config import ServiceConfig, load_config
-from moeserve.control import Assignment, first_state, reconcile, wanted_hosts
-from moeserve.frontend import Frontend
+from moeserve.config import ServedModel, ServiceConfig, load_config
+from moeserve.control import Assignment, first_state, reconcile
+from moeserve.frontend import Frontend, FrontendSettings, HostAccess
 from moeserve.observe.metrics import Metrics
 from moeserve.observe.stats import HostInfo
 from moeserve.placement import plan_placement
 from moeserve.release import Release
 from moeserve.transport import KeyPair
 from tests.support.closeness import assert_close
+from tests.support.planning import planner_of
 from tests.support.waiting import until_async
 
 allow_clusters(False)  # every port on 127.0.0.1
@@ -50,6 +51,10 @@ def config_for(address: str, **placement: Any) -> ServiceConfig:
     return load_config({"layers": [LAYER], "placement": placing, "ray": {"address": address}})
 
 
+def fleet_for(config: ServiceConfig) -> Fleet:
+    return Fleet(config.only(ServedModel), config.placement, config.ray, detached=True)
+
+
 def release_on(assignments: list[Assignment], config: ServiceConfig, epoch: int) -> Release:
     placing = config.placement.model_copy(update={"num_hosts": len(assignments)})
     specs = [source.spec for source in layer_sources(config)]
@@ -58,11 +63,11 @@ def release_on(assignments: list[Assignment], config: ServiceConfig, epoch: int)
 
 async def first_driver(cluster: Cluster, wide: Any, narrow: Any) -> None:
     config = config_for(cluster.address)
-    fleet, sources = Fleet(config, detached=True), layer_sources(config)
-    nodes, wanted = RayNodes(fleet), wanted_hosts(config.placement.num_hosts, sources, config)
+    fleet, planner = fleet_for(config), planner_of(config)
+    nodes, wanted = RayNodes(fleet), planner.wanted(config.placement.num_hosts)
     await only_what_fits(nodes, config)
 
-    assignments = list((await first_state(config, sources, nodes)).assignments)
+    assignments = list((await first_state(planner, nodes)).assignments)
     names = {wide.node_id: "wide", narrow.node_id: "narrow"}
     print("assignments", [names[assignment.node] for assignment in assignments])
     fleet.start(SERVICE)
@@ -123,14 +128,13 @@ async def first_driver(cluster: Cluster, wide: Any, narrow: Any) -> None:
 
 async def only_what_fits(nodes: RayNodes, config: ServiceConfig) -> None:
     """What cannot be had is said; what is there is used."""
-    sources = layer_sources(config)
     for placement in ({"num_hosts": 7}, {"node_strategy": "strict_spread"}, {"node_labels": {"pool": "none"}}):
         try:
-            await first_state(config_for(config.ray.address or "", **placement), sources, nodes)
+            await first_state(planner_of(config_for(config.ray.address or "", **placement)), nodes)
         except MoEServeError as error:
             print("refused:", error)
-    everywhere = (await first_state(config_for("", num_hosts="all"), sources, nodes)).assignments
-    packed = (await first_state(config_for("", num_hosts=4, node_strategy="pack"), sources, nodes)).assignments
+    everywhere = (await first_state(planner_of(config_for("", num_hosts="all")), nodes)).assignments
+    packed = (await first_state(planner_of(config_for("", num_hosts=4, node_strategy="pack")), nodes)).assignments
     print("all", len(everywhere), "packed on", len({assignment.node for assignment in packed}))
 
 
@@ -149,7 +153,7 @@ async def a_node_is_left(cluster: Cluster, fleet: Fleet, nodes: RayNodes, node: 
 async def second_driver(address: str, service: str, assignments: list[Assignment], pids: dict[str, int]) -> None:
     config = config_for(address)
     assert STRANGER in find_hosts()
-    fleet, keys, release = Fleet(config, detached=True), KeyPair.generate(), release_on(assignments, config, 1)
+    fleet, keys, release = fleet_for(config), KeyPair.generate(), release_on(assignments, config, 1)
     fleet.start(service)
     await fleet.adopt(release, assignments)
     for assignment in assignments:
@@ -158,11 +162,12 @@ async def second_driver(address: str, service: str, assignments: list[Assignment
     await fleet.admit({keys.public})
     sources, hidden_states = layer_sources(config), torch.randn(20, 16)
     metrics = Metrics([source.spec for source in sources], "off")
-    frontend = Frontend(sources, release, fleet.find, config, metrics, lambda layer, healthy: None, keys)
+    hosts, settings = HostAccess(fleet.find, keys, lambda layer, healthy: None), FrontendSettings.of(config, config.server)
+    frontend = Frontend(release, sources, settings, hosts, metrics)
     await frontend.start("no node of this cluster")
     expected = MoELayer(**LAYER)(hidden_states)
     assert_close((await frontend.forward(0, LayerRequest(hidden_states))).hidden_states, expected)
-    once_more = Fleet(config, detached=True)
+    once_more = fleet_for(config)
     once_more.start(service)
     await once_more.adopt(release, assignments)
     assert {(await once_more.find(assignment.number)).pid for assignment in assignments} <= set(pids.values())

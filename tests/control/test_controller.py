@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from moeserve import ConfigError, load_config
-from moeserve.checkpoints import layer_sources
 from moeserve.control import Controller, Frontends, Node, Wanted, first_state
+from tests.support.planning import planner_of
 
 LAYER = {"hidden_size": 8, "intermediate_size": 4, "num_experts": 6}
 
@@ -34,20 +34,20 @@ async def test_nodes_that_did_not_come_are_not_asked_for_any_longer(monkeypatch:
     monkeypatch.setattr("moeserve.control.controller._SETTLE_S", 0.0)
     config, nodes = configuration(num_hosts=3, wait_for_nodes_s=0.01), Asked()
     with pytest.raises(ConfigError, match="there is room for 2"):
-        await first_state(config, layer_sources(config), nodes)
+        await first_state(planner_of(config), nodes)
     assert nodes.asked[0] == 3 and nodes.asked[-1] == 0
 
 
 @pytest.mark.parametrize(("wait_s", "asked"), [(600.0, [0]), (0.0, [])])
 async def test_at_its_end_nodes_may_go(wait_s: float, asked: list[int]) -> None:
     config, nodes = configuration(num_hosts=2, wait_for_nodes_s=wait_s), Asked()
-    sources = layer_sources(config)
-    state = await first_state(config, sources, nodes)
+    planner = planner_of(config)
+    state = await first_state(planner, nodes)
     no_hosts: Any = None
 
     async def admit(keys: frozenset[str]) -> None:
         pass
 
-    controller = Controller(config, sources, state, nodes, no_hosts, Frontends("id", config, admit), lambda _: None)
+    controller = Controller(planner, state, nodes, no_hosts, Frontends("id", config, 1.0, admit), lambda _: None, 1.0)
     await controller.end()
     assert nodes.asked == asked

@@ -10,19 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeserve import ConfigError, load_config
-from moeserve.checkpoints import host_bytes, layer_sources
-from moeserve.control.desired import plan_for, wanted_hosts
+from moeserve.checkpoints import host_bytes
+from moeserve.control import Planner
+from tests.support.planning import planner_of
 
 LAYER = {"hidden_size": 8, "intermediate_size": 4, "num_experts": 6}
 
 
 def limits(layers: list[dict[str, Any]], placement: Mapping[str, Any]) -> tuple[int, int]:
     config = load_config({"layers": layers, "placement": placement})
-    return both(layer_sources(config), config)
+    return both(planner_of(config))
 
 
-def both(sources: Any, config: Any) -> tuple[int, int]:
-    wanted = wanted_hosts("all", sources, config)
+def both(planner: Planner) -> tuple[int, int]:
+    wanted = planner.wanted("all")
     assert wanted.most is not None
     return wanted.least, wanted.most
 
@@ -40,28 +41,27 @@ def test_limits_are_those_of_trying_every_number(experts: list[int], copies: int
         return
     placement = {"copies": copies, "tensor_parallel": tensor_parallel, "pipeline_stages": stages, "strategy": strategy}
     config = load_config({"layers": [{**LAYER, "num_experts": number} for number in experts], "placement": placement})
-    sources = layer_sources(config)
-    possible = [number for number in range(1, 100) if is_possible(number, sources, config)]
+    planner = planner_of(config)
+    possible = [number for number in range(1, 100) if is_possible(number, planner)]
     if possible:
         gap = next(number for number in range(possible[0], 101) if number not in possible)
-        assert both(sources, config) == (possible[0], gap - 1)
+        assert both(planner) == (possible[0], gap - 1)
     else:
         with pytest.raises(ConfigError):
-            both(sources, config)
+            both(planner)
 
 
-def is_possible(number: int, sources: Any, config: Any) -> bool:
+def is_possible(number: int, planner: Planner) -> bool:
     try:
-        plan_for(number, sources, config)
+        planner.plan(number)
     except ConfigError:
         return False
     return True
 
 
 def test_memory_and_experts_per_host_ask_for_more_hosts() -> None:
-    config = load_config({"layers": [LAYER]})
-    sources = layer_sources(config)
-    whole = host_bytes(sources, plan_for(1, sources, config))[0]
+    planner = planner_of(load_config({"layers": [LAYER]}))
+    whole = host_bytes(planner.layers.sources, planner.plan(1))[0]
     assert limits([LAYER], {}) == (1, 6)
     assert limits([LAYER], {"memory_per_host_bytes": whole}) == (1, 6)
     assert limits([LAYER], {"memory_per_host_bytes": whole - 1}) == (2, 6)

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from moeserve import load_config
-from moeserve.checkpoints import layer_sources
 from moeserve.client import AdminClient
-from moeserve.control.desired import first_num_hosts
 from moeserve.errors import MoEServeError
 from moeserve.experts import ExpertShard
 from tests.support.harness import ServiceHarness
+from tests.support.planning import planner_of
 
 LAYER = {"hidden_size": 8, "intermediate_size": 8, "num_experts": 4}
 MORE_BYTES = 2**30
@@ -25,17 +24,18 @@ LARGE = (10**7, 2**32 - 1, 2**63, 10**30)
 
 def planned(layer: Mapping[str, Any], placement: Mapping[str, Any]) -> None:
     config = load_config({"layers": [{**LAYER, **layer}], "placement": placement})
-    first_num_hosts(config, layer_sources(config))
+    planner_of(config).first_num_hosts()
 
 
 def stored(folder: Path, changes: Mapping[str, Any], tiny: Path) -> None:
     written = json.loads((tiny / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(written | dict(changes)))
     config = load_config({"model": {"checkpoint": folder}, "placement": {"memory_per_host_bytes": 2**59}, "ray": {"address": "auto"}})
-    sources = layer_sources(config)
-    first_num_hosts(config, sources)
-    sources[0].router()
-    sources[0].experts([ExpertShard(0)])
+    planner = planner_of(config)
+    planner.first_num_hosts()
+    (layer, *_) = planner.layers.sources
+    layer.router()
+    layer.experts([ExpertShard(0)])
 
 
 def answer(ask: Callable[[], object]) -> str:

@@ -13,12 +13,12 @@ from typing import Any, Literal, Self, TypeVar
 
 import torch
 
-from moeserve.checkpoints import layer_sources
-from moeserve.config import ServiceConfig, load_config
-from moeserve.control import Assignment, Controller, FrontendInfo, Frontends, Node, State, Wanted
+from moeserve.checkpoints import ServedLayers
+from moeserve.config import ServedModel, load_config
+from moeserve.control import Assignment, Controller, FrontendInfo, Frontends, Node, Planner, State, Wanted
 from moeserve.errors import MoEServeError
 from moeserve.experts import ExpertBank
-from moeserve.frontend import Frontend
+from moeserve.frontend import Frontend, FrontendSettings, HostAccess
 from moeserve.host import Holdings, HostLoop, Relay
 from moeserve.observe.metrics import Metrics
 from moeserve.observe.stats import HostInfo
@@ -61,13 +61,13 @@ class ThreadedHost:
         number: int,
         kind: Kind,
         folder: Path,
-        config: ServiceConfig,
+        model: ServedModel,
         releases: list[Release],
         node: str,
         admitted: Callable[[], frozenset[str]],
         on_start: Callable[[], None],
     ) -> None:
-        self.number, self._kind, self._folder, self._config, self._releases, self.node = number, kind, folder, config, releases, node
+        self.number, self._kind, self._folder, self._model, self._releases, self.node = number, kind, folder, model, releases, node
         self._admitted, self._on_start = admitted, on_start
         self._incarnation = 0
         self._loop_of_service = asyncio.get_running_loop()
@@ -84,7 +84,7 @@ class ThreadedHost:
         listener = listen(*dict.fromkeys((endpoint[self._kind], endpoint["tcp"])), keys=self.keys)
         self.info = HostInfo(f"host-{self.number}", listener.endpoints, own.public, node=self.node, device="cpu", num_threads=1)
         self.relay = Relay(self.number, own)
-        self.holdings = Holdings(self._config, self.number, torch.device("cpu"))
+        self.holdings = Holdings(self._model, self.number, torch.device("cpu"))
         self.refusal: MoEServeError | None = None
         try:
             self.holdings.begin(self._releases)
@@ -146,8 +146,8 @@ class ServiceHarness:
 
     def __init__(self, config: Mapping[str, Any], kind: Kind, folder: Path, nodes: Sequence[str] = ()) -> None:
         self.config = load_config({"server": {"port": 0}, **config})
-        self.sources = layer_sources(self.config)
-        specs = [source.spec for source in self.sources]
+        self.layers = ServedLayers.read(self.config)
+        self.sources, specs = self.layers.sources, self.layers.specs
         self.metrics = Metrics(specs, self.config.observability.expert_detail)
         self.placement = plan_placement(specs, self.config.placement)
         self._releases = [Release.first(self.placement, self.sources)]
@@ -190,9 +190,10 @@ class ServiceHarness:
 
     async def _start(self) -> None:
         self._add(self.placement.hosts)
-        served = self._releases[0].sources(self.config, self.sources)
-        self.frontend = Frontend(served, self._releases[0], self.find, self.config, self.metrics, self._on_health, self._keys)
-        release, assignments = self._releases[0], tuple(Assignment(number, self.nodes[number]) for number in self.placement.hosts)
+        release, settings = self._releases[0], FrontendSettings.of(self.config, self.config.server)
+        hosts = HostAccess(self.find, self._keys, self._on_health)
+        self.frontend = Frontend(release, release.sources(self.layers), settings, hosts, self.metrics)
+        assignments = tuple(Assignment(number, self.nodes[number]) for number in self.placement.hosts)
         self._begin(State(release, assignments, len(assignments), release.epoch, len(assignments)), ())
         self.server = GrpcServer(self.config.server, self.metrics.observe_call, engine=self.frontend, admin=self.controller)
         self.target = f"127.0.0.1:{await self.server.start()}"
@@ -200,18 +201,19 @@ class ServiceHarness:
 
     def _begin(self, state: State, keys: Collection[str]) -> None:
         """A controller that knows this state, and the keys of frontends elsewhere."""
-        self.frontends = Frontends(self.service_id, self.config, self._admit, keys)
+        self.frontends = Frontends(self.service_id, self.config, self.config.server.drain_timeout_s, self._admit, keys)
         self.frontends.include(
             self.frontend, lambda: FrontendInfo("local", self.target, "", "", self.frontend.epoch, self.frontend.oldest_epoch, True)
         )
         self.frontends.begin(state.release)
         self.frontends.directory(self.present)
         self.cluster = EndlessNodes(self.nodes)
-        self.controller = Controller(self.config, self.sources, state, self.cluster, self, self.frontends, lambda _: None)
+        planner, drain_s = Planner(self.layers, self.config.placement, on_this_machine=True), self.config.server.drain_timeout_s
+        self.controller = Controller(planner, state, self.cluster, self, self.frontends, lambda _: None, drain_s)
 
     async def open_control(self, port: int = 0) -> None:
         """Lets frontends follow with the token "follow", from `control_target` on."""
-        address = controller_address(self.config).model_copy(update={"port": port})
+        address = controller_address(self.config.server, self.config.controller).model_copy(update={"port": port})
         control = Control(self.frontends, frontend_tokens(self.config.controller, "follow"))
         self.control_server = GrpcServer(address, self.metrics.observe_call, admin=self.controller, control=control)
         self.control_target = f"127.0.0.1:{await self.control_server.start()}"
