@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from pydantic import ValidationError
 
@@ -72,14 +72,24 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 def _absolute_paths(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A copy in which paths count from `folder`; what is of another type than it should be stays, to be refused."""
-    of_server = ("tls_cert", "tls_key", "client_ca", "auth_token_file", "admin_token_file")
-    paths = {"model": ("checkpoint",), "server": of_server, "controller": ("frontend_token_file", "control_ca"), "ray": ("temp_dir",)}
     return {
-        table: {key: _absolute(value, folder) if key in paths.get(table, ()) else value for key, value in values.items()}
+        table: {key: _absolute(value, folder) if _is_path(table, key) else value for key, value in values.items()}
         if isinstance(values, Mapping)
         else values
         for table, values in data.items()
     }
+
+
+def _is_path(table: str, key: str) -> bool:
+    """The key is declared as a `File`."""
+    field = _table_of(ServiceConfig.model_fields[table].annotation).get(key) if table in ServiceConfig.model_fields else None
+    return field is not None and Path in _types_of(field.annotation)
+
+
+def _types_of(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for part in get_args(annotation):
+        yield from _types_of(part)
 
 
 def _absolute(value: Any, folder: Path) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from moeserve.config import ServiceConfig
+from moeserve.config import FrontendConfig
 from moeserve.control.record import (
     hosts_messages,
     read_failing,
@@ -25,13 +25,8 @@ from moeserve.v1 import control_service_pb2 as pb
 _MAX_NAME_CHARS: Final = 256
 _MAX_SENTENCE_CHARS: Final = 1000
 
-#: tables of which a frontend has its own, or that concern nobody but the controller
-_NOT_FOLLOWED: Final[dict[str, Any]] = {
-    "server": True,
-    "controller": True,
-    "ray": True,
-    "placement": {"num_hosts", "node_labels", "node_strategy", "wait_for_nodes_s"},
-}
+#: what concerns nobody but the controller
+_NOT_FOLLOWED: Final[dict[str, Any]] = {"placement": {"num_hosts", "node_labels", "node_strategy", "wait_for_nodes_s"}}
 
 
 @dataclass(frozen=True)
@@ -127,6 +122,6 @@ class Order:
         )
 
 
-def followed_config(config: ServiceConfig) -> str:
+def followed_config(config: FrontendConfig) -> str:
     """As JSON: what every frontend of a service does alike. What was not said stays unsaid, as that makes a difference."""
-    return config.model_dump_json(exclude=_NOT_FOLLOWED, exclude_unset=True)
+    return config.model_dump_json(include=set(FrontendConfig.model_fields), exclude=_NOT_FOLLOWED, exclude_unset=True)

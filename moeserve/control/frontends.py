@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
 
-from moeserve.config import ServiceConfig
+from moeserve.config import FrontendConfig
 from moeserve.control import timing
 from moeserve.control.follow import Order, Report, Welcome, followed_config
 from moeserve.errors import ConfigError
@@ -43,14 +43,17 @@ class FollowingFrontend:
 class Frontends:
     """What a roll-out talks to. Those that follow are counted from when they serve until they leave, or say nothing for too long.
 
-    `service_id` is of this deployment. `on_keys` is told whom hosts shall let in whenever that changes. `keys` are of frontends that
-    followed an earlier controller: they stay valid for an hour, within which those come back.
+    `service_id` is of this deployment; batches have `drain_timeout_s` to end on hosts that leave. `on_keys` is told whom hosts shall let in
+    whenever that changes. `keys` are of frontends that followed an earlier controller: they stay valid for an hour, within which those
+    come back.
     """
 
-    def __init__(self, service_id: str, config: ServiceConfig, on_keys: OnKeys, keys: Collection[str] = ()) -> None:
+    def __init__(
+        self, service_id: str, config: FrontendConfig, drain_timeout_s: float, on_keys: OnKeys, keys: Collection[str] = ()
+    ) -> None:
         self._service_id = service_id
         self._config_json = followed_config(config)
-        self._drain_timeout_s = config.server.drain_timeout_s
+        self._drain_timeout_s = drain_timeout_s
         self._try_timeout_s = 2 * config.resilience.request_timeout_s + timing.GRACE_S
         self._on_keys = on_keys
         self._members: list[FollowingFrontend] = []

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from moeserve.checkpoints import ServedLayers, host_bytes, memory_warning
 from moeserve.cluster.cluster import Cluster, Loss
-from moeserve.config import ServedModel, ServiceConfig
+from moeserve.config import FrontendConfig, ServedModel, ServiceConfig
 from moeserve.control import Controller, Frontends, Planner, Saved, State, first_state
 from moeserve.errors import CheckpointChanged, ConfigError, ExpertUnavailable
 from moeserve.observe.stats import HostInfo
@@ -78,7 +78,9 @@ class ControllerProgram:
         self._running.push_async_callback(cluster.stop)
         await cluster.start()
         saved = await self._load(planner)
-        frontends = Frontends(saved.service_id, config, self._admit, saved.frontend_keys)
+        frontends = Frontends(
+            saved.service_id, config.only(FrontendConfig), config.server.drain_timeout_s, self._admit, saved.frontend_keys
+        )
         frontends.begin(saved.state.release)
         controller = Controller(planner, saved.state, cluster.nodes, cluster.hosts, frontends, self._remember)
         self._prepared = _Prepared(layers, controller, frontends, saved)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moeserve import ConfigError, GatingConfig, load_config
+from moeserve import ConfigError, GatingConfig, ServiceConfig, load_config
+from moeserve.config import FrontendConfig, ServedModel
 
 LAYER = {"hidden_size": 8, "intermediate_size": 16, "num_experts": 4}
 
@@ -227,3 +229,26 @@ def test_relative_paths_of_overrides_count_from_the_working_directory(tmp_path: 
     config = load_config({}, overrides)
     assert config.server.admin_token_file == tmp_path / "token"
     assert config.model.checkpoint == tmp_path / "model"
+
+
+def test_every_relative_path_in_a_file_counts_from_its_folder(tmp_path: Path) -> None:
+    tables = {name: table for name, table in ServiceConfig.model_json_schema()["properties"].items() if name != "layers"}
+    described = ServiceConfig.model_json_schema()["$defs"]
+    keys = {name: paths_in(described[table["$ref"].rpartition("/")[2]]) for name, table in tables.items() if "$ref" in table}
+    assert keys["model"] == ["checkpoint"] and len(keys["server"]) >= 5
+    text = "".join(f"[{name}]\n" + "".join(f'{key} = "some/{key}"\n' for key in paths) for name, paths in keys.items())
+    config = load_config(written(tmp_path, text))
+    read = {name: [getattr(getattr(config, name), key) for key in paths] for name, paths in keys.items()}
+    assert read == {name: [tmp_path / "some" / key for key in paths] for name, paths in keys.items()}
+
+
+def paths_in(table: dict[str, Any]) -> list[str]:
+    return [key for key, value in table["properties"].items() if "'format': 'path'" in str(value)]
+
+
+def test_a_host_is_told_no_more_than_it_needs() -> None:
+    config = load_config({"layers": [LAYER], "model": {"dtype": "bfloat16"}, "server": {"port": 1}, "ray": {"address": "10.0.0.1:1"}})
+    served = config.only(ServedModel)
+    assert served.model_dump(exclude_unset=True) == config.model_dump(include={"model", "layers"}, exclude_unset=True)
+    assert config.only(FrontendConfig).placement == config.placement
+    assert b"10.0.0.1" not in pickle.dumps(served) + pickle.dumps(config.only(FrontendConfig))

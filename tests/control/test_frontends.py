@@ -27,7 +27,7 @@ class Case:
     def __init__(self, keys: frozenset[str] = frozenset()) -> None:
         self.config = load_config(CONFIG)
         self.keys: list[frozenset[str]] = []
-        self.frontends = Frontends("the-service", self.config, self.admit, keys)
+        self.frontends = Frontends("the-service", self.config, self.config.server.drain_timeout_s, self.admit, keys)
         self.frontends.begin(self.release(1))
 
     async def admit(self, keys: frozenset[str]) -> None:

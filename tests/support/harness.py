@@ -201,7 +201,7 @@ class ServiceHarness:
 
     def _begin(self, state: State, keys: Collection[str]) -> None:
         """A controller that knows this state, and the keys of frontends elsewhere."""
-        self.frontends = Frontends(self.service_id, self.config, self._admit, keys)
+        self.frontends = Frontends(self.service_id, self.config, self.config.server.drain_timeout_s, self._admit, keys)
         self.frontends.include(
             self.frontend, lambda: FrontendInfo("local", self.target, "", "", self.frontend.epoch, self.frontend.oldest_epoch, True)
         )
