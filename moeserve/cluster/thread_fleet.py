@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 
 from moeserve.cluster.thread_host import ThreadHost
 from moeserve.cluster.timing import LEAST_REST_S, MOST_REST_S, WATCH_S
@@ -111,9 +112,9 @@ class ThreadFleet:
             directory = self._directory()
             if directory != told:
                 on_change(told := directory)
-            changed = asyncio.create_task(self._changed.wait())
-            await asyncio.wait({changed}, timeout=WATCH_S)
-            changed.cancel()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(WATCH_S):
+                    await self._changed.wait()
             for member in list(self.members.values()):
                 if not member.is_up and not member.is_stopped and self._lost is None and self._may_try(member.number):
                     await self._try(member)

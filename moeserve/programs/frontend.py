@@ -70,6 +70,11 @@ class FrontendProgram:
         return self._frontend
 
     @property
+    def public_key(self) -> str:
+        """What it shows to hosts on other nodes, Z85; "" until a controller has given it keys."""
+        return self._follower.report.public_key
+
+    @property
     def metrics(self) -> Metrics:
         """Of this frontend, once it is known what to serve."""
         assert self._metrics is not None, "a frontend that has been opened"

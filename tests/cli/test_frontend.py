@@ -80,7 +80,7 @@ def test_two_of_them_scale_and_swap_under_load_of_eight_callers(tmp_path: Path, 
             process.process.send_signal(signal.SIGTERM)
             process.until("^stopped$")
             assert process.process.wait(timeout=30) == 0
-        assert epochs(service) == [6] and service._followers == frozenset()
+        assert epochs(service) == [6] and service.followers == frozenset()
     for of_target in (got[::2], got[1::2]):
         assert {answer.model_revision for given in of_target for _, answer in given} == {1, 2, 3}
     for seed, answer in (one for given in got for one in given):

@@ -70,7 +70,7 @@ def test_hosts_that_have_not_met_are_asked_directly(pattern: str, tmp_path: Path
     hidden_states = torch.randn(40, 16)
     with ServiceHarness(config(pattern, on_expert_failure="fail"), "shm", tmp_path) as service:
         for host in service.hosts:
-            host.relay.meet({})
+            host.host.relay.meet({})
         out = ask(service, hidden_states)
         assert_close(out.hidden_states, MoELayer(**LAYER)(hidden_states))
         assert service.metrics.registry.get_sample_value("moeserve_expert_retries_total", {"reason": "host_lost"}) == HOSTS

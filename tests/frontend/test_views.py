@@ -48,7 +48,7 @@ def test_hosts_that_come_and_go_while_a_batch_is_written(change: str, tmp_path: 
         if change == "leave":
             service.call(join())
         host = service.hosts[0]
-        host.info = SlowToTell(**vars(replace(host.info)))
+        host.host.info = SlowToTell(**vars(replace(host.host.info)))
         service.call(service.frontend.refresh())
         answer = pool.submit(client.forward, ROWS, 0)
         try:

@@ -15,7 +15,7 @@ import torch
 
 from moeserve.api.wire import WireRequest, encode_forward_request
 from moeserve.transport import give_back_pools
-from tests.support.harness import ServiceHarness
+from tests.support.harness import ServiceHarness, received
 from tests.support.held import Held
 from tests.support.waiting import until
 
@@ -138,7 +138,7 @@ def lent_bytes() -> int:
 
 
 def test_what_nobody_waits_for_is_not_computed(service: ServiceHarness, channel: grpc.Channel) -> None:
-    host = service.hosts[0].loop
+    host = service.hosts[0]
     leave_the_queue(service, channel)
     assert len(forward(channel).result()) > len(MESSAGE)
-    assert host.received == 2, "what the host was busy with, and the last"
+    assert received(host) == 2, "what the host was busy with, and the last"

@@ -126,13 +126,13 @@ def test_a_swap_under_way_when_the_files_change_again_is_refused(folders: tuple[
     served, kept, new = folders
     with ServiceHarness(configuration(served), "local", tmp_path) as service, Client(service.target) as client, ThreadPoolExecutor():
         before = client.forward(tokens(0)).hidden_states
-        take = service.hosts[0].holdings.take
+        take = service.hosts[0].host.holdings.take
 
         def late(release: object) -> None:
             replaced(new, kept)
             take(release)  # type: ignore[arg-type]
 
-        service.hosts[0].holdings.take = late  # type: ignore[method-assign]
+        service.hosts[0].host.holdings.take = late  # type: ignore[method-assign]
         with pytest.raises(CheckpointChanged):
             service.call(service.controller.swap(LAYER, new))
         answer = client.forward(tokens(0))

@@ -13,13 +13,14 @@ import torch
 
 from moeserve import Client, ConfigError, ExpertUnavailable, MoELayer, PermissionDenied, Unauthenticated
 from moeserve.client import TLS
+from moeserve.cluster.thread_host import ThreadHost
 from moeserve.config import BatchingConfig
 from moeserve.errors import CheckpointError, ServiceUnreachable
 from moeserve.transport import ChannelClosed, FrontendKeys, KeyPair, connect
 from tests.support.certificates import Authority
 from tests.support.closeness import assert_close
 from tests.support.followers import ThreadedFrontend
-from tests.support.harness import ServiceHarness, ThreadedHost
+from tests.support.harness import ServiceHarness
 from tests.support.held import Held
 from tests.support.seen import epochs
 from tests.support.two_layers import CONFIG, LAYERS, Load, answers, tokens
@@ -67,7 +68,7 @@ def test_what_hosts_say_of_themselves_reaches_frontends_elsewhere(tmp_path: Path
         service.call(service.open_control())
         with ThreadedFrontend(service.control_target) as follower, Client(follower.target) as client:
             for host in service.hosts:
-                host.info = replace(host.info, weights_bytes=99)
+                host.host.info = replace(host.host.info, weights_bytes=99)
             service.introduce()
             service.call(until_async(lambda: {host.weights_bytes for host in client.stats().hosts} == {99}))
 
@@ -81,14 +82,14 @@ def test_without_its_controller_a_frontend_serves_on_and_catches_up_later(tmp_pa
                 service.call(service.close_control())
                 service.call(until_async(lambda: epochs(service) == [1]))
                 load.goes_on(20)
-                assert service._followers == {key}
+                assert service.followers == {key}
             service.call(service.controller.scale(4))
             service.call(service.controller.scale(3))
             with Client(follower.target, timeout=10) as client, pytest.raises(ExpertUnavailable, match=r"holds no experts .* at epoch 1"):
                 client.forward(tokens(0))
             service.call(service.reopen_control())
             service.call(until_async(lambda: epochs(service) == [3, 3]))
-            assert service._followers == {key}
+            assert service.followers == {key}
             service.call(until_async(lambda: service.frontends.members()[1].oldest_epoch == 3))
             answers(follower.target)
             with Client(follower.target) as client:
@@ -96,7 +97,7 @@ def test_without_its_controller_a_frontend_serves_on_and_catches_up_later(tmp_pa
             service.call(service.controller.scale(2))
             assert epochs(service) == [4, 4]
             answers(follower.target)
-        assert service._followers == frozenset()
+        assert service.followers == frozenset()
 
 
 def test_one_that_joins_in_the_middle_of_a_roll_out_takes_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +196,7 @@ def test_who_may_follow(tmp_path: Path) -> None:
                 ThreadedFrontend(service.control_target, token=token).__enter__()
         with pytest.raises(PermissionDenied, match=f"{service.target} lets no frontend follow"):
             ThreadedFrontend(service.target).__enter__()
-        assert epochs(service) == [1] and service._followers == frozenset()
+        assert epochs(service) == [1] and service.followers == frozenset()
 
 
 def test_whom_hosts_let_in(tmp_path: Path) -> None:
@@ -256,8 +257,7 @@ def test_another_deployment_needs_a_new_start(tmp_path: Path) -> None:
         service.call(service.open_control())
         with ThreadedFrontend(service.control_target) as follower:
             service.call(service.close_control())
-            service.service_id = "another"
-            service.call(service.reopen_control())
+            service.call(service.reopen_control("another"))
             service.call(until_async(lambda: follower.broken))
             assert "the controller serves another deployment now" in str(follower.broken)
 
@@ -265,7 +265,7 @@ def test_another_deployment_needs_a_new_start(tmp_path: Path) -> None:
 class Passes(Held):
     """Also says how many rows each pass had."""
 
-    def __init__(self, host: ThreadedHost, layer: int) -> None:
+    def __init__(self, host: ThreadHost, layer: int) -> None:
         self.rows: list[int] = []
         super().__init__(host, layer)
 

@@ -14,7 +14,7 @@ from moeserve.api.request import LayerRequest
 from moeserve.frontend import part
 from moeserve.frontend.patterns import PATTERNS
 from tests.support.closeness import assert_close
-from tests.support.harness import CHANNELS, ServiceHarness
+from tests.support.harness import CHANNELS, ServiceHarness, received
 from tests.support.kinds_of_experts import EXPERTS, HIDDEN, KINDS
 
 TOKENS = (0, 1, 7, 300)
@@ -52,10 +52,10 @@ def test_answers_and_messages(cluster: tuple[str, int, Path], tiny_moe: Path, pa
     local = MoELayer.from_checkpoint(tiny_moe, 0, dtype=torch.float32)
     with ServiceHarness(config(tiny_moe, hosts, pattern), kind, folder, NODES[hosts]) as service:
         for num_tokens in TOKENS:
-            before = [host.loop.received for host in service.hosts]
+            before = [received(host) for host in service.hosts]
             processed = assert_same_as_in_one_process(service, local, num_tokens)
-            received = [host.loop.received - count for host, count in zip(service.hosts, before, strict=True)]
-            assert received == expected_messages(service, pattern, processed), f"{num_tokens} tokens"
+            arrived = [received(host) - count for host, count in zip(service.hosts, before, strict=True)]
+            assert arrived == expected_messages(service, pattern, processed), f"{num_tokens} tokens"
         sample = service.metrics.registry.get_sample_value
         assert sample("moeserve_messages_total", {"pattern": pattern}) > 0
         assert sample("moeserve_expert_retries_total", {"reason": "host_lost"}) == 0
@@ -77,7 +77,7 @@ def test_how_many_messages_leave_the_frontend(tiny_moe: Path, tmp_path: Path, pa
         processed = assert_same_as_in_one_process(service, local, 300)
         assert (processed > 0).all()
         assert service.metrics.registry.get_sample_value("moeserve_messages_total", {"pattern": pattern}) == from_frontend
-        passed_on = [len(host.relay._peers) for host in service.hosts]
+        passed_on = [len(host.host.relay._peers) for host in service.hosts]
         assert passed_on == {"hierarchical": [1, 1, 0, 0], "ring": [1, 1, 1, 0]}.get(pattern, [0, 0, 0, 0])
 
 
@@ -89,9 +89,9 @@ def test_micro_batches(tiny_moe: Path, tmp_path: Path, micro_batches: int, patte
     with ServiceHarness(config(tiny_moe, 3, pattern, micro_batches), "shm", tmp_path) as service:
         for num_tokens in TOKENS:
             assert_same_as_in_one_process(service, local, num_tokens)
-        before = service.hosts[0].loop.received
+        before = received(service.hosts[0])
         assert_same_as_in_one_process(service, local, 300)
-        assert service.hosts[0].loop.received - before == micro_batches
+        assert received(service.hosts[0]) - before == micro_batches
 
 
 @pytest.mark.parametrize("micro_batches", [1, 4])

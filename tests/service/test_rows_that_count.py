@@ -22,7 +22,7 @@ from moeserve.api.wire import WireRequest
 from moeserve.cli.app import main
 from moeserve.compat.deepspeed import MoE
 from tests.support.closeness import assert_close
-from tests.support.harness import ServiceHarness
+from tests.support.harness import ServiceHarness, received
 
 HIDDEN, EXPERTS, TOKENS = 16, 6, 10
 NAN = float("nan")
@@ -98,12 +98,12 @@ def test_choices_of_the_caller(client: Client, layer: int, padding: int, weight:
 
 
 def test_the_answer_of_a_batch_of_padding_is_zero(service: ServiceHarness, client: Client) -> None:
-    used, before = torch.zeros(TOKENS, dtype=torch.bool), sum(host.loop.received for host in service.hosts)
+    used, before = torch.zeros(TOKENS, dtype=torch.bool), sum(received(host) for host in service.hosts)
     for layer in range(len(LAYERS)):
         out = client.forward(torch.full((TOKENS, HIDDEN), NAN), layer=layer, used_token=used, token_ids=IDS)
         assert not out.hidden_states.any()
         assert out.requested.sum() == 0
-    assert sum(host.loop.received for host in service.hosts) == before
+    assert sum(received(host) for host in service.hosts) == before
 
 
 def test_streams_and_batches(client: Client) -> None:

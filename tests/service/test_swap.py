@@ -121,15 +121,15 @@ def test_a_change_that_fails_on_a_host_does_not_show_in_the_next_one(tmp_path: P
     old, new = folder(tmp_path / "old", 0), folder(tmp_path / "new", 1)
     with ServiceHarness(configuration(old), "local", tmp_path) as service, Client(service.target) as client:
         before = client.forward(tokens(0)).hidden_states
-        take = service.hosts[1].holdings.take
+        take = service.hosts[1].host.holdings.take
 
         def fail(_: object) -> None:
             raise RuntimeError("no error of ours")
 
-        service.hosts[1].holdings.take = fail  # type: ignore[method-assign]
+        service.hosts[1].host.holdings.take = fail  # type: ignore[method-assign]
         with pytest.raises(RuntimeError):
             service.call(service.controller.swap(LAYER, new))
-        service.hosts[1].holdings.take = take  # type: ignore[method-assign]
+        service.hosts[1].host.holdings.take = take  # type: ignore[method-assign]
         assert_close(client.forward(tokens(0)).hidden_states, before)
         service.call(service.controller.swap(LAYER, old))
         answer = client.forward(tokens(0))

@@ -1,11 +1,10 @@
-"""A whole service in this process, without Ray: hosts in threads, real channels between them and the frontend, a real gRPC server."""
+"""A whole service in this process, without Ray: what ships, on a cluster of threads that a test may disturb."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -13,19 +12,22 @@ from typing import Any, Literal, Self, TypeVar
 
 import torch
 
-from moeserve.checkpoints import ServedLayers
-from moeserve.config import ServedModel, load_config
-from moeserve.control import Assignment, Controller, FrontendInfo, Frontends, Node, Planner, State, Wanted
-from moeserve.errors import MoEServeError
+from moeserve.checkpoints import LayerSource
+from moeserve.cluster.thread_fleet import ThreadFleet
+from moeserve.cluster.thread_host import ThreadHost
+from moeserve.cluster.threads import ThreadCluster
+from moeserve.config import ServedModel, ServiceConfig, load_config
+from moeserve.control import Controller, Frontends, Saved
 from moeserve.experts import ExpertBank
-from moeserve.frontend import Frontend, FrontendSettings, HostAccess
-from moeserve.host import Holdings, HostLoop, Relay
+from moeserve.frontend import Frontend
+from moeserve.host import Holdings, Where
 from moeserve.observe.metrics import Metrics
-from moeserve.observe.stats import HostInfo
-from moeserve.placement import plan_placement
+from moeserve.observe.stats import HostInfo, host_name
+from moeserve.placement import Placement
+from moeserve.programs.controller import ControllerProgram
+from moeserve.programs.serve import Service
 from moeserve.release import Release
 from moeserve.server import Control, GrpcServer, controller_address, frontend_tokens
-from moeserve.transport import HostKeys, KeyPair, Work, listen
 
 Result = TypeVar("Result")
 Kind = Literal["local", "shm", "tcp"]
@@ -33,109 +35,68 @@ CHANNELS: tuple[Kind, ...] = ("local", "shm", "tcp")
 
 
 class Killed(BaseException):
-    """Raised by a bank under a test's hand: the host is gone, in the middle of a pass."""
+    """Raised by a bank under a test's hand: the host is gone, in the middle of a pass, and stays down until the test starts it."""
 
 
-class CountingLoop(HostLoop):
-    """Counts the messages that arrive, and may die as a killed process does: without a word."""
+class TestFleet(ThreadFleet):
+    """A host that was killed stays down until the test starts it; hosts fail for reasons that the test gives."""
 
-    received = 0
+    __test__ = False
 
-    def run(self) -> None:
-        with suppress(Killed):
-            super().run()
+    def __init__(self, where: Callable[[int, int], Where], load: Callable[[int, Where, Sequence[Release]], Holdings]) -> None:
+        super().__init__(where, load)
+        #: why hosts that are down do not come back
+        self.told_failing: dict[int, str] = {}
 
-    def _serve(self, layer: int, bank: ExpertBank | None, works: Sequence[Work]) -> None:
-        self.received += len(works)
-        super()._serve(layer, bank, works)
+    @property
+    def failing(self) -> dict[int, str]:
+        return {**super().failing, **self.told_failing}
+
+    async def _try(self, member: ThreadHost) -> None:
+        if member.error is not None:
+            await super()._try(member)
 
 
-class ThreadedHost:
-    """One expert host in a thread; `start` after `stop` gives it a new endpoint, as a new process would have.
+class Counted:
+    """In place of a bank table's `bank`: the loop asks it once for each message."""
 
-    On a `node` other than the frontend's it is reached over TCP with keys. `on_start` is told of every incarnation.
-    """
+    def __init__(self, holdings: Holdings) -> None:
+        self.messages = 0
+        self._bank, self._loop = holdings.bank_table.bank, host_name(holdings.number)
 
-    def __init__(
-        self,
-        number: int,
-        kind: Kind,
-        folder: Path,
-        model: ServedModel,
-        releases: list[Release],
-        node: str,
-        admitted: Callable[[], frozenset[str]],
-        on_start: Callable[[], None],
-    ) -> None:
-        self.number, self._kind, self._folder, self._model, self._releases, self.node = number, kind, folder, model, releases, node
-        self._admitted, self._on_start = admitted, on_start
-        self._incarnation = 0
-        self._loop_of_service = asyncio.get_running_loop()
-        self._up, self._looking = asyncio.Event(), asyncio.Lock()
-        self.start()
+    def __call__(self, layer: int, epoch: int) -> ExpertBank | None:
+        self.messages += threading.current_thread().name == self._loop
+        return self._bank(layer, epoch)
 
-    def start(self) -> None:
-        """Loads, or has a `refusal`, and then is not up."""
-        self._incarnation += 1
-        name = f"host-{self.number}-{self._incarnation}"
+
+def received(host: ThreadHost) -> int:
+    """How many messages have reached this incarnation of a host."""
+    counted: Any = host.host.holdings.bank_table.bank
+    return int(counted.messages)
+
+
+class TestCluster(ThreadCluster):
+    """`names` says where each host is, and the frontend is on the first one's node; all are reached by `kind`, and over TCP."""
+
+    __test__ = False
+
+    def __init__(self, config: ServiceConfig, kind: Kind, folder: Path, names: Sequence[str]) -> None:
+        super().__init__(config.only(ServedModel), config.placement, config.ray)
+        self._kind, self._folder, self._names = kind, folder, names
+        self.here = names[0]
+        self.nodes.cpus = 1000
+        self.hosts: TestFleet = TestFleet(self.where, self._load)
+
+    def _load(self, number: int, where: Where, releases: Sequence[Release]) -> Holdings:
+        holdings = super()._load(number, where, releases)
+        holdings.bank_table.bank = Counted(holdings)  # type: ignore[method-assign]
+        return holdings
+
+    def where(self, number: int, incarnation: int) -> Where:
+        name = f"host-{number}-{incarnation}"
         endpoint = {"local": f"local:{self._folder}/{name}", "shm": f"unix:{self._folder}/{name}.sock", "tcp": "tcp://127.0.0.1:0"}
-        own = KeyPair.generate()
-        self.keys = HostKeys(own, self._admitted())
-        listener = listen(*dict.fromkeys((endpoint[self._kind], endpoint["tcp"])), keys=self.keys)
-        self.info = HostInfo(f"host-{self.number}", listener.endpoints, own.public, node=self.node, device="cpu", num_threads=1)
-        self.relay = Relay(self.number, own)
-        self.holdings = Holdings(self._model, self.number, torch.device("cpu"))
-        self.refusal: MoEServeError | None = None
-        try:
-            self.holdings.begin(self._releases)
-        except MoEServeError as error:
-            listener.close()
-            self.relay.close()
-            self.refusal = error
-            self._loop_of_service.call_soon_threadsafe(self._up.set)
-            return
-        self.info = replace(self.info, since_epoch=self.holdings.since_epoch)
-        self.loop = CountingLoop(self.holdings.bank_table, listener, self.relay)
-        self._thread = threading.Thread(target=self.loop.run)
-        self._thread.start()
-        self.is_up = True
-        self._on_start()
-        self._loop_of_service.call_soon_threadsafe(self._up.set)
-
-    def meet(self, directory: Mapping[int, HostInfo]) -> None:
-        self.keys.allow({*self._admitted(), *(info.public_key for info in directory.values())})
-        self.relay.meet(directory)
-
-    def stop(self) -> None:
-        self.is_up = False
-        self._loop_of_service.call_soon_threadsafe(self._up.clear)
-        self.loop.stop()
-        self._thread.join()
-
-    async def find(self) -> HostInfo:
-        """Raises why it is not up: it tries once more first, as the process of a host does when it is asked again."""
-        async with self._looking:
-            if self.refusal is not None:
-                await asyncio.to_thread(self.start)
-        await self._up.wait()
-        if self.refusal is not None:
-            raise self.refusal
-        return self.info
-
-
-class EndlessNodes:
-    """Nodes of these names, with room for everything."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = dict.fromkeys(names)
-        self.cpus = 1000.0
-
-    async def list(self) -> list[Node]:
-        room = {"CPU": self.cpus, "GPU": 0.0}
-        return [Node(name, name, room, room) for name in self._names]
-
-    def ask_for(self, wanted: Wanted, num_hosts: int) -> None:
-        raise AssertionError("there is always room")
+        node = self._names[number] if number < len(self._names) else self._names[0]
+        return Where(node, tuple(dict.fromkeys((endpoint[self._kind], endpoint["tcp"]))), torch.device("cpu"), 1)
 
 
 class ServiceHarness:
@@ -145,25 +106,10 @@ class ServiceHarness:
     """
 
     def __init__(self, config: Mapping[str, Any], kind: Kind, folder: Path, nodes: Sequence[str] = ()) -> None:
-        self.config = load_config({"server": {"port": 0}, **config})
-        self.layers = ServedLayers.read(self.config)
-        self.sources, specs = self.layers.sources, self.layers.specs
-        self.metrics = Metrics(specs, self.config.observability.expert_detail)
-        self.placement = plan_placement(specs, self.config.placement)
-        self._releases = [Release.first(self.placement, self.sources)]
-        self._kind, self._folder = kind, folder
-        self.nodes = nodes or ["this-node"] * self.placement.num_hosts
-        self._keys = KeyPair.generate()
+        self.config = load_config({**config, "server": {"port": 0, "metrics_port": 0, **config.get("server", {})}})
+        self.cluster = TestCluster(self.config, kind, folder, nodes or ["this-node"])
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
-        self.hosts: list[ThreadedHost] = []
-        self.target = ""
-        self.given_up: set[int] = set()
-        #: why hosts that are down do not come back
-        self.failing: dict[int, str] = {}
-        self.service_id = "the-service"
-        #: keys of frontends elsewhere
-        self._followers: frozenset[str] = frozenset()
         self.control_server: GrpcServer | None = None
         self.control_target = ""
 
@@ -173,43 +119,87 @@ class ServiceHarness:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        self.call(self._start())
+        try:
+            self.call(self._start())
+        except BaseException:
+            self._end()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.control_server is not None:
-            self.call(self.control_server.stop())
-        self.call(self.server.drain(5.0))
-        self.call(self.frontend.close())
-        for host in self.hosts:
-            if host.is_up:
-                host.stop()
+        try:
+            if self.control_server is not None:
+                self.call(self.control_server.stop())
+            self.call(self.service.stop())
+        finally:
+            self._end()
+
+    async def _start(self) -> None:
+        self.service = Service(self.config, cluster=self.cluster)
+        await self.service.start()
+        self.program = self.service.program
+        self.placement: Placement = self.controller.state.release.placement
+
+    def _end(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
-    async def _start(self) -> None:
-        self._add(self.placement.hosts)
-        release, settings = self._releases[0], FrontendSettings.of(self.config, self.config.server)
-        hosts = HostAccess(self.find, self._keys, self._on_health)
-        self.frontend = Frontend(release, release.sources(self.layers), settings, hosts, self.metrics)
-        assignments = tuple(Assignment(number, self.nodes[number]) for number in self.placement.hosts)
-        self._begin(State(release, assignments, len(assignments), release.epoch, len(assignments)), ())
-        self.server = GrpcServer(self.config.server, self.metrics.observe_call, engine=self.frontend, admin=self.controller)
-        self.target = f"127.0.0.1:{await self.server.start()}"
-        await self.frontend.start(self.nodes[0])
+    @property
+    def target(self) -> str:
+        return self.service.target
 
-    def _begin(self, state: State, keys: Collection[str]) -> None:
-        """A controller that knows this state, and the keys of frontends elsewhere."""
-        self.frontends = Frontends(self.service_id, self.config, self.config.server.drain_timeout_s, self._admit, keys)
-        self.frontends.include(
-            self.frontend, lambda: FrontendInfo("local", self.target, "", "", self.frontend.epoch, self.frontend.oldest_epoch, True)
-        )
-        self.frontends.begin(state.release)
-        self.frontends.directory(self.present)
-        self.cluster = EndlessNodes(self.nodes)
-        planner, drain_s = Planner(self.layers, self.config.placement, on_this_machine=True), self.config.server.drain_timeout_s
-        self.controller = Controller(planner, state, self.cluster, self, self.frontends, lambda _: None, drain_s)
+    @property
+    def frontend(self) -> Frontend:
+        return self.service.frontend.frontend
+
+    @property
+    def metrics(self) -> Metrics:
+        return self.service.frontend.metrics
+
+    @property
+    def controller(self) -> Controller:
+        return self.program.controller
+
+    @property
+    def frontends(self) -> Frontends:
+        return self.program.frontends
+
+    @property
+    def sources(self) -> Sequence[LayerSource]:
+        return self.program.layers.sources
+
+    @property
+    def hosts(self) -> list[ThreadHost]:
+        return [member for _, member in sorted(self.cluster.hosts.members.items())]
+
+    @property
+    def given_up(self) -> set[int]:
+        return self.cluster.hosts.given_up
+
+    @property
+    def failing(self) -> dict[int, str]:
+        """Why hosts that are down do not come back, as the test says."""
+        return self.cluster.hosts.told_failing
+
+    @property
+    def followers(self) -> frozenset[str]:
+        """Public keys of frontends elsewhere that hosts let in."""
+        return frozenset(self.program.saved.frontend_keys) - {self.service.frontend.public_key}
+
+    def introduce(self) -> None:
+        """Hosts and frontends hear of what hosts say of themselves now."""
+        self._loop.call_soon_threadsafe(self.cluster.hosts._introduce)
+
+    async def find(self, number: int) -> HostInfo:
+        """Raises why it is not up: it tries once more first."""
+        member = self.cluster.hosts.members[number]
+        await self.cluster.hosts._until_up(member)
+        return member.host.info
+
+    @property
+    def present(self) -> Mapping[int, HostInfo]:
+        return self.cluster.hosts.present
 
     async def open_control(self, port: int = 0) -> None:
         """Lets frontends follow with the token "follow", from `control_target` on."""
@@ -220,65 +210,15 @@ class ServiceHarness:
 
     async def close_control(self) -> None:
         """As a controller that is killed."""
+        assert self.control_server is not None
         await self.control_server.stop()
 
-    async def reopen_control(self) -> None:
+    async def reopen_control(self, service_id: str = "") -> None:
         """As a controller that has been started again: it knows what is served, and the keys it wrote down."""
-        self._begin(self.controller.state, self._followers)
+        store = self.cluster.store
+        saved = Saved.from_bytes(store.load() or b"")
+        store.save(replace(saved, service_id=service_id or saved.service_id).to_bytes())
+        self.program = ControllerProgram(self.config, self.cluster, lambda _: None)
+        await self.program.prepare(is_followed=True)
+        await self.program.bring_up()
         await self.open_control(int(self.control_target.rpartition(":")[2]))
-
-    async def _admit(self, keys: frozenset[str]) -> None:
-        self._followers = keys
-        self.introduce()
-
-    def _admitted(self) -> frozenset[str]:
-        return self._followers | {self._keys.public}
-
-    @property
-    def present(self) -> dict[int, HostInfo]:
-        return {host.number: host.info for host in self.hosts if host.is_up}
-
-    async def find(self, number: int) -> HostInfo:
-        return await next(host for host in self.hosts if host.number == number).find()
-
-    def _add(self, numbers: Sequence[int]) -> None:
-        for number in numbers:
-            node = self.nodes[number] if number < len(self.nodes) else self.nodes[0]
-            host = ThreadedHost(number, self._kind, self._folder, self.config, self._releases, node, self._admitted, self.introduce)
-            self.hosts.append(host)
-        self.introduce()
-
-    async def take(self, release: Release, assignments: Sequence[Assignment]) -> None:
-        self._releases.append(release)
-        self._add([number for number in release.placement.hosts if number not in {host.number for host in self.hosts}])
-        for host in self.hosts:
-            if host.number in release.placement.hosts:
-                await host.find()
-                await asyncio.to_thread(host.holdings.take, release)
-
-    async def withdraw(self, epoch: int) -> None:
-        self._releases[:] = [release for release in self._releases if release.epoch < epoch]
-        for host in self.hosts:
-            host.holdings.withdraw(epoch)
-
-    async def retire(self, epoch: int) -> None:
-        self._releases[:] = [release for release in self._releases if release.epoch >= epoch]
-        for host in self.hosts:
-            host.holdings.retire(epoch)
-
-    async def remove(self, numbers: Sequence[int]) -> None:
-        for host in [host for host in self.hosts if host.number in numbers]:
-            self.hosts.remove(host)
-            if host.is_up:
-                await asyncio.to_thread(host.stop)
-
-    def introduce(self) -> None:
-        """Every host learns where all of them are now."""
-        directory = {host.number: host.info for host in self.hosts}
-        for host in self.hosts:
-            host.meet(directory)
-        if hasattr(self, "frontends"):
-            self._loop.call_soon_threadsafe(self.frontends.directory, directory)
-
-    def _on_health(self, layer: int, healthy: bool) -> None:
-        self.server.set_serving(layer, healthy)

@@ -6,20 +6,20 @@ import threading
 
 import torch
 
+from moeserve.cluster.thread_host import ThreadHost
 from moeserve.experts import ExpertBank
-from tests.support.harness import ThreadedHost
 
 
 class Held:
     """A bank that says when a pass begins, and waits for leave to compute it; it raises `error` instead, and dies of `Killed`."""
 
-    def __init__(self, host: ThreadedHost, layer: int = 0) -> None:
-        bank = host.holdings.bank_table.bank(layer, 1)
+    def __init__(self, host: ThreadHost, layer: int = 0) -> None:
+        bank = host.host.holdings.bank_table.bank(layer, 1)
         assert bank is not None
         self._bank: ExpertBank = bank
         self.begun, self.leave = threading.Semaphore(0), threading.Semaphore(0)
         self.error: BaseException | None = None
-        host.holdings.bank_table.put(layer, 1, self)  # type: ignore[arg-type]
+        host.host.holdings.bank_table.put(layer, 1, self)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._bank, name)
