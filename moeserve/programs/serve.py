@@ -113,9 +113,11 @@ class Service:
         tokens = frontend_tokens(config.controller)
         program = self._program = ControllerProgram(config, self._cluster or cluster_of(config), self._progress)
         await program.prepare(is_followed=bool(tokens))
+        #: what the frontend does is said here
+        self.orders = InProcessOrders(program.frontends)
         frontend = self._frontend = FrontendProgram(
             config.server,
-            InProcessOrders(program.frontends),
+            self.orders,
             name="serve",
             node=program.cluster.here,
             admin=program.controller,

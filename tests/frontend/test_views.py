@@ -39,7 +39,7 @@ def test_hosts_that_come_and_go_while_a_batch_is_written(change: str, tmp_path: 
         wider = Release(plan_placement(specs, service.config.placement.model_copy(update={"num_hosts": 3}), epoch=2))
 
         async def join() -> None:
-            await service.take(wider, [Assignment(number, "this-node") for number in range(3)])
+            await service.cluster.hosts.take(wider, [Assignment(number, "this-node") for number in range(3)])
             await service.frontend.welcome(wider)
 
         async def leave() -> None:

@@ -34,7 +34,7 @@ def test_what_frontends_say_of_themselves_can_be_called(tmp_path: Path, capsys: 
         for host in ("0.0.0.0", "localhost", "127.0.0.2", *(("::1", "[::1]", "::") if has_ipv6() else ())):
             server = {"host": host, "insecure": True}
             with ThreadedFrontend(service.control_target, server=server) as frontend, AdminClient(service.target, "change") as admin:
-                (listed,) = [one for one in admin.status().frontends if one.name != "local"]
+                (listed,) = [one for one in admin.status().frontends if one.name != "serve"]
                 assert listed.target == frontend.target
                 answers(listed.target)
                 assert main(["top", listed.target, "--once"]) == 0

@@ -95,7 +95,7 @@ def test_other_copies_of_its_experts_answer(tmp_path: Path) -> None:
 def test_a_host_whose_node_is_gone_is_not_waited_for_when_nothing_can_replace_it(tmp_path: Path) -> None:
     """One host alone has no room for all the weights, which are 6144 bytes."""
     with kept(tmp_path, memory_per_host_bytes=4000) as service, Client(service.target) as client:
-        service.cluster.cpus = 1.0
+        service.cluster.nodes.cpus = 1.0
         service.given_up.add(1)
         service.hosts[1].stop()
         assert "host-1 cannot be had: its node is gone, and placement.num_hosts is 2" in refused(client, 3)

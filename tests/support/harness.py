@@ -35,11 +35,11 @@ CHANNELS: tuple[Kind, ...] = ("local", "shm", "tcp")
 
 
 class Killed(BaseException):
-    """Raised by a bank under a test's hand: the host is gone, in the middle of a pass, and stays down until the test starts it."""
+    """Raised by a bank under a test's hand: the host is gone, in the middle of a pass."""
 
 
 class TestFleet(ThreadFleet):
-    """A host that was killed stays down until the test starts it; hosts fail for reasons that the test gives."""
+    """Hosts fail for reasons that the test gives, too."""
 
     __test__ = False
 
@@ -51,10 +51,6 @@ class TestFleet(ThreadFleet):
     @property
     def failing(self) -> dict[int, str]:
         return {**super().failing, **self.told_failing}
-
-    async def _try(self, member: ThreadHost) -> None:
-        if member.error is not None:
-            await super()._try(member)
 
 
 class Counted:
@@ -218,7 +214,10 @@ class ServiceHarness:
         store = self.cluster.store
         saved = Saved.from_bytes(store.load() or b"")
         store.save(replace(saved, service_id=service_id or saved.service_id).to_bytes())
-        self.program = ControllerProgram(self.config, self.cluster, lambda _: None)
+        killed, self.program = self.program, ControllerProgram(self.config, self.cluster, lambda _: None)
         await self.program.prepare(is_followed=True)
+        self.service.orders.frontends = self.program.frontends
+        for member in list(killed.frontends._members):
+            killed.frontends._dismiss(member)
         await self.program.bring_up()
         await self.open_control(int(self.control_target.rpartition(":")[2]))
