@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moeserve.programs.deploy import Deployer
 
 
-@with_config_flags()
+@with_config_flags(without=("kind",))
 def deploy(
     source: Annotated[str, typer.Argument(help="A TOML configuration or a checkpoint folder.")],
     overrides: Overrides,

@@ -12,7 +12,9 @@ import typer
 
 from moeserve.config import ServiceConfig
 
-_TABLES = ("server", "model", "placement", "batching", "communication", "resilience", "observability", "controller", "ray")
+_TABLES = ("server", "model", "placement", "batching", "communication", "resilience", "observability", "controller", "cluster", "ray")
+#: flags and variables that are not called as their key
+_NAMES = {("cluster", "kind"): "cluster"}
 Overrides = dict[str, dict[str, Any]]
 Command = Callable[..., None]
 
@@ -66,6 +68,9 @@ def _scalar_type(annotation: Any) -> type | None:
 
 
 def _option(table: str, key: str, kind: type) -> inspect.Parameter:
-    flag = "--" + key.replace("_", "-")
-    option = typer.Option(flag, envvar=f"MOESERVE_{key.upper()}", help=f"{table}.{key}", show_default=False, rich_help_panel=rf"\[{table}]")
+    name = _NAMES.get((table, key), key)
+    flag = "--" + name.replace("_", "-")
+    option = typer.Option(
+        flag, envvar=f"MOESERVE_{name.upper()}", help=f"{table}.{key}", show_default=False, rich_help_panel=rf"\[{table}]"
+    )
     return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])

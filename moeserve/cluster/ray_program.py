@@ -15,6 +15,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from moeserve.cluster.timing import END_DELAY_S, KILL_TIMEOUT_S, PROGRAM_RETRY_S
 from moeserve.errors import ExpertUnavailable
+from moeserve.loops import LoopThread
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +42,10 @@ class _Runner:
     def __init__(self, make: Callable[[Callable[[str], None]], Program]) -> None:
         self._told: list[str] = []
         self._program = make(self._told.append)
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="program", daemon=True).start()
+        self._thread = LoopThread("program")
+        self._thread.start()
         self._starting: asyncio.Task[None] | None = None
-        self._started = asyncio.run_coroutine_threadsafe(self._start(), self._loop)
+        self._started = self._thread.submit(self._start())
 
     def ready(self) -> Any:
         """What the program says of itself, once it has started. Raises what kept it from starting."""
@@ -57,7 +58,7 @@ class _Runner:
 
     def stop(self) -> None:
         """Stop the program, or give up starting it; returns when it has ended."""
-        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
+        self._thread.call(self._stop())
 
     async def _start(self) -> None:
         self._starting = asyncio.create_task(self._program.start())

@@ -13,7 +13,7 @@ from moeserve.cluster.timing import LEAST_REST_S, MOST_REST_S, WATCH_S
 from moeserve.control.assignments import Assignment
 from moeserve.errors import MoEServeError
 from moeserve.host import Holdings, Host, Where
-from moeserve.notifier import Notifier
+from moeserve.loops import Notifier
 from moeserve.observe.stats import HostInfo, host_name
 from moeserve.release import Release
 

@@ -10,7 +10,7 @@ from typing import Any, Final, get_args
 from pydantic import ValidationError
 
 from moeserve.config.server import ServerConfig
-from moeserve.config.service import FrontendConfig, ServiceConfig
+from moeserve.config.service import FrontendConfig, RayConfig, ServiceConfig
 from moeserve.errors import ConfigError
 from moeserve.files import read_file
 
@@ -55,7 +55,7 @@ def load_server(values: Mapping[str, Any]) -> ServerConfig:
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if isinstance(source, Mapping):
-        return "configuration", dict(source)
+        return "configuration", _of_ray(source)
     path = Path(source).expanduser()
     if path.is_dir():
         return str(path), {"model": {"checkpoint": path.resolve()}}
@@ -67,7 +67,18 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"{path} is not a readable TOML file: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not a readable TOML file: {error}") from None
-    return str(path), _absolute_paths(data, path.resolve().parent)
+    return str(path), _absolute_paths(_of_ray(data), path.resolve().parent)
+
+
+def _of_ray(data: Mapping[str, Any]) -> dict[str, Any]:
+    """[cluster] may say what [ray] does; a copy in which it stands there. Raises ConfigError when both say the same key."""
+    cluster, ray = data.get("cluster"), data.get("ray", {})
+    if not isinstance(cluster, Mapping) or not isinstance(ray, Mapping):
+        return dict(data)  # to be refused
+    moved = {key: value for key, value in cluster.items() if key in RayConfig.model_fields}
+    for key in moved.keys() & ray.keys():
+        raise ConfigError(f"cluster.{key} and ray.{key} are the same key: give one of them")
+    return {**data, "cluster": {key: value for key, value in cluster.items() if key not in moved}, "ray": {**ray, **moved}}
 
 
 def _absolute_paths(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -294,6 +294,12 @@ class ServiceConfig(FrontendConfig):
     cluster: ClusterConfig = ClusterConfig()
     ray: RayConfig = RayConfig()
 
+    @model_validator(mode="after")
+    def _threads_join_no_cluster(self) -> Self:
+        if self.cluster.kind == "threads" and self.ray.address is not None:
+            raise ValueError(f"ray.address is {self.ray.address!r}; with cluster.kind = 'threads' there is no Ray to join")
+        return self
+
     def only(self, kind: type[Tables]) -> Tables:
         """The tables of `kind`: what a host needs, or a frontend, and nothing else."""
         return kind(**{name: getattr(self, name) for name in self.model_fields_set & kind.model_fields.keys()})

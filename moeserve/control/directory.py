@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 
 from moeserve.control import timing
-from moeserve.notifier import Notifier
+from moeserve.loops import Notifier
 from moeserve.observe.stats import HostInfo
 
 

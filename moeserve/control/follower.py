@@ -14,7 +14,7 @@ from moeserve.control.directory import Directory
 from moeserve.control.follow import Order, Report, Welcome
 from moeserve.errors import ConfigError, MoEServeError
 from moeserve.frontend import Frontend, FrontendSettings, HostAccess
-from moeserve.notifier import Notifier
+from moeserve.loops import Notifier
 from moeserve.observe.metrics import Metrics
 from moeserve.release import Release
 from moeserve.transport import KeyPair

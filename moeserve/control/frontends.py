@@ -12,7 +12,7 @@ from moeserve.config import FrontendConfig
 from moeserve.control import timing
 from moeserve.control.follow import Order, Report, Welcome, followed_config
 from moeserve.errors import ConfigError
-from moeserve.notifier import Notifier
+from moeserve.loops import Notifier
 from moeserve.observe.stats import HostInfo
 from moeserve.release import Release
 from moeserve.transport import KeyPair

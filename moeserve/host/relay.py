@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -17,6 +16,7 @@ import torch
 
 from moeserve.errors import Cancelled, DeadlineExceeded, MoEServeError
 from moeserve.layer.dispatch import permute
+from moeserve.loops import LoopThread
 from moeserve.observe.stats import HostInfo
 from moeserve.transport import (
     Channel,
@@ -52,7 +52,7 @@ class Helped(NamedTuple):
 class Relayed:
     """Other hosts' part of one work. Its memory is read until `is_done`; `helped` and `error` are to be read after that."""
 
-    def __init__(self, work: Work, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, work: Work, thread: LoopThread) -> None:
         self.work = work
         self.is_done = False
         self.helped: Sequence[Helped] = ()
@@ -60,11 +60,15 @@ class Relayed:
         #: set by the host's loop when its own part failed
         self.own_error: MoEServeError | None = None
         self.task: asyncio.Task[None] | None = None
-        self._loop = loop
+        self._thread = thread
 
     def cancel(self) -> None:
         """The answer is not wanted any more; from any thread. It still becomes done."""
-        self._loop.call_soon_threadsafe(lambda: self.task and self.task.cancel())
+        self._thread.soon(self._cancel)
+
+    def _cancel(self) -> None:
+        if self.task is not None:
+            self.task.cancel()
 
 
 class RelayLink(NamedTuple):
@@ -94,8 +98,8 @@ class Relay:
         self._keys = keys
         self._directory: Mapping[int, HostInfo] = {}
         self._peers: dict[int, RelayLink] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        #: None until there is something to pass on
+        self._thread: LoopThread | None = None
 
     def meet(self, directory: Mapping[int, HostInfo]) -> None:
         """All hosts by number as they are now, this one among them; from any thread, again whenever one has changed."""
@@ -103,22 +107,19 @@ class Relay:
 
     def pass_on(self, work: Work, on_done: Callable[[], None]) -> Relayed:
         """Asks the other destinations of `work` to do their part; `on_done` is called from another thread when they have, or failed."""
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=self._loop.run_forever, name="relay", daemon=True)
+        if self._thread is None:
+            self._thread = LoopThread("relay")
             self._thread.start()
-        relayed = Relayed(work, self._loop)
+        relayed = Relayed(work, self._thread)
         work.on_cancel = relayed.cancel
-        self._loop.call_soon_threadsafe(self._begin, relayed, on_done)
+        self._thread.soon(self._begin, relayed, on_done)
         return relayed
 
     def close(self) -> None:
         """Hangs up on all peers and gives errands under way up; to be called by the thread that calls `pass_on`."""
-        if self._loop is not None and self._thread is not None:
-            asyncio.run_coroutine_threadsafe(self._hang_up(), self._loop).result()
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+        if self._thread is not None:
+            self._thread.call(self._hang_up())
+            self._thread.stop()
 
     async def _hang_up(self) -> None:
         for peer in self._peers.values():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +10,7 @@ from typing import Any, Literal, Self
 
 from moeserve.config import ServiceConfig, load_config
 from moeserve.errors import MoEServeError
+from moeserve.loops import LoopThread
 from moeserve.programs.serve import Progress, Service, log
 from moeserve.release import Release
 
@@ -20,8 +20,7 @@ class BackgroundService:
 
     def __init__(self, config: ServiceConfig, progress: Progress) -> None:
         self._service = Service(config, progress)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="moeserve", daemon=True)
+        self._thread = LoopThread("moeserve")
 
     @property
     def target(self) -> str:
@@ -43,19 +42,19 @@ class BackgroundService:
         self._thread.start()
         starting: list[asyncio.Task[None]] = []
         try:
-            asyncio.run_coroutine_threadsafe(_begin(self._service, starting), self._loop).result()
+            self._thread.call(_begin(self._service, starting))
         except BaseException:
-            asyncio.run_coroutine_threadsafe(_undo(starting), self._loop).result()
-            self._end_thread()
+            self._thread.call(_undo(starting))
+            self._thread.stop()
             raise
-        self._ending = asyncio.run_coroutine_threadsafe(self._stop_when_asked(), self._loop)
+        self._ending = self._thread.submit(self._stop_when_asked())
 
     def stop(self) -> None:
         """Drain, then stop everything; idempotent. A service that could not go on has done that by itself, and `failure` says why."""
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._service.controller.ask_to_stop)
+        if self._thread.is_running:
+            self._thread.soon(self._service.controller.ask_to_stop)
             self._ending.result()
-            self._end_thread()
+            self._thread.stop()
 
     async def _stop_when_asked(self) -> None:
         try:
@@ -86,12 +85,7 @@ class BackgroundService:
         if self.failure is not None:
             change.close()
             raise self.failure
-        return asyncio.run_coroutine_threadsafe(change, self._loop).result()
-
-    def _end_thread(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        return self._thread.call(change)
 
     def __enter__(self) -> Self:
         return self
@@ -111,13 +105,20 @@ async def _undo(starting: list[asyncio.Task[None]]) -> None:
         await asyncio.wait({task})
 
 
-def serve(source: str | Path | Mapping[str, Any] | ServiceConfig, progress: Progress = log.info) -> BackgroundService:
+def serve(
+    source: str | Path | Mapping[str, Any] | ServiceConfig,
+    progress: Progress = log.info,
+    cluster: Literal["ray", "threads"] | None = None,
+) -> BackgroundService:
     """Start a service from a TOML file, a checkpoint folder or a mapping, in this process; blocks until it is ready.
 
-    Starts a local Ray if this process is not connected to one. Use as a context manager or call `stop`.
-    Raises ConfigError and its kin with one sentence.
+    `cluster` is what hosts run on, instead of what the source says. "ray" starts a local Ray if this process is not connected to one.
+    "threads" needs no Ray and is ready in about two seconds: hosts are threads of this process, none is pinned to cores, and a crash of one
+    is a crash of all. Use as a context manager or call `stop`. Raises ConfigError and its kin with one sentence.
     """
     config = source if isinstance(source, ServiceConfig) else load_config(source)
+    if cluster is not None:
+        config = load_config({**config.model_dump(exclude_unset=True), "cluster": {"kind": cluster}})
     service = BackgroundService(config, progress)
     service.start()
     return service

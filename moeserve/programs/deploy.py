@@ -27,6 +27,8 @@ class Deployer:
 
     def __init__(self, config: ServiceConfig) -> None:
         """Raises ConfigError for a configuration that cannot be deployed."""
+        if config.cluster.kind != "ray":
+            raise ConfigError(f"cluster.kind is {config.cluster.kind!r}; a service is deployed on a Ray cluster")
         if config.ray.address is None:
             raise ConfigError("ray.address is not set: a service is deployed on a Ray cluster that runs, for example --address auto")
         if config.server.admin_token_file is None:

@@ -16,7 +16,7 @@ from moeserve.control import Follower, Following, Orders, timing
 from moeserve.control.follow import Report
 from moeserve.errors import ConfigError, MoEServeError
 from moeserve.frontend import Frontend
-from moeserve.notifier import Notifier
+from moeserve.loops import Notifier
 from moeserve.observe.metrics import Metrics
 from moeserve.observe.page import StatusPage
 from moeserve.server import GrpcServer

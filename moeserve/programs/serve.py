@@ -35,6 +35,7 @@ class Service:
         self._cluster = cluster
         self._program: ControllerProgram | None = None
         self._frontend: FrontendProgram | None = None
+        self._orders: InProcessOrders | None = None
         self._tasks: list[asyncio.Task[None]] = []
         #: what keeps it from going on
         self.failure: MoEServeError | None = None
@@ -51,6 +52,12 @@ class Service:
         """The half that answers requests."""
         assert self._frontend is not None, "a service that has started"
         return self._frontend
+
+    @property
+    def orders(self) -> InProcessOrders:
+        """How the frontend follows."""
+        assert self._orders is not None, "a service that has started"
+        return self._orders
 
     @property
     def controller(self) -> Controller:
@@ -113,11 +120,10 @@ class Service:
         tokens = frontend_tokens(config.controller)
         program = self._program = ControllerProgram(config, self._cluster or cluster_of(config), self._progress)
         await program.prepare(is_followed=bool(tokens))
-        #: what the frontend does is said here
-        self.orders = InProcessOrders(program.frontends)
+        self._orders = InProcessOrders(program.frontends)
         frontend = self._frontend = FrontendProgram(
             config.server,
-            self.orders,
+            self._orders,
             name="serve",
             node=program.cluster.here,
             admin=program.controller,

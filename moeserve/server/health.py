@@ -12,7 +12,7 @@ import grpc
 from grpc_health.v1 import health_pb2 as pb
 
 from moeserve.errors import UnknownLayer
-from moeserve.notifier import Notifier
+from moeserve.loops import Notifier
 from moeserve.server.rpc import Context
 
 HEALTH_SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["Health"].full_name

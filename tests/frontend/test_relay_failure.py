@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def test_a_host_that_dies_while_the_frontend_looks_away_does_not_stop_it(tmp_pat
 
         async def die_and_ask() -> ForwardOutput:
             victim.stop()  # blocks the loop, which so learns of nothing
-            service._loop.call_later(0.05, victim.start)
+            asyncio.get_running_loop().call_later(0.05, victim.start)
             return await service.frontend.forward(0, request)
 
         assert service.call(die_and_ask()).processed.tolist() == [0, 0, 1, 1, 0, 0, 0, 0]

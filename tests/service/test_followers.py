@@ -15,6 +15,8 @@ from moeserve import Client, ConfigError, ExpertUnavailable, MoELayer, Permissio
 from moeserve.client import TLS
 from moeserve.cluster.thread_host import ThreadHost
 from moeserve.config import BatchingConfig
+from moeserve.control.follow import Report
+from moeserve.control.frontends import FollowingFrontend
 from moeserve.errors import CheckpointError, ServiceUnreachable
 from moeserve.transport import ChannelClosed, FrontendKeys, KeyPair, connect
 from tests.support.certificates import Authority
@@ -135,7 +137,7 @@ class _Gate:
         monkeypatch.setattr(service.frontend, "try_out", held)
 
     def open(self, service: ServiceHarness) -> None:
-        service._loop.call_soon_threadsafe(self._may.set)
+        service._thread.soon(self._may.set)
 
 
 def test_one_that_cannot_use_it_stops_the_roll_out_with_its_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,9 +184,12 @@ def test_one_that_does_not_move_over_is_not_waited_for_for_ever(tmp_path: Path, 
         service.call(service.open_control())
         with ThreadedFrontend(service.control_target) as follower:
             hear = service.frontends.hear
-            monkeypatch.setattr(
-                service.frontends, "hear", lambda member, said: hear(member, said) if said.epoch == 1 or said.name == "serve" else None
-            )
+
+            def hear_some(member: FollowingFrontend, said: Report) -> None:
+                if said.epoch == 1 or said.name == "serve":
+                    hear(member, said)
+
+            monkeypatch.setattr(service.frontends, "hear", hear_some)
             assert service.call(service.controller.scale(3)).epoch == 2
             assert epochs(service) == [2, 1], "as far as anybody knows"
             answers(follower.target)

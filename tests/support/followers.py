@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import subprocess
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any, Self
 
 from moeserve.config import ServerConfig
 from moeserve.errors import MoEServeError
+from moeserve.loops import LoopThread
 from moeserve.programs.frontend import FrontendProgram
 from moeserve.programs.grpc_orders import GrpcOrders
 
@@ -25,19 +24,18 @@ class ThreadedFrontend:
     """`with ThreadedFrontend(service.control_target) as frontend: Client(frontend.target)`; `frontend.service` is the program itself."""
 
     def __init__(self, controller: str, node: str = "", token: str | Callable[[], str] = TOKEN, **more: Any) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread = LoopThread("frontend")
         self._orders, self._node, self._more = (controller, token, more.pop("tls", None)), node, more
 
     def call(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=60)
+        return self._thread.call(work, 60)
 
     def __enter__(self) -> Self:
         self._thread.start()
         try:
             self.call(self._start())
         except BaseException:
-            self._end()
+            self._thread.stop()
             raise
         return self
 
@@ -45,7 +43,7 @@ class ThreadedFrontend:
         try:
             self.call(self.service.stop())
         finally:
-            self._end()
+            self._thread.stop()
 
     async def _start(self) -> None:
         timeout_s = self._more.pop("timeout_s", 30.0)
@@ -53,11 +51,6 @@ class ThreadedFrontend:
         self.service = FrontendProgram(server, GrpcOrders(*self._orders), node=self._node, **self._more)
         await self.service.start(timeout_s)
         self.target = self.service.target
-
-    def _end(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
     @property
     def broken(self) -> MoEServeError | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from moeserve.control import Controller, Frontends, Saved
 from moeserve.experts import ExpertBank
 from moeserve.frontend import Frontend
 from moeserve.host import Holdings, Where
+from moeserve.loops import LoopThread
 from moeserve.observe.metrics import Metrics
 from moeserve.observe.stats import HostInfo, host_name
 from moeserve.placement import Placement
@@ -104,21 +104,20 @@ class ServiceHarness:
     def __init__(self, config: Mapping[str, Any], kind: Kind, folder: Path, nodes: Sequence[str] = ()) -> None:
         self.config = load_config({**config, "server": {"port": 0, "metrics_port": 0, **config.get("server", {})}})
         self.cluster = TestCluster(self.config, kind, folder, nodes or ["this-node"])
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread = LoopThread("service")
         self.control_server: GrpcServer | None = None
         self.control_target = ""
 
     def call(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Run a coroutine on the service's loop."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=60)
+        return self._thread.call(work, 60)
 
     def __enter__(self) -> Self:
         self._thread.start()
         try:
             self.call(self._start())
         except BaseException:
-            self._end()
+            self._thread.stop()
             raise
         return self
 
@@ -128,18 +127,13 @@ class ServiceHarness:
                 self.call(self.control_server.stop())
             self.call(self.service.stop())
         finally:
-            self._end()
+            self._thread.stop()
 
     async def _start(self) -> None:
         self.service = Service(self.config, cluster=self.cluster)
         await self.service.start()
         self.program = self.service.program
         self.placement: Placement = self.controller.state.release.placement
-
-    def _end(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
     @property
     def target(self) -> str:
@@ -185,7 +179,7 @@ class ServiceHarness:
 
     def introduce(self) -> None:
         """Hosts and frontends hear of what hosts say of themselves now."""
-        self._loop.call_soon_threadsafe(self.cluster.hosts._introduce)
+        self._thread.soon(self.cluster.hosts._introduce)
 
     async def find(self, number: int) -> HostInfo:
         """Raises why it is not up: it tries once more first."""

@@ -1,0 +1,47 @@
+"""An event loop in a thread of its own, for callers that have none."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class LoopThread:
+    """`start` it, `submit` or `call` coroutines from other threads, `stop` it. Its thread does not keep the process alive."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+
+    @property
+    def is_running(self) -> bool:
+        """It has started, and nobody has stopped it."""
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        """Coroutines that were submitted before run from now on."""
+        self._thread.start()
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Runs beside everything else there; its result, to be waited for in any other thread."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def call(self, work: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
+        """What `work` returns. Raises what it raises, and TimeoutError."""
+        return self.submit(work).result(timeout_s)
+
+    def soon(self, callback: Callable[..., object], *arguments: Any) -> None:
+        """Calls it there, and waits for nothing."""
+        self._loop.call_soon_threadsafe(callback, *arguments)
+
+    def stop(self) -> None:
+        """Ends the thread; what still runs there never ends."""
+        if self.is_running:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+        self._loop.close()

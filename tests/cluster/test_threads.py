@@ -1,0 +1,102 @@
+"""Hosts as threads of one process: a service without Ray, by every public way to it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moeserve import Client, ConfigError, MoELayer, load_config, serve
+from moeserve.programs.deploy import Deployer
+from tests.support.closeness import assert_close
+from tests.support.harness import Killed, ServiceHarness
+from tests.support.held import Held
+from tests.support.processes import descendants, moeserve
+from tests.support.waiting import until
+
+LAYER = {"hidden_size": 16, "intermediate_size": 32, "num_experts": 4}
+CONFIG = {"layers": [LAYER], "placement": {"num_hosts": 2}, "server": {"port": 0, "metrics_port": 0}}
+ROWS = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+
+IN_A_PROGRAM = """
+import sys, moeserve
+with moeserve.serve({config!r}, cluster="threads") as service, moeserve.Client(service.target) as client:
+    assert service.scale(3) == 2 and service.drain_host("host-0") == 3
+    print([host.name for host in client.stats().hosts], "ray" in sys.modules)
+"""
+
+
+def test_in_a_program_it_needs_no_ray() -> None:
+    config = {**CONFIG, "ray": {"num_cpus": 4}}
+    run = subprocess.run(
+        [sys.executable, "-c", IN_A_PROGRAM.format(config=config)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.stdout == "['host-1', 'host-2'] False\n", run.stderr
+
+
+def test_the_verb(tmp_path: Path) -> None:
+    toml = tmp_path / "service.toml"
+    toml.write_text("[[layers]]\nhidden_size = 16\nintermediate_size = 32\nnum_experts = 4\n[placement]\nnum_hosts = 2\n")
+    command = ("serve", str(toml), "--cluster", "threads", "--port", "0", "--metrics-port", "0")
+    with moeserve(*command, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        said = [process.stderr.readline() for _ in range(7)]
+        assert said[-1].startswith("ready "), said
+        with Client(said[-1].split()[1]) as client:
+            assert_close(client.forward(ROWS).hidden_states, MoELayer(**LAYER)(ROWS))
+        assert not descendants(process.pid)
+        process.terminate()
+        assert process.wait(60) == 0
+
+
+def test_a_host_that_fails_starts_again(tmp_path: Path) -> None:
+    with ServiceHarness(CONFIG, "local", tmp_path) as service, Client(service.target) as client:
+        expected = client.forward(ROWS).hidden_states
+        before = service.hosts[0].info
+        held = Held(service.hosts[0])
+        held.error = Killed()
+        held.let_go()
+        assert_close(client.forward(ROWS).hidden_states, expected)
+        until(lambda: client.stats().hosts[0].restarts == 1)
+        assert service.hosts[0].info != before
+
+
+def test_the_number_of_hosts_is_bounded_as_on_a_local_ray() -> None:
+    with (
+        serve({**CONFIG, "ray": {"num_cpus": 2}}, cluster="threads") as service,
+        pytest.raises(ConfigError, match=r"num_hosts is 3 .* there is room for 2"),
+    ):
+        service.scale(3)
+
+
+def test_what_ray_says_may_stand_in_cluster(tmp_path: Path) -> None:
+    config = load_config({**CONFIG, "cluster": {"kind": "ray", "namespace": "here", "num_cpus": 3}})
+    assert (config.cluster.kind, config.ray.namespace, config.ray.num_cpus) == ("ray", "here", 3)
+    toml = tmp_path / "service.toml"
+    toml.write_text('[model]\ncheckpoint = "model"\n[cluster]\ntemp_dir = "t"\n')
+    assert load_config(toml).ray.temp_dir == tmp_path / "t"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"cluster": {"kind": "slurm"}}, r"cluster\.kind: .* 'ray' or 'threads' .*'slurm'"),
+        (
+            {"cluster": {"kind": "threads"}, "ray": {"address": "auto"}},
+            r"ray\.address is 'auto'; with cluster\.kind = 'threads' there is no Ray",
+        ),
+        ({"cluster": {"num_cpus": 1}, "ray": {"num_cpus": 2}}, r"cluster\.num_cpus and ray\.num_cpus are the same key: give one of them"),
+        ({"cluster": {"kinds": "ray"}}, r"cluster\.kinds is not a key of the configuration"),
+    ],
+)
+def test_what_cannot_be(changes: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        load_config({**CONFIG, **changes})
+
+
+def test_threads_cannot_be_deployed() -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.kind is 'threads'; a service is deployed on a Ray cluster"):
+        Deployer(load_config({**CONFIG, "cluster": {"kind": "threads"}}))
