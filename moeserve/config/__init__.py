@@ -1,6 +1,7 @@
 """What can be configured, and reading it; no environment, no argv."""
 
 from moeserve.config.activation import LIMITED, Activation, ActivationName, parsed_activation
+from moeserve.config.cluster import ClusterConfig, ControllerConfig, RayConfig
 from moeserve.config.gating import BY_TOKEN_ID, GatingConfig
 from moeserve.config.load import load_config, load_json, load_server
 from moeserve.config.overrides import GatingOverrides, override
@@ -8,13 +9,11 @@ from moeserve.config.server import ServerConfig
 from moeserve.config.service import (
     BatchingConfig,
     CommunicationConfig,
-    ControllerConfig,
     FrontendConfig,
     LayerConfig,
     ModelConfig,
     ObservabilityConfig,
     PlacementConfig,
-    RayConfig,
     ResilienceConfig,
     ServedModel,
     ServiceConfig,
@@ -47,6 +46,7 @@ __all__ = [
     "ActivationName",
     "BatchingConfig",
     "Bits",
+    "ClusterConfig",
     "CommunicationConfig",
     "ControllerConfig",
     "CopyChoice",

@@ -9,8 +9,9 @@ from typing import Any, Final, get_args
 
 from pydantic import ValidationError
 
+from moeserve.config.cluster import RayConfig
 from moeserve.config.server import ServerConfig
-from moeserve.config.service import FrontendConfig, RayConfig, ServiceConfig
+from moeserve.config.service import FrontendConfig, ServiceConfig
 from moeserve.errors import ConfigError
 from moeserve.files import read_file
 

@@ -48,6 +48,6 @@ async def test_at_its_end_nodes_may_go(wait_s: float, asked: list[int]) -> None:
     async def admit(keys: frozenset[str]) -> None:
         pass
 
-    controller = Controller(planner, state, nodes, no_hosts, Frontends("id", config, 1.0, admit), lambda _: None, 1.0)
+    controller = Controller(planner, state, nodes, no_hosts, Frontends("id", config, 1.0, admit), lambda _: None)
     await controller.end()
     assert nodes.asked == asked

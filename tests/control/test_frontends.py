@@ -96,21 +96,22 @@ async def test_the_slow_are_told_the_latest_only() -> None:
     first = await next_of(orders)
     assert first.current is not None and first.current.epoch == 1 and first.candidate is None
     for epoch in (2, 3):
-        await case.frontends.welcome(case.release(epoch))
         case.frontends.publish(case.release(epoch))
-    await case.frontends.welcome(case.release(4))
+    offering = asyncio.create_task(case.frontends.offer(case.release(4)))
+    await asyncio.sleep(0)
     order = await next_of(orders)
     assert order.current is not None and order.candidate is not None
     assert (order.current.epoch, order.candidate.epoch, order.welcome) == (3, 4, None)
-    await case.frontends.forget()
+    await offering
+    case.frontends.withdraw()
     assert (await next_of(orders)).candidate is None
 
 
 async def test_who_is_waited_for_when_a_release_is_tried() -> None:
     case = Case()
     serving, starting = await case.frontends.join(SERVES), await case.frontends.join(Report("starting"))
-    await case.frontends.welcome(case.release(2))
-    trying = asyncio.create_task(case.frontends.try_out(case.release(2), ()))
+    trying = asyncio.create_task(case.frontends.offer(case.release(2)))
+    await asyncio.sleep(0)
     late = await case.frontends.join(SERVES)
     for _ in range(3):
         await asyncio.sleep(0)
@@ -123,7 +124,7 @@ async def test_who_is_waited_for_when_a_release_is_tried() -> None:
     assert starting.report.tried_epoch == 0
     case.frontends.hear(serving, replace(SERVES, tried_epoch=3, refusal="no gate"))
     with pytest.raises(ConfigError, match="frontend f cannot use epoch 3: no gate"):
-        await case.frontends.try_out(case.release(3), ())
+        await case.frontends.offer(case.release(3))
 
 
 async def test_who_is_waited_for_when_a_release_is_left() -> None:

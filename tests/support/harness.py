@@ -132,6 +132,8 @@ class ServiceHarness:
     async def _start(self) -> None:
         self.service = Service(self.config, cluster=self.cluster)
         await self.service.start()
+        for link in self.frontend._links.values():  # where experts have copies, a service is ready before
+            await link.connected()
         self.program = self.service.program
         self.placement: Placement = self.controller.state.release.placement
 
