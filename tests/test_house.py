@@ -146,3 +146,14 @@ def test_files_and_functions_are_short() -> None:
             bodies = {function: (function.end_lineno or 0) - function.body[0].lineno + 1 for function in functions}
             long += [path / function.name for function, lines in bodies.items() if lines > 40]
     assert not long
+
+
+def test_a_class_name_means_one_thing() -> None:
+    """In compat/ names are those of the systems."""
+    found: dict[str, list[Path]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        if "compat" not in path.parts and "v1" not in path.parts:
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    found.setdefault(node.name, []).append(path)
+    assert {name: paths for name, paths in found.items() if len(paths) > 1} == {}

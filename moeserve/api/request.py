@@ -67,6 +67,11 @@ class LayerRequest(RequestFields):
         return self.hidden_states.shape[0]
 
     @property
+    def sizes(self) -> list[int]:
+        """As a batch of one request has them."""
+        return [self.num_tokens]
+
+    @property
     def is_routed(self) -> bool:
         """Whether the caller has chosen the experts."""
         return self.topk_ids is not None

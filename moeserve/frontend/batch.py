@@ -19,7 +19,7 @@ from moeserve.config import GatingOverrides
 
 
 @dataclass(eq=False)
-class Pending:
+class Admitted:
     """One admitted request and the future its caller waits for; `deadline` is a monotonic time in seconds."""
 
     request: LayerRequest
@@ -40,7 +40,7 @@ class Pending:
 class Batch:
     """At least one request; tensors are joined on first use. A single request is never copied."""
 
-    def __init__(self, members: Sequence[Pending]) -> None:
+    def __init__(self, members: Sequence[Admitted]) -> None:
         self.members = members
         self.sizes = [member.request.num_tokens for member in members]
         self.deadline = max(member.deadline for member in members)

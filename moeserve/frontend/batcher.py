@@ -11,7 +11,7 @@ from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest
 from moeserve.config import BatchingConfig
 from moeserve.errors import InvalidRequest, MoEServeError, Overloaded
-from moeserve.frontend.batch import Batch, Pending
+from moeserve.frontend.batch import Admitted, Batch
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Batcher:
         self._config = config
         self._budget = budget
         #: the oldest first; a mapping, because whoever leaves leaves from the middle
-        self._waiting: OrderedDict[Pending, None] = OrderedDict()
+        self._waiting: OrderedDict[Admitted, None] = OrderedDict()
         self._in_flight: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -58,15 +58,15 @@ class Batcher:
         """Admit a request. Raises Overloaded. Cancelling the future gives the request up: one that waits leaves the queue."""
         self._budget.take(request.num_tokens)
         answer: asyncio.Future[ForwardOutput] = asyncio.get_running_loop().create_future()
-        pending = Pending(request, deadline, answer)
-        self._waiting[pending] = None
-        answer.add_done_callback(lambda _: self._left(pending))
+        admitted = Admitted(request, deadline, answer)
+        self._waiting[admitted] = None
+        answer.add_done_callback(lambda _: self._left(admitted))
         self._pump()
         return answer
 
-    def _left(self, pending: Pending) -> None:
-        self._budget.give_back(pending.request.num_tokens)
-        self._waiting.pop(pending, None)
+    def _left(self, admitted: Admitted) -> None:
+        self._budget.give_back(admitted.request.num_tokens)
+        self._waiting.pop(admitted, None)
 
     def _pump(self) -> None:
         while self._waiting and len(self._in_flight) < _MAX_IN_FLIGHT and not self._should_wait():
@@ -79,7 +79,7 @@ class Batcher:
         wait_s = self._config.max_batch_wait_ms / 1000
         if not wait_s or not self._in_flight:
             return False
-        if sum(pending.request.num_tokens for pending in self._waiting) >= self._config.max_batch_tokens:
+        if sum(admitted.request.num_tokens for admitted in self._waiting) >= self._config.max_batch_tokens:
             return False
         loop = asyncio.get_running_loop()
         ready_at = next(iter(self._waiting)).admitted_at + wait_s
@@ -89,9 +89,9 @@ class Batcher:
             self._timer = loop.call_at(ready_at, self._pump)
         return True
 
-    def _take(self) -> list[Pending]:
+    def _take(self) -> list[Admitted]:
         """The oldest request and, in order, those that can join it; requests given up meanwhile are forgotten."""
-        members: list[Pending] = []
+        members: list[Admitted] = []
         tokens = 0
         while self._waiting:
             head = next(iter(self._waiting))

@@ -116,16 +116,7 @@ class Forward:
         started = time.perf_counter()
         self._metrics.observe_stage("queue", time.monotonic() - batch.members[0].admitted_at)
         self._metrics.batch_tokens.observe(batch.num_tokens)
-        routing = route_batch(
-            view.head.router,
-            batch.hidden_states,
-            batch.sizes,
-            batch.used_token,
-            batch.topk_ids,
-            batch.topk_weights,
-            batch.token_ids,
-            batch.overrides,
-        )
+        routing = route_batch(view.head.router, batch)
         hosts, is_routed = self._exchange.hosts(view), batch.topk_ids is not None
         parts = []
         for start, end in micro_batches(batch.num_tokens, self._max_micro_batches):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Unpack
+from typing import Any, Protocol, Unpack
 
 import numpy as np
 import torch
@@ -143,10 +143,8 @@ class MoELayer:
         """One request; arguments and answer as in `Client.forward`. Raises InvalidRequest, and NonFiniteOutput."""
         request = LayerRequest(hidden_states, used_token, topk_ids, topk_weights, return_routing, **options)
         request = validate(request, self.spec, _MAX_TOKENS)
-        hidden_states, ids, weights = request.hidden_states, request.topk_ids, request.topk_weights
-        routing = route_batch(
-            self.router, hidden_states, [request.num_tokens], used_token, ids, weights, request.token_ids, request.overrides
-        )
+        hidden_states = request.hidden_states
+        routing = route_batch(self.router, request)
         answers = []
         choices = routing.topk_ids, routing.topk_weights, routing.kept
         planned = self.head.plan(*choices, hidden_states, used_token, self._placement, is_routed=request.is_routed)
@@ -159,24 +157,51 @@ class MoELayer:
         return to_output(of_request, self.head.rounded(total, request, of_request), return_routing)
 
 
-def route_batch(
-    router: Router,
-    hidden_states: torch.Tensor,
-    request_sizes: list[int],
-    used_token: torch.Tensor | None,
-    topk_ids: torch.Tensor | None,
-    topk_weights: torch.Tensor | None,
-    token_ids: torch.Tensor | None,
-    overrides: GatingOverrides,
-) -> BatchRouting:
-    """Route the joined tokens of several requests [T, H]: by the layer's own gate, or as the callers did (topk_* [T, K]).
+class RoutedTogether(Protocol):
+    """What is routed together: one `LayerRequest`, or the `Batch` that joins several of the same kind."""
 
-    token_ids [T] int, where the gate needs them; overrides are those of every request.
-    """
-    gating = override(router.gating, overrides)
-    if topk_ids is None or topk_weights is None:
-        return router(hidden_states, request_sizes, used_token, token_ids, gating)
-    return apply_choices(topk_ids, topk_weights, router.num_experts, gating, request_sizes, used_token)
+    @property
+    def hidden_states(self) -> torch.Tensor:
+        """[T, H]."""
+        ...
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each request."""
+        ...
+
+    @property
+    def used_token(self) -> torch.Tensor | None:
+        """[T] bool; None = all."""
+        ...
+
+    @property
+    def topk_ids(self) -> torch.Tensor | None:
+        """[T, K] int, where the callers routed."""
+        ...
+
+    @property
+    def topk_weights(self) -> torch.Tensor | None:
+        """[T, K] float, where the callers routed."""
+        ...
+
+    @property
+    def token_ids(self) -> torch.Tensor | None:
+        """[T] int, where the gate needs them."""
+        ...
+
+    @property
+    def overrides(self) -> GatingOverrides:
+        """Of every request."""
+        ...
+
+
+def route_batch(router: Router, tokens: RoutedTogether) -> BatchRouting:
+    """Route by the layer's own gate, or as the callers did."""
+    gating, ids, weights = override(router.gating, tokens.overrides), tokens.topk_ids, tokens.topk_weights
+    if ids is None or weights is None:
+        return router(tokens.hidden_states, tokens.sizes, tokens.used_token, tokens.token_ids, gating)
+    return apply_choices(ids, weights, router.num_experts, gating, tokens.sizes, tokens.used_token)
 
 
 def to_output(routing: Routing, hidden_states: torch.Tensor, return_routing: bool, revision: int = 1) -> ForwardOutput:
