@@ -88,8 +88,7 @@ def test_a_frontend_serves_on_when_its_log_is_not_read(service: ServiceHarness, 
     os.set_blocking(writer, True)
     service.call(service.open_control())
     with FrontendProcess(service.control_target, tmp_path / "token", stderr=writer) as frontend:
-        until(lambda: any(member.report.is_ready for member in service.frontends._members))
-        target = next(member.report.target for member in service.frontends._members if member.report.is_ready)
+        (target,) = until(lambda: [one.target for one in service.frontends.members() if one.is_ready and one.name != "serve"])
         with Client(target) as client:
             assert client.forward(torch.randn(2, 16)).processed.sum() == 4
         frontend.process.terminate()
