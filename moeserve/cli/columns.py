@@ -22,7 +22,8 @@ _TEXT: Final[Mapping[Form, Callable[[Any], str]]] = {"name": str, "text": str, "
 def add_columns(table: Table, kind: type, **options: Any) -> None:
     """Those of the records of a kind; `options` are rich's, for each of them."""
     for column in columns(kind):
-        table.add_column(column.label, justify="left" if column.form in ("name", "text") else "right", **options)
+        is_text = column.form in ("name", "text")
+        table.add_column(column.label, **{"justify": "left" if is_text else "right", "no_wrap": not is_text, **options})
 
 
 def cells(record: Any, name_chars: int) -> list[str]:

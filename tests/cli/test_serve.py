@@ -46,9 +46,11 @@ def running(tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """With a TMPDIR in which the path of a socket would be too long."""
     flags = ("--port", "0", "--metrics-port", "0", "--num-hosts", "2", "--dtype", "float32")
     process = moeserve("serve", str(tiny_moe), *flags, TMPDIR=str(tmp_path_factory.mktemp("long" * 25)))
-    yield process, read_until(process, r"^ready (127\.0\.0\.1:\d+)$")[1]
-    process.kill()
-    process.wait()
+    with process:
+        try:
+            yield process, read_until(process, r"^ready (127\.0\.0\.1:\d+)$")[1]
+        finally:
+            process.kill()
 
 
 def test_infer_against_it(running: tuple[subprocess.Popen[str], str], tiny_moe: Path, tmp_path: Path) -> None:
