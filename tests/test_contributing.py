@@ -74,3 +74,12 @@ def test_the_version_is_told_in_the_changelog() -> None:
     released = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert released[0] == PROJECT["version"]
     assert re.match(r"# Changelog\n.*?^## \[Unreleased\]$", (ROOT / "CHANGELOG.md").read_text(), re.M | re.S)
+
+
+def test_the_fast_tests_are_some_of_every_room() -> None:
+    (fast,) = re.findall(r"^FAST := (.*?)\n\n", (ROOT / "Makefile").read_text(), re.MULTILINE | re.DOTALL)
+    paths = re.findall(r"[a-z0-9_]+(?:/test_\w+\.py)?", fast.partition("tests/,")[2])
+    assert not [path for path in paths if not (ROOT / "tests" / path).exists()]
+    rooms = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name[0] not in "._"}
+    no_rooms = {"support", "deploy", "examples", "packaging", "stock_clients"}
+    assert rooms - no_rooms == {path.partition("/")[0] for path in paths}
