@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moeserve.checkpoints import Swap
+from moeserve.control import timing
 from moeserve.control.assignments import Assigned, Node, Wanted
 from moeserve.control.desired import Planner
 from moeserve.control.frontends import Frontends
@@ -26,12 +27,6 @@ from moeserve.release import Release
 
 log = logging.getLogger(__name__)
 strangers = limited_logger(__name__)
-
-_LOOK_S = 1.0
-#: what Ray says is free may be a moment old
-_SETTLE_S = 2.0
-_RETRY_S = 0.25
-_LONGEST_PAUSE_S = 60.0
 
 
 class Nodes(Protocol):
@@ -93,7 +88,7 @@ async def _until_assigned(assignment: Callable[[Sequence[Node]], Assigned], want
 
     Meanwhile the cluster's autoscaler is asked for what is missing.
     """
-    deadline, said = time.monotonic() + max(wait_s, _SETTLE_S), None
+    deadline, said = time.monotonic() + max(wait_s, timing.STALE_S), None
     while (assigned := assignment(known := await nodes.list())).shortage is not None:
         if wait_s:
             nodes.ask_for(wanted, wanted.least if wanted.num_hosts == "all" else wanted.num_hosts)
@@ -103,7 +98,7 @@ async def _until_assigned(assignment: Callable[[Sequence[Node]], Assigned], want
         if wait_s and assigned.shortage != said:
             log.info("waiting for nodes: %s", assigned.shortage)
         said = assigned.shortage
-        await asyncio.sleep(_RETRY_S)
+        await asyncio.sleep(timing.ROOM_RETRY_S)
     return assigned
 
 
@@ -195,7 +190,7 @@ class Controller:
     async def _keep_telling(self) -> None:
         while True:
             self._frontends.set_failing(self._failing())
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(timing.CONTROL_LOOK_S)
 
     def _failing(self) -> dict[int, str]:
         """By number of the host; those that are to be replaced are on their way, until that turns out to be impossible."""
@@ -204,14 +199,14 @@ class Controller:
         return {**self._hosts.failing, **(dict.fromkeys(gone, f"its node is gone, and {why}") if why else {})}
 
     async def _keep_following(self) -> None:
-        pause_s = _LOOK_S
+        pause_s = timing.CONTROL_LOOK_S
         while True:
             await asyncio.sleep(pause_s)
             try:
                 await self._to_its_end(self._change(self._follow))
-                pause_s, self._why_as_it_is = _LOOK_S, self._shortage
+                pause_s, self._why_as_it_is = timing.CONTROL_LOOK_S, self._shortage
             except Exception as error:  # whatever it is, of Ray for example, it must not be the last try
-                pause_s, self._why_as_it_is = min(2 * pause_s, _LONGEST_PAUSE_S), str(error)
+                pause_s, self._why_as_it_is = min(2 * pause_s, timing.LONGEST_PAUSE_S), str(error)
                 is_known = isinstance(error, MoEServeError)
                 log.warning("hosts cannot follow the nodes: %r; next try in %g s", error, pause_s, exc_info=not is_known)
 

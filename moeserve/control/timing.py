@@ -1,4 +1,4 @@
-"""How long the two ends of following wait for each other, in seconds."""
+"""How long a controller and the frontends that follow it wait, in seconds."""
 
 from __future__ import annotations
 
@@ -19,3 +19,13 @@ KEEP_KEY_S: Final = 3600.0
 REACH_S: Final = 5.0
 #: until an incarnation of a host that was not reached a moment ago is tried again, as it may have been the network
 PATIENCE_S: Final = 2.0
+#: between two looks at nodes and hosts
+CONTROL_LOOK_S: Final = 1.0
+#: after a look that failed the pause doubles, up to this
+LONGEST_PAUSE_S: Final = 60.0
+#: what Ray calls free may be this old
+STALE_S: Final = 2.0
+#: between two looks at nodes that have no room yet
+ROOM_RETRY_S: Final = 0.25
+#: for frontends that followed an earlier incarnation to come back
+BACK_S: Final = 10.0

@@ -8,21 +8,18 @@ import secrets
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any
 
 from moeserve.checkpoints import ServedLayers, host_bytes, memory_warning
 from moeserve.cluster.cluster import Cluster, Loss
 from moeserve.config import FrontendConfig, ServedModel, ServiceConfig
-from moeserve.control import Controller, Frontends, Planner, Saved, State, first_state
+from moeserve.control import Controller, Frontends, Planner, Saved, State, first_state, timing
 from moeserve.errors import CheckpointChanged, ConfigError, ExpertUnavailable
 from moeserve.observe.stats import HostInfo
 from moeserve.release import Release
 from moeserve.transport import choose_endpoint
 
 log = logging.getLogger(__name__)
-
-#: for frontends that followed an earlier incarnation: they come back within seconds, or have gone
-_BACK_S: Final = 10.0
 
 Tell = Callable[[str], None]
 
@@ -105,7 +102,7 @@ class ControllerProgram:
     async def keep(self) -> None:
         """From now on, follow nodes and hosts; those that followed an earlier incarnation are waited for first."""
         if not self._is_first:
-            await self.frontends.until_back(_BACK_S)
+            await self.frontends.until_back(timing.BACK_S)
         self._later(self.controller.keep())
 
     async def lost(self) -> Loss:

@@ -13,13 +13,12 @@ from moeserve.cluster.ray_where import on_head
 from moeserve.config import ServiceConfig
 from moeserve.errors import ConfigError
 from moeserve.programs.deployed import Deployed, DeployedController, Tell
+from moeserve.programs.timing import GONE_LOOK_S, STOP_TIMEOUT_S
 from moeserve.server import controller_address
 
 log = logging.getLogger(__name__)
 
 _CONTROLLER = "controller"
-_STOP_TIMEOUT_S = 30.0
-_LOOK_S = 2.0
 
 
 class Deployer:
@@ -49,7 +48,7 @@ class Deployer:
         """Until no service is deployed in this namespace any more."""
         there = True
         while there:
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(GONE_LOOK_S)
             there = await asyncio.to_thread(self._find) is not None
 
     async def deploy(self, tell: Tell) -> Deployed:
@@ -81,6 +80,6 @@ class Deployer:
         try:
             deployed: Deployed = await controller.ready(tell)
         except BaseException:
-            await controller.stop(_STOP_TIMEOUT_S)
+            await controller.stop(STOP_TIMEOUT_S)
             raise
         return deployed

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 from moeserve.addresses import is_loopback, join
 from moeserve.cluster.ray_program import ProgramActor, start_program
@@ -14,10 +14,9 @@ from moeserve.cluster.ray_where import node_address, on_this_node, spread
 from moeserve.config import ServiceConfig
 from moeserve.errors import MoEServeError
 from moeserve.programs.frontend_actor import DeployedFrontend
+from moeserve.programs.timing import FRONTENDS_LOOK_S
 
 log = logging.getLogger(__name__)
-
-_LOOK_S: Final = 5.0
 
 
 class FrontendActors:
@@ -54,7 +53,7 @@ class FrontendActors:
             except MoEServeError as error:
                 log.warning("%s is replaced: %s", name, error)
                 self._drop(name)
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(FRONTENDS_LOOK_S)
 
     def _drop(self, name: str) -> None:
         self._targets.pop(name, None)
@@ -65,7 +64,7 @@ class FrontendActors:
     async def stop(self) -> None:
         """They drain and leave."""
         found = [ProgramActor.find(name, self._config.ray.namespace) for name in self._names]
-        timeout_s = self._config.server.drain_timeout_s + _LOOK_S
+        timeout_s = self._config.server.drain_timeout_s + FRONTENDS_LOOK_S
         await asyncio.gather(*(actor.stop(timeout_s) for actor in found if actor is not None))
 
     async def _have(self, name: str) -> None:

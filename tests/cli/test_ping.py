@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -62,10 +61,10 @@ def test_nobody_and_a_service_that_drains(ping: Ping) -> None:
     with served(engine) as (target, server, loop), ThreadPoolExecutor() as pool, Client(target) as client:
         waiting = pool.submit(client.forward, X)
         until(lambda: engine.requests)
-        draining = asyncio.run_coroutine_threadsafe(server.drain(60.0), loop)
+        draining = loop.submit(server.drain(60.0))
         until(lambda: "not ready: it is draining" in ping(target)[1])
         assert ping(target)[0] == 3
-        loop.call_soon_threadsafe(engine.gate.set)
+        loop.soon(engine.gate.set)
         assert waiting.result(timeout=60).processed.sum() > 0
         draining.result(timeout=60)
 
@@ -81,7 +80,7 @@ def test_tokens_and_tls(tmp_path: Path, ping: Ping) -> None:
     tokens = {"auth_token_file": tmp_path / "caller", "admin_token_file": tmp_path / "admin"}
     with served(echo_engine(), tls_cert=cert, tls_key=key, **tokens) as (target, server, loop):
         for layer in range(2):
-            loop.call_soon_threadsafe(server.set_serving, layer, True)
+            loop.soon(server.set_serving, layer, True)
         tls = ("--tls-ca", authority.certificate)
         for name in ("caller", "admin"):
             assert ping(target, *tls, "--token-file", tmp_path / name)[:2] == (0, f"{target}: frontend, {MOESERVE}, epoch 3, ready\n")

@@ -185,7 +185,7 @@ async def test_layers_stats_ready(engine: FakeEngine, connect: Callable[..., Cal
 
         assert not await calls.ready()
         for layer in range(2):
-            loop.call_soon_threadsafe(server.set_serving, layer, True)
+            loop.soon(server.set_serving, layer, True)
         async with asyncio.timeout(10):
             while not await calls.ready():
                 pass

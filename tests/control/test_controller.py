@@ -31,7 +31,7 @@ def configuration(**placement: object) -> Any:
 
 
 async def test_nodes_that_did_not_come_are_not_asked_for_any_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moeserve.control.controller._SETTLE_S", 0.0)
+    monkeypatch.setattr("moeserve.control.timing.STALE_S", 0.0)
     config, nodes = configuration(num_hosts=3, wait_for_nodes_s=0.01), Asked()
     with pytest.raises(ConfigError, match="there is room for 2"):
         await first_state(planner_of(config), nodes)

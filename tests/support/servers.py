@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,30 +11,28 @@ import grpc
 
 from moeserve.addresses import join
 from moeserve.config import ServerConfig
+from moeserve.loops import LoopThread
 from moeserve.server import GrpcServer
 from moeserve.v1 import moe_service_pb2_grpc as pb_grpc
 from tests.support.engine import FakeEngine, echo_engine
 
 
 @contextmanager
-def served(engine: FakeEngine, **config: object) -> Iterator[tuple[str, GrpcServer, asyncio.AbstractEventLoop]]:
+def served(engine: FakeEngine, **config: object) -> Iterator[tuple[str, GrpcServer, LoopThread]]:
     """host:port, the server and its event loop, which runs in another thread."""
-    where, loop = ServerConfig(**{"port": 0, **config}), asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    where, thread = ServerConfig(**{"port": 0, **config}), LoopThread("server")
     thread.start()
 
     async def start() -> tuple[GrpcServer, int]:
         server = GrpcServer(where, lambda method, code, seconds: None, engine=engine)
         return server, await server.start()
 
-    server, port = asyncio.run_coroutine_threadsafe(start(), loop).result()
+    server, port = thread.call(start())
     try:
-        yield join(where.host, port), server, loop
+        yield join(where.host, port), server, thread
     finally:
-        asyncio.run_coroutine_threadsafe(server.stop(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+        thread.call(server.stop())
+        thread.stop()
 
 
 class Observed(list[tuple[str, str]]):

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Final
 
 from moeserve.log_limit import limited_logger
+from moeserve.loops import LoopThread
 from moeserve.observe.page.http_request import MAX_HEAD_BYTES, Request, parse, read_head
 
 MAX_CONNECTIONS: Final = 32
@@ -49,26 +49,25 @@ class HttpServer:
         self.port: int = self._socket.getsockname()[1]
         #: the oldest first; whether its answer is on the way
         self._connections: dict[asyncio.StreamWriter, bool] = {}
-        self._loop, self._stopping = asyncio.new_event_loop(), asyncio.Event()
-        self._thread = threading.Thread(target=self._run, name="moeserve-page", daemon=True)
+        self._stopping = asyncio.Event()
+        self._thread = LoopThread("moeserve-page")
         self._thread.start()
+        self._serving = self._thread.submit(self._serve())
 
     def stop(self) -> None:
         """Answers nothing from here on."""
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stopping.set)
-            self._thread.join()
-
-    def _run(self) -> None:
-        self._loop.set_exception_handler(self._on_error)
-        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-            runner.run(self._serve())
+        if self._thread.is_running:
+            self._thread.soon(self._stopping.set)
+            self._serving.result()
+            self._thread.stop()
 
     async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._on_error)
         async with await asyncio.start_server(self._connected, sock=self._socket, limit=MAX_HEAD_BYTES):
             await self._stopping.wait()
             # asyncio loses connections that it has accepted when the server is closed before they are known.
-            self._loop.remove_reader(self._socket)
+            loop.remove_reader(self._socket)
             while others := asyncio.all_tasks() - {asyncio.current_task()}:
                 for writer in self._connections:
                     writer.transport.abort()

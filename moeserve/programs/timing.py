@@ -1,0 +1,12 @@
+"""How long deployed programs wait for each other, in seconds."""
+
+from __future__ import annotations
+
+from typing import Final
+
+#: between two looks at frontends that a controller has started; also beyond server.drain_timeout_s, for them to end
+FRONTENDS_LOOK_S: Final = 5.0
+#: between two looks whether a service is still deployed
+GONE_LOOK_S: Final = 2.0
+#: for a controller that could not start to undo what it began
+STOP_TIMEOUT_S: Final = 30.0
