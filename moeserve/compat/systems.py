@@ -8,7 +8,7 @@ from typing import Any
 from moeserve.compat.colossalai.table import COLOSSALAI
 from moeserve.compat.deepspeed.table import DEEPSPEED
 from moeserve.compat.mindformers.table import MINDFORMERS
-from moeserve.compat.table import System
+from moeserve.compat.system import System
 from moeserve.compat.trustformers.table import TRUSTFORMERS
 from moeserve.compat.walk import ImportedConfig, walk
 from moeserve.errors import ConfigError

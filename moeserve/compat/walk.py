@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moeserve.compat.table import Required, System, Values
+from moeserve.compat.accepts import Values
+from moeserve.compat.system import System
+from moeserve.compat.table import Required
 from moeserve.config import GatingConfig, ServiceConfig, load_config
 from moeserve.errors import ConfigError
 

@@ -13,9 +13,9 @@ from torch import nn
 
 from moeserve.compat import SYSTEMS, load
 from moeserve.compat.deepspeed import MoE
-from moeserve.compat.page import OWN
 from moeserve.errors import ConfigError
 from tests.support.closeness import assert_close
+from tests.support.compat_page import OWN
 
 HIDDEN, EXPERTS = 12, 6
 

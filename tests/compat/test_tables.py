@@ -5,19 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moeserve.compat import SYSTEMS, load
 from moeserve.compat.mindformers import MoEConfig
-from moeserve.compat.page import OWN, page
-from moeserve.compat.table import Case, Param, Required, System
+from moeserve.compat.system import System
+from moeserve.compat.table import Case, Param, Required
 from moeserve.compat.trustformers import ExpertParallelismConfig, ParallelismConfig
 from moeserve.compat.walk import complete
 from moeserve.config import ServiceConfig
 from moeserve.errors import ConfigError
+from tests.support.compat_page import DOCUMENT, OWN, with_tables
 
 from .cases import assert_servable, nested
 
@@ -132,5 +132,5 @@ def test_classes_and_tables_have_the_same_parameters_and_defaults(name: str, pre
 
 
 def test_the_document_is_the_tables() -> None:
-    document = Path(__file__).parents[2] / "docs" / "compat.md"
-    assert document.read_text(encoding="utf-8") == page(), "run: python -m moeserve.compat.page > docs/compat.md"
+    document = DOCUMENT.read_text(encoding="utf-8")
+    assert document == with_tables(document), "run: python -m tests.support.compat_page"

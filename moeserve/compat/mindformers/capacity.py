@@ -2,152 +2,58 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
-from moeserve.compat.mindformers.routing import GATING, V2, is_v1, is_v2, v2_only
-from moeserve.compat.table import FLAG, Case, Param, Values, optional, real, whole
+from moeserve.compat.accepts import FLAG, Values, optional, real, whole
+from moeserve.compat.mindformers.routers import V2
+from moeserve.compat.table import OTHERWISE, Computed, Param, When, effect, gate, given, note, of, refusal
 
 
 def _is_dropless(values: Values) -> bool:
     return bool(values["capacity_factor"] <= 0)
 
 
-def _overlaps(values: Values) -> bool:
-    return bool(values["comp_comm_parallel"])
+def _parts(values: Values) -> int:
+    return values["comp_comm_parallel_degree"] if values["comp_comm_parallel"] else 1
 
 
-def _degree(values: Values) -> int:
-    return values["comp_comm_parallel_degree"] if _overlaps(values) else 1
-
-
-def capacity_multiple(values: Values) -> dict[str, Any]:
-    """V2 rounds its capacity up so that it can be cut into equal parts."""
-    return {f"{GATING}.capacity_multiple": values["model_parallel"] * _degree(values)}
-
-
-def _micro_batches(values: Values) -> dict[str, Any]:
-    return {"batching.micro_batches": _degree(values)}
-
-
-def _rounds(values: Values) -> bool:
-    return is_v2(values) and _overlaps(values)
-
-
-_CAPACITY = Param(
-    "capacity_factor",
-    real(),
-    1.1,
-    [
-        Case(
-            "effect",
-            f"`{GATING}.capacity_factor`",
-            2.0,
-            "above 0",
-            lambda v: not _is_dropless(v),
-            lambda v: {f"{GATING}.capacity_factor": v["capacity_factor"]},
-        ),
-        v2_only(
-            f"`{GATING}.capacity_factor` unset: nothing is dropped",
-            -1.0,
-            lambda v: {f"{GATING}.capacity_factor": None},
-            "0 or below",
-            _is_dropless,
-        ),
-        Case("refusal", "TopkRouterV1 would drop every token", 0.0, "0 or below, with V1", lambda v: is_v1(v) and _is_dropless(v)),
-    ],
+_OVERLAPS = given(comp_comm_parallel=True)
+_PARTS = {"batching.micro_batches": Computed(_parts, "comp_comm_parallel_degree")}
+#: V2 rounds its capacity up so that it can be cut into equal parts
+CAPACITY_MULTIPLE = gate(
+    capacity_multiple=Computed(lambda v: v["model_parallel"] * _parts(v), "model_parallel, times comp_comm_parallel_degree if parallel")
 )
 
-_GROUP_SIZE = Param(
-    "expert_group_size",
-    optional(whole(1)),
-    None,
-    [
-        Case(
-            "effect",
-            f"`{GATING}.expert_group_size`, `capacity_scope` = `group`",
-            64,
-            "an integer",
-            lambda v: v["expert_group_size"] is not None,
-            lambda v: {f"{GATING}.expert_group_size": v["expert_group_size"], f"{GATING}.capacity_scope": "group"},
+CAPACITY_PARAMS = [
+    Param("capacity_factor", real(), 1.1).means(
+        effect("layers.gating.capacity_factor", when=When("above 0", lambda v: not _is_dropless(v))),
+        effect(
+            gate(capacity_factor=None),
+            "nothing is dropped",
+            when=When("0 or below, with V2", lambda v: V2.test(v) and _is_dropless(v), V2.beside),
+            example=-1.0,
         ),
-        Case(
-            "effect",
-            f"`{GATING}.capacity_scope` = `request`",
-            None,
-            "null",
-            lambda v: v["expert_group_size"] is None,
-            lambda v: {f"{GATING}.capacity_scope": "request"},
-        ),
-    ],
-)
-
-_USE_GMM = Param(
-    "use_gmm",
-    FLAG,
-    False,
-    [
-        Case(
-            "effect",
-            f"`{GATING}.drop_tokens` = false, and the gate of TopkRouterV2: grouped matrix products ignore the capacity",
-            True,
-            "true",
-            lambda v: v["use_gmm"],
-            lambda v: {f"{GATING}.drop_tokens": False},
-        ),
-        Case("note", "experts with a capacity, here and there", False, "false", lambda v: not v["use_gmm"]),
-    ],
-)
-
-_OVERLAP_PARAMS = [
-    Param(
-        "comp_comm_parallel",
-        FLAG,
-        False,
-        [
-            Case(
-                "effect",
-                "`batching.micro_batches` = comp_comm_parallel_degree: one part is computed while the next is sent",
-                True,
-                "true",
-                _overlaps,
-                _micro_batches,
-            ),
-            v2_only(
-                f"`{GATING}.capacity_multiple` = comp_comm_parallel_degree * model_parallel: the capacity is rounded up to a multiple",
-                True,
-                capacity_multiple,
-                "true",
-                _overlaps,
-            ),
-            Case("note", "computing does not overlap sending, here and there", False, "false", lambda v: not _overlaps(v)),
-        ],
+        refusal("TopkRouterV1 would drop every token", when=replace(OTHERWISE, at="0 or below, with V1"), example=0.0),
     ),
-    Param(
-        "comp_comm_parallel_degree",
-        whole(1),
-        2,
-        [
-            Case(
-                "effect",
-                "`batching.micro_batches`",
-                4,
-                "with comp_comm_parallel",
-                _overlaps,
-                _micro_batches,
-                {"comp_comm_parallel": True},
-            ),
-            Case(
-                "effect",
-                f"`{GATING}.capacity_multiple`, times model_parallel",
-                4,
-                "with comp_comm_parallel and V2",
-                _rounds,
-                capacity_multiple,
-                {**V2, "comp_comm_parallel": True},
-            ),
-            Case("note", "only comp_comm_parallel reads it", 4, "otherwise", lambda v: not _overlaps(v)),
-        ],
+    Param("expert_group_size", optional(whole(1)), None).means(
+        effect(gate(capacity_scope="request"), on=None),
+        effect(gate(expert_group_size=of("expert_group_size"), capacity_scope="group"), when=OTHERWISE),
+    ),
+    Param("use_gmm", FLAG, False).means(
+        effect(gate(drop_tokens=False), "grouped matrix products ignore the capacity; the gate is that of TopkRouterV2", on=True),
+        note("experts have a capacity", on=False),
+    ),
+    Param("comp_comm_parallel", FLAG, False).means(
+        effect(_PARTS, "one part is computed while the next is sent", on=True),
+        effect(CAPACITY_MULTIPLE, on=True, when=V2),
+        note("computing does not overlap sending", on=False),
+    ),
+    Param("comp_comm_parallel_degree", whole(1), 2).means(
+        effect(_PARTS, when=_OVERLAPS),
+        effect(
+            CAPACITY_MULTIPLE,
+            when=When("with comp_comm_parallel and V2", lambda v: V2.test(v) and _OVERLAPS.test(v), {**V2.beside, **_OVERLAPS.beside}),
+        ),
+        note("only comp_comm_parallel reads it", when=OTHERWISE),
     ),
 ]
-
-CAPACITY_PARAMS = [_CAPACITY, _GROUP_SIZE, _USE_GMM, *_OVERLAP_PARAMS]

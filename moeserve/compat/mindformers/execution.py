@@ -2,219 +2,125 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
-from moeserve.compat.mindformers.capacity import capacity_multiple
-from moeserve.compat.mindformers.routing import V2, is_v1, is_v2
-from moeserve.compat.table import FLAG, TEXT, Accepts, Case, Param, Values, noted, one_of, optional, real, whole
+from moeserve.compat.accepts import FLAG, TEXT, Accepts, Values, one_of, optional, real, whole
+from moeserve.compat.mindformers.capacity import CAPACITY_MULTIPLE
+from moeserve.compat.mindformers.routers import V2
+from moeserve.compat.table import OTHERWISE, Computed, Param, When, effect, given, note, notes, refusal
 
-_TRAINING = "belongs to training: no effect on inference"
-_KERNELS = "chooses kernels, not answers"
-
-
-def _has_shared(values: Values) -> bool:
-    return bool(values["shared_expert_num"] > 0)
-
-
-def _shared(values: Values) -> dict[str, Any]:
-    return {
-        "layers.shared_expert.intermediate_size": values["shared_expert_num"] * values["moe_intermediate_size"],
-        "layers.shared_expert.mixing": "sigmoid" if values["use_shared_expert_gating"] else "add",
-    }
-
+_BOOL_OR_WHOLE = Accepts("true, false or an integer", lambda value: type(value) in (bool, int), (1, 2))
+_SHARED = {
+    "layers.shared_expert.intermediate_size": Computed(
+        lambda v: v["shared_expert_num"] * v["moe_intermediate_size"], "shared_expert_num * moe_intermediate_size"
+    ),
+    "layers.shared_expert.mixing": Computed(
+        lambda v: "sigmoid" if v["use_shared_expert_gating"] else "add", "`sigmoid` with use_shared_expert_gating, else `add`"
+    ),
+}
+_HAS_SHARED = When("with shared_expert_num above 0", lambda v: v["shared_expert_num"] > 0, {"shared_expert_num": 1})
 
 _EXPERT_PARAMS = [
-    Param(
-        "shared_expert_num",
-        whole(0),
-        0,
-        [
-            Case(
-                "effect",
-                "`layers.shared_expert` of shared_expert_num * moe_intermediate_size: that many experts, side by side",
-                2,
-                "above 0",
-                _has_shared,
-                _shared,
-            ),
-            Case("note", "no shared experts, here and there", 0, "0", lambda v: not _has_shared(v)),
-        ],
+    Param("shared_expert_num", whole(0), 0).means(
+        note("there are no shared experts", on=0),
+        effect(_SHARED, "the shared experts side by side", when=OTHERWISE),
     ),
-    Param(
-        "use_shared_expert_gating",
-        FLAG,
-        False,
-        [
-            Case(
-                "effect",
-                "`layers.shared_expert.mixing` = `sigmoid` of a gate of its own, else `add`",
-                True,
-                "with shared_expert_num above 0",
-                _has_shared,
-                _shared,
-                {"shared_expert_num": 1},
-            ),
-            Case("note", "there is no shared expert for it to act on", True, "otherwise", lambda v: not _has_shared(v)),
-        ],
+    Param("use_shared_expert_gating", FLAG, False).means(
+        effect(_SHARED, when=_HAS_SHARED),
+        note("there is no shared expert", when=OTHERWISE),
     ),
-    noted(
-        "moe_shared_expert_overlap", FLAG, False, True, "orders work, changes no answer: a host computes the shared expert with the others"
+    *notes(
+        "orders work and does not change answers: a host computes the shared expert with the others",
+        Param("moe_shared_expert_overlap", FLAG, False),
     ),
-    Param(
-        "enable_cold_hot_expert",
-        FLAG,
-        False,
-        [
-            Case(
-                "refusal",
-                "not supported: cold experts cannot be given a smaller capacity than hot ones, and answers would differ",
-                True,
-                "true, with cold_token_percent below 1",
-                lambda v: v["enable_cold_hot_expert"] and v["cold_token_percent"] < 1,
-                beside={"cold_token_percent": 0.5},
-            ),
-            Case(
-                "note",
-                "not supported: which experts are hot is measured there while training; `placement.copies` takes them by number; "
-                "answers are the same",
-                True,
-                "otherwise",
-                lambda v: not v["enable_cold_hot_expert"] or v["cold_token_percent"] == 1,
-            ),
-        ],
+    Param("enable_cold_hot_expert", FLAG, False).means(
+        refusal(
+            "not supported: cold experts cannot have a smaller capacity than hot ones, and answers would differ",
+            on=True,
+            when=When("with cold_token_percent below 1", lambda v: v["cold_token_percent"] < 1, {"cold_token_percent": 0.5}),
+        ),
+        note(
+            "not supported: MindFormers measures in training which experts are hot; `placement.copies` takes them by number; "
+            "answers are the same",
+            when=OTHERWISE,
+        ),
     ),
-    noted("hot_expert_num", whole(0), 0, 1, "only enable_cold_hot_expert reads it"),
-    noted("cold_token_percent", real(above=0, maximum=1), 1.0, 0.5, "only enable_cold_hot_expert reads it"),
-    noted("update_step", whole(1), 10000, 100, "only enable_cold_hot_expert reads it"),
-    noted("moe_module_name", TEXT, "", "layers", "only enable_cold_hot_expert reads it"),
-    Param(
-        "router_dense_type",
-        one_of("float32", "float16", "bfloat16"),
-        "float32",
-        [
-            Case("note", "the gate always computes in float32; so does MindFormers for 'float16'", "float16"),
-        ],
+    *notes(
+        "only enable_cold_hot_expert reads it",
+        Param("hot_expert_num", whole(0), 0),
+        Param("cold_token_percent", real(above=0, maximum=1), 1.0),
+        Param("update_step", whole(1), 10000),
+        Param("moe_module_name", TEXT, ""),
+    ),
+    *notes(
+        "the gate always computes in float32; so does MindFormers for 'float16'",
+        Param("router_dense_type", one_of("float32", "float16", "bfloat16"), "float32"),
     ),
 ]
 
 
 def _per_node(name: str) -> Param:
-    return Param(
-        name,
-        FLAG,
-        False,
-        [
-            Case(
-                "effect",
-                "`communication.pattern` = `hierarchical`: one message per node, passed on within it",
-                True,
-                "true",
-                lambda v: bool(v[name]),
-                lambda v: {"communication.pattern": "hierarchical"},
-            ),
-            Case("note", "a message goes to every host, here and there", False, "false", lambda v: not v[name]),
-        ],
+    return Param(name, FLAG, False).means(
+        effect({"communication.pattern": "hierarchical"}, "one message per node, which passes it on", on=True),
+        note("every host gets a message of its own", on=False),
     )
 
 
 _COMMUNICATION_PARAMS = [
     _per_node("group_wise_a2a"),
-    noted("use_allgather_dispatcher", FLAG, False, True, "chooses how tensors travel, not answers"),
+    *notes("chooses how tensors travel and does not change answers", Param("use_allgather_dispatcher", FLAG, False)),
     _per_node("enable_deredundency"),
-    noted("npu_nums_per_device", whole(1), 1, 8, "which hosts share a node is found out, not configured"),
+    *notes("which hosts share a node is detected, not configured", Param("npu_nums_per_device", whole(1), 1)),
+]
+
+_OTHER_PARAMS = [
+    *notes("the size of a buffer; here `batching.max_batch_tokens` limits a batch", Param("max_router_load", whole(1), 128 * 1024)),
+    *notes(
+        "which layers of the model are dense; the imported configuration is one MoE layer",
+        Param("first_k_dense_replace", _BOOL_OR_WHOLE, True),
+    ),
+    *notes(
+        "belongs to training: no effect on inference",
+        Param("topk_bias_update_rate", real(minimum=0), 0.0),
+        Param("moe_init_method_std", real(above=0), 0.01),
+    ),
+    *notes("`moeserve_expert_tokens_total` always counts tokens per expert", Param("save_token_distribution", FLAG, False)),
+    *notes("`moeserve_expert_dropped_tokens_total` always counts drops", Param("callback_moe_droprate", FLAG, False)),
+    *notes("a number in the name of a record", Param("cur_layer", whole(0), 0)),
+    *notes(
+        "selects kernels and does not change answers",
+        Param("use_fused_ops_topkrouter", FLAG, False),
+        Param("use_fused_ops_permute", FLAG, False),
+        Param("enable_gmm_safe_tokens", FLAG, False),
+    ),
 ]
 
 
-def shards(values: Values) -> int:
+def _shards(values: Values) -> int:
     """Hosts that share each expert."""
     given: int | None = values["expert_model_parallel"]
     return values["model_parallel"] if given is None else given
 
 
-def _hosts(values: Values) -> dict[str, Any]:
-    return {"placement.num_hosts": values["expert_parallel"] * shards(values), "placement.tensor_parallel": shards(values)}
-
+_HOSTS = {
+    "placement.tensor_parallel": Computed(_shards, "expert_model_parallel, or else model_parallel"),
+    "placement.num_hosts": Computed(lambda v: v["expert_parallel"] * _shards(v), "expert_parallel * `tensor_parallel`"),
+}
 
 _PLACEMENT_PARAMS = [
-    Param(
-        "expert_model_parallel",
-        optional(whole(1)),
-        None,
-        [
-            Case(
-                "effect",
-                "`placement.tensor_parallel`, `placement.num_hosts` = expert_parallel * expert_model_parallel",
-                2,
-                "an integer",
-                lambda v: v["expert_model_parallel"] is not None,
-                _hosts,
-            ),
-            Case(
-                "note",
-                "experts are split as the rest of the model, by model_parallel",
-                None,
-                "null",
-                lambda v: v["expert_model_parallel"] is None,
-            ),
-        ],
+    Param("expert_model_parallel", optional(whole(1)), None).means(
+        note("experts are split as the rest of the model, by model_parallel", on=None),
+        effect(_HOSTS, when=OTHERWISE),
     ),
-    Param(
-        "model_parallel",
-        whole(1),
-        1,
-        [
-            Case(
-                "effect",
-                "`placement.tensor_parallel`, `placement.num_hosts` = expert_parallel * model_parallel",
-                2,
-                "with expert_model_parallel null",
-                lambda v: v["expert_model_parallel"] is None,
-                _hosts,
-            ),
-            Case(
-                "effect",
-                "`layers.gating.capacity_multiple`, times comp_comm_parallel_degree where there is comp_comm_parallel",
-                2,
-                "with V2",
-                is_v2,
-                capacity_multiple,
-                V2,
-            ),
-            Case(
-                "note",
-                "expert_model_parallel splits experts instead",
-                2,
-                "with expert_model_parallel and V1",
-                lambda v: v["expert_model_parallel"] is not None and is_v1(v),
-                beside={"expert_model_parallel": 1},
-            ),
-        ],
+    Param("model_parallel", whole(1), 1).means(
+        effect(_HOSTS, when=given(expert_model_parallel=None)),
+        effect(CAPACITY_MULTIPLE, when=V2),
+        note(
+            "expert_model_parallel splits experts instead",
+            when=replace(OTHERWISE, at="with expert_model_parallel and V1", beside={"expert_model_parallel": 1}),
+        ),
     ),
-    Param(
-        "expert_parallel",
-        whole(1),
-        1,
-        [Case("effect", "`placement.num_hosts`, times the hosts that share each expert", 4, sets=_hosts)],
-    ),
-]
-
-_OTHER_PARAMS = [
-    noted("max_router_load", whole(1), 128 * 1024, 1024, "the size of a buffer; a batch here is as large as `batching.max_batch_tokens`"),
-    noted(
-        "first_k_dense_replace",
-        Accepts("true, false or an integer", lambda v: type(v) in (bool, int)),
-        True,
-        1,
-        "which layers of the model are dense; the imported configuration is one MoE layer",
-    ),
-    noted("topk_bias_update_rate", real(minimum=0), 0.0, 0.001, _TRAINING),
-    noted("moe_init_method_std", real(above=0), 0.01, 0.02, _TRAINING),
-    noted("save_token_distribution", FLAG, False, True, "`moeserve_expert_tokens_total` always counts tokens per expert"),
-    noted("callback_moe_droprate", FLAG, False, True, "`moeserve_expert_dropped_tokens_total` always counts drops"),
-    noted("cur_layer", whole(0), 0, 3, "a number in the name of a record"),
-    noted("use_fused_ops_topkrouter", FLAG, False, True, _KERNELS),
-    noted("use_fused_ops_permute", FLAG, False, True, _KERNELS),
-    noted("enable_gmm_safe_tokens", FLAG, False, True, _KERNELS),
+    Param("expert_parallel", whole(1), 1).means(effect(_HOSTS)),
 ]
 
 EXECUTION_PARAMS = [*_EXPERT_PARAMS, *_COMMUNICATION_PARAMS, *_OTHER_PARAMS, *_PLACEMENT_PARAMS]

@@ -2,51 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from math import prod
 
-from moeserve.compat.table import Case, Param, Rule, Values, optional, whole
+from moeserve.compat.accepts import Values, optional, whole
+from moeserve.compat.system import Rule
+from moeserve.compat.table import Computed, Param, When, assumed, note
 
 EXPERTS, PARALLELISM = "expert_parallelism", "parallelism"
 _PP = f"{PARALLELISM}.pp_size"
+_FACTORS = [f"{EXPERTS}.expert_parallel_size", f"{PARALLELISM}.dp_size", f"{PARALLELISM}.mp_size", _PP]
 
+#: every stage has dp_size copies of every expert, each split over mp_size hosts, and expert_parallel_size groups of experts
+NUM_HOSTS = {
+    "placement.num_hosts": Computed(lambda v: prod(v[name] for name in _FACTORS), "expert_parallel_size * dp_size * mp_size * pp_size")
+}
 
-def num_hosts(values: Values) -> dict[str, Any]:
-    """Every stage has dp_size copies of every expert, each split over mp_size hosts, and expert_parallel_size groups of experts."""
-    sizes = [values[f"{PARALLELISM}.{name}"] for name in ("dp_size", "mp_size", "pp_size")]
-    return {"placement.num_hosts": values[f"{EXPERTS}.expert_parallel_size"] * sizes[0] * sizes[1] * sizes[2]}
+#: TrustformeRS' structs do not say how many layers there are
+NUM_LAYERS = Param("num_layers", optional(whole(1)), None).means(
+    assumed("not part of the original configuration; pp_size is assumed", When("with pp_size above 1", lambda v: v[_PP] > 1, {_PP: 2})),
+    note(
+        "as many `[[layers]]` of one kind, each with its own `seed`; at least pp_size",
+        when=When("an integer", lambda v: v["num_layers"] is not None),
+    ),
+)
 
 
 def num_layers(values: Values) -> int:
     """As many as were asked for, and at least one for each stage."""
-    given: int | None = values["num_layers"]
-    return values[_PP] if given is None else given
-
-
-def layers_extra() -> Param:
-    """TrustformeRS' structs do not say how many layers there are."""
-    return Param(
-        "num_layers",
-        optional(whole(1)),
-        None,
-        [
-            Case(
-                "note",
-                "as many `[[layers]]` of one kind, each of a `seed` of its own; at least pp_size",
-                2,
-                "an integer",
-                lambda v: v["num_layers"] is not None,
-            ),
-            Case(
-                "note",
-                "not part of the original configuration; pp_size is assumed",
-                None,
-                "not given, with pp_size above 1",
-                lambda v: v["num_layers"] is None and v[_PP] > 1,
-                beside={_PP: 2},
-                unasked=True,
-            ),
-        ],
-    )
+    layers: int | None = values["num_layers"]
+    return values[_PP] if layers is None else layers
 
 
 AS_MANY_LAYERS_AS_STAGES = Rule(
