@@ -99,13 +99,13 @@ def relative(ours: Tensor, exact: Tensor) -> float:
 def fastest(banks: dict[str, ExpertBank], hidden: int, count: int, rounds: int) -> dict[str, float]:
     """Microseconds for an expert, turn by turn."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    rows, slots = torch.randn(count, hidden).bfloat16(), torch.arange(EXPERTS).repeat_interleave(count)
+    rows, local_experts = torch.randn(count, hidden).bfloat16(), torch.arange(EXPERTS).repeat_interleave(count)
     index, weights, out = torch.arange(count).repeat(EXPERTS), torch.ones(EXPERTS * count), torch.empty(count, hidden)
     best = dict.fromkeys(banks, float("inf"))
     for _ in range(rounds):
         for name, bank in banks.items():
             started = clock()
-            bank.run(rows, index, slots, weights, out)
+            bank.run(rows, index, local_experts, weights, out)
             best[name] = min(best[name], (clock() - started) / EXPERTS * 1e6)
     return best
 

@@ -76,12 +76,12 @@ def some_expert(hidden: int, inner: int, device: torch.device) -> FeedForward:
 
 
 def some_work(tokens: int, hidden: int, count: int, top_k: int, device: torch.device) -> Work:
-    """hidden_states [T, H], row_index [N], slots [N] ascending, weights [N]: every token chooses K different experts."""
+    """hidden_states [T, H], row_index [N], local_experts [N] ascending, weights [N]: every token chooses K different experts."""
     choices = torch.rand(tokens, count, generator=torch.Generator().manual_seed(tokens)).topk(top_k, dim=1).indices
-    slots, order = choices.flatten().sort(stable=True)
+    local_experts, order = choices.flatten().sort(stable=True)
     weights = torch.full((tokens * top_k,), 1 / top_k)
     hidden_states = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(tokens)).bfloat16()
-    return hidden_states.to(device), (order // top_k).to(device), slots, weights.to(device)
+    return hidden_states.to(device), (order // top_k).to(device), local_experts, weights.to(device)
 
 
 def measured(what: str, shape: str, bank: ExpertBank, work: Work, bare: Callable[[], object] | None, experts: list[FeedForward]) -> Row:
@@ -94,8 +94,8 @@ def measured(what: str, shape: str, bank: ExpertBank, work: Work, bare: Callable
 
 def grouped(work: Work, gate_up: torch.Tensor, down: torch.Tensor) -> None:
     """The two matmuls alone, over rows that have been gathered."""
-    hidden_states, row_index, slots, _ = work
-    ends = torch.bincount(slots, minlength=len(gate_up)).cumsum(0).to(gate_up.device, torch.int32)
+    hidden_states, row_index, local_experts, _ = work
+    ends = torch.bincount(local_experts, minlength=len(gate_up)).cumsum(0).to(gate_up.device, torch.int32)
     gate, up = F.grouped_mm(hidden_states[row_index], gate_up.transpose(1, 2), offs=ends).chunk(2, dim=1)
     F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
 
@@ -116,12 +116,12 @@ def decoded(shape: str, experts: list[FeedForward], top_k: int, device: torch.de
 
 def exact(work: Work, experts: list[FeedForward]) -> tuple[torch.Tensor, list[int]]:
     """The first and the last row's answers in float64, on the CPU."""
-    hidden_states, row_index, slots, weights = (tensor.cpu() for tensor in work)
+    hidden_states, row_index, local_experts, weights = (tensor.cpu() for tensor in work)
     rows = sorted({0, len(hidden_states) - 1})
     expected = torch.zeros(len(rows), hidden_states.shape[1], dtype=torch.float64)
     for position, row in enumerate(rows):
         for pair in (row_index == row).nonzero().flatten().tolist():
-            expert = experts[int(slots[pair])]
+            expert = experts[int(local_experts[pair])]
             gate, up = (expert.gate_up_proj.cpu().double() @ hidden_states[row].double()).chunk(2)
             expected[position] += weights[pair].double() * (expert.down_proj.cpu().double() @ (F.silu(gate) * up))
     return expected, rows

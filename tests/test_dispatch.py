@@ -103,7 +103,7 @@ def factors(placement: LayerPlacement, host: int) -> Tensor:
 def answer(work: HostWork, rows: Tensor, placement: LayerPlacement) -> Tensor:
     """What a host makes of rows [R, H]: its experts, weighed and summed."""
     partial = torch.zeros(rows.shape)
-    scale = factors(placement, work.host)[work.slots] * work.weights
+    scale = factors(placement, work.host)[work.local_experts] * work.weights
     return partial.index_add_(0, work.row_index, rows[work.row_index] * scale[:, None])
 
 
@@ -145,7 +145,11 @@ def test_what_a_lost_host_had_is_done_by_others_where_there_are_copies(case: Cas
     answers = answered(case, kept) + answered(case, again) + alone(case)
     assert torch.equal(combine(answers, len(case.hidden_states), HIDDEN_SIZE), dense(case))
     for work in again:
-        needed = {case.placement.shards_on(work.host)[slot] for slot in work.slots.tolist() if slot < case.placement.shared_slot[work.host]}
+        needed = {
+            case.placement.shards_on(work.host)[slot]
+            for slot in work.local_experts.tolist()
+            if slot < case.placement.shared_local_expert[work.host]
+        }
         elsewhere = [host for host in np.flatnonzero(live).tolist() if needed & set(case.placement.shards_on(host))]
         assert live[work.host] or not elsewhere, "a host that is down is asked for what lives nowhere else"
 
@@ -156,7 +160,7 @@ def test_a_host_that_is_down_is_asked_only_for_what_lives_nowhere_else(case: Cas
     live = case.hosts.is_live
     for work in case.works:
         held = case.placement.shards_on(work.host)
-        needed = {held[slot] for slot in work.slots.tolist() if slot < len(held)}
+        needed = {held[slot] for slot in work.local_experts.tolist() if slot < len(held)}
         elsewhere = [host for host in np.flatnonzero(live).tolist() if needed & set(case.placement.shards_on(host))]
         assert live[work.host] or not elsewhere
 
@@ -174,7 +178,7 @@ def test_every_kept_pair_goes_to_every_shard_of_its_expert_once(case: Case) -> N
     sent = []
     for work in case.works:
         held = case.placement.shards_on(work.host)
-        pairs = zip(work.row_index.tolist(), work.slots.tolist(), work.weights.tolist(), strict=True)
+        pairs = zip(work.row_index.tolist(), work.local_experts.tolist(), work.weights.tolist(), strict=True)
         sent += [(int(work.rows[row]), held[slot].expert, held[slot].shard, weight) for row, slot, weight in pairs if slot < len(held)]
     shards = range(case.placement.tensor_parallel)
     kept = [
@@ -189,13 +193,13 @@ def test_a_message_holds_each_row_once_and_all_in_order(case: Case) -> None:
     works = case.works
     assert [work.host for work in works] == sorted({work.host for work in works})
     for work in works:
-        assert len(work.row_index) == len(work.slots) == len(work.weights) > 0
+        assert len(work.row_index) == len(work.local_experts) == len(work.weights) > 0
         assert work.rows.diff().gt(0).all()
         assert sorted(work.row_index.unique().tolist()) == list(range(len(work.rows)))
-        assert work.slots.diff().ge(0).all()
-        assert work.row_index.diff()[work.slots.diff() == 0].gt(0).all(), "pairs of one expert keep the order of their tokens"
+        assert work.local_experts.diff().ge(0).all()
+        assert work.row_index.diff()[work.local_experts.diff() == 0].gt(0).all(), "pairs of one expert keep the order of their tokens"
         assert (work.rows.dtype, work.row_index.dtype) == (torch.int64, torch.int64)
-        assert (work.slots.dtype, work.weights.dtype) == (torch.int32, torch.float32)
+        assert (work.local_experts.dtype, work.weights.dtype) == (torch.int32, torch.float32)
 
 
 def test_no_tokens_make_no_messages() -> None:

@@ -88,7 +88,7 @@ def test_hosts_that_hold_a_part_each_add_up_to_the_layer(num_hosts: int, strateg
     for work in plan(routing.topk_ids, routing.topk_weights, routing.kept, placement).works:
         bank = load_bank(source, placement.shards_on(work.host))
         partial = torch.empty(len(work.rows), 16)
-        bank.run(permute(hidden_states, work.rows), work.row_index, work.slots, work.weights, out=partial)
+        bank.run(permute(hidden_states, work.rows), work.row_index, work.local_experts, work.weights, out=partial)
         answers.append((work.rows, partial))
     expected = some_layer(gating=source.spec.gating)(hidden_states)
     assert_close(combine(answers, 50, 16), expected)

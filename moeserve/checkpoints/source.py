@@ -75,7 +75,7 @@ class LayerSource(Protocol):
 
 
 def load_bank(source: LayerSource, shards: Sequence[ExpertShard], device: torch.device = _CPU) -> ExpertBank:
-    """What one host holds of a layer, in slot order: the given shards, and after them the shared expert; quantized if the spec says so.
+    """What one host holds of a layer: the given shards, then the shared expert; quantized if the spec says so.
 
     Raises CheckpointError.
     """

@@ -67,7 +67,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Welcome:
+class Setup:
     """What a frontend is told once: which deployment it follows, and how to serve.
 
     keys: those it shows to hosts, None = it has some; drain_timeout_s: how long batches may take to finish.
@@ -89,7 +89,7 @@ class Order:
     current: Release | None = None
     candidate: Release | None = None
     hosts: Mapping[int, HostInfo] = field(default_factory=dict)
-    welcome: Welcome | None = None
+    setup: Setup | None = None
     failing: Mapping[int, str] = field(default_factory=dict)
 
     def to_message(self) -> pb.FrontendOrder:
@@ -99,26 +99,26 @@ class Order:
         for name, release in (("current", self.current), ("candidate", self.candidate)):
             if release is not None:
                 getattr(message, name).CopyFrom(release_message(release))
-        if (told := self.welcome) is not None:
+        if (told := self.setup) is not None:
             keys = told.keys or KeyPair("", "")
-            message.welcome.CopyFrom(pb.Welcome(config_json=told.config_json, public_key=keys.public, secret_key=keys.secret))
-            message.welcome.drain_timeout_s = told.drain_timeout_s
-            message.welcome.service_id = told.service_id
+            message.setup.CopyFrom(pb.Setup(config_json=told.config_json, public_key=keys.public, secret_key=keys.secret))
+            message.setup.drain_timeout_s = told.drain_timeout_s
+            message.setup.service_id = told.service_id
         return message
 
     @classmethod
     def from_message(cls, message: pb.FrontendOrder) -> Order:
         """Raises InvalidRequest when it cannot be carried out."""
-        told = message.welcome
+        told = message.setup
         for key in (told.public_key, told.secret_key):
-            require_key(key, "welcome.keys")
+            require_key(key, "setup.keys")
         keys = KeyPair(told.public_key, told.secret_key) if told.public_key and told.secret_key else None
         return cls(
             current=read_release(message.current) if message.HasField("current") else None,
             candidate=read_release(message.candidate) if message.HasField("candidate") else None,
             hosts=read_hosts(list(message.hosts)),
             failing=read_failing(message.failing),
-            welcome=Welcome(told.service_id, told.config_json, keys, told.drain_timeout_s) if message.HasField("welcome") else None,
+            setup=Setup(told.service_id, told.config_json, keys, told.drain_timeout_s) if message.HasField("setup") else None,
         )
 
 

@@ -11,7 +11,7 @@ from moeserve.checkpoints import LayerSource, ServedLayers
 from moeserve.config import FrontendConfig, ServerConfig, load_json
 from moeserve.control import timing
 from moeserve.control.directory import Directory
-from moeserve.control.follow import Order, Report, Welcome
+from moeserve.control.follow import Order, Report, Setup
 from moeserve.errors import ConfigError, MoEServeError
 from moeserve.frontend import Frontend, FrontendSettings, HostAccess
 from moeserve.loops import Notifier
@@ -53,7 +53,7 @@ class Follower:
         self._directory = Directory()
         self._order = Order()
         self._ordered = Notifier()
-        self._told: Welcome | None = None
+        self._told: Setup | None = None
         self._config: FrontendConfig | None = None
         #: of the configuration, as they were when this frontend began
         self._layers = layers
@@ -72,8 +72,8 @@ class Follower:
 
     def hear(self, order: Order) -> None:
         """What shall be from now on. Raises CannotFollow."""
-        if order.welcome is not None:
-            self._greet(order.welcome)
+        if order.setup is not None:
+            self._set_up(order.setup)
         if self._told is None:
             raise CannotFollow("the controller does not say what it serves")
         if order.current is not None and order.current.epoch < self.report.epoch:
@@ -112,16 +112,16 @@ class Follower:
         if self._frontend is not None:
             await self._frontend.close()
 
-    def _greet(self, welcome: Welcome) -> None:
-        if self._told is not None and self._told.service_id != welcome.service_id:
+    def _set_up(self, setup: Setup) -> None:
+        if self._told is not None and self._told.service_id != setup.service_id:
             # Its epochs count anew: what they say of places and weights is not what they said before.
             raise CannotFollow("the controller serves another deployment now: this frontend must start anew")
-        if self._told is not None and self._told.config_json != welcome.config_json:
+        if self._told is not None and self._told.config_json != setup.config_json:
             raise CannotFollow("the controller serves with another configuration now: this frontend must start anew")
-        self._keys = self._keys or welcome.keys
+        self._keys = self._keys or setup.keys
         if self._keys is None:
             raise CannotFollow("the controller gives this frontend no keys")
-        self._told = welcome
+        self._told = setup
         self.say(public_key=self._keys.public)
 
     async def _carry_out(self, current: Release, candidate: Release | None) -> None:
@@ -165,7 +165,7 @@ class Follower:
     async def _move_to(self, release: Release, frontend: Frontend) -> None:
         """New batches use the release; when those under way have ended, or have had their time, hosts that are not needed are let go."""
         sources = await asyncio.to_thread(self._sources, release)
-        await _within(timing.REACH_S, frontend.welcome(release))
+        await _within(timing.REACH_S, frontend.connect(release))
         await frontend.prepare(release, sources)
         frontend.publish(release)
         self.say(epoch=release.epoch, oldest_epoch=frontend.oldest_epoch)
@@ -189,7 +189,7 @@ class Follower:
         refusal, timeout_s, trial = "", self._config.resilience.request_timeout_s, self._trial
         try:
             sources = await asyncio.to_thread(self._sources, release)
-            if not await _within(timeout_s, frontend.welcome(release)):
+            if not await _within(timeout_s, frontend.connect(release)):
                 raise ConfigError(f"not all hosts were reached within {timeout_s:g} s")
             await frontend.try_out(release, sources)
         except MoEServeError as error:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from moeserve.config import FrontendConfig
 from moeserve.control import timing
-from moeserve.control.follow import Order, Report, Welcome, followed_config
+from moeserve.control.follow import Order, Report, Setup, followed_config
 from moeserve.errors import ConfigError
 from moeserve.loops import Notifier
 from moeserve.observe.stats import HostInfo
@@ -119,15 +119,15 @@ class Frontends:
     async def orders(self, member: FollowingFrontend) -> AsyncIterator[Order]:
         """What the member shall do, at once and whenever that changes; changes it is too slow for are one. Ends when it is dismissed."""
         told: Order | None = None
-        welcome: Welcome | None = Welcome(self._service_id, self._config_json, member.keys, self._drain_timeout_s)
+        setup: Setup | None = Setup(self._service_id, self._config_json, member.keys, self._drain_timeout_s)
         while not member.is_dismissed:
             if told is self._order:
                 await self._changed.wait()
                 continue
             told = self._order
             member.told_epoch = member.told_epoch or (0 if told.current is None else told.current.epoch)
-            yield told if welcome is None else replace(told, welcome=welcome)
-            welcome = None
+            yield told if setup is None else replace(told, setup=setup)
+            setup = None
 
     async def offer(self, release: Release) -> None:
         """Until each has reached every host of `release` and had an answer of every expert. Raises ConfigError when one cannot use it."""

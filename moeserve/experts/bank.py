@@ -1,6 +1,6 @@
 """One grouped pass over the experts one host holds of one layer: gather, compute, weigh and sum.
 
-R rows received, N (row, expert) pairs, H hidden size, E experts held here (their index is the *slot*).
+R rows received, N (row, expert) pairs, H hidden size, E experts held here (a *local expert* is an index among them).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _EXACT_ROWS = 16
 
 
 class ExpertBank:
-    """Experts (or shards) ready to run on one device, and after them, in the last slot, the layer's shared expert if there is one.
+    """Experts (or shards) ready to run on one device; the layer's shared expert, if there is one, is the last.
 
     Those of one kind that stand first are computed together, in one call, where there is such a call for them; the others one by one.
     """
@@ -90,36 +90,36 @@ class ExpertBank:
     @property
     def experts(self) -> list[Expert]:
         """All of them; of those that are computed together, copies."""
-        together = [] if self._together is None else [self._together.expert(slot) for slot in range(self._num_together)]
+        together = [] if self._together is None else [self._together.expert(index) for index in range(self._num_together)]
         return [*together, *self._others]
 
     def replaced(self, changes: Mapping[int, Expert]) -> ExpertBank:
-        """A bank with other experts in the slots of `changes`; it shares the rest with this one.
+        """A bank with other experts at the indices of `changes`; it shares the rest with this one.
 
         Raises ConfigError when an expert is of another kind than those it is computed with.
         """
         twin, first = copy.copy(self), self._num_together
         if self._together is not None:
-            twin._together = self._together.replaced({slot: expert for slot, expert in changes.items() if slot < first})
+            twin._together = self._together.replaced({index: expert for index, expert in changes.items() if index < first})
         others = enumerate(self._others, start=first)
-        twin._others = [changes[slot].to(self.device) if slot in changes else expert for slot, expert in others]
+        twin._others = [changes[index].to(self.device) if index in changes else expert for index, expert in others]
         return twin
 
     @torch.inference_mode()
     def run(
-        self, hidden_states: torch.Tensor, row_index: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
+        self, hidden_states: torch.Tensor, row_index: torch.Tensor, local_experts: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
     ) -> None:
         """Write to `out` the weighted sum of the experts' answers for every row.
 
         hidden_states [R, H] any float dtype   rows, each once however many of its experts live here
         row_index     [N]    int               which row each pair reads
-        slots         [N]    int, ascending    which expert it goes to
+        local_experts [N]    int, ascending    which expert it goes to
         weights       [N]    float32           gate weight of the pair
-        out           [R, H] float32           overwritten; sums run in float32 in the order of the slots
+        out           [R, H] float32           overwritten; sums run in float32 in the order of the local experts
         """
         hidden_states = hidden_states.to(self.device, self.dtype)
         # Counted by NumPy: a third of the time of a torch call, and the numbers are needed here, not on the device.
-        counts = np.bincount(slots.numpy(force=True), minlength=self.num_experts)
+        counts = np.bincount(local_experts.numpy(force=True), minlength=self.num_experts)
         total = out if out.device == self.device and out.is_contiguous() else torch.empty(out.shape, device=self.device)
         row_index, weights, first = row_index.to(self.device, torch.int64), weights.to(self.device), self._num_together
         pairs = int(counts[:first].sum())

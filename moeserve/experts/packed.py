@@ -102,9 +102,9 @@ class PackedExperts:
         """How many are packed."""
         return len(self._experts)
 
-    def expert(self, slot: int) -> FeedForward | QuantizedFeedForward:
+    def expert(self, index: int) -> FeedForward | QuantizedFeedForward:
         """A copy in the usual order."""
-        packed, parts, hidden = self._experts[slot], self._parts, self.hidden_size
+        packed, parts, hidden = self._experts[index], self._parts, self.hidden_size
         inner = packed.intermediate_size
 
         def of_channels(panels: torch.Tensor | None, parts: int, outputs: int, dtype: torch.dtype) -> torch.Tensor | None:
@@ -123,14 +123,14 @@ class PackedExperts:
         return unpacked(whole)
 
     def replaced(self, changes: Mapping[int, Expert]) -> PackedExperts:
-        """The same with other experts in the slots of `changes`; the rest is shared. Raises ConfigError when one is of another kind."""
+        """The same with other experts at the indices of `changes`; the rest is shared. Raises ConfigError when one is of another kind."""
         twin = self._twin()
         twin._arena = None
-        for done, (slot, expert) in enumerate(changes.items()):
+        for done, (index, expert) in enumerate(changes.items()):
             whole = packable(expert)
             if whole is None or not self.takes(whole):
-                raise ConfigError(f"the new expert of slot {slot} is of another kind or size than the one it replaces")
-            twin._experts[slot] = twin._packed(whole, len(changes) - done)
+                raise ConfigError(f"the new local expert {index} is of another kind or size than the one it replaces")
+            twin._experts[index] = twin._packed(whole, len(changes) - done)
         return twin
 
     def run(

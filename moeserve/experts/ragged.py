@@ -38,19 +38,19 @@ class Stack:
         self._tensors = {
             name: torch.empty(len(experts), *tensor.shape, dtype=tensor.dtype, device=device) for name, tensor in experts[0].tensors.items()
         }
-        for slot, expert in enumerate(experts):
+        for index, expert in enumerate(experts):
             for name, tensor in expert.tensors.items():
-                self._tensors[name][slot].copy_(tensor)
+                self._tensors[name][index].copy_(tensor)
 
     def replaced(self, changes: Mapping[int, Expert]) -> Stack:
-        """A stack of its own with other experts in the slots of `changes`. Raises ConfigError when one is of another shape."""
+        """A stack of its own with other experts at the indices of `changes`. Raises ConfigError when one is of another shape."""
         twin = copy.copy(self)
         twin._tensors = {name: tensor.clone() for name, tensor in self._tensors.items()} if changes else self._tensors
-        for slot, expert in changes.items():
+        for index, expert in changes.items():
             if not isinstance(expert, FeedForward) or {name: t.shape for name, t in expert.tensors.items()} != self._shapes:
-                raise ConfigError(f"the new expert of slot {slot} is of another kind or size than the one it replaces")
+                raise ConfigError(f"the new local expert {index} is of another kind or size than the one it replaces")
             for name, tensor in expert.tensors.items():
-                twin._tensors[name][slot].copy_(tensor)
+                twin._tensors[name][index].copy_(tensor)
         return twin
 
     @property
@@ -58,9 +58,9 @@ class Stack:
         """How many experts it has: E."""
         return len(self._tensors["down_proj"])
 
-    def expert(self, slot: int) -> FeedForward:
+    def expert(self, index: int) -> FeedForward:
         """One of them, as it lies here."""
-        tensors = {name: tensor[slot] for name, tensor in self._tensors.items()}
+        tensors = {name: tensor[index] for name, tensor in self._tensors.items()}
         return FeedForward(self._activation, **tensors)  # type: ignore[arg-type]
 
     @property

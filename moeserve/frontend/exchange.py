@@ -160,11 +160,13 @@ class Exchange:
             channel = channels[message.host]
             assert channel is not None
             destinations = message.destinations
-            shape = WorkShape(len(message.rows), self._spec.hidden_size, len(message.slots), part.hidden_states.dtype, len(destinations))
+            shape = WorkShape(
+                len(message.rows), self._spec.hidden_size, len(message.local_experts), part.hidden_states.dtype, len(destinations)
+            )
             lease = channel.lease(shape)
             permute(part.hidden_states, message.rows, out=lease.hidden_states)
             lease.row_index.copy_(message.row_index)
-            lease.slots.copy_(message.slots)
+            lease.local_experts.copy_(message.local_experts)
             lease.weights.copy_(message.weights)
             if destinations:
                 lease.address(destinations)

@@ -74,7 +74,7 @@ class Frontend:
         """What some batch may still use."""
         return min(forward.views.oldest_epoch for forward in self._forwards)
 
-    async def welcome(self, release: Release) -> None:
+    async def connect(self, release: Release) -> None:
         """Connect to the hosts of `release` that are new."""
         new = {number: self._link(number) for number in release.placement.hosts if number not in self._links}
         self._links = {**self._links, **new}

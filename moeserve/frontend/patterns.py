@@ -35,9 +35,9 @@ class Message:
         return self.works[0].host
 
     @cached_property
-    def slots(self) -> torch.Tensor:
+    def local_experts(self) -> torch.Tensor:
         """[N] int32: ascending within each work."""
-        return self.works[0].slots if len(self.works) == 1 else torch.cat([work.slots for work in self.works])
+        return self.works[0].local_experts if len(self.works) == 1 else torch.cat([work.local_experts for work in self.works])
 
     @cached_property
     def weights(self) -> torch.Tensor:
@@ -47,7 +47,7 @@ class Message:
     @property
     def destinations(self) -> list[Destination]:
         """Where each work's pairs end; nothing for a message to one host."""
-        ends = np.cumsum([len(work.slots) for work in self.works]).tolist()
+        ends = np.cumsum([len(work.local_experts) for work in self.works]).tolist()
         return [Destination(work.host, end) for work, end in zip(self.works, ends, strict=True)] if len(self.works) > 1 else []
 
 
@@ -96,13 +96,13 @@ PATTERNS: dict[str, Pattern] = {"all_to_all": all_to_all, "point_to_point": poin
 
 
 def _by_expert(work: HostWork) -> list[HostWork]:
-    """The pairs of each slot as a work of its own; they read their rows in turn, because an expert sees a token once."""
-    slots = work.slots.numpy()
-    starts = np.flatnonzero(np.diff(slots, prepend=-1)).tolist()
+    """The pairs of each local expert as a work of its own; they read the rows in order, because an expert sees a token once."""
+    local_experts = work.local_experts.numpy()
+    starts = np.flatnonzero(np.diff(local_experts, prepend=-1)).tolist()
     parts = []
-    for start, end in zip(starts, [*starts[1:], len(slots)], strict=True):
+    for start, end in zip(starts, [*starts[1:], len(local_experts)], strict=True):
         rows = work.rows[work.row_index[start:end]]
-        parts.append(HostWork(work.host, rows, torch.arange(end - start), work.slots[start:end], work.weights[start:end]))
+        parts.append(HostWork(work.host, rows, torch.arange(end - start), work.local_experts[start:end], work.weights[start:end]))
     return parts
 
 

@@ -86,10 +86,10 @@ class Holdings:
         old, new = before.origins(source.spec.name), release.origins(source.spec.name)
         if old.get(None) != new.get(None):
             return load_bank(source, shards, self._device)
-        slots = [slot for slot, shard in enumerate(shards) if old.get(shard.expert) != new.get(shard.expert)]
-        experts = load_experts(source, [shards[slot] for slot in slots])
+        changed = [index for index, shard in enumerate(shards) if old.get(shard.expert) != new.get(shard.expert)]
+        experts = load_experts(source, [shards[index] for index in changed])
         try:
-            return served.replaced(dict(zip(slots, experts, strict=True)))
+            return served.replaced(dict(zip(changed, experts, strict=True)))
         except ConfigError:
             # Held in another way than those they would be computed with: the new files have weights in other bits.
             return load_bank(source, shards, self._device)

@@ -112,15 +112,17 @@ def _check(work: Work, layer: int, bank: ExpertBank | None) -> None:
         raise ExpertUnavailable(f"this host holds no experts of layer {layer} at epoch {work.epoch}")
     if work.hidden_states.shape[1] != bank.hidden_size:
         raise InvalidRequest(f"rows of layer {layer} are {bank.hidden_size} wide, got {work.hidden_states.shape[1]}")
-    if int(work.slots[-1]) >= bank.num_experts:
-        raise InvalidRequest(f"a pair names expert slot {int(work.slots[-1])} of layer {layer}; this host has 0..{bank.num_experts - 1}")
+    if int(work.local_experts[-1]) >= bank.num_experts:
+        raise InvalidRequest(
+            f"a pair names local expert {int(work.local_experts[-1])} of layer {layer}; this host has 0..{bank.num_experts - 1}"
+        )
 
 
 def _compute(bank: ExpertBank, works: Sequence[Work]) -> list[MoEServeError | None]:
     """Fills the reply buffers; what went wrong with each work."""
     try:
         if len(works) == 1:
-            bank.run(works[0].hidden_states, works[0].row_index, works[0].slots, works[0].weights, out=works[0].reply_buffer())
+            bank.run(works[0].hidden_states, works[0].row_index, works[0].local_experts, works[0].weights, out=works[0].reply_buffer())
             parts: Sequence[torch.Tensor] = ()
         else:
             parts = _merged(bank, works)
@@ -148,11 +150,11 @@ def _merged(bank: ExpertBank, works: Sequence[Work]) -> Sequence[torch.Tensor]:
     sizes = [len(work.hidden_states) for work in works]
     starts = [0, *accumulate(sizes)]
     row_index = torch.cat([work.row_index + start for work, start in zip(works, starts, strict=False)])
-    slots, order = torch.cat([work.slots for work in works]).sort(stable=True)
+    local_experts, order = torch.cat([work.local_experts for work in works]).sort(stable=True)
     weights = torch.cat([work.weights for work in works])[order]
     hidden_states = torch.cat([work.hidden_states.to(bank.dtype) for work in works])
     out = torch.empty(len(hidden_states), bank.hidden_size)
-    bank.run(hidden_states, row_index[order], slots, weights, out=out)
+    bank.run(hidden_states, row_index[order], local_experts, weights, out=out)
     parts: Sequence[torch.Tensor] = out.split(sizes)
     return parts
 

@@ -171,7 +171,7 @@ class Relay:
         lease = channel.lease(shape)
         permute(work.hidden_states, rows, out=lease.hidden_states)
         lease.row_index.copy_(torch.from_numpy((is_needed.cumsum() - 1)[row_index]))
-        lease.slots.copy_(work.request.slots[pairs])
+        lease.local_experts.copy_(work.request.local_experts[pairs])
         lease.weights.copy_(work.request.weights[pairs])
         if further:
             lease.address(further)

@@ -26,16 +26,16 @@ Booleans = npt.NDArray[np.bool_]
 class HostWork:
     """What one host is asked to do for one batch.
 
-    rows      [R] int64, ascending: the tokens it receives, each once however many of their experts live there
-    row_index [N] int64: which of those rows a pair reads
-    slots     [N] int32, ascending: which of the host's experts a pair goes to; the last one may be the layer's shared expert
-    weights   [N] float32: the gate's weight of the pair
+    rows          [R] int64, ascending: the tokens it receives, each once however many of their experts live there
+    row_index     [N] int64: which of those rows a pair reads
+    local_experts [N] int32, ascending: which of the host's experts a pair goes to; the last one may be the layer's shared expert
+    weights       [N] float32: the gate's weight of the pair
     """
 
     host: int
     rows: torch.Tensor
     row_index: torch.Tensor
-    slots: torch.Tensor
+    local_experts: torch.Tensor
     weights: torch.Tensor
 
 
@@ -102,12 +102,12 @@ def plan(
 def plan_again(lost: Sequence[HostWork], num_tokens: int, placement: LayerPlacement, hosts: HostLoads) -> list[HostWork]:
     """The same pairs for other copies, as far as there are any that live; the rest stays where it was."""
     tokens = np.concatenate([work.rows.numpy()[work.row_index.numpy()] for work in lost])
-    slots = np.concatenate([work.slots.numpy() for work in lost])
+    local_experts = np.concatenate([work.local_experts.numpy() for work in lost])
     weights = np.concatenate([work.weights.numpy() for work in lost])
-    host = np.repeat([work.host for work in lost], [len(work.slots) for work in lost])
-    is_shared = slots == placement.shared_slot[host]
+    host = np.repeat([work.host for work in lost], [len(work.local_experts) for work in lost])
+    is_shared = local_experts == placement.shared_local_expert[host]
     first = np.searchsorted(placement.host_of_physical, host)
-    units = placement.unit_of_physical[(first + slots)[~is_shared]]
+    units = placement.unit_of_physical[(first + local_experts)[~is_shared]]
     order = tokens[~is_shared].argsort(kind="stable")
     physical = choose_copies(units[order], placement, hosts.is_live, hosts.load, hosts.copy_choice)
     routed = tokens[~is_shared][order]
@@ -147,29 +147,29 @@ def _by_host(
     # Physical experts are numbered host by host, so one stable sort groups pairs by host and, within it, by expert.
     order = physical.argsort(kind="stable")
     tokens, physical, weights = tokens[order], physical[order], weights[order]
-    slots = placement.slot_of_physical[physical]
+    local_experts = placement.local_expert_of_physical[physical]
     ends = np.searchsorted(placement.host_of_physical[physical], np.arange(placement.num_hosts + 1)).tolist()
     works = []
     for host, (start, end) in enumerate(pairwise(ends)):
         if start == end:
             continue
-        own = tokens[start:end], slots[start:end], weights[start:end]
+        own = tokens[start:end], local_experts[start:end], weights[start:end]
         if shared is not None and shared_host is not None:
             also = np.flatnonzero(shared_host == host)
-            slot = np.full(len(also), placement.shared_slot[host], dtype=np.int32)
-            more = also, slot, shared.weights.numpy()[also]
+            local = np.full(len(also), placement.shared_local_expert[host], dtype=np.int32)
+            more = also, local, shared.weights.numpy()[also]
             own = np.concatenate([own[0], more[0]]), np.concatenate([own[1], more[1]]), np.concatenate([own[2], more[2]])
         works.append(_host_work(host, num_tokens, *own))
     return works
 
 
-def _host_work(host: int, num_tokens: int, tokens: Integers, slots: Integers, weights: Floats) -> HostWork:
+def _host_work(host: int, num_tokens: int, tokens: Integers, local_experts: Integers, weights: Floats) -> HostWork:
     """The pairs of one host; each of their tokens becomes one row."""
     sent = np.zeros(num_tokens, dtype=np.bool_)
     sent[tokens] = True
     row_index = (sent.cumsum() - 1)[tokens]
     rows = np.flatnonzero(sent)
-    return HostWork(host, *map(torch.from_numpy, (rows, row_index, slots, weights)))
+    return HostWork(host, *map(torch.from_numpy, (rows, row_index, local_experts, weights)))
 
 
 def permute(hidden_states: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -88,8 +88,8 @@ class LayerHead:
         alone = planned.dispatch.alone
         if planned.shared is not None and len(alone):
             answer = torch.empty(len(alone), self.spec.hidden_size)
-            rows, slots = torch.arange(len(alone)), torch.zeros(len(alone), dtype=torch.int32)
-            self._shared_expert.run(permute(hidden_states, alone), rows, slots, planned.shared.weights[alone], out=answer)
+            rows, local_experts = torch.arange(len(alone)), torch.zeros(len(alone), dtype=torch.int32)
+            self._shared_expert.run(permute(hidden_states, alone), rows, local_experts, planned.shared.weights[alone], out=answer)
             total = total.index_add(0, alone, answer)
         return total
 

@@ -150,7 +150,7 @@ class MoELayer:
         planned = self.head.plan(*choices, hidden_states, used_token, self._placement, is_routed=request.is_routed)
         for work in planned.works:
             partial = torch.empty(len(work.rows), self.spec.hidden_size)
-            self.bank.run(permute(hidden_states, work.rows), work.row_index, work.slots, work.weights, out=partial)
+            self.bank.run(permute(hidden_states, work.rows), work.row_index, work.local_experts, work.weights, out=partial)
             answers.append((work.rows, partial))
         total = self.head.finish(combine(answers, request.num_tokens, self.spec.hidden_size), hidden_states, planned)
         of_request = routing.request(0)

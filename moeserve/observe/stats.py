@@ -25,7 +25,7 @@ def host_name(number: int) -> str:
 
 @dataclass(frozen=True)
 class HostShards:
-    """What one host holds of a layer, in slot order: shard `shards[i]` of expert `experts[i]`; `host` is the host's number."""
+    """What one host holds of a layer, by local expert: shard `shards[i]` of expert `experts[i]`; `host` is the host's number."""
 
     host: int
     experts: Sequence[int]

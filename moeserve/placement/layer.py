@@ -49,7 +49,7 @@ class LayerPlacement:
         return self.unit_of_physical // self.tensor_parallel
 
     @cached_property
-    def slot_of_physical(self) -> Integers:
+    def local_expert_of_physical(self) -> Integers:
         """[P] int32: index among the experts of its host."""
         first = np.searchsorted(self.host_of_physical, self.host_of_physical)
         return (np.arange(len(self.host_of_physical)) - first).astype(np.int32)
@@ -71,7 +71,7 @@ class LayerPlacement:
         return table
 
     def shards_on(self, host: int) -> list[ExpertShard]:
-        """What `host` holds, in slot order; the slot after the last is the shared expert's."""
+        """The shards on `host`, by local expert; the next index after the last is the shared expert."""
         return self._shards(self.unit_of_physical[self.host_of_physical == host])
 
     def by_host(self) -> Iterator[tuple[int, list[ExpertShard]]]:
@@ -84,8 +84,8 @@ class LayerPlacement:
         return [ExpertShard(unit // self.tensor_parallel, unit % self.tensor_parallel, self.tensor_parallel) for unit in units.tolist()]
 
     @cached_property
-    def shared_slot(self) -> Integers:
-        """[D] int32: the slot of the shared expert, on hosts that have any of this layer."""
+    def shared_local_expert(self) -> Integers:
+        """[D] int32: the local index of the shared expert, on hosts that have any of this layer."""
         return np.bincount(self.host_of_physical, minlength=self.num_hosts).astype(np.int32)
 
     def live_copies(self, is_live: Booleans) -> Integers:

@@ -42,18 +42,18 @@ class ChannelClosed(ExpertUnavailable):
 class Lease:
     """Memory for one message, to be filled in before `send`: views of what the host will read, so filling is the only copy.
 
-    hidden_states [R, H] of the shape's dtype, row_index [N] int32 in 0..R-1, slots [N] int32 ascending, weights [N] float32.
+    hidden_states [R, H] of the shape's dtype, row_index [N] int32 in 0..R-1, local_experts [N] int32 ascending, weights [N] float32.
     A message to several hosts is also addressed. `send` takes the views away. A lease that is not sent gives its memory back when it
     is dropped.
     """
 
-    __slots__ = ("block", "hidden_states", "layout", "row_index", "shape", "slots", "weights")
+    __slots__ = ("block", "hidden_states", "layout", "local_experts", "row_index", "shape", "weights")
 
     def __init__(self, shape: WorkShape, layout: PacketLayout, block: Block) -> None:
         self.shape = shape
         self.layout = layout
         self.block = block
-        self.hidden_states, self.row_index, self.slots, self.weights = sections(block.memory, shape, layout)
+        self.hidden_states, self.row_index, self.local_experts, self.weights = sections(block.memory, shape, layout)
 
     def address(self, destinations: Sequence[Destination]) -> None:
         """Says whose pairs are whose, as many as the shape has: the first destination is the host at the other end of the channel."""
@@ -63,7 +63,7 @@ class Lease:
     def take(self) -> Block:
         """Leaves the lease empty, so that nobody writes to what the host reads."""
         block = self.block
-        del self.block, self.hidden_states, self.row_index, self.slots, self.weights
+        del self.block, self.hidden_states, self.row_index, self.local_experts, self.weights
         return block
 
 
@@ -115,7 +115,7 @@ class Channel(ABC):
         self._loop = asyncio.get_running_loop()
         self._ids = itertools.count(1)
         self._unanswered: dict[int, Pending] = {}
-        self._welcomed: asyncio.Future[None] = self._loop.create_future()
+        self._accepted: asyncio.Future[None] = self._loop.create_future()
         self._reason = ""
 
     def lease(self, shape: WorkShape) -> Lease:
@@ -159,7 +159,7 @@ class Channel(ABC):
         """Waits until the host has agreed to talk. Raises ChannelClosed when it does not."""
         try:
             async with asyncio.timeout(timeout_s):
-                await self._welcomed
+                await self._accepted
         except TimeoutError:
             self._die(f"no host answered at {self.endpoint} within {timeout_s:g} s")
             raise ChannelClosed(self._reason) from None
@@ -191,9 +191,9 @@ class Channel(ABC):
                 self._answer(note, body)
             elif note.kind is Kind.GOODBYE:
                 self._die(f"the host at {self.endpoint} hung up: {note.sentence}")
-            elif note.kind is Kind.WELCOME and note.code == VERSION and not self._welcomed.done():
+            elif note.kind is Kind.ACCEPT and note.code == VERSION and not self._accepted.done():
                 self._max_message_bytes = min(self._max_message_bytes, note.value)
-                self._welcomed.set_result(None)
+                self._accepted.set_result(None)
             else:
                 raise MalformedMessage(f"a host does not send {note.kind.name} here")
         except MalformedMessage as error:
@@ -224,7 +224,7 @@ class Channel(ABC):
         self._reason = reason
         self.closed.set()
         self._hang_up()
-        waiting: list[asyncio.Future[Any]] = [self._welcomed, *(sent.future for sent in self._unanswered.values())]
+        waiting: list[asyncio.Future[Any]] = [self._accepted, *(sent.future for sent in self._unanswered.values())]
         self._unanswered.clear()
         for future in waiting:
             if not future.done():

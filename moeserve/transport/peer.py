@@ -97,7 +97,7 @@ class Peer(ABC):
         hello = unpack_note(packet)
         if hello.kind is not Kind.HELLO or hello.code != VERSION:
             raise MalformedMessage(f"expected HELLO of protocol version {VERSION}, got {hello.kind.name} with {hello.code}")
-        self._transmit(pack_note(Kind.WELCOME, code=VERSION, value=self._limits.max_message_bytes), None)
+        self._transmit(pack_note(Kind.ACCEPT, code=VERSION, value=self._limits.max_message_bytes), None)
 
     def refuse(self, reason: str) -> None:
         """Says why this frontend is not served any longer."""

@@ -2,13 +2,14 @@
 
 R rows, H hidden size, N (token, expert) pairs, D destinations (0 = the receiver alone).
 
-Request area: hidden_states [R, H] dtype | row_index [N] int32 | slots [N] int32 | weights [N] float32 | destinations [D, 2] uint32
+Request area: hidden_states [R, H] dtype | row_index [N] int32 | local_experts [N] int32 | weights [N] float32
+              | destinations [D, 2] uint32
 Reply area:   partial [R, H] float32
 Every section starts at a multiple of 64 bytes. Offsets follow from the counts on both sides, so none has to be believed.
 A destination is a host's number and where its pairs end; the first is the receiver, which passes the others their share on.
 
 A packet is a WORK header (56 bytes) or a note (16 bytes, some followed by a sentence):
-HELLO(version, arena bytes) -> WELCOME(version, max_message_bytes) · WORK -> REPLY(id) | ERROR(gRPC status, id, sentence) · CANCEL(id)
+HELLO(version, arena bytes) -> ACCEPT(version, max_message_bytes) · WORK -> REPLY(id) | ERROR(gRPC status, id, sentence) · CANCEL(id)
 · GOODBYE(sentence).
 """
 
@@ -49,7 +50,7 @@ class Kind(IntEnum):
     """First byte of every packet."""
 
     HELLO = 1
-    WELCOME = 2
+    ACCEPT = 2
     WORK = 3
     REPLY = 4
     ERROR = 5
@@ -100,7 +101,7 @@ class PacketLayout(NamedTuple):
     """Where the sections lie, in bytes from the start of the block."""
 
     row_index: int
-    slots: int
+    local_experts: int
     weights: int
     destinations: int
     request_bytes: int
@@ -109,11 +110,11 @@ class PacketLayout(NamedTuple):
 
 
 class Sections(NamedTuple):
-    """hidden_states [R, H] dtype, row_index [N] int32, slots [N] int32, weights [N] float32: views of a request area."""
+    """hidden_states [R, H] dtype, row_index [N] int32, local_experts [N] int32, weights [N] float32: views of a request area."""
 
     hidden_states: torch.Tensor
     row_index: torch.Tensor
-    slots: torch.Tensor
+    local_experts: torch.Tensor
     weights: torch.Tensor
 
 
@@ -150,14 +151,14 @@ def layout_of(shape: WorkShape) -> PacketLayout:
     """Offsets and sizes of the sections of a message of this shape."""
     numel = shape.rows * shape.hidden_size
     row_index = _rounded_up(numel * shape.dtype.itemsize)
-    slots = row_index + _rounded_up(shape.pairs * 4)
-    weights = slots + _rounded_up(shape.pairs * 4)
+    local_experts = row_index + _rounded_up(shape.pairs * 4)
+    weights = local_experts + _rounded_up(shape.pairs * 4)
     destinations = weights + shape.pairs * 4
     if shape.destinations:
         destinations = _rounded_up(destinations)
     request_bytes = destinations + shape.destinations * 8
     reply = _rounded_up(request_bytes)
-    return PacketLayout(row_index, slots, weights, destinations, request_bytes, reply, reply + numel * 4)
+    return PacketLayout(row_index, local_experts, weights, destinations, request_bytes, reply, reply + numel * 4)
 
 
 def sections(memory: Memory, shape: WorkShape, layout: PacketLayout, offset: int = 0) -> Sections:
@@ -166,7 +167,7 @@ def sections(memory: Memory, shape: WorkShape, layout: PacketLayout, offset: int
     return Sections(
         torch.frombuffer(memory, dtype=shape.dtype, count=rows * hidden_size, offset=offset).view(rows, hidden_size),
         torch.frombuffer(memory, dtype=torch.int32, count=pairs, offset=offset + layout.row_index),
-        torch.frombuffer(memory, dtype=torch.int32, count=pairs, offset=offset + layout.slots),
+        torch.frombuffer(memory, dtype=torch.int32, count=pairs, offset=offset + layout.local_experts),
         torch.frombuffer(memory, dtype=torch.float32, count=pairs, offset=offset + layout.weights),
     )
 
@@ -203,21 +204,21 @@ def read_destinations(memory: Memory, shape: WorkShape, layout: PacketLayout, of
 def check_indices(
     memory: Memory, shape: WorkShape, layout: PacketLayout, offset: int = 0, destinations: Sequence[Destination] = ()
 ) -> None:
-    """Raises MalformedMessage unless row_index lies in 0..R-1 and slots are not negative and ascend, for each destination anew.
+    """Raises MalformedMessage unless row_index lies in 0..R-1 and local experts are not negative and ascend, for each destination anew.
 
-    How many slots there are only the host knows: the last one is its to check.
+    Only the host knows how many it has, so it checks the last one.
     """
     # Read as unsigned, a negative number is a huge one: one bound instead of two.
     row_index = np.frombuffer(memory, dtype=np.uint32, count=shape.pairs, offset=offset + layout.row_index)
     if np.maximum.reduce(row_index) >= shape.rows:
         raise MalformedMessage("row_index points outside the rows of its message")
-    slots = np.frombuffer(memory, dtype=np.int32, count=shape.pairs, offset=offset + layout.slots)
-    falls = slots[1:] < slots[:-1]
+    local_experts = np.frombuffer(memory, dtype=np.int32, count=shape.pairs, offset=offset + layout.local_experts)
+    falls = local_experts[1:] < local_experts[:-1]
     if destinations:
         begins = [end for _, end in destinations[:-1]]
-        falls[np.subtract(begins, 1)] = slots[begins] < 0
-    if slots[0] < 0 or np.count_nonzero(falls):
-        raise MalformedMessage("slots are negative or not sorted")
+        falls[np.subtract(begins, 1)] = local_experts[begins] < 0
+    if local_experts[0] < 0 or np.count_nonzero(falls):
+        raise MalformedMessage("local experts are negative or not sorted")
 
 
 def kind_of(packet: bytes) -> Kind:

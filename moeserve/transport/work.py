@@ -36,7 +36,7 @@ class Work:
 
     hidden_states [R, H]  float32, float16 or bfloat16
     row_index     [N]     int32, the row each (token, expert) pair reads, in 0..R-1
-    slots         [N]     int32, the expert slot of each pair, ascending; that they exist is for the host to check
+    local_experts [N]     int32, the local expert of each pair, ascending; that they exist is for the host to check
     weights       [N]     float32
     All are views of the message, valid until the answer. Pairs that are to be passed on to other hosts are not among these N:
     they follow in `request`, shared out as `destinations` says (empty = nothing is to be passed on; the first is the receiver).
@@ -54,9 +54,9 @@ class Work:
         self.layout = layout
         self.request = request
         self.destinations = destinations
-        self.hidden_states, self.row_index, self.slots, self.weights = request
+        self.hidden_states, self.row_index, self.local_experts, self.weights = request
         if destinations:
-            self.row_index, self.slots, self.weights = (section[: destinations[0].pair_end] for section in request[1:])
+            self.row_index, self.local_experts, self.weights = (section[: destinations[0].pair_end] for section in request[1:])
         self.deadline = time.monotonic() + header.timeout_us / 1e6
         self.is_cancelled = False
         #: called when the work is cancelled while others help with it

@@ -81,7 +81,7 @@ async def test_a_second_stream_of_the_same_frontend_ends_the_first() -> None:
     case = Case()
     first = await case.frontends.join(Report("one"))
     orders = case.frontends.orders(first)
-    assert (await next_of(orders)).welcome is not None
+    assert (await next_of(orders)).setup is not None
     second = await case.frontends.join(Report("one", public_key=first.public_key))
     with pytest.raises(StopAsyncIteration):
         await next_of(orders)
@@ -101,7 +101,7 @@ async def test_the_slow_are_told_the_latest_only() -> None:
     await asyncio.sleep(0)
     order = await next_of(orders)
     assert order.current is not None and order.candidate is not None
-    assert (order.current.epoch, order.candidate.epoch, order.welcome) == (3, 4, None)
+    assert (order.current.epoch, order.candidate.epoch, order.setup) == (3, 4, None)
     await offering
     case.frontends.withdraw()
     assert (await next_of(orders)).candidate is None

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moeserve.checkpoints import FileMark, Fingerprint, Swap
 from moeserve.config import PlacementConfig, load_config, load_json
-from moeserve.control.follow import Order, Report, Welcome, followed_config
+from moeserve.control.follow import Order, Report, Setup, followed_config
 from moeserve.control.record import host_message, read_hosts, read_release, release_message
 from moeserve.errors import ConfigError, InvalidRequest
 from moeserve.observe.stats import HostInfo
@@ -83,9 +83,9 @@ def test_hosts_are_read_back(hosts: dict[int, HostInfo]) -> None:
 
 @given(releases(), st.none() | releases(), st.dictionaries(st.integers(0, 99), HOSTS, max_size=2), st.sampled_from([None, KEYS]))
 def test_an_order_is_read_back(current: Release, candidate: Release | None, hosts: dict[int, HostInfo], keys: KeyPair | None) -> None:
-    order = Order(current, candidate, hosts, Welcome("id", "{}", keys, 2.5), {number: f"why {number}" for number in hosts})
+    order = Order(current, candidate, hosts, Setup("id", "{}", keys, 2.5), {number: f"why {number}" for number in hosts})
     read = Order.from_message(pb.FrontendOrder.FromString(order.to_message().SerializeToString()))
-    assert (read.hosts, read.welcome, read.failing) == (order.hosts, order.welcome, order.failing)
+    assert (read.hosts, read.setup, read.failing) == (order.hosts, order.setup, order.failing)
     assert read.current is not None
     assert_equal(read.current, current)
     assert (read.candidate is None) == (candidate is None)

@@ -64,12 +64,12 @@ def some_weights(
 def some_work(
     counts: tuple[int, ...], num_rows: int, dtype: torch.dtype, hidden_size: int = HIDDEN_SIZE
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden_states [R, H], row_index [N], slots [N], weights [N]; a row may be read by any number of pairs, or by none."""
+    """hidden_states [R, H], row_index [N], local_experts [N], weights [N]; a row may be read by any number of pairs, or by none."""
     generator = torch.Generator().manual_seed(sum(counts))
     hidden_states = torch.randn(num_rows, hidden_size, generator=generator).to(dtype)
     row_index = torch.randint(num_rows, (sum(counts),), generator=generator)
-    slots = torch.repeat_interleave(torch.tensor(counts))
-    return hidden_states, row_index, slots, torch.rand(sum(counts), generator=generator)
+    local_experts = torch.repeat_interleave(torch.tensor(counts))
+    return hidden_states, row_index, local_experts, torch.rand(sum(counts), generator=generator)
 
 
 def every_answer(weights: Stacked, activation: Activation, x: Tensor) -> Tensor:
@@ -97,9 +97,9 @@ def every_answer(weights: Stacked, activation: Activation, x: Tensor) -> Tensor:
 
 
 def expected(weights: Stacked, activation: Activation, work: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-    hidden_states, row_index, slots, pair_weights = work
+    hidden_states, row_index, local_experts, pair_weights = work
     share = [[0.0] * len(hidden_states) for _ in range(len(weights.down_proj))]
-    for row, slot, weight in zip(row_index.tolist(), slots.tolist(), pair_weights.tolist(), strict=True):
+    for row, slot, weight in zip(row_index.tolist(), local_experts.tolist(), pair_weights.tolist(), strict=True):
         share[slot][row] += weight
     answers = every_answer(weights, activation, hidden_states.double())
     return torch.einsum("er,erh->rh", torch.tensor(share, dtype=torch.float64), answers)

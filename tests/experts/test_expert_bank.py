@@ -57,12 +57,12 @@ def test_experts_of_several_sizes_and_one_without_channels(device: str, dtype: t
     parts = [some_weights(1, "swiglu", True, dtype, HIDDEN_SIZE, size) if size else None for size in sizes]
     nothing = FeedForward("swiglu", torch.empty(0, HIDDEN_SIZE, dtype=dtype), torch.empty(HIDDEN_SIZE, 0, dtype=dtype))
     experts = [nothing if part is None else part.experts("swiglu")[0] for part in parts]
-    hidden_states, row_index, slots, pair_weights = work = some_work((3, 2, 40, 1), 20, dtype)
+    hidden_states, row_index, local_experts, pair_weights = work = some_work((3, 2, 40, 1), 20, dtype)
     oracle = torch.zeros(20, HIDDEN_SIZE, dtype=torch.float64)
     for slot, part in enumerate(parts):
         if part is not None:
-            own = slots == slot
-            oracle += expected(part, "swiglu", (hidden_states, row_index[own], torch.zeros_like(slots[own]), pair_weights[own]))
+            own = local_experts == slot
+            oracle += expected(part, "swiglu", (hidden_states, row_index[own], torch.zeros_like(local_experts[own]), pair_weights[own]))
     out = run(ExpertBank(experts, HIDDEN_SIZE, dtype, device=torch.device(device), kernel=kernel), work)
     assert_close(out, oracle, summed=2 * HIDDEN_SIZE + 130 + 46, rounded_to=dtype)
 
@@ -70,12 +70,12 @@ def test_experts_of_several_sizes_and_one_without_channels(device: str, dtype: t
 @pytest.mark.parametrize(("device", "dtype", "kernel"), CASES, ids=str)
 def test_weights_of_what_goes_in_and_a_shared_expert(device: str, dtype: torch.dtype, kernel: Kernel) -> None:
     weights, shared = some_weights(2, "swiglu", False, dtype), some_weights(1, "swiglu", False, dtype, HIDDEN_SIZE, 40)
-    hidden_states, row_index, slots, pair_weights = work = some_work((5, 3, 9), 9, dtype)
+    hidden_states, row_index, local_experts, pair_weights = work = some_work((5, 3, 9), 9, dtype)
     sides = {"shared": shared.experts("swiglu")[0], "device": torch.device(device), "scale_inputs": True, "kernel": kernel}
     bank = ExpertBank(weights.experts("swiglu"), HIDDEN_SIZE, dtype, **sides)
     rounded = pair_weights.to(dtype)
     oracle = torch.zeros(9, HIDDEN_SIZE, dtype=torch.float64)
-    for row, slot, rounded_weight, weight in zip(row_index.tolist(), slots.tolist(), rounded, pair_weights, strict=True):
+    for row, slot, rounded_weight, weight in zip(row_index.tolist(), local_experts.tolist(), rounded, pair_weights, strict=True):
         own, x = hidden_states[row : row + 1], weight.double()
         if slot < 2:
             own, x = own * rounded_weight, torch.ones((), dtype=torch.float64)

@@ -37,7 +37,7 @@ def test_the_compiled_kernels_are_there() -> None:
 
 
 @pytest.mark.parametrize(("device", "dtype", "kernel"), CASES, ids=str)
-def test_experts_come_out_as_they_went_in_and_others_take_their_slots(device: str, dtype: torch.dtype, kernel: Kernel) -> None:
+def test_experts_come_out_as_they_went_in_and_others_take_their_places(device: str, dtype: torch.dtype, kernel: Kernel) -> None:
     old, new = some_weights(3, "geglu", True, dtype), some_weights(5, "geglu", True, dtype)
     bank = bank_of(old, "geglu", dtype, device, kernel)
     changed = bank.replaced({1: new.experts("geglu")[4]})
@@ -60,14 +60,14 @@ def test_deterministic_answers_do_not_depend_on_company_or_threads(data: st.Data
     weights = some_weights(4, "swiglu", True, dtype, 64, 96)
     bank = bank_of(weights, "swiglu", dtype, kernel=kernel, deterministic=True)
     counts = tuple(data.draw(st.lists(st.integers(0, 40), min_size=4, max_size=4).filter(any)))
-    hidden_states, row_index, slots, pair_weights = some_work(counts, data.draw(st.integers(1, 50)), dtype, 64)
+    hidden_states, row_index, local_experts, pair_weights = some_work(counts, data.draw(st.integers(1, 50)), dtype, 64)
     together = torch.full(hidden_states.shape, float("nan"))
-    bank.run(hidden_states, row_index, slots, pair_weights, out=together)
+    bank.run(hidden_states, row_index, local_experts, pair_weights, out=together)
     torch.set_num_threads(1)
     try:
         for row in set(row_index.tolist()):
             own, alone = row_index == row, torch.full((1, 64), float("nan"))
-            bank.run(hidden_states[row : row + 1], row_index[own] * 0, slots[own], pair_weights[own], out=alone)
+            bank.run(hidden_states[row : row + 1], row_index[own] * 0, local_experts[own], pair_weights[own], out=alone)
             assert torch.equal(alone[0], together[row])
     finally:
         torch.set_num_threads(2)
@@ -77,8 +77,8 @@ def test_deterministic_answers_do_not_depend_on_company_or_threads(data: st.Data
 def test_answers_beyond_float16_are_weighed_before_they_are_rounded(kernel: Kernel) -> None:
     weights = some_weights(2, "swiglu", False, torch.float16)
     large = Stacked((weights.gate_up_proj * 300).clamp(-6e4, 6e4), (weights.down_proj * 3000).clamp(-6e4, 6e4))
-    hidden_states, row_index, slots, pair_weights = some_work((4, 4), 8, torch.float16)
-    work = hidden_states, row_index, slots, pair_weights * 1e-6
+    hidden_states, row_index, local_experts, pair_weights = some_work((4, 4), 8, torch.float16)
+    work = hidden_states, row_index, local_experts, pair_weights * 1e-6
     oracle = expected(large, "swiglu", work)
     assert (oracle / pair_weights.min() * 1e6).abs().max() > torch.finfo(torch.float16).max
     assert_close(run(bank_of(large, "swiglu", torch.float16, kernel=kernel), work), oracle, summed=72, rounded_to=torch.float16)

@@ -24,21 +24,23 @@ def works(num_tokens: int, seed: int) -> list[HostWork]:
     return plan(ids, torch.rand(num_tokens, 3, generator=generator), kept, PLACEMENT).works
 
 
-def triples(host: int, rows: torch.Tensor, row_index: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> list[tuple[float, ...]]:
+def triples(
+    host: int, rows: torch.Tensor, row_index: torch.Tensor, local_experts: torch.Tensor, weights: torch.Tensor
+) -> list[tuple[float, ...]]:
     """(host, token, slot, weight) of every pair."""
-    return [(host, *pair) for pair in zip(rows[row_index.long()].tolist(), slots.tolist(), weights.tolist(), strict=True)]
+    return [(host, *pair) for pair in zip(rows[row_index.long()].tolist(), local_experts.tolist(), weights.tolist(), strict=True)]
 
 
 def pairs_of(message: Message) -> list[tuple[float, ...]]:
     """What each destination is asked to compute, read from the message as the hosts read it."""
     found, start = [], 0
-    ends = message.destinations or [(message.host, len(message.slots))]
+    ends = message.destinations or [(message.host, len(message.local_experts))]
     for host, end in ends:
         share = slice(start, end)
-        assert (message.slots[share].diff() >= 0).all()
-        found += triples(host, message.rows, message.row_index[share], message.slots[share], message.weights[share])
+        assert (message.local_experts[share].diff() >= 0).all()
+        found += triples(host, message.rows, message.row_index[share], message.local_experts[share], message.weights[share])
         start = end
-    assert start == len(message.slots)
+    assert start == len(message.local_experts)
     return found
 
 
@@ -47,7 +49,7 @@ def pairs_of(message: Message) -> list[tuple[float, ...]]:
 def test_every_pair_reaches_its_host_once_and_no_row_travels_twice(pattern: str, num_tokens: int, seed: int, nodes: list[str]) -> None:
     planned = works(num_tokens, seed)
     messages = PATTERNS[pattern](planned, dict(enumerate(nodes)))
-    expected = [pair for work in planned for pair in triples(work.host, work.rows, work.row_index, work.slots, work.weights)]
+    expected = [pair for work in planned for pair in triples(work.host, work.rows, work.row_index, work.local_experts, work.weights)]
     assert sorted(pair for message in messages for pair in pairs_of(message)) == sorted(expected)
     for message in messages:
         assert (message.rows.diff() > 0).all() and message.row_index.unique().tolist() == list(range(len(message.rows)))
@@ -58,8 +60,8 @@ def test_every_pair_reaches_its_host_once_and_no_row_travels_twice(pattern: str,
 def test_how_many_messages_there_are() -> None:
     planned = works(20, 0)
     assert len(planned) == HOSTS
-    slots = {(work.host, slot) for work in planned for slot in work.slots.tolist()}
-    assert len(point_to_point(planned, [])) == len(slots) == EXPERTS
+    local_experts = {(work.host, slot) for work in planned for slot in work.local_experts.tolist()}
+    assert len(point_to_point(planned, [])) == len(local_experts) == EXPERTS
     first, second = hierarchical(planned, ["a", "b", "a", "b"])
     assert [destination.host for destination in first.destinations] == [0, 2] and first.pass_on is PassOn.FAN_OUT
     assert [destination.host for destination in second.destinations] == [1, 3]

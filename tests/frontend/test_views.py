@@ -40,7 +40,7 @@ def test_hosts_that_come_and_go_while_a_batch_is_written(change: str, tmp_path: 
 
         async def join() -> None:
             await service.cluster.hosts.take(wider, [Assignment(number, "this-node") for number in range(3)])
-            await service.frontend.welcome(wider)
+            await service.frontend.connect(wider)
 
         async def leave() -> None:
             await service.frontend.forget()

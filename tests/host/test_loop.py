@@ -34,12 +34,12 @@ class CountingBank(ExpertBank):
         self.go = threading.Event()
         self.error: Exception | None = None
 
-    def run(self, hidden_states, row_index, slots, weights, out) -> None:
+    def run(self, hidden_states, row_index, local_experts, weights, out) -> None:
         self.passes.append(len(hidden_states))
         assert self.go.wait(30)
         if self.error is not None:
             raise self.error
-        super().run(hidden_states, row_index, slots, weights, out)
+        super().run(hidden_states, row_index, local_experts, weights, out)
 
 
 @pytest.fixture
@@ -60,21 +60,23 @@ def endpoint(bank: CountingBank, tmp_path: Path) -> Iterator[str]:
 
 
 def send(
-    channel: Channel, rows: int, slots: list[int], layer: int = 5, width: int = HIDDEN, timeout_s: float = 30
+    channel: Channel, rows: int, local_experts: list[int], layer: int = 5, width: int = HIDDEN, timeout_s: float = 30
 ) -> asyncio.Future[Partial]:
-    lease = channel.lease(WorkShape(rows, width, len(slots), torch.float32))
+    lease = channel.lease(WorkShape(rows, width, len(local_experts), torch.float32))
     lease.hidden_states.copy_(torch.arange(rows * width).view(rows, width) / 10)
-    lease.row_index.copy_(torch.arange(len(slots)) % rows)
-    lease.slots.copy_(torch.tensor(slots))
+    lease.row_index.copy_(torch.arange(len(local_experts)) % rows)
+    lease.local_experts.copy_(torch.tensor(local_experts))
     lease.weights.fill_(0.5)
     return channel.send(lease, layer=layer, epoch=1, timeout_s=timeout_s)
 
 
-def expected(rows: int, slots: list[int]) -> torch.Tensor:
+def expected(rows: int, local_experts: list[int]) -> torch.Tensor:
     hidden_states = torch.arange(rows * HIDDEN).view(rows, HIDDEN) / 10
     out = torch.empty(rows, HIDDEN)
-    pair_weights = torch.full((len(slots),), 0.5)
-    ExpertBank(experts(), HIDDEN, torch.float32).run(hidden_states, torch.arange(len(slots)) % rows, torch.tensor(slots), pair_weights, out)
+    pair_weights = torch.full((len(local_experts),), 0.5)
+    ExpertBank(experts(), HIDDEN, torch.float32).run(
+        hidden_states, torch.arange(len(local_experts)) % rows, torch.tensor(local_experts), pair_weights, out
+    )
     return out
 
 
@@ -99,9 +101,9 @@ async def test_what_waits_from_all_frontends_is_computed_in_one_pass(bank: Count
 @pytest.mark.parametrize(
     ("arguments", "error", "sentence"),
     [
-        ({"slots": [0, 3]}, InvalidRequest, "names expert slot 3 of layer 5; this host has 0..2"),
-        ({"slots": [0], "layer": 4}, ExpertUnavailable, "holds no experts of layer 4"),
-        ({"slots": [0], "width": 6}, InvalidRequest, "rows of layer 5 are 8 wide, got 6"),
+        ({"local_experts": [0, 3]}, InvalidRequest, "names local expert 3 of layer 5; this host has 0..2"),
+        ({"local_experts": [0], "layer": 4}, ExpertUnavailable, "holds no experts of layer 4"),
+        ({"local_experts": [0], "width": 6}, InvalidRequest, "rows of layer 5 are 8 wide, got 6"),
     ],
 )
 async def test_work_that_does_not_fit_is_refused_and_harms_no_other(

@@ -80,13 +80,13 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
 def send(
     channel: Channel, destinations: Sequence[int], pass_on: PassOn = PassOn.FAN_OUT, timeout_s: float = 30.0
 ) -> asyncio.Future[Partial]:
-    """Rows 0..2; every destination is asked for slots 0 and 1 of row 0 and for slot 1 of the row of its place."""
+    """Rows 0..2; every destination is asked for local experts 0 and 1 of row 0 and for 1 of the row of its place."""
     shares = [(0, place) for place in range(len(destinations))]
     pairs = [(row, slot) for share in shares for row, slot in ((0, 0), (0, 1), (share[1], 1))]
     lease = channel.lease(WorkShape(ROWS, HIDDEN, len(pairs), torch.float32, len(destinations) if len(destinations) > 1 else 0))
     lease.hidden_states.copy_(torch.arange(ROWS * HIDDEN).view(ROWS, HIDDEN) / 10)
     lease.row_index.copy_(torch.tensor([row for row, _ in pairs]))
-    lease.slots.copy_(torch.tensor([slot for _, slot in pairs]))
+    lease.local_experts.copy_(torch.tensor([slot for _, slot in pairs]))
     lease.weights.fill_(0.5)
     if len(destinations) > 1:
         lease.address([Destination(host, 3 * (place + 1)) for place, host in enumerate(destinations)])
@@ -108,7 +108,7 @@ async def test_shares_are_added_up_and_a_peer_gets_only_the_rows_it_needs(hosts:
     channel = await connect(hosts.infos[0].endpoints[0])
     future = send(channel, [0, 1, 2], pass_on)
     work = await hosts.third_receives()
-    assert not work.destinations and work.row_index.tolist() == [0, 0, 1] and work.slots.tolist() == [0, 1, 1]
+    assert not work.destinations and work.row_index.tolist() == [0, 0, 1] and work.local_experts.tolist() == [0, 1, 1]
     assert torch.equal(work.hidden_states, (torch.arange(ROWS * HIDDEN).view(ROWS, HIDDEN) / 10)[[0, 2]])
     assert (work.layer, work.epoch) == (0, 1)
     work.reply_buffer().fill_(100)

@@ -51,7 +51,7 @@ def test_numbers_lead_back_and_forth(plan: tuple[list[int], PlacementConfig]) ->
         assert layer.logical_of_physical[layer.first_physical].tolist() == list(range(num_experts))
         for expert in range(num_experts):
             physical = layer.first_physical[expert]
-            host, slot = int(layer.host_of_physical[physical]), int(layer.slot_of_physical[physical])
+            host, slot = int(layer.host_of_physical[physical]), int(layer.local_expert_of_physical[physical])
             assert experts_on(layer, host)[slot] == expert
 
 

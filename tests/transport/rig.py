@@ -19,11 +19,11 @@ PATIENCE_S = 10.0
 
 @dataclass(frozen=True)
 class Message:
-    """hidden_states [R, H], row_index [N] int32, slots [N] int32 ascending, weights [N] float32."""
+    """hidden_states [R, H], row_index [N] int32, local_experts [N] int32 ascending, weights [N] float32."""
 
     hidden_states: torch.Tensor
     row_index: torch.Tensor
-    slots: torch.Tensor
+    local_experts: torch.Tensor
     weights: torch.Tensor
 
     @property
@@ -34,7 +34,7 @@ class Message:
     def fill(self, lease: Lease) -> Lease:
         lease.hidden_states.copy_(self.hidden_states)
         lease.row_index.copy_(self.row_index)
-        lease.slots.copy_(self.slots)
+        lease.local_experts.copy_(self.local_experts)
         lease.weights.copy_(self.weights)
         return lease
 

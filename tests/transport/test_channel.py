@@ -36,7 +36,7 @@ async def test_every_field_arrives(rig: Rig) -> None:
         (work,) = await rig.receive(1)
         assert (work.layer, work.epoch) == (2**32 - 1, 2**64 - 1)
         assert before + 39 < work.deadline <= time.monotonic() + 40
-        for name in ("hidden_states", "row_index", "slots", "weights"):
+        for name in ("hidden_states", "row_index", "local_experts", "weights"):
             assert torch.equal(getattr(work, name), getattr(message, name))
         assert work.reply_buffer().shape == message.hidden_states.shape
         answer(work)
@@ -45,16 +45,16 @@ async def test_every_field_arrives(rig: Rig) -> None:
 
 async def test_a_message_to_several_hosts_shows_the_receiver_its_own_share_first(rig: Rig) -> None:
     message = random_message(rows=4, pairs=6)
-    slots = torch.tensor([1, 3, 0, 0, 2, 1], dtype=torch.int32)
+    local_experts = torch.tensor([1, 3, 0, 0, 2, 1], dtype=torch.int32)
     destinations = (Destination(5, 2), Destination(9, 5), Destination(2, 6))
     async with rig.frontend() as channel:
         lease = message.fill(channel.lease(message.shape._replace(destinations=3)))
-        lease.slots.copy_(slots)
+        lease.local_experts.copy_(local_experts)
         lease.address(destinations)
         future = channel.send(lease, layer=1, epoch=2, timeout_s=60, pass_on=PassOn.CHAIN)
         (work,) = await rig.receive(1)
         assert work.destinations == destinations and work.header.pass_on is PassOn.CHAIN
-        assert work.slots.tolist() == [1, 3] and torch.equal(work.request.slots, slots)
+        assert work.local_experts.tolist() == [1, 3] and torch.equal(work.request.local_experts, local_experts)
         assert torch.equal(work.row_index, message.row_index[:2]) and torch.equal(work.request.row_index, message.row_index)
         assert torch.equal(work.weights, message.weights[:2]) and torch.equal(work.request.weights, message.weights)
         cancelled: list[str] = []

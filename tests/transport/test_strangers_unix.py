@@ -74,13 +74,13 @@ def raw_frontend(rig: Rig, greet: bool = True) -> socket.socket:
     sock.connect(rig.endpoint.removeprefix("unix:"))
     if greet:
         fd, memory = create_shared(POOL_BYTES)
-        # indices 0 and slots 0 are valid, so only what the test breaks is broken
+        # indices 0 and local_experts 0 are valid, so only what the test breaks is broken
         memory[:64] = bytes(64)
         socket.send_fds(sock, [HELLO], [fd])
         os.close(fd)
         rig.listener.poll(0)  # accepts
         rig.listener.poll(0)  # reads the greeting
-        assert kind_of(sock.recv(100)) is Kind.WELCOME
+        assert kind_of(sock.recv(100)) is Kind.ACCEPT
     return sock
 
 

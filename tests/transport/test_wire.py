@@ -66,7 +66,7 @@ def test_destinations_and_what_to_do_with_them_must_agree(count: int, way: int) 
         unpack_work(bytes(packet))
 
 
-@given(st.sampled_from([Kind.HELLO, Kind.WELCOME, Kind.REPLY, Kind.CANCEL]), st.integers(0, 2**16 - 1), longs)
+@given(st.sampled_from([Kind.HELLO, Kind.ACCEPT, Kind.REPLY, Kind.CANCEL]), st.integers(0, 2**16 - 1), longs)
 def test_a_note_survives(kind: Kind, code: int, value: int) -> None:
     note = unpack_note(pack_note(kind, code=code, value=value))
     assert (note.kind, note.code, note.value, note.sentence) == (kind, code, value, "")
@@ -126,39 +126,39 @@ def test_sections_lie_apart_aligned_and_inside(shape: WorkShape) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row_index", "slots"), [([0, 3], [0, 1]), ([0, -1], [0, 1]), ([0, 1], [1, 0]), ([0, 1], [-1, 0]), ([0, 1], [0, -(2**31)])]
+    ("row_index", "local_experts"), [([0, 3], [0, 1]), ([0, -1], [0, 1]), ([0, 1], [1, 0]), ([0, 1], [-1, 0]), ([0, 1], [0, -(2**31)])]
 )
-def test_indices_outside_the_message_are_refused(row_index: list[int], slots: list[int]) -> None:
+def test_indices_outside_the_message_are_refused(row_index: list[int], local_experts: list[int]) -> None:
     shape = WorkShape(3, 4, 2, torch.float32)
     layout = layout_of(shape)
     memory = memoryview(bytearray(layout.total_bytes))
     request = sections(memory, shape, layout)
     request.row_index[:] = torch.tensor([2, 0])
-    request.slots[:] = torch.tensor([5, 5])
+    request.local_experts[:] = torch.tensor([5, 5])
     check_indices(memory, shape, layout)
     request.row_index[:] = torch.tensor(row_index)
-    request.slots[:] = torch.tensor(slots)
+    request.local_experts[:] = torch.tensor(local_experts)
     with pytest.raises(MalformedMessage):
         check_indices(memory, shape, layout)
 
 
-def addressed(slots: list[int], destinations: list[tuple[int, int]]) -> tuple[memoryview, WorkShape]:
-    shape = WorkShape(1, 4, len(slots), torch.float32, len(destinations))
+def addressed(local_experts: list[int], destinations: list[tuple[int, int]]) -> tuple[memoryview, WorkShape]:
+    shape = WorkShape(1, 4, len(local_experts), torch.float32, len(destinations))
     layout = layout_of(shape)
     memory = memoryview(bytearray(layout.total_bytes))
-    sections(memory, shape, layout).slots[:] = torch.tensor(slots)
+    sections(memory, shape, layout).local_experts[:] = torch.tensor(local_experts)
     write_destinations(memory, layout, [Destination(*destination) for destination in destinations])
     return memory, shape
 
 
-def test_slots_ascend_for_each_destination_anew() -> None:
+def test_local_experts_ascend_for_each_destination_anew() -> None:
     memory, shape = addressed([2, 5, 0, 0, 1], [(7, 2), (2**32 - 1, 4), (0, 5)])
     destinations = read_destinations(memory, shape, layout_of(shape))
     assert destinations == (Destination(7, 2), Destination(2**32 - 1, 4), Destination(0, 5))
     check_indices(memory, shape, layout_of(shape), 0, destinations)
-    for slots in ([5, 2, 0, 0, 1], [2, 5, 1, 0, 1], [2, 5, -1, 0, 1], [2, 5, 0, 0, -1], [-1, 5, 0, 0, 1]):
-        memory, shape = addressed(slots, [(7, 2), (1, 4), (0, 5)])
-        with pytest.raises(MalformedMessage, match="slots"):
+    for local_experts in ([5, 2, 0, 0, 1], [2, 5, 1, 0, 1], [2, 5, -1, 0, 1], [2, 5, 0, 0, -1], [-1, 5, 0, 0, 1]):
+        memory, shape = addressed(local_experts, [(7, 2), (1, 4), (0, 5)])
+        with pytest.raises(MalformedMessage, match="local experts"):
             check_indices(memory, shape, layout_of(shape), 0, read_destinations(memory, shape, layout_of(shape)))
 
 
