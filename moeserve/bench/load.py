@@ -1,7 +1,7 @@
-"""Load on a service, and what came of it.
+"""Load on a service, and the measured results.
 
-Closed loop: so many requests are under way at any time. Open loop: requests start by the clock, whatever became of earlier ones, and
-latency counts from when a request should have started, so that a service that stalls cannot hide it by slowing the load down
+Closed loop: a fixed number of requests is in progress at any time. Open loop: requests start by the clock, finished or not, and
+latency counts from the time when a request should have started, so a service that stalls cannot hide it by slowing the load down
 ("coordinated omission"; Tene, How NOT to Measure Latency, 2013; as wrk2 does).
 """
 
@@ -22,15 +22,15 @@ from moeserve.api.output import ForwardOutput
 from moeserve.api.tensors import is_finite
 from moeserve.errors import MoEServeError
 
-# A closed loop would otherwise spin on a service that refuses at once.
+# Without it, a closed loop would spin on a service that refuses at once.
 _PAUSE_AFTER_FAILURE_S = 0.05
 _MS = 1000.0
 
-#: sends the request of that number
+#: sends the request with that number
 Send = Callable[[int], Awaitable[ForwardOutput]]
 #: raises WrongAnswer
 Check = Callable[[ForwardOutput], None]
-#: is told the fraction that is done
+#: receives the fraction that is done
 Progress = Callable[[float], None]
 
 
@@ -51,7 +51,7 @@ class Load:
 
 @dataclass
 class Measured:
-    """What came of one load. Times in seconds; requested and dropped count (token, expert) pairs."""
+    """The results of one load. Times in seconds; requested and dropped count (token, expert) pairs."""
 
     load: Load
     latencies_s: list[float] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Measured:
     requested: int = 0
     dropped: int = 0
     elapsed_s: float = 0.0
-    #: how late the latest request left; much of it = this machine could not keep up with the rate
+    #: how late the latest request left; a large value = this machine could not keep up with the rate
     send_lag_s: float = 0.0
 
     @property
@@ -68,7 +68,7 @@ class Measured:
         return self.errors.total()
 
     def as_json(self) -> dict[str, Any]:
-        """Latencies and rates are of the requests that were answered."""
+        """Latencies and rates count answered requests."""
         ordered, load = sorted(self.latencies_s), self.load
         quantiles = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
         return {
@@ -144,7 +144,7 @@ async def _one(number: int, intended: float, send: Send, check: Check, measured:
 
 
 def check_answer(answer: ForwardOutput, like: torch.Tensor) -> None:
-    """Raises WrongAnswer unless there is a finite row of the right kind for every one of `like` [T, H], and every pair is accounted for."""
+    """Raises WrongAnswer unless the answer is finite, has the shape and dtype of `like` [T, H], and accounts for every pair."""
     rows = answer.hidden_states
     if rows.shape != like.shape or rows.dtype != like.dtype:
         raise WrongAnswer(f"the answer is {list(rows.shape)} {rows.dtype}; expected {list(like.shape)} {like.dtype}")
@@ -155,5 +155,5 @@ def check_answer(answer: ForwardOutput, like: torch.Tensor) -> None:
 
 
 def _ranked(ordered: list[float], q: float) -> float:
-    """The nearest-rank quantile: a latency that was measured."""
+    """The nearest-rank quantile: one of the measured latencies."""
     return ordered[max(0, math.ceil(q * len(ordered)) - 1)]

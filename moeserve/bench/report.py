@@ -1,4 +1,4 @@
-"""What `moeserve bench` shows: a progress bar while it runs, then a table or JSON."""
+"""The output of `moeserve bench`: a progress bar while it runs, then a table or JSON."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-# A request that left later than this was kept waiting by this machine, not by the service.
+# A request that left later than this waited for this machine, not for the service.
 _LATE_MS = 50.0
 
 
 @contextmanager
 def progress_bar(num_runs: int) -> Iterator[Callable[[int, float], None]]:
-    """Yields what takes the number of the run and the fraction of it that is done; on stderr, and on a terminal only."""
+    """Yields a function of the run's number and the fraction of it that is done; shows it on stderr, if that is a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
@@ -62,7 +62,7 @@ def print_table(runs: Sequence[dict[str, Any]]) -> None:
         console.print("failed: " + ", ".join(f"{code} {count}" for code, count in errors.most_common()))
     if any(run["send_lag_ms"] > _LATE_MS for run in runs):
         lag_ms = max(run["send_lag_ms"] for run in runs)
-        console.print(f"this machine started requests up to {lag_ms:.0f} ms late; latencies count from when they should have started")
+        console.print(f"this machine started requests up to {lag_ms:.0f} ms late; latencies count from their planned start")
 
 
 def _short(ms: float | None) -> str:

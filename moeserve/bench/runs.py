@@ -18,7 +18,7 @@ from moeserve.bench.stream_sender import StreamSender
 from moeserve.client import AsyncClient, LayerInfo, WireRequest
 from moeserve.errors import UnknownLayer
 
-#: different inputs that are sent in turn, so that not every request asks the same experts
+#: different inputs, sent in turn, so that requests need different experts
 _NUM_INPUTS: Final = 16
 
 
@@ -29,7 +29,7 @@ class Inputs:
         self._dtype, self._with_token_ids, self._seed = dtype, with_token_ids, seed
 
     def make(self, layer: LayerInfo, tokens: int) -> list[WireRequest]:
-        """Requests of so many tokens that are to be sent in turn."""
+        """Requests of so many tokens, to be sent in turn."""
         generator = torch.Generator().manual_seed(self._seed)
         return [
             WireRequest(
@@ -50,7 +50,7 @@ async def run_all(
     warmup_requests: int,
     measured: list[Measured],
 ) -> None:
-    """Each load on the layer called `wanted`; what came of those that are complete is appended to `measured`."""
+    """Runs each load on the layer `wanted`; appends the results of complete runs to `measured`."""
     async with client, sender or contextlib.nullcontext():
         layer = _find(await client.layers(), wanted)
         with progress_bar(len(loads)) as show:

@@ -1,4 +1,4 @@
-"""Requests over one ForwardStream, each awaited by itself."""
+"""Requests over one ForwardStream, awaited one by one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class StreamSender:
         self._sent = 0
 
     async def send(self, request: WireRequest) -> ForwardOutput:
-        """Raises the error that came instead, or DeadlineExceeded."""
+        """The answer. Raises the service's error, or DeadlineExceeded."""
         if self._reader is None or self._reader.done():
             self._outgoing = asyncio.Queue()
             self._reader = asyncio.create_task(self._read(self._outgoing))
@@ -66,7 +66,7 @@ class StreamSender:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._reader is None:
             return
-        # Ended, not cancelled: the service would count a call that failed. What is interrupted has answers to come and is cancelled.
+        # End the stream: cancelling would count as a failed call. An interrupted stream has answers to come and is cancelled.
         if kind is None:
             self._outgoing.put_nowait(None)
             await asyncio.wait({self._reader}, timeout=self._timeout_s)

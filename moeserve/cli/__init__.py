@@ -2,5 +2,5 @@
 
 import os
 
-# gRPC reads it when it is imported; unless told otherwise it writes a line for every connection that does not speak TLS.
+# gRPC reads it when it is imported; by default it writes a line for every connection that does not speak TLS.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _report(error: Exception) -> int:
     show = getattr(error, "show", None)
-    if show is not None:  # click's usage errors know how they want to be shown
+    if show is not None:  # click's usage errors print themselves
         show()
         return EXIT_CONFIGURATION
     known = isinstance(error, MoEServeError)

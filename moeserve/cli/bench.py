@@ -23,10 +23,10 @@ def bench(
     layer: Annotated[str, typer.Option(help="Position of the layer (0 = the first MoE layer) or its name.")] = "0",
     tokens: Annotated[str, typer.Option(help="Tokens of a request; several, as in 1,64,1024 = one run for each.")] = "64",
     concurrency: Annotated[
-        str | None, typer.Option(help="Requests under way at any time; several = one run for each.  [default: 8]")
+        str | None, typer.Option(help="Requests in progress at any time; several = one run for each.  [default: 8]")
     ] = None,
     rate: Annotated[
-        str | None, typer.Option(help="Instead: requests/s to start, whatever became of earlier ones; several = sweep.")
+        str | None, typer.Option(help="Instead: requests to start per second, finished or not; several = sweep.")
     ] = None,
     duration_s: Annotated[float | None, typer.Option(help="Length of a run in seconds.  [default: 5]")] = None,
     requests: Annotated[int | None, typer.Option(help="Instead: requests of a run.")] = None,
@@ -34,15 +34,15 @@ def bench(
     stream: Annotated[bool, typer.Option("--stream", help="Over one ForwardStream instead of a Forward for each request.")] = False,
     token_ids: Annotated[bool, typer.Option("--token-ids", help="Send token ids too; layers with routing = hash need them.")] = False,
     warmup_requests: Annotated[int, typer.Option(help="Requests before each run, not measured.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
     token_file: TokenFile = None,
     tls_ca: TlsCa = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 30.0,
 ) -> int:
-    """Load one layer and show tokens/s, requests/s, latencies, drops and errors; exit 1 when every request failed.
+    """Load one layer and show tokens/s, requests/s, latencies, drops and errors. Exit code 1: every request failed.
 
-    Latency at a --rate counts from when a request should have started, so a service that falls behind cannot hide it.
+    With --rate, latency counts from the time when a request should have started, so a service that falls behind cannot hide it.
     """
     with importing():
         from moeserve.api.tensors import FLOAT_DTYPES
@@ -62,7 +62,7 @@ def bench(
         inputs = Inputs(FLOAT_DTYPES[dtype], token_ids, seed)
         asyncio.run(until_signal(run_all(client, layer_of(layer), loads, inputs, sender, warmup_requests, measured)))
     finally:
-        # After Ctrl-C too: runs that are complete are not lost.
+        # After Ctrl-C too: complete runs are not lost.
         if measured:
             runs = [one.as_json() for one in measured]
             if as_json:
@@ -75,7 +75,7 @@ def bench(
 def _loads(tokens: str, concurrency: str | None, rate: str | None, duration_s: float | None, requests: int | None) -> list[Load]:
     from moeserve.bench.load import Load
 
-    _check(concurrency is None or rate is None, "--concurrency and --rate exclude each other: a rate starts requests by the clock")
+    _check(concurrency is None or rate is None, "--concurrency and --rate exclude each other: --rate starts requests by the clock")
     _check(duration_s is None or requests is None, "--duration-s and --requests exclude each other")
     _check(duration_s is None or 0 < duration_s <= 86_400, f"--duration-s is {duration_s}; allowed: more than 0, at most 86400")
     _check(requests is None or requests > 0, f"--requests is {requests}; allowed: 1 and more")

@@ -1,4 +1,4 @@
-"""Columns that records describe themselves, in tables of a terminal: see `moeserve.observe.records`."""
+"""The columns of records as tables on a terminal: see `moeserve.observe.records`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _TEXT: Final[Mapping[Form, Callable[[Any], str]]] = {"name": str, "text": str, "
 
 
 def add_columns(table: Table, kind: type, **options: Any) -> None:
-    """Those of the records of a kind; `options` are rich's, for each of them."""
+    """Adds the columns of a kind of record; `options` are rich's, for each column."""
     for column in columns(kind):
         is_text = column.form in ("name", "text")
         table.add_column(column.label, **{"justify": "left" if is_text else "right", "no_wrap": not is_text, **options})
 
 
 def cells(record: Any, name_chars: int) -> list[str]:
-    """What stands in them; names are cut to so many characters."""
+    """The cells of one record; names are cut to so many characters."""
     return [_cell(column, getattr(record, column.key), name_chars) for column in columns(record.__class__)]
 
 

@@ -15,7 +15,7 @@ config = typer.Typer(help="Look at a configuration, or import another system's."
 
 @config.command()
 def check(file: Annotated[Path, typer.Argument(help="A TOML configuration or a checkpoint folder.")]) -> None:
-    """Validate a configuration and the checkpoint it names; exit 2 with one sentence when something is wrong."""
+    """Check a configuration and its checkpoint. Exit code 2: something is wrong, and one sentence says what."""
     from moeserve.config import load_config
 
     loaded = load_config(file)
@@ -37,7 +37,7 @@ def import_(
     file: Annotated[Path, typer.Argument(help="The other system's configuration: JSON, YAML or TOML, by its suffix.")],
     system: Annotated[str, typer.Option("--from", help="deepspeed, colossalai, mindformers or trustformers.")],
 ) -> None:
-    """Write another system's configuration as a service configuration (TOML) to the standard output; what it does not carry as comments."""
+    """Convert another system's configuration to TOML on the standard output; what cannot be converted becomes comments."""
     with importing():
         from moeserve.cli.import_file import read_mapping, to_toml
         from moeserve.compat import load

@@ -1,4 +1,4 @@
-"""`moeserve deploy`: put a service on a Ray cluster, where it stays when this command ends."""
+"""`moeserve deploy`: start a service on a Ray cluster, where it keeps running."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def deploy(
     source: Annotated[str, typer.Argument(help="A TOML configuration or a checkpoint folder.")],
     overrides: Overrides,
     keep: Annotated[
-        bool, typer.Option("--keep", help="Stay, and deploy again whenever the service is gone, until Ctrl-C or SIGTERM.")
+        bool, typer.Option("--keep", help="Keep running, and deploy again whenever the service is gone, until Ctrl-C or SIGTERM.")
     ] = False,
 ) -> None:
-    """Put a service on the Ray cluster at --address and return once it is ready; `status`, `scale`, `drain` and `shutdown` act on it."""
+    """Start a service on the Ray cluster at --address, and return when it is ready. `status`, `scale`, `drain` and `shutdown` act on it."""
     tell_start(f"reading {source}")
     config = load_config(source, overrides)
     with importing():
@@ -53,6 +53,6 @@ async def _deploy_and_keep(deployer: Deployer, keep: bool) -> None:
         try:
             await deployer.until_gone()
         except asyncio.CancelledError:
-            tell("stopped; the service stays")
+            tell("stopped; the service keeps running")
             return
-        tell("the service is gone: deploying it again")
+        tell("the service is gone; deploying it again")

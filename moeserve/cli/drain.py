@@ -1,4 +1,4 @@
-"""`moeserve drain`: move the experts of a host to the others, and let it go."""
+"""`moeserve drain`: move the experts of a host to the others, then remove it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def drain(
     admin_token_file: AdminTokenFile,
     tls_ca: TlsCa = None,
 ) -> None:
-    """Place the experts of one host on the others and let it go; no request fails meanwhile."""
+    """Move the experts of one host to the others, then remove it. No request fails meanwhile."""
     with admin_of(target, admin_token_file, tls_ca) as client:
         say(str(client.drain(host)))

@@ -13,14 +13,14 @@ import typer
 from moeserve.config import ServiceConfig
 
 _TABLES = ("server", "model", "placement", "batching", "communication", "resilience", "observability", "controller", "cluster", "ray")
-#: flags and variables that are not called as their key
+#: flags and variables whose names differ from their key
 _NAMES = {("cluster", "kind"): "cluster"}
 Overrides = dict[str, dict[str, Any]]
 Command = Callable[..., None]
 
 
 def with_config_flags(tables: Sequence[str] = _TABLES, without: Collection[str] = ()) -> Callable[[Command], Command]:
-    """Give a command that takes `overrides` one option per scalar key of `tables`; what is set by flag or environment arrives there.
+    """Give a command that takes `overrides` one option per scalar key of `tables`; values of flags and variables arrive there.
 
     `without` are keys that have no meaning for this command.
     """

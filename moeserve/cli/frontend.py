@@ -25,16 +25,16 @@ def frontend(
     frontend_token_file: Annotated[Path, typer.Option(envvar="MOESERVE_FRONTEND_TOKEN_FILE", help="File holding the frontend token.")],
     overrides: Overrides,
     tls_ca: TlsCa = None,
-    name: Annotated[str, typer.Option(help="What people know it by; default: host name and process.")] = "",
+    name: Annotated[str, typer.Option(help="Name in logs and in moeserve status; default: host name and process.")] = "",
     timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for the controller.")] = 60.0,
 ) -> None:
-    """Serve what a controller says, beside any number of others; drains at the end.
+    """Answer requests as one of any number of frontends of a service; it drains at the end.
 
-    The model and how it is served come from the controller; its checkpoint must be at the same path here, as the gate is read from it.
+    The controller sends the configuration. The checkpoint must be at the same path here, because the gate is read from it.
     """
     tell_start(f"following {controller}")
     server = load_server(overrides.get("server", {}))
-    # A controller that asks for certificates is shown this process's own.
+    # This process shows its own certificate to a controller that asks for one.
     tls = TLS(ca=tls_ca, cert=server.tls_cert, key=server.tls_key) if tls_ca else None
     prepare_process()
     asyncio.run(_serve(controller, rotating_token(frontend_token_file), server, tls, name, timeout))

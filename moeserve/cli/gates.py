@@ -1,4 +1,4 @@
-"""The gates of a plan, a line for each that differs: who is chosen, and with what weight."""
+"""The gates of a plan, one line for each different gate: which experts are chosen, with what weight."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def gate_line(source: LayerSource) -> str:
     """What a layer's gate computes, in the order it is computed."""
     spec, gating = source.spec, source.spec.gating
     if gating.routing == "caller":
-        return "stays with the callers, who bring topk_ids and topk_weights"
+        return "stays with the callers, which send topk_ids and topk_weights"
     parts = [
         "logits with a bias" if source.has_router_bias else "",
         f"logits within {gating.logit_softcap:g} by tanh" if gating.logit_softcap is not None else "",
@@ -67,7 +67,7 @@ def _weights(gating: GatingConfig) -> list[str]:
     return [
         "renormalized" if gating.scoring_func == "softmax_topk" else renormalized,
         "" if gating.routed_scaling_factor == 1 else f"times {gating.routed_scaling_factor:g}",
-        "weights multiply what goes in" if gating.scale_inputs else "",
+        "weights multiply the inputs" if gating.scale_inputs else "",
     ]
 
 

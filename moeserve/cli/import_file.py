@@ -1,4 +1,4 @@
-"""Another system's configuration file -> a mapping, and what was made of it -> TOML."""
+"""Another system's configuration file -> a mapping; the converted configuration -> TOML."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _READERS: Mapping[str, Callable[[str], Any]] = {
 
 
 def read_mapping(path: Path) -> Any:
-    """What the file holds. Raises ConfigError when it cannot be read, or its suffix is not one of .json, .toml, .yaml and .yml."""
+    """The content of the file. Raises ConfigError when it cannot be read, or its suffix is not one of .json, .toml, .yaml and .yml."""
     if path.suffix not in _READERS:
         raise ConfigError(f"{path} is of an unknown kind; allowed suffixes: {', '.join(_READERS)}")
     try:
@@ -38,7 +38,7 @@ def read_mapping(path: Path) -> Any:
 def to_toml(imported: ImportedConfig, system: str, source: Path) -> str:
     """The keys that were set, under a comment per note."""
     notes = [f"# {note.field}: {note.what}" for note in imported.notes]
-    # None is how a key is unset, which TOML says by leaving it out.
+    # None = unset; TOML has no null, so the key is left out.
     tables = imported.config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     return "\n".join(
         [f"# imported from {source.name} ({system})", *notes, "", tomli_w.dumps({name: table for name, table in tables.items() if table})]

@@ -27,7 +27,7 @@ def infer(
     ] = False,
     capacity_factor: Annotated[float | None, typer.Option(help="Instead of the layer's; inf = no limit.")] = None,
     noise: Annotated[str | None, typer.Option(help="Instead of the layer's.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Where random numbers start, instead of the layer's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of random numbers, instead of the layer's.")] = None,
     token_file: TokenFile = None,
     tls_ca: TlsCa = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 30.0,

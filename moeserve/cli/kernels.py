@@ -1,4 +1,4 @@
-"""The kernels of a plan, measured on this machine with the threads that a host has."""
+"""The kernels of a plan, measured on this machine with as many threads as a host has."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _QUANTIZED: Final = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 def kernels(sources: Sequence[LayerSource], placement: PlacementConfig) -> Iterator[Table]:
-    """A table for every shape of expert: microseconds per expert for so many rows, of each kernel there is for it."""
+    """A table for every shape of expert: microseconds per expert by number of rows, for every kernel that can compute it."""
     num_threads = max(1, int(placement.cpus_per_host))
     torch.set_num_threads(num_threads)
     seen = set()
@@ -26,7 +26,7 @@ def kernels(sources: Sequence[LayerSource], placement: PlacementConfig) -> Itera
         spec = source.spec
         rows_dtype = FLOAT_DTYPES[spec.dtype]
         dtype = rows_dtype if source.held_as == spec.dtype else _QUANTIZED.get(source.held_as)
-        # Others in few bits, in groups with scales of their own, are decoded in one way.
+        # Other quantized experts have groups with scales; there is one way to decode them.
         if spec.module is None and dtype is not None:
             channels = ExpertShard(0, 0, placement.tensor_parallel).span(spec.intermediate_size)
             width: int = channels.stop - channels.start

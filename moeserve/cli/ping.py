@@ -1,4 +1,4 @@
-"""`moeserve ping`: ask who answers, and whether it is ready."""
+"""`moeserve ping`: ask which process answers, and whether it is ready."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def ping(
     tls_ca: TlsCa = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 5.0,
 ) -> int:
-    """Say in one line who answers: its role, version and epoch, and whether it is ready or why not.
+    """Print the role, version and epoch of the process that answers, and whether it is ready or why not, in one line.
 
-    Exit code 0: it is ready. 3: it is not, or nobody answers.
+    Exit code 0: ready. 3: not ready, or no answer.
     """
     try:
         with AdminClient(target, token_of(token_file) or "", tls=tls_of(tls_ca)) as client:

@@ -1,4 +1,4 @@
-"""`moeserve plan`: show what would be started; starts nothing."""
+"""`moeserve plan`: show what would be started, and start nothing."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from moeserve.config import load_config
 def plan(
     source: Annotated[str, typer.Argument(help="A TOML configuration or a checkpoint folder.")],
     overrides: Overrides,
-    with_kernels: Annotated[bool, typer.Option("--kernels", help="Also measure which kernel is fastest for the experts, here.")] = False,
+    with_kernels: Annotated[bool, typer.Option("--kernels", help="Also measure the fastest kernel for the experts on this machine.")] = False,
 ) -> None:
-    """Show the layers and their gates, which host would hold which experts, and the memory that takes; fail when it does not fit."""
+    """Show the layers, their gates, the experts of each host and their memory; fail when they do not fit."""
     config = load_config(source, overrides)
     with importing():
         from rich.console import Console

@@ -1,4 +1,4 @@
-"""A plan for people: the layers and their gates, which host would hold which experts, and the memory that takes."""
+"""A plan as tables: the layers, their gates, the experts of each host and their memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moeserve.placement import LayerPlacement, Placement
 def tables(
     sources: Sequence[LayerSource], placement: Placement, config: PlacementConfig, nbytes: Sequence[int], with_kernels: bool
 ) -> Iterator[Table]:
-    """nbytes: of the weights on each host. `with_kernels`: also what kernels take, measured here, which takes a while."""
+    """nbytes: of the weights on each host. `with_kernels`: also times of kernels, measured on this machine, which takes a while."""
     yield _layers(sources)
     yield gates(sources)
     yield _hosts(placement, config, nbytes)
@@ -71,7 +71,7 @@ def _capacity(gating: GatingConfig) -> str:
 
 
 def _share(layer: LayerPlacement, host: int) -> float:
-    """Of the layer's work, if every expert were asked equally often and its copies in turn."""
+    """The host's share of the layer's work, if experts and their copies have equal load."""
     on_host = layer.unit_of_physical[layer.host_of_physical == host]
     copies = (layer.copies >= 0).sum(axis=1)
     return float((1 / copies[on_host]).sum()) / layer.num_units

@@ -1,4 +1,4 @@
-"""`moeserve scale`: spread the experts over more hosts, or fewer."""
+"""`moeserve scale`: change the number of hosts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of, number_
 
 def scale(
     target: Target,
-    hosts: Annotated[str, typer.Option(help="How many expert hosts there shall be: a number, or all that the nodes have room for.")],
+    hosts: Annotated[str, typer.Option(help="Number of expert hosts, or all = as many as fit on the nodes.")],
     admin_token_file: AdminTokenFile,
     tls_ca: TlsCa = None,
 ) -> None:
-    """Spread the experts of a running service over another number of hosts; no request fails meanwhile."""
+    """Change the number of hosts of a running service. No request fails meanwhile."""
     with admin_of(target, admin_token_file, tls_ca) as client:
         say(str(client.scale(_number_or_all(hosts))))
 
@@ -26,5 +26,5 @@ def _number_or_all(text: str) -> int | Literal["all"]:
         return "all"
     number = number_in(text)
     if not number:
-        raise typer.BadParameter(f"{text!r} is neither a number of at least 1 nor all", param_hint="--hosts")
+        raise typer.BadParameter(f"{text!r}; allowed: a number of at least 1, or all", param_hint="--hosts")
     return number

@@ -19,7 +19,7 @@ def serve(
     source: Annotated[str, typer.Argument(help="A TOML configuration or a checkpoint folder.")],
     overrides: Overrides,
 ) -> None:
-    """Start (or join) Ray, put the experts on it, serve gRPC until Ctrl-C or SIGTERM, then drain."""
+    """Start expert hosts, serve gRPC until Ctrl-C or SIGTERM, then drain."""
     tell_start(f"reading {source}")
     config = load_config(source, overrides)
     prepare_process()

@@ -1,4 +1,4 @@
-"""What `serve` and `frontend` have in common: from start to end, as signals say."""
+"""What `serve` and `frontend` share: from start to end, as signals decide."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moeserve.files.version import running_version
 
 
 def tell_start(what: str) -> None:
-    """The first line of a verb that takes seconds to be ready, before it imports what it needs."""
+    """The first line of a verb that takes seconds to start, before its imports."""
     tell(f"starting moeserve {running_version()}, {what}")
 
 
@@ -25,7 +25,7 @@ def prepare_process() -> None:
         from moeserve.allocator import give_back_when_quiet, keep_large_blocks
         from moeserve.transport import give_back_pools
 
-    torch.set_num_threads(1)  # idle threads would only spin on the cores of the hosts
+    torch.set_num_threads(1)  # idle threads would spin on the cores of the hosts
     keep_large_blocks()
     give_back_when_quiet(give_back_pools)
 
@@ -44,19 +44,19 @@ class Serving(Protocol):
         ...
 
     async def stop(self) -> None:
-        """Finish what is under way, then end everything."""
+        """Finish running requests, then end everything."""
         ...
 
     async def hurry(self) -> None:
-        """While it stops: do not wait for what is under way."""
+        """While it stops: do not wait for running requests."""
         ...
 
 
 async def serve_until_told(service: Serving, start: Coroutine[Any, Any, None], over: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Serve from the end of `start` until a signal comes, or `over()` returns or raises; then drain.
 
-    A signal before it is ready undoes what has been begun; a second one cuts the drain short. Both raise Ended, a first one while it serves
-    does not. Raises what `start` or `over()` raise, too.
+    A signal before it is ready undoes the start; a second signal cuts the drain short. Both raise Ended. The first signal while it serves
+    does not. Errors of `start` and `over()` are raised, too.
     """
     with heard() as signals:
         first = asyncio.create_task(signals.get())
@@ -65,7 +65,7 @@ async def serve_until_told(service: Serving, start: Coroutine[Any, Any, None], o
         tell(f"ready {service.target}")
         ending = asyncio.create_task(over())
         await asyncio.wait({first, ending}, return_when=asyncio.FIRST_COMPLETED)
-        tell("draining; once more to stop at once")
+        tell("draining; repeat to stop at once")
         second = asyncio.create_task(signals.get()) if first.done() else first
         await _stopped(service, second)
         if ending.done():
@@ -78,7 +78,7 @@ async def _started(service: Serving, start: Coroutine[Any, Any, None], first: as
     starting = asyncio.create_task(start)
     await asyncio.wait({starting, first}, return_when=asyncio.FIRST_COMPLETED)
     if first.done():
-        tell(f"{first.result().name} before it was ready: what has been started is ended")
+        tell(f"{first.result().name} before it was ready: stopping what was started")
         starting.cancel()
         await asyncio.wait({starting})
         if not starting.cancelled() and starting.exception() is None:

@@ -1,7 +1,7 @@
-"""What ends a verb from outside, and how the verb hears of it.
+"""How signals end a verb.
 
-Signals are blocked and waited for in a thread, because Ray, once it is loaded, puts handlers of its own in C++ that abort the process.
-Only a verb that runs neither Ray nor an event loop gets them as Python's handlers do, as an exception.
+Signals are blocked and a thread waits for them, because Ray installs handlers of its own in C++ that abort the process.
+Only a verb without Ray and without an event loop gets them as an exception, from Python's handlers.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Ended(BaseException):  # no KeyboardInterrupt: typer would hide which signal it was
-    """A signal ended this verb; `is_told`: that has been said."""
+class Ended(BaseException):  # not a KeyboardInterrupt: typer would hide which signal it was
+    """A signal ended this verb; `is_told`: the user has been told."""
 
     def __init__(self, number: signal.Signals, *, is_told: bool = False) -> None:
         super().__init__(number)
@@ -41,14 +41,14 @@ def exit_code(number: signal.Signals) -> int:
 
 
 class _Watch:
-    """The thread that waits for signals, and who gets them."""
+    """The thread that waits for signals, and their receiver."""
 
     def __init__(self) -> None:
         self.receive: Callable[[signal.Signals], None] = _pass_on
         self.is_running = False
 
     def run(self) -> None:
-        """From now on, and as long as the process lives; to be called by the main thread, or all others get the signals first."""
+        """Starts watching, for the life of the process. Call it in the main thread; otherwise other threads get the signals first."""
         signal.pthread_sigmask(signal.SIG_BLOCK, _numbers())
         if not self.is_running:
             self.is_running = True
@@ -57,11 +57,11 @@ class _Watch:
     def _wait(self, numbers: set[signal.Signals]) -> None:
         while True:
             number = signal.sigwait(numbers)
-            self.receive(signal.Signals(number))  # whoever it is by now
+            self.receive(signal.Signals(number))
 
 
 def end_at_once() -> None:
-    """Until `raise_ended`: nothing has been begun yet, so a signal ends the process. Before anything else has started threads."""
+    """A signal ends the process, until `raise_ended`: nothing has started yet. Call it before other threads start."""
     _watch.receive = _exit
     _watch.run()
 
@@ -76,8 +76,8 @@ def raise_ended() -> None:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Around imports that take seconds: a signal ends the process at once, instead of leaving a module half made."""
-    if not _watch.is_running:  # the verb is called by a program, whose signals are its own
+    """For imports that take seconds: a signal ends the process at once and leaves no module half imported."""
+    if not _watch.is_running:  # a program calls the verb and handles its own signals
         yield
         return
     end_at_once()
@@ -88,14 +88,14 @@ def importing() -> Iterator[None]:
 
 
 def ignore() -> None:
-    """How the process ends has been decided."""
+    """From now on signals change nothing: the process is ending."""
     for number in _numbers():
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def heard() -> Iterator[asyncio.Queue[signal.Signals]]:
-    """Meanwhile, signals are put into this queue."""
+    """A queue that receives signals meanwhile."""
     import asyncio
 
     loop, numbers = asyncio.get_running_loop(), asyncio.Queue[signal.Signals]()
@@ -112,7 +112,7 @@ def heard() -> Iterator[asyncio.Queue[signal.Signals]]:
 
 
 async def until_signal(work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which a signal cancels. Raises Ended once it has undone what it had begun."""
+    """The result of `work`. A signal cancels it; when it has cleaned up, Ended is raised."""
     import asyncio
 
     with heard() as numbers:
@@ -128,7 +128,7 @@ async def until_signal(work: Coroutine[Any, Any, T]) -> T:
 
 
 def _numbers() -> set[signal.Signals]:
-    """`nohup` ignores SIGHUP so that it shall be ignored."""
+    """Without SIGHUP where `nohup` ignores it."""
     is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return {signal.SIGINT, signal.SIGTERM} | (set() if is_ignored else {signal.SIGHUP})
 

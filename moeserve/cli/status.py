@@ -1,4 +1,4 @@
-"""`moeserve status`: show what is deployed, and where."""
+"""`moeserve status`: show hosts, frontends and layers of a service."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of
 from moeserve.observe.records import plain
 from moeserve.observe.status import HostStatus, ServiceStatus
 
-#: of a node's name or of Ray's id of it
+#: of a node's name, or of its id in Ray
 _NODE_CHARS: Final = 12
 
 
@@ -26,7 +26,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     tls_ca: TlsCa = None,
 ) -> None:
-    """Hosts, frontends and layers of a service: what was asked for, what there is, and what is missing."""
+    """Show hosts, frontends and layers of a service: the desired state, the current state, and what is missing."""
     with admin_of(target, admin_token_file, tls_ca) as client:
         status = client.status()
     if as_json:
@@ -78,5 +78,5 @@ def _layers(status: ServiceStatus) -> Table:
 
 
 def _table(*columns: str) -> Table:
-    """On a narrow terminal what is too long goes on in the next line: an address without its end is of no use."""
+    """On a narrow terminal long cells wrap: a cut address is useless."""
     return Table(*(Column(column, overflow="fold") for column in columns), box=SIMPLE_HEAD)

@@ -1,6 +1,6 @@
-"""What is told to people and what is put out: whether somebody reads it never decides what happens.
+"""Standard output and standard error: readers that leave or do not read never change what the program does.
 
-The standard streams of the process are replaced once, at its start, so this holds for logs, tables and progress bars of libraries, too.
+The standard streams are replaced once, at the start of the process, so this holds for logs, tables and progress bars of libraries, too.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from typing import Final, TextIO
 
 from moeserve.errors import MoEServeError
 
-#: how long a reader who does not read holds this process up, once
+#: how long a reader that does not read delays this process, once
 _PATIENCE_MS: Final = 100
 
 
 def tell(line: str) -> None:
-    """One line for whoever started this, at once."""
+    """Prints one line to standard error, at once."""
     with suppress(OSError, ValueError):
         print(line, file=sys.stderr, flush=True)
 
 
 def say(line: str) -> None:
-    """One line of what has been done, on the standard output."""
+    """Prints one line of results to standard output."""
     with suppress(OSError, ValueError, MoEServeError):
         print(line, flush=True)
 
 
 def is_read() -> bool:
-    """Somebody may still read the standard output: what would go on putting out for ever can end otherwise."""
+    """Whether the standard output may still have a reader; endless output can end otherwise."""
     raw = getattr(sys.stdout, "buffer", None)
     return not (isinstance(raw, _Output) and raw.is_closed_by_reader)
 
 
 def make_safe() -> None:
-    """Replace the standard streams, and put /dev/null in the place of closed ones: files opened later would be taken for them."""
+    """Replaces the standard streams; closed ones become /dev/null, because files opened later would get their numbers."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -51,7 +51,7 @@ def make_safe() -> None:
 
 
 class _Raw(io.RawIOBase):
-    """Writes all of what it is given, unbuffered, so that nothing is left to fail at the end of the process."""
+    """Writes everything unbuffered, so nothing is left to fail at the end of the process."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -76,7 +76,7 @@ class _Raw(io.RawIOBase):
 
 
 class _Output(_Raw):
-    """What the verb is for: a reader who has had enough ends nothing, but what cannot be written is an error."""
+    """Results: a reader that stops early changes nothing, but a failed write is an error."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor)
@@ -87,17 +87,17 @@ class _Output(_Raw):
         while written < len(data) and not self.is_closed_by_reader:
             try:
                 written += os.write(self._descriptor, data[written:])
-            except BlockingIOError:  # somebody who has the same pipe made it so
+            except BlockingIOError:  # another process made this pipe non-blocking
                 self._is_writable(None)
             except OSError as error:
                 if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: a terminal that has hung up
-                    raise MoEServeError(f"the standard output cannot be written: {error.strerror}") from None
+                    raise MoEServeError(f"cannot write to the standard output: {error.strerror}") from None
                 self.is_closed_by_reader = True
         return len(data)
 
 
 class _Told(_Raw):
-    """What is lost when nobody reads it, or there is no room for it."""
+    """Messages: lost when there is no reader, or no room."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor)
@@ -105,7 +105,7 @@ class _Told(_Raw):
 
     def write(self, data: bytes, /) -> int:  # type: ignore[override]
         with suppress(OSError):
-            for begin in range(0, len(data), select.PIPE_BUF):  # so much goes into a pipe that can be written to
+            for begin in range(0, len(data), select.PIPE_BUF):  # a writable pipe takes so much
                 if not self._is_writable(self._patience_ms):
                     self._patience_ms = 0
                     break

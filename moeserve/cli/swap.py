@@ -1,4 +1,4 @@
-"""`moeserve swap`: serve new weights, without a pause."""
+"""`moeserve swap`: replace weights without a pause."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of, number_
 
 def swap(
     target: Target,
-    checkpoint: Annotated[Path, typer.Option(help="Folder of the same model, where the service and its hosts run.")],
+    checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder of the same model, at this path for the service and its hosts.")],
     admin_token_file: AdminTokenFile,
     layer: Annotated[str, typer.Option(help="Name of a served layer; all layers if none is named.")] = "",
     experts: Annotated[str, typer.Option(help="Only these, for example 0,5,7; all of the layer and its gate if none are named.")] = "",
     tls_ca: TlsCa = None,
 ) -> None:
-    """Serve all layers, one, or some of its experts with the weights of another folder, or of new files in the same one.
+    """Replace the weights of all layers, of one layer, or of some of its experts with those of a checkpoint folder.
 
     No request fails meanwhile.
     """

@@ -1,4 +1,4 @@
-"""Where the service is and how it is reached: what every verb that calls one takes."""
+"""Target, token, TLS and timeout: the options of every verb that calls a service."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moeserve.client.arguments import parse_seconds
 Target = Annotated[str, typer.Argument(help="host:port of the service.")]
 TokenFile = Annotated[Path | None, typer.Option(envvar="MOESERVE_TOKEN_FILE", help="File holding the bearer token.")]
 AdminTokenFile = Annotated[Path, typer.Option(envvar="MOESERVE_ADMIN_TOKEN_FILE", help="File holding the admin token.")]
-TlsCa = Annotated[Path | None, typer.Option(envvar="MOESERVE_TLS_CA", help="Certificate authority of the service; turns TLS on.")]
+TlsCa = Annotated[Path | None, typer.Option(envvar="MOESERVE_TLS_CA", help="Certificate authority of the service; turns on TLS.")]
 
 
 def token_of(path: Path | None) -> str | None:
@@ -24,12 +24,12 @@ def token_of(path: Path | None) -> str | None:
 
 
 def timeout_of(seconds: float) -> float | None:
-    """What a client is given; None = no limit. Raises ConfigError for what is no time to wait."""
+    """The timeout of a client; None = no limit. Raises ConfigError when it is not a time to wait."""
     return parse_seconds(seconds, "--timeout")
 
 
 def tls_of(ca: Path | None) -> TLS | None:
-    """What a client is given; None = in the clear."""
+    """The TLS of a client; None = plain text."""
     return TLS(ca=ca) if ca else None
 
 
@@ -45,5 +45,5 @@ def layer_of(text: str) -> int | str:
 
 
 def number_in(text: str) -> int | None:
-    """The number that is all of it, in plain digits and few enough to be one; None = it is something else."""
+    """The number that `text` consists of, in plain digits; None = something else."""
     return int(text) if re.fullmatch("[0-9]{1,18}", text) else None

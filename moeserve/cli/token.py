@@ -1,4 +1,4 @@
-"""Tokens come from files: what stands on a command line can be read by everybody on the machine."""
+"""Tokens come from files: every user of the machine can read a command line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moeserve.files import Rotating, read_secret
 
 
 def read_token(path: Path) -> str:
-    """The token in `path`. Raises ConfigError when it cannot be read, or holds none."""
+    """The token in `path`. Raises ConfigError when the file cannot be read, or holds no token."""
     try:
         text = read_secret(path)
     except OSError as error:
@@ -23,5 +23,5 @@ def read_token(path: Path) -> str:
 
 
 def rotating_token(path: Path) -> Callable[[], str]:
-    """Says the token that is in `path` by then. Raises ConfigError when it cannot be read now."""
+    """A function that returns the current token in `path`. Raises ConfigError when the file cannot be read now."""
     return Rotating((path,), lambda: read_token(path)).current

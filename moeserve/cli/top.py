@@ -1,4 +1,4 @@
-"""`moeserve top`: watch what a running service does."""
+"""`moeserve top`: watch a running service."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from moeserve.observe.summary import as_json as stats_as_json
 
 def top(
     target: Target,
-    once: Annotated[bool, typer.Option("--once", help="One picture, of everything since the service started.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line instead of a picture.")] = False,
-    interval_s: Annotated[float, typer.Option(help="Seconds between two pictures.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Show counts since the service started, once.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line instead of tables.")] = False,
+    interval_s: Annotated[float, typer.Option(help="Seconds between two updates.")] = 1.0,
     token_file: TokenFile = None,
     tls_ca: TlsCa = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 10.0,
 ) -> None:
-    """Hosts, layers, load per expert, drops, queue and latencies of a running service, until Ctrl-C."""
+    """Show hosts, layers, load per expert, drops, queue and latencies of a running service, until Ctrl-C."""
     if not 0 < interval_s <= 3600:
         raise ConfigError(f"--interval-s is {interval_s:g}; allowed: more than 0, at most 3600")
     with Client(target, token=token_of(token_file), tls=tls_of(tls_ca), timeout=timeout_of(timeout)) as client:
         try:
             _top(client, target, once, as_json, interval_s)
         except Ended as ended:
-            raise typer.Exit(ended.exit_code) from None  # as it is meant to end: nothing is to be said
+            raise typer.Exit(ended.exit_code) from None  # the normal end: no message
 
 
 def _top(client: Client, target: str, once: bool, as_json: bool, interval_s: float) -> None:
@@ -58,7 +58,7 @@ def _print_json(client: Client, once: bool, interval_s: float) -> None:
 
 
 def _show(client: Client, target: str, interval_s: float) -> None:
-    """The first answer must come; a service that goes away later is waited for, under its last picture."""
+    """The first answer must come; if the service goes away later, its last numbers stay until it is back."""
     console = Console(highlight=False)
     stats = client.stats()
     picture = view(target, stats, None, console.width, console.height)

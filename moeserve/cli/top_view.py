@@ -1,4 +1,4 @@
-"""One picture of `moeserve top`: a snapshot, and the one before for what is happening now.
+"""What `moeserve top` shows: a snapshot, and the difference to the one before.
 
 E experts of a layer.
 """
@@ -21,17 +21,17 @@ from moeserve.observe.records import columns
 from moeserve.observe.stats import HostStats, LayerStats, ServiceStats
 from moeserve.observe.summary import added, balancedness, demand, forwards, quantile_ms, since
 
-#: eighths of four times an expert's fair share; height tells it where there is no colour
+#: eighths of four times an expert's fair share; height shows load where there is no color
 _BLOCKS: Final = " ▁▂▃▄▅▆▇█"
 _COLOURS: Final = ("#46566b", "#4a6f9c", "#4f8ac9", "#5aa7d6", "#7cc0b4", "#c9c26b", "#e8a94d", "#ec7f45", "#e0493e")
 _HOTTEST: Final = 3
 _MAX_EVENTS: Final = 5
-#: lines of a picture that are neither hosts nor layers
+#: lines that are neither hosts nor layers
 _FRAME_LINES: Final = 21
 
 
 def view(target: str, stats: ServiceStats, before: ServiceStats | None, width: int, height: int | None = None) -> RenderableType:
-    """`before` None = rates since the service started. `height` None = as long as it takes; else layers that do not fit are left out."""
+    """`before` None = rates since the service started. `height` None = no limit; else layers that do not fit are left out."""
     rows = len(stats.layers)
     if height is not None:
         rows = max(1, min(rows, (height - _FRAME_LINES - len(stats.hosts)) // 2))
@@ -107,7 +107,7 @@ def _layers(stats: ServiceStats, before: ServiceStats | None, rows: int, width: 
 
 
 def _heat(layers: Sequence[LayerStats], width: int) -> list[RenderableType]:
-    """Per layer one line of blocks, one per expert or, where they are many, the hottest of several neighbours."""
+    """One line of blocks per layer: one per expert or, if there are many, the hottest of several neighbors."""
     most = max((len(layer.processed_by_expert) for layer in layers), default=0)
     label = len(str(max(0, len(layers) - 1))) + 1
     room = max(1, width - label)
@@ -131,7 +131,7 @@ def _heat(layers: Sequence[LayerStats], width: int) -> list[RenderableType]:
 
 
 def _level(share: float) -> int:
-    """share 1 = what the expert would get if all were alike; 0 only for an expert that was never asked."""
+    """share 1 = an equal share of the load; level 0 only for an expert that received no rows."""
     return min(len(_BLOCKS) - 1, math.ceil(share / 4 * (len(_BLOCKS) - 1)))
 
 
@@ -156,7 +156,7 @@ def _table(width: int, *columns: str) -> Table:
 
 
 def _hottest(wanted: Sequence[int]) -> str:
-    """The experts with the largest part of the layer's demand [E], and that part."""
+    """The experts with the largest shares of the layer's demand [E], and these shares."""
     total = sum(wanted)
     if not total:
         return "-"

@@ -1,6 +1,6 @@
-"""The verbs: found as files of this folder, imported when one is asked for.
+"""The verbs: files of this folder, imported when one runs.
 
-The first line of a verb's file is `moeserve NAME`, a colon, and the sentence that the list of all verbs shows; in the file stands what is
+The first line of a verb's file is `moeserve NAME`, a colon, and the sentence that the list of verbs shows. The file has an object
 called NAME: the function of the verb, or a `typer.Typer` of several.
 """
 
@@ -23,7 +23,7 @@ def _found() -> dict[str, str]:
     """Name -> its line of help."""
     texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))}
     matches = {stem: match for stem, text in texts.items() if (match := _FIRST_LINE.match(text))}
-    assert all(stem == match["name"] for stem, match in matches.items()), "a verb's file is called as the verb"
+    assert all(stem == match["name"] for stem, match in matches.items()), "a verb's file has the name of the verb"
     return {stem: match["help"][:1].upper() + match["help"][1:] for stem, match in matches.items()}
 
 
@@ -50,7 +50,7 @@ class _Verbs(Mapping[str, Any]):
 
 
 class _VerbGroup(TyperGroup):
-    """A list of verbs takes their names and lines; only one that is to run, or to say what it takes, is imported."""
+    """Lists verbs by names and lines; imports a verb only to run it, or to show its options."""
 
     def __init__(self, **more: Any) -> None:
         super().__init__(**more)

@@ -1,1 +1,1 @@
-"""The composition roots: everything put together, and nothing else."""
+"""The composition roots: they connect the parts and do nothing else."""

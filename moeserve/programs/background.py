@@ -16,7 +16,7 @@ from moeserve.release import Release
 
 
 class BackgroundService:
-    """`with serve(...) as service: Client(service.target)`; stops what it started on the way out."""
+    """`with serve(...) as service: Client(service.target)`; leaving the block stops the service."""
 
     def __init__(self, config: ServiceConfig, progress: Progress) -> None:
         self._service = Service(config, progress)
@@ -34,11 +34,11 @@ class BackgroundService:
 
     @property
     def failure(self) -> MoEServeError | None:
-        """Why the service has ended, or is about to, by itself: it could not go on. None = it goes on, or was asked to stop."""
+        """Why the service cannot continue and has ended, or is about to. None = it runs, or was asked to stop."""
         return self._service.failure
 
     def start(self) -> None:
-        """Blocks until the service is ready; Ctrl-C undoes what has been begun. Raises what `Service.start` raises."""
+        """Blocks until the service is ready; Ctrl-C undoes the start. Raises what `Service.start` raises."""
         self._thread.start()
         starting: list[asyncio.Task[None]] = []
         try:
@@ -50,7 +50,7 @@ class BackgroundService:
         self._ending = self._thread.submit(self._stop_when_asked())
 
     def stop(self) -> None:
-        """Drain, then stop everything; idempotent. A service that could not go on has done that by itself, and `failure` says why."""
+        """Drain, then stop everything; idempotent. A service that cannot continue stops by itself, and `failure` says why."""
         if self._thread.is_running:
             self._thread.soon(self._service.controller.ask_to_stop)
             self._ending.result()
@@ -66,19 +66,19 @@ class BackgroundService:
     def swap(self, layer: str, checkpoint: str | Path, experts: Sequence[int] | None = None) -> int:
         """Serve a layer, or some of its experts, with the weights of another folder; no request fails meanwhile.
 
-        Returns the layer's new revision, which answers name. Raises MoEServeError; then nothing has changed.
+        Returns the layer's new revision (`model_revision` of answers). Raises MoEServeError; then nothing has changed.
         """
         return self._change(self._service.controller.swap(layer, Path(checkpoint), experts)).revision(layer)
 
     def scale(self, num_hosts: int | Literal["all"]) -> int:
-        """Spread the experts over so many hosts, or over all that the nodes hold; no request fails meanwhile.
+        """Change the number of hosts; "all" = as many as fit on the nodes. No request fails meanwhile.
 
         Returns the epoch. Raises ConfigError.
         """
         return self._change(self._service.controller.scale(num_hosts)).epoch
 
     def drain_host(self, host: str) -> int:
-        """Place the experts of a host on the others and let it go; no request fails meanwhile. Returns the epoch. Raises ConfigError."""
+        """Move the experts of a host to the others, then remove it; no request fails meanwhile. Returns the epoch. Raises ConfigError."""
         return self._change(self._service.controller.drain(host)).epoch
 
     def _change(self, change: Coroutine[Any, Any, Release]) -> Release:
@@ -112,9 +112,9 @@ def serve(
 ) -> BackgroundService:
     """Start a service from a TOML file, a checkpoint folder or a mapping, in this process; blocks until it is ready.
 
-    `cluster` is what hosts run on, instead of what the source says. "ray" starts a local Ray if this process is not connected to one.
-    "threads" needs no Ray and is ready in about two seconds: hosts are threads of this process, none is pinned to cores, and a crash of one
-    is a crash of all. Use as a context manager or call `stop`. Raises ConfigError and its kin with one sentence.
+    `cluster` overrides `cluster.kind` of the source. "ray" starts a local Ray if this process is not connected to one.
+    "threads" needs no Ray and is ready in about two seconds: hosts are threads of this process, not pinned to cores, and a crash of one
+    is a crash of all. Use it as a context manager, or call `stop`. Raises ConfigError or another MoEServeError with one sentence.
     """
     config = source if isinstance(source, ServiceConfig) else load_config(source)
     if cluster is not None:

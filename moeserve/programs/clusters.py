@@ -1,4 +1,4 @@
-"""Which cluster a configuration asks for."""
+"""The cluster of a configuration."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Final
 from moeserve.cluster.cluster import Cluster
 from moeserve.config import ServedModel, ServiceConfig
 
-#: by cluster.kind; imported when asked for, as threads need no Ray
+#: by cluster.kind; imported when needed, because threads need no Ray
 _KINDS: Final = {"ray": "moeserve.cluster.ray_cluster:RayCluster", "threads": "moeserve.cluster.threads:ThreadCluster"}
 
 
 def cluster_of(config: ServiceConfig) -> Cluster:
-    """The one that `serve` runs hosts on, not started yet."""
+    """The cluster that `serve` runs hosts on, not started yet."""
     kind = resolve_name(_KINDS[config.cluster.kind])
     cluster: Cluster = kind(config.only(ServedModel), config.placement, config.ray)
     return cluster

@@ -1,4 +1,4 @@
-"""What decides which hosts there are and what they hold, on whatever cluster they run."""
+"""The controller as a program: decides which hosts run and what they hold, on any cluster."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Tell = Callable[[str], None]
 
 
 class ControllerProgram:
-    """`prepare`, let administrators and frontends in, `bring_up`, `keep`; `stop` undoes all of it.
+    """Call `prepare`, then listen for administrators and frontends, then `bring_up` and `keep`; `stop` undoes all of it.
 
-    Where the cluster's store holds the state of an earlier incarnation, its hosts and frontends are found again. `tell` hears, in words,
-    how it goes.
+    If the cluster's store holds the state of an earlier incarnation, its hosts and frontends are adopted. `tell` receives lines of
+    progress.
     """
 
     def __init__(self, config: ServiceConfig, cluster: Cluster, tell: Tell) -> None:
@@ -39,12 +39,12 @@ class ControllerProgram:
         self._prepared: _Prepared | None = None
         self._is_first = True
         self._tasks: set[asyncio.Task[None]] = set()
-        #: what hosts said of themselves when they were started
+        #: hosts as they described themselves when they started
         self.hosts: list[HostInfo] = []
 
     @property
     def layers(self) -> ServedLayers:
-        """What the configuration serves."""
+        """The layers of the configuration."""
         return self._known.layers
 
     @property
@@ -54,16 +54,16 @@ class ControllerProgram:
 
     @property
     def frontends(self) -> Frontends:
-        """Those that follow."""
+        """The frontends that follow this controller."""
         return self._known.frontends
 
     @property
     def saved(self) -> Saved:
-        """What the next incarnation will know."""
+        """The state that the next incarnation will load."""
         return self._known.saved
 
     async def prepare(self, *, is_followed: bool) -> None:
-        """Until it is known what is served and where; `is_followed`: frontends of other processes reach hosts, too.
+        """Decide what is served and where; `is_followed`: frontends of other processes reach hosts, too.
 
         Raises ConfigError, before anything starts where that is possible.
         """
@@ -86,7 +86,7 @@ class ControllerProgram:
         self._running.push_async_callback(cluster.hosts.stop)
 
     async def bring_up(self) -> None:
-        """Until every host can be asked. Raises what a host raised, or ExpertUnavailable when the cluster is lost meanwhile."""
+        """Start or adopt hosts, until all are ready. Raises a host's error, or ExpertUnavailable when the cluster is lost meanwhile."""
         hosts, state = self.cluster.hosts, self.saved.state
         await hosts.admit(self.saved.frontend_keys)
         if self._is_first:
@@ -100,36 +100,36 @@ class ControllerProgram:
         self._later(hosts.watch(self.frontends.directory))
 
     async def keep(self) -> None:
-        """From now on, follow nodes and hosts; those that followed an earlier incarnation are waited for first."""
+        """Reconcile from now on; first wait for frontends of an earlier incarnation."""
         if not self._is_first:
             await self.frontends.until_back(timing.BACK_S)
         self._later(self.controller.keep())
 
     async def lost(self) -> Loss:
-        """Until hosts that end cannot come back: those that there are serve on."""
+        """Returns when hosts cannot be restarted any more; running hosts keep serving."""
         loss = await self.cluster.lost()
-        log.error("no host that is lost will come back: %s", loss.why)
+        log.error("hosts cannot be restarted any more: %s", loss.why)
         self._stop_tasks()
-        self.cluster.hosts.lose(f"no host comes back: {loss.why}")
+        self.cluster.hosts.lose(f"hosts cannot be restarted: {loss.why}")
         self.frontends.set_failing(self.cluster.hosts.failing)
         return loss
 
     async def failed(self) -> None:
-        """Until something fails that goes on until the end. Raises what it raised."""
+        """Raises the error of the first background task that fails."""
         while True:
             done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
 
     async def stop(self) -> None:
-        """End the hosts, and what was started; nothing is left for another incarnation."""
+        """End the hosts and everything that was started, and delete the saved state."""
         tasks = self._stop_tasks()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._running.aclose()
         self.cluster.store.clear()
 
     def remember(self, **changes: Any) -> None:
-        """Something that the next incarnation must know is different now."""
+        """Save changes for the next incarnation."""
         self._known.saved = replace(self._known.saved, **changes)
         self.cluster.store.save(self._known.saved.to_bytes())
 
@@ -146,7 +146,7 @@ class ControllerProgram:
         return saved
 
     async def _admit(self, public_keys: frozenset[str]) -> None:
-        """Hosts let these frontends in, and a later incarnation knows."""
+        """Hosts accept these frontends from now on; a later incarnation knows them."""
         self.remember(frontend_keys=tuple(sorted(public_keys)))
         await self.cluster.hosts.admit(public_keys)
 
@@ -173,7 +173,7 @@ class ControllerProgram:
         )
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
-        """Beside everything else, until the end."""
+        """Run in the background, until `stop`."""
         self._tasks.add(asyncio.create_task(work))
 
     def _stop_tasks(self) -> set[asyncio.Task[None]]:
@@ -187,7 +187,7 @@ class ControllerProgram:
             await asyncio.wait({working, losing}, return_when=asyncio.FIRST_COMPLETED)
             if not working.done():
                 self.cluster.hosts.lose(losing.result().why)
-                raise ExpertUnavailable(f"no host can be started: {losing.result().why}")
+                raise ExpertUnavailable(f"hosts cannot be started: {losing.result().why}")
             await working
         finally:
             for task in (working, losing):
@@ -196,19 +196,19 @@ class ControllerProgram:
 
 
 class _Prepared:
-    """What there is once a controller knows what it serves."""
+    """What a controller has after `prepare`."""
 
     def __init__(self, layers: ServedLayers, controller: Controller, frontends: Frontends, saved: Saved) -> None:
         self.layers, self.controller, self.frontends, self.saved = layers, controller, frontends, saved
 
 
 def _say_what_changed(release: Release, layers: ServedLayers) -> None:
-    """What hosts and frontends hold stays in force, and may be swapped; nobody takes more of what is not there any more as it was.
+    """Log whether files have changed since the release was made: they are not read again, but a swap can replace them.
 
-    Raises CheckpointChanged when even the layers are others.
+    Raises CheckpointChanged when the number of layers differs.
     """
     if len(layers.sources) != len(release.placement.layers):
-        raise CheckpointChanged(f"{len(release.placement.layers)} layers are served, and the checkpoint has {len(layers.sources)} now")
+        raise CheckpointChanged(f"the service has {len(release.placement.layers)} layers, and the checkpoint has {len(layers.sources)} now")
     try:
         for source in release.sources(layers):
             source.check()

@@ -1,4 +1,4 @@
-"""Putting a service on a Ray cluster, where it stays."""
+"""Starting a service on a Ray cluster, where it keeps running."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _CONTROLLER = "controller"
 
 
 class Deployer:
-    """This process, joined to the cluster at ray.address; `close` leaves the cluster and what is deployed there alone."""
+    """A connection to the cluster at ray.address; `close` disconnects and leaves the service running."""
 
     def __init__(self, config: ServiceConfig) -> None:
         """Raises ConfigError for a configuration that cannot be deployed."""
         if config.cluster.kind != "ray":
-            raise ConfigError(f"cluster.kind is {config.cluster.kind!r}; a service is deployed on a Ray cluster")
+            raise ConfigError(f"cluster.kind is {config.cluster.kind!r}; allowed with deploy: 'ray'")
         if config.ray.address is None:
-            raise ConfigError("ray.address is not set: a service is deployed on a Ray cluster that runs, for example --address auto")
+            raise ConfigError("ray.address is not set; deploy needs a running Ray cluster, for example --address auto")
         if config.server.admin_token_file is None:
-            raise ConfigError("server.admin_token_file is not set: with its token a deployed service is asked for a status and shut down")
+            raise ConfigError("server.admin_token_file is not set; status and shutdown of a deployed service need its token")
         controller_address(config.server, config.controller)
         self._config = config
         self._runtime = RayRuntime(config.ray, config.placement)
@@ -45,21 +45,21 @@ class Deployer:
         self._runtime.stop()
 
     async def until_gone(self) -> None:
-        """Until no service is deployed in this namespace any more."""
+        """Returns when no service is deployed in this namespace any more."""
         there = True
         while there:
             await asyncio.sleep(GONE_LOOK_S)
             there = await asyncio.to_thread(self._find) is not None
 
     async def deploy(self, tell: Tell) -> Deployed:
-        """Until the service is ready, which it may have been before; `tell` hears, in words, how that goes.
+        """Deploy, or find the same service deployed already, and wait until it is ready; `tell` receives lines of progress.
 
-        Raises ConfigError when it cannot be deployed, or another one is; then nothing has changed.
+        Raises ConfigError when it cannot be deployed, or another service is; then nothing has changed.
         """
         there = self._find()
         deployed: Deployed = await there.ready() if there is not None else await self._new(tell)
         if deployed.is_ending:
-            tell(f"the service at {deployed.controller} is being shut down: waiting until it has ended")
+            tell(f"the service at {deployed.controller} is shutting down; waiting until it has ended")
             await self.until_gone()
             deployed = await self._new(tell)
         if deployed.config_json != self._config.model_dump_json():

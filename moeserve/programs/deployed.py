@@ -1,4 +1,4 @@
-"""The controller of a service that stays on a Ray cluster: what its actor does, from its start to its end."""
+"""The controller of a deployed service, as its actor runs it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Deployed:
-    """host:port of the controller and of the frontends that it has started; the configuration as JSON; is_ending = it is shut down."""
+    """host:port of the controller and of its frontends; the configuration as JSON; is_ending = it is shutting down."""
 
     controller: str
     frontends: Sequence[str]
@@ -33,7 +33,7 @@ class Deployed:
 
 
 class DeployedController:
-    """A `ControllerProgram` with a port of its own, and the frontends that it starts. A later incarnation finds what is there."""
+    """A `ControllerProgram` with a port of its own, and the frontends that it starts. A later incarnation adopts hosts and frontends."""
 
     def __init__(self, config: ServiceConfig, tell: Tell) -> None:
         self._config = config
@@ -47,7 +47,7 @@ class DeployedController:
         self._is_ending = False
 
     async def start(self) -> None:
-        """Until hosts and frontends are ready. When something fails, a first incarnation stops what it has started."""
+        """Returns when hosts and frontends are ready. If something fails, a first incarnation stops what it has started."""
         is_first = self._program.cluster.store.load() is None
         try:
             await self._start(is_first)
@@ -57,7 +57,7 @@ class DeployedController:
             raise
 
     async def stop(self) -> None:
-        """Frontends drain, hosts leave, and nothing of the service remains but this process."""
+        """Drain frontends and end hosts; only this process is left."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -68,7 +68,7 @@ class DeployedController:
         await self._program.stop()
 
     def describe(self) -> Deployed:
-        """What whoever deploys it is told."""
+        """For the process that deploys the service."""
         frontends = [] if self._actors is None else self._actors.targets
         return Deployed(self._target, frontends, self._config.model_dump_json(), self._is_ending)
 
@@ -84,7 +84,7 @@ class DeployedController:
             self._later(work)
 
     async def _listen(self) -> FrontendActors:
-        """Before the weights are there: who asks for a status meanwhile gets one. Returns what starts frontends that follow here."""
+        """Listen before weights are loaded, so status is available meanwhile. Returns what starts frontends that follow this controller."""
         program, where = self._program, self._config.controller
         control = Control(program.frontends, frontend_tokens(where, program.saved.frontend_token))
         address = controller_address(self._config.server, where)
@@ -97,7 +97,7 @@ class DeployedController:
         return FrontendActors(self._config, port, program.saved.frontend_token, self._tell)
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
-        """Beside everything else, until the end."""
+        """Run in the background, until `stop`."""
         self._tasks.add(asyncio.create_task(_or_restart(work)))
 
     async def _end_when_asked(self) -> None:
@@ -109,13 +109,13 @@ class DeployedController:
 
 
 async def _or_restart(work: Coroutine[Any, Any, None]) -> None:
-    """One that fails ends this process, and the next incarnation begins anew."""
+    """A failure ends this process; Ray starts the next incarnation."""
     try:
         await work
     except Exception:
-        log.exception("the controller cannot go on; Ray starts it again")
+        log.exception("the controller failed; Ray restarts it")
         os._exit(1)
 
 
 def _ignore(_method: str, _code: str, _seconds: float) -> None:
-    """Nobody counts what administrators ask."""
+    """Calls of administrators are not counted."""

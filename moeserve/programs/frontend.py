@@ -1,4 +1,4 @@
-"""A frontend as a program, one of any number: follows a controller, serves gRPC and metrics; needs no Ray."""
+"""A frontend as a program: follows a controller, serves gRPC and metrics; needs no Ray."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ log = logging.getLogger(__name__)
 
 
 class FrontendProgram:
-    """`start` it, use `target`, `stop` it. When `broken` is done, it cannot go on: stop it, and tell why.
+    """`start` it, use `target`, `stop` it. When `broken` is done, it cannot continue: stop it.
 
-    Listens as `server` says; what it serves, and how, is told by `orders`. `node` is the Ray node that this process is on, if any: hosts
-    there are reached through memory. `admin` and `control` are of a controller in this process, which is served on the same port; `layers`
-    are those that it has read.
+    `server` says where it listens; `orders` say what it serves, and how. `node` is the Ray node of this process, if any: hosts
+    there are reached through memory. `admin` and `control` belong to a controller in this process and are served on the same port; `layers`
+    are the ones it has read.
     """
 
     def __init__(
@@ -65,23 +65,23 @@ class FrontendProgram:
 
     @property
     def frontend(self) -> Frontend:
-        """What answers requests, once it is known what to serve."""
+        """The engine that answers requests, once it is known what to serve."""
         assert self._frontend is not None, "a frontend that has been opened"
         return self._frontend
 
     @property
     def public_key(self) -> str:
-        """What it shows to hosts on other nodes, Z85; "" until a controller has given it keys."""
+        """Its key for hosts on other nodes, Z85; "" until a controller has given it keys."""
         return self._follower.report.public_key
 
     @property
     def metrics(self) -> Metrics:
-        """Of this frontend, once it is known what to serve."""
+        """The metrics of this frontend, once it is known what to serve."""
         assert self._metrics is not None, "a frontend that has been opened"
         return self._metrics
 
     async def start(self, timeout_s: float = 60.0) -> None:
-        """`open`, and wait until it is `ready`; when that fails, what was started is stopped again. Raises what these raise."""
+        """`open`, and wait until it is `ready`; after a failure everything is stopped again. Raises what these raise."""
         try:
             await self.open(timeout_s)
             await self.ready()
@@ -90,10 +90,10 @@ class FrontendProgram:
             raise
 
     async def open(self, timeout_s: float = 60.0) -> None:
-        """Until it listens and knows what to serve; health says NOT_SERVING, and requests wait for the hosts.
+        """Listen, and wait until it is known what to serve. Health says NOT_SERVING, and requests wait for the hosts.
 
-        Raises ServiceUnreachable when the controller was not reached within `timeout_s`, Unauthenticated or PermissionDenied when it does
-        not let this frontend follow, ConfigError when what it serves cannot be served here.
+        Raises ServiceUnreachable when the controller was not reached within `timeout_s`, Unauthenticated or PermissionDenied when it
+        refuses this frontend, ConfigError when this frontend cannot serve what it says.
         """
         self.target = join(self._host, await self._grpc.start())
         self._follower.say(target=self.target)
@@ -104,11 +104,11 @@ class FrontendProgram:
         await self._until(self._known)
 
     async def ready(self) -> None:
-        """Until every expert can be reached. Raises ConfigError when what it serves cannot be served here."""
+        """Returns when every expert can be reached. Raises ConfigError when this frontend cannot serve what the controller says."""
         await self._until(self._ready)
 
     async def ailing(self) -> None:
-        """Until some expert cannot be reached."""
+        """Returns when some expert cannot be reached."""
         await self._health.until(lambda: not all(self._healthy))
 
     async def stop(self) -> None:
@@ -131,12 +131,12 @@ class FrontendProgram:
         await self._grpc.stop()
 
     def enter(self, frontend: Frontend, metrics: Metrics) -> None:
-        """What is served is known."""
+        """The follower calls it when it is known what to serve."""
         host, port = self._server.host, self._server.metrics_port
         try:
             self._page = StatusPage(host, port, metrics.registry, frontend.stats)
         except OSError as error:
-            raise ConfigError(f"server.metrics_port: {join(host, port)} cannot be listened on: {error.strerror}") from None
+            raise ConfigError(f"server.metrics_port: {join(host, port)} cannot listen: {error.strerror}") from None
         self.metrics_target = join(self._host, self._page.port)
         self._follower.say(metrics_target=self.metrics_target)
         self._frontend, self._metrics, self._healthy = frontend, metrics, [False] * len(frontend.layers)
@@ -160,7 +160,7 @@ class FrontendProgram:
             self._metrics.observe_call(method, code, seconds)
 
     async def _until(self, event: asyncio.Event) -> None:
-        """Raises what keeps it from going on before."""
+        """Waits for `work`; raises the error that breaks this frontend meanwhile."""
         happening = asyncio.create_task(event.wait())
         ends: set[asyncio.Future[Any]] = {happening, self.broken}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -175,6 +175,6 @@ class FrontendProgram:
             if not self.broken.done():
                 self.broken.set_result(error)
         except Exception as error:
-            log.exception("this frontend cannot go on")
+            log.exception("this frontend failed")
             if not self.broken.done():
                 self.broken.set_result(MoEServeError(f"this frontend failed: {type(error).__name__}: {error}"))

@@ -1,4 +1,4 @@
-"""What the process of a frontend does that a controller has started."""
+"""The process of a frontend that a controller starts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class DeployedFrontend:
-    """A `FrontendProgram` in an actor: it follows the controller that has started it."""
+    """A `FrontendProgram` in an actor: it follows the controller that started it."""
 
     def __init__(self, config: ServiceConfig, name: str, controller: str, token: str, tell: Callable[[str], None]) -> None:
         self._config = config
@@ -36,7 +36,7 @@ class DeployedFrontend:
         give_back_when_quiet(give_back_pools)
 
     async def start(self) -> None:
-        """Until every expert can be reached. Raises what `FrontendProgram.start` raises."""
+        """Returns when every expert can be reached. Raises what `FrontendProgram.start` raises."""
         orders = GrpcOrders(self._controller, self._token, self._tls())
         self._frontend = FrontendProgram(self._config.server, orders, name=self._name, node=this_node(), progress=self._tell)
         await self._frontend.start(self._config.resilience.request_timeout_s)
@@ -61,5 +61,5 @@ class DeployedFrontend:
 
     async def _end_when_broken(self, frontend: FrontendProgram) -> None:
         error = await frontend.broken
-        log.error("this frontend cannot go on; Ray starts it again: %s", error)
+        log.error("this frontend failed; Ray restarts it: %s", error)
         os._exit(1)

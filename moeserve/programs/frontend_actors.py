@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class FrontendActors:
-    """controller.frontends of them, found again or started, and replaced when Ray has given them up."""
+    """As many as controller.frontends, found again or started, and replaced when Ray has given them up."""
 
     def __init__(self, config: ServiceConfig, control_port: int, token: str, tell: Callable[[str], None]) -> None:
         self._config = config
@@ -39,11 +39,11 @@ class FrontendActors:
         return [self._targets[name] for name in self._names if name in self._targets]
 
     async def start(self) -> None:
-        """Until all are ready. Raises what kept one from starting."""
+        """Returns when all are ready. Raises the error of one that cannot start."""
         await asyncio.gather(*map(self._have, self._names))
 
     async def keep(self) -> None:
-        """Replace those that are gone for good, or cannot start, until cancelled."""
+        """Replace frontends that are gone for good, or cannot start, until cancelled."""
         await asyncio.gather(*map(self._keep, self._names))
 
     async def _keep(self, name: str) -> None:
@@ -51,7 +51,7 @@ class FrontendActors:
             try:
                 await self._have(name)
             except MoEServeError as error:
-                log.warning("%s is replaced: %s", name, error)
+                log.warning("replacing %s: %s", name, error)
                 self._drop(name)
             await asyncio.sleep(FRONTENDS_LOOK_S)
 
@@ -62,7 +62,7 @@ class FrontendActors:
             actor.kill()
 
     async def stop(self) -> None:
-        """They drain and leave."""
+        """Drain and end all of them."""
         found = [ProgramActor.find(name, self._config.ray.namespace) for name in self._names]
         timeout_s = self._config.server.drain_timeout_s + FRONTENDS_LOOK_S
         await asyncio.gather(*(actor.stop(timeout_s) for actor in found if actor is not None))

@@ -12,7 +12,7 @@ from moeserve.control.follow import Order, Report
 
 
 class GrpcOrders:
-    """Those of the controller at "host:port", to which `token` admits, or what that says at each attempt. Raises ConfigError."""
+    """Orders of the controller at "host:port". `token` is a token, or a function called at each attempt. Raises ConfigError."""
 
     def __init__(self, controller: str, token: str | Callable[[], str], tls: TLS | None = None) -> None:
         self.controller = parse_target(controller, "controller")

@@ -1,4 +1,4 @@
-"""Orders of a controller in this process: what is said arrives as it is."""
+"""Orders of a controller in this process, passed on as objects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moeserve.errors import ServiceUnreachable
 
 
 class InProcessOrders:
-    """Those that `frontends` gets."""
+    """Orders from `frontends`."""
 
     controller = None
 
@@ -22,7 +22,7 @@ class InProcessOrders:
 
     @asynccontextmanager
     async def follow(self) -> AsyncIterator[_Stream]:
-        """One attempt; it ends when the controller lets go of this frontend."""
+        """One attempt; the stream ends when the controller removes this frontend."""
         stream = _Stream(self.frontends)
         try:
             yield stream
@@ -48,7 +48,7 @@ class _Stream:
         self._orders = self._orders or self._frontends.orders(await self._member)
         async for order in self._orders:
             return order
-        raise ServiceUnreachable("the controller in this process has let go of this frontend")
+        raise ServiceUnreachable("the controller in this process closed the stream of this frontend")
 
     def close(self) -> None:
         if self._member.done():

@@ -1,4 +1,4 @@
-"""Both programs in one process: a controller, and a frontend that follows it as any other does."""
+"""Both programs in one process: a controller, and a frontend that follows it like any other."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Progress = Callable[[str], None]
 
 
 class Service:
-    """One service in this process: `start` it, use `target`, `stop` it. `progress` is told, in words, how the start goes.
+    """One service in this process: `start` it, use `target`, `stop` it. `progress` receives lines while it starts.
 
-    `cluster`: what its hosts run on; None = what the configuration says.
+    `cluster`: where its hosts run; None = as the configuration says.
     """
 
     def __init__(self, config: ServiceConfig, progress: Progress = log.info, cluster: Cluster | None = None) -> None:
@@ -37,25 +37,25 @@ class Service:
         self._frontend: FrontendProgram | None = None
         self._orders: InProcessOrders | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        #: what keeps it from going on
+        #: why it cannot continue
         self.failure: MoEServeError | None = None
         self._broken = asyncio.Event()
 
     @property
     def program(self) -> ControllerProgram:
-        """The half that controls."""
+        """The controller."""
         assert self._program is not None, "a service that has started"
         return self._program
 
     @property
     def frontend(self) -> FrontendProgram:
-        """The half that answers requests."""
+        """The frontend."""
         assert self._frontend is not None, "a service that has started"
         return self._frontend
 
     @property
     def orders(self) -> InProcessOrders:
-        """How the frontend follows."""
+        """The stream between the two."""
         assert self._orders is not None, "a service that has started"
         return self._orders
 
@@ -66,7 +66,7 @@ class Service:
 
     @property
     def hosts(self) -> list[HostInfo]:
-        """What hosts said of themselves when they were started."""
+        """Hosts as they described themselves when they started."""
         return self.program.hosts
 
     @property
@@ -80,9 +80,9 @@ class Service:
         return self.frontend.metrics_target
 
     async def start(self) -> None:
-        """Until every host is ready and health says SERVING. What was started is stopped again when something fails.
+        """Returns when every host is ready and health says SERVING. After a failure everything is stopped again.
 
-        Raises ConfigError (wrong settings, files, ports or resources) or what a host raised.
+        Raises ConfigError (wrong settings, files, ports or resources) or a host's error.
         """
         try:
             await self._start()
@@ -91,7 +91,7 @@ class Service:
             raise
 
     async def over(self) -> None:
-        """Until somebody who may has asked for its end. Raises ExpertUnavailable when it cannot go on: then it is to be stopped, too."""
+        """Returns when an administrator has asked for its end. Raises ExpertUnavailable when it cannot continue; stop it then, too."""
         ends = [asyncio.create_task(event.wait()) for event in (self.controller.stop_requested, self._broken)]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         for end in ends:
@@ -131,7 +131,7 @@ class Service:
             layers=program.layers,
             progress=log.info,
         )
-        # The ports come before the weights: whoever probes them is told that the service is starting.
+        # The ports come before the weights: probes learn that the service is starting.
         await frontend.open()
         await program.bring_up()
         await frontend.ready()
@@ -140,15 +140,15 @@ class Service:
             self._later(work)
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
-        """Beside everything else, until the end."""
+        """Run in the background, until `stop`."""
         self._tasks.append(asyncio.create_task(work))
 
     async def _end_when_lost(self) -> None:
-        """Hosts that there are serve on, as long as they have all experts."""
+        """Running hosts keep serving as long as every expert can be reached."""
         loss = await self.program.lost()
         if not loss.is_final:
             await self.frontend.ailing()
-        self._fail(ExpertUnavailable(f"this service cannot go on, and must be started anew: {loss.why}"))
+        self._fail(ExpertUnavailable(f"this service cannot continue and must be restarted: {loss.why}"))
 
     async def _end_when_broken(self, frontend: FrontendProgram) -> None:
         self._fail(await frontend.broken)
@@ -157,7 +157,7 @@ class Service:
         try:
             await self.program.failed()
         except Exception as error:
-            log.exception("the controller cannot go on")
+            log.exception("the controller failed")
             self._fail(MoEServeError(f"the controller failed: {type(error).__name__}: {error}"))
 
     def _fail(self, error: MoEServeError) -> None:
@@ -166,12 +166,12 @@ class Service:
 
 
 def unfailing(progress: Progress) -> Progress:
-    """What is told to people decides nothing: not even when nobody can be told."""
+    """`progress`, but its failures change nothing."""
 
     def tell(line: str) -> None:
         try:
             progress(line)
         except Exception as error:
-            log.debug("could not tell %r: %s", line, error)
+            log.debug("could not report %r: %s", line, error)
 
     return tell

@@ -1,4 +1,4 @@
-"""gRPC in front of an engine; the engine itself is only a protocol here."""
+"""gRPC in front of an engine, which is a protocol here."""
 
 from moeserve.server.boundary import Observe
 from moeserve.server.control import Control

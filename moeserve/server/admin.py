@@ -46,7 +46,7 @@ class Served(Protocol):
 
 
 class Admin(Protocol):
-    """Whoever can change what is served."""
+    """What can change the service: the controller."""
 
     def status(self) -> ServiceStatus:
         """What is deployed and where, now."""
@@ -65,13 +65,13 @@ class Admin(Protocol):
         ...
 
     def ask_to_stop(self) -> None:
-        """Tell whoever runs the service that it shall end."""
+        """Ask the process that runs the service to end it."""
         ...
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Who a process is; `epoch` and `why_not_ready` ("" = it is ready) are asked whenever somebody wants to know."""
+    """Role of a process; `epoch` and `why_not_ready` ("" = ready) are functions, called for every ping."""
 
     role: Literal["service", "frontend", "controller"]
     epoch: Callable[[], int]
@@ -79,13 +79,13 @@ class Identity:
 
 
 class PingService:
-    """What every process answers of AdminService, without the admin token: handlers for all methods of it that there are here."""
+    """The method of AdminService that every process answers, without the admin token; handlers for all methods defined here."""
 
     def __init__(self, identity: Identity) -> None:
         self._identity = identity
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """To add to a server."""
+        """Handlers for a server."""
         found = {method: getattr(self, _snake(method.name), None) for method in _METHODS}
         handlers = {
             method.name: grpc.unary_unary_rpc_method_handler(
@@ -97,13 +97,13 @@ class PingService:
         return grpc.method_handlers_generic_handler(ADMIN_SERVICE_NAME, handlers)
 
     async def ping(self, _request: pb.PingRequest, _context: Context) -> pb.PingResponse:
-        """Who answers, at once."""
+        """Role, version, epoch and readiness, at once."""
         who, reason = self._identity, self._identity.why_not_ready()
         return pb.PingResponse(role=who.role, version=running_version(), epoch=who.epoch(), is_ready=not reason, reason=reason)
 
 
 class AdminService(PingService):
-    """Handlers that raise MoEServeError; the `Boundary` around them asks for the admin token."""
+    """Handlers that raise MoEServeError; the `Boundary` around them checks the admin token."""
 
     def __init__(self, identity: Identity, admin: Admin) -> None:
         super().__init__(identity)
@@ -114,14 +114,14 @@ class AdminService(PingService):
         return to_message(pb.GetPlacementResponse, self._admin.status())
 
     async def swap_experts(self, request: pb.SwapExpertsRequest, _context: Context) -> pb.SwapExpertsResponse:
-        """One `SwapExpertsRequest`; returns when no request is answered with the old weights any more."""
+        """One `SwapExpertsRequest`; returns when no request gets the old weights any more."""
         if not Path(request.checkpoint).is_absolute():
             raise InvalidRequest(f"checkpoint is {request.checkpoint!r}; allowed: the absolute path of a folder", "checkpoint")
         served = await self._admin.swap(request.layer, Path(request.checkpoint), list(request.experts) or None)
         return pb.SwapExpertsResponse(epoch=served.epoch, model_revision=served.revision(request.layer))
 
     async def scale(self, request: pb.ScaleRequest, _context: Context) -> pb.ScaleResponse:
-        """One `ScaleRequest`; returns when the hosts are as many as asked for."""
+        """One `ScaleRequest`; returns when the service has that many hosts."""
         served = await self._admin.scale("all" if request.all else request.hosts)
         return pb.ScaleResponse(epoch=served.epoch, hosts=served.host_names)
 
@@ -137,7 +137,7 @@ class AdminService(PingService):
 
 
 def why_incomplete(status: ServiceStatus) -> str:
-    """Why a controller is not done: one sentence, "" = all hosts that are wanted are up."""
+    """Why a controller is not ready: one sentence; "" = all wanted hosts are up."""
     down = [host.name for host in status.hosts if not host.is_up]
     return status.shortage or (f"{len(down)} of {len(status.hosts)} hosts are down: {', '.join(down[:_MAX_NAMES])}" if down else "")
 

@@ -1,7 +1,7 @@
-"""What every call passes on its way in and out: the token, the drain gate, bytes -> message, errors -> status, observation.
+"""The boundary that every call crosses: token, drain, bytes -> message, errors -> status, observation.
 
-Handlers behind it return answers or raise MoEServeError and know nothing of the rest. A health check needs no token, is answered while
-draining, and is not traffic; its bytes are those of a stranger like any others.
+Handlers behind it return answers or raise MoEServeError. A health check needs no token, is answered while
+draining, and is not counted as traffic; its bytes are untrusted, too.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ Observe = Callable[[str, str, float], None]
 
 _HEALTH: Final = "/grpc.health.v1.Health/"
 _ADMIN: Final = "/moeserve.v1.AdminService/"
-#: of it, what callers may ask too
+#: of it, the methods that callers may call too
 _PING: Final = "/moeserve.v1.AdminService/Ping"
 _CONTROL: Final = "/moeserve.v1.ControlService/"
-#: calls that may last for ever, of all callers together: streams either way, those that watch health or follow too
+#: endless calls, of all callers together: streams in either direction, watching health and following too
 MAX_STREAMS: Final = 4096
 _BEHAVIORS: Final = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 
 class Boundary(grpc.aio.ServerInterceptor):
-    """One per server. Set `draining` when no new work may start; `idle()` then waits for what has started.
+    """One per server. Set `draining` when no new work may start; `idle()` then waits for running calls.
 
-    A stream that ends well is not observed as a whole: it may live for days, and its service observes every message.
+    A stream that ends well is not observed as a whole: it may last for days, and its service observes every message.
     """
 
     def __init__(self, tokens: Rotating[Tokens], observe: Observe, max_streams: int = MAX_STREAMS) -> None:
@@ -63,7 +63,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        """The handler of the call, guarded; or, for a call that is not let in, one that refuses before anything is read."""
+        """The handler of the call, guarded; for a refused call, a handler that refuses before anything is read."""
         method = handler_call_details.method
         handler = await continuation(handler_call_details)
         if handler is None:
@@ -88,7 +88,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         return None
 
     def _let_in(self, method: str) -> tuple[str, Collection[bytes]]:
-        """What the token for a method is called, and those that do; none = anyone may."""
+        """The name of the token for a method, and the valid tokens; none = no token needed."""
         tokens = self._tokens.current()
         if method.startswith(_CONTROL):
             return "frontend", tokens.frontends
@@ -128,7 +128,7 @@ class Boundary(grpc.aio.ServerInterceptor):
                     raise asyncio.CancelledError from None
                 code, status = _told(error, method)
             finally:
-                # Before the status leaves, so that whoever has an answer finds it counted.
+                # Before the status leaves, so a caller with an answer finds it counted.
                 if is_traffic:
                     self._end(method, None if is_stream and code is grpc.StatusCode.OK else code, time.perf_counter() - start)
             del request  # gRPC keeps what aborted a call, with this frame, until the cycles of its references are collected
@@ -174,7 +174,7 @@ async def _abort(context: Context, status: grpc.Status) -> Never:
     try:
         await context.abort_with_status(status)
     except grpc.aio.InternalError:
-        # The caller left, or its deadline passed, while it was being told.
+        # The caller left, or its deadline passed, while the answer was sent.
         raise asyncio.CancelledError from None
     raise AssertionError("abort does not return")
 
@@ -187,15 +187,15 @@ def _refuse(error: MoEServeError) -> Behavior:
 
 
 def _told(error: BaseException, method: str) -> tuple[grpc.StatusCode, grpc.Status]:
-    """What its caller is told. No more is kept: an error refers to the frame that keeps it, and so to the message."""
+    """The status for the caller. The error is not kept: it refers to the frame that keeps it, and so to the message."""
     known = as_user_error(error, method)
     return known.code, to_status(known)
 
 
 def _caller_left(error: BaseException) -> bool:
-    """Whether nobody listens any more: gRPC could not read or write, or the call was cancelled from outside.
+    """Whether the caller is gone: gRPC could not read or write, or the call was cancelled from outside.
 
-    A CancelledError out of something that it awaited is just a bug.
+    A CancelledError from something that it awaited is a bug of ours.
     """
     if isinstance(error, grpc.aio.InternalError):
         return True

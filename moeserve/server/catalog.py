@@ -1,4 +1,4 @@
-"""The served model and its layers: finding the one a request means, and describing them to clients."""
+"""The served model and its layers: finding the layer of a request, and describing layers to clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TLS of the server, mutual with server.client_ca: the files in force are those that are there when somebody connects."""
+"""TLS of the server, mutual with server.client_ca. Each new connection uses the current files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def server_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
 
 
 class _Fetch:
-    """What gRPC asks before every handshake, in a thread of its own: what is to be used from now on, None = what is used already."""
+    """gRPC calls it before every handshake, in a thread of its own: the files to use from now on, None = no change."""
 
     def __init__(self, rotating: Rotating[grpc.ServerCertificateConfiguration], used: grpc.ServerCertificateConfiguration) -> None:
         self._rotating, self._used = rotating, used
@@ -53,7 +53,7 @@ class _Files:
         cert, key, ca = self._read()
         self._check()
         if self._read() != (cert, key, ca):
-            raise ConfigError(f"server.tls_cert {self.cert} or what belongs to it changed while it was read")
+            raise ConfigError(f"server.tls_cert {self.cert}, its key or server.client_ca changed while they were read")
         return grpc.ssl_server_certificate_configuration([(key, cert)], ca)
 
     def _read(self) -> tuple[bytes, bytes, bytes | None]:
@@ -61,13 +61,13 @@ class _Files:
         return cert, key, None if self.ca is None else _content("server.client_ca", self.ca)
 
     def _check(self) -> None:
-        """gRPC would accept any bytes and then fail to listen, or to answer, without saying why."""
+        """Checks the files: gRPC would accept any bytes and then fail to listen, or to answer, without a reason."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            # With a password to an encrypted key, even a wrong one, nobody is asked for it at the terminal.
+            # With a password, even a wrong one, an encrypted key does not cause a prompt at the terminal.
             context.load_cert_chain(self.cert, self.key, password="")
         except (ssl.SSLError, OSError) as error:
-            raise ConfigError(f"server.tls_cert {self.cert} and server.tls_key {self.key} do not make a pair: {error}") from None
+            raise ConfigError(f"server.tls_cert {self.cert} and server.tls_key {self.key} are not a pair: {error}") from None
         try:
             context.load_verify_locations(self.ca) if self.ca else None
         except (ssl.SSLError, OSError) as error:

@@ -1,4 +1,4 @@
-"""`moeserve.v1.ControlService`: frontends elsewhere follow what is served."""
+"""`moeserve.v1.ControlService`: frontends in other processes follow the controller."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ _MAX_REPORT_BYTES: Final = 2**14
 
 @dataclass(frozen=True)
 class Control:
-    """Whom frontends follow, and the tokens with which they may: see `frontend_tokens`."""
+    """What frontends follow, and the tokens that allow it: see `frontend_tokens`."""
 
     frontends: Frontends
     tokens: FrontendTokens
 
 
 class ControlService:
-    """Handlers that raise MoEServeError; the `Boundary` around them asks for a frontend token."""
+    """Handlers that raise MoEServeError; the `Boundary` around them checks the frontend token."""
 
     def __init__(self, frontends: Frontends, draining: asyncio.Event) -> None:
         self._frontends = frontends
         self._draining = draining
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """To add to a server."""
+        """Handlers for a server."""
         follow: Handler = grpc.stream_stream_rpc_method_handler(self.follow, response_serializer=pb.FrontendOrder.SerializeToString)
         return grpc.method_handlers_generic_handler(CONTROL_SERVICE_NAME, {"Follow": follow})
 
     async def follow(self, _reports: Any, context: Context) -> None:
-        """One frontend, for as long as it follows; when this service drains, the stream ends with UNAVAILABLE."""
+        """The stream of one frontend; when this service drains, it ends with UNAVAILABLE."""
         first = await context.read()
         if first is grpc.aio.EOF:
             return
@@ -63,7 +63,7 @@ class ControlService:
                 return
             if telling in done:
                 telling.result()
-                raise ExpertUnavailable("this frontend follows by another stream, or has not answered in time")
+                raise ExpertUnavailable("this frontend has another stream, or has not answered in time")
             raise ExpertUnavailable("the controller is stopping")
         finally:
             self._frontends.leave(member)
@@ -72,7 +72,7 @@ class ControlService:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _hear(self, member: FollowingFrontend, context: Context) -> bool:
-        """Whether the frontend said that it leaves; it may also just break off."""
+        """Reads reports. Returns whether the frontend said that it leaves; the stream may also just end."""
         while (message := await context.read()) is not grpc.aio.EOF:
             report = _report(message)
             if report.is_leaving:

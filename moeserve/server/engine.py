@@ -1,4 +1,4 @@
-"""What the gRPC room needs from whatever runs the batches."""
+"""What the gRPC server needs from the engine that runs batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moeserve.observe.stats import ServiceStats
 
 
 class Engine(Protocol):
-    """Runs validated requests. Its model, and the names and sizes of its layers, never change."""
+    """Runs validated requests. The model, and the names and sizes of the layers, never change."""
 
     @property
     def model(self) -> str:

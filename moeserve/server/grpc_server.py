@@ -27,27 +27,26 @@ from moeserve.server.service import SERVICE_NAME, MoEService
 
 #: after the last call has ended: for its answer to leave, and before watchers of the health service are cut off
 _FLUSH_S: Final = 3.0
-#: of a client; one that pings more often than this, again and again, is sent away
+#: of a client; one that keeps pinging more often than this is disconnected
 _LEAST_PING_INTERVAL_MS: Final = 1_000
-#: calls under way, read or not, of all callers together; the rest is refused with RESOURCE_EXHAUSTED before it is read
+#: calls in progress, read or not, of all callers together; the rest is refused with RESOURCE_EXHAUSTED before it is read
 _MAX_CALLS: Final = 16384
 _MAX_CALLS_OF_A_CONNECTION: Final = 1024
 _MAX_CONNECTIONS: Final = 4096
-#: how long a connection may be without a call, and how long it may take to say what it speaks
+#: how long a connection may have no call, and how long its handshake may take
 _IDLE_CONNECTION_MS: Final = 300_000
 _HANDSHAKE_MS: Final = 20_000
 Options = Sequence[tuple[str, int]]
 
 
 class GrpcServer:
-    """Serves as `config` says what it is given.
+    """Serves an `engine` as `config` says; `admin` to callers with the admin token, `control` to frontends with theirs.
 
-    That is an `engine`; `admin`, to whoever has the admin token, if there is one; `control`, to frontends that have a token for that, if
-    there is any. Health is NOT_SERVING until `set_serving` was called for every layer of the engine. `is_starting`: there will be an
-    engine, which is for `serve` to say; until then callers are asked to wait.
+    Health is NOT_SERVING until `set_serving` was called for every layer of the engine. `is_starting`: `serve` will bring the engine;
+    until then the answer is UNAVAILABLE. `observe` is called for every call with method, status code and seconds.
 
-    `observe` is called for every call with method, status code and seconds. Raises ConfigError for a configuration that is
-    refused: exposed without protection, unreadable files. To be made and used inside one event loop.
+    Raises ConfigError for a configuration that it refuses: exposed without protection, unreadable files. Make and use it inside one
+    event loop.
     """
 
     def __init__(
@@ -70,10 +69,10 @@ class GrpcServer:
         self._layers: list[str] = []
         self._credentials = server_credentials(config)
         self._boundary = Boundary(tokens, observe)
-        # Nobody balances over controllers: who follows or administers one stays with it.
+        # There is one controller, so its connections need no maximum age.
         self._server = self._new_server(_options(config, 30_000 if control is None else 10_000), _ages(config) if has_engine else ())
         self._probed = None if config.health_port is None else self._new_server(_options(config, 30_000))
-        #: where health alone is told in plain text; None = nowhere
+        #: health alone in plain text; None = nowhere
         self.health_port = config.health_port
         self._service = MoEService(config.max_tokens_per_request, config.max_message_bytes, observe, self._boundary.draining)
         services: dict[str, grpc.GenericRpcHandler] = {}
@@ -108,13 +107,13 @@ class GrpcServer:
         return self._health.why_not_serving()
 
     def serve(self, engine: Engine) -> None:
-        """What to serve, from now on."""
+        """Serves `engine` from now on."""
         self._layers = [spec.name for spec in engine.layers]
         self._service.serve(engine)
         self._health.set_layers(self._layers)
 
     async def start(self) -> int:
-        """Listens; returns the port. Raises ConfigError when the address cannot be had."""
+        """Listens; returns the port. Raises ConfigError when it cannot listen at the address."""
         port = await _listen(self._server, self._config.host, self._config.port, self._credentials, *self._where)
         if self._probed is not None:
             assert self.health_port is not None
@@ -122,7 +121,7 @@ class GrpcServer:
         return port
 
     def set_serving(self, layer: int, serving: bool) -> None:
-        """What the health service says of a layer; the service as a whole is SERVING while every layer is."""
+        """Sets the health of a layer; the service as a whole is SERVING while every layer is."""
         self._health.set_serving(self._layers[layer], serving)
 
     async def drain(self, timeout_s: float) -> None:
@@ -165,20 +164,20 @@ async def _listen(
 
 
 async def _require_free(host: str, port: int) -> None:
-    """gRPC is content with one of the addresses of a name, and does not tell why it got none."""
+    """Checks every address of a name: gRPC accepts any one of them, and gives no reason when all fail."""
     for family, _, _, _, address in await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM):
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(address)
             except OSError as error:
-                # A name may stand for an address of a protocol that this machine does not speak.
+                # A name may have an address of a protocol that this machine does not support.
                 if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
 
 
 def _max_connections() -> int:
-    """Half of the files that this process may have open are for others than callers."""
+    """Half of the files that this process may open; the rest is not for callers."""
     return min(_MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
 
@@ -186,7 +185,7 @@ def _options(config: ServerConfig, keepalive_ms: int) -> Options:
     return [
         ("grpc.max_receive_message_length", config.max_message_bytes),
         ("grpc.max_send_message_length", config.max_message_bytes),
-        # What strangers can keep open: further calls of a connection wait where they come from, further connections are closed.
+        # Bounds on what callers keep open: further calls of a connection wait at the client, further connections are closed.
         ("grpc.max_concurrent_streams", _MAX_CALLS_OF_A_CONNECTION),
         ("grpc.max_allowed_incoming_connections", _max_connections()),
         ("grpc.max_connection_idle_ms", _IDLE_CONNECTION_MS),
@@ -203,7 +202,7 @@ def _options(config: ServerConfig, keepalive_ms: int) -> Options:
 
 
 def _ages(config: ServerConfig) -> Options:
-    """A client that is asked to connect anew looks up the service's name again, and finds the frontends that have come meanwhile."""
+    """A client that must reconnect looks up the service's name again, and so finds new frontends."""
     if not config.max_connection_age_s:
         return []
     ages = [("grpc.max_connection_age_ms", max(1, round(config.max_connection_age_s * 1000)))]

@@ -1,6 +1,6 @@
-"""The standard health service: every layer by its name, the service as a whole, and whether the process lives.
+"""The standard health service: every layer by its name, the service as a whole, and the liveness of the process.
 
-gRPC's own servicer hands a change to one watcher after another, so one that does not read would keep the truth from all others.
+gRPC's own servicer tells watchers one after the other, so a watcher that does not read would block all others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moeserve.loops import Notifier
 from moeserve.server.rpc import Context
 
 HEALTH_SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["Health"].full_name
-#: SERVING as long as this process answers and does not drain, whatever becomes of experts: for who would restart it
+#: SERVING as long as this process answers and does not drain, even without experts: for a supervisor that would restart it
 LIVENESS: Final = "moeserve.v1.liveness"
 
 _UNKNOWN, _SERVING, _NOT_SERVING = (
@@ -39,7 +39,7 @@ class Health:
         self._changed = Notifier()
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """To add to as many servers as are to tell."""
+        """Handlers for any number of servers."""
         parse, serialize = pb.HealthCheckRequest.FromString, pb.HealthCheckResponse.SerializeToString
         return grpc.method_handlers_generic_handler(
             HEALTH_SERVICE_NAME,
@@ -50,22 +50,22 @@ class Health:
         )
 
     def set_layers(self, layers: Iterable[str]) -> None:
-        """These are the layers."""
+        """Sets the names of the layers."""
         self._layers = dict.fromkeys(layers, False)
         self._changed.notify()
 
     def set_serving(self, layer: str, serving: bool) -> None:
-        """The state of one layer; whoever watches it, or the whole, is told."""
+        """Sets the state of one layer, and notifies watchers of it and of the whole."""
         assert self._layers is not None and layer in self._layers, f"{layer} is not a served layer"
         self._layers[layer] = serving
         self._changed.notify()
 
     def why_not_serving(self) -> str:
-        """One sentence; "" = the whole is SERVING."""
+        """Why the service is not SERVING, in one sentence; "" = it is."""
         if self._is_draining:
             return "it is draining"
         if self._layers is None:
-            return "it is starting, and does not know yet what to serve"
+            return "it is starting and does not yet know what to serve"
         missing = [name for name, is_serving in self._layers.items() if not is_serving]
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         return f"experts without a live copy in {missing[0]}{more}" if missing else ""
@@ -79,11 +79,11 @@ class Health:
         """The state of a layer or service, now."""
         status = self._status(request.service)
         if status == _UNKNOWN:
-            raise UnknownLayer(f"health of {request.service[:80]!r} is not told; known: the services, and layers by their names")
+            raise UnknownLayer(f"there is no health of {request.service[:80]!r}; allowed: names of services and layers")
         return pb.HealthCheckResponse(status=status)
 
     async def watch(self, request: pb.HealthCheckRequest, _context: Context) -> AsyncIterator[pb.HealthCheckResponse]:
-        """The same, now and whenever it has changed; changes that the watcher is too slow for are one."""
+        """The same, now and after every change; a slow watcher gets only the latest."""
         told = None
         while True:
             status = self._status(request.service)

@@ -1,4 +1,4 @@
-"""Bytes -> protobuf messages: inside gRPC what cannot be parsed would be UNKNOWN and a traceback, for everybody who can connect."""
+"""Bytes -> protobuf messages. Inside gRPC, a message that cannot be parsed would cause UNKNOWN and a traceback."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from moeserve.errors import InvalidRequest
 from moeserve.log_limit import limited_logger
 from moeserve.server.rpc import Context
 
-#: of requests without tensors: names, and at most the number of every expert of a layer
+#: of requests without tensors: names, and at most a number for every expert of a layer
 MAX_REQUEST_BYTES: Final = 2**20
 
 _strangers: Final = limited_logger(__name__)
 
 
 class Parser:
-    """For the requests of one method; `deserializer` = None leaves bytes as they are."""
+    """Parses the requests of one method; `deserializer` = None leaves bytes as they are."""
 
     def __init__(self, method: str, deserializer: Callable[[bytes], Any] | None) -> None:
         self._method = method
         self._deserializer = deserializer
 
     def one(self, message: bytes, context: Context) -> Any:
-        """The message that a caller has sent. Raises InvalidRequest."""
+        """The caller's message. Raises InvalidRequest."""
         if self._deserializer is None:
             return message
         try:
@@ -33,11 +33,11 @@ class Parser:
                 raise InvalidRequest(f"a request of {len(message)} bytes to {self._method}; allowed: at most {MAX_REQUEST_BYTES}")
             return self._deserializer(message)
         except (DecodeError, ValueError):
-            sentence = f"{len(message)} bytes are not a request of {self._method} in protobuf"
+            sentence = f"{len(message)} bytes are not a protobuf request of {self._method}"
             _strangers.warning("%s: %s", context.peer(), sentence)
             raise InvalidRequest(sentence) from None
 
     async def each(self, messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
-        """Those of a stream. Raises InvalidRequest."""
+        """The messages of a stream. Raises InvalidRequest."""
         async for message in messages:
             yield self.one(message, context)

@@ -1,4 +1,4 @@
-"""Who may reach the service and call it: exposure, the bearer tokens."""
+"""Access to the service: exposure, and bearer tokens."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ _MAX_CONTROL_BYTES: Final = 64 * 2**20
 
 
 def check_exposure(config: ServerConfig) -> None:
-    """Raises ConfigError when other machines could reach a service that does not encrypt or does not ask who calls.
+    """Raises ConfigError when other machines could reach a service without encryption or authentication.
 
-    Callers are known by their token or, with client_ca, by their certificate.
+    Callers authenticate by token or, with client_ca, by certificate.
     """
     knows_callers = config.auth_token_file is not None or config.client_ca is not None
     if config.insecure or is_loopback(config.host) or (config.tls_cert is not None and knows_callers):
         return
     raise ConfigError(
         f"server.host {config.host} can be reached from other machines: set server.tls_cert, server.tls_key and "
-        "server.auth_token_file, or server.insecure = true to serve anyone in the clear"
+        "server.auth_token_file, or server.insecure = true to serve without encryption and authentication"
     )
 
 
 def controller_address(server: ServerConfig, controller: ControllerConfig) -> ServerConfig:
     """Where the controller of a deployed service listens: [server] with the address of [controller].
 
-    Raises ConfigError when other machines could reach it unencrypted. Whoever calls it needs a token in any case.
+    Raises ConfigError when other machines could reach it unencrypted. Callers need a token in any case.
     """
     host = controller.control_host
     if not (server.insecure or is_loopback(host) or server.tls_cert is not None):
         raise ConfigError(
             f"controller.control_host {host} can be reached from other machines: set server.tls_cert and server.tls_key, or "
-            "server.insecure = true to send tokens and keys in the clear"
+            "server.insecure = true to send tokens and keys unencrypted"
         )
     own = {"host": host, "port": controller.control_port, "health_port": None, "auth_token_file": None}
     return server.model_copy(update={**own, "max_message_bytes": _MAX_CONTROL_BYTES})
@@ -46,7 +46,7 @@ def controller_address(server: ServerConfig, controller: ControllerConfig) -> Se
 
 @dataclass(frozen=True)
 class FrontendTokens:
-    """Those with which frontends may follow: that in `file`, if there is one, and `own`. False = there are none."""
+    """The tokens of frontends: the one in `file`, if there is one, and `own`. False = there are none."""
 
     file: Path | None = None
     own: frozenset[bytes] = frozenset()
@@ -61,7 +61,7 @@ class FrontendTokens:
 
 
 def frontend_tokens(config: ControllerConfig, *own: str) -> FrontendTokens:
-    """That of the configuration, if there is one, and `own`. Raises ConfigError naming the file that cannot be used."""
+    """The token of the configuration, if there is one, and `own`. Raises ConfigError naming the file that cannot be used."""
     tokens = FrontendTokens(config.frontend_token_file, frozenset(token.encode() for token in own))
     tokens.read()
     return tokens
@@ -69,7 +69,7 @@ def frontend_tokens(config: ControllerConfig, *own: str) -> FrontendTokens:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Bearer tokens: of callers, None = they need none; of the administrator, None = there is none; of frontends that follow."""
+    """Bearer tokens of callers (None = not needed), of the administrator (None = no administrator) and of frontends."""
 
     caller: bytes | None = None
     admin: bytes | None = None
@@ -82,7 +82,7 @@ def rotating_tokens(config: ServerConfig, frontends: FrontendTokens) -> Rotating
 
 
 def read_tokens(config: ServerConfig, frontends: frozenset[bytes] = frozenset()) -> Tokens:
-    """Raises ConfigError naming the file that cannot be used, or that holds the token of somebody who may do less."""
+    """Raises ConfigError naming the file that cannot be used, or that holds the same token as another with fewer rights."""
     tokens = Tokens(
         _read_token(config.auth_token_file, "server.auth_token_file"),
         _read_token(config.admin_token_file, "server.admin_token_file"),

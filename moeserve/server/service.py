@@ -32,13 +32,13 @@ MAX_STREAM_REQUESTS: Final = 64
 
 
 class MoEService:
-    """Handlers that raise MoEServeError; a `Boundary` around them turns that into a status. Unavailable until `serve`.
+    """Handlers that raise MoEServeError; the `Boundary` around them makes it a status. UNAVAILABLE until `serve`.
 
     Forward messages arrive and leave as raw bytes: a deserializer inside gRPC could only fail with INTERNAL.
     """
 
     def __init__(self, max_tokens: int, max_bytes: int, observe: Observe, draining: asyncio.Event) -> None:
-        """max_tokens: of a request. max_bytes: of a message, and of those of one stream that are answered side by side."""
+        """max_tokens: of a request. max_bytes: of a message, and of all messages of one stream in progress."""
         self._engine: Engine | None = None
         self._catalog = Catalog("", ())
         self._max_tokens = max_tokens
@@ -47,21 +47,21 @@ class MoEService:
         self._draining = draining
 
     def serve(self, engine: Engine) -> None:
-        """Requests are for `engine` from now on."""
+        """From now on `engine` answers requests."""
         self._engine, self._catalog = engine, Catalog(engine.model, engine.layers)
 
     @property
     def epoch(self) -> int:
-        """Of the placement in force; 0 = there is none yet."""
+        """The epoch of the placement in force; 0 = none yet."""
         return self._engine.stats().epoch if self._engine is not None else 0
 
     def _served(self) -> tuple[Engine, Catalog]:
         if self._engine is None:
-            raise ExpertUnavailable("the service is starting: it does not know yet what to serve")
+            raise ExpertUnavailable("the service is starting and does not yet know what to serve")
         return self._engine, self._catalog
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """To add to a server."""
+        """Handlers for a server."""
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
             {
@@ -84,13 +84,13 @@ class MoEService:
     async def forward_stream(self, _messages: Any, context: Context) -> None:
         """Requests run side by side, answers leave as they finish; a request that fails is answered by its error.
 
-        When the service drains, what was read is still answered, then the stream ends with UNAVAILABLE.
+        When the service drains, requests that were read are still answered, then the stream ends with UNAVAILABLE.
         """
         answering = answer_all(
             context, lambda message: self._answer(message, context), self._draining, MAX_STREAM_REQUESTS, self._max_bytes
         )
         if not await answering:
-            raise ExpertUnavailable("the service is draining; requests of this stream without an answer were not run")
+            raise ExpertUnavailable("the service is draining; unanswered requests of this stream were not run")
 
     async def list_layers(self, _request: pb.ListLayersRequest, _context: Context) -> pb.ListLayersResponse:
         """The served layers, in model order."""
@@ -132,7 +132,7 @@ class MoEService:
 
 
 def _told(request_id: str, error: Exception) -> tuple[grpc.StatusCode, bytes]:
-    """Its status and what its caller reads of it. No more is kept: an error refers to the frame that keeps it, and so to the message."""
+    """Status and sentence for the caller. The error is not kept: it refers to the frame that keeps it, and so to the message."""
     known = as_user_error(error, "ForwardStream")
     return known.code, encode_forward_response(request_id, known)
 

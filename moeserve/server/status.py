@@ -23,7 +23,7 @@ _strangers: Final = limited_logger(__name__)
 
 
 def as_user_error(error: BaseException, method: str) -> MoEServeError:
-    """`error` if a user can act on it; anything else is ours: logged with its traceback, and told without details."""
+    """`error` if a user can act on it; any other error is a bug of ours: logged with its traceback, and answered without details."""
     if isinstance(error, MoEServeError):
         return error
     _strangers.error("%s failed", method, exc_info=error, extra={"kind": f"{method} {type(error).__name__}"})
@@ -31,7 +31,7 @@ def as_user_error(error: BaseException, method: str) -> MoEServeError:
 
 
 def to_status(error: MoEServeError) -> grpc.Status:
-    """The status that tells `error` to any gRPC client: code, sentence, and what to fix or when to try again."""
+    """`error` as a status for any gRPC client: code, sentence, and what to fix or when to try again."""
     status = status_pb2.Status(code=error.code.value[0], message=_cut(str(error)))
     for detail in _details(error):
         status.details.add().Pack(detail)

@@ -1,4 +1,4 @@
-"""Many messages over one call: answered side by side, in the order they finish."""
+"""Many messages over one call: answered concurrently, in the order they finish."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import grpc
 
 from moeserve.server.rpc import Context
 
-#: messages of one stream that are answered side by side before its caller has been seen to read an answer
+#: messages of one stream that are answered concurrently before its caller has read an answer
 FIRST_BYTES: Final = 8 * 2**20
 
 
@@ -19,10 +19,10 @@ async def answer_all(
 ) -> bool:
     """Writes `answer(message)` for every message of the call. Returns whether the caller ended it (rather than `stop`).
 
-    Nothing is read while `max_running` answers are being made, or answers to `max_bytes` of messages, or one is being written, so a caller
-    that is too fast, or does not read, is slowed down by flow control. For one that has not read yet it is FIRST_BYTES, and a byte more for
-    every byte that it takes: who never reads has no more than that kept for it. After `stop`, what was read is still answered. Cancelling
-    this, or an exception out of `answer`, cancels every answer that is being made.
+    Nothing is read while `max_running` answers are being made, or answers to `max_bytes` of messages, or one is being written: flow
+    control slows down a caller that is too fast, or does not read. The byte limit starts at FIRST_BYTES and grows by every byte that
+    the caller reads, so little is kept for a caller that never reads. After `stop`, messages that were read are still answered.
+    Cancelling this, or an exception of `answer`, cancels all answers in progress.
     """
     stopping = asyncio.create_task(stop.wait())
     reading = asyncio.create_task(context.read())

@@ -130,7 +130,7 @@ async def test_health_tells_the_truth_before_there_is_a_controller(tmp_path: Pat
     await until_async(lambda: service.target)
     async with AsyncClient(service.target) as client:
         assert not await client.ready()
-        with pytest.raises(ExpertUnavailable, match="the service is starting: it does not know yet what to serve"):
+        with pytest.raises(ExpertUnavailable, match="the service is starting and does not yet know what to serve"):
             await client.layers()
         harness = ServiceHarness(CONFIG, "shm", tmp_path)
         await asyncio.to_thread(harness.__enter__)

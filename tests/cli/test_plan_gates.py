@@ -22,7 +22,7 @@ LINES = {
     "deepseek_v2": "softmax, top 3 in 2 of 4 groups by their best expert, not renormalized, times 1.7, shared expert added",
     "glm4_moe": "sigmoid, selection bias, top 3 in 2 of 4 groups by their two best experts, renormalized, times 1.7, shared expert added",
     "gpt_oss": "logits with a bias, softmax over the chosen logits, top 3, renormalized, no shared expert",
-    "llama4_text": "sigmoid, top 2, not renormalized, weights multiply what goes in, shared expert added",
+    "llama4_text": "sigmoid, top 2, not renormalized, weights multiply the inputs, shared expert added",
     "deepseek_v4": "experts of the token id, root of softplus, top 3, renormalized, times 1.7, shared expert added",
     "kolibri1": "sigmoid, selection bias on the logits, top 3, renormalized, shared expert added",
     "laguna": "logits within 1.5 by tanh, sigmoid, selection bias, top 3, renormalized, times 1.3, shared expert added",
@@ -41,7 +41,7 @@ def test_the_gate_of_a_family(family: str, capsys: pytest.CaptureFixture[str], m
 def test_the_gate_of_callers() -> None:
     config = {"layers": [{"hidden_size": 8, "intermediate_size": 8, "num_experts": 2, "gating": {"routing": "caller"}}]}
     assert [gate_line(source) for source in layer_sources(load_config(config))] == [
-        "stays with the callers, who bring topk_ids and topk_weights"
+        "stays with the callers, which send topk_ids and topk_weights"
     ]
 
 

@@ -60,7 +60,7 @@ def test_the_launch_folder_is_removed_and_a_host_dies(tiny_moe: Path, tmp_path: 
             assert client.ready() and len(client.forward(torch.randn(16, 128)).hidden_states) == 16
         os.kill(hosts[1], signal.SIGKILL)
         ending = said_until(process, "^error: ")
-        assert f"error: this service cannot go on, and must be started anew: {removed}" in ending
+        assert f"error: this service cannot continue and must be restarted: {removed}" in ending
         assert process.wait(timeout=60) == 1
 
 
@@ -102,7 +102,7 @@ def test_a_program_outlives_its_service(tiny_moe: Path) -> None:
         process.stdin.flush()
         ending = said_until(process, "^the program goes on$")
         for who in ("failure", "scale"):
-            assert f"{who}: this service cannot go on, and must be started anew: a process of Ray has ended: raylet" in ending
+            assert f"{who}: this service cannot continue and must be restarted: a process of Ray has ended: raylet" in ending
         assert process.wait(timeout=60) == 0
 
 

@@ -63,7 +63,7 @@ def test_before_it_is_ready(moment: str, number: signal.Signals, tmp_path: Path)
         folder = Path(_keeper_of(pids)) if moment == "loading" else None
         signal_all(pids, number)
         _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (128 + number, f"{number.name} before it was ready: what has been started is ended\n")
+    assert (process.returncode, err) == (128 + number, f"{number.name} before it was ready: stopping what was started\n")
     assert running(pids) == {}
     assert folder is None or not folder.exists()
 

@@ -57,7 +57,7 @@ def test_what_a_verb_is_for_must_be_written_and_what_it_says_beside_that_need_no
     with open("/dev/full", "w") as full:
         with moeserve("plan", str(tiny_moe), stdout=full) as plan:
             _, err = plan.communicate(timeout=60)
-        assert (plan.returncode, err) == (1, "error: the standard output cannot be written: No space left on device\n")
+        assert (plan.returncode, err) == (1, "error: cannot write to the standard output: No space left on device\n")
         with moeserve("infer", service.target, "--layer", "0", *files, stdout=full, stderr=full) as infer:
             assert infer.wait(timeout=60) == 0
     assert load_file(tmp_path / "y.safetensors")["hidden_states"].shape == (3, 16)

@@ -30,5 +30,5 @@ def test_from_deployment_to_shutdown(tmp_path: Path, tiny_moe: Path) -> None:
     assert "status: all wanted, 3 hosts, True" in seen
     assert "answered enough" in seen, "and every answer was right"
     assert "shutdown 0" in seen
-    assert "told to go: stopped; the service stays 0" in seen
+    assert "told to go: stopped; the service keeps running 0" in seen
     assert "deployed again: epoch 1" in seen

@@ -150,7 +150,7 @@ async def test_certificates_that_are_replaced_are_shown_to_who_connects_then(
     # A certificate without its key is half of a change.
     put(served, "tls.crt", old.sign("server")[0].read_bytes())
     async with asyncio.timeout(20):
-        while not any("do not make a pair" in line for line in said(caplog)):
+        while not any("are not a pair" in line for line in said(caplog)):
             assert await connected(running, roots[new], pairs[new]) is OK
     serve(old)
     await until_async(lambda: is_ok(connected(running, roots[old], pairs[old])))
