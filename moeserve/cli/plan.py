@@ -15,7 +15,7 @@ from moeserve.config import load_config
 def plan(
     source: Annotated[str, typer.Argument(help="A TOML configuration or a checkpoint folder.")],
     overrides: Overrides,
-    with_kernels: Annotated[bool, typer.Option("--kernels", help="Also measure the fastest kernel for the experts on this machine.")] = False,
+    with_kernels: Annotated[bool, typer.Option("--kernels", help="Also measure the fastest kernel for the experts here.")] = False,
 ) -> None:
     """Show the layers, their gates, the experts of each host and their memory; fail when they do not fit."""
     config = load_config(source, overrides)

@@ -98,5 +98,5 @@ def test_what_cannot_be(changes: dict[str, object], sentence: str) -> None:
 
 
 def test_threads_cannot_be_deployed() -> None:
-    with pytest.raises(ConfigError, match=r"cluster\.kind is 'threads'; a service is deployed on a Ray cluster"):
+    with pytest.raises(ConfigError, match=r"cluster\.kind is 'threads'; allowed with deploy: 'ray'"):
         Deployer(load_config({**CONFIG, "cluster": {"kind": "threads"}}))
