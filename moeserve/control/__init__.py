@@ -1,4 +1,4 @@
-"""What shall be served and where, and how to get there from what is: no Ray, no gRPC; off the path of a request."""
+"""Desired state -> actions: which hosts run where, and what they serve. No Ray, no gRPC; not on the path of a request."""
 
 from moeserve.control.assignments import Assigned, Assignment, Node, Wanted
 from moeserve.control.controller import Controller, first_state

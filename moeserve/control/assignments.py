@@ -11,8 +11,8 @@ from typing import Literal
 class Node:
     """A live node.
 
-    `total` and `free` are amounts of "CPU" and "GPU"; `free` is all that others do not use: what hosts of this service have there
-    counts as free, because assignments say where they are. `is_leaving`: it takes nothing new, and what is there should go elsewhere.
+    `total` and `free` are amounts of "CPU" and "GPU"; `free` is what others do not use: resources of hosts of this service
+    count as free, because assignments say where they are. `is_leaving`: it accepts no hosts, and its hosts should move.
     """
 
     id: str
@@ -25,7 +25,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Host number `number` is, or shall be, on the node `node` (its id)."""
+    """Host `number` is, or should be, on the node with the id `node`."""
 
     number: int
     node: str
@@ -33,9 +33,9 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Wanted:
-    """How many hosts there shall be ("all" = as many as the nodes hold), what each takes, and where it may be.
+    """The desired number of hosts ("all" = as many as fit on the nodes), the resources of each, and the allowed nodes.
 
-    `least` and `most`: how many hosts can hold the experts at all, by memory and by number.
+    `least` and `most`: bounds on the number of hosts that can hold the experts, by memory and by number.
     """
 
     num_hosts: int | Literal["all"]
@@ -49,7 +49,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Assigned:
-    """The hosts that should run next, by number; `shortage` says in one sentence what part of the desired state does not fit, if any."""
+    """The hosts that should run next, by number; `shortage` says in one sentence which part of the desired state does not fit."""
 
     assignments: tuple[Assignment, ...]
     shortage: str | None = None

@@ -1,4 +1,4 @@
-"""Keeps the hosts as they shall be: changes that somebody asks for, and those that nodes and hosts force by coming and going."""
+"""Drives hosts to the desired state: changes by administrators, and changes that nodes and hosts cause by joining and leaving."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Nodes(Protocol):
     """The cluster's nodes."""
 
     async def list(self) -> list[Node]:
-        """Those that live."""
+        """The live nodes."""
         ...
 
     def ask_for(self, wanted: Wanted, num_hosts: int) -> None:
-        """Have the cluster's autoscaler, if there is one, keep nodes for so many hosts; 0 = as it likes."""
+        """Ask the cluster's autoscaler, if there is one, to keep nodes for so many hosts; 0 = no request."""
         ...
 
 
@@ -46,30 +46,30 @@ class HostFleet(Hosts, Protocol):
 
     @property
     def given_up(self) -> Collection[int]:
-        """Hosts that Ray will not bring back."""
+        """Hosts that will not be restarted."""
         ...
 
     @property
     def failing(self) -> Mapping[int, str]:
-        """Hosts that are not on their way back at present, and why."""
+        """Hosts that are down and not restarting, and why."""
         ...
 
     @property
     def present(self) -> Mapping[int, HostInfo]:
-        """What hosts that are up have said of themselves."""
+        """The hosts that are up, as they describe themselves."""
         ...
 
 
 def _tell_of_failure(change: asyncio.Task[Release]) -> None:
-    """Of a change whose caller has hung up."""
+    """Logs the failure of a change whose caller is gone."""
     if not change.cancelled() and (error := change.exception()) is not None:
-        strangers.warning("a change that nobody waits for any more could not be made: %s", error)
+        strangers.warning("a change failed after its caller had left: %s", error)
 
 
 async def first_state(planner: Planner, nodes: Nodes) -> State:
-    """Where the hosts of a new service go. Raises ConfigError when the nodes do not hold them, after placement.wait_for_nodes_s.
+    """The first state of a new service. Raises ConfigError when its hosts do not fit on the nodes, after placement.wait_for_nodes_s.
 
-    It is made of the files that the planner's layers are in now.
+    Its weights are the files of the planner's layers as they are now.
     """
     num_hosts = planner.first_num_hosts()
     wanted, wait_s = planner.wanted(num_hosts), planner.placing.wait_for_nodes_s
@@ -84,9 +84,9 @@ async def first_state(planner: Planner, nodes: Nodes) -> State:
 
 
 async def _until_assigned(assignment: Callable[[Sequence[Node]], Assigned], wanted: Wanted, nodes: Nodes, wait_s: float) -> Assigned:
-    """What `assignment` makes of the nodes, once nothing is short. Raises ConfigError when it still is after `wait_s`.
+    """`assignment` of the nodes, when there is no shortage. Raises ConfigError when there still is one after `wait_s`.
 
-    Meanwhile the cluster's autoscaler is asked for what is missing.
+    Meanwhile the cluster's autoscaler is asked for missing nodes.
     """
     deadline, said = time.monotonic() + max(wait_s, timing.STALE_S), None
     while (assigned := assignment(known := await nodes.list())).shortage is not None:
@@ -103,7 +103,7 @@ async def _until_assigned(assignment: Callable[[Sequence[Node]], Assigned], want
 
 
 class Controller:
-    """One change at a time, and each to its end, even if whoever asked for it hangs up. `save` is given what a successor must know."""
+    """Makes one change at a time, each to its end, even if its caller leaves. `save` receives the state for the next incarnation."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class Controller:
         frontends: Frontends,
         save: Callable[[State], None],
     ) -> None:
-        #: set when somebody who may has asked for the service to end
+        #: set when an administrator has asked for the service to end
         self.stop_requested = asyncio.Event()
         self._planner = planner
         self._frontends = frontends
@@ -125,65 +125,65 @@ class Controller:
         self._changes: set[asyncio.Task[Release]] = set()
         self._wanted_now: Wanted | None = None
         self._shortage: str | None = None
-        #: why hosts that will not come back have not been replaced
+        #: why lost hosts have not been replaced
         self._why_as_it_is: str | None = None
 
     @property
     def state(self) -> State:
-        """What is served, and what was asked for."""
+        """What is served, and the desired number of hosts."""
         return self._rollout.state
 
     def status(self) -> ServiceStatus:
-        """What is deployed and where, for people."""
+        """Hosts, frontends and layers, as `moeserve status` shows them."""
         names = [spec.name for spec in self._planner.layers.specs]
         present, frontends = self._hosts.present, self._frontends.members()
         short = " ".join(dict.fromkeys((*([self._shortage] if self._shortage else []), *self._failing().values())))
         return status_of(self.state, self._rollout.is_under_way, short, names, present, frontends)
 
     def ask_to_stop(self) -> None:
-        """Whoever runs the service is told by `stop_requested`."""
+        """Sets `stop_requested`, which the process of the service watches."""
         self.stop_requested.set()
 
     async def swap(self, layer: str, checkpoint: Path, experts: Sequence[int] | None = None) -> Release:
         """Serve a layer ("" = every layer), or some of its experts, with the weights of another folder of the same model.
 
-        It may be the folder that is served, when its files are others now. Files are read on the hosts: `checkpoint` must be there, and
-        here. Raises UnknownLayer, ConfigError or CheckpointError; then everything is as it was.
+        It may be the served folder, if its files have changed. Hosts read the files: `checkpoint` must exist there, and
+        here. Raises UnknownLayer, ConfigError or CheckpointError; then nothing has changed.
         """
         if not layer and experts is not None:
-            raise ConfigError("experts are those of one layer: name it")
+            raise ConfigError("experts need a layer: name the layer of these experts")
         layers = [layer] if layer else [spec.name for spec in self._planner.layers.specs]
         swaps = [Swap(name, checkpoint, None if experts is None else frozenset(experts)) for name in layers]
         return await self._to_its_end(self._change(lambda: self._rollout.swap(swaps)))
 
     async def scale(self, num_hosts: NumHosts) -> Release:
-        """Spread the experts over so many hosts, or over all that the nodes hold.
+        """Change the number of hosts; "all" = as many as fit on the nodes.
 
-        New ones start, or some leave. Raises ConfigError when they cannot be had; then everything is as it was.
+        Hosts start or leave. Raises ConfigError when they do not fit; then nothing has changed.
         """
         return await self._to_its_end(self._scale(num_hosts))
 
     async def drain(self, host: str) -> Release:
-        """Place the experts of a host on the others, and let it go; there shall be one fewer from now on.
+        """Move the experts of a host to the others, then remove it; the desired number of hosts is one fewer from now on.
 
         Raises ConfigError when there is no such host, or no room.
         """
         return await self._to_its_end(self._change(lambda: self._drain(host)))
 
     async def begin(self, work: Awaitable[None]) -> None:
-        """Bring up the hosts of the first state by `work`; whoever asks for a change meanwhile waits."""
+        """Bring up the hosts of the first state by `work`; changes wait meanwhile."""
         async with self._one_at_a_time:
             await work
 
     async def end(self) -> None:
-        """Nobody needs the nodes any more: an autoscaler may take those away that it has brought."""
+        """The nodes are not needed any more: an autoscaler may remove the ones it added."""
         if self._planner.placing.wait_for_nodes_s:
             self._nodes.ask_for(await self._wanted(), 0)
 
     async def keep(self) -> None:
-        """Follow the nodes and the hosts, until cancelled: what is lost is replaced or placed on the rest, what joins is used.
+        """Reconcile until cancelled: lost hosts are replaced, or their experts placed on the rest; new nodes are used.
 
-        Frontends are told of hosts that nobody should wait for.
+        Frontends are told which hosts are failing.
         """
         await asyncio.gather(self._keep_following(), self._keep_telling())
 
@@ -193,7 +193,7 @@ class Controller:
             await asyncio.sleep(timing.CONTROL_LOOK_S)
 
     def _failing(self) -> dict[int, str]:
-        """By number of the host; those that are to be replaced are on their way, until that turns out to be impossible."""
+        """Reasons by number of the host. A lost host counts as failing only when it cannot be replaced."""
         why = self._why_as_it_is
         gone = [assignment.number for assignment in self.state.assignments if assignment.number in self._hosts.given_up]
         return {**self._hosts.failing, **(dict.fromkeys(gone, f"its node is gone, and {why}") if why else {})}
@@ -205,13 +205,13 @@ class Controller:
             try:
                 await self._to_its_end(self._change(self._follow))
                 pause_s, self._why_as_it_is = timing.CONTROL_LOOK_S, self._shortage
-            except Exception as error:  # whatever it is, of Ray for example, it must not be the last try
+            except Exception as error:  # any error, of Ray for example: try again
                 pause_s, self._why_as_it_is = min(2 * pause_s, timing.LONGEST_PAUSE_S), str(error)
                 is_known = isinstance(error, MoEServeError)
-                log.warning("hosts cannot follow the nodes: %r; next try in %g s", error, pause_s, exc_info=not is_known)
+                log.warning("cannot adapt hosts to the nodes: %r; next attempt in %g s", error, pause_s, exc_info=not is_known)
 
     async def _to_its_end(self, change: Coroutine[Any, Any, Release]) -> Release:
-        """A caller who hangs up does not leave a change half made."""
+        """Finishes the change even if its caller leaves."""
         task = asyncio.ensure_future(change)
         self._changes.add(task)
         task.add_done_callback(self._changes.discard)
@@ -227,10 +227,10 @@ class Controller:
 
     async def _scale(self, num_hosts: NumHosts) -> Release:
         if num_hosts != "all" and num_hosts < 1:
-            raise ConfigError("at least one host is needed")
+            raise ConfigError(f"placement.num_hosts is {num_hosts}; allowed: at least 1, or 'all'")
         wanted = await asyncio.to_thread(self._planner.wanted, num_hosts)
         try:
-            # Nodes may be minutes away: meanwhile those that there are are followed.
+            # New nodes may take minutes: meanwhile the present ones are followed.
             await _until_assigned(lambda nodes: self._assigned(nodes, wanted), wanted, self._nodes, self._planner.placing.wait_for_nodes_s)
             return await self._change(lambda: self._reach(num_hosts, wanted))
         finally:
@@ -250,7 +250,7 @@ class Controller:
                 f"there is no host {host!r}; there are {', '.join(host_name(assignment.number) for assignment in assignments)}"
             )
         if not left:
-            raise ConfigError(f"{host} is the only host: at least one is needed")
+            raise ConfigError(f"{host} is the only host; a service needs at least one")
         release = await self._rollout.move(left, len(left))
         self._ask_for(await self._wanted())
         return release
@@ -260,7 +260,7 @@ class Controller:
         assigned = self._assigned(await self._nodes.list(), wanted)
         if assigned.shortage != self._shortage:
             self._shortage = assigned.shortage
-            log.warning("%s", assigned.shortage or "nothing is short any more")
+            log.warning("%s", assigned.shortage or "all wanted hosts fit again")
             self._ask_for(wanted)
         return await self._rollout.move(assigned.assignments, self.state.num_hosts)
 
@@ -273,6 +273,6 @@ class Controller:
         return reconcile(nodes, self.state.assignments, wanted, self.state.next_number, self._hosts.given_up)
 
     def _ask_for(self, wanted: Wanted) -> None:
-        """Where nodes are waited for there is an autoscaler, which shall keep those that are needed and no more."""
+        """With wait_for_nodes_s there is an autoscaler: ask it for the nodes that are needed, and no more."""
         if self._planner.placing.wait_for_nodes_s:
             self._nodes.ask_for(wanted, 0 if wanted.num_hosts == "all" else wanted.num_hosts)

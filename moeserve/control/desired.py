@@ -1,4 +1,4 @@
-"""What [placement] asks of the nodes, with how few and how many hosts the experts can be served."""
+"""The desired state by [placement], and the smallest and largest number of hosts that can serve the experts."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class Planner:
     on_this_machine: bool
 
     def plan(self, num_hosts: int, sources: Sequence[LayerSource] | None = None) -> Placement:
-        """The placement on so many hosts, whatever [placement] says of their number. Raises ConfigError when there is none, or no memory.
+        """The placement on `num_hosts` hosts. Raises ConfigError when it is impossible, or does not fit the memory.
 
-        `sources`: the layers with the weights they have by now.
+        `sources`: the layers with their current weights.
         """
         placement = self._on(num_hosts)
         self._check_memory(host_bytes(sources or self.layers.sources, placement))
         return placement
 
     def first_num_hosts(self) -> NumHosts:
-        """placement.num_hosts, or as many as placement.experts_per_host takes. Raises ConfigError when so many cannot share the experts."""
+        """placement.num_hosts, or the number that placement.experts_per_host needs. Raises ConfigError when it is impossible."""
         if self.placing.num_hosts == "all":
             return "all"
         placement = plan_placement(self.layers.specs, self.placing)
@@ -40,14 +40,14 @@ class Planner:
         return placement.num_hosts
 
     def wanted(self, num_hosts: NumHosts) -> Wanted:
-        """What `num_hosts` of them ask of the nodes. Raises ConfigError when so many, or any number, cannot share the experts."""
+        """The desired state with `num_hosts` hosts. Raises ConfigError when that number, or any number, cannot hold the experts."""
         placing, specs = self.placing, self.layers.specs
         fewest = fewest_hosts(specs, placing)
-        if num_hosts == "all":  # the search takes seconds for the largest models, and nobody else needs it
+        if num_hosts == "all":  # the search takes seconds for the largest models, and only "all" needs it
             upper = most = most_hosts(specs, placing)
             if fewest > most:
-                self._on(fewest)  # says why not
-                raise ConfigError(f"placement needs {fewest} hosts, of which some would hold no expert; allowed: at most {most}")
+                self._on(fewest)  # raises the reason
+                raise ConfigError(f"placement needs {fewest} hosts, and some of them would hold no expert; allowed: at most {most}")
         else:
             self.plan(num_hosts)
             upper, most = max(fewest, num_hosts), None
@@ -69,7 +69,7 @@ class Planner:
         check_memory(nbytes, self.placing, memory_bytes() if self.on_this_machine else None)
 
     def _least(self, fewest: int, most: int) -> int:
-        """How many hosts it takes so that each has room for its weights."""
+        """The smallest number of hosts that each have room for their weights."""
         limit = self.placing.memory_per_host_bytes
         if limit is None:
             return fewest
@@ -80,5 +80,5 @@ class Planner:
         return numbers[bisect_left(numbers, True, key=lambda number: self._largest(number) <= limit)]
 
     def _largest(self, num_hosts: int) -> int:
-        """Bytes of the host that holds most."""
+        """Bytes of the host with the most weights."""
         return max(host_bytes(self.layers.sources, self._on(num_hosts)))

@@ -1,4 +1,4 @@
-"""Where hosts are, as a controller says it."""
+"""The addresses of hosts, as a controller announces them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moeserve.observe.stats import HostInfo
 
 
 class Directory:
-    """The present incarnations of all hosts, by number."""
+    """The current incarnations of all hosts, by number."""
 
     def __init__(self) -> None:
         self._hosts: dict[int, HostInfo] = {}
@@ -19,14 +19,14 @@ class Directory:
         self._changed = Notifier()
 
     def replace(self, hosts: Mapping[int, HostInfo]) -> None:
-        """What is known from now on."""
+        """Replaces all entries."""
         self._hosts = dict(hosts)
         self._changed.notify()
 
     async def find(self, number: int) -> HostInfo:
-        """The present incarnation of a host, once one is announced.
+        """The current incarnation of a host, when one is announced.
 
-        Whoever asks again within seconds could not reach it: he waits a little for another, as nobody may be behind that door.
+        A caller that asks again within seconds could not reach it, so it waits a little for another incarnation.
         """
         given, asked_at = self._given.get(number, (None, 0.0))
         await self._changed.until(lambda: number in self._hosts and self._hosts[number] != given, asked_at + timing.PATIENCE_S)

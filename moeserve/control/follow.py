@@ -1,4 +1,4 @@
-"""What a controller and a frontend that follows it tell each other: always what is, so that only the latest matters."""
+"""The messages between a controller and a following frontend: full state, so only the latest one matters."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from moeserve.v1 import control_service_pb2 as pb
 _MAX_NAME_CHARS: Final = 256
 _MAX_SENTENCE_CHARS: Final = 1000
 
-#: what concerns nobody but the controller
+#: tables for the controller only
 _NOT_FOLLOWED: Final[dict[str, Any]] = {"placement": {"num_hosts", "node_labels", "node_strategy", "wait_for_nodes_s"}}
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a frontend says of itself.
+    """The state of a frontend, sent to the controller.
 
-    name, target and metrics_target are for people, node is the Ray node it is on, public_key the key it was given earlier;
-    new batches use `epoch`, running ones `oldest_epoch` at least (0 = it serves nothing yet); it is ready for the candidate of
-    `tried_epoch`, or is not: `refusal` says why. is_leaving = it ends for good, and does not come back with its key; is_ready = it takes
+    name, target and metrics_target are for status, node is its Ray node, public_key the key it was given earlier;
+    new batches use `epoch`, running ones `oldest_epoch` or later (0 = it serves nothing yet); it is ready for the candidate of
+    `tried_epoch`, or not: `refusal` says why. is_leaving = it ends for good, and does not come back with its key; is_ready = it accepts
     requests, and every expert can be reached.
     """
 
@@ -52,12 +52,12 @@ class Report:
     is_ready: bool = False
 
     def to_message(self) -> pb.FrontendReport:
-        """To be read by `from_message`."""
+        """For `from_message`."""
         return pb.FrontendReport(**{**vars(self), "refusal": self.refusal[:_MAX_SENTENCE_CHARS]})
 
     @classmethod
     def from_message(cls, message: pb.FrontendReport) -> Report:
-        """Raises InvalidRequest when it is too long, would be several lines of a log, or is no key."""
+        """Raises InvalidRequest when a text is too long, has control characters, or is not a key."""
         for name in ("name", "target", "metrics_target", "node"):
             require_short(getattr(message, name), name, _MAX_NAME_CHARS)
             require_printable(getattr(message, name), name)
@@ -68,9 +68,9 @@ class Report:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a frontend is told once: which deployment it follows, and how to serve.
+    """Sent to a frontend once per stream: which deployment it follows, and how to serve.
 
-    keys: those it shows to hosts, None = it has some; drain_timeout_s: how long batches may take to finish.
+    keys: its keys for hosts, None = it has keys; drain_timeout_s: how long batches may take to finish.
     """
 
     service_id: str
@@ -81,9 +81,9 @@ class Setup:
 
 @dataclass(frozen=True)
 class Order:
-    """What shall be: `current` is served (None = not known yet), `candidate` tried, if there is one; `hosts` are reached there.
+    """The desired state of a frontend: serve `current` (None = not known yet), try `candidate`, if there is one, on `hosts`.
 
-    `failing`: hosts that nobody should wait for while they are down, and why.
+    `failing`: hosts that are down and not restarting, and why.
     """
 
     current: Release | None = None
@@ -93,7 +93,7 @@ class Order:
     failing: Mapping[int, str] = field(default_factory=dict)
 
     def to_message(self) -> pb.FrontendOrder:
-        """To be read by `from_message`."""
+        """For `from_message`."""
         failing = {number: why[:_MAX_SENTENCE_CHARS] for number, why in self.failing.items()}
         message = pb.FrontendOrder(hosts=hosts_messages(self.hosts), failing=failing)
         for name, release in (("current", self.current), ("candidate", self.candidate)):
@@ -108,7 +108,7 @@ class Order:
 
     @classmethod
     def from_message(cls, message: pb.FrontendOrder) -> Order:
-        """Raises InvalidRequest when it cannot be carried out."""
+        """Raises InvalidRequest for an impossible order."""
         told = message.setup
         for key in (told.public_key, told.secret_key):
             require_key(key, "setup.keys")
@@ -123,5 +123,5 @@ class Order:
 
 
 def followed_config(config: FrontendConfig) -> str:
-    """As JSON: what every frontend of a service does alike. What was not said stays unsaid, as that makes a difference."""
+    """The shared configuration of all frontends, as JSON. Unset keys stay unset, because that has a meaning."""
     return config.model_dump_json(include=set(FrontendConfig.model_fields), exclude=_NOT_FOLLOWED, exclude_unset=True)

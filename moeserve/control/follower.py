@@ -1,4 +1,4 @@
-"""A frontend that follows a controller: what it is told becomes what it does."""
+"""A frontend that follows a controller: it carries out orders."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ log = logging.getLogger(__name__)
 
 
 class CannotFollow(ConfigError):
-    """Only a new start can do what the controller says."""
+    """The order needs a restart of this frontend."""
 
 
 class Stage(Protocol):
-    """Where the frontend appears, once there is one."""
+    """Receives the frontend, when there is one."""
 
     def enter(self, frontend: Frontend, metrics: Metrics) -> None:
-        """Requests may come."""
+        """The frontend accepts requests."""
         ...
 
     def health_changed(self, layer: int, healthy: bool) -> None:
@@ -39,15 +39,15 @@ class Stage(Protocol):
 
 
 class Follower:
-    """Builds a `Frontend` of the first order and has it do what each later one says, the latest only; `report` says how far it is.
+    """Builds a `Frontend` from the first order and applies every later one, always the latest; `report` says how far it is.
 
-    Orders may stop coming at any time: then everything stays as it is. `server` is its own, the rest of the configuration the controller's.
-    `layers`: those of that configuration, where they have been read already.
+    Without orders everything stays as it is. `server` is its own table; the controller sends the rest of the configuration.
+    `layers`: the layers of that configuration, if they have been read already.
     """
 
     def __init__(self, server: ServerConfig, report: Report, stage: Stage, layers: ServedLayers | None = None) -> None:
         self.report = report
-        #: told of every new `report`
+        #: notified of every new `report`
         self.reported = Notifier()
         self._server, self._stage = server, stage
         self._directory = Directory()
@@ -55,30 +55,30 @@ class Follower:
         self._ordered = Notifier()
         self._told: Setup | None = None
         self._config: FrontendConfig | None = None
-        #: of the configuration, as they were when this frontend began
+        #: of the configuration, as they were when this frontend started
         self._layers = layers
         self._keys: KeyPair | None = None
         self._frontend: Frontend | None = None
-        #: number of the stream: what was tried for one controller says nothing to the next
+        #: number of the stream: a trial for one controller says nothing to the next
         self._stream = 0
-        #: which candidate of which stream is tried, or was
+        #: stream and epoch of the latest trial
         self._trial: tuple[int, int] | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def begin(self) -> None:
-        """A stream of orders begins, perhaps of another controller."""
+        """A stream of orders begins, perhaps from another controller."""
         self._stream += 1
         self.say(tried_epoch=0, refusal="")
 
     def hear(self, order: Order) -> None:
-        """What shall be from now on. Raises CannotFollow."""
+        """Takes an order. Raises CannotFollow."""
         if order.setup is not None:
             self._set_up(order.setup)
         if self._told is None:
-            raise CannotFollow("the controller does not say what it serves")
+            raise CannotFollow("the first order of the controller has no configuration")
         if order.current is not None and order.current.epoch < self.report.epoch:
             raise CannotFollow(
-                f"the controller is at epoch {order.current.epoch}, this frontend at {self.report.epoch}: it must start anew"
+                f"the controller is at epoch {order.current.epoch}, this frontend at {self.report.epoch}; restart the frontend"
             )
         self._order = order
         self._directory.replace(order.hosts)
@@ -87,14 +87,14 @@ class Follower:
         self._ordered.notify()
 
     def say(self, **changes: object) -> None:
-        """Something of the report is different now."""
+        """Changes the report."""
         report = Report(**{**vars(self.report), **changes})
         if report != self.report:
             self.report = report
             self.reported.notify()
 
     async def run(self) -> None:
-        """Until cancelled. Raises ConfigError or CheckpointError when what is served cannot be served here."""
+        """Carries out orders until cancelled. Raises ConfigError or CheckpointError when this frontend cannot."""
         done: Order | None = None
         while True:
             while (order := self._order) is done or order.current is None:
@@ -105,7 +105,7 @@ class Follower:
             done = order
 
     async def close(self) -> None:
-        """Let go of the hosts; requests that are still running fail."""
+        """Disconnect from the hosts; running requests fail."""
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -114,13 +114,13 @@ class Follower:
 
     def _set_up(self, setup: Setup) -> None:
         if self._told is not None and self._told.service_id != setup.service_id:
-            # Its epochs count anew: what they say of places and weights is not what they said before.
-            raise CannotFollow("the controller serves another deployment now: this frontend must start anew")
+            # Its epochs start again, so they name other placements and weights.
+            raise CannotFollow("the controller serves another deployment now; restart the frontend")
         if self._told is not None and self._told.config_json != setup.config_json:
-            raise CannotFollow("the controller serves with another configuration now: this frontend must start anew")
+            raise CannotFollow("the controller has another configuration now; restart the frontend")
         self._keys = self._keys or setup.keys
         if self._keys is None:
-            raise CannotFollow("the controller gives this frontend no keys")
+            raise CannotFollow("the controller sent no keys for this frontend")
         self._told = setup
         self.say(public_key=self._keys.public)
 
@@ -147,7 +147,7 @@ class Follower:
         metrics = Metrics([source.spec for source in sources], self._config.observability.expert_detail)
         settings = FrontendSettings.of(self._config, self._server)
         hosts = HostAccess(self._directory.find, self._keys, self._stage.health_changed)
-        # It reads every gate, and probes are answered meanwhile.
+        # It reads every gate; probes are answered meanwhile.
         self._frontend = await asyncio.to_thread(Frontend, release, sources, settings, hosts, metrics)
         self._frontend.set_failing(self._order.failing)
         self._stage.enter(self._frontend, metrics)
@@ -159,20 +159,20 @@ class Follower:
         self._layers = self._layers or ServedLayers.read(self._config)
         sources: list[LayerSource] = [*release.sources(self._layers)]
         if len(sources) != len(release.placement.layers):
-            raise ConfigError(f"the controller places {len(release.placement.layers)} layers, the configuration has {len(sources)} here")
+            raise ConfigError(f"the controller serves {len(release.placement.layers)} layers, but the checkpoint here has {len(sources)}")
         return sources
 
     async def _move_to(self, release: Release, frontend: Frontend) -> None:
-        """New batches use the release; when those under way have ended, or have had their time, hosts that are not needed are let go."""
+        """New batches use the release; after running batches, or their time limit, it disconnects from hosts that are not needed."""
         sources = await asyncio.to_thread(self._sources, release)
         await _within(timing.REACH_S, frontend.connect(release))
         await frontend.prepare(release, sources)
         frontend.publish(release)
         self.say(epoch=release.epoch, oldest_epoch=frontend.oldest_epoch)
-        log.info("epoch %d is served", release.epoch)
+        log.info("serving epoch %d", release.epoch)
         assert self._told is not None
         if not await _within(self._told.drain_timeout_s, frontend.drained()):
-            log.warning("epoch %d: batches still wait for hosts that leave; they begin again on the others", release.epoch)
+            log.warning("epoch %d: batches still wait for hosts that leave; they start again on other hosts", release.epoch)
         await frontend.forget()
         self._do("drain", self._tell_when_drained(frontend))
 
@@ -194,14 +194,14 @@ class Follower:
             await frontend.try_out(release, sources)
         except MoEServeError as error:
             refusal = str(error)
-        except Exception as error:  # whatever it is, the controller must not wait for it
-            log.exception("epoch %d cannot be tried", release.epoch)
+        except Exception as error:  # any error: the controller must not wait for it
+            log.exception("cannot try epoch %d", release.epoch)
             refusal = f"{type(error).__name__}: {error}"
         if trial == (self._stream, release.epoch):
             self.say(tried_epoch=release.epoch, refusal=refusal)
 
     def _do(self, what: str, work: Coroutine[Any, Any, None]) -> None:
-        """Beside everything else; instead of the same thing done before."""
+        """Runs `work` in the background, in place of an earlier one of the same name."""
         if what in self._tasks:
             self._tasks[what].cancel()
         self._tasks[what] = asyncio.create_task(work)
@@ -213,7 +213,7 @@ class Follower:
 
 
 async def _within(timeout_s: float, work: Awaitable[None]) -> bool:
-    """Whether it ended in time."""
+    """Whether `work` ended in time."""
     try:
         async with asyncio.timeout(timeout_s):
             await work

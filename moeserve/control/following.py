@@ -1,4 +1,4 @@
-"""Following a controller: the stream is begun again whenever it breaks, and what was heard stays in force meanwhile."""
+"""Following a controller: a broken stream is opened again, and the last order stays in force meanwhile."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class Following:
-    """Has `follower` hear what comes from `orders`, and the controller what the follower reports."""
+    """Passes orders from `orders` to `follower`, and its reports to the controller."""
 
     def __init__(self, orders: Orders, follower: Follower) -> None:
         self._orders, self._follower = orders, follower
@@ -27,15 +27,15 @@ class Following:
         self._is_heard = False
 
     def leave(self) -> None:
-        """Have the stream end, and the controller know that this is for good."""
+        """Ends the stream, and tells the controller that the frontend leaves for good."""
         self._leaving.set()
         self._follower.reported.notify()
 
     async def run(self, timeout_s: float) -> None:
-        """Until `leave`.
+        """Follows until `leave`.
 
         Raises ServiceUnreachable when no controller was reached within `timeout_s`, Unauthenticated or PermissionDenied when the first one
-        does not let this frontend follow, and CannotFollow.
+        refuses this frontend, and CannotFollow.
         """
         deadline, was_heard, pause_s = time.monotonic() + timeout_s, False, timing.LEAST_PAUSE_S
         while not self._leaving.is_set():
@@ -48,7 +48,7 @@ class Following:
                 if not (was_heard or self._is_heard):
                     _require_patience(error, deadline)
                 elif self._is_heard and not self._leaving.is_set():
-                    log.warning("the controller is gone, and what it said last stays in force: %s", error)
+                    log.warning("the controller cannot be reached; its last order stays in force: %s", error)
             was_heard = was_heard or self._is_heard
             pause_s = timing.LEAST_PAUSE_S if self._is_heard else min(2 * pause_s, timing.MOST_PAUSE_S)
             with suppress(TimeoutError):
@@ -61,7 +61,7 @@ class Following:
             try:
                 await self._hear(stream, timing.FIRST_ORDER_S)
                 self._is_heard = True
-                log.info("the controller is followed")
+                log.info("following the controller")
                 while True:
                     await self._hear(stream, None)
             finally:
@@ -73,7 +73,7 @@ class Following:
             async with asyncio.timeout(timeout_s):
                 order = await stream.read()
         except TimeoutError:
-            raise DeadlineExceeded(f"the controller said nothing within {timeout_s:g} s") from None
+            raise DeadlineExceeded(f"the controller sent no order within {timeout_s:g} s") from None
         self._follower.hear(order)
 
     async def _tell(self, stream: OrderStream) -> None:
@@ -88,8 +88,8 @@ class Following:
 
 
 def _require_patience(error: MoEServeError, deadline: float) -> None:
-    """Raises `error` where waiting does not help, and ServiceUnreachable after the deadline."""
+    """Raises `error` if waiting cannot help, and ServiceUnreachable after the deadline."""
     if isinstance(error, Unauthenticated | PermissionDenied):
         raise error
     if time.monotonic() > deadline:
-        raise ServiceUnreachable(f"no controller to follow was reached: {error}")
+        raise ServiceUnreachable(f"no controller was reached: {error}")

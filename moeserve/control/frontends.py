@@ -1,4 +1,4 @@
-"""All frontends of a service as one: any number that follow, from this process or from elsewhere."""
+"""All frontends of a service that follow the controller, in this process or in others."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from moeserve.transport import KeyPair
 
 log = logging.getLogger(__name__)
 
-#: the public keys that hosts shall let in, from now on
+#: receives the public keys that hosts should accept from now on
 OnKeys = Callable[[frozenset[str]], Awaitable[None]]
 
 
 class FollowingFrontend:
-    """A frontend that follows, for as long as its stream lasts."""
+    """A following frontend, while its stream lasts."""
 
     def __init__(self, report: Report, keys: KeyPair | None) -> None:
         self.report = report
         self.keys = keys
         self.public_key = report.public_key if keys is None else keys.public
-        #: the epoch it was told of first: until it says more, it may be using that
+        #: the epoch of its first order: it may use that before it reports
         self.told_epoch = 0
         self.is_dismissed = False
 
     @property
     def oldest_epoch(self) -> int:
-        """No batch of it uses an earlier one; 0 = it has not been told of any."""
+        """The earliest epoch that its batches may use; 0 = it has no order yet."""
         return self.report.oldest_epoch or self.told_epoch
 
 
 class Frontends:
-    """What a roll-out talks to. Those that follow are counted from when they serve until they leave, or say nothing for too long.
+    """The frontends as a roll-out sees them. A frontend counts from the time it serves until it leaves, or is silent for too long.
 
-    `service_id` is of this deployment; batches have `drain_timeout_s` to end on hosts that leave. `on_keys` is told whom hosts shall let in
-    whenever that changes. `keys` are of frontends that followed an earlier controller: they stay valid for an hour, within which those
+    `service_id` names this deployment; batches have `drain_timeout_s` to end on hosts that leave. `on_keys` receives the keys that hosts
+    should accept, whenever they change. `keys` of frontends of an earlier controller stay valid for an hour, because these
     come back.
     """
 
@@ -59,30 +59,30 @@ class Frontends:
         self._members: list[FollowingFrontend] = []
         self._order = Order()
         self._let_go_at = 0.0
-        #: keys of those that left without a word, and until when they stay valid
+        #: keys of frontends whose stream broke, and until when they stay valid
         self._absent = dict.fromkeys(keys, time.monotonic() + timing.KEEP_KEY_S)
         self._heard, self._changed = Notifier(), Notifier()
         self._admitting = asyncio.Lock()
 
     def members(self) -> list[Report]:
-        """What those say of themselves that follow now."""
+        """The reports of the frontends that follow now."""
         return [member.report for member in self._members]
 
     def begin(self, release: Release) -> None:
-        """The first release: what is served already, or will be once its hosts are there."""
+        """The first release: already served, or served when its hosts are ready."""
         self._tell(replace(self._order, current=release))
 
     async def until_back(self, timeout_s: float) -> None:
-        """Until those that followed an earlier controller do again; some may be gone. A change before that would pass them by."""
+        """Waits for frontends of an earlier controller; some may be gone. A change before that would miss them."""
         await self._heard.until(lambda: not self._absent, time.monotonic() + timeout_s)
 
     def directory(self, hosts: Mapping[int, HostInfo]) -> None:
-        """The present incarnations of all hosts."""
+        """Sets the current incarnations of all hosts."""
         if dict(hosts) != dict(self._order.hosts):
             self._tell(replace(self._order, hosts=dict(hosts)))
 
     async def join(self, report: Report) -> FollowingFrontend:
-        """A frontend follows from now on; hosts let it in when this returns. It may have followed before: then it brings its key."""
+        """A frontend follows from now on; hosts accept it when this returns. If it has followed before, it brings its key."""
         member = FollowingFrontend(report, None if report.public_key else KeyPair.generate())
         for same in [other for other in self._members if other.public_key == member.public_key]:
             self._dismiss(same)
@@ -98,12 +98,12 @@ class Frontends:
         return member
 
     def hear(self, member: FollowingFrontend, report: Report) -> None:
-        """What a member says now."""
+        """Takes a report of a member."""
         member.report = report
         self._heard.notify()
 
     def leave(self, member: FollowingFrontend) -> None:
-        """Its stream broke: it is not counted, but may serve on and come back."""
+        """Its stream broke: it does not count, but may keep serving and come back."""
         if member in self._members:
             self._members.remove(member)
             self._absent[member.public_key] = time.monotonic() + timing.KEEP_KEY_S
@@ -111,13 +111,13 @@ class Frontends:
         self._heard.notify()
 
     async def left(self, member: FollowingFrontend) -> None:
-        """It has left for good: hosts let it in no longer."""
+        """It has left for good: hosts stop accepting it."""
         self._dismiss(member)
         self._absent.pop(member.public_key, None)
         await self._admit()
 
     async def orders(self, member: FollowingFrontend) -> AsyncIterator[Order]:
-        """What the member shall do, at once and whenever that changes; changes it is too slow for are one. Ends when it is dismissed."""
+        """Orders for the member, at once and after every change; a slow member gets only the latest. Ends when it is dismissed."""
         told: Order | None = None
         setup: Setup | None = Setup(self._service_id, self._config_json, member.keys, self._drain_timeout_s)
         while not member.is_dismissed:
@@ -130,7 +130,7 @@ class Frontends:
             setup = None
 
     async def offer(self, release: Release) -> None:
-        """Until each has reached every host of `release` and had an answer of every expert. Raises ConfigError when one cannot use it."""
+        """Every frontend tries `release`: it reaches every host and gets an answer from every expert. Raises ConfigError if one cannot."""
         self._tell(replace(self._order, candidate=release))
         await self._tried(release.epoch)
 
@@ -147,16 +147,16 @@ class Frontends:
         for report in refusing():
             raise ConfigError(f"frontend {report.name} cannot use epoch {epoch}: {report.refusal}")
         for member in missing():
-            log.warning("frontend %s did not try epoch %d within %g s: it is hung up on", member.report.name, epoch, self._try_timeout_s)
+            log.warning("frontend %s did not try epoch %d within %g s: closing its stream", member.report.name, epoch, self._try_timeout_s)
             self._dismiss(member)
 
     def publish(self, release: Release) -> None:
-        """Batches that begin use `release`, which was offered, as soon as their frontend hears of it."""
+        """New batches use `release`, which was offered, as soon as their frontend has the order."""
         self._let_go_at = time.monotonic() + self._drain_timeout_s + timing.GRACE_S
         self._tell(replace(self._order, current=release, candidate=None))
 
     async def drained(self) -> None:
-        """Until no batch anywhere uses an earlier release; a frontend that takes too long is waited for no longer."""
+        """Returns when no batch uses an earlier release, or a frontend takes too long."""
         epoch = 0 if self._order.current is None else self._order.current.epoch
 
         def behind() -> list[FollowingFrontend]:
@@ -164,15 +164,15 @@ class Frontends:
 
         await self._heard.until(lambda: not behind(), self._let_go_at)
         for member in behind():
-            log.warning("frontend %s still uses epoch %d, and is waited for no longer", member.report.name, member.oldest_epoch)
+            log.warning("frontend %s still uses epoch %d; not waiting for it any longer", member.report.name, member.oldest_epoch)
 
     def withdraw(self) -> None:
-        """There is no candidate any more."""
+        """Removes the candidate."""
         if self._order.candidate is not None:
             self._tell(replace(self._order, candidate=None))
 
     def set_failing(self, failing: Mapping[int, str]) -> None:
-        """Of these hosts, while they are down, nobody should wait for any, and why; the others are on their way."""
+        """Sets the hosts that are down and not restarting, and why."""
         if dict(failing) != dict(self._order.failing):
             self._tell(replace(self._order, failing=dict(failing)))
 
@@ -186,7 +186,7 @@ class Frontends:
         self._changed.notify()
 
     async def _admit(self) -> None:
-        async with self._admitting:  # or an earlier set might arrive last
+        async with self._admitting:  # otherwise an earlier set might arrive last
             now = time.monotonic()
             self._absent = {key: until for key, until in self._absent.items() if until > now}
             await self._on_keys(frozenset({*self._absent, *(member.public_key for member in self._members)}))

@@ -1,4 +1,4 @@
-"""Where a frontend gets its orders from: a stream of reports to the controller, and of orders back."""
+"""The source of a frontend's orders: a stream of reports to the controller, and of orders back."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class OrderStream(Protocol):
     """Reports out, orders in, until it breaks."""
 
     async def write(self, report: Report) -> None:
-        """What the frontend says of itself now; when the stream has ended, `read` says so."""
+        """Sends a report; if the stream has ended, `read` raises the error."""
         ...
 
     async def read(self) -> Order:
-        """The next order, once there is one. Raises the MoEServeError that ended the stream."""
+        """Waits for the next order. Raises the MoEServeError that ended the stream."""
         ...
 
 
@@ -26,9 +26,9 @@ class Orders(Protocol):
 
     @property
     def controller(self) -> Target | None:
-        """Where it is; None = in this process."""
+        """Its address; None = in this process."""
         ...
 
     def follow(self) -> AbstractAsyncContextManager[OrderStream]:
-        """One attempt."""
+        """One attempt to follow."""
         ...

@@ -36,19 +36,19 @@ def reconcile(
 
 
 def is_place(node: Node, wanted: Wanted) -> bool:
-    """Hosts may be put there, as far as there is room."""
+    """Whether hosts may be put on `node`, if there is room."""
     return not node.is_leaving and wanted.labels.items() <= node.labels.items()
 
 
 def room_on(node: Node, wanted: Wanted) -> int:
-    """How many hosts `node` can hold, with those that are there."""
+    """How many hosts fit on `node`, including its present ones."""
     limits = [1] if wanted.strategy == "strict_spread" else []
     if wanted.cpus:
         limits.append(_fit(node.free.get("CPU", 0), wanted.cpus))
     if wanted.gpus:
         limits.append(_fit_gpus(node.free.get("GPU", 0), wanted.gpus))
     if not limits and wanted.num_hosts == "all":
-        return 1  # a host that takes nothing would fit any number of times
+        return 1  # any number of hosts without resources would fit
     return min(limits, default=_NO_LIMIT)
 
 
@@ -57,7 +57,7 @@ def _fit(free: float, each: float) -> int:
 
 
 def _fit_gpus(free: float, each: float) -> int:
-    """A fraction is of one GPU: what is left over on several does not add up."""
+    """A fraction belongs to one GPU: the rest of several GPUs does not add up."""
     if each >= 1:
         return _fit(free, each)
     whole = math.floor(max(0.0, free) + 1e-9)
@@ -71,7 +71,7 @@ def _number(wanted: Wanted, fit: int) -> int:
 
 
 def _kept(assignments: Sequence[Assignment], wanted: Wanted) -> list[Assignment]:
-    """Assignments that can stay: where only one may be on a node, its first."""
+    """Assignments that can stay; if only one may be on a node, its first."""
     ordered = _by_number(assignments)
     if wanted.strategy != "strict_spread":
         return list(ordered)
@@ -88,7 +88,7 @@ def _without_surplus(assignments: Sequence[Assignment], number: int, wanted: Wan
 
 
 def _added(kept: Sequence[Assignment], room: Mapping[str, int], number: int, wanted: Wanted, next_number: int) -> list[Assignment]:
-    """As many more as there shall be, one by one where there is room: on the node with fewest hosts, or with most to fill it up."""
+    """The missing hosts, one by one: on the node with the fewest hosts that has room, or with the most, to fill it up."""
     held = Counter(assignment.node for assignment in kept)
     sign = -1 if wanted.strategy == "pack" else 1
     added = []

@@ -1,4 +1,4 @@
-"""What controllers write down and tell frontends, as protobuf messages; what comes back is checked, whoever sent it.
+"""Releases and hosts as protobuf messages: saved by controllers, sent to frontends, and checked when read.
 
 P physical experts of a layer, U units.
 """
@@ -21,7 +21,7 @@ from moeserve.placement import LayerPlacement, Placement
 from moeserve.release import Release
 from moeserve.v1 import control_service_pb2 as pb
 
-#: bounds on what is believed of a message; a service comes nowhere near them
+#: bounds on messages, far above those of any service
 _MAX_SWAPS: Final = 2**20
 _MAX_FILES: Final = 2**20
 _MAX_PATH_CHARS: Final = 2**12
@@ -30,7 +30,7 @@ _KEY_CHARS: Final = 40
 
 
 def release_message(release: Release) -> pb.Release:
-    """To be read by `read_release`."""
+    """For `read_release`."""
     placement = release.placement
     made_of = [*release.deployed.values(), *(swap.fingerprint for swap in release.swaps if swap.fingerprint is not None)]
     position = {file: number for number, file in enumerate(dict.fromkeys(file for each in made_of for file in each.files))}
@@ -61,7 +61,7 @@ def release_message(release: Release) -> pb.Release:
 
 
 def read_release(message: pb.Release) -> Release:
-    """Raises InvalidRequest unless it is one that can be served."""
+    """Raises InvalidRequest unless it can be served."""
     _require(message.epoch >= 1, "epoch", "at least 1")
     _require(1 <= message.num_hosts <= MAX_HOSTS, "num_hosts", f"1..{MAX_HOSTS}")
     _require(1 <= len(message.layers) <= MAX_LAYERS, "layers", f"1..{MAX_LAYERS} of them")
@@ -79,7 +79,7 @@ def _read_layer(message: pb.LayerPlacement, num_hosts: int) -> LayerPlacement:
     _require(len(units) == len(hosts), "host_of_physical", "as many as unit_of_physical")
     _require(bool((hosts >= 0).all() and (hosts < num_hosts).all()), "host_of_physical", f"0..{num_hosts - 1}")
     _require(bool((np.diff(hosts) >= 0).all()), "host_of_physical", "ascending")
-    # As every unit exists at least once, there are at most P.
+    # Every unit exists at least once, so there are at most P.
     _require(bool((units >= 0).all() and (units < len(units)).all()), "unit_of_physical", f"0..{len(units) - 1}")
     _require(bool(np.bincount(units).all()), "unit_of_physical", "every unit at least once")
     shards = message.tensor_parallel
@@ -106,12 +106,12 @@ def _read_fingerprint(positions: Sequence[int], files: Sequence[FileMark]) -> Fi
 
 
 def host_message(number: int, info: HostInfo) -> pb.Host:
-    """To be read by `read_hosts`."""
+    """For `read_hosts`."""
     return pb.Host(number=number, **plain(info))
 
 
 def read_hosts(messages: list[pb.Host]) -> dict[int, HostInfo]:
-    """Hosts by number. Raises InvalidRequest when one cannot be reached by what is said of it."""
+    """Hosts by number. Raises InvalidRequest when an entry is invalid."""
     hosts: dict[int, HostInfo] = {}
     for message in messages:
         _require(message.number < MAX_HOSTS and message.number not in hosts, "hosts.number", f"below {MAX_HOSTS}, each once")
@@ -122,18 +122,18 @@ def read_hosts(messages: list[pb.Host]) -> dict[int, HostInfo]:
 
 
 def read_failing(failing: Mapping[int, str]) -> dict[int, str]:
-    """Why hosts are down, by number. Raises InvalidRequest when one cannot be."""
+    """Why hosts are down, by number. Raises InvalidRequest when an entry is invalid."""
     _require(all(number < MAX_HOSTS for number in failing), "failing", f"numbers below {MAX_HOSTS}")
     return dict(failing)
 
 
 def hosts_messages(hosts: Mapping[int, HostInfo]) -> list[pb.Host]:
-    """To be read by `read_hosts`."""
+    """For `read_hosts`."""
     return [host_message(number, info) for number, info in hosts.items()]
 
 
 def require_key(key: str, field: str) -> None:
-    """Raises InvalidRequest unless it is empty or of the form of a key."""
+    """Raises InvalidRequest unless it is empty or has the form of a key."""
     _require(not key or (len(key) == _KEY_CHARS and key.isascii() and key.isprintable()), field, f"{_KEY_CHARS} characters of Z85, or none")
 
 
@@ -143,7 +143,7 @@ def require_short(text: str, field: str, max_chars: int) -> None:
 
 
 def require_printable(text: str, field: str) -> None:
-    """Raises InvalidRequest when it has line ends or other control characters in it."""
+    """Raises InvalidRequest when it has line ends or other control characters."""
     _require(text.isprintable(), field, "printable characters")
 
 
@@ -158,4 +158,4 @@ def _unpacked(numbers: bytes, field: str) -> npt.NDArray[np.int64]:
 
 def _require(is_so: bool, field: str, allowed: str) -> None:
     if not is_so:
-        raise InvalidRequest(f"{field} is not what it should be; allowed: {allowed}", field)
+        raise InvalidRequest(f"{field} is invalid; allowed: {allowed}", field)

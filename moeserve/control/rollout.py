@@ -1,4 +1,4 @@
-"""Bringing in a new release while requests run: none fails, and none is answered by a mix of two."""
+"""Bringing in a new release while requests run: no request fails, and no answer mixes two releases."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ class Hosts(Protocol):
     """All expert hosts, by number."""
 
     async def take(self, release: Release, assignments: Sequence[Assignment]) -> None:
-        """Every host of `release`, started on its assignment if need be, can serve it beside what it serves. Raises what a host raised."""
+        """Every host of `release`, started if needed, loads it beside the release it serves. Raises a host's error."""
         ...
 
     async def withdraw(self, epoch: int) -> None:
-        """The release of `epoch` will not be, nor any after it."""
+        """Forget the release of `epoch` and all after it."""
         ...
 
     async def retire(self, epoch: int) -> None:
-        """Nobody asks for what was before `epoch` any more."""
+        """Forget all releases before `epoch`."""
         ...
 
     async def remove(self, numbers: Sequence[int]) -> None:
-        """These hosts are not needed any more."""
+        """End these hosts."""
         ...
 
 
 class Rollout:
     """Make before break: hosts load, frontends switch, running batches end, hosts forget. Its owner makes one change at a time.
 
-    `save` is given the state before it is used: epochs and numbers before they are given out, a release before it is published.
+    `save` receives the state before it is used: epochs and numbers before they are given out, a release before it is published.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Rollout:
         self._save = save
 
     async def swap(self, swaps: Sequence[Swap]) -> Release:
-        """New weights in the same places. Raises UnknownLayer, ConfigError or CheckpointError; then everything is as it was."""
+        """New weights in the same places. Raises UnknownLayer, ConfigError or CheckpointError; then nothing has changed."""
         before = self.state
         release = await asyncio.to_thread(before.release.swapped, swaps, self._planner.layers, before.last_epoch + 1)
         await self._bring_in(replace(before, release=release))
@@ -71,9 +71,9 @@ class Rollout:
         return release
 
     async def move(self, assignments: tuple[Assignment, ...], num_hosts: NumHosts) -> Release:
-        """The same weights on these hosts, `num_hosts` being what was asked for.
+        """The same weights on these hosts; `num_hosts` is the desired number.
 
-        Raises ConfigError, or CheckpointChanged when the weights cannot be read any more; then everything is as it was.
+        Raises ConfigError, or CheckpointChanged when the weights cannot be read any more; then nothing has changed.
         """
         before = self.state
         if assignments == before.assignments:
@@ -87,11 +87,11 @@ class Rollout:
         await self._bring_in(State(release, assignments, num_hosts, release.epoch, next_number))
         gone = {assignment.number for assignment in before.assignments} - set(numbers)
         await self._hosts.remove(sorted(gone))
-        log.info("epoch %d: experts stand on hosts %s", release.epoch, ", ".join(map(str, numbers)))
+        log.info("epoch %d: experts are on hosts %s", release.epoch, ", ".join(map(str, numbers)))
         return release
 
     def _readable(self, release: Release) -> list[ReleasedLayer]:
-        """Its layers, all of which are as they were: that is found out before any host starts."""
+        """Its layers, after a check that their files have not changed: before any host starts."""
         sources = release.sources(self._planner.layers)
         for source in sources:
             source.check()
@@ -108,15 +108,15 @@ class Rollout:
 
     async def _offer(self, after: State) -> None:
         before, release = self.state, after.release
-        # Should this process die on the way, neither the epoch nor the numbers of new hosts are ever given out again.
+        # If this process dies meanwhile, the epoch and the numbers of new hosts are never given out again.
         self._remember(replace(before, last_epoch=release.epoch, next_number=after.next_number))
         try:
             await self._hosts.take(release, after.assignments)
-            self._frontends.set_failing({})  # all of them are up, perhaps since a moment ago
+            self._frontends.set_failing({})  # all of them are up
             await self._frontends.offer(release)
             self._save(replace(after, last_epoch=release.epoch))
             self._frontends.publish(release)
-        except BaseException:  # whatever it was: a release that hosts have and frontends do not would be mistaken for what is served
+        except BaseException:  # any error: a release that hosts have and frontends do not would be mistaken for the served one
             self._save(self.state)
             self._frontends.withdraw()
             await self._hosts.withdraw(release.epoch)

@@ -1,4 +1,4 @@
-"""What outlives a controller, as bytes: JSON, with the release as the message that frontends get."""
+"""The saved state of a controller as bytes: JSON, with the release as the message that frontends get."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from moeserve.v1 import control_service_pb2 as pb
 
 @dataclass(frozen=True)
 class Saved:
-    """What a successor must know of a service beside its configuration.
+    """What the next incarnation of a controller must know beside the configuration.
 
-    `service_id` names folders of sockets; `frontend_token` is what the frontends that the controller starts follow it with;
-    `frontend_keys` are the public keys that hosts let in; `control_port` is where the controller listens, 0 = nowhere yet.
+    `service_id` names folders of sockets; `frontend_token` is the token of frontends that the controller starts;
+    `frontend_keys` are the public keys that hosts accept; `control_port` is where the controller listens, 0 = nowhere yet.
     """
 
     service_id: str
@@ -45,7 +45,7 @@ class Saved:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Saved:
-        """What `to_bytes` made; whoever can write there can do anything to the cluster."""
+        """Reads `to_bytes`; trusted, because a writer of the store has full control of the cluster anyway."""
         read = json.loads(data)
         state = State(
             read_release(pb.Release.FromString(base64.b64decode(read["release"]))),

@@ -1,4 +1,4 @@
-"""Why hosts do not fit, in one sentence: what is asked for, what there is on each node, what is missing."""
+"""Why hosts do not fit, in one sentence: the desired state, the room on each node, and what is missing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MAX_NODES = 8
 
 
 def describe(nodes: Sequence[Node], room: Mapping[str, int], wanted: Wanted, number: int) -> str:
-    """`room`: how many hosts each node that hosts may be put on holds, by its id; `number`: how many there should be."""
+    """`room`: how many hosts fit on each allowed node, by its id; `number`: how many there should be."""
     asked = f"placement.num_hosts is {wanted.num_hosts!r}, and the experts need {number} hosts"
     asked = asked if wanted.num_hosts == "all" else f"placement.num_hosts is {number}"
     each = " and ".join(f"placement.{key} = {amount:g}" for key, _, amount in _resources(wanted))
@@ -18,7 +18,7 @@ def describe(nodes: Sequence[Node], room: Mapping[str, int], wanted: Wanted, num
     fit = sum(room.values())
     there = [_node(node, room.get(node.id), wanted) for node in nodes]
     if len(there) > _MAX_NODES:
-        there = [*there[:_MAX_NODES], f"and {len(there) - _MAX_NODES} nodes more"]
+        there = [*there[:_MAX_NODES], f"and {len(there) - _MAX_NODES} more nodes"]
     nodes_are = "; ".join(there) or "there are no nodes"
     return f"{asked}{each}, but there is room for {fit}: {nodes_are}. Missing: {_missing(wanted, number - fit)}"
 
@@ -31,22 +31,22 @@ def _resources(wanted: Wanted) -> list[tuple[str, str, float]]:
 
 def _node(node: Node, room: int | None, wanted: Wanted) -> str:
     if node.is_leaving:
-        return f"{node.name} is leaving"
+        return f"node {node.name} is leaving"
     if room is None:
-        return f"{node.name} is not labelled {_labels(wanted)}"
+        return f"node {node.name} does not have the labels {_labels(wanted)}"
     amounts = [
-        f"{node.free.get(resource, 0):g} of {node.total.get(resource, 0):g} {resource}s are free for it"
+        f"{node.free.get(resource, 0):g} of {node.total.get(resource, 0):g} {resource}s free"
         for _, resource, _ in _resources(wanted)
     ]
-    why = [*amounts, "one at most"] if wanted.strategy == "strict_spread" else amounts
-    return f"{node.name} holds {room}" + (f" ({', '.join(why)})" if why else "")
+    why = [*amounts, "at most one"] if wanted.strategy == "strict_spread" else amounts
+    return f"node {node.name} has room for {room}" + (f" ({', '.join(why)})" if why else "")
 
 
 def _missing(wanted: Wanted, hosts: int) -> str:
-    where = f" on nodes labelled {_labels(wanted)}" if wanted.labels else ""
+    where = f" on nodes with the labels {_labels(wanted)}" if wanted.labels else ""
     if wanted.strategy == "strict_spread":
         nodes = "1 more node" if hosts == 1 else f"{hosts} more nodes"
-        return f"{nodes}{where and f' labelled {_labels(wanted)}'} (placement.node_strategy is 'strict_spread')"
+        return f"{nodes}{where and f' with the labels {_labels(wanted)}'} (placement.node_strategy is 'strict_spread')"
     amounts = [f"{hosts * amount:g} {resource}{'' if hosts * amount == 1 else 's'}" for _, resource, amount in _resources(wanted)]
     return (" and ".join(amounts) or "a node") + where
 

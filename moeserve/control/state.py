@@ -1,4 +1,4 @@
-"""What a controller must not forget, and where it is kept."""
+"""The state that a controller saves."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ NumHosts: TypeAlias = int | Literal["all"]
 
 @dataclass(frozen=True)
 class State:
-    """`release` and `assignments` are what frontends use; `num_hosts` what was asked for last.
+    """`release` and `assignments` are in use by frontends; `num_hosts` is the desired number.
 
-    Epochs up to `last_epoch` and host numbers below `next_number` have been given out, if only to something that was then withdrawn.
+    Epochs up to `last_epoch` and host numbers below `next_number` have been given out, perhaps to a release that was withdrawn.
     """
 
     release: Release

@@ -1,4 +1,4 @@
-"""What there is, for people who ask."""
+"""The status of a service, from the state of its controller."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def status_of(
     present: Mapping[int, HostInfo],
     frontends: Sequence[Report],
 ) -> ServiceStatus:
-    """`present`: what hosts that are up have said of themselves."""
+    """`present`: the hosts that are up, as they describe themselves."""
     release = state.release
     return ServiceStatus(
         epoch=release.epoch,

@@ -149,7 +149,7 @@ def test_no_controller_is_exit_code_3(token_file: Path, capsys: pytest.CaptureFi
         target = f"127.0.0.1:{free.getsockname()[1]}"
     command = ["frontend", "--controller", target, "--frontend-token-file", str(token_file), "--port", "0", "--metrics-port", "0"]
     assert main([*command, "--timeout", "0"]) == 3
-    assert f"error: no controller to follow was reached: {target} is unavailable" in capsys.readouterr().err
+    assert f"error: no controller was reached: {target} is unavailable" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,9 @@ def test_a_fleet_on_three_nodes() -> None:
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     said = run.stdout
-    assert re.search(r"refused: placement.num_hosts is 7 .* room for 6: .* is not labelled pool=experts", said)
-    assert re.search(r"refused: .* room for 2: .*Missing: 1 more node labelled pool=experts .*strict_spread", said)
-    assert re.search(r"refused: .* room for 0: .* is not labelled pool=none", said)
+    assert re.search(r"refused: placement.num_hosts is 7 .* room for 6: .* does not have the labels pool=experts", said)
+    assert re.search(r"refused: .* room for 2: .*Missing: 1 more node with the labels pool=experts .*strict_spread", said)
+    assert re.search(r"refused: .* room for 0: .* does not have the labels pool=none", said)
     assert "all 6 packed on 1" in said
     assert "assignments ['wide', 'narrow', 'wide']" in said
     assert "GPUs [('narrow', '0'), ('wide', '0'), ('wide', '0'), ('wide', '1')]" in said, "half a GPU each, of one GPU"

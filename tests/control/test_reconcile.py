@@ -136,14 +136,14 @@ def test_the_sentence_says_what_there_is_on_each_node_and_what_is_missing() -> N
     assert spread_of(assigned) == {"a": 2}
     assert assigned.shortage == (
         "placement.num_hosts is 5 and each takes placement.cpus_per_host = 1 and placement.gpus_per_host = 0.5, but there is room for 2: "
-        "a holds 2 (2 of 2 CPUs are free for it, 1 of 1 GPUs are free for it); "
-        "b holds 0 (0 of 4 CPUs are free for it, 1 of 1 GPUs are free for it); "
-        "c is leaving; d is not labelled pool=x. Missing: 3 CPUs and 1.5 GPUs on nodes labelled pool=x"
+        "node a has room for 2 (2 of 2 CPUs free, 1 of 1 GPUs free); "
+        "node b has room for 0 (0 of 4 CPUs free, 1 of 1 GPUs free); "
+        "node c is leaving; node d does not have the labels pool=x. Missing: 3 CPUs and 1.5 GPUs on nodes with the labels pool=x"
     )
     strict = reconcile([node("a")], (), Wanted(3, strategy="strict_spread"), 0)
-    assert strict.shortage is not None and "one at most" in strict.shortage and "Missing: 2 more nodes" in strict.shortage
+    assert strict.shortage is not None and "at most one" in strict.shortage and "Missing: 2 more nodes" in strict.shortage
     many = reconcile([node(f"n{number}", 0) for number in range(20)], (), Wanted(1), 0)
-    assert many.shortage is not None and "and 12 nodes more" in many.shortage
+    assert many.shortage is not None and "and 12 more nodes" in many.shortage
 
 
 class Cluster(RuleBasedStateMachine):

@@ -107,13 +107,13 @@ def test_a_report_is_read_back(report: Report) -> None:
 
 def test_a_long_refusal_is_cut_and_a_long_name_refused() -> None:
     assert len(Report.from_message(Report("a", refusal="x" * 5000).to_message()).refusal) == 1000
-    with pytest.raises(InvalidRequest, match="name is not what it should be; allowed: at most 256"):
+    with pytest.raises(InvalidRequest, match="name is invalid; allowed: at most 256"):
         Report.from_message(Report("x" * 257).to_message())
 
 
 @pytest.mark.parametrize("field", ["name", "target", "metrics_target", "node"])
 def test_no_frontend_writes_lines_into_the_log_of_its_controller(field: str) -> None:
-    with pytest.raises(InvalidRequest, match=f"{field} is not what it should be; allowed: printable characters"):
+    with pytest.raises(InvalidRequest, match=f"{field} is invalid; allowed: printable characters"):
         Report.from_message(Report(**{"name": "a", field: "a\n2026-01-01 ERROR moeserve: all is lost"}).to_message())
 
 
@@ -141,7 +141,7 @@ def packed(*numbers: int) -> bytes:
 def test_a_placement_that_cannot_be_is_refused(changes: dict[str, Any], field: str) -> None:
     told = {"unit_of_physical": packed(0, 1, 2, 3), "host_of_physical": packed(0, 0, 1, 1), "tensor_parallel": 2}
     assert read_release(pb.Release(epoch=1, num_hosts=2, layers=[pb.LayerPlacement(**told)])).placement.hosts == (0, 1)
-    with pytest.raises(InvalidRequest, match=f"{field} is not what it should be; allowed: "):
+    with pytest.raises(InvalidRequest, match=f"{field} is invalid; allowed: "):
         read_release(pb.Release(epoch=1, num_hosts=2, layers=[pb.LayerPlacement(**(told | changes))]))
 
 
@@ -160,7 +160,7 @@ def test_a_host_that_cannot_be_reached_is_refused(changes: dict[str, Any]) -> No
 
 def test_reasons_are_short_and_of_hosts_that_there_can_be() -> None:
     assert len(Order.from_message(Order(failing={1: "x" * 5000}).to_message()).failing[1]) == 1000
-    with pytest.raises(InvalidRequest, match="failing is not what it should be; allowed: numbers below"):
+    with pytest.raises(InvalidRequest, match="failing is invalid; allowed: numbers below"):
         Order.from_message(pb.FrontendOrder(failing={2**20: "why"}))
 
 

@@ -234,7 +234,7 @@ def test_the_stream_is_encrypted_and_certificates_are_asked_for(tmp_path: Path) 
         with ThreadedFrontend(service.control_target, tls=tls) as follower:
             answers(follower.target)
         for refused in (None, TLS(ca=authority.certificate)):
-            with pytest.raises(ServiceUnreachable, match=r"no controller to follow was reached: .* is unavailable"):
+            with pytest.raises(ServiceUnreachable, match=r"no controller was reached: .* is unavailable"):
                 ThreadedFrontend(service.control_target, tls=refused, timeout_s=0).__enter__()
 
 

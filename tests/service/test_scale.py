@@ -55,7 +55,7 @@ def test_what_cannot_be_leaves_everything_as_it_was(tmp_path: Path) -> None:
     with ServiceHarness(CONFIG, "local", tmp_path) as service, Load(service.target, 2) as load:
         for change, sentence in (
             (service.controller.scale(17), r"placement\.num_hosts is 17; allowed: at most \d+, the number of physical experts"),
-            (service.controller.scale(0), "at least one host is needed"),
+            (service.controller.scale(0), "num_hosts is 0; allowed: at least 1"),
             (service.controller.drain("host-7"), "there is no host 'host-7'; there are host-0, host-1"),
         ):
             with pytest.raises(ConfigError, match=sentence):
