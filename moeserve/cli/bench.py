@@ -25,9 +25,7 @@ def bench(
     concurrency: Annotated[
         str | None, typer.Option(help="Requests in progress at any time; several = one run for each.  [default: 8]")
     ] = None,
-    rate: Annotated[
-        str | None, typer.Option(help="Instead: requests to start per second, finished or not; several = sweep.")
-    ] = None,
+    rate: Annotated[str | None, typer.Option(help="Instead: requests to start per second, finished or not; several = sweep.")] = None,
     duration_s: Annotated[float | None, typer.Option(help="Length of a run in seconds.  [default: 5]")] = None,
     requests: Annotated[int | None, typer.Option(help="Instead: requests of a run.")] = None,
     dtype: Annotated[str, typer.Option(help="Element type that is sent: float32, float16, bfloat16.")] = "float32",

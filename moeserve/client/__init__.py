@@ -1,4 +1,4 @@
-"""Calling a service; nothing here knows the engine."""
+"""Clients of a service; nothing here imports the engine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
     "through_layers",
 ]
 
-#: name -> module; imported on first use: who administers a service needs no tensors, and few need transformers
+#: name -> module, imported on first use: administration needs no tensors, and few programs need transformers
 _HOME = {
     "TLS": "moeserve.client.connection",
     "AdminClient": "moeserve.client.admin",
@@ -44,7 +44,7 @@ _HOME = {
     "through_layers": "moeserve.client.pipeline",
 }
 
-# transformers takes seconds to import: "moeserve" becomes known to it when somebody else does, at once if that has happened.
+# transformers takes seconds to import: "moeserve" is registered when another module imports it, or at once if that has happened.
 wrapt.register_post_import_hook(lambda _: import_module("moeserve.engines.hf"), "transformers.integrations.moe")
 
 

@@ -21,12 +21,12 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class _Nothing:
-    """An answer without a field."""
+    """An empty answer."""
 
 
 @dataclass(frozen=True)
 class Swapped:
-    """epoch: version of the placement in force; model_revision: what answers of the layer say now."""
+    """epoch: of the placement in force; model_revision: of the layer's answers from now on."""
 
     epoch: int
     model_revision: int
@@ -34,18 +34,18 @@ class Swapped:
 
 @dataclass(frozen=True)
 class Placed:
-    """epoch: version of the placement in force; hosts: their names."""
+    """epoch: of the placement in force; hosts: the names of its hosts."""
 
     epoch: int
     hosts: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"epoch {self.epoch}: the experts stand on {', '.join(self.hosts)}"
+        return f"epoch {self.epoch}: the experts are on {', '.join(self.hosts)}"
 
 
 @dataclass(frozen=True)
 class Ping:
-    """Who answers: `role` is service, frontend or controller; `reason`: why it is not ready."""
+    """The process that answers: `role` is service, frontend or controller; `reason`: why it is not ready."""
 
     role: str
     version: str
@@ -64,11 +64,11 @@ class AdminClient:
         self._line = Line(Reach(target, token, tls, None, ADMINISTERING), pb_grpc.AdminServiceStub)
 
     def ping(self, timeout: float | None = 5.0) -> Ping:
-        """Who answers there, and whether it is ready; frontends say it too. Takes the token of a caller; "" where callers need none."""
+        """Which process answers, and whether it is ready; frontends answer, too. A caller's token is enough."""
         return self._ask(Ping, "Ping", timeout)
 
     def status(self, timeout: float = 30.0) -> ServiceStatus:
-        """What is deployed and where, now."""
+        """Hosts, frontends and layers, now."""
         return self._ask(ServiceStatus, "GetPlacement", timeout)
 
     def swap(self, layer: str, checkpoint: str | Path, experts: Iterable[int] = (), timeout: float = 3600.0) -> Swapped:
@@ -79,14 +79,14 @@ class AdminClient:
         return self._ask(Swapped, "SwapExperts", timeout, layer=layer, checkpoint=str(checkpoint), experts=list(experts))
 
     def scale(self, hosts: int | Literal["all"], timeout: float = 3600.0) -> Placed:
-        """Spread the experts over so many hosts, or over all that the nodes have room for.
+        """Change the number of hosts; "all" = as many as fit on the nodes.
 
-        Returns when the new ones serve and those that left are gone.
+        Returns when new hosts serve and removed hosts are gone.
         """
         return self._ask(Placed, "Scale", timeout, **({"all": True} if hosts == "all" else {"hosts": hosts}))
 
     def drain(self, host: str, timeout: float = 3600.0) -> Placed:
-        """Place the experts of a host on the others, and let it go."""
+        """Move the experts of a host to the others, then remove it."""
         return self._ask(Placed, "DrainHost", timeout, host=host)
 
     def shutdown(self, timeout: float = 30.0) -> None:
@@ -94,7 +94,7 @@ class AdminClient:
         self._ask(_Nothing, "Shutdown", timeout)
 
     def _ask(self, kind: type[R], method: str, timeout: float | None, **fields: object) -> R:
-        """The answer of a method of the service, as a record. Raises InvalidRequest for what a field of the request cannot hold."""
+        """The answer of a method of the service, as a record. Raises InvalidRequest for a value that a field cannot hold."""
         try:
             request = getattr(pb, f"{method}Request")(**fields)
         except (TypeError, ValueError) as error:
@@ -104,7 +104,7 @@ class AdminClient:
             return read(kind, getattr(call.stubs, method)(request, timeout=call.timeout_s, metadata=self._line.reach.metadata))
 
     def close(self) -> None:
-        """Ends the connection."""
+        """Closes the connection."""
         channel = self._line.close()
         if channel is not None:
             channel.close()

@@ -1,6 +1,6 @@
-"""Forward requests as they leave a client and their answers as they come back: what Client and AsyncClient share of tensors.
+"""Forward requests and answers as a client sends and receives them, for Client and AsyncClient.
 
-Imported when the first tensor is sent: who only asks how a service is doing does not wait for torch.
+Imported when the first tensor is sent: other calls do not wait for torch.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def encode_call(
     model: str | None,
     **options: Unpack[RequestOptions],
 ) -> bytes:
-    """The request that these arguments of `Client.forward` are. Raises InvalidRequest."""
+    """The request of these arguments of `Client.forward`. Raises InvalidRequest."""
     return encode_request(
         WireRequest(hidden_states, layer, used_token, topk_ids, topk_weights, return_routing, model=model or "", **options)
     )
 
 
 def encode_request(request: WireRequest) -> bytes:
-    """Raises InvalidRequest at once for what no service could take: not tensors, not float, no possible layer."""
+    """The bytes of a request. Raises InvalidRequest at once for values that no service accepts: no tensor, not float, an invalid layer."""
     for name in REQUEST_TENSORS:
         value = getattr(request, name)
         if not isinstance(value, torch.Tensor) and (value is not None or name == "hidden_states"):
@@ -50,7 +50,7 @@ def encode_request(request: WireRequest) -> bytes:
 
 
 class SentRequest:
-    """The requests of a stream on their way out: where their answers belong, and the exception that ended them."""
+    """The requests of a stream: where their answers belong, and the exception that ended the source."""
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -58,7 +58,7 @@ class SentRequest:
         self._is_first = True
 
     def encoded(self, requests: Iterable[WireRequest]) -> Iterator[bytes]:
-        """Ends instead of raising, because gRPC would only log what a request iterator raises."""
+        """Ends instead of raising, because gRPC only logs exceptions of a request iterator."""
         try:
             for request in requests:
                 yield self._encode(request)
@@ -74,7 +74,7 @@ class SentRequest:
             self._error = error
 
     def raise_error(self) -> None:
-        """To be called after the last answer."""
+        """Call it after the last answer."""
         if self._error is not None:
             raise self._error
 
@@ -99,7 +99,7 @@ def decode_answer(data: bytes, device: torch.device) -> WireResponse:
 
 
 def output_of(answer: WireResponse) -> ForwardOutput:
-    """The output; raises the error that came instead."""
+    """The output, or the service's error, raised."""
     if isinstance(answer.result, MoEServeError):
         raise answer.result
     return answer.result

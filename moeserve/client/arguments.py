@@ -1,4 +1,4 @@
-"""What people write for a token or a timeout: taken as they mean it, or refused in one sentence."""
+"""Tokens and timeouts as users write them: parsed, or refused with one sentence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from moeserve.errors import ConfigError, MoEServeError
 
-#: beyond this nobody waits, and gRPC's clock ends
+#: longer than any wait; gRPC's clock ends beyond it
 _FOREVER_S: Final = 1e9
 
 
@@ -21,7 +21,7 @@ def parse_seconds(value: Any, name: str, refusal: type[MoEServeError] = ConfigEr
 
 
 def parse_token(text: Any, name: str = "token") -> str:
-    """Space around it does not count, as files end with a newline; "" = none. Raises ConfigError, which does not say the token."""
+    """White space around it is ignored; "" = no token. Raises ConfigError, which does not contain the token."""
     if text is None:
         return ""
     token = text.decode("utf-8", errors="replace") if isinstance(text, bytes) else text
@@ -29,5 +29,5 @@ def parse_token(text: Any, name: str = "token") -> str:
         raise ConfigError(f"{name} is of type {type(text).__name__}; allowed: text, or None")
     token = token.removeprefix("\ufeff").strip()
     if not token.isascii() or not token.isprintable():
-        raise ConfigError(f"{name} has other characters in it than those of a token; allowed: one line of printable ASCII")
+        raise ConfigError(f"{name} has characters that a token cannot have; allowed: one line of printable ASCII")
     return token

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class AsyncClient:
-    """A service at `target` ("host:port", or a target of gRPC): one connection for each event loop it is used in.
+    """A service at `target` ("host:port", or a target of gRPC): one connection per event loop.
 
     Arguments, methods and errors are those of `Client`. Cancelling a call cancels the work in the service.
     """
@@ -86,7 +86,7 @@ class AsyncClient:
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def close(self) -> None:
-        """Ends the connection of the event loop that runs, and cancels the calls on it."""
+        """Closes the connection of the running event loop, and cancels its calls."""
         channel = self._lines.here.close()
         if channel is not None:
             await channel.close()

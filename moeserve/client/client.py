@@ -29,14 +29,14 @@ class Client:
 
     token    sent as a bearer token with every call
     tls      None = in the clear, True = the system's authorities, or the files to use
-    timeout  seconds a call may take unless it says otherwise; None = no limit
+    timeout  seconds a call may take unless the call has its own; None = no limit
 
-    It connects when first used, and again whenever the connection is lost: a service that was away for however long is found within
-    seconds of its return. Copies, and what is unpickled in another process (with its token), make connections of their own.
+    It connects when first used, and again whenever the connection is lost: after any outage, it finds the service within
+    seconds. Copies, and clients unpickled in another process (with the token), make connections of their own.
 
     Every call raises the MoEServeError the service raised, with its sentence; ExpertUnavailable also when the service
-    cannot be reached (after a few tries), DeadlineExceeded when no answer came in time. Arguments that cannot be are a ConfigError here, an
-    InvalidRequest of a call.
+    cannot be reached (after a few attempts), DeadlineExceeded when no answer came in time. Invalid arguments raise ConfigError here and
+    InvalidRequest in calls.
     """
 
     def __init__(self, target: str, token: str | None = None, tls: TLS | bool | None = None, timeout: float | None = 30.0) -> None:
@@ -58,13 +58,13 @@ class Client:
 
         layer        position among the served MoE layers, or name
         used_token   [T] bool; false = not routed, its output is zeros, and its rows in the other tensors may hold anything
-        topk_ids     [T, K] int and topk_weights [T, K] float: the caller has routed already, the gate is skipped; id -1 = no choice
+        topk_ids     [T, K] int and topk_weights [T, K] float: the caller's routing, instead of the gate; id -1 = no choice
         token_ids    [T] int, 0..2^32-1; layers with routing = "hash" need them
 
-        Instead of what the layer's gating says, for this request, where its `request_overrides` allow it:
+        These replace the layer's gating for this request, if its `request_overrides` allow it:
         capacity_factor  more than 0; math.inf = no limit
         noise            "none", "jitter", "rsample", "gumbel_second", "normal" or "uniform", at its default noise_scale unless it is the
-                         layer's own; seed is where the request's random numbers start
+                         layer's own; seed of the request's random numbers
         """
         from moeserve.client import answers  # noqa: PLC0415
 
@@ -75,8 +75,8 @@ class Client:
     def forward_stream(self, requests: Iterable[WireRequest], timeout: float | None = None) -> Iterator[WireResponse]:
         """Many requests over one call; answers come as they finish, so give each request a `request_id`.
 
-        A request that fails is answered by its error, the others go on. `requests` is consumed in another thread while answers
-        are read; what it raises is raised here after the answers to what it gave before. `timeout` is for the whole stream.
+        A failed request yields its error; the others continue. `requests` is consumed in another thread while answers
+        are read; its exception is raised here, after the answers to its earlier requests. `timeout` is for the whole stream.
         Answers are on the device of the first request.
         """
         from moeserve.client.answers import SentRequest, decode_answer  # noqa: PLC0415
@@ -100,7 +100,7 @@ class Client:
         return read(ServiceStats, self._call("get_stats", pb.GetStatsRequest(), timeout))
 
     def ready(self, timeout: float | None = None) -> bool:
-        """Whether the service can be reached and every layer is served; asked once, without waiting for it."""
+        """Whether the service can be reached and serves every layer: one question, without waiting."""
         try:
             answer = self._call("check_health", health_pb2.HealthCheckRequest(), timeout)
         except (ExpertUnavailable, DeadlineExceeded):
@@ -108,7 +108,7 @@ class Client:
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def close(self) -> None:
-        """Ends the connection; calls still running raise Cancelled."""
+        """Closes the connection; running calls raise Cancelled."""
         channel = self._line.close()
         if channel is not None:
             channel.close()

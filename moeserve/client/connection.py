@@ -1,4 +1,4 @@
-"""How a client reaches a service: where it is, TLS, token, limits, retries."""
+"""How a client reaches a service: address, TLS, token, limits, retries."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from moeserve.v1 import moe_service_pb2 as pb
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["MoEService"].full_name
 
-#: bound on one message either way; the service has its own, which may be lower
+#: bound on one message in either direction; the service has its own, which may be lower
 _MAX_MESSAGE_BYTES: Final = 2**30
-#: larger requests are not sent again when the service turns out to be unavailable
+#: larger requests are not sent again when the service is unavailable
 _RETRY_BUFFER_BYTES: Final = 64 * 2**20
 
-# A name may stand for several frontends: requests are shared out among them. A forward can be run twice without harm, and UNAVAILABLE says
+# A name may have several frontends: requests are spread over them. A forward can run twice without harm, and UNAVAILABLE says
 # that it may not have been run at all.
 _SERVICE_CONFIG: Final = {
     "loadBalancingConfig": [{"round_robin": {}}],
@@ -42,13 +42,13 @@ _SERVICE_CONFIG: Final = {
 
 Options = Sequence[tuple[str, int | str]]
 
-#: a service that comes back is found again within seconds, however long it was away
+#: a service that comes back is found within seconds, after any outage
 _RECONNECTING: Final[Options] = (
     ("grpc.initial_reconnect_backoff_ms", 250),
     ("grpc.max_reconnect_backoff_ms", 3_000),
-    # How long one attempt may take, in spite of its name: a packet that was lost is sent again ever more rarely.
+    # How long one attempt may take, despite its name: a lost packet is sent again less and less often.
     ("grpc.min_reconnect_backoff_ms", 5_000),
-    # How soon a name may be looked up again, which is done whenever a connection ends.
+    # How soon a name may be looked up again, which happens when a connection ends.
     ("grpc.dns_min_time_between_resolutions_ms", 2_000),
 )
 
@@ -72,18 +72,18 @@ FOLLOWING: Final[Options] = (
     *_RECONNECTING,
     *NO_PROXY,
     ("grpc.max_receive_message_length", _MAX_ORDER_BYTES),
-    # Notices a controller whose machine vanished, even after days without a word.
+    # Notices a controller whose machine vanished, even after days without a message.
     ("grpc.keepalive_time_ms", 15_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
-    # Each attempt is one: none waits because of those before it.
+    # Attempts are independent: none waits because of earlier ones.
     ("grpc.use_local_subchannel_pool", 1),
 )
 
 
 @dataclass(frozen=True)
 class TLS:
-    """PEM files. `ca` vouches for the service, None = the system's authorities; `cert` and `key` are this client's, for mutual TLS."""
+    """PEM files. `ca` verifies the service, None = the system's authorities; `cert` and `key` are this client's, for mutual TLS."""
 
     ca: Path | str | None = None
     cert: Path | str | None = None
@@ -91,9 +91,9 @@ class TLS:
 
 
 class Reach:
-    """How one service is reached, as the arguments of a client say it, with the channel options for what is to be done there.
+    """The target, TLS and token of a client, with channel options for its use.
 
-    Raises ConfigError naming the argument that cannot be, or the file that cannot be read.
+    Raises ConfigError naming the invalid argument, or the file that cannot be read.
     """
 
     def __init__(self, target: Any, token: Any, tls: TLS | bool | None, timeout: Any, options: Options) -> None:
@@ -101,10 +101,10 @@ class Reach:
             raise ConfigError(f"tls is {tls!r}; allowed: None, True, or a TLS with the files to use")
         parsed = parse_target(target)
         self.target, self.timeout_s = parsed.text, parse_seconds(timeout, "timeout")
-        #: what every call carries
+        #: metadata of every call
         self.metadata = _metadata(parse_token(token))
         self._tls = tls
-        # gRPC would ask a proxy of the environment for any target but a socket file.
+        # gRPC would use a proxy of the environment for any target but a socket file.
         self._options = (*options, *NO_PROXY) if parsed.is_here else options
         self.read_files()
 
@@ -116,7 +116,7 @@ class Reach:
         return grpc.secure_channel(self.target, credentials, options=self._options)
 
     def open_async(self) -> grpc.aio.Channel:
-        """A channel for the event loop that runs. The files are read again."""
+        """A channel for the running event loop. The files are read again."""
         credentials = self.read_files()
         if credentials is None:
             return grpc.aio.insecure_channel(self.target, options=self._options)

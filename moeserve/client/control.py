@@ -1,4 +1,4 @@
-"""Following a controller: one stream of messages, whatever they mean."""
+"""The client's end of following: one stream of messages."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from moeserve.v1 import control_service_pb2_grpc as pb_grpc
 
 
 class ControlClient:
-    """The ControlService at `target` ("host:port"), with a frontend token, or what says it at each attempt; tls as for `Client`.
+    """The ControlService at `target` ("host:port"). The token may be a function that is called at each attempt; tls as for `Client`.
 
-    It never asks a proxy.
+    It never uses a proxy.
 
-    Raises ConfigError naming the argument that cannot be, or the file that cannot be read.
+    Raises ConfigError naming the invalid argument, or the file that cannot be read.
     """
 
     def __init__(self, target: str, token: str | Callable[[], str], tls: TLS | bool | None = None) -> None:
@@ -34,7 +34,7 @@ class ControlClient:
 
     @asynccontextmanager
     async def follow(self) -> AsyncIterator[FollowStream]:
-        """One attempt, on a connection of its own: a name may stand for another machine by now."""
+        """One attempt, on a new connection: the name may have another address by now."""
         reach = self._reach()
         async with reach.open_async() as channel:
             call = pb_grpc.ControlServiceStub(channel).Follow(metadata=reach.metadata)  # type: ignore[no-untyped-call]
@@ -51,12 +51,12 @@ class FollowStream:
         self._call, self._target = call, target
 
     async def write(self, report: pb.FrontendReport) -> None:
-        """What the frontend says of itself now; when the stream has ended, `read` says so."""
+        """Sends a report; if the stream has ended, `read` raises the error."""
         with suppress(grpc.RpcError, asyncio.InvalidStateError):
             await self._call.write(report)
 
     async def read(self) -> pb.FrontendOrder:
-        """The next order, once there is one. Raises the MoEServeError that ended the stream."""
+        """Waits for the next order. Raises the MoEServeError that ended the stream."""
         try:
             order: Any = await self._call.read()
         except grpc.RpcError as failure:
@@ -68,6 +68,6 @@ class FollowStream:
     def _error(self, failure: grpc.RpcError) -> MoEServeError:
         if isinstance(failure, grpc.aio.AioRpcError) and failure.code() is grpc.StatusCode.UNIMPLEMENTED:
             return PermissionDenied(
-                f"{self._target} lets no frontend follow: it is no controller, or has no controller.frontend_token_file"
+                f"{self._target} does not accept frontends: it is not a controller, or controller.frontend_token_file is not set"
             )
         return to_error(failure, self._target, None)

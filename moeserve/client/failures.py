@@ -12,21 +12,21 @@ from grpc_status import rpc_status
 from moeserve.errors import Cancelled, DeadlineExceeded, FieldViolation, InvalidRequest, MoEServeError, ServiceUnreachable, from_status
 
 _SERVER_DOMAIN: Final = "moeserve"
-_NOT_HERE: Final = "of a deployed service, frontends answer requests, and the controller answers status and changes"
-#: what gRPC says of a server that answers in HTTP/1
+_NOT_HERE: Final = "in a deployed service, send requests to a frontend, and status and changes to the controller"
+#: gRPC's message about a server that answers in HTTP/1
 _OTHER_PROTOCOLS: Final = ("http1.x server", "Failed parsing HTTP/2")
 
 
 def to_error(failure: grpc.RpcError, target: str, timeout_s: float | None) -> MoEServeError:
     """The MoEServeError to raise for `failure` of a call to `target`."""
-    call: Any = failure  # every RpcError of a call is that call, which the types do not say
+    call: Any = failure  # every RpcError of a call is that call; the types do not say it
     code, sentence = call.code(), call.details() or "no reason was given"
     status = rpc_status.from_call(call)
     if status is not None and _is_ours(status):
         return _rebuilt(code, status)
     if code is grpc.StatusCode.UNAVAILABLE:
         is_other = any(sign in sentence for sign in _OTHER_PROTOCOLS)
-        hint = "what answers there does not speak gRPC, as a metrics port does not: " if is_other else ""
+        hint = "the server there does not speak gRPC (is it a metrics port?): " if is_other else ""
         return ServiceUnreachable(f"{target} is unavailable: {hint}{sentence}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         within = "its deadline" if timeout_s is None else f"{timeout_s:g} s"
@@ -36,7 +36,7 @@ def to_error(failure: grpc.RpcError, target: str, timeout_s: float | None) -> Mo
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in sentence:
         return InvalidRequest(f"the message is too large: {sentence}")
     return from_status(
-        code, f"{target} does not answer this ({sentence}): {_NOT_HERE}" if code is grpc.StatusCode.UNIMPLEMENTED else sentence
+        code, f"{target} does not offer this method ({sentence}): {_NOT_HERE}" if code is grpc.StatusCode.UNIMPLEMENTED else sentence
     )
 
 

@@ -1,4 +1,4 @@
-"""Where gRPC does not survive a fork: its threads are not in the copy of a process, and calls there would wait for them for ever."""
+"""gRPC does not survive some forks: the child has none of its threads, and calls there would wait forever."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from moeserve.errors import MoEServeError
 
 
 class Forks:
-    """Told when a channel is opened; knows whether this process is the copy of one that had any, and gRPC was not let prepare for that."""
+    """Knows whether this process was forked from one with open channels, without gRPC's fork support."""
 
     def __init__(self) -> None:
-        # As gRPC reads it, when it is imported.
+        # gRPC reads it when it is imported.
         self._is_survived = os.environ.get("GRPC_ENABLE_FORK_SUPPORT", "1").lower() not in ("0", "false", "no", "f", "n")
         self._has_channels = False
         self._is_broken = False
         os.register_at_fork(after_in_child=self._in_child)
 
     def opened(self) -> None:
-        """A channel was."""
+        """A channel was opened."""
         self._has_channels = True
 
     def check(self) -> None:
-        """Raises MoEServeError where a call would hang."""
+        """Raises MoEServeError if a call would hang."""
         if self._is_broken:
             raise MoEServeError(
-                "this process was forked from one that had used a client, with GRPC_ENABLE_FORK_SUPPORT=0 in the environment, and gRPC "
+                "this process was forked after its parent had used a client, with GRPC_ENABLE_FORK_SUPPORT=0 in the environment, and gRPC "
                 'cannot go on in it: leave that out, or use clients only after the fork, or start processes by "spawn"'
             )
 

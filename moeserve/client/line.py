@@ -1,4 +1,4 @@
-"""Channels that are kept: opened when first needed, and anew where one is of no use any more."""
+"""Channels that are kept: opened when first needed, and replaced when they stop working."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from moeserve.client.failures import to_error
 from moeserve.client.fork import FORKS
 from moeserve.errors import Cancelled, DeadlineExceeded, InvalidRequest, MoEServeError, ServiceUnreachable
 
-#: how long a channel may reach nobody. gRPC looks up a name that stands for nothing ever more rarely, every two minutes at last, while a
+#: how long a channel may fail to connect. gRPC looks up an unknown name less and less often, in the end every two minutes, while a
 #: new channel looks at once
 _GIVE_UP_S: Final = 5.0
-#: whether anybody was reached
+#: whether the service was reached
 _SAYS_NOTHING: Final = (DeadlineExceeded, Cancelled, asyncio.CancelledError, GeneratorExit)
 
 
 class _Opened:
-    """One channel, and how many calls are on it: it is closed when it is given up and the last of them has ended."""
+    """One channel, and its number of calls: it is closed when it is given up and the last call has ended."""
 
     def __init__(self, channel: Any, stubs: Any) -> None:
         self.channel, self.stubs = channel, stubs
-        #: time.monotonic of the first call that reached nobody since one did
+        #: time.monotonic of the first call that failed to connect since one connected
         self.failing_since: float | None = None
         self._lock = threading.Lock()
         self._running = 0
@@ -40,7 +40,7 @@ class _Opened:
         return self.failing_since is not None and time.monotonic() - self.failing_since > _GIVE_UP_S
 
     def begin(self) -> bool:
-        """Whether one more call may be on it."""
+        """Adds a call; False when the channel is given up."""
         with self._lock:
             self._running += not self._is_given_up
             return not self._is_given_up
@@ -63,11 +63,11 @@ class _Opened:
     def _close_if_done(self) -> None:
         if self._is_given_up and not self._running and isinstance(self.channel, grpc.Channel):
             self.channel.close()
-        # A channel of asyncio closes when nobody holds it.
+        # A channel of asyncio closes when nothing refers to it.
 
 
 class Call:
-    """One that has begun, to be ended by `with` around everything it does: what gRPC raises becomes the MoEServeError to raise."""
+    """A call in progress: `with` ends it, and turns errors of gRPC into MoEServeError."""
 
     __slots__ = ("_opened", "_reach", "stubs", "timeout_s")
 
@@ -88,7 +88,7 @@ class Call:
 
 
 class Line:
-    """What leads to a service, for any thread: one channel, opened when a call needs it. Pickled and copied without it."""
+    """A connection to a service, for any thread: one channel, opened when a call needs it, and not pickled or copied."""
 
     _is_async = False
 
@@ -100,9 +100,9 @@ class Line:
         self._is_closed = False
 
     def call(self, timeout: Any) -> Call:
-        """timeout: None = what the client says.
+        """timeout: None = the client's.
 
-        Raises InvalidRequest for one that cannot be, MoEServeError when this client is closed or cannot work in this process.
+        Raises InvalidRequest for an invalid timeout, MoEServeError when this client is closed or cannot work in this process.
         """
         timeout_s = self.reach.timeout_s if timeout is None else parse_seconds(timeout, "timeout", InvalidRequest)
         FORKS.check()
@@ -112,7 +112,7 @@ class Line:
         return Call(opened, self.reach, timeout_s)
 
     def close(self) -> Any:
-        """No more calls; returns the channel, if there is one, for the caller to close."""
+        """Refuses further calls; returns the channel, if there is one, for the caller to close."""
         with self._lock:
             self._is_closed, opened, self._opened = True, self._opened, None
         return None if opened is None else opened.channel
@@ -141,7 +141,7 @@ class AsyncLine(Line):
 
 
 class LoopLines:
-    """A line for each event loop that asks: a channel of asyncio belongs to the loop that ran when it was opened."""
+    """A line per event loop: a channel of asyncio belongs to the loop that opened it."""
 
     def __init__(self, reach: Reach, make_stubs: Callable[[Any], Any]) -> None:
         self.reach = reach
@@ -150,7 +150,7 @@ class LoopLines:
 
     @property
     def here(self) -> AsyncLine:
-        """That of the loop that runs."""
+        """The line of the running loop."""
         loop = asyncio.get_running_loop()
         line = self._lines.get(loop)
         if line is None:

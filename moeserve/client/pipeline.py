@@ -1,4 +1,4 @@
-"""Batches through layer after layer, many at once: while one is in the second stage of the service, the next is in the first.
+"""Batches through one layer after the other, many at once: while one is in the second stage of the service, the next is in the first.
 
 T tokens, H hidden size.
 """
@@ -14,7 +14,7 @@ from moeserve.api.wire import WireRequest
 from moeserve.client.async_client import AsyncClient
 from moeserve.errors import MoEServeError
 
-#: what happens to the answer of a layer (position among `layers`) before the next one gets it
+#: a function of a layer's answer (and its position among `layers`): the input of the next layer
 Between = Callable[[int, torch.Tensor], torch.Tensor]
 
 _END = None
@@ -30,8 +30,8 @@ async def through_layers(
 ) -> AsyncIterator[torch.Tensor]:
     """Every batch [T, H] through `layers` in order, over one ForwardStream; answers [T, H] in the order of the batches.
 
-    Up to `in_flight` batches are under way, so that all pipeline stages of the service have work (GPipe, Huang et al. 2019,
-    arXiv 1811.06965). A batch that fails ends the whole with its error. `timeout`, in seconds, is for all of it.
+    Up to `in_flight` batches are in progress, so all pipeline stages of the service have work (GPipe, Huang et al. 2019,
+    arXiv 1811.06965). A failed batch ends everything with its error. `timeout`, in seconds, is for all batches.
     """
     waiting: asyncio.Queue[WireRequest | None] = asyncio.Queue()
     source = enumerate(batches)

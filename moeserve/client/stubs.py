@@ -1,4 +1,4 @@
-"""What a client calls on a channel, blocking or asyncio's."""
+"""The methods that a client calls on a channel, blocking or asyncio's."""
 
 from __future__ import annotations
 

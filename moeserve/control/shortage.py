@@ -35,8 +35,7 @@ def _node(node: Node, room: int | None, wanted: Wanted) -> str:
     if room is None:
         return f"node {node.name} does not have the labels {_labels(wanted)}"
     amounts = [
-        f"{node.free.get(resource, 0):g} of {node.total.get(resource, 0):g} {resource}s free"
-        for _, resource, _ in _resources(wanted)
+        f"{node.free.get(resource, 0):g} of {node.total.get(resource, 0):g} {resource}s free" for _, resource, _ in _resources(wanted)
     ]
     why = [*amounts, "at most one"] if wanted.strategy == "strict_spread" else amounts
     return f"node {node.name} has room for {room}" + (f" ({', '.join(why)})" if why else "")

@@ -1,4 +1,4 @@
-"""One batch end to end: admission, batching, the forward pass, what happens when a host dies."""
+"""One batch from end to end: admission, batching, the forward pass, and dead hosts."""
 
 from moeserve.frontend.frontend import Frontend
 from moeserve.frontend.link import HostLink

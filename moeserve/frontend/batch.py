@@ -1,4 +1,4 @@
-"""Requests that are run together.
+"""Requests that run together.
 
 T tokens of all requests, H hidden size, K choices per token.
 """
@@ -29,9 +29,9 @@ class Admitted:
 
     @property
     def join_key(self) -> tuple[int, bool, GatingOverrides]:
-        """Only requests of the same key can be run together.
+        """Only requests with the same key can run together.
 
-        That is: routed by the gate (0) or by callers with one K; with token ids or not; under one gating.
+        The key: routed by the gate (0) or by callers (their K); with token ids or not; the gating.
         """
         top_k = 0 if self.request.topk_ids is None else self.request.topk_ids.shape[1]
         return top_k, self.request.token_ids is not None, self.request.overrides
@@ -83,7 +83,7 @@ class Batch:
 
     @property
     def overrides(self) -> GatingOverrides:
-        """What all members change of the layer's gating."""
+        """The changes of all members to the layer's gating."""
         return self.members[0].request.overrides
 
     @property
@@ -93,11 +93,11 @@ class Batch:
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether nobody waits for an answer any more."""
+        """Whether no caller waits for an answer any more."""
         return all(member.answer.done() for member in self.members)
 
     def fail(self, error: Exception) -> None:
-        """Everybody who still waits gets `error`."""
+        """Every caller that still waits gets `error`."""
         for member in self.members:
             if not member.answer.done():
                 member.answer.set_exception(error)

@@ -1,4 +1,4 @@
-"""Admission and joining: who gets in, and with whom."""
+"""Admission and joining of requests."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from moeserve.frontend.batch import Admitted, Batch
 
 log = logging.getLogger(__name__)
 
-# One batch on the hosts and one on its way: the hosts never wait for the frontend, and what waits grows into larger batches.
+# One batch on the hosts and one on its way: hosts never wait for the frontend, and waiting requests grow into larger batches.
 _MAX_IN_FLIGHT = 2
 
 
 class TokenBudget:
-    """Tokens admitted and not yet answered, over all layers; past the limit the rest is refused at once, never queued silently."""
+    """Tokens admitted and not yet answered, over all layers. Requests beyond the limit are refused at once, never queued silently."""
 
     def __init__(self, max_tokens: int, on_change: Callable[[float], None]) -> None:
         self._max_tokens = max_tokens
@@ -43,19 +43,19 @@ class TokenBudget:
 
 
 class Batcher:
-    """Joins waiting requests of one layer up to `max_batch_tokens`; never waits while the hosts have nothing of it to do."""
+    """Joins waiting requests of one layer up to `max_batch_tokens`; never waits while the hosts are idle."""
 
     def __init__(self, run: Callable[[Batch], Awaitable[None]], config: BatchingConfig, budget: TokenBudget) -> None:
         self._run = run
         self._config = config
         self._budget = budget
-        #: the oldest first; a mapping, because whoever leaves leaves from the middle
+        #: the oldest first; a mapping, because cancelled requests leave from the middle
         self._waiting: OrderedDict[Admitted, None] = OrderedDict()
         self._in_flight: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
     def submit(self, request: LayerRequest, deadline: float) -> asyncio.Future[ForwardOutput]:
-        """Admit a request. Raises Overloaded. Cancelling the future gives the request up: one that waits leaves the queue."""
+        """Admit a request. Raises Overloaded. Cancelling the future cancels the request: it leaves the queue."""
         self._budget.take(request.num_tokens)
         answer: asyncio.Future[ForwardOutput] = asyncio.get_running_loop().create_future()
         admitted = Admitted(request, deadline, answer)
@@ -75,7 +75,7 @@ class Batcher:
                 self._launch(Batch(members))
 
     def _should_wait(self) -> bool:
-        """While the hosts are busy anyway, a batch that is not full may wait for company."""
+        """While the hosts are busy, a batch that is not full may wait for more requests."""
         wait_s = self._config.max_batch_wait_ms / 1000
         if not wait_s or not self._in_flight:
             return False
@@ -90,7 +90,7 @@ class Batcher:
         return True
 
     def _take(self) -> list[Admitted]:
-        """The oldest request and, in order, those that can join it; requests given up meanwhile are forgotten."""
+        """The oldest request and, in order, the requests that can join it; cancelled requests are left out."""
         members: list[Admitted] = []
         tokens = 0
         while self._waiting:
@@ -124,15 +124,15 @@ class Batcher:
         try:
             await self._run(batch)
         except InvalidRequest as error:
-            # Only the tensors of one member can be at fault; run alone, the others are not disturbed by it.
+            # The tensors of one member may be at fault; members that run alone do not disturb each other.
             if len(batch.members) == 1:
                 batch.fail(error.with_traceback(None))
             for member in batch.members if len(batch.members) > 1 else ():
                 await self._guarded(Batch([member]))
         except MoEServeError as error:
-            # The future that raised it keeps it: with its frames it would keep the batch, until cycles of references are collected.
+            # The future keeps the error, and with its frames it would keep the batch until reference cycles are collected.
             batch.fail(error.with_traceback(None))
-        except Exception as error:  # whatever it was, the callers must not hang and the next batch must run
+        except Exception as error:  # any error: callers must not hang, and the next batch must run
             log.exception("a batch failed")
             batch.fail(MoEServeError(f"the service failed to run the batch: {type(error).__name__}"))
         assert batch.is_abandoned, "a batch ended without an answer for every request"

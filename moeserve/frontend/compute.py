@@ -1,4 +1,4 @@
-"""Where the frontend's own tensor work runs: on the event loop when it is small, beside it when it is not."""
+"""The frontend's own tensor work: on the event loop if it is small, else in a thread."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SMALL_ELEMENTS = 2**17
 
 
 class Compute:
-    """Runs functions of tensors without holding up the event loop for long."""
+    """Runs functions of tensors without blocking the event loop for long."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="moeserve-compute")

@@ -1,4 +1,4 @@
-"""The messages of one layer: written, sent, collected, and sent again when a host was lost.
+"""The messages of one layer: written, sent, collected, and sent again after the loss of a host.
 
 T tokens of a part, H hidden size, R rows of one message.
 """
@@ -34,9 +34,9 @@ class Draft(NamedTuple):
 
 
 class Exchange:
-    """Brings parts of batches to the hosts, in the configured pattern, and their answers back.
+    """Sends parts of batches to the hosts, in the configured pattern, and collects the answers.
 
-    What is lost with a host is always sent again directly, each host its own share: the first message is for speed, the second for
+    Lost rows are always sent again directly, to each host its own share: the first message is for speed, the second for
     certainty.
     """
 
@@ -60,11 +60,11 @@ class Exchange:
         self._compute = compute
 
     async def send(self, part: Part, deadline: float) -> None:
-        """Everything whose host is up leaves, all in flight; the rest is lost already. Raises Overloaded, InvalidRequest."""
+        """Sends all works of live hosts at once; the other works are lost. Raises Overloaded, InvalidRequest."""
         await self._send(part, part.planned.works, self._pattern, deadline)
 
     async def collect(self, part: Part) -> None:
-        """Waits for the answers to what was sent; what was lost with a host is in `part.lost` then. Raises what a host raised."""
+        """Waits for the answers; works that were lost with a host are in `part.lost` then. Raises a host's error."""
         for sent in part.sent:
             try:
                 partial = await sent.future
@@ -74,7 +74,7 @@ class Exchange:
         part.sent.clear()
 
     def hosts(self, view: LayerView) -> HostLoads | None:
-        """What a plan must know of the hosts; None where experts have one copy each, and there is nothing to choose."""
+        """The loads of the hosts, for a plan; None if experts have one copy each, so there is no choice."""
         if view.placement.copies.shape[1] == 1:
             return None
         is_live = np.zeros(view.placement.num_hosts, dtype=np.bool_)
@@ -84,10 +84,10 @@ class Exchange:
         return HostLoads(is_live, load, self._copy_choice)
 
     async def retry(self, parts: Sequence[Part], deadline: float) -> str:
-        """Sends what was lost again, to other copies or when the hosts are back, until nothing is lost: then "".
+        """Sends lost works again, to other copies or when the hosts are back, until nothing is lost. Then it returns "".
 
-        Otherwise says why what is lost still, and nothing else, is on hosts that nobody should wait for. Raises ExpertUnavailable at the
-        deadline, or at once when that is the policy and no other copy lives.
+        If all remaining lost works need failing hosts, it returns the reason. Raises ExpertUnavailable at the
+        deadline, or at once if that is the policy and no other copy is alive.
         """
         names = _names({work.host for part in parts for work in part.lost})
         try:
@@ -109,14 +109,14 @@ class Exchange:
             raise ExpertUnavailable(f"experts of layer {self._spec.name} on {names} did not come back before the deadline") from None
 
     def _move(self, parts: Sequence[Part]) -> None:
-        """What was lost goes to other copies of the same experts, as far as any live."""
+        """Moves lost works to other live copies of the same experts."""
         for part in parts:
             hosts = self.hosts(part.view)
             if part.lost and hosts is not None:
                 part.lost = plan_again(part.lost, len(part.hidden_states), part.view.placement, hosts)
 
     def _gone(self, parts: Sequence[Part]) -> dict[int, HostLink]:
-        """The hosts that were lost, when there is none that lives. Raises ExpertUnavailable if one is enough by the policy."""
+        """The lost hosts, if all of them are down. Raises ExpertUnavailable if the policy says so."""
         hosts = {work.host: (part.view, part.view.links[work.host]) for part in parts for work in part.lost}
         gone = {host: link for host, (view, link) in hosts.items() if link.channel_at(view.epoch) is None}
         if gone and self._resilience.on_expert_failure == "fail":
@@ -124,13 +124,13 @@ class Exchange:
         return gone if len(gone) == len(hosts) else {}
 
     def _why_not(self, gone: Mapping[int, HostLink]) -> str:
-        """Why it is no use to wait for any of these; "" = it is, for one at least."""
+        """Why waiting for any of these hosts cannot help; "" = it can, for at least one."""
         whys = dict.fromkeys(link.why_not for link in gone.values())
-        return "" if "" in whys else f"experts of layer {self._spec.name} on {_names(gone)} cannot be had: {' '.join(whys)}"
+        return "" if "" in whys else f"experts of layer {self._spec.name} on {_names(gone)} are not available: {' '.join(whys)}"
 
     async def _some_host_is_back(self, gone: Mapping[int, HostLink]) -> None:
-        """Or one more is not waited for any longer."""
-        # One that has left, or has nothing of this epoch, will not be back: another view is about to be used, or the deadline comes.
+        """Returns when one of these hosts is back, or fails for good."""
+        # A host that has left, or has no experts at this epoch, will not be back: another view follows, or the deadline.
         down = [link for link in gone.values() if link.channel is None and not link.why_not]
         waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(link.decided()) for link in down] or [asyncio.Future()]
         try:
@@ -150,7 +150,7 @@ class Exchange:
             part.sent.append(Sent(tuple(message.works), message.rows, future))
 
     def _write(self, part: Part, works: Sequence[HostWork], pattern: str) -> list[Draft]:
-        """Rows go straight to where their channel sends from: the one copy of the data on this side."""
+        """Copies rows straight into the memory that their channel sends from."""
         links = part.view.links
         channels = {work.host: links[work.host].channel_at(part.view.epoch) for work in works}
         part.lost += [work for work in works if channels[work.host] is None]

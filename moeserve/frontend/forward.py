@@ -1,4 +1,4 @@
-"""One batch through one layer: route, dispatch, experts, combine.
+"""One batch through one layer: route, plan, deliver, finish.
 
 T tokens, H hidden size.
 """
@@ -27,7 +27,7 @@ strangers = limited_logger(__name__)
 
 
 class Forward:
-    """Runs batches of one layer. One view, hence one epoch, for a whole batch."""
+    """Runs batches of one layer. A whole batch uses one view, so one epoch."""
 
     def __init__(self, layer: int, views: Views, exchange: Exchange, max_micro_batches: int, metrics: Metrics, compute: Compute) -> None:
         self.layer = layer
@@ -43,8 +43,8 @@ class Forward:
     async def run(self, batch: Batch) -> None:
         """Answer every request of the batch.
 
-        Requests that need a host that died go to other copies, or wait for it (or fail, as `resilience.on_expert_failure` says); the
-        others are answered at once. Raises ExpertUnavailable for those that are still without an answer.
+        Requests that need a dead host go to other copies, or wait for it (or fail, as `resilience.on_expert_failure` says); the
+        others are answered at once. Raises ExpertUnavailable for the unanswered requests.
         """
         is_answered = False
         while not is_answered:
@@ -52,7 +52,7 @@ class Forward:
                 is_answered = await self._run(batch, view)
 
     async def try_out(self, view: LayerView, deadline: float) -> None:
-        """One row through every expert on hosts of a view that is not published yet. Raises what goes wrong."""
+        """One row through every expert on the hosts of a view that is not published yet. Raises any failure."""
         ids = torch.arange(view.head.spec.num_hosted_experts)[:, None]
         weights, kept = torch.ones(ids.shape), torch.ones(ids.shape, dtype=torch.bool)
         rows = torch.zeros(len(ids), self.spec.hidden_size)
@@ -67,7 +67,7 @@ class Forward:
             part.give_up()
 
     async def _run(self, batch: Batch, view: LayerView) -> bool:
-        """False when hosts were lost and, before they came back, another view was published: then the batch begins again with that."""
+        """False when hosts were lost and another view was published before they came back: then the batch starts again with that view."""
         size = batch.num_tokens * self.spec.hidden_size
         routing, parts = await self._compute(size, self._route, batch, view)
         try:
@@ -76,7 +76,7 @@ class Forward:
                 await self._exchange.send(part, batch.deadline)
             sent = time.perf_counter()
             self._metrics.observe_stage("dispatch", sent - started)
-            # The hosts are at work: counts and losses, which nobody needs before the answer, cost nothing now.
+            # The hosts are busy: counts and losses cost no time now.
             routings = await self._compute(size, _by_request, routing)
             for part in parts:
                 await self._exchange.collect(part)
@@ -98,7 +98,7 @@ class Forward:
                 part.give_up()
 
     async def _retry(self, parts: Sequence[Part], deadline: float, view: LayerView) -> str | None:
-        """What `Exchange.retry` says; None when `view` is not the present one any more. Raises ExpertUnavailable."""
+        """The result of `Exchange.retry`; None when `view` is not the current one any more. Raises ExpertUnavailable."""
         retrying = asyncio.ensure_future(self._exchange.retry(parts, deadline))
         superseded = asyncio.ensure_future(self.views.superseded(view))
         try:
@@ -112,7 +112,7 @@ class Forward:
             await asyncio.gather(retrying, superseded, return_exceptions=True)
 
     def _route(self, batch: Batch, view: LayerView) -> tuple[BatchRouting, list[Part]]:
-        """The gate sees the whole batch, so that its answer does not depend on how the batch is cut."""
+        """Routes the whole batch, so the result does not depend on micro-batches."""
         started = time.perf_counter()
         self._metrics.observe_stage("queue", time.monotonic() - batch.members[0].admitted_at)
         self._metrics.batch_tokens.observe(batch.num_tokens)
@@ -150,10 +150,10 @@ class Forward:
 def _outputs(
     batch: Batch, routings: Sequence[Routing], parts: Sequence[Part], members: Sequence[int]
 ) -> list[tuple[int, ForwardOutput | NonFiniteOutput]]:
-    """Of each of `members`; a request that experts could not compute is at nobody else's expense."""
+    """The output of each of `members`; a request that experts could not compute does not affect the others."""
     try:
         totals = [part.view.head.finish(part.combined(), part.hidden_states, part.planned) for part in parts]
-    except CheckpointError as error:  # of the shared expert, which is read when it is needed here for the first time
+    except CheckpointError as error:  # of the shared expert, which is read when it is first needed here
         raise ExpertUnavailable(str(error)) from None
     rows = (totals[0] if len(totals) == 1 else torch.cat(totals)).split(batch.sizes)
     view = parts[0].view
@@ -173,7 +173,7 @@ def _by_request(routing: BatchRouting) -> list[Routing]:
 
 
 def _untouched(batch: Batch, parts: Sequence[Part]) -> list[int]:
-    """Positions of the requests none of whose rows went to a lost host."""
+    """Positions of the requests without rows on a lost host."""
     ends = torch.tensor(batch.sizes).cumsum(0)
     lost = [work.rows + part.start for part in parts for work in part.lost]
     touched = {int(index) for rows in lost for index in torch.searchsorted(ends, rows, right=True).unique()}

@@ -1,4 +1,4 @@
-"""The engine behind the gRPC service: one batcher and one forward pass per layer, one link per host."""
+"""The engine behind the gRPC service: a batcher and a forward pass per layer, a link per host."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from moeserve.release import Release
 
 
 class Frontend:
-    """Takes requests for any served layer and answers them with the hosts' help.
+    """Answers requests for any served layer with the hosts' help.
 
     `sources` are the layers of `release`.
     """
@@ -45,9 +45,9 @@ class Frontend:
         self._timeout_s = settings.resilience.request_timeout_s
         self._hosts, self._on_health, self._here = hosts, hosts.on_health, ""
         self._failing: Mapping[int, str] = {}
-        #: by number; never changed but replaced, as threads read it
+        #: by number; replaced, never changed, because threads read it
         self._links: Mapping[int, HostLink] = {number: self._link(number) for number in release.placement.hosts}
-        #: gates that were read for the release of an epoch
+        #: epoch of a release, and the gates that were read for it
         self._read: tuple[int, list[LayerHead]] = release.epoch, list(map(LayerHead, sources))
         self._budget = TokenBudget(settings.max_queued_tokens, metrics.queue_tokens.set)
         self._compute = Compute()
@@ -66,12 +66,12 @@ class Frontend:
 
     @property
     def epoch(self) -> int:
-        """What batches that begin now use."""
+        """The epoch that new batches use."""
         return self._release.epoch
 
     @property
     def oldest_epoch(self) -> int:
-        """What some batch may still use."""
+        """The earliest epoch that a batch may still use."""
         return min(forward.views.oldest_epoch for forward in self._forwards)
 
     async def connect(self, release: Release) -> None:
@@ -81,14 +81,14 @@ class Frontend:
         await asyncio.gather(*(link.start(self._here) for link in new.values()))
 
     async def try_out(self, release: Release, sources: Sequence[LayerSource]) -> None:
-        """`prepare`, and have every expert of `release` answer one row, which nobody asked for. Raises what goes wrong."""
+        """`prepare`, and let every expert of `release` answer a canary row. Raises any failure."""
         await self.prepare(release, sources)
         deadline = time.monotonic() + self._timeout_s
         for forward, view in zip(self._forwards, self._views(release), strict=True):
             await forward.try_out(view, deadline)
 
     async def prepare(self, release: Release, sources: Sequence[LayerSource]) -> None:
-        """Read what is new of the gates of `release`, of which `sources` are the layers, beside the event loop; what was read is kept.
+        """Read the changed gates of `release` (`sources` are its layers) in a thread, and keep them.
 
         Raises CheckpointError when one cannot be read.
         """
@@ -104,7 +104,7 @@ class Frontend:
         self._read = release.epoch, await asyncio.to_thread(read)
 
     async def forget(self) -> None:
-        """Let go of hosts that the present release has nothing on."""
+        """Disconnect from hosts that have no experts of the current release."""
         kept = set(self._release.placement.hosts)
         gone = [link for number, link in self._links.items() if number not in kept]
         self._links = {number: link for number, link in self._links.items() if number in kept}
@@ -113,7 +113,7 @@ class Frontend:
             self._metrics.forget_host(link.name)
 
     def set_failing(self, failing: Mapping[int, str]) -> None:
-        """Of these hosts, while they are down, nobody should wait for any, and why; the others are on their way."""
+        """Sets the hosts that are down and not restarting, and why."""
         for number in sorted(failing.keys() - self._failing.keys()):
             self._metrics.events.add("host_failing", host_name(number))
         self._metrics.hosts_failing.set(len(failing))
@@ -122,27 +122,27 @@ class Frontend:
             link.set_failing(failing.get(number, ""))
 
     async def refresh(self) -> None:
-        """Learn what hosts hold now."""
+        """Update what is known about hosts."""
         await asyncio.gather(*(link.refresh() for link in self._links.values()))
 
     def publish(self, release: Release) -> None:
-        """Batches that begin from now on use `release`, for which `prepare` has been called; those under way end as they began."""
+        """New batches use `release`, for which `prepare` has been called; running batches finish as they began."""
         for forward, view in zip(self._forwards, self._views(release), strict=True):
             forward.views.publish(view)
         self._use(release)
         self._hosts_changed()
 
     async def drained(self) -> None:
-        """Until no batch uses an earlier release than the present one."""
+        """Returns when no batch uses an earlier release than the current one."""
         await asyncio.gather(*(forward.views.drained() for forward in self._forwards))
 
     async def start(self, node: str) -> None:
-        """Connect to every host: through memory to those on `node`, where this process runs, over TCP to the others."""
+        """Connect to every host: through shared memory on `node`, where this process runs, over TCP elsewhere."""
         self._here = node
         await asyncio.gather(*(link.start(node) for link in self._links.values()))
 
     async def close(self) -> None:
-        """Let go of the hosts; requests that are still running fail."""
+        """Disconnect from the hosts; running requests fail."""
         await asyncio.gather(*(link.close() for link in self._links.values()))
         self._compute.close()
 
@@ -153,7 +153,7 @@ class Frontend:
             raise DeadlineExceeded("the deadline had passed when the request arrived")
         try:
             async with asyncio.timeout_at(deadline):
-                # Not kept in a variable: an error in it would refer to this frame, and this to it, with all that the request has brought.
+                # Not kept in a variable: an error would refer to this frame, and the frame to the error, with all tensors of the request.
                 return await self._batchers[layer].submit(request, deadline)
         except TimeoutError:
             raise DeadlineExceeded(f"layer {self.layers[layer].name} did not answer before the deadline") from None
@@ -179,7 +179,7 @@ class Frontend:
         )
 
     def _views(self, release: Release) -> list[LayerView]:
-        """What batches of each layer see of a release that was prepared."""
+        """The views of a prepared release, by layer."""
         epoch, heads = self._read
         assert epoch == release.epoch, "a release is prepared before it is used"
         links = {number: self._links[number] for number in release.placement.hosts}
@@ -190,7 +190,7 @@ class Frontend:
 
     def _use(self, release: Release) -> None:
         self._release = release
-        #: by layer, what each host has: people ask every second, it changes with the release
+        #: by layer, what each host has: read every second, changed with the release
         self._held = [release.held(layer) for layer in range(len(release.placement.layers))]
         self._metrics.placement_epoch.set(release.epoch)
 

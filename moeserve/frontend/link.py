@@ -1,4 +1,4 @@
-"""The frontend's hold on one host: connected, or waiting for the host to come back."""
+"""The frontend's connection to one host."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Resolve = Callable[[], Awaitable[HostInfo]]
 
 
 class HostLink:
-    """Keeps a channel to one host; when the host dies it asks `resolve` where the next incarnation is, and connects to that."""
+    """Keeps a channel to one host; when the host dies, it gets the next incarnation from `resolve` and connects to it."""
 
     def __init__(self, name: str, resolve: Resolve, keys: KeyPair, metrics: Metrics, on_change: Callable[[], None]) -> None:
         self.name = name
@@ -43,22 +43,22 @@ class HostLink:
     @property
     def channel(self) -> Channel | None:
         """None while the host is down."""
-        channel = self._channel  # other threads ask, and the event loop may take it away meanwhile
+        channel = self._channel  # other threads read it, and the event loop may remove it meanwhile
         return channel if channel is not None and not channel.closed.is_set() else None
 
     def channel_at(self, epoch: int) -> Channel | None:
-        """As `channel`; None also when the host has nothing of that epoch, and never will."""
+        """As `channel`; None also when the host has no experts of that epoch, and never will."""
         info = self.info
         return self.channel if info is not None and info.since_epoch <= epoch else None
 
     @property
     def node(self) -> str:
-        """Where the host is, or was when it was last seen."""
+        """The node of the host, or its last known node."""
         info = self.info
         return info.node if info is not None else ""
 
     def count_until(self, answered: asyncio.Future[Partial], rows: int) -> None:
-        """Has the gauge say that the host owes answers to `rows` more, until it has given them or nobody waits any longer."""
+        """Counts `rows` as outstanding at the host until the future is done."""
         self._owes(rows)
         answered.add_done_callback(lambda _: self._owes(-rows))
 
@@ -67,7 +67,7 @@ class HostLink:
         self._queue_gauge.set(self.queue_tokens)
 
     async def start(self, here: str) -> None:
-        """Connect for the first time, from the node `here`, and stay connected until `close`, even if this is not waited for."""
+        """Connect for the first time, from the node `here`, and stay connected until `close`, even if this call is cancelled."""
         self._here = here
         self._keeper = asyncio.create_task(self._keep())
         connected = asyncio.create_task(self.connected())
@@ -79,29 +79,29 @@ class HostLink:
             self._keeper.result()
 
     async def refresh(self) -> None:
-        """Ask what the host says of itself now; one that is down will say when it is back."""
+        """Update the host's description; one that is down is updated when it is back."""
         if self.channel is not None:
             self.info = await self._resolve()
 
     async def connected(self) -> Channel:
-        """The channel, once there is one."""
+        """Waits for the channel."""
         while (channel := self.channel) is None:
-            self._connected.clear()  # it may have closed a moment ago, before the keeper could say so
+            self._connected.clear()  # it may have closed a moment ago
             await self._connected.wait()
         return channel
 
     @property
     def why_not(self) -> str:
-        """Why nobody should wait for it while it is down; "" = it is on its way."""
+        """Why waiting for the host cannot help while it is down; "" = it is restarting."""
         return self._why_not
 
     def set_failing(self, why: str) -> None:
-        """It does not come back soon, and `why`; "" = it may."""
+        """Sets why it does not come back soon; "" = it may."""
         self._why_not = why
         (self._despaired.set if why else self._despaired.clear)()
 
     async def decided(self) -> None:
-        """Until it is connected, or nobody should wait for it."""
+        """Waits until it is connected, or waiting cannot help."""
         waits = {asyncio.ensure_future(self.connected()), asyncio.ensure_future(self._despaired.wait())}
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -110,7 +110,7 @@ class HostLink:
                 wait.cancel()
 
     async def close(self) -> None:
-        """Let go of the host."""
+        """Disconnect from the host."""
         if self._keeper is not None:
             self._keeper.cancel()
         if self._channel is not None:
@@ -121,7 +121,7 @@ class HostLink:
         while True:
             assert self._channel is not None
             await self._channel.closed.wait()
-            log.warning("host %s is gone; waiting for it to come back", self.name)
+            log.warning("host %s is down; waiting for it to come back", self.name)
             self._channel = None
             self._set_up(False)
             await self._connect()
@@ -138,7 +138,7 @@ class HostLink:
                 endpoint = choose_endpoint(self.info.endpoints, is_same_node=self.info.node == self._here)
                 self._channel = await connect(endpoint, keys=keys)
             except MoEServeError as error:
-                # It died again before it was reached, or cannot come up at present: whoever needs it has a deadline of his own.
+                # It died again before it was reached, or cannot start: requests that need it have deadlines.
                 if str(error) != said:
                     log.warning("host %s cannot be reached: %s", self.name, error)
                 said = str(error)

@@ -1,4 +1,4 @@
-"""Tokens of a batch that travel together: the whole batch, or one of its micro-batches.
+"""Tokens of a batch that are sent together: the whole batch, or one of its micro-batches.
 
 T tokens of the part, K choices per token, H hidden size, R rows of one message.
 """
@@ -18,12 +18,12 @@ from moeserve.layer.head import Planned
 from moeserve.transport import Partial
 
 # With fewer tokens a pass is bound by reading the experts' weights (benchmarks/RESULTS.md: at T = 256 a token costs a fifth to a half
-# more than at 1024), and cutting finer costs more than it hides of the frontend's work.
+# more than at 1024), and smaller micro-batches cost more than they hide of the frontend's work.
 MIN_MICRO_BATCH_TOKENS = 512
 
 
 class Answer(NamedTuple):
-    """What came back for one message: rows [R] int64, partial [R, H] float32; `host` sent it."""
+    """The answer to one message: rows [R] int64, partial [R, H] float32; `host` sent it."""
 
     host: int
     rows: torch.Tensor
@@ -31,7 +31,7 @@ class Answer(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """A message under way."""
+    """A message in flight."""
 
     works: tuple[HostWork, ...]
     rows: torch.Tensor
@@ -40,7 +40,7 @@ class Sent(NamedTuple):
 
 @dataclass(eq=False)
 class Part:
-    """`hidden_states` [T, H] are the rows from `start` on of the batch, which sees `view`; `planned` says which experts they need."""
+    """`hidden_states` [T, H] are the rows of the batch from `start` on; the batch uses `view`; `planned` is their dispatch."""
 
     start: int
     hidden_states: torch.Tensor
@@ -57,7 +57,7 @@ class Part:
         return self.hidden_states.numel()
 
     def combined(self) -> torch.Tensor:
-        """[T, H] float32: all answers so far added up, in the order of the hosts."""
+        """[T, H] float32: the sum of all answers so far, in the order of the hosts."""
         if self.total is None or self.answers:
             answers = sorted(self.answers, key=lambda answer: answer.host)
             total = combine([(answer.rows, answer.partial) for answer in answers], *self.hidden_states.shape)
@@ -66,7 +66,7 @@ class Part:
         return self.total
 
     def give_up(self) -> None:
-        """Tells the hosts that nobody waits for what has not been answered yet."""
+        """Cancels everything that has not been answered yet."""
         for sent in self.sent:
             sent.future.cancel()
 

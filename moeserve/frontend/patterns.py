@@ -1,4 +1,4 @@
-"""Works -> messages: which host is sent what, and what it passes on.
+"""Works -> messages: what each host receives, and what it passes on.
 
 T tokens, R rows of one message, N pairs of one message.
 """
@@ -18,9 +18,9 @@ from moeserve.transport import Destination, PassOn
 
 @dataclass(frozen=True)
 class Message:
-    """Works that travel together to the first one's host: its own pairs come first, then those it passes on.
+    """Works that are sent together to the host of the first one: its own pairs come first, then the pairs it passes on.
 
-    rows      [R] int64, ascending: the tokens that are sent, each once however many of the works need it
+    rows      [R] int64, ascending: the tokens that are sent, each once
     row_index [N] int64: which of those rows a pair reads
     """
 
@@ -31,7 +31,7 @@ class Message:
 
     @property
     def host(self) -> int:
-        """The host it is sent to."""
+        """The host that receives it."""
         return self.works[0].host
 
     @cached_property
@@ -56,7 +56,7 @@ Pattern = Callable[[Sequence[HostWork], Mapping[int, str]], list[Message]]
 
 
 def all_to_all(works: Sequence[HostWork], nodes: Mapping[int, str]) -> list[Message]:
-    """One message per busy host: what an all-to-all exchange amounts to when one side holds the tokens and the other the experts.
+    """One message per busy host: an all-to-all exchange in which one side holds the tokens and the other the experts.
 
     Source: TrustformeRS `ExpertCommunicationPattern::AllToAll`; GShard (arXiv 2006.16668).
     """
@@ -64,7 +64,7 @@ def all_to_all(works: Sequence[HostWork], nodes: Mapping[int, str]) -> list[Mess
 
 
 def point_to_point(works: Sequence[HostWork], nodes: Mapping[int, str]) -> list[Message]:
-    """One message per busy expert: small messages that a host may begin with one by one.
+    """One message per busy expert: small messages that a host can start one by one.
 
     Source: TrustformeRS `ExpertCommunicationPattern::PointToPoint`.
     """
@@ -72,7 +72,7 @@ def point_to_point(works: Sequence[HostWork], nodes: Mapping[int, str]) -> list[
 
 
 def hierarchical(works: Sequence[HostWork], nodes: Mapping[int, str]) -> list[Message]:
-    """One message per node: a row crosses the network once, the first busy host there hands it to its neighbours and adds up.
+    """One message per node: a row crosses the network once; the first busy host there passes it to its neighbors and adds their sums.
 
     Source: hierarchical all-to-all of Tutel (arXiv 2206.03382) and DeepSpeed-MoE (arXiv 2201.05596), MindFormers `group_wise_a2a`,
     TrustformeRS `ExpertCommunicationPattern::Hierarchical`.

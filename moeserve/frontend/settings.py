@@ -1,4 +1,4 @@
-"""What a frontend is told when it is made, beside what it serves."""
+"""The settings of a frontend, beside its release."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moeserve.transport import KeyPair
 
 @dataclass(frozen=True)
 class FrontendSettings:
-    """How requests are served: under the name of `model`, and with at most `max_queued_tokens` tokens that wait."""
+    """How requests are served: as `model`, with at most `max_queued_tokens` queued tokens."""
 
     model: str
     batching: BatchingConfig
@@ -23,16 +23,16 @@ class FrontendSettings:
 
     @classmethod
     def of(cls, config: FrontendConfig, server: ServerConfig) -> FrontendSettings:
-        """`config` is what all frontends of a service do alike, `server` is its own."""
+        """`config` is shared by all frontends of a service, `server` is its own."""
         copy_choice = config.placement.copy_choice
         return cls(config.model_name, config.batching, config.communication, config.resilience, copy_choice, server.max_queued_tokens)
 
 
 @dataclass(frozen=True)
 class HostAccess:
-    """How hosts are reached: `find` tells of the present incarnation of one by its number, `keys` are shown to those on other nodes.
+    """How hosts are reached: `find` returns the current incarnation of a host by number; `keys` are for hosts on other nodes.
 
-    `on_health` is told, whenever it may have changed, of every layer (by number) whether each of its experts has a live copy.
+    `on_health` is called after every possible change: for each layer (by number), whether all of its experts have a live copy.
     """
 
     find: Callable[[int], Awaitable[HostInfo]]

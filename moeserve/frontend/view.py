@@ -1,4 +1,4 @@
-"""What one batch sees of its layer, from beginning to end: one epoch, whatever is published meanwhile."""
+"""The view of one batch: one epoch from beginning to end, even if another is published meanwhile."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from moeserve.placement import LayerPlacement
 
 @dataclass(frozen=True, eq=False)
 class LayerView:
-    """A layer at one epoch: where its experts are, and the gate that goes with their weights, which are those of `revision`.
+    """A layer at one epoch: the placement of its experts, and the weights and gate of `revision`.
 
-    `links` are to the hosts of that epoch, by number. Nobody changes the mapping, so any thread may read it; a host that leaves closes its
+    `links` are to the hosts of that epoch, by number. The mapping never changes, so any thread may read it; a host that leaves closes its
     link.
     """
 
@@ -29,7 +29,7 @@ class LayerView:
 
 
 class Views:
-    """The view that new batches get, and how many batches still use which epoch."""
+    """The view of new batches, and the number of batches that use each epoch."""
 
     def __init__(self, view: LayerView) -> None:
         self.current = view
@@ -39,7 +39,7 @@ class Views:
 
     @contextmanager
     def use(self) -> Iterator[LayerView]:
-        """The present view, for one batch."""
+        """The current view, for one batch."""
         view = self.current
         self._running[view.epoch] += 1
         try:
@@ -52,23 +52,23 @@ class Views:
 
     @property
     def oldest_epoch(self) -> int:
-        """The earliest that a batch still uses, or new ones would."""
+        """The earliest epoch of a running or new batch."""
         return min(self._running, default=self.current.epoch)
 
     def publish(self, view: LayerView) -> None:
-        """Batches that begin from now on see `view`."""
+        """New batches use `view`."""
         assert view.epoch > self.current.epoch, "epochs only grow"
         self.current = view
         self._superseded.set()
         self._superseded = asyncio.Event()
 
     async def superseded(self, view: LayerView) -> None:
-        """Until another view than `view` is the present one."""
+        """Returns when `view` is not the current view any more."""
         while self.current is view:
             await self._superseded.wait()
 
     async def drained(self) -> None:
-        """Until no batch uses an earlier epoch than the present one."""
+        """Returns when no batch uses an earlier epoch than the current one."""
         while self.oldest_epoch < self.current.epoch:
             self._left.clear()
             await self._left.wait()

@@ -90,5 +90,5 @@ def test_tokens_and_tls(tmp_path: Path, ping: Ping) -> None:
         assert ping(target, "--token-file", tmp_path / "caller")[0] == 3
         with AdminClient(target, "of the caller", tls=TLS(ca=authority.certificate)) as client:
             assert client.ping().is_ready
-            with pytest.raises(MoEServeError, match="does not answer this"):
+            with pytest.raises(MoEServeError, match="does not offer this method"):
                 client.status()

@@ -163,7 +163,7 @@ async def test_a_timeout_may_be_long(connect: Callable[..., Calls], target: str,
         await calls.forward(X, timeout=each)
         await calls.layers(timeout=each)
         assert len(await calls.forward_stream([WireRequest(X)], timeout=each)) == 1
-    with AdminClient(target, "token") as admin, pytest.raises(errors.MoEServeError, match="does not answer this"):
+    with AdminClient(target, "token") as admin, pytest.raises(errors.MoEServeError, match="does not offer this method"):
         admin.status(timeout=timeout)
 
 
@@ -216,7 +216,7 @@ async def test_what_does_not_speak_grpc_is_said(connect: Callable[..., Calls]) -
 
     page = StatusPage("127.0.0.1", 0, CollectorRegistry(), lambda: pytest.fail("nobody asks"))
     try:
-        sentence = f"127.0.0.1:{page.port} is unavailable: what answers there does not speak gRPC, as a metrics port does not"
+        sentence = f"127.0.0.1:{page.port} is unavailable: the server there does not speak gRPC (is it a metrics port?)"
         with pytest.raises(errors.ServiceUnreachable, match=sentence):
             await connect(f"127.0.0.1:{page.port}").layers()
     finally:

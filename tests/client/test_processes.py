@@ -81,7 +81,7 @@ def test_copies_have_connections_of_their_own(target: str) -> None:
         layer = MoE(HIDDEN, torch.nn.Linear(HIDDEN, HIDDEN), EXPERTS, k=2, target=client).eval()
         for each in (layer, copy.deepcopy(layer)):
             each(X)
-    with pytest.raises(errors.MoEServeError, match="does not answer this"), copy.deepcopy(AdminClient(target, "token")) as admin:
+    with pytest.raises(errors.MoEServeError, match="does not offer this method"), copy.deepcopy(AdminClient(target, "token")) as admin:
         admin.status()
 
 
@@ -99,7 +99,7 @@ def test_forked_processes(target: str) -> None:
             process.kill()
     assert supported == ["2 2", "2 2", "parent 2"]
     assert not_supported[0::2] == ["2 2", "parent 2"]
-    assert not_supported[1].startswith("this process was forked from one that had used a client, with GRPC_ENABLE_FORK_SUPPORT=0")
+    assert not_supported[1].startswith("this process was forked after its parent had used a client, with GRPC_ENABLE_FORK_SUPPORT=0")
 
 
 def test_event_loops_one_after_another(target: str) -> None:

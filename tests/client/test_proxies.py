@@ -41,10 +41,10 @@ async def test_this_machine_is_called_without_one(
     try:
         with served(engine, host=host, insecure=True) as (target, _, _):
             assert (await connect(target).forward(X)).hidden_states.tolist() == X.tolist()
-            with AdminClient(target, "secret") as admin, pytest.raises(errors.MoEServeError, match="does not answer this"):
+            with AdminClient(target, "secret") as admin, pytest.raises(errors.MoEServeError, match="does not offer this method"):
                 admin.status()
             async with ControlClient(target, "secret").follow() as stream:
-                with pytest.raises(errors.PermissionDenied, match="lets no frontend follow"):
+                with pytest.raises(errors.PermissionDenied, match="does not accept frontends"):
                     await stream.read()
             assert await asyncio.to_thread(main, ["top", target, "--once"]) == 0
     except errors.ConfigError as error:

@@ -96,7 +96,7 @@ def test_a_host_that_cannot_come_back_rests_between_tries_and_heals(local_ray: N
         assert [ask(client, expert) for expert in range(4)] == [2] * 4
         mood.touch()
         os.kill(next(host.pid for host in service._service.hosts if host.name == "host-1"), signal.SIGKILL)
-        with pytest.raises(ExpertUnavailable, match=r"experts of layer layers\.0 on host-1 cannot be had: host-1 died [34] times"):
+        with pytest.raises(ExpertUnavailable, match=r"experts of layer layers\.0 on host-1 are not available: host-1 died [34] times"):
             ask(client, 3)
         assert ask(client, 0) == 2 and not client.ready()
         assert len(mood.read_text().splitlines()) <= 5, "it rests, and Ray with it"

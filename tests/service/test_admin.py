@@ -90,7 +90,7 @@ def test_scaling_and_draining(service: ServiceHarness, tmp_path: Path, capsys: p
             admin.drain("host-1")
     token = ["--admin-token-file", str(tmp_path / "admin")]
     assert main(["scale", service.target, "--hosts", "1", *token]) == 0
-    assert capsys.readouterr().out == "epoch 4: the experts stand on host-0\n"
+    assert capsys.readouterr().out == "epoch 4: the experts are on host-0\n"
     assert main(["drain", service.target, "host-0", *token]) != 0
     assert "host-0 is the only host; a service needs at least one" in capsys.readouterr().err
     assert main(["scale", service.target, "--hosts", "0", *token]) == 2

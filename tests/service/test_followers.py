@@ -201,7 +201,7 @@ def test_who_may_follow(tmp_path: Path) -> None:
         for token in ("wrong", ""):
             with pytest.raises(Unauthenticated, match="the frontend token is missing or wrong"):
                 ThreadedFrontend(service.control_target, token=token).__enter__()
-        with pytest.raises(PermissionDenied, match=f"{service.target} lets no frontend follow"):
+        with pytest.raises(PermissionDenied, match=f"{service.target} does not accept frontends"):
             ThreadedFrontend(service.target).__enter__()
         assert epochs(service) == [1] and service.followers == frozenset()
 

@@ -62,7 +62,7 @@ def test_whoever_needs_it_is_told_why_at_once_and_everybody_else_is_answered(tmp
         service.hosts[1].stop()
         for target in (service.target, frontend.target):
             with Client(target) as client:
-                assert "experts of layer layers.0 on host-1 cannot be had: " + WHY in refused(client, 3)
+                assert "experts of layer layers.0 on host-1 are not available: " + WHY in refused(client, 3)
                 assert ask(client, 0) == [2, 0, 0, 0]
                 assert not client.ready()
         assert WHY in service.controller.status().shortage
@@ -98,5 +98,5 @@ def test_a_host_whose_node_is_gone_is_not_waited_for_when_nothing_can_replace_it
         service.cluster.nodes.cpus = 1.0
         service.given_up.add(1)
         service.hosts[1].stop()
-        assert "host-1 cannot be had: its node is gone, and placement.num_hosts is 2" in refused(client, 3)
+        assert "host-1 are not available: its node is gone, and placement.num_hosts is 2" in refused(client, 3)
         assert ask(client, 1) == [0, 2, 0, 0]
