@@ -1,4 +1,4 @@
-"""Addresses: host:port as people write it, and as the service says where it is."""
+"""Addresses: host:port as users write it, and as the service reports it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from moeserve.errors import ConfigError
 
-#: of gRPC's ways to name a service, those with hosts and ports in them, and those without
+#: gRPC's target schemes: with hosts and ports, and without
 _OF_HOSTS: Final = ("dns", "ipv4", "ipv6")
 _OF_OTHERS: Final = ("unix", "unix-abstract", "vsock", "xds")
 _ALLOWED: Final = "allowed: host:port, as in 127.0.0.1:50051 or [::1]:50051, or a target of gRPC (dns:, ipv4:, ipv6:, unix:)"
@@ -18,28 +18,28 @@ _ALLOWED: Final = "allowed: host:port, as in 127.0.0.1:50051 or [::1]:50051, or 
 _HOST_AND_PORT: Final = re.compile(r"(?P<host>\[[^\[\]]*\]|[^\[\]]*?):(?P<port>[^:\[\]]*)")
 _HOST_NAME: Final = re.compile(r"[^\s/@?#%:,\[\]]+")
 
-#: addresses that are only there for documents to name them
+#: addresses reserved for documentation
 _SOMEWHERE: Final = (("192.0.2.1", 9), ("2001:db8::1", 9))
 
-#: of what cannot be a target
+#: length of an invalid target in a message
 _MOST_SHOWN_CHARS: Final = 100
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a client calls: `text` as gRPC takes it, `hosts` and their ports where it says any."""
+    """A client's target: `text` as gRPC takes it, `hosts` and their ports if it has any."""
 
     text: str
     hosts: tuple[tuple[str, int], ...]
 
     @property
     def is_here(self) -> bool:
-        """Whether no part of it is another machine."""
+        """Whether all of it is this machine."""
         return all(_is_here(host) for host, _ in self.hosts) and not self.text.startswith(("vsock:", "xds:"))
 
 
 def parse_target(text: Any, name: str = "target") -> Target:
-    """Space around it does not count, as it comes with pasting. Raises ConfigError naming the argument, and what is wrong with it."""
+    """White space around it is ignored. Raises ConfigError naming the argument and the fault."""
     if not isinstance(text, str):
         raise ConfigError(f"{name} is {_cut(repr(text))}; {_ALLOWED}")
     target = text.strip()
@@ -63,7 +63,7 @@ def parse_target(text: Any, name: str = "target") -> Target:
 
 
 def join(host: str, port: int) -> str:
-    """host:port, to be pasted."""
+    """host:port, for users to copy."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -76,7 +76,7 @@ def is_loopback(host: str) -> bool:
 
 
 def called(host: str, peer: Target | None = None) -> str:
-    """Where others call what listens at `host`: for all addresses of this machine, the one that leads to `peer`, or out of here."""
+    """The address that reaches a listener at `host`; for a wildcard, this machine's address on the way to `peer` or to other networks."""
     address = _ip(host)
     if address is None or not address.is_unspecified:
         return host
@@ -95,7 +95,7 @@ def called(host: str, peer: Target | None = None) -> str:
 
 
 def host_of(text: str) -> str:
-    """A name or an address to listen at; none is for whoever listens to refuse. Raises ValueError when it is neither."""
+    """The name or address to listen at, without brackets; "" passes. Raises ValueError for anything else."""
     host = text.strip()
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
@@ -114,7 +114,7 @@ def _addresses(scheme: str, rest: str) -> list[str]:
 def _host_and_port(text: str) -> tuple[str, int]:
     found = _HOST_AND_PORT.fullmatch(text)
     if _is_ipv6(text) or (found is not None and _is_ipv6(found["host"])):
-        raise ValueError("an IPv6 address stands in brackets, and its port behind them")
+        raise ValueError("an IPv6 address needs brackets, with its port after them")
     if found is None:
         raise ValueError("it has no port")
     host, port = found["host"], found["port"]
@@ -136,7 +136,7 @@ def _is_here(host: str) -> bool:
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.bind((str(address), 0))  # only an address of this machine can be had
+            probe.bind((str(address), 0))  # only an address of this machine can be bound
     except OSError:
         return False
     return True

@@ -1,4 +1,4 @@
-"""What a process that serves keeps of the memory it has freed, and when it gives that back: glibc's settings, and a quiet moment.
+"""Freed memory of a serving process: how much it keeps, and when it returns the rest (settings of glibc).
 
 A fresh large buffer costs a page fault per 4 KiB, more than the copy into it. By default glibc maps and unmaps every block above 32 MiB,
 and any block above 128 KiB until it has learned otherwise. What it keeps, it keeps in up to eight arenas per core: what one thread has
@@ -35,7 +35,7 @@ _log: Final = logging.getLogger(__name__)
 
 
 def keep_large_blocks() -> bool:
-    """To be called once, early, by a process that serves: halves the time of calls of megabytes.
+    """Call it once, early, in a serving process: halves the time of calls of megabytes.
 
     Costs actor memory while there is work: up to KEPT_BYTES that are free at the end of the heap, and whatever is free below. There is
     one arena then, unless threads were started before. Returns whether it took effect; on a libc other than glibc it changes nothing and
@@ -57,7 +57,7 @@ def keep_large_blocks() -> bool:
 
 
 def give_back_when_quiet(*give_back: Callable[[], object]) -> None:
-    """For the rest of the life of the process: whenever it has been quiet for 1.5 s, `give_back` and glibc's free pages.
+    """From now on, whenever the process was quiet for 1.5 s, call `give_back` and return glibc's free pages.
 
     Takes some 40 ms for half a gigabyte, which is why it waits. To be called once.
     """

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class _Status:
-    """A gRPC status code by its name. Only whoever asks for it imports gRPC, which a command line that answers at once cannot wait for."""
+    """A gRPC status code by its name. Imports gRPC on first use: the command line must answer at once."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -47,7 +47,7 @@ class CheckpointError(ConfigError):
 
 
 class CheckpointChanged(CheckpointError):
-    """Files are not those any more that the served weights were taken from."""
+    """Files have changed since the served weights were read from them."""
 
 
 class InvalidRequest(MoEServeError):

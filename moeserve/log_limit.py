@@ -1,4 +1,4 @@
-"""Log lines that a stranger can cause, as often as he likes: the first of a kind in full, of the others their number."""
+"""Rate limit for log lines that untrusted clients can cause: the first of a kind in full, then a count of the others."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ PERIOD_S: Final = 60.0
 class LogLimit(logging.Filter):
     """Lets one record of a kind through in `period_s`, in seconds; the next one says how many were left out since then.
 
-    A kind is a logger and the text of a record before its arguments are put in, or what `extra={"kind": ...}` says. The code names them:
-    there is never one for each of what strangers send.
+    A kind is a logger and the text of a record before its arguments are put in, or the value of `extra={"kind": ...}`. The code names them:
+    clients cannot create kinds.
     """
 
     def __init__(self, period_s: float = PERIOD_S) -> None:
         super().__init__()
         self._period_s = period_s
         self._lock = Lock()
-        #: when the last of a kind was let through, and how many were not since then
+        #: when the last of a kind was written, and how many were left out since then
         self._seen: dict[tuple[str, str], tuple[float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record is written; the first after a pause also tells how many were not."""
+        """Whether the record is written; the first after a pause also says how many were left out."""
         kind, now = (record.name, str(getattr(record, "kind", record.msg))), time.monotonic()
         with self._lock:
             since, left_out = self._seen.get(kind, (-self._period_s, 0))
@@ -38,12 +38,12 @@ class LogLimit(logging.Filter):
         return True
 
     def forget(self) -> None:
-        """As if nothing had been written yet."""
+        """Forgets all earlier lines."""
         with self._lock:
             self._seen.clear()
 
 
-#: that of every `limited_logger`
+#: the limit of every `limited_logger`
 LIMIT: Final = LogLimit()
 
 

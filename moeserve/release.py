@@ -1,4 +1,4 @@
-"""What is served from one epoch on: where the experts are, and which weights they have."""
+"""A release: the placement and the weights that are served from one epoch on."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from moeserve.placement import Placement
 class Release:
     """Immutable; a change is a new release with a higher epoch.
 
-    `swaps` in the order in which they were made, without what later ones have replaced; `deployed`: what the files of each layer were like
-    that it was deployed from, by its name.
+    `swaps` in order, without those that later ones have replaced; `deployed`: the fingerprint of the files of each layer
+    at deployment, by its name.
     """
 
     placement: Placement
@@ -33,16 +33,16 @@ class Release:
 
     @classmethod
     def first(cls, placement: Placement, sources: Sequence[LayerSource]) -> Release:
-        """Of a new service. Raises CheckpointError naming a file that cannot be read."""
+        """The first release of a service. Raises CheckpointError naming a file that cannot be read."""
         return cls(placement, deployed=layer_fingerprints(sources))
 
     @property
     def epoch(self) -> int:
-        """That of its placement."""
+        """The epoch of its placement."""
         return self.placement.epoch
 
     def sources(self, layers: ServedLayers) -> list[ReleasedLayer]:
-        """`layers` with the weights of this release, of which nothing is read from files that have changed since.
+        """`layers` with the weights of this release; files that have changed since are not read.
 
         Raises ConfigError or CheckpointError.
         """
@@ -54,7 +54,7 @@ class Release:
         return [host_name(number) for number in self.placement.hosts]
 
     def held(self, layer: int) -> list[HostShards]:
-        """What each host has of a layer; hosts without any of it are left out."""
+        """The experts of a layer, by host; hosts without any are left out."""
         shards_on = {number: self.placement.layers[layer].shards_on(number) for number in self.placement.hosts}
         return [
             HostShards(number, [one.expert for one in shards], [one.shard for one in shards])
@@ -63,9 +63,9 @@ class Release:
         ]
 
     def origins(self, layer: str) -> dict[int | None, Swap]:
-        """Which swap brought the weights of an expert or, under None, those of all others and what belongs to no single one.
+        """The swap with the weights of each expert; key None: of all other experts, and of the parts that belong to no single expert.
 
-        What is not there is as it was deployed.
+        Missing keys have the deployed weights.
         """
         origins: dict[int | None, Swap] = {}
         for swap in self.swaps:

@@ -1,1 +1,1 @@
-"""What crosses the door: requests, answers, tensors, and their bytes."""
+"""The boundary of the service: requests, answers, tensors, and their bytes."""

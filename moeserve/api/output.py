@@ -29,7 +29,7 @@ class Drop(NamedTuple):
 
 @dataclass(frozen=True)
 class ForwardOutput:
-    """What the experts made of a token batch, and what became of every choice.
+    """The experts' output for a token batch, and the fate of every choice.
 
     hidden_states  [T, H]  dtype of the input; zeros for a token none of whose choices was computed
     requested      [E]     int64, demand before drops
@@ -37,7 +37,7 @@ class ForwardOutput:
     dropped        [E]     int64, requested - processed
     dropped_tokens [T]     bool, at least one choice of this token was not computed
     aux_loss, z_loss       telemetry of the gate; 0 when the caller routed
-    topk_ids       [T, K]  int64, and topk_weights [T, K] float32 (0 where dropped): only when asked for; ids a caller chose are -1 for no
+    topk_ids       [T, K]  int64, and topk_weights [T, K] float32 (0 where dropped): only on request; ids that a caller chose are -1 for no
                            choice and for unused tokens
     slots          [T, K]  int64, the row of the choice among those its expert takes from the capacity group, -1 where not computed;
                            only when asked for
@@ -60,14 +60,14 @@ class ForwardOutput:
 
     @property
     def drops(self) -> list[Drop] | None:
-        """Every choice that was dropped, token by token; None unless the routing was asked for."""
+        """Every choice that was dropped, token by token; None unless the request asked for the routing."""
         if self.topk_ids is None or self.drop_reasons is None:
             return None
         return list_drops(self.topk_ids, self.drop_reasons)
 
 
 def list_drops(topk_ids: torch.Tensor, drop_reasons: torch.Tensor) -> list[Drop]:
-    """[T, K] int64 and [T, K] int32, 0 = not dropped -> the choices that were, token by token."""
+    """[T, K] int64 and [T, K] int32, 0 = not dropped -> the dropped choices, token by token."""
     where = drop_reasons.nonzero(as_tuple=True)
     columns = (*where, topk_ids[where], drop_reasons[where])
     rows = zip(*(column.tolist() for column in columns), strict=True)

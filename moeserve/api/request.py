@@ -1,7 +1,7 @@
 """One token batch for one layer, and the only place where it is checked.
 
 A new field of requests is added in three places before the one that uses it: the message, `RequestOptions` and `RequestFields` here, and
-`validate`. Clients, wire and server pass on all fields there are.
+`validate`. Clients, wire and server pass on all fields.
 
 T tokens, H hidden size, E experts, K choices per token.
 """
@@ -34,7 +34,7 @@ class RequestOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class RequestFields:
-    """What a request may say beside its tokens and who gets them.
+    """The options of a request, beside its tokens and their routing.
 
     token_ids [T] int, 0..2^32-1, for layers that route by them; capacity_factor, noise and seed instead of the layer's own.
     """
@@ -47,10 +47,10 @@ class RequestFields:
 
 @dataclass(frozen=True)
 class LayerRequest(RequestFields):
-    """What one request says; the caller routed when it has topk_ids.
+    """The fields of one request; with topk_ids, the caller has routed.
 
     hidden_states [T, H] float; used_token [T] bool; topk_ids [T, K] int and topk_weights [T, K] float, id -1 = no choice.
-    What stands in the rows of unused tokens means nothing, and neither does the weight of no choice.
+    The rows of unused tokens have no meaning, nor has the weight of no choice.
     `deadline` is a time on this machine's monotonic clock, in seconds.
     """
 
@@ -63,12 +63,12 @@ class LayerRequest(RequestFields):
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens it has, used or not: T."""
+        """The number of tokens, used or not: T."""
         return self.hidden_states.shape[0]
 
     @property
     def sizes(self) -> list[int]:
-        """As a batch of one request has them."""
+        """The tokens per request, as a batch has them."""
         return [self.num_tokens]
 
     @property
@@ -78,14 +78,14 @@ class LayerRequest(RequestFields):
 
     @property
     def overrides(self) -> GatingOverrides:
-        """What the request says in place of the layer's gate."""
+        """The request's overrides of the layer's gate."""
         return GatingOverrides(self.capacity_factor, self.noise, self.seed)
 
 
 def validate(request: LayerRequest, spec: LayerSpec, max_tokens: int) -> LayerRequest:
-    """`request` as the layer is to run it: without what stands in rows that do not count. Raises InvalidRequest, naming the field.
+    """`request` as the layer runs it, with neutral values in unused rows. Raises InvalidRequest, naming the field.
 
-    Nothing is left for anybody to trip over: such rows hold 0, and -1 in topk_ids; topk_weights are 0 where there is no choice.
+    Such rows hold 0, and -1 in topk_ids; topk_weights are 0 where there is no choice.
     """
     _validate_rows(request, spec, max_tokens)
     _validate_kinds_of_choices(request, spec)
@@ -140,7 +140,7 @@ def _validate_kinds_of_choices(request: LayerRequest, spec: LayerSpec) -> None:
     topk_ids, topk_weights = request.topk_ids, request.topk_weights
     if topk_ids is None and topk_weights is None:
         if spec.gating.routing == "caller":
-            raise InvalidRequest(f"topk_ids is required: the gate of layer {spec.name} stays with its callers", "topk_ids")
+            raise InvalidRequest(f"topk_ids is required: layer {spec.name} is routed by its callers", "topk_ids")
         return
     if topk_ids is None or topk_weights is None:
         missing = "topk_ids" if topk_ids is None else "topk_weights"

@@ -28,7 +28,7 @@ from moeserve.v1 import tensor_pb2
 
 M = TypeVar("M", bound=Message)
 
-# Bounds on what a stranger may make us parse; our own messages have at most 13 fields, and 8 small tensors beside large data. Others may
+# Bounds on what an untrusted sender may make us parse; our own have at most 13 fields, and 8 small tensors beside large data. Others may
 # send every field in several pieces.
 _MAX_FIELDS: Final = 64
 _MAX_SMALL_BYTES: Final = 128 * 1024
@@ -62,7 +62,7 @@ _TENSOR_FIELDS: Final[Mapping[type[Message], Mapping[int, str]]] = {
     kind: {field.number: field.name for field in kind.DESCRIPTOR.fields if field.message_type is tensor_pb2.Tensor.DESCRIPTOR}
     for kind in (pb.ForwardRequest, pb.ForwardResponse)
 }
-#: those of a request, by name
+#: tensors of a request, by name
 REQUEST_TENSORS: Final = tuple(_TENSOR_FIELDS[pb.ForwardRequest].values())
 # Every field in the order in which it is sent, and the key of those that are tensors.
 _KEYS: Final[Mapping[type[Message], Mapping[str, bytes | None]]] = {
@@ -73,9 +73,9 @@ _KEYS: Final[Mapping[type[Message], Mapping[str, bytes | None]]] = {
 
 @dataclass(frozen=True)
 class WireRequest(RequestFields):
-    """One forward request as a client states it; tensors as in `LayerRequest`.
+    """One forward request as a client sends it; tensors as in `LayerRequest`.
 
-    `request_id` comes back unchanged; `model` "" = the one the service serves; `layer` None = the client said none.
+    `request_id` comes back unchanged; `model` "" = the one the service serves; `layer` None = the client named none.
     """
 
     hidden_states: torch.Tensor
@@ -88,7 +88,7 @@ class WireRequest(RequestFields):
     model: str = ""
 
     def for_layer(self, deadline: float | None) -> LayerRequest:
-        """The request without what says which layer it is for."""
+        """The request without its address: the layer and the model."""
         return LayerRequest(deadline=deadline, **{name: getattr(self, name) for name in _OF_LAYER})
 
 
@@ -97,7 +97,7 @@ _OF_LAYER: Final = sorted({one.name for one in fields(LayerRequest)} & {one.name
 
 @dataclass(frozen=True)
 class WireResponse:
-    """The answer to the request of the same `request_id`: either what came out, or why nothing did."""
+    """The answer to the request of the same `request_id`: the output, or the error."""
 
     request_id: str
     result: ForwardOutput | MoEServeError
@@ -126,7 +126,7 @@ def decode_forward_request(data: bytes) -> WireRequest:
 
 
 def request_id_of(data: bytes) -> str:
-    """The request_id of a request that may be wrong in every other way; "" when it cannot be told."""
+    """The request_id of a request that may be wrong in every other way; "" when it is unreadable."""
     try:
         return _parse(pb.ForwardRequest, data)[0].request_id
     except InvalidRequest:
@@ -219,7 +219,7 @@ def _tensor(stated: tensor_pb2.Tensor, data: bytes | memoryview, name: str) -> t
 
 
 def _split(message: bytes, tensor_fields: Container[int]) -> tuple[bytes, dict[int, memoryview]]:
-    """The message without the data of its large tensors, and that data by field number (the last one where there are several)."""
+    """The message without the data of its large tensors, and that data by field number (the last one of several)."""
     whole = memoryview(message)
     small: list[bytes | memoryview] = []
     data: dict[int, memoryview] = {}

@@ -1,4 +1,4 @@
-"""Keys of config.json that say how a layer is computed, whichever family reads them, against what is computed.
+"""Keys of config.json that say how a layer is computed, in any family, compared with our computation.
 
 A family reads the keys that its class in transformers reads. The same words in another model's config.json would change nothing, and a
 model under a wrong `model_type` would be served with a gate that is not its own. So each key below is compared with the layer that

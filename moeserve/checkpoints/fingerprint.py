@@ -1,4 +1,4 @@
-"""What files are like when weights are taken from them, so that whoever takes more of them later can tell whether they are still the same.
+"""Fingerprints of files that weights were read from, so that a later read can tell whether they have changed.
 
 Modification times are left out: copies on other nodes and image layers have their own, and some tools set all of them alike. Instead the
 content itself is sampled, in every tensor.
@@ -98,7 +98,7 @@ def _marked(path: Path) -> tuple[_Version, FileMark]:
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if _version(path) != version:
-        raise CheckpointError(f"{path} changed while it was read; load it again when nobody writes to it")
+        raise CheckpointError(f"{path} changed while it was read; load it again when no process writes to it")
     return version, mark
 
 

@@ -154,7 +154,7 @@ class Separate(ExpertLayout):
 class Stacked(ExpertLayout):
     """All experts in a tensor: gate_up [E, 2I, H] and down [E, H, I], or transposed [E, H, 2I] and [E, I, H].
 
-    transposed = None: the shapes of the tensors tell. interleaved: gate and up channels alternate instead of standing one after the other.
+    transposed = None: the shapes of the tensors tell. interleaved: gate and up channels alternate instead of following one another.
     Biases are [E, 2I] and [E, H]. gated = False: there is no gate, and I where it says 2I.
     """
 

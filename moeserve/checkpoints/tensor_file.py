@@ -88,7 +88,7 @@ class TensorFile:
 
     def _must_be_the_same(self, descriptor: int) -> None:
         if _version(os.fstat(descriptor)) != self._version:
-            raise CheckpointError(f"{self.path} changed while the checkpoint was read; load it again when nobody writes to it")
+            raise CheckpointError(f"{self.path} changed while the checkpoint was read; load it again when no process writes to it")
 
 
 def _version(status: os.stat_result) -> tuple[int, int, int]:

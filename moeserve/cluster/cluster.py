@@ -1,4 +1,4 @@
-"""The seam between a service and what it runs on: Ray, or threads of this process."""
+"""The seam between a service and its cluster: Ray, or threads of this process."""
 
 from __future__ import annotations
 
@@ -15,55 +15,55 @@ from moeserve.release import Release
 
 @dataclass(frozen=True)
 class Loss:
-    """Why hosts that end do not come back; `is_final`: those that still run will end, too, and so will this process unless it leaves."""
+    """Why hosts cannot be restarted; `is_final`: running hosts will end, too, and so will this process, unless it disconnects."""
 
     why: str
     is_final: bool
 
 
 class Fleet(HostFleet, Protocol):
-    """All hosts, and what only their owner does with them."""
+    """All hosts, and the operations of their owner."""
 
     async def take(
         self, release: Release, assignments: Sequence[Assignment], on_ready: Callable[[HostInfo], None] = lambda _: None
     ) -> None:
-        """As `HostFleet.take`; `on_ready` is told of each host that was started."""
+        """As `HostFleet.take`; `on_ready` is called for each host that was started."""
         ...
 
     async def adopt(self, release: Release, assignments: Sequence[Assignment]) -> None:
-        """Make the hosts of an earlier controller one's own: those of `assignments` shall serve `release`, all others end."""
+        """Take over the hosts of an earlier controller: those of `assignments` serve `release`, all others end."""
         ...
 
     def admit(self, public_keys: Collection[str]) -> asyncio.Future[None]:
-        """Frontends that show these keys may talk to hosts over TCP, and no others; done when hosts have been told."""
+        """Only frontends with these keys may talk to hosts over TCP; returns when the hosts know."""
         ...
 
     async def watch(self, on_change: Callable[[Mapping[int, HostInfo]], None]) -> None:
-        """For ever: sees to it that hosts that end come back; tells at once where each is when that, or which there are, has changed."""
+        """Runs until cancelled: restarts hosts that end, and reports the hosts and where they are after every change."""
         ...
 
     def lose(self, why: str) -> None:
-        """No host can be started any more."""
+        """Starts no more hosts."""
         ...
 
     async def stop(self) -> None:
-        """End all hosts, whatever state they are in."""
+        """End all hosts, in any state."""
         ...
 
 
 class Store(Protocol):
-    """A few bytes for the next controller of the same service, if there can be one."""
+    """A few bytes for the next controller of the same service."""
 
     def load(self) -> bytes | None:
-        """What was saved last; None = nothing."""
+        """The saved bytes; None = nothing."""
         ...
 
     def save(self, value: bytes) -> None:
-        """Replaces what was there."""
+        """Replaces the saved bytes."""
         ...
 
     def clear(self) -> None:
-        """Nothing is saved any more."""
+        """Deletes the saved bytes."""
         ...
 
 
@@ -74,29 +74,29 @@ class MemoryStore:
         self._value: bytes | None = None
 
     def load(self) -> bytes | None:
-        """What was saved last; None = nothing."""
+        """The saved bytes; None = nothing."""
         return self._value
 
     def save(self, value: bytes) -> None:
-        """Replaces what was there."""
+        """Replaces the saved bytes."""
         self._value = value
 
     def clear(self) -> None:
-        """Nothing is saved any more."""
+        """Deletes the saved bytes."""
         self._value = None
 
 
 class Cluster(Protocol):
-    """What hosts run on. Used in this order: `start`, `open`, everything else, `stop`."""
+    """The machines or threads that hosts run on. Used in this order: `start`, `open`, everything else, `stop`."""
 
     @property
     def intent(self) -> str:
-        """What `start` does, in words for people."""
+        """A description of `start` for users."""
         ...
 
     @property
     def is_private(self) -> bool:
-        """Nobody outside this machine takes part."""
+        """Whether no other machine takes part."""
         ...
 
     @property
@@ -116,19 +116,19 @@ class Cluster(Protocol):
 
     @property
     def store(self) -> Store:
-        """What outlives a controller."""
+        """The storage that outlives a controller."""
         ...
 
     async def start(self) -> None:
-        """Until nodes can be asked for. Raises ConfigError or MoEServeError; then nothing is left of it."""
+        """Starts or joins the cluster. Raises ConfigError or MoEServeError, and cleans up first."""
         ...
 
     def open(self, service_id: str, *, is_followed: bool) -> None:
-        """Hosts can be started from now on, for the service of this name; `is_followed`: frontends of other processes reach them, too."""
+        """Allows hosts of this service to start; `is_followed`: frontends of other processes reach them, too."""
         ...
 
     async def lost(self) -> Loss:
-        """Until hosts that end cannot come back."""
+        """Waits until hosts cannot be restarted any more; returns why."""
         ...
 
     async def stop(self) -> None:

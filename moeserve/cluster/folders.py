@@ -1,6 +1,6 @@
 """Folders that only this user can look into; those of processes that were killed are removed by the next one.
 
-Who uses a folder holds a lock on a file in it, which the kernel lets go of however the process ends: one whose lock is free is abandoned.
+A user of a folder holds a lock on a file in it. The kernel releases it at the end of the process: a folder with a free lock is abandoned.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _LOCK: Final = ".moeserve"
 _SOCKET_PATH_BYTES: Final = 107
 _LONGEST_HOST_SOCKET: Final = "host-99999-9999999.sock"
 _RANDOM_BYTES: Final = 8  # that mkdtemp adds to a name
-#: behind TMPDIR: they are short, and no session's end removes them
+#: tried after TMPDIR: they are short, and the end of a login session does not remove them
 _FURTHER_PLACES: Final = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"))  # noqa: S108
 
 
 class Hold:
-    """The folder at `path`, made if need be; nobody removes it until `let_go`, or the end of this process.
+    """The folder at `path`, made if needed; it is kept until `let_go`, or the end of this process.
 
-    Raises ConfigError when it belongs to somebody else, or others may look into it, and OSError when it cannot be made.
+    Raises ConfigError when it belongs to another user, or is not private, and OSError when it cannot be made.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,7 +60,7 @@ def hold_new(longest_socket: str, chosen: Path | None = None) -> Hold:
     try:
         return Hold(Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place)))
     except OSError as error:
-        raise ConfigError(f"no folder can be made in {place}: {error.strerror}; ray.temp_dir says where else") from None
+        raise ConfigError(f"no folder can be made in {place}: {error.strerror}; set ray.temp_dir to another folder") from None
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,11 @@ def find_place(room_bytes: int, chosen: Path | None = None) -> Path:
                     place,
                 )
             return place
-    raise ConfigError(f"none of {first}, {', '.join(map(str, others))} can be used for sockets; ray.temp_dir says where else")
+    raise ConfigError(f"none of {first}, {', '.join(map(str, others))} can be used for sockets; set ray.temp_dir to another folder")
 
 
 def remove_all_abandoned(chosen: Path | None = None) -> None:
-    """What processes of this user have left behind that were killed."""
+    """Removes the folders of this user's killed processes."""
     for place in {*_places(), *([chosen] if chosen else [])}:
         with suppress(OSError):
             for path in place.glob(f"{_PREFIX}*"):
@@ -114,7 +114,7 @@ def remove_all_abandoned(chosen: Path | None = None) -> None:
 
 
 def remove_abandoned(path: Path) -> None:
-    """Remove the folder if it is one of this user's and no process holds it; leaves alone everything else, links above all."""
+    """Remove the folder if it is this user's and no process holds it; leaves everything else, above all links."""
     with suppress(OSError):
         if not is_private(path):
             return
@@ -128,7 +128,7 @@ def remove_abandoned(path: Path) -> None:
 
 
 def is_private(path: Path) -> bool:
-    """It is a folder, this user's, and nobody else's business."""
+    """Whether it is a private folder of this user."""
     made = path.lstat()
     return stat.S_ISDIR(made.st_mode) and made.st_uid == os.geteuid() and not made.st_mode & 0o077
 
@@ -137,10 +137,10 @@ def _lock(path: Path) -> int | None:
     while True:
         path.mkdir(mode=0o700, exist_ok=True)
         if not is_private(path):
-            raise ConfigError(f"{path} belongs to somebody else, or others may look into it; sockets need a folder of their own")
+            raise ConfigError(f"{path} belongs to another user or is not private (mode 0700); sockets need a private folder")
         with suppress(FileNotFoundError):  # removed meanwhile, as it was abandoned until now
             lock = os.open(path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
-            with suppress(OSError):  # a file system without locks: nobody can lock it to remove it, either
+            with suppress(OSError):  # a file system without locks: no process can lock it to remove it, either
                 fcntl.flock(lock, fcntl.LOCK_SH)
             if _is_at(lock, path / _LOCK):
                 return lock

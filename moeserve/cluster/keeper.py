@@ -1,4 +1,4 @@
-"""Ends the processes of a local Ray and removes its folder when the process that started it is gone, however it ended.
+"""Ends the processes of a local Ray and removes its folder when the process that started it is gone, for any reason.
 
 A script of its own that imports nothing of the project. Ray's own agents would stay for a minute: each first tries to tell its server,
 which is gone, too, that its raylet is.
@@ -22,7 +22,7 @@ _LOOK_S: Final = 0.01
 
 
 def end_processes(folder: Path) -> None:
-    """Kill what the raylet whose files are in `folder` has started, and what that has, until nothing is left of it."""
+    """Kill the descendants of the raylet with its files in `folder`, until none is left."""
     deadline = time.monotonic() + _END_TIMEOUT_S
     while (found := _heirs(folder)) and time.monotonic() < deadline:
         for pid in found:
@@ -32,21 +32,21 @@ def end_processes(folder: Path) -> None:
 
 
 def _heirs(folder: Path) -> list[int]:
-    """All have inherited its log, as nobody else has."""
+    """The processes that have inherited its log: all of them, and no others."""
     log = re.compile(rf"{re.escape(str(folder))}/.*/logs/raylet\.")
     return [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and any(map(log.match, _open_files(pid)))]
 
 
 def _open_files(pid: str) -> Iterator[str]:
     files = f"/proc/{pid}/fd"
-    with suppress(OSError):  # it is somebody else's, or has ended
+    with suppress(OSError):  # it is another user's, or has ended
         for name in os.listdir(files):
             with suppress(OSError):  # closed meanwhile
                 yield os.readlink(f"{files}/{name}")
 
 
 def _keep(folder: Path) -> None:
-    sys.stdin.buffer.read()  # until whoever holds the other end is gone
+    sys.stdin.buffer.read()  # until the process with the other end is gone
     end_processes(folder)
     shutil.rmtree(folder, ignore_errors=True)
 

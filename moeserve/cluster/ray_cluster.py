@@ -26,7 +26,7 @@ class RayCluster:
 
     @property
     def is_private(self) -> bool:
-        """It is a local Ray that this process has started."""
+        """Whether it is a local Ray that this process has started."""
         return self._runtime.is_private
 
     @property
@@ -43,7 +43,7 @@ class RayCluster:
         self.hosts.start(service_id, over_tcp=not self.is_private or is_followed, folder=self._runtime.folder)
 
     async def lost(self) -> Loss:
-        """Until something of Ray is missing on this machine."""
+        """Waits until a part of Ray is missing on this machine."""
         return await until_lost()
 
     async def stop(self) -> None:
@@ -68,7 +68,7 @@ class DetachedRayCluster:
         return this_node()
 
     async def start(self) -> None:
-        """It is there."""
+        """The cluster is there already."""
 
     def open(self, service_id: str, *, is_followed: bool) -> None:
         """As `Cluster.open`."""
@@ -76,9 +76,9 @@ class DetachedRayCluster:
         self.hosts.start(service_id)
 
     async def lost(self) -> Loss:
-        """Never: Ray ends this process, and starts it anew."""
+        """Waits forever: Ray ends this process, and starts it again."""
         await asyncio.Event().wait()
-        raise AssertionError("nobody sets it")
+        raise AssertionError("it is never set")
 
     async def stop(self) -> None:
         """It stays."""

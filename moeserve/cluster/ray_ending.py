@@ -1,4 +1,4 @@
-"""Ending hosts for good, whatever state they are in."""
+"""Ending hosts for good, in any state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from moeserve.cluster.timing import END_LOOK_S, STOP_TIMEOUT_S
 
 
 async def end_hosts(actors: Sequence[ActorHandle[ExpertHost]], sockets: SocketFolder) -> None:
-    """Each finishes the pass that is running; one that does not answer is killed on its node, because it would not hear Ray either."""
+    """Each finishes the pass that is running; a host that does not answer is killed on its node, because Ray gets no answer, either."""
     stops: list[Any] = [actor.stop.remote() for actor in actors]
     if stops:
         stopped, _ = await asyncio.to_thread(ray.wait, stops, num_returns=len(stops), timeout=STOP_TIMEOUT_S)
@@ -39,7 +39,7 @@ async def kill_processes(actors: Sequence[ActorHandle[ExpertHost]], sockets: Soc
 
 
 def _processes_of(actors: Sequence[ActorHandle[ExpertHost]]) -> list[tuple[str, int]]:
-    """Node and process id of each that is on a node where something can still be started."""
+    """Node and process id of each host on a node that can still start processes."""
     usable = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - draining_nodes()
     found = [find_actor(actor_id(actor)) for actor in actors]
     return [(record.node_id, record.pid) for record in found if record is not None and record.node_id in usable]
@@ -68,7 +68,7 @@ def _end_process(pid: int, sockets: SocketFolder) -> None:
 
 
 def _await_end(command: Path) -> None:
-    """Until the process has let go of its files; then its command line is empty, or gone."""
+    """Waits until the process has closed its files; then its command line is empty, or gone."""
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while command.read_bytes() and time.monotonic() < deadline:
         time.sleep(END_LOOK_S)

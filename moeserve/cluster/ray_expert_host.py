@@ -22,7 +22,7 @@ from moeserve.transport import give_back_pools
 
 @dataclass(frozen=True)
 class HostOrder:
-    """What a host needs to know to come up, again and again.
+    """The configuration of a host, for all of its incarnations.
 
     Its socket is in `sockets`. `over_tcp`: frontends and hosts of other nodes, or of no node at all, reach it, too.
     """
@@ -38,7 +38,7 @@ class HostOrder:
         return host_name(self.number)
 
 
-# A host that loads for minutes says meanwhile that it is there.
+# A host that loads for minutes still answers meanwhile.
 @ray.remote(concurrency_groups={"ask": 1})  # type: ignore[call-overload]
 class ExpertHost:
     """Holds the physical experts that releases give to host `order.number`, of every layer.
@@ -53,13 +53,13 @@ class ExpertHost:
 
     @ray.method(concurrency_group="ask")
     def present(self) -> HostInfo | None:
-        """What this incarnation says of itself; None until it has been started."""
+        """The description of this incarnation; None until it has been started."""
         return None if self._host is None else self._host.info
 
     def start(self, releases: Sequence[Release], frontends: Collection[str]) -> HostInfo:
         """Load the experts of the releases in force and listen, once per incarnation; the `frontends` of these public keys may talk to it.
 
-        Raises ConfigError, or CheckpointChanged when files are not those any more that the releases were made of.
+        Raises ConfigError, or CheckpointChanged when files have changed since the releases were made.
         """
         if self._host is None:
             self._host = self._start(releases, frontends)
@@ -84,7 +84,7 @@ class ExpertHost:
         self._started.adopt(release)
 
     def meet(self, directory: Mapping[int, HostInfo], frontends: Collection[str] | None) -> None:
-        """As `Host.meet`. Before it has started it does not listen, and will be introduced again."""
+        """As `Host.meet`. Before its start it does not listen; then it is called again."""
         if self._host is not None:
             self._host.meet(directory, frontends)
 
@@ -105,7 +105,7 @@ class ExpertHost:
         granted = ray.get_runtime_context().get_assigned_resources()
         num_threads = max(1, int(granted.get("CPU", 1)))
         torch.set_num_threads(num_threads)
-        # With no GPU granted Ray leaves all of them visible, so what counts is the grant.
+        # Without a GPU in the grant, Ray leaves all of them visible, so the grant decides.
         has_gpu = bool(granted.get("GPU", 0))
         device = torch.device("cuda" if has_gpu and torch.cuda.is_available() else "cpu")
         holdings = Holdings(order.model, order.number, device)
@@ -123,7 +123,7 @@ class ExpertHost:
 
 
 def _endpoints(order: HostOrder, folder: Path) -> tuple[str, ...]:
-    """Shared memory for everybody on this node, and encrypted TCP for everybody else."""
+    """Shared memory for clients on this node, and encrypted TCP for others."""
     for left_behind in folder.glob(f"{order.name}-*.sock"):
         left_behind.unlink(missing_ok=True)  # by an incarnation that was killed
     unix = f"unix:{folder / order.name}-{os.getpid()}.sock"

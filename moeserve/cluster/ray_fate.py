@@ -1,4 +1,4 @@
-"""What has become of a host's process, as far as Ray, the kernel and the end of its log can tell."""
+"""Why a host's process has ended, according to Ray, the kernel and the end of its log."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Fate:
 
 
 def fate_of(actor_id: ray.ActorID | None, node: str) -> Fate:
-    """Blocks as long as Ray does. A place that is lost with its node never comes back."""
+    """Blocks as long as Ray does. A reservation that is lost with its node never comes back."""
     is_node_live = any(each["Alive"] and each["NodeID"] == node for each in ray.nodes())
     found = None if actor_id is None else find_actor(actor_id)
     if found is None:
@@ -46,14 +46,14 @@ def fate_of(actor_id: ray.ActorID | None, node: str) -> Fate:
 
 
 class PostMortem:
-    """Why processes of hosts end. To be made before the first does, as what the kernel counts is counted from then on."""
+    """Why processes of hosts end. Make it before the first one ends: kernel counts start then."""
 
     def __init__(self, model: ServedModel) -> None:
         self._model = model
         self._kills_before = MemoryGroup().oom_kills
 
     def findings(self, assignment: Assignment, release: Callable[[], Release], fate: Fate) -> str:
-        """Of the latest that has ended there, in a few sentences; `release` is what it was to hold. Blocks for seconds."""
+        """Why the latest process there has ended, in a few sentences; `release` is the release it was to serve. Blocks for seconds."""
         said, worker_id = "", b""
         for worker_id in reversed(fate.workers):
             if said := _exit_of(worker_id):
@@ -69,13 +69,13 @@ class PostMortem:
 
 
 def _exit_of(worker_id: bytes) -> str:
-    """What Ray says of the end of a process; "" while it lives."""
+    """Ray's reason for the end of a process; "" while it lives."""
     detail = " ".join(exit_detail(worker_id).splitlines()[:2])
     return f"Ray says: {_sentence(detail)}" if detail else ""
 
 
 def _found_on(node: str, worker_id: str, kills_before: int) -> list[str]:
-    """What `_found_here` finds on that node; nothing when it does not answer."""
+    """The findings of `_found_here` on that node; "" if it does not answer."""
     if node == ray.get_runtime_context().get_node_id():
         return _found_here(worker_id, kills_before)
     asked: Any = _found_there.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(worker_id)
@@ -91,7 +91,7 @@ def _found_there(worker_id: str) -> list[str]:
 
 
 def _found_here(worker_id: str, kills_before: int) -> list[str]:
-    """What the kernel has counted, and the end of the process' log."""
+    """The kernel's counts, and the end of the process's log."""
     group, found = MemoryGroup(), []
     kills, limit_bytes = group.oom_kills - kills_before, group.limit_bytes
     if kills > 0:

@@ -1,4 +1,4 @@
-"""A release's hosts as Ray actors on the nodes they are given: started side by side, found again after a restart, stopped together."""
+"""A release's hosts as Ray actors on their assigned nodes: started side by side, found again after a restart, stopped together."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OnReady = Callable[[HostInfo], None]
 class RayFleet:
     """All hosts, by number, and the releases they have: one, or two while the second is brought in.
 
-    `detached`: they outlive this process, and one that comes after it `adopt`s them by their names in its Ray namespace.
+    `detached`: they outlive this process, and the next one `adopt`s them by their names in its Ray namespace.
     """
 
     def __init__(self, model: ServedModel, placing: PlacementConfig, ray: RayConfig, *, detached: bool) -> None:
@@ -44,7 +44,7 @@ class RayFleet:
         self._directory: dict[int, HostInfo] = {}
         self._late: frozenset[int] = frozenset()
         self._on_change: Callable[[Mapping[int, HostInfo]], None] = lambda _: None
-        #: None until it is known: then hosts go on with those they know
+        #: None until they are known: until then, hosts keep the keys they know
         self._frontends: frozenset[str] | None = None
         self._folder: SocketFolder | None = None
         self._over_tcp = True
@@ -55,27 +55,27 @@ class RayFleet:
 
     @property
     def reservations(self) -> set[str]:
-        """Ids of the placement groups that its hosts stand in."""
+        """Ids of the placement groups of its hosts."""
         return {member.group.id.hex() for member in self._members.values()}
 
     @property
     def present(self) -> dict[int, HostInfo]:
-        """What hosts have said of themselves that are up, as far as `watch` has seen."""
+        """The descriptions of live hosts, as last seen by `watch`."""
         return {number: info for number, info in self._directory.items() if number not in self._late}
 
     @property
     def failing(self) -> dict[int, str]:
-        """Hosts that are not on their way back at present, and why; those whose node is gone are `given_up`."""
+        """Hosts that are down and not restarting now, and why; those whose node is gone are `given_up`."""
         if self._ray_lost is not None:
             return dict.fromkeys(self._members, self._ray_lost)
         return {number: why for number, member in self._members.items() if (why := member.why_not) is not None}
 
     def lose(self, why: str) -> None:
-        """Nothing can be asked of Ray any more, and whoever has started it ends what is left."""
+        """Ray does not answer any more; the owner of Ray ends what is left."""
         self._ray_lost = why
 
     def start(self, service_id: str, *, over_tcp: bool = True, folder: Path | None = None) -> None:
-        """To be called first. `service_id` names the private folder for sockets that hosts make on every node, or within `folder`.
+        """Call it first. `service_id` names the private folder for sockets that hosts make on every node, or within `folder`.
 
         `over_tcp`: frontends and hosts on other nodes, or outside Ray, reach hosts, too, with keys (`admit`).
         """
@@ -87,9 +87,9 @@ class RayFleet:
         return self._folder
 
     async def take(self, release: Release, assignments: Sequence[Assignment], on_ready: OnReady = lambda _: None) -> None:
-        """Every host of `release` loads what is new in it, started first if need be; `on_ready` is told of each that was started.
+        """Every host of `release` loads its new experts, and is started first if needed; `on_ready` is called for each started host.
 
-        One that dies meanwhile comes back with it. Raises ConfigError when there is no room on a node any more, what a host raised,
+        A host that dies meanwhile comes back with it. Raises ConfigError when a node has no room any more, an error of a host,
         or ExpertUnavailable when one dies again and again or Ray gives it up.
         """
         self._releases = [*self._releases, release]
@@ -101,9 +101,9 @@ class RayFleet:
         await _all(self._tell(number, lambda actor: actor.take.remote(release)) for number in release.placement.hosts)
 
     async def adopt(self, release: Release, assignments: Sequence[Assignment]) -> None:
-        """Make the detached hosts of an earlier process one's own: those of `assignments` shall serve `release`, all others end.
+        """Take over the detached hosts of an earlier process: those of `assignments` serve `release`, all others end.
 
-        What is missing is started, unless its node is gone: then it is `given_up`. Does not wait long for hosts that are not ready.
+        Missing hosts are started, unless their node is gone: then they are `given_up`. Does not wait long for hosts that are not ready.
         """
         self._releases = [release]
         groups, living = await asyncio.to_thread(find_reservations), await asyncio.to_thread(find_hosts)
@@ -122,19 +122,19 @@ class RayFleet:
         await self._have_forget(lambda actor: actor.adopt.remote(release))
 
     def admit(self, public_keys: Collection[str]) -> asyncio.Future[None]:
-        """Frontends that show these keys may talk to hosts over TCP, and no others; done when hosts have been told."""
+        """Only frontends with these keys may talk to hosts over TCP; returns when the hosts know."""
         self._frontends = frozenset(public_keys)
         return asyncio.ensure_future(self._meet())
 
     async def find(self, number: int) -> HostInfo:
-        """The present incarnation of a host, once it is ready; while Ray restarts it, waits.
+        """The current incarnation of a host; waits until it is ready, also while Ray restarts it.
 
-        Raises ExpertUnavailable when Ray has given the host up or it dies again and again, or what the host raised.
+        Raises ExpertUnavailable when Ray has given the host up or it dies again and again, or the host's error.
         """
         if self._ray_lost is not None:
             raise ExpertUnavailable(self._ray_lost)
         if number not in self._members:
-            raise ExpertUnavailable(f"{host_name(number)} {'is gone for good' if number in self.given_up else 'has left'}")
+            raise ExpertUnavailable(f"{host_name(number)} {'is gone for good' if number in self.given_up else 'was removed'}")
         member = self._members[number]
         try:
             info = await member.find(lambda: (self._releases, self._frontends or ()))
@@ -147,7 +147,7 @@ class RayFleet:
         return info
 
     async def watch(self, on_change: Callable[[Mapping[int, HostInfo]], None]) -> None:
-        """For ever: looks about once a second where each host is, and tells at once when that, or which there are, has changed."""
+        """Runs until cancelled: looks for each host about once a second, and reports every change of the hosts and where they are."""
         looking: dict[int, asyncio.Task[None]] = {}
         self._on_change = on_change
         self._announce()
@@ -164,17 +164,17 @@ class RayFleet:
                 task.cancel()
 
     async def withdraw(self, epoch: int) -> None:
-        """Hosts forget the release of `epoch`, which will not be, and all after it."""
+        """Hosts forget the withdrawn release of `epoch`, and all after it."""
         self._releases = [release for release in self._releases if release.epoch < epoch]
         await self._have_forget(lambda actor: actor.withdraw.remote(epoch))
 
     async def retire(self, epoch: int) -> None:
-        """Hosts forget what was before the release of `epoch`."""
+        """Hosts forget the releases before `epoch`."""
         self._releases = [release for release in self._releases if release.epoch >= epoch]
         await self._have_forget(lambda actor: actor.retire.remote(epoch))
 
     async def remove(self, numbers: Sequence[int]) -> None:
-        """Stop these hosts for good and give their places back; the others stop talking to them."""
+        """Stop these hosts for good and release their reservations; the others stop talking to them."""
         leaving = [self._members.pop(number) for number in numbers if number in self._members]
         self.given_up.difference_update(numbers)
         for number in numbers:
@@ -185,7 +185,7 @@ class RayFleet:
             await self._meet()
 
     async def stop(self) -> None:
-        """Stop the hosts, whatever state they are in; nothing of theirs is left on this node, nor on others where they could be asked."""
+        """Stop the hosts, in any state; they leave nothing on this node, nor on other nodes that answer."""
         leaving = list(self._members.values())
         self._members.clear()
         self._directory.clear()
@@ -195,14 +195,14 @@ class RayFleet:
             await asyncio.to_thread(remove_abandoned, self._folder.path())
 
     async def _add(self, assignments: Sequence[Assignment]) -> None:
-        """Ask Ray for these hosts, beside those there are. Raises ConfigError when there is no room for one on its node; then for none."""
+        """Ask Ray for these additional hosts. Raises ConfigError, and starts none, if one has no room on its node."""
         groups = [reserve(each, self._placing, detached=self._detached) for each in assignments]
         late = [each for each, is_granted in zip(assignments, await await_granted(groups), strict=True) if not is_granted]
         if late:
             for group in groups:
                 give_back(group)
             where = ", ".join(f"{host_name(each.number)} on {each.node}" for each in late)
-            raise ConfigError(f"there is no room any more for {where}: something else has taken it, or the node is gone")
+            raise ConfigError(f"there is no room any more for {where}: another program has taken it, or the node is gone")
         for each, group in zip(assignments, groups, strict=True):
             self._members[each.number] = self._member(each, group)
             self._members[each.number].start()
@@ -217,7 +217,7 @@ class RayFleet:
         on_ready(await self.find(number))
 
     async def _tell(self, number: int, call: Call) -> None:
-        """`call` a host; one that has died knows when it is found again, because it then starts with the releases in force."""
+        """`call` a host; one that has died needs no call, because it starts again with the releases in force."""
         for _ in range(MAX_DEATHS):
             await self.find(number)
             member = self._members[number]
@@ -226,7 +226,7 @@ class RayFleet:
         raise await member.died(MAX_DEATHS)
 
     async def _have_forget(self, call: Call) -> None:
-        """`call` the hosts of the release in force, and wait for a while until they have heard."""
+        """`call` the hosts of the release in force, and wait a while for their answers."""
         numbers = self._releases[-1].placement.hosts if self._releases else ()
         calls = {asyncio.ensure_future(self._tell(number, call)): number for number in numbers}
         if not calls:
@@ -234,7 +234,7 @@ class RayFleet:
         done, late = await asyncio.wait(calls, timeout=FORGET_TIMEOUT_S)
         for future in done:
             if (error := future.exception()) is not None:
-                log.warning("%s could not be told what to forget: %s", host_name(calls[future]), error)
+                log.warning("%s could not be told which releases to forget: %s", host_name(calls[future]), error)
         for future in late:
             log.warning("%s has not answered yet", host_name(calls[future]))
             future.cancel()
@@ -243,7 +243,7 @@ class RayFleet:
         member, before = self._members[number], self.failing.get(number)
         try:
             if not await member.answers(HANG_S):
-                log.warning("%s has not answered for %g s: it is killed, and starts anew", host_name(number), HANG_S)
+                log.warning("%s has not answered for %g s: it is killed and restarted", host_name(number), HANG_S)
                 await kill_processes(member.actors, self._sockets)
             await self.find(number)
         except MoEServeError as error:
@@ -252,7 +252,7 @@ class RayFleet:
             await asyncio.sleep(WATCH_S)
 
     async def _introduce(self, number: int, info: HostInfo) -> None:
-        """Tells all hosts of all hosts, once all have been found, and again of every new incarnation."""
+        """Tells every host where all hosts are, once all have been found, and again after every new incarnation."""
         if self._directory.get(number) == info:
             return
         self._directory[number] = info
@@ -270,7 +270,7 @@ class RayFleet:
             await asyncio.wait(meetings, timeout=MEET_TIMEOUT_S)
 
     def _give_up(self, number: int) -> None:
-        """Its place is free for another: nothing will come back there."""
+        """Releases its reservation for another host: it will not come back there."""
         lost = self._members.pop(number)
         for actor in lost.actors:
             ray.kill(actor)
@@ -286,7 +286,7 @@ class RayFleet:
 
 
 async def _all(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Until all are done; the first error ends the others."""
+    """Waits for all; the first error cancels the others."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         await asyncio.gather(*tasks)

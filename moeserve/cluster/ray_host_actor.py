@@ -1,4 +1,4 @@
-"""One host of a fleet: its actor, and its place on a node."""
+"""One host of a fleet: its actor, and its reservation on a node."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Findings = Callable[[Fate], str]
 
 @dataclass(frozen=True)
 class Place:
-    """A placement group on a node, and what the host there takes of it. `detached`: it outlives this process."""
+    """A placement group on a node, and the host's share of it. `detached`: it outlives this process."""
 
     node: str
     group: PlacementGroup
@@ -46,9 +46,9 @@ class Place:
 
 
 class HostActor:
-    """Ray starts its process again whenever it dies, on the same place, until the place is given back or its node is gone.
+    """Ray restarts its process whenever it dies, on the same reservation, until that is released or its node is gone.
 
-    One that dies again and again before it is ready, or that refuses to load what it shall, rests between tries, longer each time.
+    A host that dies again and again before it is ready, or that cannot load its experts, waits between attempts, longer each time.
     """
 
     def __init__(self, order: HostOrder, place: Place, findings: Findings) -> None:
@@ -57,7 +57,7 @@ class HostActor:
         #: Ray has given it up
         self.is_lost = False
         self._order, self._place, self._findings = order, place, findings
-        #: None between its end and the next try
+        #: None between its end and the next attempt
         self._actor: ActorHandle[ExpertHost] | None = None
         #: while it loaded, since it was well; restarts of this actor that are none of these
         self._deaths, self._restarts_before = 0, 0
@@ -69,16 +69,16 @@ class HostActor:
 
     @property
     def actors(self) -> list[ActorHandle[ExpertHost]]:
-        """The one, if there is one at present."""
+        """The actor, if there is one now."""
         return [] if self._actor is None else [self._actor]
 
     @property
     def why_not(self) -> str | None:
-        """Why it is not up, if nobody should wait for it."""
+        """Why it is down, if waiting for it cannot help."""
         return None if self._error is None else str(self._error)
 
     def start(self) -> None:
-        """A new one, on a place that has been granted."""
+        """A new host, on a granted reservation."""
         place = self._place
         host = ExpertHost.options(  # type: ignore[attr-defined]
             num_cpus=place.cpus,
@@ -92,18 +92,18 @@ class HostActor:
         self._restarts_before, self._ready = 0, None
 
     async def adopt(self) -> None:
-        """A detached one that lives."""
+        """A detached host that is alive."""
         self._actor = ray.get_actor(self.name)
         self._restarts_before = (await self._fate()).restarts
 
     def wake(self) -> None:
-        """There is something new to load, which it may be able to where it was not before: it need not rest."""
+        """Ends its wait: there is a new release, which it may be able to load."""
         self._rests_until = 0.0
 
     async def find(self, in_force: InForce) -> HostInfo:
-        """The present incarnation, once it is ready with the releases in force by then.
+        """The current incarnation, once it is ready with the current releases.
 
-        Raises ExpertUnavailable when Ray has given it up or it has died too often, or what the host raised; while it rests, the same again.
+        Raises ExpertUnavailable when Ray has given it up or it has died too often, or the host's error; the same error while it waits.
         """
         self._require_no_rest()
         if self._actor is None:
@@ -123,14 +123,14 @@ class HostActor:
         return info
 
     async def answers(self, timeout_s: float) -> bool:
-        """False when its process lives and says nothing, as one does that hangs; loading does not keep it from answering."""
+        """False when its process is alive and does not answer: it hangs. A host that loads does answer."""
         if (actor := self._actor) is None:
             return True
         asking, deadline = asyncio.ensure_future(_heard(actor)), time.monotonic() + timeout_s
         try:
             while not (await asyncio.wait({asking}, timeout=HOST_LOOK_S))[0]:
                 if self._actor is not actor or not (await self._fate()).is_up:
-                    return True  # it is on its way, or not: `find` sees to that
+                    return True  # it is restarting, or not: `find` handles that
                 if time.monotonic() > deadline:
                     return False
         finally:
@@ -138,7 +138,7 @@ class HostActor:
         return True
 
     async def is_told(self, call: Call) -> bool:
-        """`call` the actor; False when it has died meanwhile, or rests. Raises what the host raised."""
+        """`call` the actor; False when it has died meanwhile, or waits for its next attempt. Raises the host's error."""
         try:
             for actor in self.actors:
                 await call(actor)
@@ -150,11 +150,11 @@ class HostActor:
         return False
 
     async def meet(self, directory: Mapping[int, HostInfo], frontends: Collection[str] | None) -> None:
-        """One that is gone is introduced when it is found again; until then rows are sent to each host directly."""
+        """A lost host gets the directory when it is found again; until then rows are sent to each host directly."""
         await self.is_told(lambda actor: actor.meet.remote(directory, frontends))
 
     async def died(self, deaths: int) -> ExpertUnavailable:
-        """What to say of that."""
+        """The error for users."""
         fate = await self._fate()
         return ExpertUnavailable(f"{self.name} died {deaths} times while it loaded its experts. {await self._found_of(fate)}".strip())
 
@@ -172,20 +172,20 @@ class HostActor:
             except RayTaskError as error:
                 if in_force()[0] == releases:  # it may be able to load what is in force by now
                     raise self._begin_rest(self._refusal(error.cause)) from None
-        assert self._error is not None, "it is without an actor because of an error"
+        assert self._error is not None, "it has no actor because of an error"
         raise self._error
 
     def _is_ready(self, restarts: int) -> None:
         now, self._error = time.monotonic(), None
         if self._ready is None or self._ready[1] != restarts:
             self._deaths += max(0, restarts - self._restarts_before)
-            self._restarts_before, self._ready = restarts + 1, (now, restarts)  # its own death is not one while it loads
+            self._restarts_before, self._ready = restarts + 1, (now, restarts)  # a death after that is not one while it loads
         elif now - self._ready[0] > WELL_S:
             self._deaths, self._pause_s = 0, 0.0
 
     async def _require_hope(self, fate: Fate, waited_s: float) -> None:
         """Raises ExpertUnavailable when it will not come up soon."""
-        self._require_no_rest()  # somebody else has found out
+        self._require_no_rest()  # another caller has found out
         if not fate.is_node_live:
             raise self._lost(f"its node {self.node} is gone")
         new_deaths, actor = max(0, fate.restarts - self._restarts_before), self._actor
@@ -212,7 +212,7 @@ class HostActor:
     def _try_again(self) -> None:
         try:
             self.start()
-        except ValueError as error:  # Ray has not forgotten the one before, and its name is taken
+        except ValueError as error:  # Ray has not forgotten the previous actor, and its name is taken
             raise self._begin_rest(ExpertUnavailable(f"{self.name} cannot be started: {error}")) from None
 
     def _refusal(self, cause: Exception) -> MoEServeError:
@@ -233,8 +233,8 @@ class HostActor:
 
 
 async def _heard(actor: ActorHandle[ExpertHost]) -> None:
-    """Until it says something, or is gone."""
+    """Waits until it answers, or is gone."""
     try:
         await actor.present.remote()
     except RayActorError as error:
-        log.debug("a host is on its way: %s", error)
+        log.debug("a host is starting: %s", error)

@@ -1,6 +1,6 @@
-"""Everything of Ray's private side that moeserve uses, and nothing else does: Ray may change any of it without notice.
+"""All uses of Ray's private API, and nothing else: Ray may change any of it without notice.
 
-Each function says why the public API does not do. tests/cluster/test_ray_internals.py uses each against a real Ray, and says which one a
+Each function says why the public API is not enough. tests/cluster/test_ray_internals.py uses each against a real Ray, and says which one a
 new Ray has changed; the newest that has passed is the upper bound in pyproject.toml.
 """
 
@@ -22,7 +22,7 @@ from ray.core.generated.gcs_pb2 import ActorTableData, WorkerTableData  # type: 
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
 GCS, RAYLET = "gcs_server", "raylet"
-#: behind these words Ray lists what the end of a process may have been
+#: after these words, Ray lists guesses about the end of a process
 _GUESSES: Final = "Some common causes"
 
 
@@ -44,12 +44,12 @@ def actor_id(actor: ActorHandle[Any]) -> ray.ActorID:
 
 
 def find_actor(actor_id: ray.ActorID) -> ActorRecord | None:
-    """What Ray records of an actor, None = nothing yet. Public: `ray.util.state` asks the dashboard, which a local Ray does not have."""
+    """Ray's record of an actor, None = nothing yet. Public: `ray.util.state` asks the dashboard, which a local Ray does not have."""
     found = state.state._connect_and_get_accessor().get_actor_info(actor_id)
     if found is None:
         return None
     table = ActorTableData.FromString(found)
-    before = [one.worker_id for one in getattr(table, "previous_incarnations", ())]  # not every Ray says
+    before = [one.worker_id for one in getattr(table, "previous_incarnations", ())]  # not every Ray has it
     workers = [one for one in (*before, table.address.worker_id) if one]
     return ActorRecord(table.address.node_id.hex(), table.pid, table.num_restarts, table.state == ActorTableData.ALIVE, workers)
 
@@ -64,7 +64,7 @@ def exit_detail(worker_id: bytes) -> str:
 
 
 def draining_nodes() -> set[str]:
-    """Ids of the nodes that Ray has been told will go. Public: nothing; `ray.nodes()` calls them alive."""
+    """Ids of the nodes that Ray is draining. Public: nothing; `ray.nodes()` calls them alive."""
     return set(state.state.get_draining_nodes())
 
 

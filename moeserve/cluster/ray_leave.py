@@ -1,4 +1,4 @@
-"""Leaving a node before it goes: Ray is told that it drains, the service moves what is there, and only then may it end.
+"""`moeserve leave`: mark the node as draining in Ray, wait until the service has moved its hosts; then the node may end.
 
 Works without Ray's help on the node itself, whose raylet ends as soon as nothing is left there.
 """
@@ -24,14 +24,14 @@ def leave(address: str, namespace: str, timeout_s: float, node: str | None = Non
     try:
         address = canonical_address(address)
     except ConnectionError:
-        raise ConfigError(f"no Ray runs here that --address {address} could mean: give host:port of the cluster") from None
+        raise ConfigError(f"--address {address} finds no Ray on this machine: give host:port of the cluster") from None
     knock(address)
     cluster = ClusterFromOutside(address)
     node = _node(cluster, node)
     deadline = time.time() + timeout_s
     accepted, why = cluster.drain(node, "moeserve leave", deadline)
     if not accepted:
-        raise MoEServeError(f"Ray does not let node {node} drain: {why}")
+        raise MoEServeError(f"Ray refuses to drain node {node}: {why}")
     while hosts := _hosts_on(cluster, node, namespace):
         if time.time() > deadline:
             raise MoEServeError(f"after {timeout_s:g} s there {_are(hosts)} still on node {node}: is there room for them elsewhere?")

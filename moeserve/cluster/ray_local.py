@@ -27,7 +27,7 @@ class LocalRay:
     """Ray's processes, which have all their files in `folder`, started by `init` (a call of `ray.init`) from `start` to `stop`.
 
     They are started from a thread of their own that lives until they end: its signal mask is inherited by all of them, through exec too,
-    and the kernel kills them when that thread is gone, as Ray has asked it to. What Ray starts in turn is ended by a keeper.
+    and the kernel kills them when that thread is gone, as Ray has requested. A keeper ends the processes that Ray starts.
     """
 
     def __init__(self, folder: Path, init: Callable[[], Any]) -> None:
@@ -38,12 +38,12 @@ class LocalRay:
         self._thread = threading.Thread(target=self._run, name="ray", daemon=True)
 
     def start(self) -> None:
-        """Raises what `init` raises; `stop` ends whatever of Ray is there then."""
+        """Raises the error of `init`; `stop` ends the processes that were started."""
         self._thread.start()
         self._started.result()
 
     def stop(self) -> None:
-        """Leave Ray, then end its processes, which do not hear the SIGTERM of `ray.shutdown`."""
+        """Disconnect from Ray, then end its processes, which ignore the SIGTERM of `ray.shutdown`."""
         processes = take_processes()
         ray.shutdown()
         for process in processes:
@@ -66,7 +66,7 @@ class LocalRay:
             self._started.set_exception(error)
 
     def _kept(self) -> subprocess.Popen[bytes]:
-        """By a process in a session of its own, so that it outlives a group that is killed."""
+        """In a process with its own session, so that it outlives a killed process group."""
         command = [sys.executable, "-I", "-S", keeper.__file__, str(self._folder)]
         none = subprocess.DEVNULL
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=none, stderr=none, start_new_session=True)  # noqa: S603
@@ -74,7 +74,7 @@ class LocalRay:
 
 @contextmanager
 def kept_handlers() -> Iterator[None]:
-    """Signals do afterwards what they did before: Ray's C++ has them abort, with a trace. Python sets them in the main thread only."""
+    """Restores signal handlers afterwards: Ray's C++ makes signals abort, with a trace. Python sets them in the main thread only."""
     sigaction = ctypes.CDLL(None, use_errno=True).sigaction
     former = {number: ctypes.create_string_buffer(_SIGACTION_BYTES) for number in _SHIELDED}
     for number, action in former.items():

@@ -1,4 +1,4 @@
-"""What this machine must have for hosts to come back: processes and folders of the Ray that this process has started."""
+"""Losses after which hosts cannot be restarted: processes and folders of the Ray that this process has started."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moeserve.cluster.timing import LOSS_LOOK_S
 
 
 def find_loss() -> Loss | None:
-    """What is missing of the Ray that this process is connected to, as far as it has started it itself."""
+    """The missing part of the Ray that this process has started; None = nothing is missing."""
     session = session_dir()
     if session is None:
         return Loss("this process is not connected to Ray any more", is_final=True)
@@ -26,7 +26,7 @@ def find_loss() -> Loss | None:
 
 
 async def until_lost() -> Loss:
-    """Until something is missing."""
+    """Waits until a part is missing."""
     while True:
         if (loss := find_loss()) is not None:
             return loss

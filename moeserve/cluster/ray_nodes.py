@@ -1,4 +1,4 @@
-"""The nodes of the cluster as the service sees them: what each can hold, and whether it is about to go."""
+"""The nodes of the cluster as the service sees them: their room, and whether they are draining."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _RESOURCES = ("CPU", "GPU")
 
 
 class RayNodes:
-    """What hosts of `fleet` have reserved counts as free."""
+    """Reservations of the hosts of `fleet` count as free."""
 
     def __init__(self, fleet: RayFleet) -> None:
         self._fleet = fleet
 
     async def list(self) -> list[Node]:
-        """All that live, by id. A node that Ray drains is leaving."""
+        """All live nodes, by id. A node that Ray drains is leaving."""
         own = self._fleet.reservations
         return await asyncio.to_thread(_nodes, own)
 
     def ask_for(self, wanted: Wanted, num_hosts: int) -> None:
-        """Have the cluster's autoscaler, if there is one, keep nodes for so many hosts, those that exist included; 0 = as it likes."""
+        """Ask the cluster's autoscaler, if there is one, to keep nodes for so many hosts, including existing ones; 0 = no request."""
         bundle = {resource: amount for resource, amount in (("CPU", wanted.cpus), ("GPU", wanted.gpus)) if amount}
         count = num_hosts if bundle else 0
         selectors = [dict(wanted.labels)] * count if wanted.labels else None
@@ -57,7 +57,7 @@ def _nodes(own: Collection[str]) -> list[Node]:
 
 
 def _reserved(total: Mapping[str, float], resource: str, own: Collection[str]) -> float:
-    """What own placement groups have of a node: Ray counts it as resources of other names, CPU_group_<id>."""
+    """The share of our placement groups on a node: Ray counts it as resources of other names, CPU_group_<id>."""
     return sum(total.get(f"{resource}_group_{group}", 0.0) for group in own)
 
 

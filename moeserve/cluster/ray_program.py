@@ -24,15 +24,15 @@ class Program(Protocol):
     """Something that is started and stopped in an event loop of its own."""
 
     async def start(self) -> None:
-        """Until it is of use to others."""
+        """Returns when it is ready."""
         ...
 
     async def stop(self) -> None:
-        """In order, and only once."""
+        """Stops in order; called once."""
         ...
 
     def describe(self) -> Any:
-        """What others want to know of it, once it has started; from any thread."""
+        """Its description, once it has started; from any thread."""
         ...
 
 
@@ -48,12 +48,12 @@ class _Runner:
         self._started = self._thread.submit(self._start())
 
     def ready(self) -> Any:
-        """What the program says of itself, once it has started. Raises what kept it from starting."""
+        """The program's description, once it has started. Raises the error of its start."""
         self._started.result()
         return self._program.describe()
 
     def told(self, since: int) -> list[str]:
-        """How its start goes, in words, from the line `since` on."""
+        """The log lines of its start, from the line `since` on."""
         return self._told[since:]
 
     def stop(self) -> None:
@@ -66,8 +66,8 @@ class _Runner:
             await self._starting
         except Exception:
             if ray.get_runtime_context().was_current_actor_reconstructed:
-                # Nobody waits for what kept it from starting, as somebody did for the first incarnation.
-                log.exception("it did not start again; Ray gives it another try")
+                # No caller waits for the error of this start, as one did for the first incarnation.
+                log.exception("it did not start again; Ray tries again")
                 await asyncio.sleep(PROGRAM_RETRY_S)
                 os._exit(1)
             raise
@@ -81,7 +81,7 @@ class _Runner:
             await self._program.stop()  # one that failed to start has stopped what it had started
 
 
-# The name of the class is what the process is called.
+# Ray names the process after the class.
 @ray.remote
 class MoEController(_Runner):
     """The controller's process."""
@@ -98,7 +98,7 @@ KINDS: dict[str, Any] = {"controller": MoEController, "frontend": MoEFrontend}
 def start_program(
     kind: str, name: str, namespace: str, make: Callable[[Callable[[str], None]], Program], where: dict[str, Any]
 ) -> ProgramActor:
-    """Start a program in a detached actor of this name; Ray starts it again, as often as it dies. `where` are options of the actor."""
+    """Start a program in a detached actor of this name; Ray restarts it whenever it dies. `where` are options of the actor."""
     actor = KINDS[kind].options(
         name=name,
         namespace=namespace,
@@ -113,7 +113,7 @@ def start_program(
 
 
 class ProgramActor:
-    """A handle on such an actor."""
+    """A handle on the actor of a program."""
 
     def __init__(self, name: str, actor: ActorHandle[Any]) -> None:
         self.name = name
@@ -129,12 +129,12 @@ class ProgramActor:
 
     @classmethod
     def find_all(cls, namespace: str) -> list[ProgramActor]:
-        """Every actor that has a name there."""
+        """All actors with a name in the namespace."""
         names = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True) if one["namespace"] == namespace]
         return [found for name in sorted(names) if (found := cls.find(name, namespace)) is not None]
 
     async def ready(self, tell: Callable[[str], None] = lambda _: None) -> Any:
-        """What the program says of itself, once it has started; `tell` hears how that goes. Raises what kept it from starting."""
+        """The program's description, once it has started; `tell` gets the log lines of its start. Raises the error of its start."""
         heard, ready = 0, asyncio.ensure_future(self._call("ready"))
         while True:
             done, _ = await asyncio.wait({ready}, timeout=PROGRAM_RETRY_S)

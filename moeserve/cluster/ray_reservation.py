@@ -1,6 +1,6 @@
-"""A place for one host on one node, kept for it whatever happens to its process: a Ray placement group of one bundle.
+"""A reservation for one host on one node, kept when its process dies: a Ray placement group of one bundle.
 
-The service decides the node; Ray would put a host that comes back on any. When the node dies the place is lost with it.
+The service chooses the node; Ray would restart a host on any node. When the node dies, the reservation is lost.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ logging.getLogger("ray.actor").addFilter(_Expected())
 
 
 def host_number(name: str) -> int | None:
-    """None when it is no host's name."""
+    """None if it is not the name of a host."""
     found = _HOST_NAME.fullmatch(name)
     return int(found[1]) if found else None
 
 
 def reserve(assignment: Assignment, placement: PlacementConfig, *, detached: bool) -> PlacementGroup:
-    """Ask for what a host takes on the node of its assignment; `await_granted` tells whether it could be had."""
+    """Request a host's resources on the node of its assignment; `await_granted` says whether they were granted."""
     amounts = {"CPU": placement.cpus_per_host, "GPU": placement.gpus_per_host}
     bundle = {resource: amount for resource, amount in amounts.items() if amount} or {"memory": 1}  # an empty one is refused; 1 byte
     where = {"ray.io/node-id": assignment.node, **placement.node_labels}
@@ -50,7 +50,7 @@ def reserve(assignment: Assignment, placement: PlacementConfig, *, detached: boo
 
 
 async def await_granted(groups: Sequence[PlacementGroup]) -> list[bool]:
-    """Which of these reservations could be had within a few seconds."""
+    """The reservations that were granted within a few seconds."""
     waiting = [asyncio.wrap_future(group.ready().future()) for group in groups]
     if waiting:
         await asyncio.wait(waiting, timeout=GRANT_TIMEOUT_S)
@@ -61,12 +61,12 @@ async def await_granted(groups: Sequence[PlacementGroup]) -> list[bool]:
 
 
 def give_back(group: PlacementGroup) -> None:
-    """Whatever is still there is killed."""
+    """Kills processes that still run there."""
     remove_placement_group(group)
 
 
 def find_reservations() -> dict[int, PlacementGroup]:
-    """Those of detached hosts in this process' Ray namespace, by number of the host."""
+    """The reservations of detached hosts in this process's Ray namespace, by number of the host."""
     names = {entry["name"] for entry in placement_group_table().values() if entry["state"] != "REMOVED"}
     found = {}
     for name in names:
@@ -77,13 +77,13 @@ def find_reservations() -> dict[int, PlacementGroup]:
 
 
 def find_hosts() -> set[int]:
-    """Numbers of the detached hosts in this process' Ray namespace that live, or that Ray is about to restart."""
+    """Numbers of the detached hosts in this process's Ray namespace that live, or that Ray is about to restart."""
     numbers = {host_number(name) for name in ray.util.list_named_actors()}
     return {number for number in numbers if number is not None}
 
 
 async def await_forgotten(numbers: Collection[int], timeout_s: float) -> None:
-    """Until Ray has forgotten these hosts, so that their names are free."""
+    """Waits until Ray has forgotten these hosts, so that their names are free."""
     for _ in range(int(timeout_s / RETRY_S)):
         if (find_hosts() | find_reservations().keys()).isdisjoint(numbers):
             return

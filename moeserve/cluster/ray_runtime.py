@@ -41,17 +41,17 @@ class RayRuntime:
 
     @property
     def is_private(self) -> bool:
-        """It is a local one that this object started: nobody outside this machine takes part."""
+        """Whether it is a local Ray that this object started: no other machine takes part."""
         return self._local is not None
 
     @property
     def folder(self) -> Path | None:
-        """Of a private Ray, from `start` to `stop`: its files and the sockets of hosts, where nobody else can look."""
+        """The private folder of a local Ray, from `start` to `stop`: its files and the sockets of hosts."""
         return None if self._folder is None else self._folder.path
 
     @property
     def log_dir(self) -> Path:
-        """Where Ray's processes on this node write what they have to say (worker-*.err); of a private one, until `stop`."""
+        """The folder of the log files of Ray's processes on this node (worker-*.err); for a private Ray, until `stop`."""
         folder = log_dir()
         assert folder is not None, "a Ray that has started"
         return folder
@@ -72,13 +72,13 @@ class RayRuntime:
             raise
 
     def stop(self) -> None:
-        """After a `start` that is under way. Idempotent."""
+        """Waits for a running `start` first. Idempotent."""
         with self._changing:
             self._stop()
 
     def _start(self) -> None:
         if ray.is_initialized():
-            log.info("using the Ray this process is connected to already")
+            log.info("using the Ray that this process is already connected to")
         elif self._config.address is not None:
             self._join(self._config.address)
         else:
@@ -119,7 +119,7 @@ class RayRuntime:
         token_file = self._folder.path / "ray-token"
         token_file.touch(mode=0o600)
         token_file.write_text(secrets.token_hex(32))
-        # Ray binds its ports to 127.0.0.1 only when clusters are ruled out; otherwise whoever reaches them can run code here.
+        # Ray binds its ports to 127.0.0.1 only when clusters are ruled out; otherwise anyone who reaches them can run code here.
         self._setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         self._may_cluster = allow_clusters(False)
         self._setenv("RAY_AUTH_MODE", "token")
@@ -140,11 +140,11 @@ class RayRuntime:
         hosts = 0 if self._placement.num_hosts == "all" else self._placement.num_hosts
         num_cpus = self._config.num_cpus or max(os.cpu_count() or 1, int(hosts * self._placement.cpus_per_host + 0.999))
         ray.init(
-            address="local",  # or Ray would join one that somebody else runs on this machine
+            address="local",  # or Ray would join one that another user runs on this machine
             num_cpus=num_cpus,
             num_gpus=self._config.num_gpus,
             object_store_memory=_OBJECT_STORE_BYTES,
-            _temp_dir=str(self._folder.path / "ray"),  # which Ray opens to everybody
+            _temp_dir=str(self._folder.path / "ray"),  # which Ray opens to all users
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -156,12 +156,12 @@ class RayRuntime:
 
 
 def _session_name() -> str:
-    """As long as that which Ray makes of the time and this process."""
+    """As long as Ray's own name, from the time and the process id."""
     return f"session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{os.getpid()}"
 
 
 def knock(address: str) -> None:
-    """Raises ConfigError when nobody listens there; Ray itself tries for minutes and then ends the process."""
+    """Raises ConfigError if nothing listens there; Ray itself tries for minutes and then ends the process."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         return  # "auto" and the like: Ray finds out at once

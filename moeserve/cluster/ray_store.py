@@ -16,13 +16,13 @@ class RayStore:
         self._key = _KEY + b":" + namespace.encode()
 
     def load(self) -> bytes | None:
-        """What was saved last; None = nothing."""
+        """The saved bytes; None = nothing."""
         return kv_get(self._key)
 
     def save(self, value: bytes) -> None:
-        """Replaces what was there."""
+        """Replaces the saved bytes."""
         kv_put(self._key, value)
 
     def clear(self) -> None:
-        """Nothing is saved any more."""
+        """Deletes the saved bytes."""
         kv_delete(self._key)

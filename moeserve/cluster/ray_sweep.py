@@ -1,4 +1,4 @@
-"""What is left of a deployed service whose controller was ended by force, and will not come back."""
+"""Cleaning up a deployed service whose controller was killed and will not come back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _OURS: Final = re.compile(r"controller|(?:frontend|host)-\d+")
 
 
 async def sweep(namespace: str) -> None:
-    """End controller, frontends and hosts of this process' Ray namespace, give the places of hosts back, and forget what was saved."""
+    """End controller, frontends and hosts of this process' Ray namespace, release the hosts' reservations, and delete the stored state."""
     await asyncio.to_thread(_sweep, namespace)
 
 

@@ -1,4 +1,4 @@
-"""Where programs that are not hosts go: options of their actors."""
+"""The nodes of programs that are not hosts: options of their actors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def on_head() -> dict[str, Any]:
 
 
 def on_this_node() -> dict[str, Any]:
-    """Here and nowhere else."""
+    """On this node only."""
     return {"scheduling_strategy": NodeAffinitySchedulingStrategy(this_node(), soft=False)}
 
 

@@ -24,7 +24,7 @@ Load = Callable[[int, Where, Sequence[Release]], Holdings]
 
 
 class ThreadFleet:
-    """`where` says where host `number` runs in its incarnation number n; `load` fills it with the releases in force."""
+    """`where` gives the location of host `number` in its incarnation number n; `load` fills it with the releases in force."""
 
     def __init__(self, where: Callable[[int, int], Where], load: Load) -> None:
         self._where, self._load = where, load
@@ -34,31 +34,31 @@ class ThreadFleet:
         self._changed = Notifier()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._incarnations = 0
-        #: when a host that failed to start may try again, and how long it has rested
+        #: when a host that failed to start may try again, and its latest pause
         self._rests: dict[int, tuple[float, float]] = {}
-        #: nothing takes a host away for good here
+        #: no host is ever lost for good here
         self.given_up: set[int] = set()
         self._lost: str | None = None
 
     @property
     def present(self) -> dict[int, HostInfo]:
-        """What hosts that are up say of themselves."""
+        """The descriptions of live hosts."""
         return {number: member.host.info for number, member in self.members.items() if member.is_up}
 
     @property
     def failing(self) -> dict[int, str]:
-        """Hosts that are not on their way back at present, and why."""
+        """Hosts that are down and not restarting now, and why."""
         if self._lost is not None:
             return dict.fromkeys(self.members, self._lost)
         return {number: str(member.error) for number, member in self.members.items() if member.error is not None}
 
     async def take(self, release: Release, assignments: Sequence[Assignment], on_ready: OnReady = lambda _: None) -> None:
-        """Every host of `release` loads what is new in it, started first if need be; `on_ready` is told of each that was started.
+        """Every host of `release` loads its new experts, and is started first if needed; `on_ready` is called for each started host.
 
-        Raises ConfigError or CheckpointError; then the release is withdrawn by whoever asked.
+        Raises ConfigError or CheckpointError; then the caller withdraws the release.
         """
         self._releases = [*self._releases, release]
-        self._rests.clear()  # there is something new to load
+        self._rests.clear()  # there is a new release to load
         new = [self._add(each.number) for each in assignments if each.number not in self.members]
         for member in new:
             await self._until_up(member)
@@ -68,7 +68,7 @@ class ThreadFleet:
             await asyncio.to_thread(self.members[number].host.take, release)
 
     async def adopt(self, release: Release, assignments: Sequence[Assignment]) -> None:
-        """Those of `assignments` serve `release` and nothing else; all others end."""
+        """The hosts of `assignments` serve `release` only; all others end."""
         self._releases = [release]
         numbers = {each.number for each in assignments}
         await self.remove([number for number in self.members if number not in numbers])
@@ -78,13 +78,13 @@ class ThreadFleet:
             await asyncio.to_thread(member.host.adopt, release)
 
     async def withdraw(self, epoch: int) -> None:
-        """The release of `epoch` will not be, nor any after it."""
+        """Hosts forget the withdrawn release of `epoch`, and all after it."""
         self._releases = [release for release in self._releases if release.epoch < epoch]
         for member in self._up():
             await asyncio.to_thread(member.host.withdraw, epoch)
 
     async def retire(self, epoch: int) -> None:
-        """Nobody asks for what was before `epoch` any more."""
+        """Hosts forget the releases before `epoch`."""
         self._releases = [release for release in self._releases if release.epoch >= epoch]
         for member in self._up():
             await asyncio.to_thread(member.host.retire, epoch)
@@ -98,7 +98,7 @@ class ThreadFleet:
         self._introduce()
 
     def admit(self, public_keys: Collection[str]) -> asyncio.Future[None]:
-        """Frontends that show these keys may talk to hosts over TCP, and no others."""
+        """Only frontends with these keys may talk to hosts over TCP."""
         self._frontends = frozenset(public_keys)
         self._introduce()
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -106,7 +106,7 @@ class ThreadFleet:
         return done
 
     async def watch(self, on_change: Callable[[Mapping[int, HostInfo]], None]) -> None:
-        """For ever: starts hosts again that have failed, and tells where each is, down or not, when that has changed."""
+        """Runs until cancelled: restarts failed hosts, and reports all hosts, up or down, after every change."""
         told: Mapping[int, HostInfo] | None = None
         while True:
             directory = self._directory()
@@ -120,7 +120,7 @@ class ThreadFleet:
                     await self._try(member)
 
     def lose(self, why: str) -> None:
-        """No host is started any more."""
+        """Starts no more hosts."""
         self._lost = why
 
     async def stop(self) -> None:
@@ -142,12 +142,12 @@ class ThreadFleet:
         self._loop.call_soon_threadsafe(self._introduce)
 
     def _directory(self) -> dict[int, HostInfo]:
-        """The latest incarnation of each host; who cannot reach one asks again for the next."""
+        """The latest incarnation of each host; a caller that cannot reach one looks again for the next."""
         known = ((number, member.host.info if member.is_up else member.info) for number, member in self.members.items())
         return {number: info for number, info in known if info is not None}
 
     def _introduce(self) -> None:
-        """Every host learns where all of them are now, and whom to let in."""
+        """Every host gets the directory of all hosts, and the keys to accept."""
         directory = self._directory()
         for member in self._up():
             member.host.meet(directory, self._frontends)
@@ -157,7 +157,7 @@ class ThreadFleet:
         return [member for member in self.members.values() if member.is_up]
 
     async def _until_up(self, member: ThreadHost) -> None:
-        """One that somebody has stopped is waited for. Raises what keeps it from starting."""
+        """Waits for a host that was stopped on purpose. Raises the error of its start."""
         while not member.is_up:
             if member.is_stopped:
                 await self._changed.wait()
@@ -173,6 +173,6 @@ class ThreadFleet:
         except MoEServeError as error:
             pause_s = min(max(LEAST_REST_S, 2 * self._rests.get(member.number, (0.0, 0.0))[1]), MOST_REST_S)
             self._rests[member.number] = time.monotonic() + pause_s, pause_s
-            log.warning("%s does not start, next try in %g s: %s", host_name(member.number), pause_s, error)
+            log.warning("%s does not start, next attempt in %g s: %s", host_name(member.number), pause_s, error)
         else:
             self._rests.pop(member.number, None)

@@ -9,23 +9,23 @@ from moeserve.errors import MoEServeError
 from moeserve.host import Host
 from moeserve.observe.stats import HostInfo
 
-#: makes a host that loads what is in force and listens; is given what to call when its thread has failed
+#: makes a host that loads the releases in force and listens; its argument is called if the host's thread fails
 Make = Callable[[Callable[[], None]], Host]
 
 
 class ThreadHost:
-    """Host `number`: `start` after its end brings up a new incarnation, as a new process would be. All may be called from any thread.
+    """Host `number`: `start` after its end brings up a new incarnation, as a new process would be. All methods are safe in any thread.
 
-    `on_change` is called whenever it is up, or is not any more.
+    `on_change` is called when it goes up or down.
     """
 
     def __init__(self, number: int, make: Make, on_change: Callable[[], None]) -> None:
         self.number = number
-        #: of the latest incarnation, up or not; None before there was one
+        #: the description of the latest incarnation, up or down; None before the first
         self.info: HostInfo | None = None
-        #: why the latest try to start it failed
+        #: why the latest attempt to start it failed
         self.error: MoEServeError | None = None
-        #: it is down because somebody has stopped it
+        #: it was stopped on purpose
         self.is_stopped = False
         self._make, self._on_change = make, on_change
         self._changing = threading.Lock()
@@ -33,12 +33,12 @@ class ThreadHost:
 
     @property
     def is_up(self) -> bool:
-        """It answers."""
+        """Whether it answers."""
         return self._host is not None
 
     @property
     def host(self) -> Host:
-        """The one that is up."""
+        """The running host."""
         assert self._host is not None, "a host that is up"
         return self._host
 
@@ -58,7 +58,7 @@ class ThreadHost:
                 self._on_change()
 
     def stop(self) -> None:
-        """Finish the pass that is running; it is down until somebody starts it."""
+        """Finish the running pass; it is down until `start`."""
         with self._changing:
             self.is_stopped = True
             if self._host is not None:

@@ -1,4 +1,4 @@
-"""Hosts as threads of this process: no Ray, ready in no time, nothing pinned, and no fault of one kept from the others.
+"""Hosts as threads of this process: no Ray, ready at once, no pinned cores, no isolation of faults.
 
 For notebooks, tests, and a single machine.
 """
@@ -31,12 +31,12 @@ class ThreadNodes:
         self.cpus, self.gpus = cpus, gpus
 
     async def list(self) -> list[Node]:
-        """It alone."""
+        """This process alone."""
         room = {"CPU": float(self.cpus), "GPU": float(self.gpus)}
         return [Node(_NODE, _NODE, room, room)]
 
     def ask_for(self, wanted: Wanted, num_hosts: int) -> None:
-        """Nobody brings more."""
+        """Does nothing: there is no autoscaler."""
 
 
 class ThreadCluster:
@@ -56,22 +56,22 @@ class ThreadCluster:
         self.store = MemoryStore()
 
     async def start(self) -> None:
-        """There is nothing to start."""
+        """Does nothing."""
 
     def open(self, service_id: str, *, is_followed: bool) -> None:
         """As `Cluster.open`."""
         self._service_id, self._is_followed = service_id, is_followed
 
     async def lost(self) -> Loss:
-        """Never, while this process lives."""
+        """Waits forever."""
         await asyncio.Event().wait()
-        raise AssertionError("nobody sets it")
+        raise AssertionError("it is never set")
 
     async def stop(self) -> None:
-        """There is nothing to stop but hosts, which their owner does."""
+        """Does nothing: the owner of the hosts stops them."""
 
     def where(self, number: int, incarnation: int) -> Where:
-        """Reached through memory from this process, and over TCP from others on this machine."""
+        """Reachable through memory in this process, and over TCP from others on this machine."""
         local = f"local:{self._service_id}/{host_name(number)}-{incarnation}"
         endpoints = (local, f"tcp://{join('127.0.0.1', 0)}") if self._is_followed else (local,)
         gpus = torch.cuda.device_count() if self._placing.gpus_per_host else 0

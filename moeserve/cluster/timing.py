@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-# How long until something is noticed: looks while it is waited for, and rounds of the one who watches.
+# How soon something is noticed: intervals of polling and of watching.
 #: a host that has moved, or one that is new, after the round before
 WATCH_S: Final = 1.0
 #: a host that is waited for has died, or is up: what Ray says of its actor
@@ -23,27 +23,27 @@ PROGRAM_RETRY_S: Final = 0.2
 # How long something may take before it counts as failed.
 #: Ray starts a host's process within seconds; on a machine that is very busy, in a minute
 START_TIMEOUT_S: Final = 120.0
-#: a host whose process lives says nothing: it hangs, and is killed; a healthy one never stays silent this long
+#: a host a host's process lives and does not answer: it hangs, and is killed; a healthy one always answers sooner
 HANG_S: Final = 60.0
-#: hosts are told of each other; one that is late is told again when it is found
+#: hosts get the directory of all hosts; a late one gets it again when it is found
 MEET_TIMEOUT_S: Final = 5.0
-#: hosts hear in the end what to forget, and Ray forgets hosts that ended; a busy one is not waited for
+#: hosts are told at the end which releases to forget, and Ray forgets ended hosts; busy hosts are not waited for
 FORGET_TIMEOUT_S: Final = 10.0
-#: Ray grants a place that is free within milliseconds
+#: Ray grants a free reservation within milliseconds
 GRANT_TIMEOUT_S: Final = 5.0
 #: a host finishes its pass, then its process is killed, then that is seen: each
 STOP_TIMEOUT_S: Final = 5.0
 #: a program that ends itself through Ray exits without it
 KILL_TIMEOUT_S: Final = 10.0
-#: a node says what has become of a process
+#: a node reports why a process has ended
 ASK_TIMEOUT_S: Final = 5.0
-#: an address that is to be a Ray's is connected to
+#: connecting to the address of a Ray
 KNOCK_TIMEOUT_S: Final = 5.0
 
-# A host that dies, or refuses what it shall load, rests between tries: doubled from one to the next.
+# A host that dies, or cannot load its experts, waits between attempts, twice as long each time.
 LEAST_REST_S: Final = 5.0
 MOST_REST_S: Final = 60.0
 #: after so long its deaths before are forgotten
 WELL_S: Final = 30.0
-#: an actor has told whoever asked before its process ends
+#: an actor has answered its caller before its process ends
 END_DELAY_S: Final = 0.1

@@ -1,4 +1,4 @@
-"""What can be configured, and reading it; no environment, no argv."""
+"""The configuration and its reader; no environment, no argv."""
 
 from moeserve.config.activation import LIMITED, Activation, ActivationName, parsed_activation
 from moeserve.config.cluster import ClusterConfig, ControllerConfig, RayConfig

@@ -1,4 +1,4 @@
-"""Names of what stands between the two projections of an expert."""
+"""Names of the activations between the two projections of an expert."""
 
 from __future__ import annotations
 

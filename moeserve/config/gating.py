@@ -48,15 +48,15 @@ class GatingConfig(BaseModel):
     renormalize: Renormalize = "none"
     #: added to that sum before dividing by it; unset = 1e-20 for pre_drop; for post_drop the sum is at least float32's eps
     renormalize_eps: float | None = Field(default=None, ge=0)
-    #: what a token's best experts are best by: scores, or logits; the selection bias of a layer is added to it
+    #: the ranking of a token's experts: scores, or logits; the selection bias of a layer is added to it
     rank_by: Ranking = "scores"
-    #: c * tanh(x / c) takes the place of the router's logits x; unset = they stay
+    #: c * tanh(x / c) replaces the router's logits x; unset = no cap
     logit_softcap: float | None = Field(default=None, gt=0)
     #: multiplies the final weights
     routed_scaling_factor: float = 1.0
-    #: weights multiply what goes into an expert instead of what comes out
+    #: weights multiply the input of an expert instead of its output
     scale_inputs: bool = False
-    #: how near the best logit an expert must be to share the weight of a choice; for routing = "sparsemixer"
+    #: the distance from the best logit within which experts share the weight of a choice; for routing = "sparsemixer"
     sparsemixer_eps: float = Field(default=0.01, ge=0)
     #: rows an expert may take = K * capacity_factor * T / E, rounded by capacity_rule; unset = no limit
     capacity_factor: float | None = Field(default=None, gt=0)
@@ -66,19 +66,19 @@ class GatingConfig(BaseModel):
     capacity_rule: CapacityRule = "ceil"
     #: the capacity is rounded up to a multiple of this
     capacity_multiple: Size = 1
-    #: the tokens that share a capacity: one request, everything that is run at once, or expert_group_size tokens of a request
+    #: the tokens that share a capacity: one request, a whole batch, or expert_group_size tokens of a request
     capacity_scope: CapacityScope = "request"
     #: tokens per capacity group; the last group of a request may be smaller
     expert_group_size: Size | None = None
     #: false lifts the limit although capacity_factor is set
     drop_tokens: bool = True
-    #: who stays when an expert is over capacity: earlier tokens, first choices before second ones, higher scores, or chance
+    #: kept choices of an expert over capacity: earlier tokens, first choices before second ones, higher scores, or a random set
     drop_policy: DropPolicy = "position"
-    #: what is shaken: hidden states (jitter), the selection (rsample; the second choice only), or the logits (normal, uniform)
+    #: noise in hidden states (jitter), the selection (rsample; gumbel_second: second choice only), or the logits (normal, uniform)
     noise: Noise = "none"
     #: eps of jitter and uniform (unset = 0.01), standard deviation of normal (unset = 1 / E^2)
     noise_scale: float | None = Field(default=None, ge=0)
-    #: where every request's random numbers start; whatever is random needs one
+    #: the seed of every request's random numbers; every random setting needs one
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     #: the load-balancing loss that is reported
     aux_loss: AuxLoss = "switch"
@@ -86,7 +86,7 @@ class GatingConfig(BaseModel):
     aux_loss_weight: float = 1.0
     #: multiplies the reported router z-loss
     z_loss_weight: float = 1.0
-    #: what a request may set for itself instead of the above; noise includes the seed
+    #: settings that a request may override; noise includes the seed
     request_overrides: Annotated[tuple[RequestOverride, ...], Field(strict=False)] = ()
 
     @field_validator("routing")
@@ -143,7 +143,7 @@ class GatingConfig(BaseModel):
             ),
             (
                 self.routing == "expert_choice" and self.scoring_func == "softmax_topk",
-                "gating.scoring_func = 'softmax_topk' needs choices of tokens, which gating.routing = 'expert_choice' has not",
+                "gating.scoring_func = 'softmax_topk' needs choices of tokens, which gating.routing = 'expert_choice' does not have",
             ),
             (
                 self.renormalize == "none" and self.renormalize_eps is not None,
@@ -170,7 +170,7 @@ class GatingConfig(BaseModel):
             (
                 by_experts and (self.capacity_factor is None or not self.drop_tokens),
                 "gating.routing = 'expert_choice' needs gating.capacity_factor and gating.drop_tokens = true: "
-                "they say how many tokens an expert takes",
+                "they set how many tokens an expert takes",
             ),
             (
                 not self.drop_tokens and "capacity_factor" in self.request_overrides,
@@ -211,7 +211,7 @@ class GatingConfig(BaseModel):
             ),
             (
                 on_logits and self.routing in {"hash", "random", "least_loaded", "similarity", "caller"},
-                f"gating.noise = {self.noise!r} has no meaning with gating.routing = {self.routing!r}, which does not look at the logits",
+                f"gating.noise = {self.noise!r} has no meaning with gating.routing = {self.routing!r}, which does not use the logits",
             ),
             (
                 self.noise == "gumbel_second" and self.top_k != 2,

@@ -39,15 +39,15 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Overrides | N
 
 
 def load_json(text: str) -> FrontendConfig:
-    """The configuration that a controller has loaded and passes on. Raises ConfigError."""
+    """The configuration that a controller has loaded and sent. Raises ConfigError."""
     try:
         return FrontendConfig.model_validate_json(text)
     except ValidationError as error:
-        raise ConfigError(f"the configuration that was passed on cannot be used: {_sentence(error)}") from None
+        raise ConfigError(f"the controller's configuration cannot be used: {_sentence(error)}") from None
 
 
 def load_server(values: Mapping[str, Any]) -> ServerConfig:
-    """The table [server] alone, for a process that is told the rest. Raises ConfigError."""
+    """The table [server] alone, for a process that receives the rest. Raises ConfigError."""
     try:
         return ServerConfig.model_validate(dict(values))
     except ValidationError as error:
@@ -72,7 +72,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _of_ray(data: Mapping[str, Any]) -> dict[str, Any]:
-    """[cluster] may say what [ray] does; a copy in which it stands there. Raises ConfigError when both say the same key."""
+    """[cluster] may hold keys of [ray]: a copy with these in [ray]. Raises ConfigError when both hold the same key."""
     cluster, ray = data.get("cluster"), data.get("ray", {})
     if not isinstance(cluster, Mapping) or not isinstance(ray, Mapping):
         return dict(data)  # to be refused
@@ -83,7 +83,7 @@ def _of_ray(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _absolute_paths(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A copy in which paths count from `folder`; what is of another type than it should be stays, to be refused."""
+    """A copy in which paths count from `folder`; values of a wrong type stay, to be refused."""
     return {
         table: {key: _absolute(value, folder) if _is_path(table, key) else value for key, value in values.items()}
         if isinstance(values, Mapping)
@@ -126,7 +126,7 @@ def _shown(value: Any) -> str:
 
 
 def _allowed(loc: tuple[int | str, ...]) -> str:
-    fields: dict[str, Any] = {"server": None} | ServiceConfig.model_fields  # listed as in the documentation: where it listens first
+    fields: dict[str, Any] = {"server": None} | ServiceConfig.model_fields  # listed as in the documentation: [server] first
     for part in loc[:-1]:
         if isinstance(part, str) and part in fields:
             fields = _table_of(fields[part].annotation)

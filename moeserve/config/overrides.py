@@ -1,4 +1,4 @@
-"""What one request may change of its layer's gating, where the operator allows it."""
+"""The changes of one request to its layer's gating, if the operator allows them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moeserve.errors import InvalidRequest
 
 
 class GatingOverrides(NamedTuple):
-    """Fields of GatingConfig as one request wants them, None = as the layer has them; capacity_factor infinity = no limit."""
+    """Fields of GatingConfig for one request, None = the layer's own; capacity_factor infinity = no limit."""
 
     capacity_factor: float | None = None
     noise: str | None = None
@@ -22,7 +22,7 @@ class GatingOverrides(NamedTuple):
 
 
 _NONE = GatingOverrides()
-#: field of a request -> what `request_overrides` must hold to allow it
+#: field of a request -> the value in `request_overrides` that allows it
 _ALLOWED_BY = {"capacity_factor": "capacity_factor", "noise": "noise", "seed": "noise"}
 
 
@@ -34,14 +34,14 @@ def override(gating: GatingConfig, overrides: GatingOverrides) -> GatingConfig:
     return gating if overrides == _NONE else _override(gating, overrides)
 
 
-# A gating is looked up twice per request, when it is checked and when it is run; clients tend to ask for the same few.
+# A gating is looked up twice per request, when it is checked and when it runs; clients tend to use the same few.
 @lru_cache(maxsize=256)
 def _override(gating: GatingConfig, overrides: GatingOverrides) -> GatingConfig:
     changes = {name: value for name, value in overrides._asdict().items() if value is not None}
     for name in changes:
         if _ALLOWED_BY[name] not in gating.request_overrides:
             raise InvalidRequest(
-                f"{name} cannot be set by requests to this layer; gating.request_overrides would have to hold {_ALLOWED_BY[name]!r}", name
+                f"{name} cannot be set by requests to this layer; gating.request_overrides must contain {_ALLOWED_BY[name]!r}", name
             )
     if changes.get("capacity_factor") == math.inf:
         changes["capacity_factor"] = None

@@ -14,31 +14,31 @@ _LONGEST_AGE_S: Final = 2e6
 
 
 class ServerConfig(Table):
-    """[server]: where it listens, who may call, and how much."""
+    """[server]: addresses, access and limits."""
 
     host: Host = "127.0.0.1"
     #: 0 = any free port
     port: Port = 50051
     metrics_port: Port = 9464
-    #: the standard health service and nothing else, in plain text whatever `port` speaks, for probes that cannot do TLS; unset = none
+    #: the standard health service only, always in plain text, for probes that cannot use TLS; unset = none
     health_port: Port | None = None
     tls_cert: File | None = None
     tls_key: File | None = None
     #: certificate authority of the clients; set = clients must present a certificate (mutual TLS)
     client_ca: File | None = None
-    #: file holding the bearer token that clients must send
+    #: file with the bearer token that clients must send
     auth_token_file: File | None = None
-    #: file holding another token, for AdminService; unset = what is served cannot be changed from outside
+    #: file with another token, for AdminService; unset = the service cannot be changed over the network
     admin_token_file: File | None = None
     #: serve a non-loopback address without TLS and token
     insecure: bool = False
     max_message_bytes: int = Field(default=256 * 2**20, ge=2**16, le=MAX_SIZE)
     max_tokens_per_request: Size = 65536
-    #: tokens admitted and not yet answered; the rest is refused at once
+    #: tokens admitted and not yet answered; further requests are refused at once
     max_queued_tokens: Size = 262144
-    #: then a connection takes no new calls, and its client connects to what the service's name stands for by then; 0 = never
+    #: the maximum age of a connection: then it takes no new calls, and its client looks up the service's name again; 0 = never
     max_connection_age_s: float = Field(default=60.0, ge=0, le=_LONGEST_AGE_S)
-    #: how much longer the calls on it may take; unset = until they end
+    #: how long the calls on such a connection may still take; unset = until they end
     max_connection_age_grace_s: float | None = Field(default=None, ge=0, le=_LONGEST_AGE_S)
     #: how long running requests may take to finish after SIGTERM
     drain_timeout_s: Seconds = 30.0

@@ -35,16 +35,16 @@ from moeserve.config.values import (
 class ModelConfig(Table):
     """[model]: the checkpoint folder, or just a name for layers built from configuration."""
 
-    #: name clients see; default: the checkpoint folder's name
+    #: the model's name for clients; default: the checkpoint folder's name
     name: str | None = None
     checkpoint: File | None = None
-    #: the model family whose rules the checkpoint follows; unset = what its config.json says
+    #: the model family whose rules the checkpoint follows; unset = as in its config.json
     family: str | None = None
     #: element type of rows, and of weights in full; unset = as stored
     dtype: Dtype | None = None
-    #: what weights of feed-forward experts are quantized to; unset = as stored, in few bits if they are published so; none = dtype
+    #: the quantization of weights of feed-forward experts; unset = as stored, in few bits if they are published so; none = dtype
     quantization: Quantization | None = None
-    #: what computes feed-forward experts on CPUs: auto = the fastest here, measured at start; torch = its operators; or a compiled kernel
+    #: code of feed-forward experts on CPUs: auto = the fastest here, measured at start; torch = its operators; or a compiled kernel
     kernel: Kernel = "auto"
     #: the answer to a token is bitwise the same whatever else is in its batch
     deterministic: bool = False
@@ -55,13 +55,13 @@ class ModelConfig(Table):
 
 
 class SharedExpertConfig(Table):
-    """[layers.shared_expert]: an expert that every token goes to, on a host that has the token anyway."""
+    """[layers.shared_expert]: an expert for every token, on a host that receives the token anyway."""
 
     intermediate_size: Size | None = None
     #: "package.module:Class" of an nn.Module that is the expert instead, and what it is made with
     expert: str | None = None
     expert_args: dict[str, Any] = Field(default_factory=dict)
-    #: its answer is added as it is, averaged with that of the others, times the sigmoid of a gate of its own, or both parts are weighed by
+    #: its answer is added as it is, averaged with that of the others, times the sigmoid of a gate of its own, or both parts are weighted by
     #: a softmax of two coefficients
     mixing: Mixing = "add"
 
@@ -75,15 +75,15 @@ class SharedExpertConfig(Table):
 
 
 class LayerConfig(Table):
-    """[[layers]]: a seeded random layer, or, beside [model] checkpoint, what to change in the layer of that name (no name = all)."""
+    """[[layers]]: a seeded random layer, or, beside [model] checkpoint, the changes to the layer of that name (no name = all)."""
 
     name: str | None = None
     hidden_size: Size | None = None
     #: one number for all experts, or one for each
     intermediate_size: Size | Annotated[tuple[Size, ...], Field(strict=False, min_length=1, max_length=MAX_EXPERTS)] | None = None
-    #: all that the gate can choose
+    #: all experts that the gate can choose
     num_experts: Experts | None = None
-    #: how many of the last of them do not compute: the first ones of these answer the token itself, the others zero
+    #: how many at the end do not compute: first those that return the token itself, then those that return zero
     identity_experts: int = Field(default=0, ge=0, le=MAX_EXPERTS)
     zero_experts: int = Field(default=0, ge=0, le=MAX_EXPERTS)
     activation: Activation = "swiglu"
@@ -120,25 +120,25 @@ class LayerConfig(Table):
 
 
 class PlacementConfig(Table):
-    """[placement]: how many hosts, and what each is given."""
+    """[placement]: the number of hosts, and the resources of each."""
 
     #: "all" = as many as the nodes of the cluster have room for, followed as nodes come and go; where experts_per_host is given, unset = as
     #: many as it takes
     num_hosts: NumHosts = 1
     #: physical experts of a layer that one host holds at most
     experts_per_host: Experts | None = None
-    #: of one GPU a fraction, or whole ones
+    #: a fraction of one GPU, or whole GPUs
     gpus_per_host: float = Field(default=0, ge=0, le=MAX_HOSTS)
     cpus_per_host: float = Field(default=1, ge=0, le=MAX_HOSTS)
-    #: hosts are only put on nodes that Ray knows by these labels
+    #: hosts run only on nodes with these Ray labels
     node_labels: dict[str, str] = Field(default_factory=dict)
     #: how hosts share the nodes: evenly, as few nodes as possible, or evenly and at most one on each
     node_strategy: Literal["spread", "pack", "strict_spread"] = "spread"
-    #: how long to wait for nodes that are missing, once the cluster's autoscaler has been asked for them; 0 = refuse at once
+    #: how long to wait for missing nodes, after a request to the cluster's autoscaler; 0 = refuse at once
     wait_for_nodes_s: Seconds = 0
-    #: of weights, at most; unset = not checked, but for hosts in the memory of this machine
+    #: most bytes of weights; unset = not checked, except against the memory of this machine
     memory_per_host_bytes: Bytes | None = None
-    #: how often every expert is there, on different hosts; or by layer name; or by layer name and expert; "default" = all others
+    #: copies of every expert, on different hosts; or by layer name; or by layer name and expert; "default" = all others
     copies: Hosts | dict[str, Hosts | dict[str, Hosts]] = 1
     #: how many hosts share each expert, split along its intermediate dimension
     tensor_parallel: Hosts = 1
@@ -146,7 +146,7 @@ class PlacementConfig(Table):
     pipeline_stages: Hosts = 1
     #: which experts share a host: neighbours in id, or dealt out in turn
     strategy: Literal["contiguous", "round_robin"] = "contiguous"
-    #: which copy of an expert computes: those that even out what hosts have to do, or each in turn
+    #: the choice of an expert's copy: even out the hosts' work, or each in turn
     copy_choice: CopyChoice = "least_outstanding"
 
     @model_validator(mode="after")
@@ -160,7 +160,7 @@ class BatchingConfig(Table):
     """[batching]: how concurrent requests are joined."""
 
     max_batch_tokens: Size = 8192
-    #: while the hosts are busy, how long a batch that is not full may wait for company
+    #: while the hosts are busy, how long a batch that is not full may wait for more requests
     max_batch_wait_ms: float = Field(default=0, ge=0, le=MAX_SIZE)
     #: into how many chunks of tokens a large batch is cut, so that hosts compute one while the frontend gathers and adds up others
     micro_batches: Size = 1
@@ -178,7 +178,7 @@ class ResilienceConfig(Table):
 
     #: retry = wait for the host within the deadline and send its rows again; fail = UNAVAILABLE at once
     on_expert_failure: Literal["retry", "fail"] = "retry"
-    #: deadline of a request that brings none
+    #: deadline of a request without one
     request_timeout_s: Annotated[Seconds, Field(gt=0)] = 60.0
 
 
@@ -190,14 +190,14 @@ class ObservabilityConfig(Table):
 
 
 class ServedModel(Table):
-    """[model] and [[layers]]: what is served, and all that a host must know of it to read its experts."""
+    """[model] and [[layers]]: the served model, and all that a host needs to read its experts."""
 
     model: ModelConfig = ModelConfig()
     layers: Annotated[tuple[LayerConfig, ...], Field(strict=False, max_length=MAX_LAYERS)] = ()
 
     @property
     def model_name(self) -> str:
-        """What clients see."""
+        """The model's name for clients."""
         if self.model.name is not None:
             return self.model.name
         return self.model.checkpoint.name if self.model.checkpoint is not None else "moe"
@@ -230,7 +230,7 @@ class ServedModel(Table):
 
 
 class FrontendConfig(ServedModel):
-    """The tables that all frontends of a service follow alike."""
+    """The tables that all frontends of a service share."""
 
     placement: PlacementConfig = PlacementConfig()
     batching: BatchingConfig = BatchingConfig()
@@ -243,7 +243,7 @@ class FrontendConfig(ServedModel):
         if self.model.deterministic and self.placement.copies != 1:
             raise ValueError(
                 f"model.deterministic is true, but placement.copies is {self.placement.copies}; allowed: 1, because load decides which "
-                f"copy computes, and so which answers are added up where"
+                f"copy computes, and so the order of the sums"
             )
         return self
 
@@ -266,5 +266,5 @@ class ServiceConfig(FrontendConfig):
         return self
 
     def only(self, kind: type[Tables]) -> Tables:
-        """The tables of `kind`: what a host needs, or a frontend, and nothing else."""
+        """The tables of `kind`: only those that a host, or a frontend, needs."""
         return kind(**{name: getattr(self, name) for name in self.model_fields_set & kind.model_fields.keys()})

@@ -1,4 +1,4 @@
-"""A served MoE layer with every open question answered: what hosts, frontends and clients agree on."""
+"""A served MoE layer, with all defaults resolved: hosts, frontends and clients agree on it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moeserve.config.values import Bits, Dtype, Kernel, Mixing, Quantization
 class LayerSpec:
     """Sizes and rules of one layer: H hidden_size, I intermediate_size, E num_experts.
 
-    dtype is that of the expert weights, and of what is computed with them, unless they are quantized or published in few bits.
+    dtype is that of the expert weights and of their computations, unless they are quantized or published in few bits.
     intermediate_size is that of the largest expert, 0 for a module; `module` is the import path of a module that is the expert,
     module_args what each of the hosted experts is made with.
     Of the num_experts the last do not compute: first identity_experts that answer the token itself, then zero_experts.
@@ -42,12 +42,12 @@ class LayerSpec:
 
     @property
     def quantized_to(self) -> Bits | None:
-        """What weights are quantized to, unless they are stored so."""
+        """The quantization of weights, unless they are stored so."""
         return None if self.quantization == "none" else self.quantization
 
     @property
     def num_hosted_experts(self) -> int:
-        """Those that have weights and live on hosts: 0 up to this."""
+        """The number of experts with weights, on hosts: they come first."""
         return self.num_experts - self.identity_experts - self.zero_experts
 
     @property

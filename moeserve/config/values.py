@@ -1,4 +1,4 @@
-"""What keys of the configuration can be, where that is less than their type."""
+"""Types of keys of the configuration that allow less than a plain type."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from moeserve.addresses import host_of
 Dtype = Literal["float32", "float16", "bfloat16"]
 Bits = Literal["int8", "fp8"]
 Quantization = Literal["int8", "fp8", "none"]
-#: what computes feed-forward experts on CPUs: the fastest as measured, torch's operators, or a compiled kernel
+#: the code that computes feed-forward experts on CPUs: the fastest as measured, torch's operators, or a compiled kernel
 Kernel = Literal["auto", "torch", "amx", "avx512_bf16", "avx512", "avx2", "generic"]
 #: how the answer of a shared expert is added to that of the chosen ones
 Mixing = Literal["add", "average", "sigmoid", "residual"]
 CopyChoice = Literal["least_outstanding", "round_robin"]
 
-#: What is asked for, by whomever, is compared with these before anything is allocated or looped for it. No service comes near them.
+#: Requested sizes are compared with these bounds before any allocation or loop. No service comes near them.
 MAX_HOSTS: Final = 2**16
 MAX_LAYERS: Final = 2**12
 MAX_EXPERTS: Final = 2**20
 #: copies and shards of the experts of all layers
 MAX_PHYSICAL: Final = 2**22
-#: of a tensor, and whatever is counted in tokens
+#: of a tensor, and of all counts of tokens
 MAX_SIZE: Final = 2**31 - 1
 _MAX_BYTES: Final = 2**60
 _YEAR_S: Final = 365 * 86_400.0
@@ -59,7 +59,7 @@ File = Annotated[Path, Field(strict=False)]
 
 def _position_or_name(value: Any) -> Any:
     if type(value) not in (int, str):
-        raise ValueError(f"model.layers must hold positions or names of MoE layers (got {value!r})")
+        raise ValueError(f"model.layers must contain positions or names of MoE layers (got {value!r})")
     return value
 
 

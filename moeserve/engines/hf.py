@@ -97,7 +97,7 @@ _CALLS: Final[Mapping[tuple[str, ...], Callable[..., torch.Tensor]]] = {
 
 
 class _Remote(torch.autograd.Function):
-    """Gradients that silently went missing would be worse than none: asking for them is an error."""
+    """Gradients must not silently be missing: requesting them is an error."""
 
     @staticmethod
     def forward(
@@ -123,7 +123,7 @@ def _is_remote(model: PreTrainedModel) -> bool:
 
 
 def _is_dispatched(experts: nn.Module) -> bool:
-    """Whether transformers calls for them what their model was told to, instead of their own forward."""
+    """Whether transformers calls the chosen implementation instead of their own forward."""
     return hasattr(experts, "has_gate")
 
 
@@ -161,7 +161,7 @@ def _check_sizes(name: str, module: Any, layer: LayerInfo) -> None:
 
 
 def _sizes(module: Any) -> tuple[int, int]:
-    """E, those without weights included, and H."""
+    """E, including experts without weights, and H."""
     if _is_dispatched(module):
         return module.num_experts, module.down_proj.shape[-1 if module.is_transposed else -2]
     hidden_size: int = module.hidden_size if hasattr(module, "hidden_size") else module.hidden_dim

@@ -1,4 +1,4 @@
-"""Loads Hugging Face models without their experts: what a service holds is neither read nor given memory here."""
+"""Loads Hugging Face models without their experts: the service's weights are not read and take no memory here."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def load_model(path: str | Path, target: str | Client, auto_class: Any = AutoMod
     """The model of a checkpoint folder with its experts in the service at `target`: ready to generate, and without their weights.
 
     auto_class: which head, as in transformers; options: as for its `from_pretrained` (dtype, …). The experts keep their shapes as
-    tensors without data, so the model cannot be saved or trained. Raises ConfigError when it has no experts, or the service not these.
+    tensors without data, so the model cannot be saved or trained. Raises ConfigError when it has no experts, or the service has others.
     """
     if not isinstance(target, Client):
-        parse_target(target)  # what cannot be is said before weights are read
+        parse_target(target)  # an invalid target is refused before weights are read
     config = AutoConfig.from_pretrained(path)
     try:
         original = auto_class._model_mapping[type(config)]

@@ -1,4 +1,4 @@
-"""Files that somebody else has named: settings, tokens, certificates, whatever lies in a checkpoint folder."""
+"""Files that users name: settings, tokens, certificates, files of a checkpoint folder."""
 
 from moeserve.files.reading import read_file, read_secret, require_file, require_folder
 from moeserve.files.rotating import Rotating

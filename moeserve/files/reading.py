@@ -1,4 +1,4 @@
-"""Reading what may be anything."""
+"""Reading files that may be anything."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a so
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:
-    """All of it. Raises OSError, whose `strerror` is for people.
+    """The content of a file. Raises OSError, whose `strerror` is for users.
 
-    Also for what is no file: to open a pipe may take for ever, and a device has no end.
+    It also raises for anything but a file: opening a pipe may never return, and a device has no end.
     """
     try:
-        # A pipe that nobody writes to is opened at once.
+        # A pipe without a writer is opened at once.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except ValueError:
         raise _not_a_name(path) from None
@@ -35,13 +35,13 @@ def read_file(path: Path, max_bytes: int) -> bytes:
 
 
 def read_secret(path: Path) -> bytes:
-    """All of a file with a token or a key. Raises OSError, as `read_file`, also when every user of this machine could have written it.
+    """The content of a file with a token or a key. Raises OSError, as `read_file`, also if every user of this machine can write it.
 
-    One that they can read is warned about, unless root keeps it for this process, as in a volume of Kubernetes.
+    It warns about a file that every user can read, unless root owns it, as in a volume of Kubernetes.
     """
     status = require_file(path)
     if status.st_mode & stat.S_IWOTH:
-        raise PermissionError(errno.EPERM, "Every user of this machine could have written it: chmod 600", str(path))
+        raise PermissionError(errno.EPERM, "Every user of this machine can write it: chmod 600", str(path))
     is_given = status.st_uid == 0 != os.geteuid()
     if status.st_mode & stat.S_IROTH and not is_given:
         strangers.warning("%s holds a secret, and every user of this machine can read it: chmod 600", path, extra={"kind": str(path)})

@@ -1,4 +1,4 @@
-"""Files that are replaced while they are used: certificates and tokens have an end."""
+"""Files that are replaced while in use: certificates and tokens expire."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from moeserve.errors import MoEServeError
 
 log = logging.getLogger(__name__)
 
-#: how often files are looked at, at most
+#: the least time between two checks of the files
 LOOK_S: Final = 1.0
-#: a file that was written so shortly before may have been written again since, and look the same
-_SETTLED_NS: Final = 2_000_000_000
+#: a file that was written more recently may have been written again since, and look the same
+_STABLE_NS: Final = 2_000_000_000
 
 T = TypeVar("T")
-#: what tells one file from the next at the same path, behind symbolic links; None = there is none
+#: the identity of a file at a path, behind symbolic links; None = there is no file
 _Version = tuple[int, int, int, int] | None
 
 
 class Rotating(Generic[T]):
-    """What `load` makes of the files at `paths`, and makes anew when they have changed; from any thread.
+    """The result of `load` for the files at `paths`, loaded again when they change; from any thread.
 
-    Files that cannot be used, as those that are half written, leave in force what was there before, which is said once. Raises what `load`
+    If new files cannot be used (half written, for example), the old result stays in force, with one log line. Raises the error of `load`
     raises the first time.
     """
 
@@ -41,7 +41,7 @@ class Rotating(Generic[T]):
         self._looked_at = time.monotonic()
 
     def current(self) -> T:
-        """What is in force now; looks at the files once a second at most."""
+        """The current result; checks the files once a second at most."""
         if self._paths and time.monotonic() - self._looked_at >= LOOK_S:
             with self._lock:
                 self._looked_at = time.monotonic()
@@ -50,14 +50,14 @@ class Rotating(Generic[T]):
 
     def _renew(self) -> None:
         seen = self._look()
-        if seen == self._seen and _is_settled(seen):
+        if seen == self._seen and _is_stable(seen):
             return
         self._seen = seen
         try:
             self._value = self._load()
         except MoEServeError as error:
             if str(error) != self._complaint:
-                log.warning("what was read before stays in force: %s", error)
+                log.warning("the files read before stay in force: %s", error)
             self._complaint = str(error)
         else:
             self._complaint = ""
@@ -74,5 +74,5 @@ def _version(path: Path) -> _Version:
     return status.st_dev, status.st_ino, status.st_size, max(status.st_mtime_ns, status.st_ctime_ns)
 
 
-def _is_settled(versions: Sequence[_Version]) -> bool:
-    return all(version is not None and version[3] < time.time_ns() - _SETTLED_NS for version in versions)
+def _is_stable(versions: Sequence[_Version]) -> bool:
+    return all(version is not None and version[3] < time.time_ns() - _STABLE_NS for version in versions)

@@ -1,4 +1,4 @@
-"""Which moeserve this is."""
+"""The version of moeserve."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def running_version() -> str:
-    """The version of the code that runs: of the source tree that it stands in, else of the installed distribution.
+    """The version of the code that runs: of its source tree, else of the installed distribution.
 
     The metadata of an editable installation is as old as the installation, and a tree on PYTHONPATH has none.
     """

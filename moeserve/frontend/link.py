@@ -33,7 +33,7 @@ class HostLink:
         self._restarts = metrics.host_restarts
         self._channel: Channel | None = None
         self._connected = asyncio.Event()
-        self._despaired = asyncio.Event()
+        self._hopeless = asyncio.Event()
         self._why_not = ""
         self._keeper: asyncio.Task[None] | None = None
         #: rows sent and not yet answered
@@ -98,11 +98,11 @@ class HostLink:
     def set_failing(self, why: str) -> None:
         """Sets why it does not come back soon; "" = it may."""
         self._why_not = why
-        (self._despaired.set if why else self._despaired.clear)()
+        (self._hopeless.set if why else self._hopeless.clear)()
 
     async def decided(self) -> None:
         """Waits until it is connected, or waiting cannot help."""
-        waits = {asyncio.ensure_future(self.connected()), asyncio.ensure_future(self._despaired.wait())}
+        waits = {asyncio.ensure_future(self.connected()), asyncio.ensure_future(self._hopeless.wait())}
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:

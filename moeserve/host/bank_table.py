@@ -1,4 +1,4 @@
-"""What a host holds of every layer, by epoch: while a new placement or new weights are brought in, the old ones are still served."""
+"""The experts of a host, by layer and epoch: while a new placement or new weights are brought in, the old ones are still served."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ class BankTable:
         self._layers: dict[int, tuple[tuple[int, ExpertBank | None], ...]] = {}
 
     def put(self, layer: int, epoch: int, bank: ExpertBank | None) -> None:
-        """From `epoch` on this is the layer's bank; None = the host has nothing of it any more."""
+        """Sets the layer's bank from `epoch` on; None = the host has no experts of it any more."""
         earlier = [(since, held) for since, held in self._layers.get(layer, ()) if since < epoch]
         self._layers[layer] = (*earlier, (epoch, bank))
 
     def bank(self, layer: int, epoch: int) -> ExpertBank | None:
-        """The one valid at `epoch`; None when the host has, or had, nothing of the layer then."""
+        """The bank at `epoch`; None if the host has no experts of the layer at that epoch."""
         held = self._layers.get(layer, ())
         index = bisect_right([since for since, _ in held], epoch)
         return held[index - 1][1] if index else None
 
     def withdraw(self, epoch: int) -> None:
-        """What was to be valid from `epoch` on will not be."""
+        """Removes the banks from `epoch` on: that release was withdrawn."""
         for layer, held in self._layers.items():
             self._layers[layer] = tuple((since, bank) for since, bank in held if since < epoch)
 
     def retire(self, epoch: int) -> None:
-        """Nobody asks for what was valid before `epoch` any more."""
+        """Removes the banks that were replaced before `epoch`."""
         for layer, held in self._layers.items():
             current = bisect_right([since for since, _ in held], epoch)
             self._layers[layer] = held[max(0, current - 1) :]

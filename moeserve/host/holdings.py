@@ -1,4 +1,4 @@
-"""The experts of one host, release by release: what a new one needs is loaded beside what is served."""
+"""The experts of one host, release by release: the experts of a new one are loaded while the old ones are served."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Holdings:
 
     def __init__(self, model: ServedModel, number: int, device: torch.device) -> None:
         self.bank_table = BankTable()
-        #: nothing of earlier releases is here
+        #: the first epoch that can be served
         self.since_epoch = 0
         self._model = model
         self.number = number
@@ -30,9 +30,9 @@ class Holdings:
         self._releases: list[Release] = []
 
     def begin(self, releases: Sequence[Release]) -> None:
-        """Load what this host has in the releases in force, when it starts.
+        """Load this host's experts of the releases in force, when it starts.
 
-        Those whose weights cannot be read any more are left out where the last of them can be served. Raises what kept that from being so.
+        Releases whose weights cannot be read any more are left out, if the last can be served. Raises the error of the last one.
         """
         for release in releases:
             try:
@@ -44,9 +44,9 @@ class Holdings:
                 log.warning("epoch %d cannot be served: %s", release.epoch, error)
 
     def take(self, release: Release) -> None:
-        """Load what this host has in `release` and not in the one before; work of that epoch can be sent from now on.
+        """Load the experts that `release` adds on this host; then it accepts work of that epoch.
 
-        Raises ConfigError, CheckpointError, or CheckpointChanged when files are not those any more that the release was made of; what is
+        Raises ConfigError, CheckpointError, or CheckpointChanged when files have changed since the release was made; what is
         served stays as it is then.
         """
         if any(taken.epoch >= release.epoch for taken in self._releases):
@@ -62,17 +62,17 @@ class Holdings:
         self._releases.append(release)
 
     def withdraw(self, epoch: int) -> None:
-        """The release of `epoch` will not be: forget it."""
+        """Forget the withdrawn release of `epoch`."""
         self._releases = [release for release in self._releases if release.epoch < epoch]
         self.bank_table.withdraw(epoch)
 
     @property
     def is_empty(self) -> bool:
-        """No release is here that could be served."""
+        """Whether no release is loaded."""
         return not self._releases
 
     def retire(self, epoch: int) -> None:
-        """Nobody asks for what was before `epoch` any more."""
+        """Forget releases before `epoch`."""
         self._releases = [release for release in self._releases if release.epoch >= epoch]
         self.bank_table.retire(epoch)
 
@@ -91,7 +91,7 @@ class Holdings:
         try:
             return served.replaced(dict(zip(changed, experts, strict=True)))
         except ConfigError:
-            # Held in another way than those they would be computed with: the new files have weights in other bits.
+            # The new files have weights in another format, so these cannot be computed together with the others.
             return load_bank(source, shards, self._device)
 
 

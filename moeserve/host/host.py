@@ -1,4 +1,4 @@
-"""One expert host that runs: what it holds, and the loop that answers from it, in a thread of its own."""
+"""One running expert host: its experts, and the loop that answers with them, in a thread of its own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 class Where:
     """Where a host runs: its node, what it computes on, and the endpoints it listens at.
 
-    `cuda_visible_devices` is what was granted ("" = no GPU); `num_threads` compute a pass.
+    `cuda_visible_devices` are its GPUs ("" = none); `num_threads` compute a pass.
     """
 
     node: str
@@ -37,7 +37,7 @@ class Where:
 class Host:
     """Serves `holdings`, which have begun, until `stop`; frontends with these public keys may talk to it over TCP.
 
-    `on_crash` is called by the host's thread when that has failed, once nobody is listened to any more. Raises ConfigError when it cannot
+    `on_crash` is called by the host's thread if it fails, after its listener is closed. Raises ConfigError when it cannot
     listen where it shall.
     """
 
@@ -65,28 +65,28 @@ class Host:
         self._thread.start()
 
     def take(self, release: Release) -> None:
-        """Load what is new in a release beside what is served. Raises ConfigError or CheckpointError, and forgets it then."""
+        """Load the new experts of a release, while others are served. Raises ConfigError or CheckpointError, and forgets the release."""
         self.holdings.take(release)
         self._weigh()
 
     def withdraw(self, epoch: int) -> None:
-        """Forget a release that will not be, and all after it."""
+        """Forget a withdrawn release, and all after it."""
         self.holdings.withdraw(epoch)
         self._weigh()
 
     def retire(self, epoch: int) -> None:
-        """Forget what was before a release that everybody uses now."""
+        """Forget what came before a release that all frontends use now."""
         self.holdings.retire(epoch)
         self._weigh()
 
     def adopt(self, release: Release) -> None:
-        """This release and no other, whatever was under way. Raises as `take`."""
+        """Load this release and forget all others. Raises as `take`."""
         self.withdraw(release.epoch + 1)
         self.take(release)
         self.retire(release.epoch)
 
     def meet(self, directory: Mapping[int, HostInfo], frontends: Collection[str] | None) -> None:
-        """All hosts by number as they are now, and the public keys of all frontends: these may talk to this one, and nobody else.
+        """All hosts by number as they are now, and the public keys of all frontends: only these may talk to this one.
 
         None = the frontends it knows.
         """

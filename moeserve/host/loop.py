@@ -1,4 +1,4 @@
-"""What an expert host does all day.
+"""The loop of an expert host.
 
 R rows, N (row, expert) pairs, H hidden size.
 """
@@ -26,7 +26,7 @@ _POLL_S = 1.0
 class HostLoop:
     """Takes work from a listener and answers it with the experts on `bank_table` until stopped.
 
-    All work that is waiting for the same experts, from whichever frontend, is computed in one pass (continuous merging as in EaaS,
+    All work that is waiting for the same experts, from any frontend, is computed in one pass (continuous merging as in EaaS,
     arXiv 2509.17863): an expert's weights are read once for all of it. Between two passes the frontends are listened to, so that work
     which they have given up meanwhile, or whose deadline has passed, is dropped before it begins. What belongs to other hosts goes to the
     `relay` first, so that they compute at the same time; without one, nothing is passed on.
@@ -40,9 +40,9 @@ class HostLoop:
         self._stopping = False
 
     def run(self) -> None:
-        """Blocks until `stop`; a piece of work that fails is answered with an error and harms no other.
+        """Blocks until `stop`; failed work is answered with an error and does not affect other work.
 
-        However it ends, nobody is listened to any more then.
+        The listener is closed when it returns or raises.
         """
         try:
             self._run()
@@ -87,7 +87,7 @@ class HostLoop:
         self._relayed[work] = self._relay.pass_on(work, self._listener.wake)
 
     def _finish(self, work: Work, error: MoEServeError | None) -> None:
-        """This host's own part is computed, or has failed: the work is answered, unless others still read it."""
+        """Call it when this host's own part is computed or has failed: answers the work, unless other hosts still read it."""
         relayed = self._relayed.get(work)
         if relayed is None:
             _reply(work, error)
@@ -106,9 +106,9 @@ class HostLoop:
 
 
 def _check(work: Work, layer: int, bank: ExpertBank | None) -> None:
-    """What the transport cannot know: which experts and widths there are here."""
+    """The checks that the transport cannot do: which experts and widths are here."""
     if bank is None:
-        # Its frontend is behind; the caller may ask again, or another one.
+        # Its frontend is behind; the caller may try again, or use another frontend.
         raise ExpertUnavailable(f"this host holds no experts of layer {layer} at epoch {work.epoch}")
     if work.hidden_states.shape[1] != bank.hidden_size:
         raise InvalidRequest(f"rows of layer {layer} are {bank.hidden_size} wide, got {work.hidden_states.shape[1]}")
@@ -119,14 +119,14 @@ def _check(work: Work, layer: int, bank: ExpertBank | None) -> None:
 
 
 def _compute(bank: ExpertBank, works: Sequence[Work]) -> list[MoEServeError | None]:
-    """Fills the reply buffers; what went wrong with each work."""
+    """Fills the reply buffers; returns the error of each work."""
     try:
         if len(works) == 1:
             bank.run(works[0].hidden_states, works[0].row_index, works[0].local_experts, works[0].weights, out=works[0].reply_buffer())
             parts: Sequence[torch.Tensor] = ()
         else:
             parts = _merged(bank, works)
-    except Exception as error:  # a failing kernel must not end the host: the callers are told
+    except Exception as error:  # a failing kernel must not end the host: callers get the error
         log.exception("layer %d failed", works[0].layer)
         return [_as_user_error(error, works[0].layer)] * len(works)
     errors: list[MoEServeError | None] = [None] * len(works)

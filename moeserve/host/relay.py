@@ -63,7 +63,7 @@ class Relayed:
         self._thread = thread
 
     def cancel(self) -> None:
-        """The answer is not wanted any more; from any thread. It still becomes done."""
+        """Cancels the answer; from any thread. It still becomes done."""
         self._thread.soon(self._cancel)
 
     def _cancel(self) -> None:
@@ -72,14 +72,14 @@ class Relayed:
 
 
 class RelayLink(NamedTuple):
-    """Another host, as it was when it was dialled."""
+    """A connection to one incarnation of another host."""
 
     info: HostInfo
     dialling: asyncio.Task[Channel]
 
     @property
     def is_lost(self) -> bool:
-        """Whether dialling has failed, or the channel has closed since."""
+        """Whether connecting has failed, or the channel has closed since."""
         if not self.dialling.done():
             return False
         return self.dialling.cancelled() or self.dialling.exception() is not None or self.dialling.result().closed.is_set()
@@ -91,22 +91,22 @@ class RelayLink(NamedTuple):
 
 
 class Relay:
-    """Host `number`'s messages to other hosts. A message never says where a host is: only those in the directory are talked to."""
+    """Host `number`'s messages to other hosts. A message never contains an address: hosts are found in the directory."""
 
     def __init__(self, number: int, keys: KeyPair) -> None:
         self.number = number
         self._keys = keys
         self._directory: Mapping[int, HostInfo] = {}
         self._peers: dict[int, RelayLink] = {}
-        #: None until there is something to pass on
+        #: None until the first message is passed on
         self._thread: LoopThread | None = None
 
     def meet(self, directory: Mapping[int, HostInfo]) -> None:
-        """All hosts by number as they are now, this one among them; from any thread, again whenever one has changed."""
+        """Sets all hosts by number, including this one; from any thread, after every change."""
         self._directory = dict(directory)
 
     def pass_on(self, work: Work, on_done: Callable[[], None]) -> Relayed:
-        """Asks the other destinations of `work` to do their part; `on_done` is called from another thread when they have, or failed."""
+        """Sends the other destinations of `work` their parts; `on_done` is called from another thread when they have answered or failed."""
         if self._thread is None:
             self._thread = LoopThread("relay")
             self._thread.start()
@@ -116,7 +116,7 @@ class Relay:
         return relayed
 
     def close(self) -> None:
-        """Hangs up on all peers and gives errands under way up; to be called by the thread that calls `pass_on`."""
+        """Disconnects from all peers and cancels messages in flight. Call it from the thread that calls `pass_on`."""
         if self._thread is not None:
             self._thread.call(self._hang_up())
             self._thread.stop()
@@ -144,14 +144,14 @@ class Relay:
             async with asyncio.timeout(work.deadline - time.monotonic()):
                 relayed.helped = await asyncio.gather(*tasks)
         except TimeoutError:
-            relayed.error = DeadlineExceeded("the deadline passed before all hosts that rows were passed on to had answered")
+            relayed.error = DeadlineExceeded("the deadline passed before the hosts that this one passed rows on to had answered")
         except asyncio.CancelledError:
             relayed.error = Cancelled("the frontend cancelled this work")
         except ChannelClosed as error:
             relayed.error = PeerLost(str(error))
         except MoEServeError as error:
             relayed.error = error
-        except Exception as error:  # whatever it was, the host goes on and the caller is told
+        except Exception as error:  # any error: the host goes on, and the caller gets the error
             log.exception("host %d failed to pass rows on", self.number)
             relayed.error = MoEServeError(f"the expert host failed to pass rows of layer {work.layer} on: {type(error).__name__}")
         finally:
@@ -184,7 +184,7 @@ class Relay:
         """The channel to a peer, opened when it is first needed. Raises ChannelClosed when it cannot be reached."""
         info, here = self._directory.get(host), self._directory.get(self.number)
         if info is None or here is None:
-            raise PeerLost(f"host {self.number} has not met host {host}")
+            raise PeerLost(f"host {self.number} does not know host {host}")
         peer = self._peers.get(host)
         if peer is None or peer.info != info or peer.is_lost:
             endpoint = choose_endpoint(info.endpoints, is_same_node=info.node == here.node)
@@ -193,7 +193,7 @@ class Relay:
             self._peers[host] = peer
             if known is not None:
                 await known.hang_up()
-        # Several errands may wait for it: one that is cancelled leaves it to the others.
+        # Several messages may wait for it: one that is cancelled leaves it to the others.
         return await asyncio.shield(peer.dialling)
 
 

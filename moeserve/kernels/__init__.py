@@ -1,4 +1,4 @@
-"""What runs below torch's operators: the compiled grouped pass, the memory its weights lie in, and a stopwatch to choose by."""
+"""Below torch's operators: the compiled grouped pass, memory for its weights, and timing to choose a kernel."""
 
 from moeserve.kernels.decode import CodedTile, can_decode, decode, multiply
 from moeserve.kernels.linear import InvariantLinear

@@ -36,7 +36,7 @@ class CodedTile(Structure):
 
 
 def can_decode() -> bool:
-    """Whether the compiled code is there."""
+    """Whether the compiled code is available."""
     return library() is not None
 
 

@@ -16,7 +16,7 @@ class InvariantLinear:
     """weight [O, K], bias [O] or None, in float32: every sum runs over all input channels in their order, in one accumulator.
 
     torch.nn.functional.linear adds up in another order when there are more rows or threads (Horace He and Thinking Machines Lab, Defeating
-    nondeterminism in LLM inference, 2025). Where there is no compiled kernel, rows are multiplied one at a time.
+    nondeterminism in LLM inference, 2025). Without a compiled kernel, rows are multiplied one at a time.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:

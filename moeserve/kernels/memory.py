@@ -1,4 +1,4 @@
-"""Memory for the weights of a bank: one mapping, on huge pages where the system has them to give."""
+"""Memory for the weights of a bank: one mapping, on huge pages if the system has free ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class WeightArena:
     """`nbytes` of zeros that tensors are cut from, one after the other, each aligned to a cache line; freed with the last of them.
 
     A kernel that maps memory in pages of 4 KiB spends a third of the time of reading weights once on looking pages up. Where pages of
-    2 MiB are given only to those who ask (transparent_hugepage = madvise), this asks.
+    2 MiB are given only on request (transparent_hugepage = madvise), this requests them.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -27,7 +27,7 @@ class WeightArena:
 
     @property
     def room(self) -> int:
-        """Bytes that are left."""
+        """The bytes that are left."""
         return len(self._memory) - self._used
 
     def take(self, size: int, dtype: torch.dtype) -> torch.Tensor | None:
@@ -41,17 +41,17 @@ class WeightArena:
 
 
 def arena_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """What they take in an arena."""
+    """The bytes that tensors take in an arena."""
     return sum(aligned(tensor.nbytes) for tensor in tensors)
 
 
 def aligned(nbytes: int) -> int:
-    """What a tensor of so many bytes takes in an arena."""
+    """The bytes that a tensor of so many bytes takes in an arena."""
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def scratch(nbytes: int) -> torch.Tensor:
-    """At least so many bytes that belong to this thread until it asks again; kept, because fresh memory costs page faults."""
+    """A buffer of at least so many bytes, for this thread until its next call; kept, because fresh memory costs page faults."""
     kept: torch.Tensor | None = getattr(_local, "scratch", None)
     if kept is None or len(kept) < nbytes:
         kept = _local.scratch = torch.empty(nbytes, dtype=torch.uint8)

@@ -57,7 +57,7 @@ class PassWork(Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled code, None where it could not be built or loaded; says so once."""
+    """The compiled code; None, with one log line, if it could not be built or loaded."""
     spec = find_spec("moeserve.kernels._native")
     if spec is None or spec.origin is None:
         log.warning(

@@ -1,4 +1,4 @@
-"""Which of several ways to do the same thing is fastest on this machine, now."""
+"""Times several ways to do the same thing on this machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Key = TypeVar("Key")
 
 
 def fastest_of(candidates: Mapping[Key, Callable[[], object]], rounds: int = 3) -> dict[Key, float]:
-    """Seconds of the fastest of `rounds` runs of each; they take turns, so that whatever else the machine does meets all of them."""
+    """Seconds of the fastest of `rounds` runs of each; they take turns, so that other load on the machine affects all of them."""
     best = dict.fromkeys(candidates, float("inf"))
     for _ in range(rounds):
         for key, run in candidates.items():

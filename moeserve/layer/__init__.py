@@ -1,4 +1,4 @@
-"""A layer in front of its experts: gate, dispatch and combine; and the same layer whole, in one process."""
+"""A layer without its experts: gate, dispatch and combine; and the whole layer in one process."""
 
 from moeserve.layer.moe_layer import MoELayer
 

@@ -24,11 +24,11 @@ Booleans = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class HostWork:
-    """What one host is asked to do for one batch.
+    """One host's work for one batch.
 
     rows          [R] int64, ascending: the tokens it receives, each once however many of their experts live there
     row_index     [N] int64: which of those rows a pair reads
-    local_experts [N] int32, ascending: which of the host's experts a pair goes to; the last one may be the layer's shared expert
+    local_experts [N] int32, ascending: the host's expert of each pair; the last one may be the layer's shared expert
     weights       [N] float32: the gate's weight of the pair
     """
 
@@ -54,7 +54,7 @@ class HostLoads:
 
 
 class SharedWork(NamedTuple):
-    """What the shared expert has to do: weights [T] float32, and which tokens are used, [T] bool, None = all."""
+    """The work of the shared expert: weights [T] float32, and which tokens are used, [T] bool, None = all."""
 
     weights: torch.Tensor
     used_token: torch.Tensor | None
@@ -180,7 +180,7 @@ def permute(hidden_states: torch.Tensor, rows: torch.Tensor, out: torch.Tensor |
 
 
 def combine(answers: Sequence[tuple[torch.Tensor, torch.Tensor]], num_tokens: int, hidden_size: int) -> torch.Tensor:
-    """Add the hosts' partial rows in float32, in the order given, so the sum does not depend on who answered first.
+    """Add the hosts' partial rows in float32, in the order given, so the sum does not depend on the order of arrival.
 
     answers: (rows [R] int64, partial [R, H] float32) per host. Returns [T, H] float32; zeros where nothing was computed.
     """

@@ -1,4 +1,4 @@
-"""What of a layer stays in front of its hosts: the gate, how a shared expert is mixed in, experts that have no weights.
+"""The part of a layer in the frontend: the gate, the mixing of a shared expert, experts without weights.
 
 T tokens, H hidden size, K choices per token.
 """
@@ -26,11 +26,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """Who computes what of a batch, and what is left for the head itself.
+    """The dispatch of a batch to hosts, and the rest, which the head computes itself.
 
     topk_ids     [T, K] int64, topk_weights [T, K] float32 as they apply in the end, kept [T, K] bool
     dispatch     the hosts' work, and the tokens that no host sees
-    shared       the weights of the shared expert, None = nobody asks for it
+    shared       the weights of the shared expert, None = no token needs it
     """
 
     topk_ids: torch.Tensor
@@ -41,12 +41,12 @@ class Planned:
 
     @property
     def works(self) -> list[HostWork]:
-        """What each busy host computes."""
+        """The work of each busy host."""
         return self.dispatch.works
 
 
 class LayerHead:
-    """The gate of one layer; plans batches that it has routed, and finishes them. What is between happens where the experts are."""
+    """The gate of one layer; routes, plans and finishes batches. The experts run in between, elsewhere."""
 
     def __init__(self, source: LayerSource) -> None:
         self.spec = source.spec
@@ -80,7 +80,7 @@ class LayerHead:
         return Planned(topk_ids, topk_weights, kept, dispatch, shared)
 
     def finish(self, total: torch.Tensor, hidden_states: torch.Tensor, planned: Planned) -> torch.Tensor:
-        """The hosts' answers [T, H] float32, and added to them what needs no host."""
+        """Adds the parts that need no host to the hosts' answers [T, H] float32."""
         if self.spec.identity_experts:
             first = self.spec.num_hosted_experts
             is_identity = planned.kept & (planned.topk_ids >= first) & (planned.topk_ids < first + self.spec.identity_experts)
@@ -94,7 +94,7 @@ class LayerHead:
         return total
 
     def rounded(self, total: torch.Tensor, request: LayerRequest, routing: Routing) -> torch.Tensor:
-        """What `finish` made of one request, [T, H] float32, in the dtype of the request.
+        """The output of `finish` for one request, [T, H] float32, in the dtype of the request.
 
         Raises NonFiniteOutput: a value that an expert could not compute makes every sum with it NaN or Inf, and rounding may make Inf too.
         """
@@ -114,7 +114,7 @@ class LayerHead:
 
     @cached_property
     def _shared_expert(self) -> ExpertBank:
-        """Loaded when the first token needs it: where nothing is dropped, none ever does."""
+        """Loaded when the first token needs it: without drops, no token does."""
         bank = load_bank(self._source, [])
         log.info(
             "layer %s: the frontend loads the shared expert (%.1f MiB) for tokens that go to no host", self.spec.name, bank.nbytes / 2**20

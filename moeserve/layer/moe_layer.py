@@ -1,4 +1,4 @@
-"""One MoE layer in one process: gate, experts, combine. No Ray, no sockets; the reference everything is measured against.
+"""One MoE layer in one process: gate, experts, combine. No Ray, no sockets; the reference for all tests.
 
 T tokens, H hidden size, I intermediate size, E experts, K choices per token.
 """
@@ -123,7 +123,7 @@ class MoELayer:
 
     @property
     def router(self) -> Router:
-        """The gate, with all that it owns."""
+        """The gate and its tensors."""
         return self.head.router
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -158,7 +158,7 @@ class MoELayer:
 
 
 class RoutedTogether(Protocol):
-    """What is routed together: one `LayerRequest`, or the `Batch` that joins several of the same kind."""
+    """Tokens that are routed together: one `LayerRequest`, or a `Batch` of several of the same kind."""
 
     @property
     def hidden_states(self) -> torch.Tensor:
@@ -192,12 +192,12 @@ class RoutedTogether(Protocol):
 
     @property
     def overrides(self) -> GatingOverrides:
-        """Of every request."""
+        """The overrides that all requests share."""
         ...
 
 
 def route_batch(router: Router, tokens: RoutedTogether) -> BatchRouting:
-    """Route by the layer's own gate, or as the callers did."""
+    """Route by the layer's own gate, or by the callers' choices."""
     gating, ids, weights = override(router.gating, tokens.overrides), tokens.topk_ids, tokens.topk_weights
     if ids is None or weights is None:
         return router(tokens.hidden_states, tokens.sizes, tokens.used_token, tokens.token_ids, gating)
@@ -205,7 +205,7 @@ def route_batch(router: Router, tokens: RoutedTogether) -> BatchRouting:
 
 
 def to_output(routing: Routing, hidden_states: torch.Tensor, return_routing: bool, revision: int = 1) -> ForwardOutput:
-    """What the caller of one request gets to see."""
+    """The output for the caller of one request."""
     return ForwardOutput(
         hidden_states=hidden_states,
         requested=routing.requested,

@@ -20,27 +20,27 @@ class LoopThread:
 
     @property
     def is_running(self) -> bool:
-        """It has started, and nobody has stopped it."""
+        """Whether it was started and not stopped."""
         return self._thread.is_alive()
 
     def start(self) -> None:
-        """Coroutines that were submitted before run from now on."""
+        """Starts the thread; coroutines that were submitted before run now."""
         self._thread.start()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Runs beside everything else there; its result, to be waited for in any other thread."""
+        """Runs a coroutine on the loop; returns a future for other threads."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def call(self, work: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
-        """What `work` returns. Raises what it raises, and TimeoutError."""
+        """The result of `work`. Raises its error, and TimeoutError."""
         return self.submit(work).result(timeout_s)
 
     def soon(self, callback: Callable[..., object], *arguments: Any) -> None:
-        """Calls it there, and waits for nothing."""
+        """Calls a function on the loop, without waiting."""
         self._loop.call_soon_threadsafe(callback, *arguments)
 
     def stop(self) -> None:
-        """Ends the thread; what still runs there never ends."""
+        """Ends the thread; coroutines that still run there never end."""
         if self.is_running:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()

@@ -8,22 +8,22 @@ from collections.abc import Callable
 
 
 class Notifier:
-    """Each `notify` wakes everybody who waits at that moment; for one event loop."""
+    """Each `notify` wakes all current waiters; for one event loop."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
 
     def notify(self) -> None:
-        """Something has changed."""
+        """Wakes all waiters."""
         self._event.set()
         self._event = asyncio.Event()
 
     async def wait(self) -> None:
-        """Until the next notify."""
+        """Waits for the next notify."""
         await self._event.wait()
 
     async def until(self, is_so: Callable[[], object], deadline: float | None = None) -> None:
-        """Until a notify after which `is_so`, or it is so already; at most until the monotonic time `deadline`, in seconds."""
+        """Waits until `is_so` is true, checked now and after each notify; at most until the monotonic time `deadline`, in seconds."""
         while not is_so():
             try:
                 async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):

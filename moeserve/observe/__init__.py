@@ -1,1 +1,1 @@
-"""What is shown to people: metrics, one record per thing, the page."""
+"""Metrics, records of status and statistics, and the page."""

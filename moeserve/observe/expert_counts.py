@@ -1,4 +1,4 @@
-"""What is counted of every expert, and how much of that Prometheus is told.
+"""Counts of every expert, and how many of them Prometheus gets.
 
 E experts of a layer.
 """
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 ExpertDetail = Literal["off", "top", "full"]
 
-#: above so many series of experts, only those of the busiest are told unless "full" is asked for
+#: with more series of experts, only the busiest experts have series, unless the configuration says "full"
 MAX_DEFAULT_SERIES: Final = 10_000
 _SERIES_PER_EXPERT: Final = 3
 _TOP_EXPERTS: Final = 32
@@ -37,7 +37,7 @@ class LayerSeries:
 
 
 class ExpertFamily(Metric):
-    """A metric of experts, which may have tens of thousands of series: their samples are made only where somebody asks for them."""
+    """A metric of experts, which may have tens of thousands of series: their samples are made only for a scrape."""
 
     def __init__(self, name: str, documentation: str, kind: Literal["counter", "gauge"], **labels: str) -> None:
         super().__init__(name, documentation, kind)
@@ -46,7 +46,7 @@ class ExpertFamily(Metric):
         self._labels = labels
 
     def add(self, layer: str, experts: Sequence[int], numbers: torch.Tensor) -> None:
-        """numbers [E] int64: of all experts of the layer."""
+        """numbers [E] int64: one per expert of the layer."""
         every = numbers.tolist()
         self.layers.append(LayerSeries({"layer": layer, **self._labels}, experts, [every[expert] for expert in experts]))
 
@@ -61,7 +61,7 @@ class ExpertFamily(Metric):
 
     @samples.setter
     def samples(self, _none: list[Sample]) -> None:
-        """Metric begins without any."""
+        """The samples that Metric starts with: none."""
 
 
 class ExpertCounts(Collector):
@@ -72,13 +72,13 @@ class ExpertCounts(Collector):
 
     def __init__(self, specs: Sequence[LayerSpec], detail: ExpertDetail | None) -> None:
         self._names = [spec.name for spec in specs]
-        #: experts without weights live nowhere, so they have no copies
+        #: experts without weights are on no host, so they have no copies
         self._hosted = [spec.num_hosted_experts for spec in specs]
         self._detail = detail or _default_detail(specs)
         self.tokens = [0] * len(specs)
         self.processed = [torch.zeros(spec.num_experts, dtype=torch.int64) for spec in specs]
         self.dropped = [torch.zeros(spec.num_experts, dtype=torch.int64) for spec in specs]
-        #: [E] per layer: copies on a host that can be reached
+        #: [E] per layer: copies on reachable hosts
         self.live_copies = [torch.zeros(spec.num_experts, dtype=torch.int64) for spec in specs]
 
     def add(self, layer: int, tokens: int, processed: torch.Tensor, dropped: torch.Tensor) -> None:
@@ -111,7 +111,7 @@ class ExpertCounts(Collector):
         return sorted(demand.topk(count).indices.tolist())
 
     def _shown_copies(self, layer: int, shown: Sequence[int]) -> list[int]:
-        """With a limit, experts that cannot be had come first: an alert waits for them."""
+        """With a limit, unavailable experts come first: an alert needs them."""
         hosted = self._hosted[layer]
         of_shown = [expert for expert in shown if expert < hosted]
         if self._detail != "top":
@@ -125,7 +125,7 @@ def _default_detail(specs: Sequence[LayerSpec]) -> ExpertDetail:
     if series <= MAX_DEFAULT_SERIES:
         return "full"
     log.warning(
-        "the metrics tell the %d busiest experts of each layer: series for all would be %d, more than %d "
+        "the metrics show the %d busiest experts of each layer: series for all would be %d, more than %d "
         '(observability.expert_detail: "full" = all, "top" = the busiest and no warning)',
         _TOP_EXPERTS,
         series,

@@ -24,23 +24,23 @@ _SAME_EVENT_S = 10.0
 
 
 class HostStates(Collector):
-    """Whether each host can be reached, and the events of that changing."""
+    """Whether each host is reachable, and the events of its changes."""
 
     def __init__(self, events: EventLog) -> None:
         self._events = events
         self._hosts: dict[str, HostState] = {}
 
     def labels(self, host: str) -> HostState:
-        """The state of one host; it shows in the metrics once it is set."""
+        """Sets the state of one host; the metrics show it from then on."""
         return self._hosts.setdefault(host, HostState(host, self._events))
 
     def forget(self, host: str) -> None:
-        """It has left for good."""
+        """Forgets a host that was removed."""
         if self._hosts.pop(host, None) is not None:
             self._events.add("host_left", host)
 
     def collect(self) -> Iterable[Metric]:
-        """`moeserve_host_up`, of hosts that were reached at least once."""
+        """`moeserve_host_up` of hosts that were connected at least once."""
         states = GaugeMetricFamily("moeserve_host_up", "1 while the frontend is connected to the host", labels=["host"])
         for name, host in list(self._hosts.items()):
             if host.is_up is not None:
@@ -49,14 +49,14 @@ class HostStates(Collector):
 
 
 class HostState:
-    """One host; None = was never reached."""
+    """The state of one host; None = never connected."""
 
     def __init__(self, name: str, events: EventLog) -> None:
         self.is_up: bool | None = None
         self._name, self._events = name, events
 
     def set(self, up: bool) -> None:
-        """The frontend has connected to it, or has lost it."""
+        """The frontend has connected to the host, or lost it."""
         if up and self.is_up is None:
             self._events.add("host_up", self._name)
         elif self.is_up is not None and up != self.is_up:
@@ -71,7 +71,7 @@ class EventLog:
         self._events: deque[Event] = deque(maxlen=_MAX_EVENTS)
 
     def add(self, kind: str, subject: str) -> None:
-        """Notes an event at the present time, or counts it with the same one of a moment ago."""
+        """Records an event now, or adds to the count of the same recent event."""
         now, count = time.time(), 1
         for event in reversed(self._events):
             if event.time_unix_s < now - _SAME_EVENT_S:
@@ -123,7 +123,7 @@ class Metrics:
         """One gRPC call was answered."""
         self.requests.labels(method, code).inc()
         self.request_duration.labels(method).observe(seconds)
-        if code not in {"OK", "CANCELLED"}:  # a caller who hangs up has not been failed
+        if code not in {"OK", "CANCELLED"}:  # a caller that cancels is no failure
             self.events.add("call_failed", f"{method} {code}")
 
     def observe_stage(self, stage: Stage, seconds: float) -> None:
@@ -131,13 +131,13 @@ class Metrics:
         self._stages[stage].observe(seconds)
 
     def forget_host(self, host: str) -> None:
-        """No series of a host that has left for good."""
+        """Removes the series of a removed host."""
         self.host_up.forget(host)
         self.host_queue_tokens.remove(host)
 
     @property
     def uptime_s(self) -> float:
-        """Seconds since the service was made."""
+        """Seconds since the service started."""
         return time.monotonic() - self._started
 
     def calls(self) -> list[CallCount]:
@@ -145,7 +145,7 @@ class Metrics:
         return [CallCount(labels["method"], labels["code"], int(count)) for labels, count in _samples(self.requests, "_total")]
 
     def retries(self) -> int:
-        """Messages sent to a host again, for whatever reason."""
+        """Messages sent to a host again, for any reason."""
         return int(sum(count for _, count in _samples(self.expert_retries, "_total")))
 
     def host_queues(self) -> dict[str, int]:

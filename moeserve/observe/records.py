@@ -1,4 +1,4 @@
-"""Records that are shown to people: one way to the wire and back, one to JSON, one description of what tables show.
+"""Records of what users see: one conversion to the wire and back, one to JSON, one description of table columns.
 
 A record is a dataclass whose fields have the names of those of its protobuf message. A number is added where its record is, in the message
 and where it is counted; clients, `--json`, `moeserve top` and the page follow.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 M = TypeVar("M", bound="Message")
 
-#: how people read it: a name that may be cut short, a text, how many there are, how many there have been, or bytes
+#: format of a column: a name that may be cut short, a text, a count, a running total, or bytes
 Form = Literal["name", "text", "count", "total", "bytes"]
 _KEY: Final = "key"
 _COLUMN: Final = "column"
@@ -27,7 +27,7 @@ _COLUMN: Final = "column"
 
 @dataclass(frozen=True)
 class Column:
-    """A field that tables show, under this label; `is_public`: on the page too, which asks nobody for a token."""
+    """A field that tables show, under this label; `is_public`: also on the page, which needs no token."""
 
     key: str
     label: str
@@ -72,7 +72,7 @@ def to_message(kind: type[M], record: Any) -> M:
 
 
 def read(kind: type[R], message: Message) -> R:
-    """The record of a message: what is absent and may be is None, an enum's value its name in small letters."""
+    """The record of a message: an absent optional field is None, an enum's value its name in small letters."""
     made: Any = kind
     return made(**{name: reader(message) for name, reader in _readers(made)})  # type: ignore[no-any-return]
 
@@ -84,7 +84,7 @@ def _keys(kind: Any) -> Sequence[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class _Shape:
-    """Of a kind of record, worked out once: its keys and what gets their values, and which of them are lists of what."""
+    """The keys of a kind of record and their getters, and the item types of its lists; computed once."""
 
     keys: Sequence[str]
     values: Callable[[Any], Sequence[Any]]
@@ -129,6 +129,6 @@ def _scalar(message: Any, key: str) -> Any:
 
 
 def _prefix(enum: Any) -> str:
-    """What the names of all values begin with: D_TYPE_ for D_TYPE_UNSPECIFIED."""
+    """The common prefix of an enum's names: D_TYPE_ for D_TYPE_UNSPECIFIED."""
     first: str = enum.values[0].name
     return first.removesuffix("UNSPECIFIED")

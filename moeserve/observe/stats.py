@@ -1,4 +1,4 @@
-"""What hosts tell about themselves, what is served, and what was done since the start: records only, `summary.py` reckons with them.
+"""Records of hosts, of served layers and of counts since the start; `summary.py` computes figures from them.
 
 Fields are called as those of the messages: see `records.py`. Nothing here imports torch, which takes a second.
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 def host_name(number: int) -> str:
-    """What people call a host. Its number is its own for good: it is no position in any list."""
+    """The name of a host. Its number never changes and is not a position in a list."""
     return f"host-{number}"
 
 
 @dataclass(frozen=True)
 class HostShards:
-    """What one host holds of a layer, by local expert: shard `shards[i]` of expert `experts[i]`; `host` is the host's number."""
+    """The experts of a layer on one host, by local expert: shard `shards[i]` of expert `experts[i]`; `host` is the host's number."""
 
     host: int
     experts: Sequence[int]
@@ -51,7 +51,7 @@ class LayerInfo:
 class LayerStats:
     """tokens = used tokens answered; processed [E] and dropped [E] int64 count (token, expert) pairs, and are made of the lists when asked.
 
-    live_copies counts the copies of each expert on hosts that can be reached; each copy is cut into tensor_parallel shards.
+    live_copies counts the copies of each expert on reachable hosts; each copy is cut into tensor_parallel shards.
     """
 
     name: str
@@ -75,9 +75,9 @@ class LayerStats:
 
 @dataclass(frozen=True, kw_only=True)
 class HostFacts:
-    """What people are shown of all that a host says of itself.
+    """The facts about a host that users see.
 
-    `node` is the Ray node it runs on, `num_threads` compute a pass, `cuda_visible_devices` is what its process was granted ("" = no GPU).
+    `node` is the Ray node it runs on, `num_threads` compute a pass, `cuda_visible_devices` is the GPUs of its process ("" = none).
     """
 
     node: str = shown("node", "name", default="", is_public=True)
@@ -89,7 +89,7 @@ class HostFacts:
 
 @dataclass(frozen=True)
 class HostStats(HostFacts):
-    """One host; queue_tokens = rows sent to it and not yet answered; number is what placements call it."""
+    """One host; queue_tokens = rows sent to it and not yet answered; `number` is its number in placements."""
 
     name: str
     up: bool
@@ -121,7 +121,7 @@ class CallCount:
 class Event:
     """kind is host_up, host_lost, host_back, host_left, host_failing or call_failed; subject the host's name, or method and code.
 
-    What happens again within seconds is one event: count says how often, time_unix_s when last.
+    An event that repeats within seconds is one record: count says how often, time_unix_s when last.
     """
 
     time_unix_s: float
@@ -151,10 +151,10 @@ class ServiceStats:
 
 @dataclass(frozen=True)
 class HostInfo(HostFacts):
-    """What a host says of itself once it is ready.
+    """A host's description of itself, once it is ready.
 
-    `endpoints` are where its listener is reached, `public_key` (Z85) whom to expect there when that is over TCP ("" = without keys).
-    It can be asked for work of `since_epoch` and later: when it started, weights of earlier releases could not be read any more.
+    `endpoints` are its listener's addresses, `public_key` (Z85) is the host's key over TCP ("" = no keys).
+    It accepts work of `since_epoch` and later: when it started, weights of earlier releases could not be read any more.
     """
 
     name: str
@@ -165,11 +165,11 @@ class HostInfo(HostFacts):
 
 
 def facts(info: HostFacts | None) -> dict[str, Any]:
-    """The fields of `HostFacts`, to make another record of; none of a host that has said nothing yet."""
+    """The fields of `HostFacts`, for another record; empty for a host without a description."""
     return {} if info is None else {one.name: getattr(info, one.name) for one in fields(HostFacts)}
 
 
 def _counts(numbers: Sequence[int]) -> torch.Tensor:
-    import torch  # noqa: PLC0415 - only for those who want a tensor
+    import torch  # noqa: PLC0415 - only for callers that need a tensor
 
     return torch.tensor(numbers, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What is deployed, and where: what `moeserve status` shows."""
+"""The status of a service, as `moeserve status` shows it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moeserve.observe.stats import HostFacts, HostShards
 
 @dataclass(frozen=True)
 class HostStatus(HostFacts):
-    """One host; is_up = it has answered within the last seconds. `number` is what placements call it."""
+    """One host; is_up = it has answered within the last seconds. `number` is its number in placements."""
 
     name: str
     is_up: bool
@@ -20,7 +20,7 @@ class HostStatus(HostFacts):
 
 @dataclass(frozen=True)
 class FrontendStatus:
-    """One frontend; `epoch` is what new batches use there; is_ready = it takes requests, and every expert can be reached."""
+    """One frontend; `epoch` is what new batches use there; is_ready = it takes requests, and every expert is reachable."""
 
     name: str
     target: str
@@ -42,7 +42,7 @@ class LayerStatus:
 
 @dataclass(frozen=True)
 class ServiceStatus:
-    """`wanted_hosts` is a number or "all"; `shortage` says what of that cannot be had, "" = nothing.
+    """`wanted_hosts` is a number or "all"; `shortage` says which of these are missing, and why; "" = none.
 
     `is_changing`: a new epoch is being brought in.
     """

@@ -1,4 +1,4 @@
-"""What is worked out of a service's counts for people to look at: quantiles, balance, and the snapshot as JSON."""
+"""Figures computed from a service's counts: quantiles, balance, and the snapshot as JSON."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def quantile_ms(durations: Durations, q: float) -> float | None:
 
 
 def added(histograms: Sequence[Durations], name: str) -> Durations:
-    """Several histograms over the same bounds as one; empty where there is none."""
+    """The sum of histograms with the same bounds; empty if there are none."""
     if not histograms:
         return Durations(name, (), (0,), 0.0)
     counts = [sum(column) for column in zip(*(one.counts for one in histograms), strict=True)]
@@ -34,7 +34,7 @@ def added(histograms: Sequence[Durations], name: str) -> Durations:
 
 
 def since(now: Sequence[Durations], before: Sequence[Durations]) -> list[Durations]:
-    """What was counted between two snapshots."""
+    """The counts between two snapshots."""
     old = {one.name: one for one in before}
     return [
         replace(
@@ -54,18 +54,18 @@ def forwards(stats: ServiceStats) -> list[Durations]:
 
 
 def demand(layer: LayerStats) -> list[int]:
-    """[E]: (token, expert) pairs that the gate asked for."""
+    """[E]: (token, expert) pairs that the gate requested."""
     return [done + lost for done, lost in zip(layer.processed_by_expert, layer.dropped_by_expert, strict=True)]
 
 
 def balancedness(demand: Sequence[int]) -> float:
-    """Mean / max of the experts' demand [E]: 1 = all alike, 1 / E = one has everything; 1 where nothing was asked for."""
+    """Mean / max of the experts' demand [E]: 1 = equal, 1 / E = one expert has everything; 1 without demand."""
     most = max(demand, default=0)
     return sum(demand) / len(demand) / most if most else 1.0
 
 
 def as_json(stats: ServiceStats) -> dict[str, Any]:
-    """The snapshot as a JSON object, with what is worked out of it; hosts are called by their names."""
+    """The snapshot as a JSON object, with figures computed from it; hosts by name."""
     said = plain(stats)
     for host in said["hosts"]:
         del host["number"]

@@ -1,4 +1,4 @@
-"""Where every physical expert lives, and which copy does what: pure functions; no clock, no I/O."""
+"""Placement of physical experts on hosts, and the choice of copies: pure functions; no clock, no I/O."""
 
 from moeserve.placement.bounds import fewest_hosts, most_hosts
 from moeserve.placement.copies import choose_copies

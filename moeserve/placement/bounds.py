@@ -1,4 +1,4 @@
-"""Between which numbers of hosts the experts can be placed at all: pure functions, as the plan itself."""
+"""The least and the largest number of hosts that the experts can be placed on: pure functions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def fewest_hosts(specs: Sequence[LayerSpec], config: PlacementConfig) -> int:
 
 
 def most_hosts(specs: Sequence[LayerSpec], config: PlacementConfig) -> int:
-    """Up to this number every host gets something, and so it does with any smaller one that is enough; beyond 1024 nobody looks."""
+    """The largest number of hosts with an expert on each, also for every smaller allowed number; searched up to 1024."""
     stages = config.pipeline_stages
     layers_of = [[spec for number, spec in enumerate(specs) if number * stages // len(specs) == stage] for stage in range(stages)]
     # Every expert begins on another host, so that many hosts are never idle; with copies and shards there may be more.

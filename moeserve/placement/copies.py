@@ -11,7 +11,7 @@ import numpy.typing as npt
 from moeserve.config import CopyChoice
 from moeserve.placement.layer import Booleans, Integers, LayerPlacement
 
-# A second copy reads the expert's weights once more, which fewer pairs than this do not repay.
+# A second copy reads the expert's weights once more, which does not pay for fewer pairs.
 _MIN_SHARE = 64
 
 
@@ -22,7 +22,7 @@ def choose_copies(units: Integers, placement: LayerPlacement, is_live: Booleans,
     is_live [D]  false = the host is down: its copies are taken only where no other lives
     load    [D]  rows each host has been sent and not yet answered
 
-    round_robin deals the pairs of a unit out to its copies in turn. least_outstanding levels what the hosts have to do, splitting the
+    round_robin deals the pairs of a unit out to its copies in turn. least_outstanding evens out the hosts' outstanding work, splitting the
     pairs of a unit only where there are many.
     """
     if placement.copies.shape[1] == 1:
@@ -52,7 +52,7 @@ def choose_copies(units: Integers, placement: LayerPlacement, is_live: Booleans,
 
 
 def _usable(placement: LayerPlacement, is_live: Booleans) -> tuple[Integers, Integers]:
-    """The copies of each unit that can be asked, [U, C] with those first, and their number [U]: living ones, or all where none lives."""
+    """The usable copies of each unit, [U, C] with those first, and their number [U]: live ones, or all if none is live."""
     table = placement.copies
     exists = table >= 0
     usable = exists & is_live[placement.host_of_physical[table]]
@@ -62,7 +62,7 @@ def _usable(placement: LayerPlacement, is_live: Booleans) -> tuple[Integers, Int
 
 
 def _level(load: npt.NDArray[np.integer], pairs: int) -> Integers:
-    """[C]: `pairs` shared out so that the loads come out as even as they can (water filling), in shares that are worth it."""
+    """[C]: `pairs` divided so that the loads become as even as possible (water filling), in shares of a minimum size."""
     shares = np.zeros(len(load), dtype=np.int64)
     order = load.argsort(kind="stable")
     for used in range(min(len(order), max(1, pairs // _MIN_SHARE)), 0, -1):

@@ -75,7 +75,7 @@ class LayerPlacement:
         return self._shards(self.unit_of_physical[self.host_of_physical == host])
 
     def by_host(self) -> Iterator[tuple[int, list[ExpertShard]]]:
-        """The hosts that hold any of this layer, ascending, and what each holds, as `shards_on` says it."""
+        """The hosts with experts of this layer, ascending, and the shards of each, as in `shards_on`."""
         hosts, first = np.unique(self.host_of_physical, return_index=True)
         for host, units in zip(hosts.tolist(), np.split(self.unit_of_physical, first[1:]), strict=True):
             yield host, self._shards(units)
@@ -89,7 +89,7 @@ class LayerPlacement:
         return np.bincount(self.host_of_physical, minlength=self.num_hosts).astype(np.int32)
 
     def live_copies(self, is_live: Booleans) -> Integers:
-        """[E]: whole copies of each expert that can be put together of the shards on live hosts; is_live [D]."""
+        """[E]: complete copies of each expert, put together of the shards on live hosts; is_live [D]."""
         alive = self.unit_of_physical[is_live[self.host_of_physical]]
         shards = np.bincount(alive, minlength=self.num_units)
         fewest: Integers = shards.reshape(-1, self.tensor_parallel).min(axis=1)
@@ -106,11 +106,11 @@ class Placement:
 
     @cached_property
     def hosts(self) -> tuple[int, ...]:
-        """The numbers of the hosts that hold anything, ascending; below num_hosts, with gaps where hosts have left."""
+        """The numbers of the hosts with experts, ascending; below num_hosts, with gaps where hosts were removed."""
         return tuple(sorted({int(host) for layer in self.layers for host in np.unique(layer.host_of_physical)}))
 
     def renumbered(self, numbers: Sequence[int], epoch: int) -> Placement:
-        """The same places on hosts of other numbers: host i becomes numbers[i]; numbers ascend."""
+        """The same placement on hosts with other numbers: host i becomes numbers[i]; numbers ascend."""
         table, num_hosts = np.array(numbers), max(numbers) + 1
         layers = (replace(layer, num_hosts=num_hosts, host_of_physical=table[layer.host_of_physical]) for layer in self.layers)
         return Placement(epoch, num_hosts, tuple(layers))

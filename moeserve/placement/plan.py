@@ -1,4 +1,4 @@
-"""Which host gets what: pure functions from sizes and settings to a placement; no clock, no I/O.
+"""The placement plan: pure functions from sizes and settings to a placement; no clock, no I/O.
 
 E experts of a layer, M shards each, C copies, D hosts, S pipeline stages.
 """
@@ -18,7 +18,7 @@ from moeserve.placement.layer import Integers, LayerPlacement, Placement
 def plan_placement(specs: Sequence[LayerSpec], config: PlacementConfig, epoch: int = 1) -> Placement:
     """Spread every layer's experts over the hosts of its stage as evenly as numbers allow.
 
-    Copies of an expert, and shards of a copy, stand on different hosts. Raises ConfigError when that cannot be, or when a host would be
+    Copies of an expert, and shards of a copy, stand on different hosts. Raises ConfigError when that is impossible, or when a host would be
     left without any expert.
     """
     check_split(specs, config)
@@ -34,13 +34,13 @@ def plan_placement(specs: Sequence[LayerSpec], config: PlacementConfig, epoch: i
     idle = set(range(num_hosts)) - {int(host) for layer in layers for host in layer.host_of_physical}
     if idle:
         raise ConfigError(
-            f"placement.num_hosts is {num_hosts}, but no layer has enough experts to share out among so many: {len(idle)} would hold none"
+            f"placement.num_hosts is {num_hosts}, but no layer has enough experts for that many: {len(idle)} of them would have none"
         )
     return Placement(epoch, num_hosts, tuple(layers))
 
 
 def check_split(specs: Sequence[LayerSpec], config: PlacementConfig) -> None:
-    """Raises ConfigError when experts are to be split that cannot be."""
+    """Raises ConfigError if experts cannot be split as configured."""
     for spec in specs if config.tensor_parallel > 1 else ():
         if spec.module is not None:
             raise ConfigError(f"placement.tensor_parallel must be 1: the experts of layer {spec.name} are modules, which cannot be split")
@@ -64,7 +64,7 @@ def _num_hosts(specs: Sequence[LayerSpec], config: PlacementConfig) -> int:
 
 
 def _check_number(specs: Sequence[LayerSpec], config: PlacementConfig, num_hosts: int) -> None:
-    """Before there is an array with an entry for each."""
+    """Checked before arrays with an entry for each are allocated."""
     physical = sum(int(copies_of(spec, config).sum()) * config.tensor_parallel for spec in specs)
     if num_hosts > physical:
         raise ConfigError(
@@ -78,7 +78,7 @@ def _check_number(specs: Sequence[LayerSpec], config: PlacementConfig, num_hosts
 
 
 def _stages(num_hosts: int, num_layers: int, stages: int) -> list[range]:
-    """Disjoint groups of hosts, one per stage: layers stand on them in order (Huang et al. 2019, GPipe, arXiv 1811.06965)."""
+    """Disjoint groups of hosts, one per stage: layers are placed on them in order (Huang et al. 2019, GPipe, arXiv 1811.06965)."""
     if stages > min(num_hosts, num_layers):
         raise ConfigError(
             f"placement.pipeline_stages is {stages}; allowed: at most the number of layers, {num_layers}, and of hosts, {num_hosts}"
@@ -113,7 +113,7 @@ def _check_room(spec: LayerSpec, copies: int, hosts: range, config: PlacementCon
 
 
 def _plan_layer(layer: int, copies: Integers, hosts: range, num_hosts: int, config: PlacementConfig) -> LayerPlacement:
-    """copies [E]. What every expert has is dealt out by the strategy; further copies of some go where there is least."""
+    """copies [E]. The strategy places the copies that every expert has; further ones go to the hosts with the fewest experts."""
     num_experts, shards, width = len(copies), config.tensor_parallel, len(hosts)
     experts = np.arange(num_experts)
     start = experts % width if config.strategy == "round_robin" else experts * width // num_experts
@@ -130,7 +130,7 @@ def _plan_layer(layer: int, copies: Integers, hosts: range, num_hosts: int, conf
 
 
 def _with_extras(units: Integers, places: Integers, extras: Integers, shards: int, width: int) -> tuple[Integers, Integers]:
-    """Adds the copies that only some experts have: extras [E], each on the host that holds least and not yet that unit."""
+    """Adds the copies that only some experts have: extras [E], each on the host with the fewest experts among those without that unit."""
     if not extras.any():
         return units, places
     held = np.bincount(places, minlength=width)

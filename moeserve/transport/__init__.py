@@ -1,4 +1,4 @@
-"""Bytes between a frontend (asyncio) and expert hosts (a blocking loop): one interface whatever carries them.
+"""Bytes between a frontend (asyncio) and expert hosts (a blocking loop): one interface for all transports.
 
 `unix:/path` shared memory on one node · `tcp://address:port` across nodes · `local:name` within one process.
 """
@@ -47,7 +47,7 @@ _DEFAULT_LIMITS = Limits()
 async def connect(endpoint: str, *, limits: Limits = _DEFAULT_LIMITS, keys: FrontendKeys | None = None, timeout_s: float = 5.0) -> Channel:
     """A channel to the host at `endpoint`; `keys` are used over TCP only.
 
-    Raises ChannelClosed when no host agrees to talk within `timeout_s`, ConfigError when `endpoint` makes no sense.
+    Raises ChannelClosed when no host agrees to talk within `timeout_s`, ConfigError when `endpoint` is not an endpoint.
     """
     if endpoint.startswith("unix:"):
         return await connect_unix(endpoint, limits, timeout_s)
@@ -61,13 +61,13 @@ async def connect(endpoint: str, *, limits: Limits = _DEFAULT_LIMITS, keys: Fron
 def choose_endpoint(endpoints: Sequence[str], *, is_same_node: bool) -> str:
     """Which of a host's endpoints to connect to: memory where both are on one node, TCP otherwise.
 
-    Raises ChannelClosed when the host listens at none that can be reached.
+    Raises ChannelClosed when none of them is reachable.
     """
     over_tcp = [endpoint for endpoint in endpoints if endpoint.startswith("tcp://")]
     in_memory = [endpoint for endpoint in endpoints if endpoint not in over_tcp] if is_same_node else []
     for endpoint in (*in_memory, *over_tcp):
         return endpoint
-    raise ChannelClosed(f"a host that listens at {', '.join(endpoints)} only cannot be reached from another node")
+    raise ChannelClosed(f"a host that listens only at {', '.join(endpoints)} cannot be reached from another node")
 
 
 def listen(*endpoints: str, limits: Limits = _DEFAULT_LIMITS, keys: HostKeys | None = None) -> Listener:

@@ -36,11 +36,11 @@ from moeserve.transport.wire import (
 
 
 class ChannelClosed(ExpertUnavailable):
-    """The host at the other end is gone, or this end was closed; connect anew to where the host now is."""
+    """The host at the other end is gone, or this end was closed; connect again, to the host's new address."""
 
 
 class Lease:
-    """Memory for one message, to be filled in before `send`: views of what the host will read, so filling is the only copy.
+    """Memory for one message, to be filled in before `send`: views of the memory that the host reads, so filling is the only copy.
 
     hidden_states [R, H] of the shape's dtype, row_index [N] int32 in 0..R-1, local_experts [N] int32 ascending, weights [N] float32.
     A message to several hosts is also addressed. `send` takes the views away. A lease that is not sent gives its memory back when it
@@ -56,12 +56,12 @@ class Lease:
         self.hidden_states, self.row_index, self.local_experts, self.weights = sections(block.memory, shape, layout)
 
     def address(self, destinations: Sequence[Destination]) -> None:
-        """Says whose pairs are whose, as many as the shape has: the first destination is the host at the other end of the channel."""
+        """Sets the destinations, as many as the shape has: the first one is the host at the other end of the channel."""
         assert len(destinations) == self.shape.destinations > 1, "a message to one host is not addressed"
         write_destinations(self.block.memory, self.layout, destinations)
 
     def take(self) -> Block:
-        """Leaves the lease empty, so that nobody writes to what the host reads."""
+        """Empties the lease, so that nothing can write to memory that the host reads."""
         block = self.block
         del self.block, self.hidden_states, self.row_index, self.local_experts, self.weights
         return block
@@ -88,7 +88,7 @@ class PartialFuture(asyncio.Future[Partial]):
         self._on_cancel = on_cancel
 
     def cancel(self, msg: object = None) -> bool:
-        """Also tells the host, once."""
+        """Also cancels the work on the host, once."""
         if not super().cancel(msg):
             return False
         self._on_cancel(self._work_id)
@@ -96,7 +96,7 @@ class PartialFuture(asyncio.Future[Partial]):
 
 
 class Pending(NamedTuple):
-    """What the channel keeps of a message until the host has answered it."""
+    """The channel's record of a message that the host has not answered yet."""
 
     future: PartialFuture
     shape: WorkShape
@@ -123,7 +123,7 @@ class Channel(ABC):
 
         Raises InvalidRequest when it is larger than max_message_bytes, Overloaded when messages in flight fill the pool.
         """
-        assert shape.rows > 0 and shape.hidden_size > 0 and shape.pairs > 0, "a host without rows is not sent anything"
+        assert shape.rows > 0 and shape.hidden_size > 0 and shape.pairs > 0, "a message needs rows"
         layout = layout_of(shape)
         if layout.total_bytes > self._max_message_bytes:
             raise InvalidRequest(
@@ -152,11 +152,11 @@ class Channel(ABC):
         return future
 
     async def close(self) -> None:
-        """Hangs up; answers still to come raise ChannelClosed."""
+        """Closes the channel; outstanding answers raise ChannelClosed."""
         self._die(f"the channel to {self.endpoint} was closed")
 
     async def open(self, timeout_s: float) -> None:
-        """Waits until the host has agreed to talk. Raises ChannelClosed when it does not."""
+        """Waits until the host accepts. Raises ChannelClosed if it does not."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._accepted
@@ -181,7 +181,7 @@ class Channel(ABC):
 
     @abstractmethod
     def _hang_up(self) -> None:
-        """Lets go of the connection."""
+        """Closes the connection."""
 
     def _take_in(self, packet: bytes, body: Memory | None) -> None:
         """One packet from the host."""

@@ -1,4 +1,4 @@
-"""CURVE keys for TCP: who may talk to whom (ZeroMQ RFC 26), and the host's doorman (ZAP, RFC 27)."""
+"""CURVE keys for TCP: who may talk to whom (ZeroMQ RFC 26), and the host's authenticator (ZAP, RFC 27)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class HostKeys:
     allowed: frozenset[str]
 
     def allow(self, public_keys: Iterable[str]) -> None:
-        """These and nobody else from now on, whoever is connected already; from any thread."""
+        """Accept only these from now on, also on open connections; from any thread."""
         self.allowed = frozenset(public_keys)
 
 
@@ -48,7 +48,7 @@ class FrontendKeys:
 
 
 class ZapHandler:
-    """Tells libzmq which public keys may connect to the sockets of `context`; to be made before they are bound."""
+    """Tells libzmq which public keys may connect to the sockets of `context`; make it before they are bound."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: HostKeys) -> None:
         self._keys = keys
@@ -57,7 +57,7 @@ class ZapHandler:
         self.socket.bind(_ZAP_ENDPOINT)
 
     def answer(self) -> None:
-        """Answers every question that waits; never blocks."""
+        """Answers all waiting requests of libzmq; never blocks."""
         while has_message(self.socket):
             version, request_id, _domain, _address, _identity, mechanism, *credentials = self.socket.recv_multipart()
             key = z85.encode(credentials[0]) if mechanism == b"CURVE" and [len(part) for part in credentials] == [32] else b""

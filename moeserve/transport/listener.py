@@ -1,4 +1,4 @@
-"""The host's end: one blocking wait for all frontends, whatever they come over."""
+"""The host's end: one blocking wait for all frontends, over any transport."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ class Poller:
         self._on_events: dict[int, OnEvents] = {}
 
     def add(self, fd: int, on_events: OnEvents) -> None:
-        """Watches `fd` for something to read."""
+        """Watches `fd` for readability."""
         self._on_events[fd] = on_events
         self._epoll.register(fd, select.EPOLLIN)
 
     def watch_writable(self, fd: int, wanted: bool) -> None:
-        """Also watches `fd` for room to write, or no longer."""
+        """Turns watching `fd` for writability on or off."""
         self._epoll.modify(fd, select.EPOLLIN | (select.EPOLLOUT if wanted else 0))
 
     def remove(self, fd: int) -> None:
-        """To be called before `fd` is closed."""
+        """Call it before closing `fd`."""
         del self._on_events[fd]
         self._epoll.unregister(fd)
 
     def wait(self, timeout_s: float) -> None:
-        """Waits for events, at most so long, and calls their callbacks."""
+        """Waits for events, up to a timeout, and calls their callbacks."""
         for fd, mask in self._epoll.poll(timeout_s):
             # An earlier callback of this round may have removed it.
             if fd in self._on_events:
@@ -55,7 +55,7 @@ class Source(Protocol):
         """Takes in what arrived without leaving its file descriptor readable."""
 
     def close(self) -> None:
-        """Stops listening and hangs up on everyone."""
+        """Stops listening and closes all connections."""
         ...
 
 
@@ -90,7 +90,7 @@ class Listener:
                 os.eventfd_write(self._wake_fd, 1)
 
     def close(self) -> None:
-        """Hangs up on all frontends and leaves nothing behind; unanswered work fails there. A second time it does nothing."""
+        """Disconnects all frontends and leaves nothing behind; unanswered work fails there. Idempotent."""
         with self._wake_lock:
             if self._wake_fd < 0:
                 return

@@ -28,7 +28,7 @@ class LocalSource:
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         if _sources.setdefault(endpoint, self) is not self:
             os.close(self._bell)
-            raise ConfigError(f"something in this process listens at {endpoint} already")
+            raise ConfigError(f"this process already listens at {endpoint}")
         poller.add(self._bell, lambda _: self._accept())
 
     def catch_up(self) -> None:

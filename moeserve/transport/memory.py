@@ -1,7 +1,7 @@
 """One stretch of memory per channel, lent out in blocks, and how two processes come to share it.
 
 An arena is mapped once at its full size; pages exist from the first touch on, so an idle arena costs address space only, and one that was
-busy does again once it has been told to `give_back`.
+busy does so again after `give_back`.
 Blocks have power-of-two size classes with a free list each, last returned first lent, so a steady load stays on warm pages.
 Splitting and merging is Knowlton's buddy system (1965), merging only when nothing else fits.
 """
@@ -56,7 +56,7 @@ class Arena:
     """
 
     def __init__(self, memory: mmap.mmap, advice: int = mmap.MADV_REMOVE) -> None:
-        """advice: what has the kernel take pages of such a mapping back."""
+        """advice: the advice that makes the kernel take back pages of such a mapping."""
         self._mapping = memory
         self._advice = advice
         self._memory = memoryview(memory)
@@ -91,7 +91,7 @@ class Arena:
         return Block(offset, memory)
 
     def give_back(self) -> None:
-        """Lets the kernel have the pages of whatever is not lent, until it is lent again."""
+        """Returns the pages of unlent memory to the kernel, until it is lent again."""
         with self._lock:
             self._take_back()
             self._merge()
@@ -146,7 +146,7 @@ def create_shared(nbytes: int) -> tuple[int, mmap.mmap]:
 def map_shared(fd: int, nbytes: int) -> mmap.mmap:
     """The memory behind a descriptor that another process sent.
 
-    Raises MalformedMessage unless it has exactly `nbytes` for ever: a memory file that shrinks kills whoever reads past its end.
+    Raises MalformedMessage unless it has exactly `nbytes` for ever: a memory file that shrinks kills a process that reads past its end.
     """
     try:
         sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK

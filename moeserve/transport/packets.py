@@ -19,7 +19,7 @@ _UCRED = struct.Struct("iII")
 
 
 class PacketSocket:
-    """Sends small packets in order; what the socket cannot take now waits here until its owner calls `flush`."""
+    """Sends small packets in order; packets that the socket cannot take now wait here for `flush`."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -46,7 +46,7 @@ class PacketSocket:
             self._waiting.append(packet)
 
     def flush(self) -> None:
-        """Sends what waits, as far as the socket takes it. Raises OSError when the peer is gone."""
+        """Sends waiting packets, as far as the socket takes them. Raises OSError when the peer is gone."""
         with suppress(BlockingIOError):
             while self._waiting:
                 self._sock.send(self._waiting[0])
@@ -78,7 +78,7 @@ class PacketSocket:
         return packet, fds[0]
 
     def close(self) -> None:
-        """What still waits to be sent is lost."""
+        """Drops waiting packets."""
         self._sock.close()
 
 
@@ -97,7 +97,7 @@ def listen_on(path: Path) -> socket.socket:
         raise ConfigError(f"the socket path {path} is longer than the {_MAX_PATH_BYTES} bytes that unix sockets allow")
     folder = path.parent.stat() if path.parent.is_dir() else None
     if folder is None or folder.st_uid != os.getuid() or stat.S_IMODE(folder.st_mode) & 0o077:
-        raise ConfigError(f"the folder of the socket {path} must exist, be ours and have mode 0700")
+        raise ConfigError(f"the folder of the socket {path} must exist, belong to this user and have mode 0700")
     if path.is_socket():
         path.unlink()
     elif path.exists():

@@ -1,4 +1,4 @@
-"""One frontend, seen from the host: what its packets mean, whatever carries them."""
+"""One frontend, seen from the host: the meaning of its packets, over any transport."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Peer(ABC):
 
     @abstractmethod
     def _transmit(self, packet: bytes, partial: torch.Tensor | None) -> None:
-        """Sends without blocking; hangs up when the frontend is gone."""
+        """Sends without blocking; disconnects if the frontend is gone."""
 
     @abstractmethod
     def _place(self, header: WorkHeader, layout: PacketLayout, body: Memory | None) -> tuple[Memory, int]:
@@ -100,12 +100,12 @@ class Peer(ABC):
         self._transmit(pack_note(Kind.ACCEPT, code=VERSION, value=self._limits.max_message_bytes), None)
 
     def refuse(self, reason: str) -> None:
-        """Says why this frontend is not served any longer."""
-        _strangers.warning("hung up on a frontend at %s: %s", self._endpoint, reason)
+        """Tells the frontend why it is disconnected."""
+        _strangers.warning("disconnected a frontend at %s: %s", self._endpoint, reason)
         self._transmit(pack_note(Kind.GOODBYE, sentence=reason), None)
 
     def lose(self) -> None:
-        """Nobody waits for the answers any more; memory stays mapped while works refer to it."""
+        """Cancels the works of a disconnected frontend; memory stays mapped while works refer to it."""
         self.is_gone = True
         for work in self._unanswered.values():
             work.cancel()

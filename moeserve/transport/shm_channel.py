@@ -15,7 +15,7 @@ from moeserve.transport.wire import VERSION, Kind, Memory, PacketLayout, pack_no
 
 
 class ShmChannel(Channel):
-    """Talks over a connected SOCK_SEQPACKET socket; one packet rings the bell, no row goes through the kernel."""
+    """Talks over a connected SOCK_SEQPACKET socket; one packet wakes the other side, no row goes through the kernel."""
 
     def __init__(self, endpoint: str, sock: socket.socket, limits: Limits) -> None:
         fd, memory = create_shared(limits.max_pool_bytes)
@@ -52,7 +52,7 @@ class ShmChannel(Channel):
             for packet in self._packets.receive():
                 self._take_in(packet, None)
                 if self.closed.is_set() or not self._unanswered:
-                    return  # nothing more to expect: saves asking the socket in vain
+                    return  # no more answers to come: saves reading the socket in vain
         except OSError:
             self._lost()
 
@@ -70,7 +70,7 @@ class ShmChannel(Channel):
 
 
 async def connect_unix(endpoint: str, limits: Limits, timeout_s: float) -> ShmChannel:
-    """A channel to the host at `unix:/path`. Raises ChannelClosed when nobody of this user listens there."""
+    """A channel to the host at `unix:/path`. Raises ChannelClosed when no process of this user listens there."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     try:
         async with asyncio.timeout(timeout_s):
@@ -85,7 +85,7 @@ async def connect_unix(endpoint: str, limits: Limits, timeout_s: float) -> ShmCh
 
 
 async def talk(endpoint: str, sock: socket.socket, limits: Limits, timeout_s: float) -> ShmChannel:
-    """An open channel over a connected socket. Raises ChannelClosed when the host at its other end does not agree to talk."""
+    """An open channel over a connected socket. Raises ChannelClosed when the host at its other end does not accept."""
     try:
         channel = ShmChannel(endpoint, sock, limits)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The host's end of shared memory: a unix socket as the doorbell, rows and answers in the frontend's arena.
+"""The host's end of shared memory: a unix socket for wake-ups, rows and answers in the frontend's arena.
 
 A frontend could still change a block after it was checked. It belongs to the same user, so the checks are against mistakes.
 """
@@ -72,7 +72,7 @@ class ShmPeers:
     def add(self, sock: socket.socket) -> None:
         """Takes over a connected socket, unless it comes from another user."""
         if not is_same_user(sock):
-            _strangers.warning("hung up on a frontend at %s: it belongs to another user", self._endpoint)
+            _strangers.warning("disconnected a frontend at %s: it belongs to another user", self._endpoint)
             sock.close()
             return
         self._peers.add(ShmPeer(self._endpoint, self._limits, self._arrived, sock, self._poller, self._peers))

@@ -22,7 +22,7 @@ _ENDS = {
     zmq.EVENT_CLOSED: "cannot be reached",
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "does not know this frontend's key",
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "does not use the keys this frontend expects",
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "hung up during the handshake: the keys do not fit",
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "disconnected during the handshake: the keys do not match",
 }
 
 
@@ -41,7 +41,7 @@ class TcpChannel(Channel):
         except zmq.ZMQError as error:
             self._hang_up()
             raise ConfigError(f"{endpoint} is not an address to connect to: {error.strerror}") from None
-        self._on_monitor()  # a socket never asked whether it has a message does not signal its first one
+        self._on_monitor()  # a socket that was never checked for messages does not signal its first one
         self._transmit(pack_note(Kind.HELLO, code=VERSION), None)
 
     def _block_bytes(self, layout: PacketLayout) -> int:
@@ -67,7 +67,7 @@ class TcpChannel(Channel):
         self._loop.remove_reader(self._monitor.FD)
         self._socket.disable_monitor()
         self._monitor.close()
-        # A ROUTER does not notice that a frontend leaves unless it is told; it cannot be told when it left first.
+        # A ROUTER does not notice a closed connection without GOODBYE, which cannot be sent after it.
         with suppress(zmq.ZMQError):
             self._socket.send(pack_note(Kind.GOODBYE), zmq.NOBLOCK)
         self._socket.close(_GOODBYE_LINGER_MS)
@@ -80,7 +80,7 @@ class TcpChannel(Channel):
     def _on_monitor(self) -> None:
         while not self.closed.is_set() and has_message(self._monitor):
             event = zmq.Event(recv_monitor_message(self._monitor)["event"])
-            # What the host still said before it left comes first, above all why it hung up.
+            # The host's last messages come first, above all why it disconnected.
             self._on_readable()
             self._die(f"the host at {self.endpoint} {_ENDS[event]}")
 

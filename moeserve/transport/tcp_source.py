@@ -1,6 +1,6 @@
 """The host's end of TCP: one ZeroMQ ROUTER for all frontends on other nodes.
 
-A ROUTER cannot hang up on one frontend: a refused one is told GOODBYE and ignored from then on.
+A ROUTER cannot disconnect one frontend: a refused one gets GOODBYE and is ignored from then on.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class TcpSource:
             peer.refuse(str(error))
 
     def _key_behind(self, frame: zmq.Frame) -> str:
-        """The public key that the doorman let in; "" when there is no doorman."""
+        """The authenticated public key; "" without keys."""
         return str(frame.get("User-Id")) if self._keys is not None else ""
 
     def _forget(self, identity: bytes) -> None:

@@ -43,7 +43,7 @@ Memory = mmap.mmap | memoryview
 
 
 class MalformedMessage(Exception):
-    """A peer does not keep to this file; its connection is closed."""
+    """A peer has broken the protocol of this file; its connection is closed."""
 
 
 class Kind(IntEnum):

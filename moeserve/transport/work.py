@@ -90,13 +90,13 @@ class Work:
         self._answerer.fail(self, error)
 
     def cancel(self) -> None:
-        """Nobody waits for the answer any more."""
+        """Cancels the work: the frontend does not wait for the answer any more."""
         self.is_cancelled = True
         if self.on_cancel is not None:
             self.on_cancel()
 
     def drop_if_late(self) -> bool:
-        """Answers it, and returns True, when nobody waits for it any more."""
+        """Answers the work with an error, and returns True, if it was cancelled or its deadline has passed."""
         if self.is_cancelled:
             self.fail(Cancelled("the frontend cancelled this work"))
         elif self.is_expired:

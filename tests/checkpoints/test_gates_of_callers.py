@@ -92,7 +92,7 @@ def test_the_experts_equal_those_of_the_model(family: str) -> None:
         theirs = experts(hidden_states, ids, weights)
     ours = layer.run(hidden_states, topk_ids=ids, topk_weights=weights).hidden_states
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
-    with pytest.raises(InvalidRequest, match=r"topk_ids is required: the gate of layer .* stays with its callers"):
+    with pytest.raises(InvalidRequest, match=r"topk_ids is required: layer .* is routed by its callers"):
         layer(hidden_states)
 
 

@@ -62,10 +62,10 @@ def test_a_place_may_be_relative(place: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_folder_that_others_may_look_into_is_refused(place: Path) -> None:
     (place / "moeserve-open").mkdir(mode=0o755)
-    with pytest.raises(ConfigError, match="belongs to somebody else, or others may look into it"):
+    with pytest.raises(ConfigError, match="belongs to another user or is not private"):
         Hold(place / "moeserve-open")
     (place / "moeserve-link").symlink_to(place / "moeserve-open")
-    with pytest.raises(ConfigError, match="belongs to somebody else, or others may look into it"):
+    with pytest.raises(ConfigError, match="belongs to another user or is not private"):
         Hold(place / "moeserve-link")
 
 

@@ -120,7 +120,7 @@ def test_impossible_combinations_are_refused() -> None:
 
 @pytest.mark.parametrize("layer", [1.5, True, None])
 def test_layers_of_a_checkpoint_are_named_or_numbered(layer: object) -> None:
-    assert f"model.layers must hold positions or names of MoE layers (got {layer!r})" in refusal(
+    assert f"model.layers must contain positions or names of MoE layers (got {layer!r})" in refusal(
         {"model": {"checkpoint": "x", "layers": [0, "model.layers.1.mlp", layer]}}
     )
 

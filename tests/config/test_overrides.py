@@ -57,7 +57,7 @@ def test_the_same_override_is_validated_once() -> None:
 def test_what_the_operator_does_not_allow_is_refused(allowed: Any, overrides: dict[str, Any], field: str, needed: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         override(GatingConfig(request_overrides=allowed), GatingOverrides(**overrides))
-    assert str(caught.value) == f"{field} cannot be set by requests to this layer; gating.request_overrides would have to hold '{needed}'"
+    assert str(caught.value) == f"{field} cannot be set by requests to this layer; gating.request_overrides must contain '{needed}'"
     assert [violation.field for violation in caught.value.violations] == [field]
 
 

@@ -229,7 +229,7 @@ class Cluster(RuleBasedStateMachine):
         return max(fit, held)
 
     @invariant()
-    def hosts_are_as_wished_where_there_is_room(self) -> None:
+    def hosts_are_as_desired_where_there_is_room(self) -> None:
         usable = self._usable()
         stay = [assignment for assignment in self.before if assignment.node in usable and assignment.number not in self.given_up]
         if self.wanted.strategy == "strict_spread":

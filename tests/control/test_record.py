@@ -181,5 +181,5 @@ def test_followed_configuration_keeps_what_was_said_and_what_was_not(tiny_moe: P
     assert followed.placement.copies == config.placement.copies
     assert followed.layers[0].model_fields_set == {"name", "gating"}
     assert followed.layers[0].gating.model_fields_set == {"top_k"}
-    with pytest.raises(ConfigError, match="the configuration that was passed on cannot be used: no_such_table"):
+    with pytest.raises(ConfigError, match="the controller's configuration cannot be used: no_such_table"):
         load_json('{"no_such_table": {}}')

@@ -112,7 +112,7 @@ def test_a_soft_cap(cap: float, seed: int) -> None:
 
 
 def test_a_gate_of_callers() -> None:
-    with pytest.raises(InvalidRequest, match="topk_ids is required: the gate of this layer stays with its callers"):
+    with pytest.raises(InvalidRequest, match="topk_ids is required: this layer is routed by its callers"):
         route(logits_of(2), GatingConfig(routing="caller"))
 
 

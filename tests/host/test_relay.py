@@ -46,8 +46,8 @@ class Hosts:
         self.infos = [HostInfo(f"host-{n}", listener.endpoints, node="node") for n, listener in enumerate(listeners)]
         self.third: Listener = listeners[2]
         self.relays = [Relay(number, KeyPair.generate()) for number in range(2)]
-        self.shelves = [bank_table_of({0: bank(number)}) for number in range(2)]
-        self._loops = [HostLoop(self.shelves[n], listeners[n], self.relays[n]) for n in range(2)]
+        self.tables = [bank_table_of({0: bank(number)}) for number in range(2)]
+        self._loops = [HostLoop(self.tables[n], listeners[n], self.relays[n]) for n in range(2)]
         self._threads = [threading.Thread(target=loop.run) for loop in self._loops]
         for thread in self._threads:
             thread.start()
@@ -136,12 +136,12 @@ async def test_a_cancelled_work_is_cancelled_at_the_peers_and_a_late_one_is_give
 
 async def test_nobody_is_talked_to_but_those_in_the_directory(hosts: Hosts) -> None:
     channel = await connect(hosts.infos[0].endpoints[0])
-    with pytest.raises(PeerLost, match="has not met host 4000000000"):
+    with pytest.raises(PeerLost, match="does not know host 4000000000"):
         await send(channel, [0, 4_000_000_000])
     with pytest.raises(InvalidRequest, match="addressed to host 1"):
         await send(channel, [1, 0])
     hosts.relays[0].meet({0: hosts.infos[0]})
-    with pytest.raises(PeerLost, match="has not met host 1"):
+    with pytest.raises(PeerLost, match="does not know host 1"):
         await send(channel, [0, 1])
     hosts.introduce()
     assert_close((await send(channel, [0, 1])).tensor, expected([0, 1]))
@@ -175,10 +175,10 @@ async def test_what_goes_wrong_here_or_there_is_said_once_everybody_has_let_go(h
     work.fail(InvalidRequest("no such slot"))
     with pytest.raises(InvalidRequest, match="no such slot"):
         await future
-    hosts.shelves[0].put(0, 0, FailingBank())
+    hosts.tables[0].put(0, 0, FailingBank())
     with pytest.raises(MoEServeError, match="failed to compute layer 0: ZeroDivisionError"):
         await send(channel, [0, 1])
-    hosts.shelves[0].put(0, 0, bank(0))
+    hosts.tables[0].put(0, 0, bank(0))
     assert_close((await send(channel, [0, 1])).tensor, expected([0, 1]))
     await channel.close()
 

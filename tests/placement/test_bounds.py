@@ -13,7 +13,7 @@ from tests.placement.layers import STRATEGIES, spec_of
 
 
 @st.composite
-def wishes(draw: st.DrawFn) -> tuple[list[int], PlacementConfig]:
+def host_numbers(draw: st.DrawFn) -> tuple[list[int], PlacementConfig]:
     experts = draw(st.lists(st.integers(1, 12), min_size=1, max_size=4))
     config = PlacementConfig(
         num_hosts="all",
@@ -25,7 +25,7 @@ def wishes(draw: st.DrawFn) -> tuple[list[int], PlacementConfig]:
     return experts, config
 
 
-@given(num_hosts=wishes())
+@given(num_hosts=host_numbers())
 @settings(deadline=None)
 def test_all_numbers_between_the_bounds_can_be_planned_and_the_bounds_are_bounds(num_hosts: tuple[list[int], PlacementConfig]) -> None:
     experts, config = num_hosts

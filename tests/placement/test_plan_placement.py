@@ -77,7 +77,7 @@ def test_more_experts_than_sixteen_bits_can_number() -> None:
 
 def test_more_hosts_than_experts_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"placement\.num_hosts is 9, but no layer has enough experts to share out among so many: 1 would hold none"
+        ConfigError, match=r"placement\.num_hosts is 9, but no layer has enough experts for that many: 1 of them would have none"
     ):
         plan_placement([spec_of(8), spec_of(2)], PlacementConfig(num_hosts=9))
 

@@ -96,7 +96,7 @@ async def test_a_token_file_that_cannot_be_used_leaves_the_old_one_in_force(tmp_
         async with asyncio.timeout(20):
             while not said(caplog):
                 assert await token(running, "first")() is OK
-        assert said(caplog)[0].startswith(f"what was read before stays in force: server.auth_token_file {path} ")
+        assert said(caplog)[0].startswith(f"the files read before stay in force: server.auth_token_file {path} ")
         for _ in range(20):
             assert await token(running, "first")() is OK
         assert len(said(caplog)) == 1
@@ -161,7 +161,7 @@ async def test_certificates_that_are_replaced_are_shown_to_who_connects_then(
 async def test_a_secret_that_everybody_could_have_written_is_refused(tmp_path: Path, key: str) -> None:
     files = secrets(tmp_path)
     files[key].chmod(0o666)
-    with pytest.raises(ConfigError, match=rf"server\.{key} {files[key]} cannot be read: Every user of this machine could have written it"):
+    with pytest.raises(ConfigError, match=rf"server\.{key} {files[key]} cannot be read: Every user of this machine can write it"):
         GrpcServer(ServerConfig(**files), lambda method, code, seconds: None, engine=echo_engine())
 
 

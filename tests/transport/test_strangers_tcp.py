@@ -98,7 +98,7 @@ async def test_a_malformed_message_ends_that_connection_only(
         assert await next_kind(tcp_rig, dealer) is Kind.ACCEPT
         dealer.send_multipart(frames)
         assert await next_kind(tcp_rig, dealer) is Kind.GOODBYE
-        assert "hung up on a frontend" in caplog.text
+        assert "disconnected a frontend" in caplog.text
         dealer.send_multipart([WORK, BODY])
         send(channel, random_message())
         (work,) = await tcp_rig.receive(1)

@@ -88,7 +88,7 @@ def assert_hung_up(rig: Rig, sock: socket.socket, caplog: pytest.LogCaptureFixtu
     assert rig.listener.poll(0) == []
     assert kind_of(sock.recv(2000)) is Kind.GOODBYE
     assert sock.recv(2000) == b""
-    assert "hung up on a frontend" in caplog.text
+    assert "disconnected a frontend" in caplog.text
     sock.close()
 
 

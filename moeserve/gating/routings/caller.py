@@ -7,4 +7,4 @@ from moeserve.gating.gate_input import GateInput, Selection
 
 
 def by_caller(gate: GateInput) -> Selection:
-    raise InvalidRequest("topk_ids is required: the gate of this layer stays with its callers", "topk_ids")
+    raise InvalidRequest("topk_ids is required: this layer is routed by its callers", "topk_ids")

@@ -1,4 +1,4 @@
-"""MindFormers `TopkRouter`, first version: K rounds, and capacity is settled inside each round.
+"""MindFormers `TopkRouter`, first version: K rounds, and capacity is decided inside each round.
 
 T tokens, E experts, K choices per token. p = softmax(x). In every round a token asks for the expert with the largest p it has not been
 given yet; the expert takes it while it has room, tokens in order, after all it took in earlier rounds. Only an expert that took the

@@ -1,4 +1,4 @@
-"""What a browser and Prometheus see of a service: one HTTP port, read only."""
+"""The metrics port: HTTP for browsers and Prometheus, read only."""
 
 from moeserve.observe.page.endpoint import StatusPage
 

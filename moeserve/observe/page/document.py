@@ -1,4 +1,4 @@
-"""The page as one document with its style and script inside, and the policy that lets a browser run just these."""
+"""The page as one document with inline style and script, and the policy that lets a browser run only these."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Final
 from moeserve.observe.records import columns
 from moeserve.observe.stats import HostStats, LayerStats, ServiceStats
 
-#: what the page shows of records beside what it works out itself
+#: fields of records that the page shows beside its own figures
 _TABLES: Final = {"service": ServiceStats, "layers": LayerStats, "hosts": HostStats}
 
 
@@ -25,14 +25,14 @@ class Document:
 
 
 def load_document() -> Document:
-    """Put together of the package's files."""
+    """Built from the package's files."""
     folder = files(__package__)
     columns_json = json.dumps({table: [vars(one) for one in columns(kind) if one.is_public] for table, kind in _TABLES.items()})
     style, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     script = script.replace("/*shown*/ {}", columns_json)
     page = folder.joinpath("page.html").read_text(encoding="utf-8")
     page = page.replace("/*style*/", style).replace("/*script*/", script)
-    # Nothing but what is in the document runs, and it talks to nobody but this port.
+    # Only the document's own script runs, and it connects only to this port.
     policy = "; ".join(
         (
             "default-src 'none'",

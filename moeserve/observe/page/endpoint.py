@@ -1,6 +1,6 @@
 """The metrics port: the page at /, its data at /stats.json, Prometheus' text at /metrics.
 
-GET and HEAD only, and no authentication: it tells what the metrics tell, beside the names of hosts and nodes and what is placed where.
+GET and HEAD only, and no authentication: it shows the metrics, the names of hosts and nodes, and the placement.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class StatusPage:
 
     @property
     def port(self) -> int:
-        """The one it listens on, whatever was asked for."""
+        """The port it listens on, also if port 0 was configured."""
         return self._server.port
 
     def stop(self) -> None:
-        """Answers nothing from here on."""
+        """Stops listening."""
         self._server.stop()
 
     def _answer(self, request: Request) -> HttpAnswer:
@@ -73,7 +73,7 @@ class StatusPage:
 
 
 def public_json(stats: ServiceStats) -> dict[str, Any]:
-    """What may be told without a token."""
+    """The fields that are public: shown without a token."""
     said = as_json(stats)
     public = {"name", "up", *(column.key for column in columns(HostStats) if column.is_public)}
     said["hosts"] = [{name: value for name, value in host.items() if name in public} for host in said["hosts"]]

@@ -1,6 +1,6 @@
 """Prometheus' text of a registry, as prometheus_client writes it, but for metrics of experts.
 
-These may have tens of thousands of series, and what a scrape costs the interpreter is taken from requests.
+These may have tens of thousands of series, and the interpreter's time for a scrape is lost for requests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moeserve.observe.expert_counts import ExpertFamily
 
 #: a metric -> its text
 Encode = Callable[[Metric], bytes]
-#: after so long a pause, in which whoever waits for the interpreter gets it; Python itself would let him wait for 5 ms
+#: a pause after so long lets waiting threads run; Python itself would make them wait for 5 ms
 _WORK_S: Final = 1e-3
 _PAUSE_S: Final = 50e-6
 
@@ -33,7 +33,7 @@ class Exposition:
 
 
 def expose(registry: CollectorRegistry, accept: str, names: Collection[str] = ()) -> Exposition:
-    """In the format that `accept`, the header of a scrape, asks for; only series of these names, if any are given."""
+    """In the format of `accept`, the header of a scrape; with `names`, only these series."""
     try:
         write, content_type = choose_encoder(accept)
     except TypeError:  # a version that is no number

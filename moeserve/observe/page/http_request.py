@@ -1,4 +1,4 @@
-"""One HTTP request read from a stranger: in full, or as far as it takes to refuse it."""
+"""One HTTP request from an untrusted client: read in full, or as far as needed to refuse it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Request:
 
 
 async def read_head(reader: asyncio.StreamReader) -> bytes:
-    """Up to the empty line, or to where it can be no request or is too long; empty = the caller has left."""
+    """The head up to the empty line, or up to the point where it is invalid or too long; empty = the caller has disconnected."""
     head = b""
     while b"\r\n\r\n" not in head and b"\n\n" not in head:
         more = await reader.read(MAX_HEAD_BYTES)

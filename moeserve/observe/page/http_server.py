@@ -1,6 +1,6 @@
-"""HTTP for a port that strangers reach: one thread, few connections, a deadline for everything, one answer for each connection.
+"""HTTP for a public port: one thread, few connections, a deadline for everything, one answer per connection.
 
-What they do wrong is answered or ends their connection; it is no news, so it leaves nothing in the log.
+A client's mistakes are answered or end its connection; they leave nothing in the log.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class HttpServer:
         self._serving = self._thread.submit(self._serve())
 
     def stop(self) -> None:
-        """Answers nothing from here on."""
+        """Stops listening."""
         if self._thread.is_running:
             self._thread.soon(self._stopping.set)
             self._serving.result()
@@ -84,7 +84,7 @@ class HttpServer:
                     await self._send(writer, self._answer(head))
                     await _read_the_rest(reader)
         except OSError:
-            pass  # it was too slow, or has gone
+            pass  # it was too slow, or has disconnected
         finally:
             writer.transport.abort()
             self._connections.pop(writer, None)
@@ -125,7 +125,7 @@ class HttpServer:
             return HttpAnswer(HTTPStatus.INTERNAL_SERVER_ERROR, b"internal error; the service's log says more\n")
 
     def _on_error(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Of the event loop: that a connection broke is no news, that none can be accepted is."""
+        """The event loop's handler: a broken connection is not logged, a failure to accept is."""
         if not isinstance(context.get("exception"), ConnectionError | TimeoutError):
             strangers.warning("the metrics port: %s (%s)", context["message"], context.get("exception"))
 
