@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def test_a_token_may_have_space_around_it(engine: FakeEngine, token_file: Path, 
 @pytest.mark.parametrize("written", ["se\ncret", "se\x00cret", "sécret", 5, ["secret"]])
 def test_a_token_that_cannot_be_is_refused_without_showing_it(connect: Callable[..., Calls], tmp_path: Path, written: Any) -> None:
     for kind in (Client, AsyncClient, AdminClient, ControlClient):
-        with pytest.raises(errors.ConfigError, match=r"^token (has other characters|is of type)") as caught:
+        with pytest.raises(errors.ConfigError, match=r"^token (has characters characters|is of type)") as caught:
             kind("127.0.0.1:1", token=written)
         assert "cret" not in str(caught.value)
 
@@ -145,7 +146,7 @@ def test_every_verb_says_what_is_wrong_with_its_target(verb: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize(("content", "fault"), [(b"", "is empty"), (b" \r\n", "is empty"), (b"a\nb", "has other"), (b"\xff", "has other")])
+@pytest.mark.parametrize(("content", "fault"), [(b"", "is empty"), (b" \r\n", "is empty"), (b"a\nb", "has char"), (b"\xff", "has char")])
 def test_a_file_without_a_token_is_refused(
     verb: str, content: bytes, fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,7 +218,7 @@ async def test_what_does_not_speak_grpc_is_said(connect: Callable[..., Calls]) -
     page = StatusPage("127.0.0.1", 0, CollectorRegistry(), lambda: pytest.fail("nobody asks"))
     try:
         sentence = f"127.0.0.1:{page.port} is unavailable: the server there does not speak gRPC (is it a metrics port?)"
-        with pytest.raises(errors.ServiceUnreachable, match=sentence):
+        with pytest.raises(errors.ServiceUnreachable, match=re.escape(sentence)):
             await connect(f"127.0.0.1:{page.port}").layers()
     finally:
         page.stop()

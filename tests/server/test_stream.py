@@ -163,5 +163,5 @@ async def test_draining_answers_what_was_read_and_ends_the_stream(running: Runni
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call.read()
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert "without an answer were not run" in (caught.value.details() or "")
+    assert "unanswered requests of this stream were not run" in (caught.value.details() or "")
     await draining

@@ -254,7 +254,7 @@ def test_another_configuration_needs_a_new_start(tmp_path: Path) -> None:
             service.config = service.config.model_copy(update={"batching": BatchingConfig(micro_batches=2)})
             service.call(service.reopen_control())
             service.call(until_async(lambda: follower.broken))
-            assert "the controller serves with another configuration now" in str(follower.broken)
+            assert "the controller has another configuration now" in str(follower.broken)
             answers(follower.target)
 
 
