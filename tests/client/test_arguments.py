@@ -112,7 +112,7 @@ def test_a_token_may_have_space_around_it(engine: FakeEngine, token_file: Path, 
 @pytest.mark.parametrize("written", ["se\ncret", "se\x00cret", "sécret", 5, ["secret"]])
 def test_a_token_that_cannot_be_is_refused_without_showing_it(connect: Callable[..., Calls], tmp_path: Path, written: Any) -> None:
     for kind in (Client, AsyncClient, AdminClient, ControlClient):
-        with pytest.raises(errors.ConfigError, match=r"^token (has characters characters|is of type)") as caught:
+        with pytest.raises(errors.ConfigError, match=r"^token (has characters|is of type)") as caught:
             kind("127.0.0.1:1", token=written)
         assert "cret" not in str(caught.value)
 
