@@ -11,11 +11,12 @@ from typing import Final, Literal, NamedTuple
 
 import torch
 
-DropReason = Literal["capacity", "unknown"]
+DropReason = Literal["capacity", "host_lost", "late", "unknown"]
 
 #: numbers of the protobuf enum `moeserve.v1.DropReason`, 0 = not dropped; a newer service may know more of them
 DROPPED_BY_CAPACITY: Final = 1
-DROP_REASONS: Final[Mapping[int, DropReason]] = {DROPPED_BY_CAPACITY: "capacity"}
+DROP_REASONS: Final[Mapping[int, DropReason]] = {DROPPED_BY_CAPACITY: "capacity", 2: "host_lost", 3: "late"}
+DROP_NUMBERS: Final[Mapping[str, int]] = {reason: number for number, reason in DROP_REASONS.items()}
 
 
 class Drop(NamedTuple):

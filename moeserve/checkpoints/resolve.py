@@ -108,9 +108,11 @@ def _overlaid(source: StoredLayer, served: ServedModel) -> StoredLayer:
 
 
 def _reject_sizes(change: LayerConfig, spec: LayerSpec) -> None:
-    fixed = change.model_fields_set - {"name", "gating"}
+    fixed = change.model_fields_set - {"name", "gating", "resilience"}
     if fixed:
-        raise ConfigError(f"layers.{sorted(fixed)[0]} cannot be set for {spec.name}: the checkpoint decides it; only gating can be changed")
+        raise ConfigError(
+            f"layers.{sorted(fixed)[0]} cannot be set for {spec.name}: the checkpoint decides it; only gating and resilience can be changed"
+        )
 
 
 def _reject_unknown_names(changes: Sequence[LayerConfig], names: Sequence[str]) -> None:

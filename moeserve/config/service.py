@@ -74,6 +74,17 @@ class SharedExpertConfig(Table):
         return self
 
 
+ExpertFailure = Literal["retry", "renormalize", "residual", "fail"]
+
+
+class LayerResilience(Table):
+    """[layers.resilience]: what one layer does otherwise than [resilience] says."""
+
+    on_expert_failure: ExpertFailure = "retry"
+    k_min: int = Field(default=1, ge=0, le=MAX_EXPERTS)
+    partial_after_ms: float = Field(default=500, ge=0, le=MAX_SIZE)
+
+
 class LayerConfig(Table):
     """[[layers]]: a seeded random layer, or, beside [model] checkpoint, the changes to the layer of that name (no name = all)."""
 
@@ -94,6 +105,7 @@ class LayerConfig(Table):
     shared_expert: SharedExpertConfig | None = None
     seed: int = Field(default=0, ge=-(2**63), lt=2**64)
     gating: GatingConfig = GatingConfig()
+    resilience: LayerResilience | None = None
 
     @model_validator(mode="after")
     def _experts_fit_together(self) -> Self:
@@ -174,12 +186,25 @@ class CommunicationConfig(Table):
 
 
 class ResilienceConfig(Table):
-    """[resilience]: what happens when a host dies or hangs."""
+    """[resilience]: what happens when a host dies, hangs, errs or is late."""
 
-    #: retry = wait for the host within the deadline and send its rows again; fail = UNAVAILABLE at once
-    on_expert_failure: Literal["retry", "fail"] = "retry"
-    #: deadline of a request without one
+    #: of choices whose expert lives nowhere: retry = wait for a host within the deadline; renormalize = answer without them, the others
+    #: take over their weight; residual = answer without them; fail = UNAVAILABLE at once
+    on_expert_failure: ExpertFailure = "retry"
+    #: how many choices of each token an answer must have, else its request waits as with retry
+    k_min: int = Field(default=1, ge=0, le=MAX_EXPERTS)
+    #: how long an answer waits for choices of a lost or late host before it is given without them
+    partial_after_ms: float = Field(default=500, ge=0, le=MAX_SIZE)
+    #: how long a host that owes answers may be silent until it counts as lost
+    hang_after_ms: float = Field(default=1000, ge=100, le=MAX_SIZE)
+    #: auto = rows that are late are sent to another copy too, at most 5% of all
+    hedge: Literal["off", "auto"] = "off"
+    #: deadline of a request that brings none
     request_timeout_s: Annotated[Seconds, Field(gt=0)] = 60.0
+
+    def of_layer(self, layer: LayerResilience | None) -> ResilienceConfig:
+        """As one layer changes it."""
+        return self if layer is None else self.model_copy(update=layer.model_dump(exclude_unset=True))
 
 
 class ObservabilityConfig(Table):
@@ -245,7 +270,20 @@ class FrontendConfig(ServedModel):
                 f"model.deterministic is true, but placement.copies is {self.placement.copies}; allowed: 1, because load decides which "
                 f"copy computes, and so the order of the sums"
             )
+        if self.model.deterministic and self.resilience.hedge != "off":
+            raise ValueError(
+                "model.deterministic is true, but resilience.hedge is 'auto'; allowed: 'off', because the copy that is faster would decide "
+                "which answers are added up where"
+            )
         return self
+
+    def resilience_of(self, layer: str) -> ResilienceConfig:
+        """[resilience] with what [layers.resilience] changes for the served layer of that name."""
+        rules = self.resilience
+        for index, entry in enumerate(self.layers):
+            name = entry.name or (layer if self.model.checkpoint is not None else f"layers.{index}")
+            rules = rules.of_layer(entry.resilience) if name == layer else rules
+        return rules
 
 
 Tables = TypeVar("Tables", bound=ServedModel)

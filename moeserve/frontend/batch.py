@@ -18,13 +18,19 @@ from moeserve.api.request import LayerRequest
 from moeserve.config import GatingOverrides
 
 
+class RequestFuture(asyncio.Future[ForwardOutput]):
+    """The answer to one request; what is waited for, as its caller is told when the deadline comes first, "" = nothing is missing."""
+
+    waits_for = ""
+
+
 @dataclass(eq=False)
 class Admitted:
     """One admitted request and the future its caller waits for; `deadline` is a monotonic time in seconds."""
 
     request: LayerRequest
     deadline: float
-    answer: asyncio.Future[ForwardOutput]
+    answer: RequestFuture
     admitted_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -91,13 +97,22 @@ class Batch:
         """How many tokens all requests have: T."""
         return sum(self.sizes)
 
+    @cached_property
+    def request_of_token(self) -> torch.Tensor:
+        """[T] int64: which member each token is of."""
+        return torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
+
+    @property
+    def unanswered(self) -> list[Admitted]:
+        """Those who still wait."""
+        return [member for member in self.members if not member.answer.done()]
+
     @property
     def is_abandoned(self) -> bool:
         """Whether no caller waits for an answer any more."""
         return all(member.answer.done() for member in self.members)
 
     def fail(self, error: Exception) -> None:
-        """Every caller that still waits gets `error`."""
-        for member in self.members:
-            if not member.answer.done():
-                member.answer.set_exception(error)
+        """Everybody who still waits gets `error`."""
+        for member in self.unanswered:
+            member.answer.set_exception(error)

@@ -11,7 +11,7 @@ from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest
 from moeserve.config import BatchingConfig
 from moeserve.errors import InvalidRequest, MoEServeError, Overloaded
-from moeserve.frontend.batch import Admitted, Batch
+from moeserve.frontend.batch import Admitted, Batch, RequestFuture
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +54,10 @@ class Batcher:
         self._in_flight: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
-    def submit(self, request: LayerRequest, deadline: float) -> asyncio.Future[ForwardOutput]:
-        """Admit a request. Raises Overloaded. Cancelling the future cancels the request: it leaves the queue."""
+    def submit(self, request: LayerRequest, deadline: float) -> RequestFuture:
+        """Admit a request. Raises Overloaded. Cancelling the future gives the request up: one that waits leaves the queue."""
         self._budget.take(request.num_tokens)
-        answer: asyncio.Future[ForwardOutput] = asyncio.get_running_loop().create_future()
+        answer = RequestFuture(loop=asyncio.get_running_loop())
         admitted = Admitted(request, deadline, answer)
         self._waiting[admitted] = None
         answer.add_done_callback(lambda _: self._left(admitted))

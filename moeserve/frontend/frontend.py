@@ -54,13 +54,9 @@ class Frontend:
         self._forwards = [self._forward(view, layer, settings) for layer, view in enumerate(self._views(release))]
         self._batchers = [Batcher(forward.run, settings.batching, self._budget) for forward in self._forwards]
 
-    def _forward(self, view: LayerView, layer: int, settings: FrontendSettings) -> Forward:
-        how, spec = settings, view.head.spec
-        exchange = Exchange(layer, spec, how.communication, how.resilience, how.copy_choice, self._metrics, self._compute)
-        return Forward(layer, Views(view), exchange, how.batching.micro_batches, self._metrics, self._compute)
-
     def _link(self, number: int) -> HostLink:
-        link = HostLink(host_name(number), partial(self._hosts.find, number), self._hosts.keys, self._metrics, self._hosts_changed)
+        dial = Dial(partial(self._hosts.find, number), partial(self._try_host, number), self._hosts.keys, self._hang_after_s)
+        link = HostLink(host_name(number), dial, self._metrics, self._hosts_changed)
         link.set_failing(self._failing.get(number, ""))
         return link
 

@@ -4,41 +4,59 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
 
 from moeserve.errors import MoEServeError
+from moeserve.frontend import timing
+from moeserve.frontend.health import Breaker, HostHealth
+from moeserve.frontend.owing import Owing
 from moeserve.observe.metrics import Metrics
-from moeserve.observe.stats import HostInfo
+from moeserve.observe.stats import Condition, HostInfo
 from moeserve.transport import Channel, FrontendKeys, KeyPair, Partial, choose_endpoint, connect
 
 log = logging.getLogger(__name__)
 
-_RETRY_S = 0.5
-
 Resolve = Callable[[], Awaitable[HostInfo]]
+#: has a host compute rows that nobody asked for; raises what is wrong with it
+Canary = Callable[[Channel], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Dial:
+    """How a host is reached: `resolve` tells of its present incarnation, `keys` are shown over TCP; silent for hang_after_s it is lost."""
+
+    resolve: Resolve
+    canary: Canary
+    keys: KeyPair
+    hang_after_s: float
 
 
 class HostLink:
-    """Keeps a channel to one host; when the host dies, it gets the next incarnation from `resolve` and connects to it."""
+    """Keeps a channel to one host; when the host dies it asks where the next incarnation is, and connects to that.
 
-    def __init__(self, name: str, resolve: Resolve, keys: KeyPair, metrics: Metrics, on_change: Callable[[], None]) -> None:
+    A host that was lost, or has erred repeatedly, gets rows again once a canary comes back.
+    """
+
+    def __init__(self, name: str, dial: Dial, metrics: Metrics, on_change: Callable[[], None]) -> None:
         self.name = name
         self.info: HostInfo | None = None
         self.restarts = 0
         self._here = ""
-        self._resolve = resolve
-        self._keys = keys
+        self._dial = dial
         self._on_change = on_change
-        self._up = metrics.host_up.labels(name)
+        self._shown = metrics.host_states.labels(name)
         self._restarts = metrics.host_restarts
         self._channel: Channel | None = None
         self._connected = asyncio.Event()
-        self._hopeless = asyncio.Event()
+        self._breaker = Breaker()
+        self._is_proven, self._is_silent = True, False
+        self._down_since = time.monotonic()
         self._why_not = ""
-        self._keeper: asyncio.Task[None] | None = None
-        #: rows sent and not yet answered
-        self.queue_tokens = 0
-        self._queue_gauge = metrics.host_queue_tokens.labels(name)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._owing = Owing(metrics.host_queue_tokens.labels(name))
 
     @property
     def channel(self) -> Channel | None:
@@ -51,37 +69,79 @@ class HostLink:
         info = self.info
         return self.channel if info is not None and info.since_epoch <= epoch else None
 
+    def is_live_at(self, epoch: int) -> bool:
+        """Whether the host should get rows of that epoch: it can be reached, has proven itself since it was lost, and does not err."""
+        return self._is_proven and not self._breaker.is_open and self.channel_at(epoch) is not None
+
+    def health(self, epoch: int, rows: int) -> HostHealth:
+        """The host now; what is late, of a message of so many rows."""
+        return HostHealth(
+            name=self.name,
+            is_connected=self.channel_at(epoch) is not None,
+            is_live=self.is_live_at(epoch),
+            queue_tokens=self._owing.rows,
+            down_since=0.0 if self.channel is not None else self._down_since,
+            why_not=self._why_not,
+            late_after_s=self._owing.durations.late_after_s(rows),
+        )
+
+    @property
+    def condition(self) -> Condition:
+        """As people see it."""
+        if self.channel is None:
+            return "out" if self._is_silent else "down"
+        if not self._is_proven or self._breaker.is_open:
+            return "out"
+        return "slow" if self._owing.is_late(time.monotonic()) else "up"
+
     @property
     def node(self) -> str:
         """The node of the host, or its last known node."""
         info = self.info
         return info.node if info is not None else ""
 
-    def count_until(self, answered: asyncio.Future[Partial], rows: int) -> None:
-        """Counts `rows` as outstanding at the host until the future is done."""
-        self._owes(rows)
-        answered.add_done_callback(lambda _: self._owes(-rows))
+    @property
+    def queue_tokens(self) -> int:
+        """Rows sent and not yet answered."""
+        return self._owing.rows
 
-    def _owes(self, rows: int) -> None:
-        self.queue_tokens += rows
-        self._queue_gauge.set(self.queue_tokens)
+    def count_until(self, answered: asyncio.Future[Partial], rows: int) -> None:
+        """The host owes answers to `rows` more, until it has given them or nobody waits any longer."""
+        self._owing.add(answered, rows)
+
+    def erred(self) -> None:
+        """The host has answered with an error, or with sums that another copy shows to be wrong."""
+        if self._breaker.error(time.monotonic()):
+            log.warning("host %s errs: other copies compute for it until it answers a canary", self.name)
+            self._tell()
+            self._later(self._prove())
+
+    async def look(self) -> None:
+        """To be called now and then: a host that says it lives and answers nothing, much longer than it ever took, is hung up on."""
+        now, channel = time.monotonic(), self.channel
+        silent_s = now - self._owing.silent_since()
+        if channel is not None and silent_s > self._owing.durations.stuck_after_s(self._owing.rows, self._dial.hang_after_s):
+            log.warning("host %s is stuck: it has answered nothing for %.1f s", self.name, silent_s)
+            self._is_silent = True
+            await channel.close()
+        self._shown.set(self.channel is not None, self.condition)
 
     async def start(self, here: str) -> None:
         """Connect for the first time, from the node `here`, and stay connected until `close`, even if this call is cancelled."""
         self._here = here
-        self._keeper = asyncio.create_task(self._keep())
+        keeper = self._later(self._keep())
         connected = asyncio.create_task(self.connected())
         try:
-            await asyncio.wait({connected, self._keeper}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({connected, keeper}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             connected.cancel()
-        if self._keeper.done() and not self._keeper.cancelled():
-            self._keeper.result()
+        if keeper.done() and not keeper.cancelled():
+            keeper.result()
 
     async def refresh(self) -> None:
         """Update the host's description; one that is down is updated when it is back."""
         if self.channel is not None:
-            self.info = await self._resolve()
+            self.info = await self._dial.resolve()
 
     async def connected(self) -> Channel:
         """Waits for the channel."""
@@ -90,29 +150,14 @@ class HostLink:
             await self._connected.wait()
         return channel
 
-    @property
-    def why_not(self) -> str:
-        """Why waiting for the host cannot help while it is down; "" = it is restarting."""
-        return self._why_not
-
     def set_failing(self, why: str) -> None:
         """Sets why it does not come back soon; "" = it may."""
         self._why_not = why
-        (self._hopeless.set if why else self._hopeless.clear)()
-
-    async def decided(self) -> None:
-        """Waits until it is connected, or waiting cannot help."""
-        waits = {asyncio.ensure_future(self.connected()), asyncio.ensure_future(self._hopeless.wait())}
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
 
     async def close(self) -> None:
-        """Disconnect from the host."""
-        if self._keeper is not None:
-            self._keeper.cancel()
+        """Let go of the host."""
+        for task in self._tasks:
+            task.cancel()
         if self._channel is not None:
             await self._channel.close()
 
@@ -121,20 +166,22 @@ class HostLink:
         while True:
             assert self._channel is not None
             await self._channel.closed.wait()
-            log.warning("host %s is down; waiting for it to come back", self.name)
-            self._channel = None
-            self._set_up(False)
+            log.warning("host %s is gone; waiting for it to come back", self.name)
+            self._channel, self._is_proven, self._down_since = None, False, time.monotonic()
+            self._connected.clear()
+            self._tell()
             await self._connect()
             self.restarts += 1
             self._restarts.inc()
             log.info("host %s is back", self.name)
+            await self._prove()
 
     async def _connect(self) -> None:
         said = ""
         while self._channel is None:
             try:
-                self.info = await self._resolve()
-                keys = FrontendKeys(self._keys, self.info.public_key) if self.info.public_key else None
+                self.info = await self._dial.resolve()
+                keys = FrontendKeys(self._dial.keys, self.info.public_key) if self.info.public_key else None
                 endpoint = choose_endpoint(self.info.endpoints, is_same_node=self.info.node == self._here)
                 self._channel = await connect(endpoint, keys=keys)
             except MoEServeError as error:
@@ -142,10 +189,36 @@ class HostLink:
                 if str(error) != said:
                     log.warning("host %s cannot be reached: %s", self.name, error)
                 said = str(error)
-                await asyncio.sleep(_RETRY_S)
-        self._set_up(True)
+                await asyncio.sleep(timing.RETRY_S)
+        self._is_silent = False
+        self._connected.set()
+        self._tell()
 
-    def _set_up(self, up: bool) -> None:
-        self._up.set(up)
-        (self._connected.set if up else self._connected.clear)()
+    async def _prove(self) -> None:
+        """Canaries, until one comes back or the host is gone again."""
+        pause_s, said = timing.CANARY_S, ""
+        while (channel := self.channel) is not None:
+            try:
+                async with asyncio.timeout(timing.STUCK_HANGS * self._dial.hang_after_s):
+                    await self._dial.canary(channel)
+            except (MoEServeError, TimeoutError) as error:
+                if str(error) != said:
+                    log.warning("host %s does not get rows: its canary says: %s", self.name, error or "nothing")
+                said = str(error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, timing.LONGEST_CANARY_S)
+                continue
+            self._breaker.close()
+            self._is_proven = True
+            self._tell()
+            return
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _tell(self) -> None:
+        self._shown.set(self.channel is not None, self.condition)
         self._on_change()

@@ -12,20 +12,31 @@ from moeserve.transport import KeyPair
 
 @dataclass(frozen=True)
 class FrontendSettings:
-    """How requests are served: as `model`, with at most `max_queued_tokens` queued tokens."""
+    """How requests are served: under the name of `model`, and with at most `max_queued_tokens` tokens that wait.
+
+    `resilience_of` a layer of a name may differ from `resilience` in what happens to lost choices.
+    """
 
     model: str
     batching: BatchingConfig
     communication: CommunicationConfig
     resilience: ResilienceConfig
+    resilience_of: Callable[[str], ResilienceConfig]
     copy_choice: CopyChoice
     max_queued_tokens: int
 
     @classmethod
     def of(cls, config: FrontendConfig, server: ServerConfig) -> FrontendSettings:
-        """`config` is shared by all frontends of a service, `server` is its own."""
-        copy_choice = config.placement.copy_choice
-        return cls(config.model_name, config.batching, config.communication, config.resilience, copy_choice, server.max_queued_tokens)
+        """`config` is what all frontends of a service do alike, `server` is its own."""
+        return cls(
+            model=config.model_name,
+            batching=config.batching,
+            communication=config.communication,
+            resilience=config.resilience,
+            resilience_of=config.resilience_of,
+            copy_choice=config.placement.copy_choice,
+            max_queued_tokens=server.max_queued_tokens,
+        )
 
 
 @dataclass(frozen=True)

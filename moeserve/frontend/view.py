@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
+
+from moeserve.config import CopyChoice
+from moeserve.frontend.health import HostHealth
 from moeserve.frontend.link import HostLink
+from moeserve.layer.dispatch import HostLoads
 from moeserve.layer.head import LayerHead
 from moeserve.placement import LayerPlacement
 
@@ -27,6 +32,23 @@ class LayerView:
     placement: LayerPlacement
     links: Mapping[int, HostLink]
 
+    def loads(self, copy_choice: CopyChoice, without: Collection[int] = ()) -> HostLoads | None:
+        """What a plan must know of the hosts now; None where experts have one copy each, and there is nothing to choose.
+
+        Hosts `without` which it shall do count as down.
+        """
+        if self.placement.copies.shape[1] == 1:
+            return None
+        is_live = np.zeros(self.placement.num_hosts, dtype=np.bool_)
+        load = np.zeros(self.placement.num_hosts, dtype=np.int64)
+        for number, link in self.links.items():
+            is_live[number], load[number] = number not in without and link.is_live_at(self.epoch), link.queue_tokens
+        return HostLoads(is_live, load, copy_choice)
+
+    def health(self, host: int, rows: int) -> HostHealth:
+        """A host now; what is late for it, of a message of so many rows."""
+        return self.links[host].health(self.epoch, rows)
+
 
 class Views:
     """The view of new batches, and the number of batches that use each epoch."""
@@ -35,7 +57,6 @@ class Views:
         self.current = view
         self._running: Counter[int] = Counter()
         self._left = asyncio.Event()
-        self._superseded = asyncio.Event()
 
     @contextmanager
     def use(self) -> Iterator[LayerView]:
@@ -59,13 +80,6 @@ class Views:
         """New batches use `view`."""
         assert view.epoch > self.current.epoch, "epochs only grow"
         self.current = view
-        self._superseded.set()
-        self._superseded = asyncio.Event()
-
-    async def superseded(self, view: LayerView) -> None:
-        """Returns when `view` is not the current view any more."""
-        while self.current is view:
-            await self._superseded.wait()
 
     async def drained(self) -> None:
         """Returns when no batch uses an earlier epoch than the current one."""

@@ -6,6 +6,7 @@ from moeserve.gating.mixer import Mixer
 from moeserve.gating.router import Router
 from moeserve.gating.routing import BatchRouting, Routing
 from moeserve.gating.routings.plugin import RoutingPlugin
+from moeserve.gating.weights import keep_total
 
 __all__ = [
     "BatchRouting",
@@ -16,6 +17,7 @@ __all__ = [
     "RoutingPlugin",
     "Selection",
     "apply_choices",
+    "keep_total",
     "route",
     "route_requests",
 ]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
-from moeserve.api.output import DROPPED_BY_CAPACITY, Drop, list_drops
+from moeserve.api.output import DROP_REASONS, DROPPED_BY_CAPACITY, Drop, list_drops
 from moeserve.gating.drop import slots
 from moeserve.gating.segments import Segments
+from moeserve.gating.weights import keep_total
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,22 @@ class Routing:
     @property
     def drop_reasons(self) -> Tensor:
         """[T, K] int32: why the choice was dropped, 0 where it was not; the numbers of `moeserve.api.output.DROP_REASONS`."""
-        return (self.batch.chosen[self.tokens] & ~self.kept).int() * DROPPED_BY_CAPACITY
+        given_up = None if self.batch.given_up is None else self.batch.given_up[self.tokens]
+        reasons = (self.batch.chosen[self.tokens] & ~self.kept).int() * DROPPED_BY_CAPACITY
+        return reasons if given_up is None else torch.where(given_up > 0, given_up, reasons)
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether choices were not computed that experts had room for."""
+        return self.batch.given_up is not None and bool((self.batch.given_up[self.tokens] > 0).any())
+
+    @property
+    def dropped_by_reason(self) -> Mapping[str, Tensor]:
+        """reason -> [E] int64, pairs not computed because of it; together they are `dropped`."""
+        if self.batch.given_up is None:
+            return {"capacity": self.dropped}
+        reasons, experts = self.drop_reasons, len(self.dropped)
+        return {name: self.topk_ids[reasons == number].bincount(minlength=experts) for number, name in DROP_REASONS.items()}
 
     @property
     def drops(self) -> list[Drop]:
@@ -72,6 +89,7 @@ class BatchRouting:
     chosen  [T, K] bool, what was asked for: kept plus dropped
     measure computes the losses, when they are asked for: nobody waits for telemetry before the experts have their rows
     groups  the tokens by capacity group; is_choice_major: whether first choices have the first slots
+    given_up [T, K] int32, why choices that experts had room for were not computed after all, 0 = they were; None = all were
     """
 
     request_sizes: tuple[int, ...]
@@ -88,6 +106,7 @@ class BatchRouting:
     measure: Callable[[BatchRouting], tuple[Tensor, Tensor]]
     groups: Segments
     is_choice_major: bool
+    given_up: Tensor | None = None
 
     @cached_property
     def losses(self) -> tuple[Tensor, Tensor]:
@@ -107,7 +126,32 @@ class BatchRouting:
     @cached_property
     def slots(self) -> Tensor:
         """[T, K] int64 of all requests; made when first asked for."""
-        return slots(self.topk_ids, self.kept, self.is_choice_major, self.groups)
+        admitted = self.kept if self.given_up is None else self.kept | (self.given_up > 0)
+        return slots(self.topk_ids, admitted, self.is_choice_major, self.groups).masked_fill(~self.kept, -1)
+
+    def without(self, reasons: Tensor, *, keeps_total: bool) -> BatchRouting:
+        """The same, but for choices that nobody computed, reasons [T, K] int32, 0 = computed or dropped before.
+
+        keeps_total: the remaining choices of a token take over the weight of those that are missing.
+        """
+        is_missing = self.kept & (reasons > 0)
+        kept = self.kept & ~is_missing
+        weights = keep_total(self.topk_weights, kept) if keeps_total else self.topk_weights * kept
+        tokens, choices = is_missing.nonzero(as_tuple=True)
+        requests = torch.repeat_interleave(torch.arange(len(self.request_sizes)), torch.tensor(self.request_sizes))[tokens]
+        ones = torch.ones_like(tokens)
+        missing = torch.zeros_like(self.dropped).index_put_((requests, self.topk_ids[tokens, choices]), ones, accumulate=True)
+        before = torch.zeros_like(reasons) if self.given_up is None else self.given_up
+        return replace(
+            self,
+            topk_weights=weights,
+            kept=kept,
+            dropped_tokens=self.dropped_tokens | is_missing.any(dim=1),
+            processed=self.processed - missing,
+            dropped=self.dropped + missing,
+            given_up=torch.where(is_missing, reasons, before),
+            measure=lambda _: self.losses,
+        )
 
     def request(self, index: int) -> Routing:
         """The part of request `index`; views, no copies."""

@@ -120,6 +120,26 @@ def plan_again(lost: Sequence[HostWork], num_tokens: int, placement: LayerPlacem
     return _by_host(routed, physical, weights[~is_shared][order], num_tokens, placement, shared_host, shared)
 
 
+def restrict(work: HostWork, is_wanted: Booleans) -> HostWork | None:
+    """What is asked for the wanted rows of `work` only, is_wanted [R]; None when that is nothing."""
+    if is_wanted.all():
+        return work
+    if not is_wanted.any():
+        return None
+    pairs = is_wanted[work.row_index.numpy()]
+    row_index = (is_wanted.cumsum() - 1)[work.row_index.numpy()[pairs]]
+    local_experts, weights = work.local_experts.numpy()[pairs], work.weights.numpy()[pairs]
+    return HostWork(work.host, *map(torch.from_numpy, (work.rows.numpy()[is_wanted], row_index, local_experts, weights)))
+
+
+def experts_of(work: HostWork, placement: LayerPlacement) -> Integers:
+    """[N]: the logical expert of each pair, -1 for the shared one."""
+    local_experts = work.local_experts.numpy()
+    first = np.searchsorted(placement.host_of_physical, work.host)
+    is_shared = local_experts == placement.shared_local_expert[work.host]
+    return np.where(is_shared, -1, placement.logical_of_physical[first + np.where(is_shared, 0, local_experts)])
+
+
 def _state(hosts: HostLoads | None, placement: LayerPlacement) -> tuple[Booleans, Integers, CopyChoice]:
     hosts = hosts or HostLoads.all_idle(placement.num_hosts)
     return hosts.is_live, hosts.load, hosts.copy_choice

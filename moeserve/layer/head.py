@@ -17,7 +17,7 @@ from moeserve.api.tensors import dtype_name, is_finite
 from moeserve.checkpoints import LayerSource, load_bank
 from moeserve.errors import NonFiniteOutput
 from moeserve.experts import ExpertBank
-from moeserve.gating import Routing
+from moeserve.gating import Routing, keep_total
 from moeserve.layer.dispatch import Dispatch, HostLoads, HostWork, SharedWork, permute, plan
 from moeserve.placement import LayerPlacement
 
@@ -78,6 +78,22 @@ class LayerHead:
             shared = SharedWork(share, used_token)
         dispatch = plan(topk_ids, topk_weights, kept, placement, hosts, shared)
         return Planned(topk_ids, topk_weights, kept, dispatch, shared)
+
+    def plan_with_fewer(
+        self, planned: Planned, tokens: torch.Tensor, missing: torch.Tensor, placement: LayerPlacement, hosts: HostLoads | None,
+        *, keeps_total: bool,
+    ) -> Planned:
+        """Some tokens [A] int64 of a plan anew, without their choices that are `missing` [A, K] bool.
+
+        keeps_total: the remaining choices take over the weight of those that are missing.
+        """
+        kept = planned.kept[tokens] & ~missing
+        ids, before = planned.topk_ids[tokens], planned.topk_weights[tokens] * planned.kept[tokens]
+        weights = keep_total(before, kept) if keeps_total else before * kept
+        shared = planned.shared
+        if shared is not None:
+            shared = SharedWork(shared.weights[tokens], None if shared.used_token is None else shared.used_token[tokens])
+        return Planned(ids, weights, kept, plan(ids, weights, kept, placement, hosts, shared), shared)
 
     def finish(self, total: torch.Tensor, hidden_states: torch.Tensor, planned: Planned) -> torch.Tensor:
         """Adds the parts that need no host to the hosts' answers [T, H] float32."""

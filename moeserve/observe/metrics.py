@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 
 from moeserve.config import LayerSpec
 from moeserve.observe.expert_counts import ExpertCounts, ExpertDetail
-from moeserve.observe.stats import CallCount, Durations, Event
+from moeserve.observe.stats import CONDITIONS, CallCount, Condition, Durations, Event
 
 Stage = Literal["queue", "route", "dispatch", "experts", "combine"]
 
@@ -24,7 +24,7 @@ _SAME_EVENT_S = 10.0
 
 
 class HostStates(Collector):
-    """Whether each host is reachable, and the events of its changes."""
+    """Whether each host can be reached and computes as it should, and the events of that changing."""
 
     def __init__(self, events: EventLog) -> None:
         self._events = events
@@ -40,12 +40,15 @@ class HostStates(Collector):
             self._events.add("host_left", host)
 
     def collect(self) -> Iterable[Metric]:
-        """`moeserve_host_up` of hosts that were connected at least once."""
-        states = GaugeMetricFamily("moeserve_host_up", "1 while the frontend is connected to the host", labels=["host"])
+        """`moeserve_host_up` and `moeserve_host_state`, of hosts that were reached at least once."""
+        up = GaugeMetricFamily("moeserve_host_up", "1 while the frontend is connected to the host", labels=["host"])
+        states = GaugeMetricFamily("moeserve_host_state", "1 for the state that the host is in", labels=["host", "state"])
         for name, host in list(self._hosts.items()):
             if host.is_up is not None:
-                states.add_metric([name], host.is_up)
-        return [states]
+                up.add_metric([name], host.is_up)
+                for condition in CONDITIONS:
+                    states.add_metric([name, condition], host.condition == condition)
+        return [up, states]
 
 
 class HostState:
@@ -53,15 +56,18 @@ class HostState:
 
     def __init__(self, name: str, events: EventLog) -> None:
         self.is_up: bool | None = None
+        self.condition: Condition = "down"
         self._name, self._events = name, events
 
-    def set(self, up: bool) -> None:
-        """The frontend has connected to the host, or lost it."""
+    def set(self, up: bool, condition: Condition) -> None:
+        """The frontend has connected to it, or has lost it; and how it does."""
         if up and self.is_up is None:
             self._events.add("host_up", self._name)
         elif self.is_up is not None and up != self.is_up:
             self._events.add("host_back" if up else "host_lost", self._name)
-        self.is_up = up
+        if condition != self.condition and condition in ("slow", "out"):
+            self._events.add(f"host_{condition}", self._name)
+        self.is_up, self.condition = up if up or self.is_up is not None else None, condition
 
 
 class EventLog:
@@ -107,8 +113,8 @@ class Metrics:
         self.batch_tokens = self._histogram("moeserve_batch_tokens", "Tokens run together", _TOKENS)
         self.queue_tokens = self._gauge("moeserve_queue_tokens", "Tokens admitted and not yet answered")
         self.placement_epoch = self._gauge("moeserve_placement_epoch", "Epoch of the placement that new batches use")
-        self.host_up = HostStates(self.events)
-        self.registry.register(self.host_up)
+        self.host_states = HostStates(self.events)
+        self.registry.register(self.host_states)
         self.host_queue_tokens = self._gauge("moeserve_host_queue_tokens", "Rows sent to a host and not yet answered", "host")
         self.hosts_failing = self._gauge("moeserve_hosts_failing", "Hosts that cannot be started again, or could not if they ended")
         self.host_restarts = self._counter("moeserve_host_restarts", "Times a host came back as a new process")
@@ -116,6 +122,8 @@ class Metrics:
         self.non_finite_outputs = self._counter(
             "moeserve_non_finite_outputs", "Requests failed because what experts computed was not finite in their dtype", "layer"
         )
+        self.hedges = self._counter("moeserve_hedges", "Late messages sent to a second copy too, by who answered first", "outcome")
+        self.partial_answers = self._counter("moeserve_partial_answers", "Requests answered without some of their choices", "policy")
         self.messages = self._counter("moeserve_messages", "Messages sent to hosts by the frontend", "pattern")
         self.aux_loss = self._gauge("moeserve_aux_loss", "Load-balancing loss of the latest request", "layer")
 
@@ -131,8 +139,8 @@ class Metrics:
         self._stages[stage].observe(seconds)
 
     def forget_host(self, host: str) -> None:
-        """Removes the series of a removed host."""
-        self.host_up.forget(host)
+        """No series of a host that has left for good."""
+        self.host_states.forget(host)
         self.host_queue_tokens.remove(host)
 
     @property

@@ -10,12 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from moeserve.observe.records import keyed, shown
 
 if TYPE_CHECKING:
     import torch
+
+
+#: how a host does, as a frontend sees it: up; connected, and later than is usual for it; silent or erring; its socket is closed
+Condition = Literal["up", "slow", "out", "down"]
+CONDITIONS: Final[tuple[Condition, ...]] = get_args(Condition)
 
 
 def host_name(number: int) -> str:
@@ -96,6 +101,7 @@ class HostStats(HostFacts):
     restarts: int = shown("restarts", "count", default=0, is_public=True)
     queue_tokens: int = shown("queue", "count", default=0, is_public=True)
     number: int = 0
+    state: Condition = shown("state", "text", default="down", is_public=True)
 
 
 @dataclass(frozen=True)

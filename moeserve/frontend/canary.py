@@ -1,0 +1,105 @@
+"""Rows that nobody asked for, and a look at what comes back: of hosts that were lost or have erred, and of releases before they are used.
+
+E experts that live on hosts, N experts of one host, H hidden size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Final
+
+import torch
+
+from moeserve.api.tensors import is_finite
+from moeserve.errors import ConfigError, ExpertUnavailable
+from moeserve.frontend import timing
+from moeserve.frontend.delivery import Delivery
+from moeserve.frontend.exchange import Exchange
+from moeserve.frontend.parcel import Fate, Parcel
+from moeserve.frontend.routed import Part
+from moeserve.frontend.view import LayerView
+from moeserve.layer.dispatch import Dispatch, HostWork, plan_again
+from moeserve.layer.head import Planned
+from moeserve.transport import Channel
+
+#: new weights that answer with numbers so many times as large as the old ones are not meant
+_IMPLAUSIBLE: Final = 1e4
+
+
+class Canary:
+    """Of one layer."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+
+    async def try_host(self, view: LayerView, host: int, channel: Channel, timeout_s: float) -> None:
+        """One row through each expert of a host. Raises what it answers, ExpertUnavailable when that is NaN or Inf."""
+        count, spec = int(view.placement.shared_local_expert[host]), view.head.spec
+        numbers, rows = torch.arange(count), _rows(count, spec.hidden_size)
+        kept = torch.ones(count, 1, dtype=torch.bool)
+        part = Part(slice(0, count), rows, view, Planned(numbers[:, None], kept.float(), kept, Dispatch([], numbers), None))
+        work = HostWork(host, numbers, numbers, numbers.int(), torch.ones(count))
+        partial = await self._exchange.ask(part, work, channel, timeout_s)
+        if not is_finite(partial):
+            raise ExpertUnavailable(f"it answers layer {view.head.spec.name} with sums that are not finite")
+
+    async def try_release(self, view: LayerView, before: LayerView, deadline: float) -> None:
+        """One row through each expert of a view that is not used yet, and, where weights were swapped, through what they replace.
+
+        Raises what goes wrong, and ConfigError when new weights make numbers that are not finite, or implausibly large.
+        """
+        new = await self._sums(view, deadline)
+        name = view.head.spec.name
+        if not is_finite(new):
+            experts = (~new.isfinite()).any(dim=1).nonzero().flatten().tolist()
+            raise ConfigError(f"experts {experts[:8]} of layer {name} answer with NaN or Inf at epoch {view.epoch}")
+        if view.revision == before.revision:
+            return
+        old, sizes = (await self._sums(before, deadline)).norm(dim=1), new.norm(dim=1)
+        usual = old.maximum(old.median())
+        if (where := (sizes > _IMPLAUSIBLE * usual) & (usual > 0)).any():
+            expert = int(where.nonzero()[0])
+            raise ConfigError(
+                f"expert {expert} of layer {name} answers a random row with a vector of length {sizes[expert]:.3g} at epoch {view.epoch}; "
+                f"it is {usual[expert]:.3g} at present, and {_IMPLAUSIBLE:g} times that is allowed"
+            )
+
+    async def _sums(self, view: LayerView, deadline: float) -> torch.Tensor:
+        """[E, H] float32: what each expert makes of a row of its own. Raises ExpertUnavailable at the `deadline`."""
+        spec = view.head.spec
+        ids = torch.arange(spec.num_hosted_experts)[:, None]
+        weights, kept = torch.ones(ids.shape), torch.ones(ids.shape, dtype=torch.bool)
+        rows = _rows(len(ids), spec.hidden_size)
+        planned = view.head.plan(ids, weights, kept, rows, None, view.placement, view.loads("least_outstanding"), is_routed=True)
+        part, delivery = Part(slice(0, len(rows)), rows, view, planned), Delivery(deadline)
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                await self._exchange.send(delivery, part)
+                while delivery.owed:
+                    await delivery.change(time.monotonic() + timing.RETRY_S)
+                    for parcel in delivery.owed:
+                        await self._again(parcel, delivery)
+        except TimeoutError:
+            raise ExpertUnavailable(f"layer {spec.name} did not answer a canary before the deadline") from None
+        finally:
+            delivery.end()
+        for answers in delivery.take_all_answers().values():
+            part.add([answer._replace(is_final=True) for answer in answers])
+        return part.so_far()
+
+    async def _again(self, parcel: Parcel, delivery: Delivery) -> None:
+        """What was lost, as soon as some host can be asked. Raises what a host has answered instead of sums."""
+        if parcel.error is not None:
+            raise parcel.error.with_traceback(None)
+        view, works = parcel.part.view, parcel.works
+        if parcel.fate is Fate.LOST and (hosts := view.loads("least_outstanding", parcel.erred)) is not None:
+            works = plan_again(works, len(parcel.part.hidden_states), view.placement, hosts)
+        if parcel.fate is Fate.LOST and any(view.links[work.host].channel_at(view.epoch) is not None for work in works):
+            delivery.settle(parcel, Fate.GIVEN_UP)
+            await self._exchange.resend(delivery, parcel.part, works, parcel)
+
+
+def _rows(count: int, hidden_size: int) -> torch.Tensor:
+    """[count, H] float32, always the same."""
+    return torch.randn(count, hidden_size, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,174 @@
+"""Who owes what of one batch: the table of its parcels, and the only writer of what is pending, answered, lost, late or given up."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Sequence
+from functools import partial
+from math import inf
+
+from moeserve.errors import DeadlineExceeded, ExpertUnavailable, InvalidRequest, MoEServeError, Overloaded
+from moeserve.frontend.parcel import Answer, Fate, Parcel, Sent, Way
+from moeserve.frontend.routed import Part
+from moeserve.layer.dispatch import HostWork
+from moeserve.transport import ChannelClosed, Partial, PeerLost
+
+#: what the request or this process is to blame for: no other host would say otherwise
+_OF_THE_BATCH = (InvalidRequest, Overloaded, DeadlineExceeded)
+
+#: event loops may call a moment early
+_CLOCK_S = 0.001
+
+
+class Delivery:
+    """All that hosts owe to one batch until `deadline`, monotonic seconds. To be used on the event loop; only `change` waits."""
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self._open: dict[Parcel, None] = {}
+        self._pending: dict[Part, int] = {}
+        self._answers: dict[Part, list[Answer]] = {}
+        self._failure: MoEServeError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._has_changed = False
+        #: monotonic seconds: when the first parcel was answered
+        self.first_answer_at = inf
+
+    @property
+    def owed(self) -> list[Parcel]:
+        """What is neither answered nor given up."""
+        return list(self._open)
+
+    @property
+    def has_lost(self) -> bool:
+        """Whether nobody computes some of it."""
+        return any(parcel.fate is Fate.LOST for parcel in self._open)
+
+    def needs_remedy(self, at: float) -> bool:
+        """Whether something is lost, or it is the time `at`, monotonic seconds, when something may be late."""
+        return self.has_lost or time.monotonic() >= at - _CLOCK_S
+
+    def send(self, part: Part, works: Sequence[HostWork], sent: Sent, again: Parcel | None = None) -> None:
+        """`works` are under way in one message; they were of the parcel `again` before."""
+        parcel = self._add(part, works, again)
+        self._pending[part] = self._pending.get(part, 0) + 1
+        self.hedge(parcel, Way((sent,)))
+
+    def hedge(self, parcel: Parcel, way: Way) -> None:
+        """One more way to answer all of a parcel."""
+        parcel.ways.append(way)
+        for sent in way.sent:
+            sent.future.add_done_callback(partial(self._returned, parcel, way, sent))
+
+    def lose(self, part: Part, work: HostWork, again: Parcel | None = None, *, is_must: bool = False) -> None:
+        """`work` is not under way, as its host is down, or not any more; it was of the parcel `again` before."""
+        parcel = self._add(part, (work,), again)
+        parcel.fate, parcel.is_must = Fate.LOST, parcel.is_must or is_must
+        self.wake()
+
+    def settle(self, parcel: Parcel, fate: Fate) -> None:
+        """It is owed no longer: it was answered, or given up, or other parcels have taken its place."""
+        if parcel.fate is Fate.PENDING:
+            self._pending[parcel.part] -= 1
+        parcel.fate = fate
+        del self._open[parcel]
+        for way in parcel.ways:
+            way.cancel()
+
+    def refuse(self, answers: Iterable[Answer]) -> None:
+        """These sums are not finite: what they were to answer is lost, until another copy has said whether it must be so."""
+        for answer in answers:
+            parcel = self._add(answer.parcel.part, answer.parcel.works, answer.parcel)
+            parcel.fate, parcel.refused = Fate.LOST, [answer]
+            parcel.erred, parcel.suspects = parcel.erred | {answer.host}, parcel.suspects | {answer.host}
+            self.wake()
+
+    def accept(self, parcel: Parcel) -> None:
+        """What was refused counts: nobody says otherwise."""
+        self._answers.setdefault(parcel.part, []).extend(answer._replace(is_final=True) for answer in parcel.refused)
+        self.settle(parcel, Fate.ANSWERED)
+        self.wake()
+
+    def take_answers(self) -> dict[Part, list[Answer]]:
+        """What has come since it was asked last, of parts of which nothing is under way."""
+        whole = [part for part in self._answers if not self._pending.get(part)]
+        return {part: self._answers.pop(part) for part in whole}
+
+    def take_all_answers(self) -> dict[Part, list[Answer]]:
+        """What has come since it was asked last."""
+        answers, self._answers = self._answers, {}
+        return answers
+
+    def wake(self) -> None:
+        """Something has changed that `change` waits for: here, or with the hosts."""
+        self._has_changed = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def change(self, wake_at: float = inf) -> None:
+        """Until a part was answered, something was lost, a host came back, or it is `wake_at`, monotonic seconds.
+
+        Raises what the batch itself is to blame for.
+        """
+        if not self._has_changed:
+            loop = asyncio.get_running_loop()
+            self._waiter = loop.create_future()
+            timer = loop.call_at(wake_at, self.wake) if wake_at < inf else None
+            try:
+                await self._waiter
+            finally:
+                if timer is not None:
+                    timer.cancel()
+        self._has_changed = False
+        if self._failure is not None:
+            # The future that raised it keeps it: with its frames it would keep the batch, until cycles of references are collected.
+            raise self._failure.with_traceback(None)
+
+    def end(self) -> None:
+        """Nobody waits for anything any longer."""
+        for parcel in self.owed:
+            self.settle(parcel, Fate.GIVEN_UP)
+
+    def _add(self, part: Part, works: Sequence[HostWork], again: Parcel | None) -> Parcel:
+        parcel = Parcel(part, works, time.monotonic())
+        if again is not None:
+            parcel.erred, parcel.suspects, parcel.is_must = again.erred, again.suspects, again.is_must
+        self._open[parcel] = None
+        return parcel
+
+    def _returned(self, parcel: Parcel, way: Way, sent: Sent, future: asyncio.Future[Partial]) -> None:
+        if future.cancelled() or parcel.fate is not Fate.PENDING or way.is_lost:
+            return
+        error = future.exception()
+        if error is None:
+            if way.is_whole:
+                self._answered(parcel, way)
+        elif isinstance(error, _OF_THE_BATCH):
+            self._failure = error
+            self.wake()
+        else:
+            self._lost(parcel, way, sent.host, error)
+
+    def _answered(self, parcel: Parcel, way: Way) -> None:
+        answers = self._answers.setdefault(parcel.part, [])
+        answers += [Answer(parcel, sent.host, sent.rows, sent.future.result().tensor) for sent in way.sent]
+        self.first_answer_at = min(self.first_answer_at, time.monotonic())
+        parcel.has_hedge_won = way is not parcel.ways[0]
+        self.settle(parcel, Fate.ANSWERED)
+        if not self._pending[parcel.part]:
+            self.wake()
+
+    def _lost(self, parcel: Parcel, way: Way, host: int, error: BaseException) -> None:
+        way.is_lost = True
+        way.cancel()
+        if not isinstance(error, (ChannelClosed, PeerLost)):
+            assert isinstance(error, MoEServeError)
+            parcel.erred |= {host}
+            # A host that has nothing of this epoch yet, or any more, is no worse than one that is down.
+            parcel.error = None if isinstance(error, ExpertUnavailable) else error
+        if not all(each.is_lost for each in parcel.ways):
+            return
+        self._pending[parcel.part] -= 1
+        parcel.fate, parcel.since = Fate.LOST, time.monotonic()
+        self.wake()

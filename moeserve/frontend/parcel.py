@@ -1,0 +1,106 @@
+"""What is asked of hosts for one batch, and what comes back.
+
+R rows of a message, H hidden size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from moeserve.errors import MoEServeError
+from moeserve.layer.dispatch import HostWork
+from moeserve.transport import Partial
+
+if TYPE_CHECKING:
+    from moeserve.frontend.routed import Part
+
+
+class Fate(Enum):
+    """What has become of a parcel."""
+
+    PENDING = auto()
+    ANSWERED = auto()
+    LOST = auto()
+    GIVEN_UP = auto()
+
+
+class Sent(NamedTuple):
+    """A message under way: rows [R] int64 of its part, to `host`."""
+
+    host: int
+    rows: torch.Tensor
+    future: asyncio.Future[Partial]
+
+
+@dataclass(eq=False)
+class Way:
+    """Messages that together would answer a parcel."""
+
+    sent: Sequence[Sent]
+    is_lost: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of them were answered."""
+        return not self.is_lost and all(sent.future.done() for sent in self.sent)
+
+    def cancel(self) -> None:
+        """Tells the hosts that nobody waits for them any longer."""
+        for sent in self.sent:
+            sent.future.cancel()
+
+
+class Answer(NamedTuple):
+    """What a host has answered: rows [R] int64 of the part, partial [R, H] float32.
+
+    is_final: nobody else can be asked, so it counts whatever it says.
+    """
+
+    parcel: Parcel
+    host: int
+    rows: torch.Tensor
+    partial: torch.Tensor
+    is_final: bool = False
+
+
+@dataclass(eq=False)
+class Parcel:
+    """Pairs of a part that travel together; only the `Delivery` writes to it.
+
+    works    the first is of the host that they are sent to, which passes on the others
+    ways     each would answer all of it: the first one that is whole counts
+    since    monotonic seconds: when it was sent, or lost
+    erred    hosts that have answered these pairs with an error, or with sums that are not finite
+    suspects those of them that are to blame if another copy's sums are finite
+    error    what the host answered instead of sums
+    refused  sums that are not finite, for when nobody else can be asked
+    is_must  it is never given up: requests that could be answered without it have been
+    """
+
+    part: Part
+    works: Sequence[HostWork]
+    since: float
+    fate: Fate = Fate.PENDING
+    ways: list[Way] = field(default_factory=list)
+    erred: frozenset[int] = frozenset()
+    suspects: frozenset[int] = frozenset()
+    error: MoEServeError | None = None
+    refused: list[Answer] = field(default_factory=list)
+    is_must: bool = False
+    has_hedge_won: bool = False
+
+    @property
+    def host(self) -> int:
+        """Where it is sent first."""
+        return self.works[0].host
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all its works."""
+        return sum(len(work.rows) for work in self.works)

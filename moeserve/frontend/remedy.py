@@ -1,0 +1,148 @@
+"""What was lost or is late is seen to: `policy` decides, this carries it out.
+
+T tokens of the batch, K choices per token, R rows of a parcel, A tokens that are computed again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moeserve.config import CopyChoice, ResilienceConfig
+from moeserve.errors import ExpertUnavailable
+from moeserve.frontend import policy, timing
+from moeserve.frontend.delivery import Delivery
+from moeserve.frontend.exchange import Exchange
+from moeserve.frontend.giving_up import GivingUp, missing_choices
+from moeserve.frontend.hedges import Hedges
+from moeserve.frontend.parcel import Answer, Fate, Parcel
+from moeserve.frontend.policy import Accept, Action, Decision, Fail, GiveUp, Hedge, Owed, Resend
+from moeserve.frontend.routed import RoutedBatch
+from moeserve.frontend.view import LayerView
+from moeserve.layer.dispatch import HostWork, experts_of, plan_again
+from moeserve.observe.metrics import Metrics
+
+#: so many experts are named in an error
+_NAMED_EXPERTS = 8
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Of one layer: its name, what happens to choices that are lost, and how copies are chosen."""
+
+    layer: str
+    resilience: ResilienceConfig
+    copy_choice: CopyChoice
+
+
+class Remedy:
+    """Sees to the parcels of a layer's batches that nobody computes, or that are late."""
+
+    def __init__(self, rules: Rules, exchange: Exchange, metrics: Metrics) -> None:
+        self._rules = rules
+        self._exchange = exchange
+        self._hedges = Hedges(metrics)
+        self._retries = {reason: metrics.expert_retries.labels(reason) for reason in ("host_lost", "error", "non_finite")}
+
+    def first_look_at(self, routed: RoutedBatch, delivery: Delivery) -> float:
+        """When something of a batch that has just been sent may be late, monotonic seconds; inf = that makes no difference."""
+        rules, now = self._rules.resilience, time.monotonic()
+        if rules.hedge == "off" and rules.on_expert_failure not in policy.PARTIAL:
+            return float("inf")
+        self._hedges.sent(sum(parcel.num_rows for parcel in delivery.owed))
+        return min(
+            (policy.late_at(routed.view.health(parcel.host, parcel.num_rows), rules, now) for parcel in delivery.owed),
+            default=float("inf"),
+        )
+
+    def learn(self, view: LayerView, answers: Sequence[Answer], bad: Sequence[Answer]) -> None:
+        """Answers have come, the `bad` of them with sums that are not finite: which hosts err, and who was faster."""
+        for parcel in {answer.parcel: None for answer in answers if answer.parcel.suspects or len(answer.parcel.ways) > 1}:
+            if len(parcel.ways) > 1:
+                self._hedges.ended(has_won=parcel.has_hedge_won)
+            if all(answer.parcel is not parcel for answer in bad):
+                for host in parcel.suspects:
+                    view.links[host].erred()
+
+    async def apply(self, routed: RoutedBatch, delivery: Delivery) -> float:
+        """Does what is to be done now; says when to ask again, monotonic seconds, unless something changes before."""
+        for parcel in delivery.owed:
+            if not routed.waiting(parcel):
+                delivery.settle(parcel, Fate.GIVEN_UP)
+        parcels = delivery.owed
+        decision = self._decide(parcels, routed, delivery)
+        giving_up = GivingUp(routed, self._rules.resilience)
+        for index, parcel in enumerate(parcels):
+            action = decision.actions.get(index)
+            if action is not None and parcel.error is not None:
+                routed.view.links[parcel.host].erred()
+            if isinstance(action, GiveUp):
+                giving_up.add(parcel, action.reason)
+            elif action is not None:
+                await self._do(action, parcel, routed, delivery)
+            elif parcel.fate is Fate.LOST:
+                routed.say(parcel, self._sentence(parcel, f"on {routed.view.links[parcel.host].name} did not come back before the deadline"))
+        for part in giving_up.carry_out(delivery, self._rules.copy_choice):
+            await self._exchange.resend(delivery, part, part.planned.works)
+        return decision.wake_at
+
+    def _decide(self, parcels: Sequence[Parcel], routed: RoutedBatch, delivery: Delivery) -> Decision:
+        health = {parcel.host: routed.view.health(parcel.host, parcel.num_rows) for parcel in parcels}
+        owed = [self._owed(parcel, routed, delivery) for parcel in parcels]
+        return policy.decide(owed, health, self._rules.resilience, int(self._hedges.spare_rows), time.monotonic())
+
+    def _owed(self, parcel: Parcel, routed: RoutedBatch, delivery: Delivery) -> Owed:
+        is_lost = parcel.fate is Fate.LOST
+        return Owed(
+            host=parcel.host,
+            rows=parcel.num_rows,
+            since=parcel.since,
+            is_lost=is_lost,
+            has_copy=bool(self._elsewhere(parcel)),
+            is_hedged=len(parcel.ways) > 1,
+            error=parcel.error,
+            is_refused=bool(parcel.refused),
+            not_before=parcel.since + (timing.BEHIND_S if parcel.host in parcel.erred else 0.0),
+            is_optional=self._rules.resilience.on_expert_failure in policy.PARTIAL
+            and not parcel.is_must
+            and bool(missing_choices(routed, [parcel]).can_lack(self._rules.resilience.k_min).any()),
+            others_at=delivery.first_answer_at,
+        )
+
+    def _elsewhere(self, parcel: Parcel) -> list[HostWork]:
+        """The same pairs for other hosts: if it is lost, as many as can be had; if it is late, all or none, on hosts with less to do."""
+        view, is_lost = parcel.part.view, parcel.fate is Fate.LOST
+        without = parcel.erred if is_lost else {*parcel.erred, *(work.host for work in parcel.works)}
+        hosts = view.loads(self._rules.copy_choice, without)
+        if hosts is None:
+            return []
+        works = plan_again(parcel.works, len(parcel.part.hidden_states), view.placement, hosts)
+        if is_lost:
+            return works if any(hosts.is_live[work.host] for work in works) else []
+        load = hosts.load[parcel.host]
+        return works if all(hosts.is_live[work.host] and hosts.load[work.host] < load for work in works) else []
+
+    async def _do(self, action: Action, parcel: Parcel, routed: RoutedBatch, delivery: Delivery) -> None:
+        match action:
+            case Resend():
+                works = self._elsewhere(parcel) or parcel.works
+                self._retries["error" if parcel.error else "non_finite" if parcel.refused else "host_lost"].inc(len(works))
+                delivery.settle(parcel, Fate.GIVEN_UP)
+                await self._exchange.resend(delivery, parcel.part, works, parcel)
+            case Hedge():
+                if (way := await self._exchange.second_way(delivery, parcel.part, self._elsewhere(parcel))) is not None:
+                    self._hedges.hedged(parcel.num_rows)
+                    delivery.hedge(parcel, way)
+            case Accept():
+                delivery.accept(parcel)
+            case Fail(why, error):
+                routed.fail(parcel, error or ExpertUnavailable(self._sentence(parcel, why)))
+                delivery.settle(parcel, Fate.GIVEN_UP)
+
+    def _sentence(self, parcel: Parcel, why: str) -> str:
+        placement = parcel.part.view.placement
+        experts = sorted({int(expert) for work in parcel.works for expert in experts_of(work, placement) if expert >= 0})
+        more = f" and {len(experts) - _NAMED_EXPERTS} more" if len(experts) > _NAMED_EXPERTS else ""
+        named = ", ".join(map(str, experts[:_NAMED_EXPERTS]))
+        return f"experts {named}{more} of layer {self._rules.layer} {why}"
