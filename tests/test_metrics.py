@@ -31,8 +31,8 @@ def scraped(metrics: Metrics) -> dict[str, dict[Labels, float]]:
 def busy(detail: ExpertDetail) -> Metrics:
     """Layer 0: expert e computed e + 1 pairs and dropped 1; layer 1: nothing yet. One of everything else."""
     metrics = Metrics(SPECS, detail)
-    metrics.experts.add(0, 7, torch.arange(NUM_EXPERTS) + 1, torch.zeros(NUM_EXPERTS, dtype=torch.int64))
-    metrics.experts.add(0, 5, torch.zeros(NUM_EXPERTS, dtype=torch.int64), torch.ones(NUM_EXPERTS, dtype=torch.int64))
+    metrics.experts.add(0, 7, torch.arange(NUM_EXPERTS) + 1, {"capacity": torch.zeros(NUM_EXPERTS, dtype=torch.int64)})
+    metrics.experts.add(0, 5, torch.zeros(NUM_EXPERTS, dtype=torch.int64), {"capacity": torch.ones(NUM_EXPERTS, dtype=torch.int64)})
     metrics.experts.live_copies[0] += 1
     metrics.observe_call("Forward", "OK", 0.02)
     for stage in get_args(Stage):
@@ -40,7 +40,7 @@ def busy(detail: ExpertDetail) -> Metrics:
     metrics.batch_tokens.observe(12)
     metrics.queue_tokens.set(3)
     metrics.placement_epoch.set(2)
-    metrics.host_up.labels("host-0").set(1)
+    metrics.host_states.labels("host-0").set(True, "up")
     metrics.host_queue_tokens.labels("host-0").set(4)
     metrics.host_restarts.inc()
     metrics.expert_retries.labels("host_lost").inc()

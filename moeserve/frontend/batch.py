@@ -16,12 +16,8 @@ import torch
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest
 from moeserve.config import GatingOverrides
-
-
-class RequestFuture(asyncio.Future[ForwardOutput]):
-    """The answer to one request; what is waited for, as its caller is told when the deadline comes first, "" = nothing is missing."""
-
-    waits_for = ""
+from moeserve.errors import ExpertUnavailable
+from moeserve.frontend import timing
 
 
 @dataclass(eq=False)
@@ -30,8 +26,18 @@ class Admitted:
 
     request: LayerRequest
     deadline: float
-    answer: RequestFuture
+    answer: asyncio.Future[ForwardOutput]
     admitted_at: float = field(default_factory=time.monotonic)
+
+    def waits_for(self, sentence: str) -> None:
+        """Unless it is answered before, the caller is told what was waited for, just in time for its deadline."""
+        loop = self.answer.get_loop()
+        margin_s = min(timing.LAST_WORD_S, (self.deadline - time.monotonic()) / 10)
+        loop.call_at(self.deadline - margin_s, self._fail, ExpertUnavailable(sentence))
+
+    def _fail(self, error: Exception) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
 
     @property
     def join_key(self) -> tuple[int, bool, GatingOverrides]:

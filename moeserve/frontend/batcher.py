@@ -11,7 +11,7 @@ from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest
 from moeserve.config import BatchingConfig
 from moeserve.errors import InvalidRequest, MoEServeError, Overloaded
-from moeserve.frontend.batch import Admitted, Batch, RequestFuture
+from moeserve.frontend.batch import Admitted, Batch
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +54,10 @@ class Batcher:
         self._in_flight: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
-    def submit(self, request: LayerRequest, deadline: float) -> RequestFuture:
+    def submit(self, request: LayerRequest, deadline: float) -> asyncio.Future[ForwardOutput]:
         """Admit a request. Raises Overloaded. Cancelling the future gives the request up: one that waits leaves the queue."""
         self._budget.take(request.num_tokens)
-        answer = RequestFuture(loop=asyncio.get_running_loop())
+        answer: asyncio.Future[ForwardOutput] = asyncio.get_running_loop().create_future()
         admitted = Admitted(request, deadline, answer)
         self._waiting[admitted] = None
         answer.add_done_callback(lambda _: self._left(admitted))

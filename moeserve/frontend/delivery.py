@@ -41,6 +41,11 @@ class Delivery:
         return list(self._open)
 
     @property
+    def is_under_way(self) -> bool:
+        """Whether something is owed, or has come and was not taken."""
+        return bool(self._open or self._answers)
+
+    @property
     def has_lost(self) -> bool:
         """Whether nobody computes some of it."""
         return any(parcel.fate is Fate.LOST for parcel in self._open)

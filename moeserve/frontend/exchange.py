@@ -64,9 +64,7 @@ class Exchange:
         answer = channel.send(draft.lease, layer=self._layer, epoch=part.view.epoch, timeout_s=timeout_s)
         return (await answer).tensor
 
-    async def _send(
-        self, delivery: Delivery, part: Part, works: Sequence[HostWork], pattern: str, again: Parcel | None = None
-    ) -> None:
+    async def _send(self, delivery: Delivery, part: Part, works: Sequence[HostWork], pattern: str, again: Parcel | None = None) -> None:
         drafts, lost = await self._drafts(part, works, pattern)
         self._messages[pattern].inc(len(drafts))
         for draft in drafts:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from moeserve.api.output import ForwardOutput
 from moeserve.config import CopyChoice
 from moeserve.errors import CheckpointError, ExpertUnavailable, NonFiniteOutput
@@ -102,10 +100,10 @@ class Forward:
     async def _deliver(self, routed: RoutedBatch, delivery: Delivery) -> bool:
         """Until hosts owe nothing any more, or, if a host is missing, another view is the present one: then False."""
         wake_at = self._remedy.first_look_at(routed, delivery)
-        while delivery.owed:
+        while delivery.is_under_way:
             await delivery.change(wake_at)
             await self._add_up(routed, delivery, delivery.take_answers())
-            if not delivery.owed:
+            if not delivery.is_under_way:
                 break
             if delivery.has_lost and self.views.current is not routed.view:
                 return False

@@ -14,11 +14,12 @@ from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest
 from moeserve.checkpoints import LayerSource
 from moeserve.errors import DeadlineExceeded
+from moeserve.frontend import timing
 from moeserve.frontend.batcher import Batcher, TokenBudget
+from moeserve.frontend.canary import Canary
 from moeserve.frontend.compute import Compute
-from moeserve.frontend.exchange import Exchange
 from moeserve.frontend.forward import Forward
-from moeserve.frontend.link import HostLink
+from moeserve.frontend.link import Dial, HostLink
 from moeserve.frontend.settings import FrontendSettings, HostAccess
 from moeserve.frontend.view import LayerView, Views
 from moeserve.layer.head import LayerHead
@@ -27,6 +28,7 @@ from moeserve.observe.metrics import Metrics
 from moeserve.observe.stats import HostShards, HostStats, LayerStats, ServiceStats, facts, host_name
 from moeserve.placement import LayerPlacement
 from moeserve.release import Release
+from moeserve.transport import Channel
 
 
 class Frontend:
@@ -42,16 +44,19 @@ class Frontend:
         self.layers = [source.spec for source in sources]
         self._metrics = metrics
         self._use(release)
-        self._timeout_s = settings.resilience.request_timeout_s
+        self._timeout_s, self._hang_after_s = settings.resilience.request_timeout_s, settings.resilience.hang_after_ms / 1000
         self._hosts, self._on_health, self._here = hosts, hosts.on_health, ""
         self._failing: Mapping[int, str] = {}
+        #: by layer, what was told last
+        self._healthy: dict[int, bool] = {}
         #: by number; replaced, never changed, because threads read it
         self._links: Mapping[int, HostLink] = {number: self._link(number) for number in release.placement.hosts}
         #: epoch of a release, and the gates that were read for it
         self._read: tuple[int, list[LayerHead]] = release.epoch, list(map(LayerHead, sources))
         self._budget = TokenBudget(settings.max_queued_tokens, metrics.queue_tokens.set)
         self._compute = Compute()
-        self._forwards = [self._forward(view, layer, settings) for layer, view in enumerate(self._views(release))]
+        self._forwards = [Forward(layer, Views(view), settings, metrics, self._compute) for layer, view in enumerate(self._views(release))]
+        self._looker: asyncio.Task[None] | None = None
         self._batchers = [Batcher(forward.run, settings.batching, self._budget) for forward in self._forwards]
 
     def _link(self, number: int) -> HostLink:
@@ -81,7 +86,20 @@ class Frontend:
         await self.prepare(release, sources)
         deadline = time.monotonic() + self._timeout_s
         for forward, view in zip(self._forwards, self._views(release), strict=True):
-            await forward.try_out(view, deadline)
+            await Canary(forward.exchange).try_release(view, forward.views.current, deadline)
+
+    async def _try_host(self, number: int, channel: Channel) -> None:
+        """One row through each expert of the first layer that the host has any of. Raises any failure."""
+        for forward in self._forwards:
+            view = forward.views.current
+            if number in view.links and view.placement.shared_local_expert[number]:
+                await Canary(forward.exchange).try_host(view, number, channel, self._timeout_s)
+                return
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(timing.STUCK_LOOK_S)
+            await asyncio.gather(*(link.look() for link in self._links.values()))
 
     async def prepare(self, release: Release, sources: Sequence[LayerSource]) -> None:
         """Read the changed gates of `release` (`sources` are its layers) in a thread, and keep them.
@@ -116,6 +134,8 @@ class Frontend:
         self._failing = dict(failing)
         for number, link in self._links.items():
             link.set_failing(failing.get(number, ""))
+        for forward in self._forwards:
+            forward.hosts_changed()
 
     async def refresh(self) -> None:
         """Update what is known about hosts."""
@@ -135,10 +155,13 @@ class Frontend:
     async def start(self, node: str) -> None:
         """Connect to every host: through shared memory on `node`, where this process runs, over TCP elsewhere."""
         self._here = node
+        self._looker = asyncio.create_task(self._look())
         await asyncio.gather(*(link.start(node) for link in self._links.values()))
 
     async def close(self) -> None:
         """Disconnect from the hosts; running requests fail."""
+        if self._looker is not None:
+            self._looker.cancel()
         await asyncio.gather(*(link.close() for link in self._links.values()))
         self._compute.close()
 
@@ -197,7 +220,11 @@ class Frontend:
         for index, layer in enumerate(self._release.placement.layers):
             copies = layer.live_copies(up)
             self._metrics.experts.live_copies[index][: len(copies)] = torch.from_numpy(copies)
-            self._on_health(index, bool(copies.all()))
+            if (healthy := bool(copies.all())) is not self._healthy.get(index):
+                self._healthy[index] = healthy
+                self._on_health(index, healthy)
+        for forward in self._forwards:
+            forward.hosts_changed()
 
 
 def _layer_stats(index: int, name: str, layer: LayerPlacement, held: Sequence[HostShards], counts: ExpertCounts) -> LayerStats:
@@ -205,7 +232,7 @@ def _layer_stats(index: int, name: str, layer: LayerPlacement, held: Sequence[Ho
         name=name,
         tokens=counts.tokens[index],
         processed_by_expert=counts.processed[index].tolist(),
-        dropped_by_expert=counts.dropped[index].tolist(),
+        dropped_by_expert=counts.dropped(index).tolist(),
         live_copies=counts.live_copies[index][: layer.num_experts].tolist(),
         tensor_parallel=layer.tensor_parallel,
         placement=held,
@@ -213,4 +240,4 @@ def _layer_stats(index: int, name: str, layer: LayerPlacement, held: Sequence[Ho
 
 
 def _host_stats(number: int, link: HostLink, queue_tokens: int) -> HostStats:
-    return HostStats(link.name, link.channel is not None, link.restarts, queue_tokens, number, **facts(link.info))
+    return HostStats(link.name, link.channel is not None, link.restarts, queue_tokens, number, link.condition, **facts(link.info))

@@ -123,6 +123,11 @@ def _lost(one: Owed, host: HostHealth, rules: ResilienceConfig, now: float) -> A
         return GiveUp("host_lost") if may_lack else Fail(f"are on {host.name}, which errs", one.error)
     if host.is_connected:
         return Resend() if now >= one.not_before else one.not_before
+    return _gone(host, rules, may_lack, now)
+
+
+def _gone(host: HostHealth, rules: ResilienceConfig, may_lack: bool, now: float) -> Action | float:
+    """No copy lives."""
     if rules.on_expert_failure == "fail":
         return Fail(f"were lost with {host.name}")
     if may_lack:

@@ -82,7 +82,8 @@ class Remedy:
             elif action is not None:
                 await self._do(action, parcel, routed, delivery)
             elif parcel.fate is Fate.LOST:
-                routed.say(parcel, self._sentence(parcel, f"on {routed.view.links[parcel.host].name} did not come back before the deadline"))
+                host = routed.view.links[parcel.host].name
+                routed.wait_for(parcel, self._sentence(parcel, f"on {host} did not come back before the deadline"))
         for part in giving_up.carry_out(delivery, self._rules.copy_choice):
             await self._exchange.resend(delivery, part, part.planned.works)
         return decision.wake_at
@@ -144,5 +145,6 @@ class Remedy:
         placement = parcel.part.view.placement
         experts = sorted({int(expert) for work in parcel.works for expert in experts_of(work, placement) if expert >= 0})
         more = f" and {len(experts) - _NAMED_EXPERTS} more" if len(experts) > _NAMED_EXPERTS else ""
+        what = "expert" if len(experts) == 1 else "experts"
         named = ", ".join(map(str, experts[:_NAMED_EXPERTS]))
-        return f"experts {named}{more} of layer {self._rules.layer} {why}"
+        return f"{what} {named}{more} of layer {self._rules.layer} {why}"

@@ -112,10 +112,10 @@ class RoutedBatch:
         """Whether anybody who needs it still waits."""
         return any(not self.batch.members[index].answer.done() for index in self.members([parcel]))
 
-    def say(self, parcel: Parcel, sentence: str) -> None:
-        """What those who need it are told at their deadline."""
+    def wait_for(self, parcel: Parcel, sentence: str) -> None:
+        """Those who need it are told so at their deadline."""
         for index in self.members([parcel]):
-            self.batch.members[index].answer.waits_for = sentence
+            self.batch.members[index].waits_for(sentence)
 
     def fail(self, parcel: Parcel, error: MoEServeError) -> None:
         """Those who need it get the error."""

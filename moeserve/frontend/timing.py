@@ -18,3 +18,5 @@ STUCK_LOOK_S: Final = 1.0
 STUCK_HANGS: Final = 10.0
 #: until a host that had nothing of the epoch is asked again
 BEHIND_S: Final = 0.1
+#: before the deadline of a caller, who hears in time what was waited for
+LAST_WORD_S: Final = 0.05

@@ -80,8 +80,14 @@ class LayerHead:
         return Planned(topk_ids, topk_weights, kept, dispatch, shared)
 
     def plan_with_fewer(
-        self, planned: Planned, tokens: torch.Tensor, missing: torch.Tensor, placement: LayerPlacement, hosts: HostLoads | None,
-        *, keeps_total: bool,
+        self,
+        planned: Planned,
+        tokens: torch.Tensor,
+        missing: torch.Tensor,
+        placement: LayerPlacement,
+        hosts: HostLoads | None,
+        *,
+        keeps_total: bool,
     ) -> Planned:
         """Some tokens [A] int64 of a plan anew, without their choices that are `missing` [A, K] bool.
 

@@ -6,7 +6,7 @@ E experts of a layer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -45,10 +45,10 @@ class ExpertFamily(Metric):
         self.layers: list[LayerSeries] = []
         self._labels = labels
 
-    def add(self, layer: str, experts: Sequence[int], numbers: torch.Tensor) -> None:
+    def add(self, layer: str, experts: Sequence[int], numbers: torch.Tensor, **labels: str) -> None:
         """numbers [E] int64: one per expert of the layer."""
         every = numbers.tolist()
-        self.layers.append(LayerSeries({"layer": layer, **self._labels}, experts, [every[expert] for expert in experts]))
+        self.layers.append(LayerSeries({"layer": layer, **self._labels, **labels}, experts, [every[expert] for expert in experts]))
 
     @property
     def samples(self) -> list[Sample]:
@@ -77,29 +77,37 @@ class ExpertCounts(Collector):
         self._detail = detail or _default_detail(specs)
         self.tokens = [0] * len(specs)
         self.processed = [torch.zeros(spec.num_experts, dtype=torch.int64) for spec in specs]
-        self.dropped = [torch.zeros(spec.num_experts, dtype=torch.int64) for spec in specs]
+        #: by reason, per layer
+        self.dropped_by_reason = [{"capacity": torch.zeros(spec.num_experts, dtype=torch.int64)} for spec in specs]
         #: [E] per layer: copies on reachable hosts
         self.live_copies = [torch.zeros(spec.num_experts, dtype=torch.int64) for spec in specs]
 
-    def add(self, layer: int, tokens: int, processed: torch.Tensor, dropped: torch.Tensor) -> None:
-        """`tokens` used tokens were answered; processed [E] and dropped [E] int64 (token, expert) pairs."""
+    def add(self, layer: int, tokens: int, processed: torch.Tensor, dropped: Mapping[str, torch.Tensor]) -> None:
+        """`tokens` used tokens were answered; processed [E] and, for each reason, dropped [E] int64 (token, expert) pairs."""
         self.tokens[layer] += tokens
         self.processed[layer] += processed
-        self.dropped[layer] += dropped
+        for reason, pairs in dropped.items():
+            known = self.dropped_by_reason[layer]
+            known[reason] = known[reason] + pairs if reason in known else pairs.clone()
+
+    def dropped(self, layer: int) -> torch.Tensor:
+        """[E] int64: (token, expert) pairs not computed, for whatever reason."""
+        return torch.stack(list(self.dropped_by_reason[layer].values())).sum(dim=0)
 
     def collect(self) -> Iterable[Metric]:
         """The families of a scrape, with the experts that `detail` shows."""
         tokens = CounterMetricFamily("moeserve_tokens", "Used tokens answered", labels=["layer"])
         processed = ExpertFamily("moeserve_expert_tokens", "Computed (token, expert) pairs", "counter")
-        dropped = ExpertFamily("moeserve_expert_dropped_tokens", "(token, expert) pairs not computed", "counter", reason="capacity")
+        dropped = ExpertFamily("moeserve_expert_dropped_tokens", "(token, expert) pairs not computed", "counter")
         copies = ExpertFamily("moeserve_expert_copies", "Copies of an expert", "gauge", state="live")
         balance = GaugeMetricFamily("moeserve_expert_balancedness_ratio", "Mean / max of an expert's demand", labels=["layer"])
         for layer, name in enumerate(self._names):
             tokens.add_metric([name], self.tokens[layer])
-            demand = self.processed[layer] + self.dropped[layer]
+            demand = self.processed[layer] + self.dropped(layer)
             shown = self._busiest(demand)
             processed.add(name, shown, self.processed[layer])
-            dropped.add(name, shown, self.dropped[layer])
+            for reason, pairs in self.dropped_by_reason[layer].items():
+                dropped.add(name, shown, pairs, reason=reason)
             copies.add(name, self._shown_copies(layer, shown), self.live_copies[layer])
             balance.add_metric([name], balancedness(demand.tolist()))
         return [tokens, processed, dropped, copies, balance]

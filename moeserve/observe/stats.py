@@ -101,7 +101,7 @@ class HostStats(HostFacts):
     restarts: int = shown("restarts", "count", default=0, is_public=True)
     queue_tokens: int = shown("queue", "count", default=0, is_public=True)
     number: int = 0
-    state: Condition = shown("state", "text", default="down", is_public=True)
+    state: str = shown("state", "text", default="down", is_public=True)
 
 
 @dataclass(frozen=True)

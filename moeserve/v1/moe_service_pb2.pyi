@@ -12,8 +12,12 @@ class DropReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     DROP_REASON_NONE: _ClassVar[DropReason]
     DROP_REASON_CAPACITY: _ClassVar[DropReason]
+    DROP_REASON_HOST_LOST: _ClassVar[DropReason]
+    DROP_REASON_LATE: _ClassVar[DropReason]
 DROP_REASON_NONE: DropReason
 DROP_REASON_CAPACITY: DropReason
+DROP_REASON_HOST_LOST: DropReason
+DROP_REASON_LATE: DropReason
 
 class ForwardRequest(_message.Message):
     __slots__ = ("request_id", "model", "layer_index", "layer_name", "hidden_states", "used_token", "topk_ids", "topk_weights", "return_routing", "token_ids", "capacity_factor", "noise", "seed")
@@ -212,7 +216,7 @@ class Event(_message.Message):
     def __init__(self, time_unix_s: _Optional[float] = ..., kind: _Optional[str] = ..., subject: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
 
 class HostStats(_message.Message):
-    __slots__ = ("name", "up", "restarts", "node", "device", "cuda_visible_devices", "weights_bytes", "queue_tokens", "number", "num_threads")
+    __slots__ = ("name", "up", "restarts", "node", "device", "cuda_visible_devices", "weights_bytes", "queue_tokens", "number", "num_threads", "state")
     NAME_FIELD_NUMBER: _ClassVar[int]
     UP_FIELD_NUMBER: _ClassVar[int]
     RESTARTS_FIELD_NUMBER: _ClassVar[int]
@@ -223,6 +227,7 @@ class HostStats(_message.Message):
     QUEUE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     NUM_THREADS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     name: str
     up: bool
     restarts: int
@@ -233,7 +238,8 @@ class HostStats(_message.Message):
     queue_tokens: int
     number: int
     num_threads: int
-    def __init__(self, name: _Optional[str] = ..., up: _Optional[bool] = ..., restarts: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., cuda_visible_devices: _Optional[str] = ..., weights_bytes: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., number: _Optional[int] = ..., num_threads: _Optional[int] = ...) -> None: ...
+    state: str
+    def __init__(self, name: _Optional[str] = ..., up: _Optional[bool] = ..., restarts: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., cuda_visible_devices: _Optional[str] = ..., weights_bytes: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., number: _Optional[int] = ..., num_threads: _Optional[int] = ..., state: _Optional[str] = ...) -> None: ...
 
 class PlacedHost(_message.Message):
     __slots__ = ("name", "node", "is_up", "pid", "device", "cuda_visible_devices", "weights_bytes", "number", "num_threads")

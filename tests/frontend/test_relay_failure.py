@@ -128,7 +128,7 @@ def test_what_hosts_owe_is_zero_again_however_a_batch_ends(pattern: str, tmp_pat
             return [service.metrics.registry.get_sample_value("moeserve_host_queue_tokens", {"host": f"host-{n}"}) for n in range(HOSTS)]
 
         with monkeypatch.context() as broken:
-            broken.setattr("moeserve.frontend.forward._by_request", lambda routing: 1 / 0)
+            broken.setattr("moeserve.frontend.routed.RoutedBatch.requests", lambda routed: 1 / 0)
             with pytest.raises(Exception, match="ZeroDivisionError"):
                 ask(service, torch.randn(40, 16))
         service.call(until_async(lambda: owed() == [0] * HOSTS))

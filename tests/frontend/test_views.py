@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,9 @@ import torch
 
 from moeserve import Client, MoELayer
 from moeserve.control import Assignment
-from moeserve.observe.stats import HostInfo
 from moeserve.placement import plan_placement
 from moeserve.release import Release
+from moeserve.transport import Lease, WorkShape
 from tests.support.closeness import assert_close
 from tests.support.harness import ServiceHarness
 from tests.support.two_layers import CONFIG, LAYERS
@@ -24,15 +23,8 @@ ROWS = torch.randn(10_000, 16, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("change", ["join", "leave"])
-def test_hosts_that_come_and_go_while_a_batch_is_written(change: str, tmp_path: Path) -> None:
+def test_hosts_that_come_and_go_while_a_batch_is_written(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, go_on = threading.Event(), threading.Event()
-
-    class SlowToTell(HostInfo):
-        def __getattribute__(self, name: str) -> object:
-            if name == "node" and threading.current_thread().name.startswith("moeserve-compute"):
-                asked.set()
-                assert go_on.wait(30)
-            return super().__getattribute__(name)
 
     with ServiceHarness(CONFIG, "local", tmp_path) as service, Client(service.target) as client, ThreadPoolExecutor() as pool:
         specs = [source.spec for source in service.sources]
@@ -47,9 +39,16 @@ def test_hosts_that_come_and_go_while_a_batch_is_written(change: str, tmp_path: 
 
         if change == "leave":
             service.call(join())
-        host = service.hosts[0]
-        host.host.info = SlowToTell(**vars(replace(host.host.info)))
-        service.call(service.frontend.refresh())
+        channel = service.frontend._links[0].channel
+        assert channel is not None
+        lease = channel.lease
+
+        def held(shape: WorkShape) -> Lease:
+            asked.set()
+            assert go_on.wait(30)
+            return lease(shape)
+
+        monkeypatch.setattr(channel, "lease", held)
         answer = pool.submit(client.forward, ROWS, 0)
         try:
             assert asked.wait(30)

@@ -41,11 +41,11 @@ def loaded(metrics: Metrics, num_layers: int, num_experts: int) -> Metrics:
     """The first layer has nothing to tell, the last has more than float64 tells apart."""
     for layer in range(1, num_layers):
         computed, dropped = torch.arange(num_experts) * 10**layer, torch.arange(num_experts) % 3
-        metrics.experts.add(layer, 1000 * layer, computed, dropped)
+        metrics.experts.add(layer, 1000 * layer, computed, {"capacity": dropped})
         metrics.experts.live_copies[layer] += 2
-    metrics.experts.add(num_layers - 1, 1, torch.full((num_experts,), 2**60), torch.zeros(num_experts, dtype=torch.int64))
+    metrics.experts.add(num_layers - 1, 1, torch.full((num_experts,), 2**60), {"capacity": torch.zeros(num_experts, dtype=torch.int64)})
     metrics.observe_call("Forward", "OK", 0.02)
-    metrics.host_up.labels("host-0").set(True)
+    metrics.host_states.labels("host-0").set(True, "up")
     metrics.aux_loss.labels(NAMES[1]).set(float("nan"))
     return metrics
 

@@ -11,7 +11,7 @@ import torch
 
 from moeserve import MoELayer
 from moeserve.api.request import LayerRequest
-from moeserve.frontend import part
+from moeserve.frontend import routed
 from moeserve.frontend.patterns import PATTERNS
 from tests.support.closeness import assert_close
 from tests.support.harness import CHANNELS, ServiceHarness, received
@@ -84,7 +84,7 @@ def test_how_many_messages_leave_the_frontend(tiny_moe: Path, tmp_path: Path, pa
 @pytest.mark.parametrize("pattern", ["all_to_all", "hierarchical"])
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
 def test_micro_batches(tiny_moe: Path, tmp_path: Path, micro_batches: int, pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(part, "MIN_MICRO_BATCH_TOKENS", 3)
+    monkeypatch.setattr(routed, "MIN_MICRO_BATCH_TOKENS", 3)
     local = MoELayer.from_checkpoint(tiny_moe, 0, dtype=torch.float32)
     with ServiceHarness(config(tiny_moe, 3, pattern, micro_batches), "shm", tmp_path) as service:
         for num_tokens in TOKENS:
@@ -101,7 +101,7 @@ def test_copies_shards_and_shared_experts(
     pattern: str, kind: str, micro_batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a host is asked to do is more than one pair per choice; some is left to the frontend itself, once for a whole batch."""
-    monkeypatch.setattr(part, "MIN_MICRO_BATCH_TOKENS", 3)
+    monkeypatch.setattr(routed, "MIN_MICRO_BATCH_TOKENS", 3)
     layer: dict[str, Any] = {"hidden_size": HIDDEN, "num_experts": EXPERTS, "gating": {"top_k": 2, "capacity_factor": 0.7}, **KINDS[kind]}
     placed = {"num_hosts": 4, "copies": 2, "tensor_parallel": 2}
     more = {"communication": {"pattern": pattern}, "batching": {"micro_batches": micro_batches}}
@@ -123,6 +123,6 @@ def test_copies_shards_and_shared_experts(
     ],
 )
 def test_how_a_batch_is_cut(num_tokens: int, wanted: int, sizes: list[int]) -> None:
-    ranges = part.micro_batches(num_tokens, wanted)
+    ranges = routed.micro_batches(num_tokens, wanted)
     assert [end - start for start, end in ranges] == sizes
     assert [start for start, _ in ranges] == [0, *(end for _, end in ranges)][: len(ranges)]
