@@ -63,6 +63,7 @@ def test_names_and_labels_are_the_documented_ones() -> None:
         "moeserve_expert_copies": {"layer", "expert", "state"},
         "moeserve_expert_balancedness_ratio": {"layer"},
         "moeserve_host_up": {"host"},
+        "moeserve_host_state": {"host", "state"},
         "moeserve_host_queue_tokens": {"host"},
         "moeserve_hosts_failing": set(),
         "moeserve_host_restarts_total": set(),

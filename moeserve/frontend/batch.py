@@ -28,16 +28,18 @@ class Admitted:
     deadline: float
     answer: asyncio.Future[ForwardOutput]
     admitted_at: float = field(default_factory=time.monotonic)
+    _last_words: str = ""
 
     def waits_for(self, sentence: str) -> None:
-        """Unless it is answered before, the caller is told what was waited for, just in time for its deadline."""
-        loop = self.answer.get_loop()
-        margin_s = min(timing.LAST_WORD_S, (self.deadline - time.monotonic()) / 10)
-        loop.call_at(self.deadline - margin_s, self._fail, ExpertUnavailable(sentence))
+        """Unless it is answered before, the caller is told what was waited for last, just in time for its deadline."""
+        if not self._last_words:
+            margin_s = min(timing.LAST_WORD_S, (self.deadline - time.monotonic()) / 10)
+            self.answer.get_loop().call_at(self.deadline - margin_s, self._say)
+        self._last_words = sentence
 
-    def _fail(self, error: Exception) -> None:
+    def _say(self) -> None:
         if not self.answer.done():
-            self.answer.set_exception(error)
+            self.answer.set_exception(ExpertUnavailable(self._last_words))
 
     @property
     def join_key(self) -> tuple[int, bool, GatingOverrides]:

@@ -138,6 +138,7 @@ class Delivery:
     def _add(self, part: Part, works: Sequence[HostWork], again: Parcel | None) -> Parcel:
         parcel = Parcel(part, works, time.monotonic())
         if again is not None:
+            parcel.behind = again.behind
             parcel.erred, parcel.suspects, parcel.is_must = again.erred, again.suspects, again.is_must
         self._open[parcel] = None
         return parcel
@@ -171,7 +172,10 @@ class Delivery:
             assert isinstance(error, MoEServeError)
             parcel.erred |= {host}
             # A host that has nothing of this epoch yet, or any more, is no worse than one that is down.
-            parcel.error = None if isinstance(error, ExpertUnavailable) else error
+            if isinstance(error, ExpertUnavailable):
+                parcel.behind = str(error)
+            else:
+                parcel.error = error
         if not all(each.is_lost for each in parcel.ways):
             return
         self._pending[parcel.part] -= 1

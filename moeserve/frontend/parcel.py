@@ -79,6 +79,7 @@ class Parcel:
     erred    hosts that have answered these pairs with an error, or with sums that are not finite
     suspects those of them that are to blame if another copy's sums are finite
     error    what the host answered instead of sums
+    behind   what it answered if it has nothing of the epoch
     refused  sums that are not finite, for when nobody else can be asked
     is_must  it is never given up: requests that could be answered without it have been
     """
@@ -91,6 +92,7 @@ class Parcel:
     erred: frozenset[int] = frozenset()
     suspects: frozenset[int] = frozenset()
     error: MoEServeError | None = None
+    behind: str = ""
     refused: list[Answer] = field(default_factory=list)
     is_must: bool = False
     has_hedge_won: bool = False

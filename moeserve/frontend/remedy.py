@@ -83,7 +83,8 @@ class Remedy:
                 await self._do(action, parcel, routed, delivery)
             elif parcel.fate is Fate.LOST:
                 host = routed.view.links[parcel.host].name
-                routed.wait_for(parcel, self._sentence(parcel, f"on {host} did not come back before the deadline"))
+                why = f"on {host} did not come back before the deadline"
+                routed.wait_for(parcel, f"{host}: {parcel.behind}" if parcel.behind else self._sentence(parcel, why))
         for part in giving_up.carry_out(delivery, self._rules.copy_choice):
             await self._exchange.resend(delivery, part, part.planned.works)
         return decision.wake_at

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from moeserve import Client, ConfigError, ExpertUnavailable, MoELayer, PermissionDenied, Unauthenticated
+from moeserve.api.request import LayerRequest
 from moeserve.client import TLS
 from moeserve.cluster.thread_host import ThreadHost
 from moeserve.config import BatchingConfig
@@ -87,8 +89,9 @@ def test_without_its_controller_a_frontend_serves_on_and_catches_up_later(tmp_pa
                 assert service.followers == {key}
             service.call(service.controller.scale(4))
             service.call(service.controller.scale(3))
-            with Client(follower.target, timeout=10) as client, pytest.raises(ExpertUnavailable, match=r"holds no experts .* at epoch 1"):
-                client.forward(tokens(0))
+            request = LayerRequest(tokens(0), deadline=time.monotonic() + 1)
+            with pytest.raises(ExpertUnavailable, match=r"host-.: this host holds no experts .* at epoch 1"):
+                follower.call(follower.service.frontend.forward(0, request))
             service.call(service.reopen_control())
             service.call(until_async(lambda: epochs(service) == [3, 3]))
             assert service.followers == {key}

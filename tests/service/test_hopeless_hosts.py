@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moeserve import Client, ExpertUnavailable
+from moeserve import Client, DeadlineExceeded, ExpertUnavailable
 from tests.support.followers import ThreadedFrontend
 from tests.support.harness import ServiceHarness
 

@@ -1,0 +1,139 @@
+"""Answers without choices whose experts are lost or late: what is missing is said, and the rest is exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moeserve import Client, ExpertUnavailable, MoELayer
+from moeserve.api.output import ForwardOutput
+from tests.support.closeness import assert_close
+from tests.support.harness import ServiceHarness
+from tests.support.held import Held
+from tests.support.seen import gone
+
+LAYER: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8, "gating": {"top_k": 3}}
+ROWS = torch.randn(40, 16, generator=torch.Generator().manual_seed(3))
+POLICIES = ("renormalize", "residual")
+#: on host-1 of four
+LOST = {2, 3}
+
+
+def config(policy: str, **resilience: Any) -> dict[str, Any]:
+    layer = resilience.pop("layer", LAYER)
+    placement = {"num_hosts": 4, **resilience.pop("placement", {})}
+    rules = {"on_expert_failure": policy, "partial_after_ms": 100, **resilience}
+    return {"layers": [layer], "placement": placement, "resilience": rules}
+
+
+def check(out: ForwardOutput, policy: str, reason: str) -> None:
+    """What is missing is said, and the layer computes the same from the answer's own routing."""
+    full = MoELayer(**LAYER).run(ROWS, return_routing=True)
+    assert out.topk_ids is not None and out.topk_weights is not None and out.drops is not None
+    assert full.topk_ids is not None and full.topk_weights is not None
+    missing = torch.isin(full.topk_ids, torch.tensor(sorted(LOST)))
+    assert missing.any() and torch.equal(out.topk_ids, full.topk_ids)
+    assert {(drop.token, drop.choice, drop.reason) for drop in out.drops} == {(t, k, reason) for t, k in missing.nonzero().tolist()}
+    assert torch.equal(out.dropped_tokens, missing.any(dim=1))
+    assert torch.equal(out.dropped, full.topk_ids[missing].bincount(minlength=8))
+    assert torch.equal(out.processed + out.dropped, full.requested)
+    assert (out.topk_weights[missing] == 0).all()
+    kept = full.topk_weights * ~missing
+    if policy == "renormalize":
+        kept = kept * (full.topk_weights.sum(dim=1) / kept.sum(dim=1))[:, None]
+    torch.testing.assert_close(out.topk_weights, kept)
+    again = MoELayer(**LAYER).run(ROWS, topk_ids=out.topk_ids, topk_weights=out.topk_weights)
+    assert_close(out.hidden_states, again.hidden_states)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_host_that_is_gone(policy: str, tmp_path: Path) -> None:
+    with ServiceHarness(config(policy), "shm", tmp_path) as service, Client(service.target) as client:
+        service.hosts[1].stop()
+        service.call(gone(service, 1))
+        for _ in range(2):  # given up under way, and known to be gone when the batch is planned
+            check(client.forward(ROWS, return_routing=True), policy, "host_lost")
+        sample = service.metrics.registry.get_sample_value
+        assert sample("moeserve_partial_answers_total", {"policy": policy}) == 2
+        dropped = {"layer": "layers.0", "expert": "2", "reason": "host_lost"}
+        assert (sample("moeserve_expert_dropped_tokens_total", dropped) or 0) > 0
+        service.hosts[1].start()
+        service.call(service.frontend._links[1].connected())
+        assert_close(client.forward(ROWS).hidden_states, MoELayer(**LAYER)(ROWS))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_host_that_is_late(policy: str, tmp_path: Path) -> None:
+    with ServiceHarness(config(policy, partial_after_ms=50), "local", tmp_path) as service, Client(service.target) as client:
+        held = Held(service.hosts[1])
+        check(client.forward(ROWS, return_routing=True), policy, "late")
+        held.let_go()
+
+
+def test_a_host_that_errs(tmp_path: Path) -> None:
+    with ServiceHarness(config("residual"), "local", tmp_path) as service, Client(service.target) as client:
+        held = Held(service.hosts[1])
+        held.error = ValueError("a kernel failed")
+        held.let_go()
+        check(client.forward(ROWS, return_routing=True), "residual", "host_lost")
+
+
+@pytest.mark.parametrize("more", [{"shared_expert": {"intermediate_size": 8}}, {"identity_experts": 2}], ids=["shared", "identity"])
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_needs_no_lost_host_stays(policy: str, tensor_parallel: int, more: dict[str, Any], tmp_path: Path) -> None:
+    """A shared expert, experts without weights, shards of experts that others still have: nothing is there twice, and nothing is half."""
+    layer = LAYER | more
+    settings = config(policy, layer=layer, placement={"tensor_parallel": tensor_parallel})
+    with ServiceHarness(settings, "local", tmp_path) as service, Client(service.target) as client:
+        service.hosts[3].stop()
+        service.call(gone(service, 3))
+        out = client.forward(ROWS, return_routing=True)
+        assert out.topk_ids is not None and out.topk_weights is not None and out.drops
+        reference = MoELayer(**layer)
+        expected = reference.run(ROWS, topk_ids=out.topk_ids, topk_weights=out.topk_weights).hidden_states
+        if "shared_expert" in more:
+            whole = reference.run(ROWS, return_routing=True)
+            assert whole.topk_ids is not None and whole.topk_weights is not None
+            routed = reference.run(ROWS, topk_ids=whole.topk_ids, topk_weights=whole.topk_weights).hidden_states
+            expected = expected + (whole.hidden_states - routed)
+        assert_close(out.hidden_states, expected, summed=400)
+
+
+@pytest.mark.parametrize("k_min", [0, 1, 2])
+def test_with_fewer_than_k_min_it_waits(k_min: int, tmp_path: Path) -> None:
+    ids = torch.tensor([[2, 3], [2, 0], [4, 5]])
+    weights = torch.full((3, 2), 0.5)
+    settings = config("residual", k_min=k_min, layer=LAYER | {"gating": {"top_k": 2}})
+    with ServiceHarness(settings, "local", tmp_path) as service, Client(service.target) as client:
+        service.hosts[1].stop()
+        service.call(gone(service, 1))
+
+        def ask(token: int) -> ForwardOutput:
+            one = slice(token, token + 1)
+            return client.forward(ROWS[one], topk_ids=ids[one], topk_weights=weights[one], timeout=1.0, return_routing=True)
+
+        left = {0: 0, 1: 1, 2: 2}
+        for token, remaining in left.items():
+            if remaining >= k_min or token == 2:
+                assert int(ask(token).processed.sum()) == remaining
+            else:
+                with pytest.raises((ExpertUnavailable, TimeoutError)):
+                    ask(token)
+        # One such token holds up its own request only.
+        out = client.forward(ROWS[1:], topk_ids=ids[1:2].expand(39, 2), topk_weights=weights[:1].expand(39, 2), timeout=1.0) if k_min < 2 else None
+        assert out is None or int(out.processed.sum()) == 39
+
+
+def test_layers_may_differ(tmp_path: Path) -> None:
+    layers = [LAYER, LAYER | {"resilience": {"on_expert_failure": "residual", "partial_after_ms": 0}}]
+    settings = {"layers": layers, "placement": {"num_hosts": 4}, "resilience": {"on_expert_failure": "fail"}}
+    with ServiceHarness(settings, "local", tmp_path) as service, Client(service.target) as client:
+        service.hosts[1].stop()
+        service.call(gone(service, 1))
+        with pytest.raises(ExpertUnavailable, match="were lost with host-1"):
+            client.forward(ROWS, layer=0)
+        assert client.forward(ROWS, layer=1).dropped.sum() > 0
