@@ -1,0 +1,46 @@
+"""Rows that are late are sent to a second copy too, within a budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moeserve import Client, MoELayer
+from tests.support.closeness import assert_close
+from tests.support.harness import ServiceHarness
+from tests.support.held import Held
+from tests.support.waiting import until
+
+LAYER: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 4, "gating": {"top_k": 2}}
+ROWS = torch.randn(8, 16, generator=torch.Generator().manual_seed(7))
+
+
+def config(hedge: str) -> dict[str, Any]:
+    return {"layers": [LAYER], "placement": {"num_hosts": 2, "copies": 2}, "resilience": {"hedge": hedge}}
+
+
+def test_a_late_host_is_not_waited_for(tmp_path: Path) -> None:
+    with ServiceHarness(config("auto"), "local", tmp_path) as service, Client(service.target) as client:
+        expected = MoELayer(**LAYER)(ROWS)
+        for _ in range(60):
+            assert_close(client.forward(ROWS).hidden_states, expected)
+        held = Held(service.hosts[0])
+        assert_close(client.forward(ROWS).hidden_states, expected)
+        assert held.begun.acquire(timeout=30), "it was asked, too"
+        sample = service.metrics.registry.get_sample_value
+        assert (sample("moeserve_hedges_total", {"outcome": "won"}) or 0) >= 1
+        held.let_go()
+        until(lambda: service.frontend.stats().hosts[0].queue_tokens == 0)
+        assert_close(client.forward(ROWS).hidden_states, expected)
+
+
+def test_no_more_than_a_twentieth_is_sent_twice(tmp_path: Path) -> None:
+    with ServiceHarness(config("auto"), "local", tmp_path) as service, Client(service.target) as client:
+        for _ in range(300):
+            client.forward(ROWS)
+        sample = service.metrics.registry.get_sample_value
+        hedged = sum(sample("moeserve_hedges_total", {"outcome": outcome}) or 0 for outcome in ("won", "lost"))
+        sent = sample("moeserve_messages_total", {"pattern": "all_to_all"}) or 0
+        assert hedged <= 0.05 * sent + 4

@@ -1,0 +1,108 @@
+"""A host that answers with errors, or with numbers that are none: other copies answer, and it is left alone until a canary comes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moeserve import Client, MoELayer, MoEServeError
+from moeserve.errors import NonFiniteOutput
+from tests.support.closeness import assert_close
+from tests.support.harness import CHANNELS, Kind, ServiceHarness
+from tests.support.held import Held
+from tests.support.waiting import until_async
+
+LAYER: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8, "gating": {"top_k": 2}}
+ROWS = torch.randn(40, 16, generator=torch.Generator().manual_seed(5))
+
+
+def config(copies: int = 2, **resilience: Any) -> dict[str, Any]:
+    return {"layers": [LAYER], "placement": {"num_hosts": 4, "copies": copies}, "resilience": resilience}
+
+
+class Poisoned(Held):
+    """Its sums are NaN, as if its weights were, until it is cured."""
+
+    is_cured = False
+
+    def run(self, *args: torch.Tensor, out: torch.Tensor) -> None:
+        super().run(*args, out=out)
+        if not self.is_cured:
+            out.fill_(float("nan"))
+
+
+def poisoned(service: ServiceHarness, number: int) -> Poisoned:
+    bank = Poisoned(service.hosts[number])
+    bank.let_go()
+    return bank
+
+
+def state(service: ServiceHarness, number: int) -> str:
+    return service.frontend.stats().hosts[number].state
+
+
+@pytest.mark.parametrize("kind", CHANNELS)
+def test_sums_that_are_not_finite_are_asked_of_another_copy(kind: Kind, tmp_path: Path) -> None:
+    with ServiceHarness(config(), kind, tmp_path) as service, Client(service.target) as client:
+        bank = poisoned(service, 1)
+        expected = MoELayer(**LAYER)(ROWS)
+        for _ in range(12):
+            assert_close(client.forward(ROWS).hidden_states, expected)
+        assert state(service, 1) == "out", "it has erred repeatedly"
+        sample = service.metrics.registry.get_sample_value
+        retried = sample("moeserve_expert_retries_total", {"reason": "non_finite"})
+        assert retried is not None and 3 <= retried <= 6, "rows go elsewhere once it is known"
+        assert sample("moeserve_host_state", {"host": "host-1", "state": "out"}) == 1
+        assert "host_out" in [event.kind for event in service.metrics.events.latest()]
+        bank.is_cured = True
+        service.call(until_async(lambda: state(service, 1) == "up"))
+        assert_close(client.forward(ROWS).hidden_states, expected)
+
+
+def test_rows_that_overflow_everywhere_blame_nobody(tmp_path: Path) -> None:
+    with ServiceHarness(config(), "local", tmp_path) as service, Client(service.target) as client:
+        for _ in range(12):
+            with pytest.raises(NonFiniteOutput, match="computed by expert"):
+                client.forward(ROWS * 1e30)
+            assert_close(client.forward(ROWS).hidden_states, MoELayer(**LAYER)(ROWS))
+        assert [state(service, number) for number in range(4)] == ["up"] * 4
+
+
+@pytest.mark.parametrize("kind", CHANNELS)
+def test_an_exception_in_a_kernel(kind: Kind, tmp_path: Path) -> None:
+    with ServiceHarness(config(), kind, tmp_path) as service, Client(service.target) as client:
+        held = Held(service.hosts[2])
+        held.error = ValueError("a kernel failed")
+        held.let_go()
+        for _ in range(12):
+            assert_close(client.forward(ROWS).hidden_states, MoELayer(**LAYER)(ROWS))
+        assert state(service, 2) == "out"
+        held.error = None
+        service.call(until_async(lambda: state(service, 2) == "up"))
+
+
+def test_without_a_copy_the_error_is_told(tmp_path: Path) -> None:
+    with ServiceHarness(config(copies=1), "local", tmp_path) as service, Client(service.target) as client:
+        held = Held(service.hosts[2])
+        held.error = ValueError("a kernel failed")
+        held.let_go()
+        for _ in range(5):  # also while its breaker is open: nobody else can be asked
+            with pytest.raises(MoEServeError, match="the expert host failed to compute layer 0: ValueError"):
+                client.forward(ROWS)
+        held.error = None
+        assert_close(client.forward(ROWS).hidden_states, MoELayer(**LAYER)(ROWS))
+
+
+def test_a_malformed_packet(tmp_path: Path) -> None:
+    with ServiceHarness(config(), "shm", tmp_path) as service, Client(service.target) as client:
+        link = service.frontend._links[0]
+        service.call(_break_the_protocol(link))
+        assert_close(client.forward(ROWS).hidden_states, MoELayer(**LAYER)(ROWS))
+        service.call(until_async(lambda: state(service, 0) == "up"))
+
+
+async def _break_the_protocol(link: Any) -> None:
+    link.channel._take_in(b"\xff nonsense", None)
