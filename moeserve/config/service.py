@@ -195,8 +195,8 @@ class ResilienceConfig(Table):
     k_min: int = Field(default=1, ge=0, le=MAX_EXPERTS)
     #: how long an answer waits for choices of a lost or late host before it is given without them
     partial_after_ms: float = Field(default=500, ge=0, le=MAX_SIZE)
-    #: how long a host that owes answers may be silent until it counts as lost
-    hang_after_ms: float = Field(default=1000, ge=100, le=MAX_SIZE)
+    #: a host that owes answers and sends nothing for so long, not even a heartbeat, counts as lost
+    hang_after_ms: float = Field(default=1000, ge=300, le=MAX_SIZE)
     #: auto = rows that are late are sent to another copy too, at most 5% of all
     hedge: Literal["off", "auto"] = "off"
     #: deadline of a request that brings none

@@ -99,7 +99,8 @@ class Frontend:
     async def _look(self) -> None:
         while True:
             await asyncio.sleep(timing.STUCK_LOOK_S)
-            await asyncio.gather(*(link.look() for link in self._links.values()))
+            for link in self._links.values():
+                link.look()
 
     async def prepare(self, release: Release, sources: Sequence[LayerSource]) -> None:
         """Read the changed gates of `release` (`sources` are its layers) in a thread, and keep them.

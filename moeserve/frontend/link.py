@@ -116,14 +116,13 @@ class HostLink:
             self._tell()
             self._later(self._prove())
 
-    async def look(self) -> None:
+    def look(self) -> None:
         """To be called now and then: a host that says it lives and answers nothing, much longer than it ever took, is hung up on."""
         now, channel = time.monotonic(), self.channel
         silent_s = now - self._owing.silent_since()
         if channel is not None and silent_s > self._owing.durations.stuck_after_s(self._owing.rows, self._dial.hang_after_s):
             log.warning("host %s is stuck: it has answered nothing for %.1f s", self.name, silent_s)
-            self._is_silent = True
-            await channel.close()
+            channel.fall_silent(silent_s)
         self._shown.set(self.channel is not None, self.condition)
 
     async def start(self, here: str) -> None:
@@ -166,7 +165,8 @@ class HostLink:
         while True:
             assert self._channel is not None
             await self._channel.closed.wait()
-            log.warning("host %s is gone; waiting for it to come back", self.name)
+            self._is_silent = self._channel.is_silent
+            log.warning("host %s is %s; waiting for it to come back", self.name, "silent" if self._is_silent else "down")
             self._channel, self._is_proven, self._down_since = None, False, time.monotonic()
             self._connected.clear()
             self._tell()
@@ -183,14 +183,13 @@ class HostLink:
                 self.info = await self._dial.resolve()
                 keys = FrontendKeys(self._dial.keys, self.info.public_key) if self.info.public_key else None
                 endpoint = choose_endpoint(self.info.endpoints, is_same_node=self.info.node == self._here)
-                self._channel = await connect(endpoint, keys=keys)
+                self._channel = await connect(endpoint, keys=keys, silent_after_s=self._dial.hang_after_s)
             except MoEServeError as error:
                 # It died again before it was reached, or cannot start: requests that need it have deadlines.
                 if str(error) != said:
                     log.warning("host %s cannot be reached: %s", self.name, error)
                 said = str(error)
                 await asyncio.sleep(timing.RETRY_S)
-        self._is_silent = False
         self._connected.set()
         self._tell()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moeserve.errors import ConfigError
-from moeserve.transport.channel import Channel, ChannelClosed, Lease, Partial
+from moeserve.transport.channel import Channel, ChannelClosed, HostSilent, Lease, Partial
 from moeserve.transport.keys import FrontendKeys, HostKeys, KeyPair
 from moeserve.transport.listener import Listener, Poller, Source
 from moeserve.transport.local import LocalSource, connect_local
@@ -17,6 +17,7 @@ from moeserve.transport.shm_channel import connect_unix
 from moeserve.transport.shm_source import ShmSource
 from moeserve.transport.tcp_channel import connect_tcp
 from moeserve.transport.tcp_source import TcpSource
+from moeserve.transport.timing import SILENT_AFTER_S
 from moeserve.transport.wire import Destination, PassOn, PeerLost, WorkShape
 from moeserve.transport.work import Work
 
@@ -26,6 +27,7 @@ __all__ = [
     "Destination",
     "FrontendKeys",
     "HostKeys",
+    "HostSilent",
     "KeyPair",
     "Lease",
     "Limits",
@@ -44,17 +46,27 @@ __all__ = [
 _DEFAULT_LIMITS = Limits()
 
 
-async def connect(endpoint: str, *, limits: Limits = _DEFAULT_LIMITS, keys: FrontendKeys | None = None, timeout_s: float = 5.0) -> Channel:
+async def connect(
+    endpoint: str,
+    *,
+    limits: Limits = _DEFAULT_LIMITS,
+    keys: FrontendKeys | None = None,
+    timeout_s: float = 5.0,
+    silent_after_s: float = SILENT_AFTER_S,
+) -> Channel:
     """A channel to the host at `endpoint`; `keys` are used over TCP only.
+
+    It closes with HostSilent when the host owes answers and sends neither these nor heartbeats for `silent_after_s`, however long it
+    computes. Time in which this process was stopped itself does not count.
 
     Raises ChannelClosed when no host agrees to talk within `timeout_s`, ConfigError when `endpoint` is not an endpoint.
     """
     if endpoint.startswith("unix:"):
-        return await connect_unix(endpoint, limits, timeout_s)
+        return await connect_unix(endpoint, limits, timeout_s, silent_after_s)
     if endpoint.startswith("local:"):
-        return await connect_local(endpoint, limits, timeout_s)
+        return await connect_local(endpoint, limits, timeout_s, silent_after_s)
     if endpoint.startswith("tcp://"):
-        return await connect_tcp(endpoint, limits, timeout_s, keys)
+        return await connect_tcp(endpoint, limits, timeout_s, keys, silent_after_s)
     raise _unknown(endpoint)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import torch
 
 from moeserve.errors import ExpertUnavailable, InvalidRequest
 from moeserve.transport.memory import Arena, Block, Limits
+from moeserve.transport.silence import SilenceWatch
 from moeserve.transport.wire import (
     VERSION,
     BareMessage,
@@ -37,6 +39,10 @@ from moeserve.transport.wire import (
 
 class ChannelClosed(ExpertUnavailable):
     """The host at the other end is gone, or this end was closed; connect again, to the host's new address."""
+
+
+class HostSilent(ChannelClosed):
+    """The host at the other end owes answers and gives no sign of life: it is stopped, its machine is, or no way leads to it."""
 
 
 class Lease:
@@ -102,12 +108,13 @@ class Pending(NamedTuple):
     shape: WorkShape
     layout: PacketLayout
     block: Block
+    sent_at: float
 
 
 class Channel(ABC):
     """Sends rows to one host. Only `lease` may be called from other threads."""
 
-    def __init__(self, endpoint: str, arena: Arena, limits: Limits) -> None:
+    def __init__(self, endpoint: str, arena: Arena, limits: Limits, silent_after_s: float) -> None:
         self.endpoint = endpoint
         self.closed = asyncio.Event()
         self._arena = arena
@@ -116,7 +123,14 @@ class Channel(ABC):
         self._ids = itertools.count(1)
         self._unanswered: dict[int, Pending] = {}
         self._accepted: asyncio.Future[None] = self._loop.create_future()
-        self._reason = ""
+        self._reason, self._cause = "", ChannelClosed
+        self._watch = SilenceWatch(silent_after_s)
+        self._heard_at = 0.0
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it was closed because the host was silent."""
+        return self._cause is HostSilent
 
     def lease(self, shape: WorkShape) -> Lease:
         """Memory for a message of this shape and its answer.
@@ -135,19 +149,20 @@ class Channel(ABC):
     def send(self, lease: Lease, *, layer: int, epoch: int, timeout_s: float, pass_on: PassOn = PassOn.NOTHING) -> asyncio.Future[Partial]:
         """Sends a filled lease, which is not to be written to afterwards; never blocks.
 
-        The future raises ChannelClosed as soon as the host is gone, PeerLost when one is that the host passed rows on to, or the error
-        the host answered with. A host that hangs is found by the caller's own timeout only: cancel the future then, as
-        `asyncio.wait_for` does.
+        The future raises ChannelClosed as soon as the host is gone, HostSilent when it gives no sign of life, PeerLost when a host is
+        gone that it passed rows on to, or the error that it answered with. A host that lives and does not answer is found by the caller's
+        own timeout only: cancel the future then, as `asyncio.wait_for` does.
         `timeout_s` is how long the host has until it may drop the work unanswered: with DeadlineExceeded.
         """
         work_id = next(self._ids)
         future = PartialFuture(work_id, self._cancelled, self._loop)
         if self.closed.is_set():
-            future.set_exception(ChannelClosed(self._reason))
+            future.set_exception(self._cause(self._reason))
             return future
-        sent = Pending(future, lease.shape, lease.layout, lease.take())
+        sent = Pending(future, lease.shape, lease.layout, lease.take(), time.monotonic())
         header = WorkHeader(work_id, layer, epoch, max(0, int(timeout_s * 1e6)), sent.shape, sent.block.offset, pass_on)
         self._unanswered[work_id] = sent
+        self._watch.start(self)
         self._transmit(pack_work(header), sent)
         return future
 
@@ -167,6 +182,18 @@ class Channel(ABC):
             await self.close()
             raise
 
+    def owed_since(self) -> float | None:
+        """When the oldest message without an answer was sent; None = every one has its own."""
+        return next(iter(self._unanswered.values())).sent_at if self._unanswered else None
+
+    def last_heard(self) -> float:
+        """When there was a sign of life."""
+        return self._heard_at
+
+    def fall_silent(self, silent_s: float) -> None:
+        """Ends as if the host had hung up."""
+        self._die(f"the host at {self.endpoint} owes answers and has given no sign of life for {silent_s:.2f} s", HostSilent)
+
     @abstractmethod
     def _block_bytes(self, layout: PacketLayout) -> int:
         """How much of a message's layout needs memory here."""
@@ -185,10 +212,13 @@ class Channel(ABC):
 
     def _take_in(self, packet: bytes, body: Memory | None) -> None:
         """One packet from the host."""
+        self._heard_at = time.monotonic()
         try:
             note = unpack_note(packet)
             if note.kind is Kind.REPLY or note.kind is Kind.ERROR:
                 self._answer(note, body)
+            elif note.kind is Kind.HEARTBEAT:
+                return
             elif note.kind is Kind.GOODBYE:
                 self._die(f"the host at {self.endpoint} hung up: {note.sentence}")
             elif note.kind is Kind.ACCEPT and note.code == VERSION and not self._accepted.done():
@@ -218,14 +248,15 @@ class Channel(ABC):
         if not self.closed.is_set():
             self._transmit(pack_note(Kind.CANCEL, value=work_id), None)
 
-    def _die(self, reason: str) -> None:
+    def _die(self, reason: str, cause: type[ChannelClosed] = ChannelClosed) -> None:
         if self.closed.is_set():
             return
-        self._reason = reason
+        self._reason, self._cause = reason, cause
         self.closed.set()
+        self._watch.stop()
         self._hang_up()
         waiting: list[asyncio.Future[Any]] = [self._accepted, *(sent.future for sent in self._unanswered.values())]
         self._unanswered.clear()
         for future in waiting:
             if not future.done():
-                future.set_exception(ChannelClosed(reason))
+                future.set_exception(cause(reason))

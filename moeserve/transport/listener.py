@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from moeserve.transport.heartbeat import Beating, HeartbeatThread
 from moeserve.transport.work import Work
 
 OnEvents = Callable[[int], object]
@@ -46,7 +47,7 @@ class Poller:
         self._epoll.close()
 
 
-class Source(Protocol):
+class Source(Beating, Protocol):
     """One endpoint: accepts frontends and turns their messages into `Work`."""
 
     endpoint: str
@@ -67,6 +68,7 @@ class Listener:
         self._poller = poller
         self._sources = sources
         self._arrived = arrived
+        self._heartbeat = HeartbeatThread(sources)
         self._wake_lock = threading.Lock()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         poller.add(self._wake_fd, lambda _: os.eventfd_read(self._wake_fd))
@@ -81,6 +83,8 @@ class Listener:
         self._poller.wait(0 if self._arrived else timeout_s)
         arrived = self._arrived.copy()
         self._arrived.clear()
+        if arrived:
+            self._heartbeat.wake()
         return [work for work in arrived if not work.drop_if_late()]
 
     def wake(self) -> None:
@@ -96,6 +100,7 @@ class Listener:
                 return
             os.close(self._wake_fd)
             self._wake_fd = -1
+        self._heartbeat.stop()
         for source in self._sources:
             source.close()
         self._poller.close()

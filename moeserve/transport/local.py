@@ -34,6 +34,12 @@ class LocalSource:
     def catch_up(self) -> None:
         """Nothing to do: its file descriptors stay readable until they are read."""
 
+    def owes(self) -> bool:
+        return self._peers.owes()
+
+    def beat(self) -> None:
+        self._peers.beat()
+
     def dial(self) -> socket.socket:
         """A socket connected to this host; from any thread."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -55,9 +61,9 @@ class LocalSource:
             self._peers.add(self._connecting.popleft())
 
 
-async def connect_local(endpoint: str, limits: Limits, timeout_s: float) -> ShmChannel:
+async def connect_local(endpoint: str, limits: Limits, timeout_s: float, silent_after_s: float) -> ShmChannel:
     """A channel to the host at `local:name`. Raises ChannelClosed when nothing in this process listens there."""
     source = _sources.get(endpoint)
     if source is None:
         raise ChannelClosed(f"no host listens at {endpoint}")
-    return await talk(endpoint, source.dial(), limits, timeout_s)
+    return await talk(endpoint, source.dial(), limits, timeout_s, silent_after_s)

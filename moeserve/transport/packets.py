@@ -45,6 +45,12 @@ class PacketSocket:
         except BlockingIOError:
             self._waiting.append(packet)
 
+    def send_if_room(self, packet: bytes) -> None:
+        """Now or never, even when the peer is gone; from any thread while the socket is not closed."""
+        if not self._waiting:
+            with suppress(OSError):
+                self._sock.send(packet)
+
     def flush(self) -> None:
         """Sends waiting packets, as far as the socket takes them. Raises OSError when the peer is gone."""
         with suppress(BlockingIOError):

@@ -41,6 +41,11 @@ class Peer(ABC):
         self._unanswered: dict[int, Work] = {}
         self.is_gone = False
 
+    @property
+    def owes(self) -> bool:
+        """Whether the frontend waits for an answer; from any thread."""
+        return bool(self._unanswered)
+
     @abstractmethod
     def reply_buffer(self, work: Work) -> torch.Tensor:
         """[R, H] float32 to write the answer to."""

@@ -11,16 +11,17 @@ import torch
 from moeserve.transport.channel import Channel, ChannelClosed, Pending
 from moeserve.transport.memory import Arena, Limits, create_shared
 from moeserve.transport.packets import PacketSocket, is_same_user
+from moeserve.transport.timing import DIAL_RETRY_S
 from moeserve.transport.wire import VERSION, Kind, Memory, PacketLayout, pack_note, partial
 
 
 class ShmChannel(Channel):
     """Talks over a connected SOCK_SEQPACKET socket; one packet wakes the other side, no row goes through the kernel."""
 
-    def __init__(self, endpoint: str, sock: socket.socket, limits: Limits) -> None:
+    def __init__(self, endpoint: str, sock: socket.socket, limits: Limits, silent_after_s: float) -> None:
         fd, memory = create_shared(limits.max_pool_bytes)
         try:
-            super().__init__(endpoint, Arena(memory), limits)
+            super().__init__(endpoint, Arena(memory), limits, silent_after_s)
             self._packets = PacketSocket(sock)
             socket.send_fds(sock, [pack_note(Kind.HELLO, code=VERSION, value=limits.max_pool_bytes)], [fd])
         finally:
@@ -69,7 +70,7 @@ class ShmChannel(Channel):
         self._die(f"the host at {self.endpoint} is gone")
 
 
-async def connect_unix(endpoint: str, limits: Limits, timeout_s: float) -> ShmChannel:
+async def connect_unix(endpoint: str, limits: Limits, timeout_s: float, silent_after_s: float) -> ShmChannel:
     """A channel to the host at `unix:/path`. Raises ChannelClosed when no process of this user listens there."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     try:
@@ -81,13 +82,13 @@ async def connect_unix(endpoint: str, limits: Limits, timeout_s: float) -> ShmCh
     except BaseException:
         sock.close()
         raise
-    return await talk(endpoint, sock, limits, timeout_s)
+    return await talk(endpoint, sock, limits, timeout_s, silent_after_s)
 
 
-async def talk(endpoint: str, sock: socket.socket, limits: Limits, timeout_s: float) -> ShmChannel:
+async def talk(endpoint: str, sock: socket.socket, limits: Limits, timeout_s: float, silent_after_s: float) -> ShmChannel:
     """An open channel over a connected socket. Raises ChannelClosed when the host at its other end does not accept."""
     try:
-        channel = ShmChannel(endpoint, sock, limits)
+        channel = ShmChannel(endpoint, sock, limits, silent_after_s)
     except OSError as error:
         sock.close()
         raise ChannelClosed(f"cannot talk to the host at {endpoint}: {error.strerror}") from None
@@ -101,8 +102,7 @@ async def _dial(sock: socket.socket, endpoint: str) -> None:
             sock.connect(endpoint.removeprefix("unix:"))
             break
         except BlockingIOError:
-            # The host's queue of connections is full; a unix socket has no way to wait for room in it.
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(DIAL_RETRY_S)
         except OSError as error:
             raise ChannelClosed(f"no host listens at {endpoint}: {error.strerror}") from None
     if not is_same_user(sock):

@@ -9,6 +9,8 @@ import mmap
 import os
 import select
 import socket
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,10 +20,11 @@ from moeserve.transport.listener import Poller
 from moeserve.transport.memory import Limits, map_shared
 from moeserve.transport.packets import PacketSocket, is_same_user, listen_on
 from moeserve.transport.peer import Peer
-from moeserve.transport.wire import BareMessage, MalformedMessage, Memory, PacketLayout, WorkHeader, partial, unpack_note
+from moeserve.transport.wire import BareMessage, Kind, MalformedMessage, Memory, PacketLayout, WorkHeader, pack_note, partial, unpack_note
 from moeserve.transport.work import Work
 
 _strangers = limited_logger(__name__)
+_HEARTBEAT = pack_note(Kind.HEARTBEAT)
 
 
 class ShmSource:
@@ -40,6 +43,12 @@ class ShmSource:
 
     def catch_up(self) -> None:
         """Nothing to do: its file descriptors stay readable until they are read."""
+
+    def owes(self) -> bool:
+        return self._peers.owes()
+
+    def beat(self) -> None:
+        self._peers.beat()
 
     def close(self) -> None:
         self._poller.remove(self._listening.fileno())
@@ -68,6 +77,19 @@ class ShmPeers:
         self._poller = poller
         self._arrived = arrived
         self._peers: set[ShmPeer] = set()
+        # Held while another thread sends heartbeats, so that no descriptor is closed, and becomes another's, meanwhile.
+        self._lock = threading.Lock()
+
+    def owes(self) -> bool:
+        """Whether a frontend waits for an answer; from any thread."""
+        with self._lock:
+            return any(peer.owes for peer in self._peers)
+
+    def beat(self) -> None:
+        """Tells every frontend that this process lives; from any thread."""
+        with self._lock:
+            for peer in self._peers:
+                peer.beat()
 
     def add(self, sock: socket.socket) -> None:
         """Takes over a connected socket, unless it comes from another user."""
@@ -75,7 +97,14 @@ class ShmPeers:
             _strangers.warning("disconnected a frontend at %s: it belongs to another user", self._endpoint)
             sock.close()
             return
-        self._peers.add(ShmPeer(self._endpoint, self._limits, self._arrived, sock, self._poller, self._peers))
+        peer = ShmPeer(self._endpoint, self._limits, self._arrived, sock, self._poller, self.let_go)
+        with self._lock:
+            self._peers.add(peer)
+
+    def let_go(self, peer: ShmPeer) -> None:
+        """Its socket is about to be closed."""
+        with self._lock:
+            self._peers.discard(peer)
 
     def close(self) -> None:
         for peer in list(self._peers):
@@ -86,13 +115,20 @@ class ShmPeer(Peer):
     """One frontend and its arena."""
 
     def __init__(
-        self, endpoint: str, limits: Limits, arrived: list[Work], sock: socket.socket, poller: Poller, peers: set[ShmPeer]
+        self,
+        endpoint: str,
+        limits: Limits,
+        arrived: list[Work],
+        sock: socket.socket,
+        poller: Poller,
+        let_go: Callable[[ShmPeer], None],
     ) -> None:
         super().__init__(endpoint, limits, arrived)
         self._poller = poller
-        self._peers = peers
+        self._let_go = let_go
         self._packets = PacketSocket(sock)
         self._arena: mmap.mmap | None = None
+        self._is_greeted = False
         poller.add(sock.fileno(), self._on_events)
 
     def reply_buffer(self, work: Work) -> torch.Tensor:
@@ -103,9 +139,14 @@ class ShmPeer(Peer):
         if self.is_gone:
             return
         self.lose()
-        self._peers.discard(self)
+        self._let_go(self)
         self._poller.remove(self._packets.fileno())
         self._packets.close()
+
+    def beat(self) -> None:
+        """Tells the frontend that this process lives; from any thread while the socket is open."""
+        if self._is_greeted:
+            self._packets.send_if_room(_HEARTBEAT)
 
     def _on_events(self, mask: int) -> None:
         try:
@@ -133,6 +174,7 @@ class ShmPeer(Peer):
         finally:
             os.close(fd)
         self.greet(packet)
+        self._is_greeted = True
 
     def _map(self, hello: BareMessage, fd: int) -> mmap.mmap:
         if not 0 < hello.value <= self._limits.max_pool_bytes:

@@ -14,9 +14,12 @@ from moeserve.transport.channel import Channel, Pending
 from moeserve.transport.keys import FrontendKeys
 from moeserve.transport.memory import Arena, Limits
 from moeserve.transport.readiness import has_message
+from moeserve.transport.tcp_line import TcpLine
+from moeserve.transport.timing import FRONTEND_LINGER_MS, HEARTBEAT_S, TCP_CONNECT_MS
 from moeserve.transport.wire import VERSION, Kind, MalformedMessage, Memory, PacketLayout, aligned, pack_note, partial
 
-_GOODBYE_LINGER_MS = 100
+#: libzmq itself shall never end a connection because pings are not answered: milliseconds
+_NEVER_MS = 2**31 - 1
 _ENDS = {
     zmq.EVENT_DISCONNECTED: "is gone",
     zmq.EVENT_CLOSED: "cannot be reached",
@@ -29,10 +32,11 @@ _ENDS = {
 class TcpChannel(Channel):
     """Talks to `tcp://address:port`, encrypted and authenticated when keys are given."""
 
-    def __init__(self, endpoint: str, limits: Limits, keys: FrontendKeys | None) -> None:
-        super().__init__(endpoint, Arena.private(limits.max_pool_bytes), limits)
+    def __init__(self, endpoint: str, limits: Limits, keys: FrontendKeys | None, silent_after_s: float) -> None:
+        super().__init__(endpoint, Arena.private(limits.max_pool_bytes), limits, silent_after_s)
+        self._line: TcpLine | None = None
         self._socket = _dealer(limits, keys)
-        self._monitor = self._socket.get_monitor_socket(sum(_ENDS))
+        self._monitor = self._socket.get_monitor_socket(sum(_ENDS) | zmq.EVENT_CONNECTED)
         self._monitor.linger = 0
         self._loop.add_reader(self._socket.FD, self._on_readable)
         self._loop.add_reader(self._monitor.FD, self._on_monitor)
@@ -43,6 +47,11 @@ class TcpChannel(Channel):
             raise ConfigError(f"{endpoint} is not an address to connect to: {error.strerror}") from None
         self._on_monitor()  # a socket that was never checked for messages does not signal its first one
         self._transmit(pack_note(Kind.HELLO, code=VERSION), None)
+
+    def last_heard(self) -> float:
+        """Any byte of the connection is a sign of life."""
+        line = 0.0 if self._line is None else self._line.last_heard()
+        return max(super().last_heard(), line)
 
     def _block_bytes(self, layout: PacketLayout) -> int:
         return layout.request_bytes
@@ -67,10 +76,12 @@ class TcpChannel(Channel):
         self._loop.remove_reader(self._monitor.FD)
         self._socket.disable_monitor()
         self._monitor.close()
-        # A ROUTER does not notice a closed connection without GOODBYE, which cannot be sent after it.
+        if self._line is not None:
+            self._line.close()
+        # Told so, a ROUTER forgets this frontend before its connection ends.
         with suppress(zmq.ZMQError):
             self._socket.send(pack_note(Kind.GOODBYE), zmq.NOBLOCK)
-        self._socket.close(_GOODBYE_LINGER_MS)
+        self._socket.close(FRONTEND_LINGER_MS)
 
     def _on_readable(self) -> None:
         while not self.closed.is_set() and has_message(self._socket):
@@ -79,7 +90,12 @@ class TcpChannel(Channel):
 
     def _on_monitor(self) -> None:
         while not self.closed.is_set() and has_message(self._monitor):
-            event = zmq.Event(recv_monitor_message(self._monitor)["event"])
+            message = recv_monitor_message(self._monitor)
+            event = zmq.Event(message["event"])
+            if event is zmq.EVENT_CONNECTED:
+                with suppress(OSError):  # it has disconnected since: that is the next event
+                    self._line = TcpLine(message["value"])
+                continue
             # The host's last messages come first, above all why it disconnected.
             self._on_readable()
             self._die(f"the host at {self.endpoint} {_ENDS[event]}")
@@ -88,6 +104,9 @@ class TcpChannel(Channel):
 def _dealer(limits: Limits, keys: FrontendKeys | None) -> zmq.Socket[Any]:
     dealer: zmq.Socket[Any] = zmq.Context.instance().socket(zmq.DEALER)
     dealer.reconnect_ivl = -1
+    dealer.connect_timeout = TCP_CONNECT_MS
+    dealer.heartbeat_ivl = int(HEARTBEAT_S * 1000)
+    dealer.heartbeat_timeout = _NEVER_MS
     dealer.sndhwm = 0
     dealer.maxmsgsize = limits.max_message_bytes
     if keys is not None:
@@ -97,8 +116,8 @@ def _dealer(limits: Limits, keys: FrontendKeys | None) -> zmq.Socket[Any]:
     return dealer
 
 
-async def connect_tcp(endpoint: str, limits: Limits, timeout_s: float, keys: FrontendKeys | None) -> TcpChannel:
+async def connect_tcp(endpoint: str, limits: Limits, timeout_s: float, keys: FrontendKeys | None, silent_after_s: float) -> TcpChannel:
     """A channel to the host at `tcp://address:port`. Raises ChannelClosed when it cannot be reached or refuses these keys."""
-    channel = TcpChannel(endpoint, limits, keys)
+    channel = TcpChannel(endpoint, limits, keys, silent_after_s)
     await channel.open(timeout_s)
     return channel

@@ -6,10 +6,11 @@ A ROUTER cannot disconnect one frontend: a refused one gets GOODBYE and is ignor
 from __future__ import annotations
 
 import ipaddress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from moeserve.api.tensors import raw
 from moeserve.errors import ConfigError
@@ -18,10 +19,14 @@ from moeserve.transport.listener import Poller
 from moeserve.transport.memory import Arena, Limits
 from moeserve.transport.peer import Peer
 from moeserve.transport.readiness import has_message
+from moeserve.transport.timing import FRONTEND_GONE_MS, HOST_LINGER_MS
 from moeserve.transport.wire import Kind, MalformedMessage, Memory, PacketLayout, WorkHeader, aligned, partial
 from moeserve.transport.work import Work
 
-_LINGER_MS = 200
+#: between two signs that a frontend's machine lives, asked for by this kernel where nothing is to be sent
+_KEEPALIVE_S = 1
+#: messages of one frontend that wait while the host computes; libzmq answers no pings of one that has more
+_MAX_WAITING = 2**16
 
 
 class TcpSource:
@@ -40,6 +45,7 @@ class TcpSource:
         self._keys = keys
         self._zap = ZapHandler(self._context, keys) if keys is not None else None
         self._router = self._bind(endpoint, keys)
+        self._monitor = self._router.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.endpoint = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         self.replies = Arena.private(limits.max_pool_bytes)
         self._peers: dict[bytes, TcpPeer] = {}
@@ -52,6 +58,13 @@ class TcpSource:
         while has_message(self._router):
             identity, *frames = self._router.recv_multipart(copy=False)
             self._take_in(identity.bytes, frames)
+        self._forget_disconnected()
+
+    def owes(self) -> bool:
+        return any(peer.owes for peer in list(self._peers.values()))
+
+    def beat(self) -> None:
+        """Nothing to do: libzmq's own thread answers the pings of frontends."""
 
     def send(self, identity: bytes, packet: bytes, body: memoryview | None) -> None:
         """Never blocks; a frontend that is gone is forgotten."""
@@ -61,6 +74,7 @@ class TcpSource:
             self._forget(identity)
 
     def close(self) -> None:
+        self._router.disable_monitor()
         for sock in self._sockets():
             self._poller.remove(sock.FD)
             sock.close()
@@ -69,13 +83,18 @@ class TcpSource:
         self._context.term()
 
     def _sockets(self) -> list[Any]:
-        return [self._router] if self._zap is None else [self._router, self._zap.socket]
+        return [self._monitor, self._router] if self._zap is None else [self._monitor, self._router, self._zap.socket]
 
     def _bind(self, endpoint: str, keys: HostKeys | None) -> Any:
         router = self._context.socket(zmq.ROUTER)
-        router.linger = _LINGER_MS
+        router.linger = HOST_LINGER_MS
         router.router_mandatory = True
         router.sndhwm = 0
+        router.rcvhwm = _MAX_WAITING
+        router.tcp_keepalive = 1
+        router.tcp_keepalive_idle = router.tcp_keepalive_intvl = _KEEPALIVE_S
+        router.tcp_keepalive_cnt = FRONTEND_GONE_MS // 1000 // _KEEPALIVE_S
+        router.tcp_maxrt = FRONTEND_GONE_MS
         router.maxmsgsize = self._limits.max_message_bytes
         if keys is not None:
             router.curve_server = True
@@ -89,26 +108,35 @@ class TcpSource:
         return router
 
     def _take_in(self, identity: bytes, frames: list[zmq.Frame]) -> None:
-        peer = self._peers.get(identity) or TcpPeer(self, identity, self._limits, self._arrived, self._key_behind(frames[0]))
+        peer = self._peers.get(identity)
+        is_new = peer is None
+        if peer is None:
+            # Descriptors are used again: a connection that ended before this one began is forgotten first.
+            self._forget_disconnected()
+            peer = self._peers[identity] = TcpPeer(self, identity, self._limits, self._arrived, self._sender(frames[0]))
         packet = frames[0].bytes if len(frames) in (1, 2) else b""
         try:
             if packet and packet[0] == Kind.GOODBYE:
                 self._forget(identity)
             elif peer.is_refused:
                 return
-            elif self._keys is not None and peer.key not in self._keys.allowed:
+            elif self._keys is not None and peer.sender.key not in self._keys.allowed:
                 raise MalformedMessage("its key was withdrawn")
-            elif identity in self._peers:
-                peer.take_in(packet, aligned(frames[1].buffer) if len(frames) == 2 else None)
-            else:
+            elif is_new:
                 peer.greet(packet)
-                self._peers[identity] = peer
+            else:
+                peer.take_in(packet, aligned(frames[1].buffer) if len(frames) == 2 else None)
         except MalformedMessage as error:
             peer.refuse(str(error))
 
-    def _key_behind(self, frame: zmq.Frame) -> str:
-        """The authenticated public key; "" without keys."""
-        return str(frame.get("User-Id")) if self._keys is not None else ""
+    def _sender(self, frame: zmq.Frame) -> Sender:
+        return Sender(int(frame.get("__fd")), str(frame.get("User-Id")) if self._keys is not None else "")
+
+    def _forget_disconnected(self) -> None:
+        while has_message(self._monitor):
+            fd = recv_monitor_message(self._monitor)["value"]
+            for identity in [identity for identity, peer in self._peers.items() if peer.sender.fd == fd]:
+                self._forget(identity)
 
     def _forget(self, identity: bytes) -> None:
         peer = self._peers.pop(identity, None)
@@ -116,14 +144,21 @@ class TcpSource:
             peer.lose()
 
 
+class Sender(NamedTuple):
+    """Where a message came from: libzmq's descriptor of the connection, and the public key that the doorman let in ("" = no doorman)."""
+
+    fd: int
+    key: str
+
+
 class TcpPeer(Peer):
     """One frontend, known by the identity the ROUTER gave its connection."""
 
-    def __init__(self, source: TcpSource, identity: bytes, limits: Limits, arrived: list[Work], key: str) -> None:
+    def __init__(self, source: TcpSource, identity: bytes, limits: Limits, arrived: list[Work], sender: Sender) -> None:
         super().__init__(source.endpoint, limits, arrived)
         self._source = source
         self._identity = identity
-        self.key = key
+        self.sender = sender
         self.is_refused = False
 
     def refuse(self, reason: str) -> None:

@@ -10,7 +10,7 @@ A destination is a host's number and where its pairs end; the first is the recei
 
 A packet is a WORK header (56 bytes) or a note (16 bytes, some followed by a sentence):
 HELLO(version, arena bytes) -> ACCEPT(version, max_message_bytes) · WORK -> REPLY(id) | ERROR(gRPC status, id, sentence) · CANCEL(id)
-· GOODBYE(sentence).
+· GOODBYE(sentence) · HEARTBEAT: the host is alive.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 from moeserve.api.tensors import FLOAT_DTYPES, WIRE_NUMBERS
 from moeserve.errors import ExpertUnavailable, MoEServeError, from_status
 
-VERSION = 2
+VERSION = 3
 MAX_SENTENCE_BYTES = 1024
 #: kind, dtype, pass_on, layer, id, epoch, timeout_us, rows, hidden_size, pairs, destinations, offset of the block in the shared arena
 _WORK = struct.Struct("<BBBxIQQQIIIIQ")
@@ -56,6 +56,7 @@ class Kind(IntEnum):
     ERROR = 5
     CANCEL = 6
     GOODBYE = 7
+    HEARTBEAT = 8
 
 
 class PassOn(IntEnum):

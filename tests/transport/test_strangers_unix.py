@@ -86,7 +86,9 @@ def raw_frontend(rig: Rig, greet: bool = True) -> socket.socket:
 
 def assert_hung_up(rig: Rig, sock: socket.socket, caplog: pytest.LogCaptureFixture) -> None:
     assert rig.listener.poll(0) == []
-    assert kind_of(sock.recv(2000)) is Kind.GOODBYE
+    while (kind := kind_of(sock.recv(2000))) is Kind.HEARTBEAT:
+        pass  # on a slow machine, where work is owed
+    assert kind is Kind.GOODBYE
     assert sock.recv(2000) == b""
     assert "disconnected a frontend" in caplog.text
     sock.close()
