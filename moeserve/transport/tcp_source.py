@@ -51,6 +51,8 @@ class TcpSource:
         self._peers: dict[bytes, TcpPeer] = {}
         for sock in self._sockets():
             poller.add(sock.FD, lambda _: self.catch_up())
+        poller.add(self._monitor.FD, lambda _: self._forget_disconnected())
+        self._forget_disconnected()  # a socket never asked whether it has a message does not signal its first one
 
     def catch_up(self) -> None:
         if self._zap is not None:
@@ -58,7 +60,6 @@ class TcpSource:
         while has_message(self._router):
             identity, *frames = self._router.recv_multipart(copy=False)
             self._take_in(identity.bytes, frames)
-        self._forget_disconnected()
 
     def owes(self) -> bool:
         return any(peer.owes for peer in list(self._peers.values()))
@@ -75,7 +76,7 @@ class TcpSource:
 
     def close(self) -> None:
         self._router.disable_monitor()
-        for sock in self._sockets():
+        for sock in (self._monitor, *self._sockets()):
             self._poller.remove(sock.FD)
             sock.close()
         for peer in self._peers.values():
@@ -83,7 +84,7 @@ class TcpSource:
         self._context.term()
 
     def _sockets(self) -> list[Any]:
-        return [self._monitor, self._router] if self._zap is None else [self._monitor, self._router, self._zap.socket]
+        return [self._router] if self._zap is None else [self._router, self._zap.socket]
 
     def _bind(self, endpoint: str, keys: HostKeys | None) -> Any:
         router = self._context.socket(zmq.ROUTER)

@@ -10,7 +10,9 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from enum import IntEnum
+from functools import partial
 
 import torch
 
@@ -19,7 +21,7 @@ from moeserve.transport import HostKeys, KeyPair, Listener, Work, listen
 from tests.support.stacked import Stacked
 from tests.transport.rig import answer
 
-PASS_S = 1.0
+PASS_S = 0.5
 
 
 class Order(IntEnum):
@@ -41,28 +43,36 @@ def compute_in_python() -> None:
         count += 1
 
 
-def compute_in_torch() -> None:
-    """One product that lasts for PASS_S."""
-    size = 1024
-    matrix = torch.rand(size, size)
-    before = time.monotonic()
-    matrix @ matrix
-    more = max(1, int(PASS_S / (time.monotonic() - before)))
-    torch.bmm(matrix.expand(more, size, size), matrix.expand(more, size, size))
-
-
-def compute_in_kernel() -> None:
-    """Passes of a bank, each with twice the rows, until one has lasted for half of PASS_S."""
-    width, rows, lasted = 256, 512, 0.0
-    bank = ExpertBank(Stacked(torch.rand(1, 2 * width, width), torch.rand(1, width, width)).experts("swiglu"), width, torch.float32)
-    while lasted < PASS_S / 2:
-        rows *= 2
-        index, before = torch.arange(rows, dtype=torch.int32), time.monotonic()
-        bank.run(torch.rand(rows, width), index, torch.zeros_like(index), torch.ones(rows), out=torch.empty(rows, width))
+def grow(compute: Callable[[int], None]) -> None:
+    """One call after the other, each twice as large, until one has lasted for PASS_S."""
+    size, lasted = 256, 0.0
+    while lasted < PASS_S:
+        size, before = 2 * size, time.monotonic()
+        compute(size)
         lasted = time.monotonic() - before
 
 
-COMPUTE = {Order.PYTHON: compute_in_python, Order.TORCH: compute_in_torch, Order.KERNEL: compute_in_kernel}
+def compute_in_torch(rows: int) -> None:
+    """One product."""
+    width = 512
+    torch.rand(1, width).expand(rows, width) @ torch.rand(width, width)
+
+
+def compute_in_kernel(rows: int) -> None:
+    """One pass of a bank."""
+    width = 256
+    bank = ExpertBank(Stacked(torch.rand(1, 2 * width, width), torch.rand(1, width, width)).experts("swiglu"), width, torch.float32)
+    index = torch.arange(rows, dtype=torch.int32)
+    bank.run(
+        torch.rand(1, width).expand(rows, width).contiguous(), index, torch.zeros_like(index), torch.ones(rows), torch.empty(rows, width)
+    )
+
+
+COMPUTE = {
+    Order.PYTHON: compute_in_python,
+    Order.TORCH: partial(grow, compute_in_torch),
+    Order.KERNEL: partial(grow, compute_in_kernel),
+}
 
 
 def obey(work: Work, kept: list[Work]) -> None:
