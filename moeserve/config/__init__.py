@@ -5,6 +5,7 @@ from moeserve.config.cluster import ClusterConfig, ControllerConfig, RayConfig
 from moeserve.config.gating import BY_TOKEN_ID, GatingConfig
 from moeserve.config.load import load_config, load_json, load_server
 from moeserve.config.overrides import GatingOverrides, override
+from moeserve.config.resilience import ResilienceConfig
 from moeserve.config.server import ServerConfig
 from moeserve.config.service import (
     BatchingConfig,
@@ -14,7 +15,6 @@ from moeserve.config.service import (
     ModelConfig,
     ObservabilityConfig,
     PlacementConfig,
-    ResilienceConfig,
     ServedModel,
     ServiceConfig,
     SharedExpertConfig,

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from moeserve.config.activation import Activation
 from moeserve.config.cluster import ClusterConfig, ControllerConfig, RayConfig
 from moeserve.config.gating import GatingConfig
+from moeserve.config.resilience import LayerResilience, ResilienceConfig
 from moeserve.config.server import ServerConfig
 from moeserve.config.table import Table
 from moeserve.config.values import (
@@ -72,17 +73,6 @@ class SharedExpertConfig(Table):
         if self.expert is None and self.expert_args:
             raise ValueError("layers.shared_expert.expert_args needs layers.shared_expert.expert")
         return self
-
-
-ExpertFailure = Literal["retry", "renormalize", "residual", "fail"]
-
-
-class LayerResilience(Table):
-    """[layers.resilience]: what one layer does otherwise than [resilience] says."""
-
-    on_expert_failure: ExpertFailure = "retry"
-    k_min: int = Field(default=1, ge=0, le=MAX_EXPERTS)
-    partial_after_ms: float = Field(default=500, ge=0, le=MAX_SIZE)
 
 
 class LayerConfig(Table):
@@ -183,28 +173,6 @@ class CommunicationConfig(Table):
 
     #: one message per host, per expert, per node (passed on within the node), or one in all (passed on from host to host)
     pattern: Literal["all_to_all", "point_to_point", "hierarchical", "ring"] = "all_to_all"
-
-
-class ResilienceConfig(Table):
-    """[resilience]: what happens when a host dies, hangs, errs or is late."""
-
-    #: of choices whose expert lives nowhere: retry = wait for a host within the deadline; renormalize = answer without them, the others
-    #: take over their weight; residual = answer without them; fail = UNAVAILABLE at once
-    on_expert_failure: ExpertFailure = "retry"
-    #: how many choices of each token an answer must have, else its request waits as with retry
-    k_min: int = Field(default=1, ge=0, le=MAX_EXPERTS)
-    #: how long an answer waits for choices of a lost or late host before it is given without them
-    partial_after_ms: float = Field(default=500, ge=0, le=MAX_SIZE)
-    #: a host that owes answers and sends nothing for so long, not even a heartbeat, counts as lost
-    hang_after_ms: float = Field(default=1000, ge=300, le=MAX_SIZE)
-    #: auto = rows that are late are sent to another copy too, at most 5% of all
-    hedge: Literal["off", "auto"] = "off"
-    #: deadline of a request that brings none
-    request_timeout_s: Annotated[Seconds, Field(gt=0)] = 60.0
-
-    def of_layer(self, layer: LayerResilience | None) -> ResilienceConfig:
-        """As one layer changes it."""
-        return self if layer is None else self.model_copy(update=layer.model_dump(exclude_unset=True))
 
 
 class ObservabilityConfig(Table):

@@ -17,7 +17,7 @@ from moeserve.errors import ConfigError, ExpertUnavailable, MoEServeError
 from moeserve.frontend import timing
 from moeserve.frontend.delivery import Delivery
 from moeserve.frontend.exchange import Exchange
-from moeserve.frontend.parcel import Fate, Parcel
+from moeserve.frontend.parcel import Parcel, ParcelState
 from moeserve.frontend.routed import Part
 from moeserve.frontend.view import LayerView
 from moeserve.layer.dispatch import Dispatch, HostWork, plan_again
@@ -92,7 +92,7 @@ class Canary:
         except TimeoutError:
             raise ExpertUnavailable(f"layer {spec.name} did not answer a canary before the deadline") from None
         finally:
-            delivery.end()
+            delivery.cancel()
         for answers in delivery.take_all_answers().values():
             part.add([answer._replace(is_final=True) for answer in answers])
         return part.so_far()
@@ -102,10 +102,10 @@ class Canary:
         if parcel.error is not None:
             raise parcel.error.with_traceback(None)
         view, works = parcel.part.view, parcel.works
-        if parcel.fate is Fate.LOST and (hosts := view.loads("least_outstanding", parcel.erred)) is not None:
+        if parcel.state is ParcelState.LOST and (hosts := view.loads("least_outstanding", parcel.erred)) is not None:
             works = plan_again(works, len(parcel.part.hidden_states), view.placement, hosts)
-        if parcel.fate is Fate.LOST and any(view.links[work.host].channel_at(view.epoch) is not None for work in works):
-            delivery.settle(parcel, Fate.GIVEN_UP)
+        if parcel.state is ParcelState.LOST and any(view.links[work.host].channel_at(view.epoch) is not None for work in works):
+            delivery.close(parcel, ParcelState.GIVEN_UP)
             await self._exchange.resend(delivery, parcel.part, works, parcel)
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from math import inf
 
 from moeserve.errors import DeadlineExceeded, ExpertUnavailable, InvalidRequest, MoEServeError, Overloaded
-from moeserve.frontend.parcel import Answer, Fate, Parcel, Sent, Way
+from moeserve.frontend.parcel import Answer, Parcel, ParcelState, Sent, Way
 from moeserve.frontend.routed import Part
 from moeserve.layer.dispatch import HostWork
 from moeserve.transport import ChannelClosed, Partial, PeerLost
@@ -48,7 +48,7 @@ class Delivery:
     @property
     def has_lost(self) -> bool:
         """Whether nobody computes some of it."""
-        return any(parcel.fate is Fate.LOST for parcel in self._open)
+        return any(parcel.state is ParcelState.LOST for parcel in self._open)
 
     def needs_remedy(self, at: float) -> bool:
         """Whether something is lost, or it is the time `at`, monotonic seconds, when something may be late."""
@@ -69,14 +69,14 @@ class Delivery:
     def lose(self, part: Part, work: HostWork, again: Parcel | None = None, *, is_must: bool = False) -> None:
         """`work` is not under way, as its host is down, or not any more; it was of the parcel `again` before."""
         parcel = self._add(part, (work,), again)
-        parcel.fate, parcel.is_must = Fate.LOST, parcel.is_must or is_must
+        parcel.state, parcel.is_must = ParcelState.LOST, parcel.is_must or is_must
         self.wake()
 
-    def settle(self, parcel: Parcel, fate: Fate) -> None:
+    def close(self, parcel: Parcel, state: ParcelState) -> None:
         """It is owed no longer: it was answered, or given up, or other parcels have taken its place."""
-        if parcel.fate is Fate.PENDING:
+        if parcel.state is ParcelState.PENDING:
             self._pending[parcel.part] -= 1
-        parcel.fate = fate
+        parcel.state = state
         del self._open[parcel]
         for way in parcel.ways:
             way.cancel()
@@ -85,14 +85,14 @@ class Delivery:
         """These sums are not finite: what they were to answer is lost, until another copy has said whether it must be so."""
         for answer in answers:
             parcel = self._add(answer.parcel.part, answer.parcel.works, answer.parcel)
-            parcel.fate, parcel.refused = Fate.LOST, [answer]
+            parcel.state, parcel.refused = ParcelState.LOST, [answer]
             parcel.erred, parcel.suspects = parcel.erred | {answer.host}, parcel.suspects | {answer.host}
             self.wake()
 
     def accept(self, parcel: Parcel) -> None:
         """What was refused counts: nobody says otherwise."""
         self._answers.setdefault(parcel.part, []).extend(answer._replace(is_final=True) for answer in parcel.refused)
-        self.settle(parcel, Fate.ANSWERED)
+        self.close(parcel, ParcelState.ANSWERED)
         self.wake()
 
     def take_answers(self) -> dict[Part, list[Answer]]:
@@ -130,10 +130,10 @@ class Delivery:
             # The future that raised it keeps it: with its frames it would keep the batch, until cycles of references are collected.
             raise self._failure.with_traceback(None)
 
-    def end(self) -> None:
+    def cancel(self) -> None:
         """Nobody waits for anything any longer."""
         for parcel in self.owed:
-            self.settle(parcel, Fate.GIVEN_UP)
+            self.close(parcel, ParcelState.GIVEN_UP)
 
     def _add(self, part: Part, works: Sequence[HostWork], again: Parcel | None) -> Parcel:
         parcel = Parcel(part, works, time.monotonic())
@@ -144,7 +144,7 @@ class Delivery:
         return parcel
 
     def _returned(self, parcel: Parcel, way: Way, sent: Sent, future: asyncio.Future[Partial]) -> None:
-        if future.cancelled() or parcel.fate is not Fate.PENDING or way.is_lost:
+        if future.cancelled() or parcel.state is not ParcelState.PENDING or way.is_lost:
             return
         error = future.exception()
         if error is None:
@@ -161,7 +161,7 @@ class Delivery:
         answers += [Answer(parcel, sent.host, sent.rows, sent.future.result().tensor) for sent in way.sent]
         self.first_answer_at = min(self.first_answer_at, time.monotonic())
         parcel.has_hedge_won = way is not parcel.ways[0]
-        self.settle(parcel, Fate.ANSWERED)
+        self.close(parcel, ParcelState.ANSWERED)
         if not self._pending[parcel.part]:
             self.wake()
 
@@ -179,5 +179,5 @@ class Delivery:
         if not all(each.is_lost for each in parcel.ways):
             return
         self._pending[parcel.part] -= 1
-        parcel.fate, parcel.since = Fate.LOST, time.monotonic()
+        parcel.state, parcel.since = ParcelState.LOST, time.monotonic()
         self.wake()

@@ -82,7 +82,7 @@ class Forward:
                 await self._finish(routed, range(len(batch.members)))
         finally:
             self._deliveries.discard(delivery)
-            delivery.end()
+            delivery.cancel()
 
     def _route_and_plan(self, batch: Batch, view: LayerView, hosts: HostLoads | None) -> RoutedBatch:
         """The gate sees the whole batch, so that its answer does not depend on how the batch is cut."""

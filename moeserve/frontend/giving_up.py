@@ -13,7 +13,7 @@ import torch
 from moeserve.api.output import DROP_NUMBERS
 from moeserve.config import CopyChoice, ResilienceConfig
 from moeserve.frontend.delivery import Delivery
-from moeserve.frontend.parcel import Fate, Parcel
+from moeserve.frontend.parcel import Parcel, ParcelState
 from moeserve.frontend.routed import Part, RoutedBatch
 from moeserve.layer.dispatch import HostWork, experts_of, restrict
 
@@ -72,7 +72,7 @@ class GivingUp:
         reasons = torch.zeros(missing.choices.shape, dtype=torch.int32)
         for parcel, reason in self._reasons:
             reasons[missing_choices(routed, [parcel]).choices & is_answered[:, None]] = reason
-            delivery.settle(parcel, Fate.GIVEN_UP)
+            delivery.close(parcel, ParcelState.GIVEN_UP)
             for work in self._musts(parcel, is_answered):
                 delivery.lose(parcel.part, work, parcel, is_must=True)
         parts = [self._anew(part, reasons, copy_choice) for part in dict.fromkeys(parcel.part for parcel, _ in self._reasons)]

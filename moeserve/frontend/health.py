@@ -40,7 +40,7 @@ class HostHealth:
     late_after_s: float
 
 
-class Durations:
+class UsualDurations:
     """How long a host usually takes for a message, by its number of rows; a size counts with others of the same power of two."""
 
     def __init__(self) -> None:

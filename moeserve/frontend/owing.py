@@ -7,7 +7,7 @@ import time
 from math import inf
 from typing import NamedTuple, Protocol
 
-from moeserve.frontend.health import Durations
+from moeserve.frontend.health import UsualDurations
 from moeserve.transport import Partial
 
 
@@ -31,7 +31,7 @@ class Owing:
 
     def __init__(self, gauge: Gauge) -> None:
         self.rows = 0
-        self.durations = Durations()
+        self.durations = UsualDurations()
         self._gauge = gauge
         #: the oldest first
         self._debts: dict[asyncio.Future[Partial], Debt] = {}

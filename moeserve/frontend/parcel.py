@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moeserve.frontend.routed import Part
 
 
-class Fate(Enum):
+class ParcelState(Enum):
     """What has become of a parcel."""
 
     PENDING = auto()
@@ -87,7 +87,7 @@ class Parcel:
     part: Part
     works: Sequence[HostWork]
     since: float
-    fate: Fate = Fate.PENDING
+    state: ParcelState = ParcelState.PENDING
     ways: list[Way] = field(default_factory=list)
     erred: frozenset[int] = frozenset()
     suspects: frozenset[int] = frozenset()

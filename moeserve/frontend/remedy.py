@@ -16,7 +16,7 @@ from moeserve.frontend.delivery import Delivery
 from moeserve.frontend.exchange import Exchange
 from moeserve.frontend.giving_up import GivingUp, missing_choices
 from moeserve.frontend.hedges import Hedges
-from moeserve.frontend.parcel import Answer, Fate, Parcel
+from moeserve.frontend.parcel import Answer, Parcel, ParcelState
 from moeserve.frontend.policy import Accept, Action, Decision, Fail, GiveUp, Hedge, Owed, Resend
 from moeserve.frontend.routed import RoutedBatch
 from moeserve.frontend.view import LayerView
@@ -69,7 +69,7 @@ class Remedy:
         """Does what is to be done now; says when to ask again, monotonic seconds, unless something changes before."""
         for parcel in delivery.owed:
             if not routed.waiting(parcel):
-                delivery.settle(parcel, Fate.GIVEN_UP)
+                delivery.close(parcel, ParcelState.GIVEN_UP)
         parcels = delivery.owed
         decision = self._decide(parcels, routed, delivery)
         giving_up = GivingUp(routed, self._rules.resilience)
@@ -81,7 +81,7 @@ class Remedy:
                 giving_up.add(parcel, action.reason)
             elif action is not None:
                 await self._do(action, parcel, routed, delivery)
-            elif parcel.fate is Fate.LOST:
+            elif parcel.state is ParcelState.LOST:
                 host = routed.view.links[parcel.host].name
                 why = f"on {host} did not come back before the deadline"
                 routed.wait_for(parcel, f"{host}: {parcel.behind}" if parcel.behind else self._sentence(parcel, why))
@@ -95,7 +95,7 @@ class Remedy:
         return policy.decide(owed, health, self._rules.resilience, int(self._hedges.spare_rows), time.monotonic())
 
     def _owed(self, parcel: Parcel, routed: RoutedBatch, delivery: Delivery) -> Owed:
-        is_lost = parcel.fate is Fate.LOST
+        is_lost = parcel.state is ParcelState.LOST
         return Owed(
             host=parcel.host,
             rows=parcel.num_rows,
@@ -114,7 +114,7 @@ class Remedy:
 
     def _elsewhere(self, parcel: Parcel) -> list[HostWork]:
         """The same pairs for other hosts: if it is lost, as many as can be had; if it is late, all or none, on hosts with less to do."""
-        view, is_lost = parcel.part.view, parcel.fate is Fate.LOST
+        view, is_lost = parcel.part.view, parcel.state is ParcelState.LOST
         without = parcel.erred if is_lost else {*parcel.erred, *(work.host for work in parcel.works)}
         hosts = view.loads(self._rules.copy_choice, without)
         if hosts is None:
@@ -130,7 +130,7 @@ class Remedy:
             case Resend():
                 works = self._elsewhere(parcel) or parcel.works
                 self._retries["error" if parcel.error else "non_finite" if parcel.refused else "host_lost"].inc(len(works))
-                delivery.settle(parcel, Fate.GIVEN_UP)
+                delivery.close(parcel, ParcelState.GIVEN_UP)
                 await self._exchange.resend(delivery, parcel.part, works, parcel)
             case Hedge():
                 if (way := await self._exchange.second_way(delivery, parcel.part, self._elsewhere(parcel))) is not None:
@@ -140,7 +140,7 @@ class Remedy:
                 delivery.accept(parcel)
             case Fail(why, error):
                 routed.fail(parcel, error or ExpertUnavailable(self._sentence(parcel, why)))
-                delivery.settle(parcel, Fate.GIVEN_UP)
+                delivery.close(parcel, ParcelState.GIVEN_UP)
 
     def _sentence(self, parcel: Parcel, why: str) -> str:
         placement = parcel.part.view.placement

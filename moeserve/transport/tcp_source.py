@@ -146,7 +146,7 @@ class TcpSource:
 
 
 class Sender(NamedTuple):
-    """Where a message came from: libzmq's descriptor of the connection, and the public key that the doorman let in ("" = no doorman)."""
+    """Where a message came from: libzmq's descriptor of the connection, and the authenticated public key ("" = none was needed)."""
 
     fd: int
     key: str

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeserve.frontend import timing
-from moeserve.frontend.health import Breaker, Durations
+from moeserve.frontend.health import Breaker, UsualDurations
 
 
 def test_nothing_is_late_while_little_is_known() -> None:
-    durations = Durations()
+    durations = UsualDurations()
     for _ in range(15):
         durations.record(8, 0.01)
     assert durations.late_after_s(8) == inf
@@ -23,7 +23,7 @@ def test_nothing_is_late_while_little_is_known() -> None:
 
 
 def test_one_slow_pass_in_twenty_is_late() -> None:
-    durations = Durations()
+    durations = UsualDurations()
     for number in range(200):
         durations.record(1, 0.05 if number % 20 == 0 else 0.002)
     assert durations.late_after_s(1) < 0.01
@@ -31,7 +31,7 @@ def test_one_slow_pass_in_twenty_is_late() -> None:
 
 @given(st.lists(st.floats(1e-4, 10), min_size=16, max_size=200), st.integers(1, 10_000))
 def test_a_host_that_lives_is_never_stuck_before_ten_hangs(taken_s: list[float], rows: int) -> None:
-    durations = Durations()
+    durations = UsualDurations()
     for seconds in taken_s:
         durations.record(rows, seconds)
     assert durations.stuck_after_s(rows, 1.0) >= max(10.0, 20 * min(taken_s))

@@ -124,7 +124,11 @@ def test_with_fewer_than_k_min_it_waits(k_min: int, tmp_path: Path) -> None:
                 with pytest.raises((ExpertUnavailable, DeadlineExceeded)):
                     ask(token)
         # One such token holds up its own request only.
-        out = client.forward(ROWS[1:], topk_ids=ids[1:2].expand(39, 2), topk_weights=weights[:1].expand(39, 2), timeout=1.0) if k_min < 2 else None
+        out = (
+            client.forward(ROWS[1:], topk_ids=ids[1:2].expand(39, 2), topk_weights=weights[:1].expand(39, 2), timeout=1.0)
+            if k_min < 2
+            else None
+        )
         assert out is None or int(out.processed.sum()) == 39
 
 

@@ -137,7 +137,11 @@ def test_a_late_host() -> None:
 
     assert asked(late()) == Decision({}, inf)
     assert only(asked(late(), hedge="auto")) == Hedge()
-    for not_now in (asked(late(), 3, hedge="auto"), asked(late(has_copy=False), hedge="auto"), asked(late(since=NOW - 0.005), hedge="auto")):
+    for not_now in (
+        asked(late(), 3, hedge="auto"),
+        asked(late(has_copy=False), hedge="auto"),
+        asked(late(since=NOW - 0.005), hedge="auto"),
+    ):
         assert not_now.actions == {} and NOW < not_now.wake_at <= NOW + 0.011
     assert asked(late(is_hedged=True), hedge="auto") == Decision({}, inf)
 
