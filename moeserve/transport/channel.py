@@ -42,7 +42,7 @@ class ChannelClosed(ExpertUnavailable):
 
 
 class HostSilent(ChannelClosed):
-    """The host at the other end owes answers and gives no sign of life: it is stopped, its machine is, or no way leads to it."""
+    """The host at the other end owes answers and sends nothing, not even heartbeats: it is stopped, or the network is cut."""
 
 
 class Lease:
@@ -149,9 +149,9 @@ class Channel(ABC):
     def send(self, lease: Lease, *, layer: int, epoch: int, timeout_s: float, pass_on: PassOn = PassOn.NOTHING) -> asyncio.Future[Partial]:
         """Sends a filled lease, which is not to be written to afterwards; never blocks.
 
-        The future raises ChannelClosed as soon as the host is gone, HostSilent when it gives no sign of life, PeerLost when a host is
-        gone that it passed rows on to, or the error that it answered with. A host that lives and does not answer is found by the caller's
-        own timeout only: cancel the future then, as `asyncio.wait_for` does.
+        The future raises ChannelClosed as soon as the host is gone, HostSilent when it sends nothing any more, PeerLost when a host is
+        gone that it passed rows on to, or the error that it answered with. A host that is alive and does not answer is found by the
+        caller's own timeout only: cancel the future then, as `asyncio.wait_for` does.
         `timeout_s` is how long the host has until it may drop the work unanswered: with DeadlineExceeded.
         """
         work_id = next(self._ids)
@@ -183,16 +183,16 @@ class Channel(ABC):
             raise
 
     def owed_since(self) -> float | None:
-        """When the oldest message without an answer was sent; None = every one has its own."""
+        """When the oldest unanswered message was sent; None = all are answered."""
         return next(iter(self._unanswered.values())).sent_at if self._unanswered else None
 
     def last_heard(self) -> float:
-        """When there was a sign of life."""
+        """When the host sent something, on the monotonic clock in seconds."""
         return self._heard_at
 
     def fall_silent(self, silent_s: float) -> None:
-        """Ends as if the host had hung up."""
-        self._die(f"the host at {self.endpoint} owes answers and has given no sign of life for {silent_s:.2f} s", HostSilent)
+        """Closes as if the host had disconnected."""
+        self._die(f"the host at {self.endpoint} owes answers and has been silent for {silent_s:.2f} s", HostSilent)
 
     @abstractmethod
     def _block_bytes(self, layout: PacketLayout) -> int:

@@ -1,4 +1,4 @@
-"""The host's sign of life while it computes: a packet every HEARTBEAT_S, from a thread that does nothing else."""
+"""The host's heartbeats: while it owes answers, a packet every HEARTBEAT_S, from another thread than the one that computes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Beating(Protocol):
         ...
 
     def beat(self) -> None:
-        """Tells all of them that this process lives."""
+        """Sends a heartbeat to all of them."""
         ...
 
 
 class HeartbeatThread:
-    """Beats at all `sources` while an answer is owed at one of them, and sleeps otherwise.
+    """Sends heartbeats to the frontends of all `sources` while one of them waits for an answer; sleeps otherwise.
 
-    All frontends are told, also those that are owed nothing as far as is known: what they have sent may not have been read yet.
+    Every frontend gets them: one that seems to wait for nothing may have sent a message that the busy host has not read yet.
     """
 
     def __init__(self, sources: Sequence[Beating]) -> None:
@@ -32,11 +32,11 @@ class HeartbeatThread:
         self._is_asleep = True
         self._work_came = threading.Event()
         self._stopping = threading.Event()
-        #: none until there is work
+        #: None until the first work
         self._thread: threading.Thread | None = None
 
     def wake(self) -> None:
-        """There is work; costs nothing unless the thread sleeps."""
+        """To be called when work has arrived; costs nothing unless the thread sleeps."""
         if not self._is_asleep:
             return
         self._work_came.set()
@@ -65,7 +65,7 @@ class HeartbeatThread:
     def _is_owing(self) -> bool:
         if not any(source.owes() for source in self._sources):
             self._is_asleep = True
-            # Work that came since the question above saw a thread awake, and has not woken it.
+            # Work that arrived since the check above found the thread awake and did not wake it.
             if not any(source.owes() for source in self._sources):
                 return False
             self._is_asleep = False

@@ -77,7 +77,7 @@ class ShmPeers:
         self._poller = poller
         self._arrived = arrived
         self._peers: set[ShmPeer] = set()
-        # Held while another thread sends heartbeats, so that no descriptor is closed, and becomes another's, meanwhile.
+        # Held while another thread sends heartbeats: no descriptor is closed, and reused for something else, meanwhile.
         self._lock = threading.Lock()
 
     def owes(self) -> bool:
@@ -86,7 +86,7 @@ class ShmPeers:
             return any(peer.owes for peer in self._peers)
 
     def beat(self) -> None:
-        """Tells every frontend that this process lives; from any thread."""
+        """Sends every frontend a heartbeat; from any thread."""
         with self._lock:
             for peer in self._peers:
                 peer.beat()
@@ -144,7 +144,7 @@ class ShmPeer(Peer):
         self._packets.close()
 
     def beat(self) -> None:
-        """Tells the frontend that this process lives; from any thread while the socket is open."""
+        """Sends a heartbeat; from any thread while the socket is open."""
         if self._is_greeted:
             self._packets.send_if_room(_HEARTBEAT)
 

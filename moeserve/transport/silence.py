@@ -13,20 +13,20 @@ class Watched(Protocol):
     """The other end of a connection. Times are monotonic, in seconds."""
 
     def owed_since(self) -> float | None:
-        """When the oldest message without an answer was sent; None = nothing is owed."""
+        """When the oldest unanswered message was sent; None = all are answered."""
         ...
 
     def last_heard(self) -> float:
-        """When there was a sign of life."""
+        """When it sent something."""
         ...
 
     def fall_silent(self, silent_s: float) -> None:
-        """It has owed an answer and given no sign of life for `silent_s`."""
+        """It owes an answer and has sent nothing for `silent_s`."""
         ...
 
 
 class SilenceWatch:
-    """Looks every HEARTBEAT_S, while something is owed, and at the very moment at which `silent_after_s` would be over."""
+    """Checks every HEARTBEAT_S while an answer is owed, and at the very moment at which `silent_after_s` would be over."""
 
     def __init__(self, silent_after_s: float) -> None:
         self._silent_after_s = silent_after_s
@@ -35,7 +35,7 @@ class SilenceWatch:
         self._not_before = 0.0
 
     def start(self, watched: Watched) -> None:
-        """Something is owed; to be called with every message."""
+        """To be called with every message."""
         if self._timer is None:
             self._look_in(min(HEARTBEAT_S, self._silent_after_s), watched)
 
@@ -45,7 +45,7 @@ class SilenceWatch:
             self._timer.cancel()
 
     def _look_in(self, pause_s: float, watched: Watched) -> None:
-        # The watched is not kept but by the timer: a closed channel must not wait for the garbage collector with its arena.
+        # Only the timer keeps `watched`: without a cycle, a closed channel frees its arena at once.
         due = time.monotonic() + pause_s
         self._timer = self._loop.call_at(due, self._look, due, watched)
 
@@ -56,7 +56,7 @@ class SilenceWatch:
             return
         now = time.monotonic()
         if now - due > self._silent_after_s / 2:
-            # It was this process that stood still, perhaps with its machine; what the host said meanwhile may be on its way.
+            # This process was stopped itself, perhaps with its machine; heartbeats may be on their way.
             self._not_before = now
         silent_s = now - max(owed_since, watched.last_heard(), self._not_before)
         if silent_s < self._silent_after_s:

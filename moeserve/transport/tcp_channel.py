@@ -18,7 +18,7 @@ from moeserve.transport.tcp_line import TcpLine
 from moeserve.transport.timing import FRONTEND_LINGER_MS, HEARTBEAT_S, TCP_CONNECT_MS
 from moeserve.transport.wire import VERSION, Kind, MalformedMessage, Memory, PacketLayout, aligned, pack_note, partial
 
-#: libzmq itself shall never end a connection because pings are not answered: milliseconds
+#: milliseconds until libzmq itself closes a connection whose pings are not answered: SilenceWatch decides that
 _NEVER_MS = 2**31 - 1
 _ENDS = {
     zmq.EVENT_DISCONNECTED: "is gone",
@@ -49,7 +49,7 @@ class TcpChannel(Channel):
         self._transmit(pack_note(Kind.HELLO, code=VERSION), None)
 
     def last_heard(self) -> float:
-        """Any byte of the connection is a sign of life."""
+        """When any byte came, of an answer or of one that libzmq's thread gives to pings."""
         line = 0.0 if self._line is None else self._line.last_heard()
         return max(super().last_heard(), line)
 

@@ -1,7 +1,7 @@
 """What the kernel knows of a TCP connection that libzmq owns: when the process at its other end was last heard of.
 
-libzmq's own thread answers pings (ZMTP 3.1, RFC 37): a host that computes is heard of, one that is stopped or cut off is not. Pings that
-are answered late because a large message is on its way are no silence, so libzmq's own time-outs are too short-sighted: bytes count here.
+libzmq's own thread answers pings (ZMTP 3.1, RFC 37): a host that computes does, one that is stopped or cut off does not. A ping waits
+behind a large message, and so does its answer, so a time-out of libzmq would end slow connections that work; here every byte counts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _INFO = struct.Struct("=52xI64xQQ8xI")
 
 
 class TcpLine:
-    """A connection of its own descriptor, so that it cannot become another's while it is asked; to be closed. Raises OSError."""
+    """A duplicate of the descriptor, which libzmq may close and reuse at any time; to be closed. Raises OSError."""
 
     def __init__(self, fd: int) -> None:
         own = os.dup(fd)
@@ -29,10 +29,10 @@ class TcpLine:
         self._acked = 0
 
     def last_heard(self) -> float:
-        """When bytes came last, or were taken while more waited; on the monotonic clock, in seconds.
+        """When bytes were received, or were acknowledged while others waited to be sent; on the monotonic clock, in seconds.
 
-        It is now where the kernel does not tell: a host is never silent then. A kernel acknowledges for a process that is stopped, too,
-        until its buffer is full; so that counts only while more waits to be sent than fits there.
+        A host's kernel acknowledges for a stopped process, too, until its buffer is full, so acknowledgments count only while a large
+        message is on its way. Where the kernel does not count bytes (gVisor), the answer is always now: no host is silent there.
         """
         now = time.monotonic()
         with suppress(OSError):

@@ -23,9 +23,9 @@ from moeserve.transport.timing import FRONTEND_GONE_MS, HOST_LINGER_MS
 from moeserve.transport.wire import Kind, MalformedMessage, Memory, PacketLayout, WorkHeader, aligned, partial
 from moeserve.transport.work import Work
 
-#: between two signs that a frontend's machine lives, asked for by this kernel where nothing is to be sent
+#: between two TCP keepalive probes of an idle connection
 _KEEPALIVE_S = 1
-#: messages of one frontend that wait while the host computes; libzmq answers no pings of one that has more
+#: messages of one frontend that may wait while the host computes; with more, libzmq stops reading and answers no pings either
 _MAX_WAITING = 2**16
 
 
@@ -52,7 +52,7 @@ class TcpSource:
         for sock in self._sockets():
             poller.add(sock.FD, lambda _: self.catch_up())
         poller.add(self._monitor.FD, lambda _: self._forget_disconnected())
-        self._forget_disconnected()  # a socket never asked whether it has a message does not signal its first one
+        self._forget_disconnected()  # a socket that was never checked for messages does not signal its first one
 
     def catch_up(self) -> None:
         if self._zap is not None:
@@ -112,7 +112,7 @@ class TcpSource:
         peer = self._peers.get(identity)
         is_new = peer is None
         if peer is None:
-            # Descriptors are used again: a connection that ended before this one began is forgotten first.
+            # Descriptors are reused: frontends that disconnected before this one connected are forgotten first.
             self._forget_disconnected()
             peer = self._peers[identity] = TcpPeer(self, identity, self._limits, self._arrived, self._sender(frames[0]))
         packet = frames[0].bytes if len(frames) in (1, 2) else b""
@@ -146,7 +146,7 @@ class TcpSource:
 
 
 class Sender(NamedTuple):
-    """Where a message came from: libzmq's descriptor of the connection, and the authenticated public key ("" = none was needed)."""
+    """Where a message came from: libzmq's descriptor of the connection, and the authenticated public key ("" without keys)."""
 
     fd: int
     key: str

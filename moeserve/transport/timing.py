@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Final
 
-#: between two signs of life of a host that owes something, and between two looks whether there was one
+#: between two heartbeats of a host that owes answers, and between two checks by the frontend that waits for them
 HEARTBEAT_S: Final = 0.1
-#: a host that owes answers and gives no sign of life for so long counts as lost, unless whoever connects says otherwise
+#: a host that owes answers and sends nothing for so long counts as lost, unless the caller of `connect` says otherwise
 SILENT_AFTER_S: Final = 1.0
-#: a frontend over TCP that acknowledges nothing for so long is forgotten: its machine or the way to it is gone
+#: a frontend whose kernel acknowledges nothing over TCP for so long is forgotten: its machine is gone, or the network is cut
 FRONTEND_GONE_MS: Final = 10_000
-#: the kernel of a host takes a TCP connection at once, or there is no way to it: a lost packet is sent again after a second
+#: for TCP to connect, which the host's kernel does at once, also while the host computes; a lost packet is sent again after 1 s
 TCP_CONNECT_MS: Final = 2_000
-#: a unix socket has no way to wait for room in the queue of connections: between two tries
+#: between two attempts to connect to a unix socket whose queue of connections is full
 DIAL_RETRY_S: Final = 0.005
-#: for what was sent last to leave a TCP socket that is closed: a frontend's, a host's
+#: for the last messages to leave a TCP socket that is closed: a frontend's, a host's
 FRONTEND_LINGER_MS: Final = 100
 HOST_LINGER_MS: Final = 200

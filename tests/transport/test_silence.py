@@ -122,7 +122,7 @@ async def stop_while_it_owes(host: Child) -> None:
         kept, cancelled = host.said["got KEEP"], host.said["cancelled"]
         futures = [send(channel, random_message(), layer=Order.KEEP) for channel in channels]
         await until_async(lambda: host.said["got KEEP"] == kept + len(channels))
-        await asyncio.sleep(2 * SILENT_AFTER_S)  # it waits as for other hosts, and says that it lives
+        await asyncio.sleep(2 * SILENT_AFTER_S)  # it waits, as for other hosts, and sends heartbeats
         assert not any(future.done() for future in futures)
         host.stop()
         for channel, future in zip(channels, futures, strict=True):
@@ -155,7 +155,7 @@ async def test_a_stopped_host_is_found_while_it_owes_something_and_does_no_harm_
             pass
 
 
-async def test_a_frontend_that_stood_still_itself_does_not_blame_the_host(host: Child) -> None:
+async def test_a_frontend_that_was_stopped_itself_does_not_blame_the_host(host: Child) -> None:
     """Both are stopped, as when a machine is frozen, and the frontend goes on first. Then it is killed: its work is cancelled at once."""
     endpoints = host.first_line.split()[:2]
     kept, cancelled = host.said["got KEEP"], host.said["cancelled"]
