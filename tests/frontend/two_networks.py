@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from operator import ge
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch
 
 from moeserve import Client, MoELayer
 from moeserve.host import Host, Where
+from tests.support.callers import Callers
 from tests.support.closeness import assert_close
 from tests.support.harness import ServiceHarness, TestFleet, received
 from tests.support.waiting import until
@@ -26,7 +23,6 @@ from tests.support.wire import ADDRESSES, CUT, Link, NoWire, Wire
 HANG_S = 0.7
 HIDDEN = 256
 LAYER = {"hidden_size": HIDDEN, "intermediate_size": 8, "num_experts": 4, "gating": {"top_k": 2}}
-CALLERS = 4
 #: experts of the two hosts, if there is one copy of each
 HERE, ELSEWHERE = torch.tensor([[0, 1]]), torch.tensor([[2, 3]])
 
@@ -57,39 +53,6 @@ def service_on(wire: Wire, copies: int) -> Iterator[ServiceHarness]:
             yield service
 
 
-class Callers:
-    """Each asks again and again until the end, and checks every answer."""
-
-    def __init__(self, target: str) -> None:
-        self.slowest_s = 0.0
-        self._target, self._ending, self._answered = target, threading.Event(), [0] * CALLERS
-        self._pool = ThreadPoolExecutor(CALLERS)
-        self._running = [self._pool.submit(self._call, caller) for caller in range(CALLERS)]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._ending.set()
-        for running in self._running:
-            running.result()
-
-    def until_each(self, count: int) -> None:
-        """Every one of them has got that many answers from now on, or one of them an error."""
-        enough = [answered + count for answered in self._answered]
-        until(lambda: all(map(ge, self._answered, enough)) or any(running.done() for running in self._running))
-
-    def _call(self, caller: int) -> None:
-        layer = MoELayer(**LAYER)
-        with Client(self._target, timeout=60) as client:
-            while not self._ending.is_set():
-                hidden_states, begun = torch.randn(8, HIDDEN), time.monotonic()
-                answer = client.forward(hidden_states).hidden_states
-                self.slowest_s = max(self.slowest_s, time.monotonic() - begun)
-                assert_close(answer, layer(hidden_states))
-                self._answered[caller] += 1
-
-
 def restarts(service: ServiceHarness) -> float:
     return service.metrics.registry.get_sample_value("moeserve_host_restarts_total") or 0.0
 
@@ -108,7 +71,7 @@ def as_before(service: ServiceHarness, callers: Callers) -> None:
 
 def with_copies_nobody_waits_for_the_wire(wire: Wire, service: ServiceHarness) -> None:
     for link in (CUT, Link(loss=(0.0, 1.0))):
-        with Callers(service.target) as callers:
+        with Callers(service.target, LAYER) as callers:
             callers.until_each(1)
             wire.set(link)
             callers.until_each(5)
@@ -121,7 +84,7 @@ def with_copies_nobody_waits_for_the_wire(wire: Wire, service: ServiceHarness) -
 def a_bad_wire_is_no_silence(wire: Wire, service: ServiceHarness) -> None:
     for link in (Link(delay_s=0.05), Link(delay_s=0.005, loss=(0.05, 0.05))):
         before = restarts(service)
-        with Callers(service.target) as callers:
+        with Callers(service.target, LAYER) as callers:
             wire.set(link)
             callers.until_each(10)
             wire.set(Link())
