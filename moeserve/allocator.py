@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import platform
+import resource
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,11 +26,13 @@ LARGEST_KEPT_BLOCK_BYTES: Final = 64 * 2**20
 _TOP_PAD_BYTES: Final = 16 * 2**20
 
 # A process is quiet when it used less than this share of a core for so many ticks in a row: then memory is given back, and again later, as
-# what callers leave behind that did nothing for long is freed without much work.
+# what callers leave behind that did nothing for long is freed without much work. One that is never quiet gives back once it has grown by so
+# much since the last time, but not more often than it would when quiet: giving back takes time, and so does having it again.
 _TICK_S: Final = 0.5
 _QUIET_SHARE: Final = 0.1
 _QUIET_TICKS: Final = 3
-_TICKS_BETWEEN: Final = 60
+_TICKS_BETWEEN: Final = 20
+_GROWN_BYTES: Final = 2 * KEPT_BYTES
 
 _log: Final = logging.getLogger(__name__)
 
@@ -57,23 +60,36 @@ def keep_large_blocks() -> bool:
 
 
 def give_back_when_quiet(*give_back: Callable[[], object]) -> None:
-    """From now on, whenever the process was quiet for 1.5 s, call `give_back` and return glibc's free pages.
+    """From now on, call `give_back` and return glibc's free pages.
 
-    Takes some 40 ms for half a gigabyte, which is why it waits. To be called once.
+    This happens whenever the process was quiet for 1.5 s, and, however busy it is, after large messages. It takes some 40 ms for half a
+    gigabyte, which is why it waits. To be called once.
     """
     steps = (*give_back, _trim) if _is_glibc() else give_back
     threading.Thread(target=_watch, args=(steps,), name="give-back", daemon=True).start()
 
 
 def _watch(steps: Sequence[Callable[[], object]]) -> None:
-    used_s, quiet_ticks = time.process_time(), 0
+    used_s, quiet_ticks, ticks, least_bytes = time.process_time(), 0, 0, _resident_bytes()
     while True:
         time.sleep(_TICK_S)
         used_s, before_s = time.process_time(), used_s
         quiet_ticks = quiet_ticks + 1 if used_s - before_s < _QUIET_SHARE * _TICK_S else 0
-        if quiet_ticks % _TICKS_BETWEEN == _QUIET_TICKS:
+        ticks, least_bytes = ticks + 1, min(least_bytes, _resident_bytes())
+        has_grown = ticks >= _TICKS_BETWEEN and _resident_bytes() - least_bytes > _GROWN_BYTES
+        if has_grown or quiet_ticks % _TICKS_BETWEEN == _QUIET_TICKS:
             for step in steps:
                 step()
+            ticks, least_bytes = 0, _resident_bytes()
+
+
+def _resident_bytes() -> int:
+    """0 = this system does not tell."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
 
 
 def _trim() -> None:

@@ -59,6 +59,7 @@ def test_names_and_labels_are_the_documented_ones() -> None:
         "moeserve_stage_duration_seconds_count": {"stage"},
         "moeserve_batch_tokens_count": set(),
         "moeserve_queue_tokens": set(),
+        "moeserve_queue_bytes": set(),
         "moeserve_placement_epoch": set(),
         "moeserve_expert_copies": {"layer", "expert", "state"},
         "moeserve_expert_balancedness_ratio": {"layer"},

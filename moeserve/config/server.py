@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final, Self
+from typing import Annotated, Final, Self
 
 from pydantic import Field, model_validator
 
 from moeserve.config.table import Table
-from moeserve.config.values import MAX_SIZE, File, Host, Port, Seconds, Size
+from moeserve.config.values import MAX_SIZE, Bytes, File, Host, Port, Seconds, Size
 
 #: gRPC counts milliseconds in 32 bits
 _LONGEST_AGE_S: Final = 2e6
@@ -36,6 +36,10 @@ class ServerConfig(Table):
     max_tokens_per_request: Size = 65536
     #: tokens admitted and not yet answered; further requests are refused at once
     max_queued_tokens: Size = 262144
+    #: messages that were read and not answered yet, and answers that were not taken yet; the rest is refused, most of it before it is read
+    max_queued_bytes: Bytes = 2**30
+    #: how long a message may take to arrive, and an answer to be taken; then its call, or its connection, is ended
+    transfer_timeout_s: Annotated[Seconds, Field(gt=0)] = 60.0
     #: the maximum age of a connection: then it takes no new calls, and its client looks up the service's name again; 0 = never
     max_connection_age_s: float = Field(default=60.0, ge=0, le=_LONGEST_AGE_S)
     #: how long the calls on such a connection may still take; unset = until they end

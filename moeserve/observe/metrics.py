@@ -112,6 +112,7 @@ class Metrics:
         self._stages = {stage: self.stage_duration.labels(stage) for stage in get_args(Stage)}
         self.batch_tokens = self._histogram("moeserve_batch_tokens", "Tokens run together", _TOKENS)
         self.queue_tokens = self._gauge("moeserve_queue_tokens", "Tokens admitted and not yet answered")
+        self.queue_bytes = self._gauge("moeserve_queue_bytes", "Bytes of messages not yet answered, and of answers not yet taken")
         self.placement_epoch = self._gauge("moeserve_placement_epoch", "Epoch of the placement that new batches use")
         self.host_states = HostStates(self.events)
         self.registry.register(self.host_states)

@@ -140,6 +140,7 @@ class FrontendProgram:
         self.metrics_target = join(self._host, self._page.port)
         self._follower.say(metrics_target=self.metrics_target)
         self._frontend, self._metrics, self._healthy = frontend, metrics, [False] * len(frontend.layers)
+        metrics.queue_bytes.set_function(lambda: self._grpc.queue_bytes)
         self._grpc.serve(frontend)
         self._progress(f"serving {len(frontend.layers)} layers of {frontend.model}")
         self._known.set()

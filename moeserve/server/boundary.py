@@ -1,4 +1,4 @@
-"""The boundary that every call crosses: token, drain, bytes -> message, errors -> status, observation.
+"""The boundary that every call crosses: token, drain, errors -> status, observation.
 
 Handlers behind it return answers or raise MoEServeError. A health check needs no token, is answered while
 draining, and is not counted as traffic; its bytes are untrusted, too.
@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import inspect
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable
-from contextlib import aclosing
-from functools import partial
 from typing import Any, Final, Never
 
 import grpc
 
 from moeserve.errors import ExpertUnavailable, MoEServeError, Overloaded, Unauthenticated
 from moeserve.files import Rotating
-from moeserve.server.parsing import Parser
+from moeserve.server.answering import answering, as_stream
 from moeserve.server.rpc import Behavior, Context, Handler
 from moeserve.server.security import Tokens
 from moeserve.server.status import as_user_error, to_status
+from moeserve.server.transfers import Transfers
 
 #: method, name of the status code, seconds
 Observe = Callable[[str, str, float], None]
@@ -34,17 +32,17 @@ _PING: Final = "/moeserve.v1.AdminService/Ping"
 _CONTROL: Final = "/moeserve.v1.ControlService/"
 #: endless calls, of all callers together: streams in either direction, watching health and following too
 MAX_STREAMS: Final = 4096
-_BEHAVIORS: Final = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 
 class Boundary(grpc.aio.ServerInterceptor):
-    """One per server. Set `draining` when no new work may start; `idle()` then waits for running calls.
+    """One per server. Call `drain()` when no new work may start; `idle()` then waits for running calls.
 
     A stream that ends well is not observed as a whole: it may last for days, and its service observes every message.
     """
 
-    def __init__(self, tokens: Rotating[Tokens], observe: Observe, max_streams: int = MAX_STREAMS) -> None:
+    def __init__(self, tokens: Rotating[Tokens], observe: Observe, transfers: Transfers, max_streams: int = MAX_STREAMS) -> None:
         self.draining = asyncio.Event()
+        self._transfers = transfers
         self._tokens = tokens
         self._observe = observe
         self._guarded: dict[str, Handler] = {}
@@ -53,6 +51,11 @@ class Boundary(grpc.aio.ServerInterceptor):
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
+
+    def drain(self) -> None:
+        """No new work from now on."""
+        self.draining.set()
+        self._transfers.drain()
 
     async def idle(self) -> None:
         """Returns once no call is running."""
@@ -72,12 +75,12 @@ class Boundary(grpc.aio.ServerInterceptor):
         if refusal is not None:
             return grpc.stream_stream_rpc_method_handler(self._guard(method, _refuse(refusal)))
         if method not in self._guarded:
-            self._guarded[method] = _GuardedHandler(handler, partial(self._protect, method, handler))
+            self._guarded[method] = as_stream(handler, self._protect(method, handler))
         return self._guarded[method]
 
-    def _protect(self, method: str, handler: Handler, inner: Behavior) -> Behavior:
-        answering, is_stream = _answer_parsed(method, handler, inner), handler.request_streaming or handler.response_streaming
-        return self._guard(method, self._bound(answering) if is_stream else answering, handler.response_streaming)
+    def _protect(self, method: str, handler: Handler) -> Behavior:
+        inner, is_stream = answering(method, handler, self._transfers), handler.request_streaming or handler.response_streaming
+        return self._guard(method, self._bound(inner) if is_stream else inner, handler.response_streaming)
 
     def _refusal(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> MoEServeError | None:
         which, allowed = self._let_in(method)
@@ -142,32 +145,6 @@ class Boundary(grpc.aio.ServerInterceptor):
         self._running -= 1
         if not self._running:
             self._idle.set()
-
-
-class _GuardedHandler(grpc.RpcMethodHandler):  # type: ignore[type-arg]
-    def __init__(self, handler: Handler, guard: Callable[[Behavior], Behavior]) -> None:
-        self.request_streaming, self.response_streaming = handler.request_streaming, handler.response_streaming
-        self.request_deserializer, self.response_serializer = None, handler.response_serializer
-        for kind in _BEHAVIORS:
-            inner = getattr(handler, kind)
-            setattr(self, kind, None if inner is None else guard(inner))
-
-
-def _answer_parsed(method: str, handler: Handler, inner: Behavior) -> Behavior:
-    """`inner`, given messages instead of bytes, and its answers written if there are several."""
-    parser = Parser(method, handler.request_deserializer)
-    parse = parser.each if handler.request_streaming else parser.one
-
-    async def run(request: Any, context: Context) -> Any:
-        answer = inner(parse(request, context), context)
-        if not inspect.isasyncgen(answer):
-            return await answer
-        async with aclosing(answer):
-            async for message in answer:
-                await context.write(message)
-        return None
-
-    return run
 
 
 async def _abort(context: Context, status: grpc.Status) -> Never:

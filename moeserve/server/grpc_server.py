@@ -24,6 +24,7 @@ from moeserve.server.grpc_log import leave_out_callers_that_left
 from moeserve.server.health import HEALTH_SERVICE_NAME, Health
 from moeserve.server.security import FrontendTokens, check_exposure, rotating_tokens
 from moeserve.server.service import SERVICE_NAME, MoEService
+from moeserve.server.transfers import Transfers
 
 #: after the last call has ended: for its answer to leave, and before watchers of the health service are cut off
 _FLUSH_S: Final = 3.0
@@ -67,14 +68,17 @@ class GrpcServer:
         self._config = config
         self._where = ("server.host", "server.port") if has_engine else ("controller.control_host", "controller.control_port")
         self._layers: list[str] = []
+        self._watching: asyncio.Task[None] | None = None
         self._credentials = server_credentials(config)
-        self._boundary = Boundary(tokens, observe)
+        self._transfers = Transfers(config)
+        self._boundary = Boundary(tokens, observe, self._transfers)
         # There is one controller, so its connections need no maximum age.
         self._server = self._new_server(_options(config, 30_000 if control is None else 10_000), _ages(config) if has_engine else ())
         self._probed = None if config.health_port is None else self._new_server(_options(config, 30_000))
         #: health alone in plain text; None = nowhere
         self.health_port = config.health_port
-        self._service = MoEService(config.max_tokens_per_request, config.max_message_bytes, observe, self._boundary.draining)
+        limits = config.max_tokens_per_request, config.max_message_bytes
+        self._service = MoEService(*limits, observe, self._boundary.draining, self._transfers)
         services: dict[str, grpc.GenericRpcHandler] = {}
         if has_engine:
             services[SERVICE_NAME] = self._service.handlers()
@@ -112,12 +116,18 @@ class GrpcServer:
         self._service.serve(engine)
         self._health.set_layers(self._layers)
 
+    @property
+    def queue_bytes(self) -> int:
+        """Messages that were read and not answered yet, and answers that were not taken yet."""
+        return self._transfers.budget.bytes
+
     async def start(self) -> int:
         """Listens; returns the port. Raises ConfigError when it cannot listen at the address."""
         port = await _listen(self._server, self._config.host, self._config.port, self._credentials, *self._where)
         if self._probed is not None:
             assert self.health_port is not None
             self.health_port = await _listen(self._probed, self._config.host, self.health_port, None, "server.host", "server.health_port")
+        self._watching = asyncio.create_task(self._transfers.watch())
         return port
 
     def set_serving(self, layer: int, serving: bool) -> None:
@@ -130,7 +140,7 @@ class GrpcServer:
         Calls still running after `timeout_s` are cancelled.
         """
         self._health.drain()
-        self._boundary.draining.set()
+        self._boundary.drain()
         try:
             await asyncio.wait_for(self._boundary.idle(), timeout_s)
         except TimeoutError:
@@ -144,6 +154,8 @@ class GrpcServer:
         await self._boundary.idle()
 
     async def _stop(self, grace_s: float | None) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
         await self._server.stop(grace_s)
         if self._probed is not None:
             await self._probed.stop(None)
@@ -187,6 +199,8 @@ def _options(config: ServerConfig, keepalive_ms: int) -> Options:
         ("grpc.max_send_message_length", config.max_message_bytes),
         # Bounds on what callers keep open: further calls of a connection wait at the client, further connections are closed.
         ("grpc.max_concurrent_streams", _MAX_CALLS_OF_A_CONNECTION),
+        # What is not read stays where it comes from, but for 64 KiB of a call; gRPC would take megabytes of each on a fast network.
+        ("grpc.http2.bdp_probe", 0),
         ("grpc.max_allowed_incoming_connections", _max_connections()),
         ("grpc.max_connection_idle_ms", _IDLE_CONNECTION_MS),
         ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),

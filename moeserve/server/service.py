@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -16,7 +17,7 @@ from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest, validate
 from moeserve.api.wire import WireRequest, decode_forward_request, encode_forward_response, request_id_of
 from moeserve.config import LayerSpec
-from moeserve.errors import ExpertUnavailable
+from moeserve.errors import ExpertUnavailable, MoEServeError
 from moeserve.observe.records import to_message
 from moeserve.server.boundary import Observe
 from moeserve.server.catalog import Catalog
@@ -24,11 +25,10 @@ from moeserve.server.engine import Engine
 from moeserve.server.rpc import Context
 from moeserve.server.status import as_user_error
 from moeserve.server.stream import answer_all
+from moeserve.server.transfers import Transfers
 from moeserve.v1 import moe_service_pb2 as pb
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["MoEService"].full_name
-#: requests of one stream that run at once; further ones are not read
-MAX_STREAM_REQUESTS: Final = 64
 
 
 class MoEService:
@@ -37,7 +37,7 @@ class MoEService:
     Forward messages arrive and leave as raw bytes: a deserializer inside gRPC could only fail with INTERNAL.
     """
 
-    def __init__(self, max_tokens: int, max_bytes: int, observe: Observe, draining: asyncio.Event) -> None:
+    def __init__(self, max_tokens: int, max_bytes: int, observe: Observe, draining: asyncio.Event, transfers: Transfers) -> None:
         """max_tokens: of a request. max_bytes: of a message, and of all messages of one stream in progress."""
         self._engine: Engine | None = None
         self._catalog = Catalog("", ())
@@ -45,6 +45,7 @@ class MoEService:
         self._max_bytes = max_bytes
         self._observe = observe
         self._draining = draining
+        self._transfers = transfers
 
     def serve(self, engine: Engine) -> None:
         """From now on `engine` answers requests."""
@@ -86,10 +87,8 @@ class MoEService:
 
         When the service drains, requests that were read are still answered, then the stream ends with UNAVAILABLE.
         """
-        answering = answer_all(
-            context, lambda message: self._answer(message, context), self._draining, MAX_STREAM_REQUESTS, self._max_bytes
-        )
-        if not await answering:
+        answer = partial(self._answer, context)
+        if not await answer_all(context, answer, self._draining, self._transfers, self._max_bytes):
             raise ExpertUnavailable("the service is draining; unanswered requests of this stream were not run")
 
     async def list_layers(self, _request: pb.ListLayersRequest, _context: Context) -> pb.ListLayersResponse:
@@ -105,9 +104,11 @@ class MoEService:
             layer.index = index
         return answer
 
-    async def _answer(self, message: bytes, context: Context) -> bytes:
+    async def _answer(self, context: Context, message: bytes, refusal: MoEServeError | None) -> bytes:
         code, start = grpc.StatusCode.OK, time.perf_counter()
         try:
+            if refusal is not None:
+                raise refusal
             request = decode_forward_request(message)
             return encode_forward_response(request.request_id, await self._run(request, context))
         except asyncio.CancelledError:

@@ -3,51 +3,102 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Final
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any, Final
 
 import grpc
 
+from moeserve.errors import MoEServeError, Overloaded
 from moeserve.server.rpc import Context
+from moeserve.server.transfers import Transfers
+
+#: messages of one stream that are answered side by side; further ones are not read
+MAX_STREAM_REQUESTS: Final = 64
 
 #: messages of one stream that are answered concurrently before its caller has read an answer
 FIRST_BYTES: Final = 8 * 2**20
 
 
-async def answer_all(
-    context: Context, answer: Callable[[bytes], Coroutine[None, None, bytes]], stop: asyncio.Event, max_running: int, max_bytes: int
-) -> bool:
-    """Writes `answer(message)` for every message of the call. Returns whether the caller ended it (rather than `stop`).
+#: what is left to read while there is no room is looked at again after so long
+_LOOK_AGAIN_S: Final = 0.1
 
-    Nothing is read while `max_running` answers are being made, or answers to `max_bytes` of messages, or one is being written: flow
-    control slows down a caller that is too fast, or does not read. The byte limit starts at FIRST_BYTES and grows by every byte that
-    the caller reads, so little is kept for a caller that never reads. After `stop`, messages that were read are still answered.
-    Cancelling this, or an exception of `answer`, cancels all answers in progress.
+Answer = Callable[[bytes, MoEServeError | None], Coroutine[None, None, bytes]]
+
+
+async def answer_all(context: Context, answer: Answer, stop: asyncio.Event, transfers: Transfers, max_bytes: int) -> bool:
+    """Writes `answer(message, None)` for every message of the call, or `answer(message, refusal)` for one that there is no room for.
+
+    Returns whether the caller ended it (rather than `stop`). Nothing is read while MAX_STREAM_REQUESTS answers are being made, or answers
+    to `max_bytes` of messages, or one is being written, or the budget of all calls is spent: flow control slows down a caller that is too
+    fast, or does not read. The byte limit starts at FIRST_BYTES and grows by every byte that the caller reads, so little is kept for a
+    caller that never reads. After `stop`, messages that were read are still answered. Cancelling this, or an exception of `answer`, cancels
+    all answers in progress.
     """
     stopping = asyncio.create_task(stop.wait())
-    reading = asyncio.create_task(context.read())
-    running: dict[asyncio.Task[bytes], int] = {}
-    allowed_bytes = FIRST_BYTES
+    stream = _Stream(context, answer, transfers, max_bytes)
     is_listening, ended_by_caller = True, False
     try:
-        while is_listening or running:
-            has_room = len(running) < max_running and sum(running.values()) < min(allowed_bytes, max_bytes)
-            inputs = (reading, stopping) if is_listening and has_room else ()
-            done, _ = await asyncio.wait((*running, *inputs), return_when=asyncio.FIRST_COMPLETED)
-            for task in running.keys() & done:
-                del running[task]
-                await context.write(task.result())
-                allowed_bytes += len(task.result())
+        while is_listening or stream.running:
+            inputs = (stopping, *stream.awaited()) if is_listening else ()
+            timeout_s = None if transfers.budget.has_room or not is_listening else _LOOK_AGAIN_S
+            done, _ = await asyncio.wait((*stream.running, *inputs), return_when=asyncio.FIRST_COMPLETED, timeout=timeout_s)
+            await stream.write(stream.running.keys() & done)
             if stopping in done:
                 is_listening = False
-            elif reading in done and reading.result() is grpc.aio.EOF:
+            elif stream.reading in done and not stream.begin():
                 is_listening, ended_by_caller = False, True
-            elif reading in done:
-                running[asyncio.create_task(answer(reading.result()))] = len(reading.result())
-                reading = asyncio.create_task(context.read())
     finally:
-        leftover = (stopping, reading, *running)
+        stopping.cancel()
+        await stream.close()
+    return ended_by_caller
+
+
+class _Stream:
+    """The message that is being read, if any, and the answers that are being made, with the bytes that are kept for each."""
+
+    def __init__(self, context: Context, answer: Answer, transfers: Transfers, max_bytes: int) -> None:
+        self._context, self._answer, self._transfers, self._max_bytes = context, answer, transfers, max_bytes
+        self._allowed_bytes = FIRST_BYTES
+        self.reading: asyncio.Task[Any] | None = None
+        self.running: dict[asyncio.Task[bytes], int] = {}
+
+    def awaited(self) -> Sequence[asyncio.Task[Any]]:
+        """The reading of the next message, once there is room for one."""
+        if self.reading is None and self._has_room():
+            self.reading = asyncio.create_task(self._context.read())
+        return () if self.reading is None else (self.reading,)
+
+    def _has_room(self) -> bool:
+        kept_bytes = sum(self.running.values())
+        is_below = len(self.running) < MAX_STREAM_REQUESTS and kept_bytes < min(self._allowed_bytes, self._max_bytes)
+        return is_below and self._transfers.budget.has_room
+
+    def begin(self) -> bool:
+        """Has what was read answered. False = it was the end."""
+        assert self.reading is not None
+        message, self.reading = self.reading.result(), None
+        if message is grpc.aio.EOF:
+            return False
+        try:
+            self._transfers.budget.take(len(message))
+        except Overloaded as refusal:
+            self.running[asyncio.create_task(self._answer(message, refusal.with_traceback(None)))] = 0
+        else:
+            self.running[asyncio.create_task(self._answer(message, None))] = len(message)
+        return True
+
+    async def write(self, answers: Iterable[asyncio.Task[bytes]]) -> None:
+        """One after the other."""
+        for task in answers:
+            self._transfers.budget.add(-self.running.pop(task))
+            nbytes = len(task.result())
+            await self._transfers.write(self._context, task.result(), nbytes)
+            self._allowed_bytes += nbytes
+
+    async def close(self) -> None:
+        """Nobody waits for any more of it."""
+        self._transfers.budget.add(-sum(self.running.values()))
+        leftover = [*self.running, *([] if self.reading is None else [self.reading])]
         for unfinished in leftover:
             unfinished.cancel()
         await asyncio.gather(*leftover, return_exceptions=True)
-    return ended_by_caller

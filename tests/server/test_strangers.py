@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest
 from moeserve.errors import DeadlineExceeded
+from tests.support.http2 import call_that_takes_nothing
 from tests.support.messages import request
 from tests.support.servers import Running, run
 
@@ -55,23 +56,9 @@ async def test_one_watcher_that_leaves_does_not_silence_the_others(running: Runn
         assert (await watcher.read()).status == SERVING
 
 
-def literal(name: bytes, value: bytes) -> bytes:
-    """One header of HTTP/2 in full, without a table and without Huffman (RFC 7541, 6.2.2)."""
-    return b"\x00" + bytes([len(name)]) + name + bytes([len(value)]) + value
-
-
-def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    """RFC 9113, 4.1."""
-    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
-
-
 async def test_a_watcher_that_does_not_read_keeps_nobody_waiting(running: Running) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
-    headers = {b":method": b"POST", b":scheme": b"http", b":path": b"/grpc.health.v1.Health/Watch", b":authority": b"a"}
-    more = {b"te": b"trailers", b"content-type": b"application/grpc"}
-    packed = b"".join(literal(name, value) for name, value in (headers | more).items())
-    no_window = (4).to_bytes(2, "big") + bytes(4)
-    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, no_window) + frame(1, 4, 1, packed) + frame(0, 1, 1, bytes(5)))
+    writer.write(call_that_takes_nothing("/grpc.health.v1.Health/Watch", b""))
     kinds = []
     async with asyncio.timeout(20):
         while not kinds or kinds[-1] != 1:  # until the headers of its answer are there

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from moeserve import errors
-from moeserve.server.service import MAX_STREAM_REQUESTS
-from moeserve.server.stream import FIRST_BYTES
+from moeserve.server.stream import FIRST_BYTES, MAX_STREAM_REQUESTS
 from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1 import tensor_pb2
 from tests.support.engine import HIDDEN

@@ -1,0 +1,142 @@
+"""Bytes of callers: what there is no room for is not read, and who does not send or does not read is not waited for for ever."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+
+import grpc
+import pytest
+import torch
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+
+from moeserve.v1 import moe_service_pb2 as pb
+from tests.support.engine import HIDDEN
+from tests.support.http2 import call_that_takes_nothing
+from tests.support.messages import request, tokens
+from tests.support.servers import Running, run
+from tests.support.waiting import until_async
+
+FORWARD, STREAM = "/moeserve.v1.MoEService/Forward", "/moeserve.v1.MoEService/ForwardStream"
+MIB = 2**20
+#: a message of 1 MiB and some bytes, as is its answer
+LARGE = request(torch.zeros(2**14, HIDDEN), request_id="large")
+EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+Serve = Callable[..., Coroutine[None, None, Running]]
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator[Serve]:
+    """Starts servers with `max_queued_bytes` and whatever else is told."""
+    started = []
+
+    async def start(max_queued_bytes: int, **config: object) -> Running:
+        started.append(await run(max_queued_bytes=max_queued_bytes, **config))
+        return started[-1]
+
+    yield start
+    for running in started:
+        await running.stop()
+
+
+def silent(running: Running, method: str = FORWARD) -> grpc.aio.StreamStreamCall[bytes, bytes]:
+    """A call that sends no message."""
+    return running.channel.stream_stream(method)(timeout=20)
+
+
+async def refused(answer: Coroutine[None, None, object]) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await answer
+    return caught.value
+
+
+async def hold(running: Running) -> asyncio.Task[pb.ForwardResponse]:
+    """A large request that is under way until the engine's gate is opened."""
+    running.engine.gate.clear()
+    answer = asyncio.ensure_future(running.stub.Forward(LARGE))
+    await until_async(lambda: len(running.engine.requests) == 1)
+    assert running.server.queue_bytes > MIB
+    return answer
+
+
+async def test_what_there_is_no_room_for_is_refused_before_it_is_sent(serve: Serve) -> None:
+    running = await serve(MIB)
+    held = await hold(running)
+    error = await refused(silent(running).read())
+    assert error.code() is EXHAUSTED and "server.max_queued_bytes is 1048576, so nothing more is read" in (error.details() or "")
+    status = rpc_status.from_call(error)
+    assert status is not None and any(detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR) for detail in status.details)
+    # What brings no tensors is answered all the same.
+    assert len((await running.stub.ListLayers(pb.ListLayersRequest())).layers) == 2
+    await health_pb2_grpc.HealthStub(running.channel).Check(health_pb2.HealthCheckRequest())
+    running.engine.gate.set()
+    await held
+    await until_async(lambda: running.server.queue_bytes == 0)
+    assert (await running.stub.Forward(LARGE)).request_id == "large"
+
+
+async def test_a_message_that_does_not_fit_is_refused_and_a_smaller_one_is_answered(serve: Serve) -> None:
+    running = await serve(MIB * 3 // 2)
+    held = await hold(running)
+    calls = [asyncio.ensure_future(running.stub.Forward(message)) for message in (LARGE, request())]
+    stream = running.stub.ForwardStream(iter([LARGE, request(request_id="small")]))
+    assert (await refused(asyncio.wait_for(calls[0], 20))).code() is EXHAUSTED
+    first = await stream.read()
+    assert (first.request_id, first.error.code) == ("large", EXHAUSTED.value[0])
+    running.engine.gate.set()
+    await asyncio.gather(held, calls[1])
+    assert (await stream.read()).request_id == "small"
+    await until_async(lambda: running.server.queue_bytes == 0)
+
+
+async def test_only_so_many_messages_may_be_late(serve: Serve) -> None:
+    """Here one; it keeps nobody from being served whose messages come soon, and is not waited for for ever either."""
+    running = await serve(MIB, max_message_bytes=MIB, transfer_timeout_s=2)
+    first = silent(running)
+    await first.wait_for_connection()
+    others = [silent(running) for _ in range(5)]
+    codes = {(await refused(call.read())).code() for call in others}
+    assert codes == {EXHAUSTED}
+    assert (await running.stub.Forward(request())).HasField("hidden_states")
+    error = await refused(first.read())
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and "server.transfer_timeout_s = 2 s" in (error.details() or "")
+
+
+async def test_a_message_that_does_not_come_holds_up_no_drain(serve: Serve) -> None:
+    running = await serve(MIB)
+    call = silent(running)
+    reading = asyncio.ensure_future(call.read())
+    await running.stub.ListLayers(pb.ListLayersRequest())
+    async with asyncio.timeout(10):
+        await running.server.drain(60)
+    assert (await refused(asyncio.wait_for(reading, 20))).code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_call_without_a_message_is_told_so(serve: Serve) -> None:
+    running = await serve(MIB)
+    call = silent(running)
+    await call.done_writing()
+    error = await refused(call.read())
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT and error.details() == "the call brought no message"
+
+
+async def test_who_does_not_take_his_answer_is_hung_up_on(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """Of one call, and of a stream; nobody else is disturbed."""
+    running = await serve(64 * MIB, transfer_timeout_s=0.5)
+    reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+    writer.write(call_that_takes_nothing(FORWARD, request(tokens(64)).SerializeToString()))
+    own = [("grpc.use_local_subchannel_pool", 1)]
+    async with grpc.aio.insecure_channel(running.target, options=own) as channel:
+        stream = channel.stream_stream(STREAM)(iter([LARGE.SerializeToString()] * 20))
+        await until_async(lambda: running.server.queue_bytes > MIB)
+        async with asyncio.timeout(20):
+            while await reader.read(2**16):
+                pass
+            assert await stream.code() is grpc.StatusCode.UNAVAILABLE
+    await until_async(lambda: running.server.queue_bytes == 0)
+    writer.close()
+    assert (await running.stub.Forward(LARGE)).request_id == "large"
+    assert "has not taken an answer of" in caplog.text and "Traceback" not in caplog.text
