@@ -32,7 +32,7 @@ _TICK_S: Final = 0.5
 _QUIET_SHARE: Final = 0.1
 _QUIET_TICKS: Final = 3
 _TICKS_BETWEEN: Final = 20
-_GROWN_BYTES: Final = 2 * KEPT_BYTES
+_GROWN_BYTES: Final = KEPT_BYTES
 
 _log: Final = logging.getLogger(__name__)
 

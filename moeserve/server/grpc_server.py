@@ -37,6 +37,10 @@ _MAX_CONNECTIONS: Final = 4096
 #: how long a connection may have no call, and how long its handshake may take
 _IDLE_CONNECTION_MS: Final = 300_000
 _HANDSHAKE_MS: Final = 20_000
+#: how long a connection may be silent before it is asked whether it lives, and how long it may take to say so
+_KEEPALIVE_MS: Final = 30_000
+_KEEPALIVE_OF_FOLLOWERS_MS: Final = 10_000
+_KEEPALIVE_TIMEOUT_MS: Final = 10_000
 Options = Sequence[tuple[str, int]]
 
 
@@ -73,8 +77,9 @@ class GrpcServer:
         self._transfers = Transfers(config)
         self._boundary = Boundary(tokens, observe, self._transfers)
         # There is one controller, so its connections need no maximum age.
-        self._server = self._new_server(_options(config, 30_000 if control is None else 10_000), _ages(config) if has_engine else ())
-        self._probed = None if config.health_port is None else self._new_server(_options(config, 30_000))
+        keepalive_ms = _KEEPALIVE_MS if control is None else _KEEPALIVE_OF_FOLLOWERS_MS
+        self._server = self._new_server(_options(config, keepalive_ms), _ages(config) if has_engine else ())
+        self._probed = None if config.health_port is None else self._new_server(_options(config, _KEEPALIVE_MS))
         #: health alone in plain text; None = nowhere
         self.health_port = config.health_port
         limits = config.max_tokens_per_request, config.max_message_bytes
@@ -208,7 +213,8 @@ def _options(config: ServerConfig, keepalive_ms: int) -> Options:
         ("grpc.so_reuseport", 0),
         # Notices a client whose machine vanished, and lets clients do the same to us.
         ("grpc.keepalive_time_ms", keepalive_ms),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+        ("grpc.http2.ping_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
         ("grpc.http2.max_pings_without_data", 0),  # also on a stream on which nothing happens for days
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", _LEAST_PING_INTERVAL_MS),

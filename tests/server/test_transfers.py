@@ -15,6 +15,7 @@ from grpc_status import rpc_status
 from moeserve.v1 import moe_service_pb2 as pb
 from tests.support.engine import HIDDEN
 from tests.support.http2 import call_that_takes_nothing
+from tests.support.listeners import Wire
 from tests.support.messages import request, tokens
 from tests.support.servers import Running, run
 from tests.support.waiting import until_async
@@ -94,7 +95,7 @@ async def test_a_message_that_does_not_fit_is_refused_and_a_smaller_one_is_answe
 
 async def test_only_so_many_messages_may_be_late(serve: Serve) -> None:
     """Here one; it keeps nobody from being served whose messages come soon, and is not waited for for ever either."""
-    running = await serve(MIB, max_message_bytes=MIB, transfer_timeout_s=2)
+    running = await serve(MIB, max_message_bytes=MIB, transfer_timeout_s=1)
     first = silent(running)
     await first.wait_for_connection()
     others = [silent(running) for _ in range(5)]
@@ -102,7 +103,7 @@ async def test_only_so_many_messages_may_be_late(serve: Serve) -> None:
     assert codes == {EXHAUSTED}
     assert (await running.stub.Forward(request())).HasField("hidden_states")
     error = await refused(first.read())
-    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and "server.transfer_timeout_s = 2 s" in (error.details() or "")
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and "server.transfer_timeout_s = 1 s" in (error.details() or "")
 
 
 async def test_a_message_that_does_not_come_holds_up_no_drain(serve: Serve) -> None:
@@ -140,3 +141,24 @@ async def test_who_does_not_take_his_answer_is_hung_up_on(serve: Serve, caplog: 
     writer.close()
     assert (await running.stub.Forward(LARGE)).request_id == "large"
     assert "has not taken an answer of" in caplog.text and "Traceback" not in caplog.text
+
+
+async def test_a_connection_that_nobody_is_at_the_end_of_leaves_nothing(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a stream, of a call, and of a call that has not sent its message; the kernel still says that it is there."""
+    for name in ("_KEEPALIVE_MS", "_KEEPALIVE_TIMEOUT_MS"):
+        monkeypatch.setattr(f"moeserve.server.grpc_server.{name}", 300)
+    running = await serve(64 * MIB)
+    running.engine.gate.clear()
+    wire = Wire(running.target)
+    async with grpc.aio.insecure_channel(wire.target, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        calls = [channel.unary_unary(FORWARD)(LARGE.SerializeToString()), channel.stream_stream(FORWARD)()]
+        stream = channel.stream_stream(STREAM)()
+        await stream.write(LARGE.SerializeToString())
+        await until_async(lambda: len(running.engine.requests) == 2)
+        assert running.server.queue_bytes > 2 * MIB
+        wire.cut()
+        await until_async(lambda: running.engine.cancelled == 2 and running.server.queue_bytes == 0)
+        del calls
+    wire.close()
+    running.engine.gate.set()
+    assert (await running.stub.Forward(request())).HasField("hidden_states")

@@ -15,7 +15,7 @@ import torch
 
 from moeserve.api.wire import WireRequest, encode_forward_request
 from moeserve.transport import give_back_pools
-from tests.support.harness import ServiceHarness, received
+from tests.support.harness import CHANNELS, Kind, ServiceHarness, received
 from tests.support.held import Held
 from tests.support.waiting import until
 
@@ -28,14 +28,16 @@ NOISE = b"\xff" * 2**18
 CALLS = 12
 
 
+CONFIG = {
+    "layers": [{"hidden_size": HIDDEN, "intermediate_size": 16, "num_experts": 4}],
+    "placement": {"num_hosts": 1},
+    "server": {"port": 0, "max_queued_tokens": 32_768},
+}
+
+
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[ServiceHarness]:
-    config = {
-        "layers": [{"hidden_size": HIDDEN, "intermediate_size": 16, "num_experts": 4}],
-        "placement": {"num_hosts": 1},
-        "server": {"port": 0, "max_queued_tokens": 32_768},
-    }
-    with ServiceHarness(config, "shm", tmp_path) as running:
+    with ServiceHarness(CONFIG, "shm", tmp_path) as running:
         yield running
 
 
@@ -142,3 +144,28 @@ def test_what_nobody_waits_for_is_not_computed(service: ServiceHarness, channel:
     leave_the_queue(service, channel)
     assert len(forward(channel).result()) > len(MESSAGE)
     assert received(host) == 2, "what the host was busy with, and the last"
+
+
+@pytest.mark.parametrize("kind", CHANNELS)
+def test_what_a_host_has_not_begun_it_does_not_compute(kind: Kind, tmp_path: Path) -> None:
+    """Whatever way it has come: it is there, behind what the host computes, when its caller leaves, or vanishes with its connection."""
+    with ServiceHarness(CONFIG, kind, tmp_path) as service, grpc.insecure_channel(service.target) as channel:
+        held = Held(service.hosts[0])
+        for leave in (lambda call, _: call.cancel(), lambda _, connection: connection.close()):
+            busy = forward(channel)
+            assert held.begun.acquire(timeout=30)
+            connection = grpc.insecure_channel(service.target, options=[("grpc.use_local_subchannel_pool", 1)])
+            call = forward(connection)
+            until(lambda: owed(service) == 2 * 1024)
+            leave(call, connection)
+            until(lambda: owed(service) == 1024)
+            held.leave.release()
+            busy.result()
+            held.leave.release()
+            forward(channel).result()
+            assert held.begun.acquire(timeout=30) and not held.begun.acquire(blocking=False), "one pass, for the last"
+            connection.close()
+
+
+def owed(service: ServiceHarness) -> int:
+    return sum(host.queue_tokens for host in service.frontend.stats().hosts)

@@ -42,3 +42,39 @@ def listener(answer: bytes = b"") -> Iterator[Listener]:
         yield listening
     finally:
         listening.stop()
+
+
+class Wire:
+    """Between a client and a server on this machine: passes on what they say until it is `cut`, and then says nothing to either."""
+
+    def __init__(self, target: str) -> None:
+        host, _, port = target.rpartition(":")
+        self._server, self._listening = (host, int(port)), socket.create_server(("127.0.0.1", 0))
+        self.target = f"127.0.0.1:{self._listening.getsockname()[1]}"
+        self._sockets = [self._listening]
+        self._is_cut = threading.Event()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                ends = self._listening.accept()[0], socket.create_connection(self._server)
+                self._sockets += ends
+                for here, there in (ends, ends[::-1]):
+                    threading.Thread(target=self._pass_on, args=(here, there), daemon=True).start()
+
+    def _pass_on(self, here: socket.socket, there: socket.socket) -> None:
+        with suppress(OSError):
+            while said := here.recv(2**16):
+                if not self._is_cut.is_set():
+                    there.sendall(said)
+
+    def cut(self) -> None:
+        """As when a machine vanishes: nobody is told."""
+        self._is_cut.set()
+
+    def close(self) -> None:
+        for one in self._sockets:
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
