@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo check test coverage lint protos k8s bench bench-experts clean
+.PHONY: setup demo check test coverage lint protos k8s bench bench-experts fuzz soak clean
 
 setup: $(STAMP)
 
@@ -60,6 +60,13 @@ bench: setup
 
 bench-experts: setup
 	@$(BIN)/python benchmarks/bench_experts.py
+
+# A hundred thousand hostile messages; twenty minutes of mixed load.
+fuzz: setup
+	@$(BIN)/python benchmarks/bench_fuzz.py
+
+soak: setup
+	@$(BIN)/python benchmarks/bench_soak.py
 
 clean:
 	rm -rf $(VENV) build dist moeserve/kernels/*.so *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

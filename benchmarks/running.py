@@ -38,7 +38,7 @@ CORRECT = """
 import json, sys, time
 import torch
 import moeserve
-target, hidden, intermediate, experts, layers = json.loads(sys.argv[1])
+target, hidden, intermediate, experts, layers, between_calls_s = json.loads(sys.argv[1])
 sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_experts": experts}
 layer_of = [moeserve.MoELayer(**sizes, seed=seed) for seed in range(layers)]
 client, wrong, failed, seconds = moeserve.Client(target, timeout=30), 0, {}, []
@@ -58,6 +58,7 @@ with open(sys.argv[2]) as stop:
         stop.seek(0)
         if stop.read():
             break
+        time.sleep(between_calls_s)
 print(json.dumps([wrong, failed, seconds]))
 """
 
@@ -135,11 +136,11 @@ class Correct:
 
 
 @contextmanager
-def correct_client(running: Running, folder: Path) -> Iterator[list[Correct]]:
+def correct_client(running: Running, folder: Path, between_calls_s: float = 0) -> Iterator[list[Correct]]:
     """Beside what happens within; the list has the one result at the end."""
     stop = folder / "stop"
     stop.write_text("")
-    arguments = json.dumps([running.target, HIDDEN, INTERMEDIATE, EXPERTS, LAYERS])
+    arguments = json.dumps([running.target, HIDDEN, INTERMEDIATE, EXPERTS, LAYERS, between_calls_s])
     found: list[Correct] = []
     with subprocess.Popen([sys.executable, "-c", CORRECT, arguments, str(stop)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
