@@ -28,11 +28,8 @@ ALLOWED_MIB, ALLOWED_FEW = 200, 16
 def main() -> None:
     options = parse()
     with tempfile.TemporaryDirectory() as name, service(Path(name), options.cluster) as running:
-        folder = Path(name)
-        with correct_client(running, folder):
-            pass
-        before, began = running.seen(), time.monotonic()
-        with correct_client(running, folder) as found:
+        with correct_client(running, Path(name)) as found:
+            before, began = running.seen(), time.monotonic()
             outcomes = asyncio.run(knock(running, options.messages, options.seed))
         seconds, wrongs = time.monotonic() - began, []
         try:

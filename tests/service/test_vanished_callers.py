@@ -45,6 +45,7 @@ ALLOWED_MIB, ALLOWED_FEW = 100, 8
 
 CALLER = r"""
 import sys, threading
+import grpc
 target, path, how = sys.argv[1:]
 message = open(path, "rb").read()
 options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
