@@ -70,20 +70,20 @@ def give_back_when_quiet(*give_back: Callable[[], object]) -> None:
 
 
 def _watch(steps: Sequence[Callable[[], object]]) -> None:
-    used_s, quiet_ticks, ticks, least_bytes = time.process_time(), 0, 0, _resident_bytes()
+    used_s, quiet_ticks, ticks, least_bytes = time.process_time(), 0, 0, _rss_bytes()
     while True:
         time.sleep(_TICK_S)
         used_s, before_s = time.process_time(), used_s
         quiet_ticks = quiet_ticks + 1 if used_s - before_s < _QUIET_SHARE * _TICK_S else 0
-        ticks, least_bytes = ticks + 1, min(least_bytes, _resident_bytes())
-        has_grown = ticks >= _TICKS_BETWEEN and _resident_bytes() - least_bytes > _GROWN_BYTES
+        ticks, least_bytes = ticks + 1, min(least_bytes, _rss_bytes())
+        has_grown = ticks >= _TICKS_BETWEEN and _rss_bytes() - least_bytes > _GROWN_BYTES
         if has_grown or quiet_ticks % _TICKS_BETWEEN == _QUIET_TICKS:
             for step in steps:
                 step()
-            ticks, least_bytes = 0, _resident_bytes()
+            ticks, least_bytes = 0, _rss_bytes()
 
 
-def _resident_bytes() -> int:
+def _rss_bytes() -> int:
     """0 = this system does not tell."""
     try:
         with open("/proc/self/statm") as file:

@@ -148,5 +148,5 @@ def _late(one: Owed, host: HostHealth, rules: ResilienceConfig, spare_rows: int,
         due = max(one.since, one.others_at) + rules.partial_after_ms / 1000
         if now >= due:
             return Hedge() if one.has_copy and not one.is_hedged else GiveUp("late")
-        at = min(at, due if due < inf else now + rules.partial_after_ms / 1000)
+        at = min(at, due if due < inf else now + max(rules.partial_after_ms / 1000, _SHORTEST_PAUSE_S))
     return at

@@ -125,6 +125,8 @@ class Metrics:
         )
         self.hedges = self._counter("moeserve_hedges", "Late messages sent to a second copy too, by who answered first", "outcome")
         self.partial_answers = self._counter("moeserve_partial_answers", "Requests answered without some of their choices", "policy")
+        for policy in ("renormalize", "residual"):
+            self.partial_answers.labels(policy)
         self.messages = self._counter("moeserve_messages", "Messages sent to hosts by the frontend", "pattern")
         self.aux_loss = self._gauge("moeserve_aux_loss", "Load-balancing loss of the latest request", "layer")
 
