@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
@@ -18,6 +17,7 @@ from typing import Final, NamedTuple
 
 from moeserve.checkpoints.tensor_file import TensorFile
 from moeserve.errors import CheckpointError
+from moeserve.loops import in_threads
 
 #: up to this size the whole file is read
 _SMALL_BYTES: Final = 16 * 2**20
@@ -72,8 +72,7 @@ def fingerprint_of(files: Sequence[Path]) -> Fingerprint:
     """
     unknown = [path for path in files if path not in _known or _known[path][0] != _version(path)]
     if unknown:
-        with ThreadPoolExecutor(min(_READERS, len(unknown)), thread_name_prefix="fingerprint") as pool:
-            _known.update(zip(unknown, pool.map(_marked, unknown), strict=True))
+        _known.update(zip(unknown, in_threads(_marked, unknown, _READERS), strict=True))
     return Fingerprint(tuple(_known[path][1] for path in files))
 
 

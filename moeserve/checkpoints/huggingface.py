@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -25,6 +24,7 @@ from moeserve.checkpoints.whole_numbers import read_whole_numbers
 from moeserve.config import Activation, LayerSpec
 from moeserve.experts import Expert, ExpertShard, FeedForward, QuantizedFeedForward, computed_in, is_gated
 from moeserve.gating import Mixer, Router
+from moeserve.loops import in_threads
 
 log = logging.getLogger(__name__)
 
@@ -108,10 +108,9 @@ class HuggingFaceLayer:
     def experts(self, shards: Sequence[ExpertShard]) -> list[Expert]:
         experts: list[Expert] = []
         progress = _Progress(self.spec.name, len(shards))
-        with ThreadPoolExecutor(READERS, thread_name_prefix="read-experts") as pool:
-            for expert in pool.map(self._expert, shards):
-                experts.append(expert)
-                progress.add(expert.nbytes)
+        for expert in in_threads(self._expert, shards, READERS):
+            experts.append(expert)
+            progress.add(expert.nbytes)
         return experts
 
     def shared_expert(self) -> Expert | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -74,14 +74,16 @@ class LayerSource(Protocol):
         ...
 
 
-def load_bank(source: LayerSource, shards: Sequence[ExpertShard], device: torch.device = _CPU) -> ExpertBank:
+def load_bank(
+    source: LayerSource, shards: Sequence[ExpertShard], device: torch.device = _CPU, on_expert: Callable[[], None] = lambda: None
+) -> ExpertBank:
     """What one host holds of a layer: the given shards, then the shared expert; quantized if the spec says so.
 
-    Raises CheckpointError.
+    `on_expert` is called after each that has been read. Raises CheckpointError.
     """
     spec, shared = source.spec, source.shared_expert()
     bank = ExpertBank(
-        _OneByOne(source, shards),
+        _OneByOne(source, shards, on_expert),
         spec.hidden_size,
         FLOAT_DTYPES[spec.dtype],
         shared=None if shared is None else _held(shared, spec),
@@ -96,9 +98,9 @@ def load_bank(source: LayerSource, shards: Sequence[ExpertShard], device: torch.
     return bank
 
 
-def load_experts(source: LayerSource, shards: Sequence[ExpertShard]) -> list[Expert]:
-    """The given shards as a host holds them, in that order. Raises CheckpointError."""
-    return list(_OneByOne(source, shards))
+def load_experts(source: LayerSource, shards: Sequence[ExpertShard], on_expert: Callable[[], None] = lambda: None) -> list[Expert]:
+    """The given shards as a host holds them, in that order; `on_expert` as for `load_bank`. Raises CheckpointError."""
+    return list(_OneByOne(source, shards, on_expert))
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class _OneByOne:
 
     source: LayerSource
     shards: Sequence[ExpertShard]
+    on_expert: Callable[[], None]
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -115,6 +118,7 @@ class _OneByOne:
         for shard in self.shards:
             # No name holds it here while the next is loaded.
             yield _held(self.source.experts([shard])[0], self.source.spec)
+            self.on_expert()
 
 
 def bank_bytes(source: LayerSource, shards: Sequence[ExpertShard]) -> int:

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup
 
 from moeserve.cluster.folders import SocketFolder, remove_abandoned
+from moeserve.cluster.loading import Loading
+from moeserve.cluster.process_ends import ProcessEnds
 from moeserve.cluster.ray_ending import end_hosts, kill_processes
 from moeserve.cluster.ray_expert_host import HostOrder
 from moeserve.cluster.ray_fate import PostMortem
 from moeserve.cluster.ray_host_actor import MAX_DEATHS, Call, HostActor, Place
 from moeserve.cluster.ray_reservation import await_forgotten, await_granted, find_hosts, find_reservations, give_back, reserve
+from moeserve.cluster.ray_spare import Spares
+from moeserve.cluster.ray_where import this_node
 from moeserve.cluster.timing import FORGET_TIMEOUT_S, HANG_S, MEET_TIMEOUT_S, WATCH_S
 from moeserve.config import PlacementConfig, RayConfig, ServedModel
 from moeserve.control import Assignment
 from moeserve.errors import ConfigError, ExpertUnavailable, MoEServeError
+from moeserve.loops import all_or_none
 from moeserve.observe.stats import HostInfo, host_name
 from moeserve.release import Release
 
@@ -52,6 +56,8 @@ class RayFleet:
         self.given_up: set[int] = set()
         self._post_mortem = PostMortem(model)
         self._ray_lost: str | None = None
+        self._ends, self._spares = ProcessEnds(), Spares()
+        self._loading = Loading(lambda number: self._members[number].experts_read())
 
     @property
     def reservations(self) -> set[str]:
@@ -62,6 +68,11 @@ class RayFleet:
     def present(self) -> dict[int, HostInfo]:
         """The descriptions of live hosts, as last seen by `watch`."""
         return {number: info for number, info in self._directory.items() if number not in self._late}
+
+    @property
+    def loading(self) -> Mapping[int, int]:
+        """Hosts that a change waits for, and how many experts each has read."""
+        return self._loading.experts
 
     @property
     def failing(self) -> dict[int, str]:
@@ -93,12 +104,13 @@ class RayFleet:
         or ExpertUnavailable when one dies again and again or Ray gives it up.
         """
         self._releases = [*self._releases, release]
+        new = [each for each in assignments if each.number not in self._members]
         for member in self._members.values():
             member.wake()
-        new = [each for each in assignments if each.number not in self._members]
         await self._add(new)
-        await _all(self._come_up(each.number, on_ready) for each in new)
-        await _all(self._tell(number, lambda actor: actor.take.remote(release)) for number in release.placement.hosts)
+        await all_or_none(self._loading.wait(each.number, self._come_up(each.number, on_ready)) for each in new)
+        taking = [(number, self._tell(number, lambda actor: actor.take.remote(release))) for number in release.placement.hosts]
+        await all_or_none(self._loading.wait(number, work) for number, work in taking)
 
     async def adopt(self, release: Release, assignments: Sequence[Assignment]) -> None:
         """Take over the detached hosts of an earlier process: those of `assignments` serve `release`, all others end.
@@ -154,12 +166,12 @@ class RayFleet:
         try:
             while True:
                 looking |= {number: asyncio.create_task(self._look(number)) for number in self._members if number not in looking}
-                if looking:
-                    await asyncio.wait(looking.values(), timeout=WATCH_S)
+                has_one_ended = await self._ends.wait(WATCH_S)
                 looking = {number: task for number, task in looking.items() if not task.done()}
-                self._late = frozenset(looking)
-                await asyncio.sleep(WATCH_S)
+                if not has_one_ended:
+                    self._late = frozenset(looking)
         finally:
+            self._ends.close()
             for task in looking.values():
                 task.cancel()
 
@@ -220,18 +232,16 @@ class RayFleet:
         """`call` a host; one that has died needs no call, because it starts again with the releases in force."""
         for _ in range(MAX_DEATHS):
             await self.find(number)
-            member = self._members[number]
-            if await member.is_told(call):
+            member = self._members.get(number)
+            if member is not None and await member.is_told(call):
                 return
-        raise await member.died(MAX_DEATHS)
+        raise ExpertUnavailable(f"{host_name(number)} has left") if member is None else await member.died(MAX_DEATHS)
 
     async def _have_forget(self, call: Call) -> None:
         """`call` the hosts of the release in force, and wait a while for their answers."""
         numbers = self._releases[-1].placement.hosts if self._releases else ()
         calls = {asyncio.ensure_future(self._tell(number, call)): number for number in numbers}
-        if not calls:
-            return
-        done, late = await asyncio.wait(calls, timeout=FORGET_TIMEOUT_S)
+        done, late = await asyncio.wait(calls, timeout=FORGET_TIMEOUT_S) if calls else ((), ())
         for future in done:
             if (error := future.exception()) is not None:
                 log.warning("%s could not be told which releases to forget: %s", host_name(calls[future]), error)
@@ -245,7 +255,10 @@ class RayFleet:
             if not await member.answers(HANG_S):
                 log.warning("%s has not answered for %g s: it is killed and restarted", host_name(number), HANG_S)
                 await kill_processes(member.actors, self._sockets)
-            await self.find(number)
+            info = await self.find(number)
+            if info.node == this_node():
+                self._ends.watch(info.pid)
+            await self._spares.renew(number, info)
         except MoEServeError as error:
             if str(error) != before:
                 log.warning("%s", error)
@@ -265,8 +278,7 @@ class RayFleet:
 
     async def _meet(self) -> None:
         directory, frontends = dict(self._directory), self._frontends
-        meetings = [asyncio.ensure_future(member.meet(directory, frontends)) for member in self._members.values()]
-        if meetings:
+        if meetings := [asyncio.ensure_future(member.meet(directory, frontends)) for member in self._members.values()]:
             await asyncio.wait(meetings, timeout=MEET_TIMEOUT_S)
 
     def _give_up(self, number: int) -> None:
@@ -283,14 +295,3 @@ class RayFleet:
         await end_hosts([actor for member in members for actor in member.actors], self._sockets)
         for member in members:
             give_back(member.group)
-
-
-async def _all(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Waits for all; the first error cancels the others."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

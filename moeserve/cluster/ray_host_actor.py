@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import ray
@@ -17,14 +18,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from moeserve.cluster.ray_expert_host import ExpertHost, HostOrder
 from moeserve.cluster.ray_fate import Fate, fate_of
 from moeserve.cluster.ray_internals import actor_id
-from moeserve.cluster.timing import HOST_LOOK_S, LEAST_REST_S, MOST_REST_S, RETRY_S, START_TIMEOUT_S, WELL_S
+from moeserve.cluster.timing import HOST_LOOK_S, LEAST_REST_S, MOST_REST_S, QUICK_LOOK_S, RETRY_S, START_TIMEOUT_S, WELL_S
 from moeserve.errors import ExpertUnavailable, MoEServeError
 from moeserve.observe.stats import HostInfo
 from moeserve.release import Release
 
 log = logging.getLogger(__name__)
 
-#: how often a host may die while it loads, until it has been well for a while
+#: how often in a row a host may die while it loads
 MAX_DEATHS = 3
 
 Call = Callable[[ActorHandle[ExpertHost]], Awaitable[None]]
@@ -59,7 +60,7 @@ class HostActor:
         self._order, self._place, self._findings = order, place, findings
         #: None between its end and the next attempt
         self._actor: ActorHandle[ExpertHost] | None = None
-        #: while it loaded, since it was well; restarts of this actor that are none of these
+        #: while it loaded, since it was ready; restarts of this actor that are none of these
         self._deaths, self._restarts_before = 0, 0
         #: why it rests, or did before the present try; until when, and how long, in seconds of the monotonic clock
         self._error: MoEServeError | None = None
@@ -108,14 +109,19 @@ class HostActor:
         self._require_no_rest()
         if self._actor is None:
             self._try_again()
-        asking = asyncio.ensure_future(self._ask(in_force))
+        asking, asked = asyncio.ensure_future(self._ask(in_force)), self._known_restarts
         try:
-            restarts, changed_at = -1, 0.0
-            while not (await asyncio.wait({asking}, timeout=HOST_LOOK_S))[0]:
+            restarts, changed_at, began_at = -1, 0.0, time.monotonic()
+            while not (await asyncio.wait({asking}, timeout=_pause_s(began_at)))[0]:
                 fate = await self._fate()
                 if fate.is_up or fate.restarts != restarts:
                     restarts, changed_at = fate.restarts, time.monotonic()
                 await self._require_hope(fate, time.monotonic() - changed_at)
+                if fate.is_up and fate.restarts != asked:
+                    if asked is not None:  # Ray says only after seconds that the incarnation before will not answer
+                        asking.cancel()
+                        asking = asyncio.ensure_future(self._ask(in_force))
+                    asked = fate.restarts
             info = asking.result()
         finally:
             asking.cancel()
@@ -126,12 +132,13 @@ class HostActor:
         """False when its process is alive and does not answer: it hangs. A host that loads does answer."""
         if (actor := self._actor) is None:
             return True
-        asking, deadline = asyncio.ensure_future(_heard(actor)), time.monotonic() + timeout_s
+        asking, began_at, known = asyncio.ensure_future(_heard(actor)), time.monotonic(), self._known_restarts
         try:
-            while not (await asyncio.wait({asking}, timeout=HOST_LOOK_S))[0]:
-                if self._actor is not actor or not (await self._fate()).is_up:
+            while not (await asyncio.wait({asking}, timeout=_pause_s(began_at)))[0]:
+                fate = await self._fate()
+                if self._actor is not actor or not fate.is_up or fate.restarts != known:
                     return True  # it is restarting, or not: `find` handles that
-                if time.monotonic() > deadline:
+                if time.monotonic() > began_at + timeout_s:
                     return False
         finally:
             asking.cancel()
@@ -148,6 +155,14 @@ class HostActor:
         except RayActorError as error:
             log.info("%s was lost meanwhile: %s", self.name, str(error).splitlines()[0])
         return False
+
+    async def experts_read(self) -> int:
+        """Since its present incarnation was started; 0 when there is none that answers."""
+        with suppress(RayActorError):
+            for actor in self.actors:
+                count: int = await actor.experts_read.remote()
+                return count
+        return 0
 
     async def meet(self, directory: Mapping[int, HostInfo], frontends: Collection[str] | None) -> None:
         """A lost host gets the directory when it is found again; until then rows are sent to each host directly."""
@@ -175,13 +190,17 @@ class HostActor:
         assert self._error is not None, "it has no actor because of an error"
         raise self._error
 
+    @property
+    def _known_restarts(self) -> int | None:
+        """Of the latest incarnation that has been ready."""
+        return None if self._ready is None else self._ready[1]
+
     def _is_ready(self, restarts: int) -> None:
-        now, self._error = time.monotonic(), None
+        now, self._error, self._deaths = time.monotonic(), None, 0
         if self._ready is None or self._ready[1] != restarts:
-            self._deaths += max(0, restarts - self._restarts_before)
             self._restarts_before, self._ready = restarts + 1, (now, restarts)  # a death after that is not one while it loads
         elif now - self._ready[0] > WELL_S:
-            self._deaths, self._pause_s = 0, 0.0
+            self._pause_s = 0.0
 
     async def _require_hope(self, fate: Fate, waited_s: float) -> None:
         """Raises ExpertUnavailable when it will not come up soon."""
@@ -230,6 +249,11 @@ class HostActor:
 
     async def _found_of(self, fate: Fate) -> str:
         return await asyncio.to_thread(self._findings, fate)
+
+
+def _pause_s(began_at: float) -> float:
+    """Until the next look: soon at first, and more and more seldom."""
+    return min(max(QUICK_LOOK_S, (time.monotonic() - began_at) / 5), HOST_LOOK_S)
 
 
 async def _heard(actor: ActorHandle[ExpertHost]) -> None:

@@ -12,14 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import grpc
 import ray
 from ray._private import ray_constants, services, state, worker
+from ray._private.grpc_utils import init_grpc_channel
 from ray._private.node import Node
 from ray._raylet import AuthenticationTokenLoader, Config, GcsClient, GcsClientOptions  # type: ignore[attr-defined]
 from ray.actor import ActorHandle
 from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION  # type: ignore[attr-defined]
+from ray.core.generated.common_pb2 import Language  # type: ignore[attr-defined]
 from ray.core.generated.gcs_pb2 import ActorTableData, WorkerTableData  # type: ignore[attr-defined]
+from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest  # type: ignore[attr-defined]
+from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+
+from moeserve.cluster.timing import SPARE_TIMEOUT_S
+from moeserve.errors import ExpertUnavailable
 
 GCS, RAYLET = "gcs_server", "raylet"
 #: after these words, Ray lists guesses about the end of a process
@@ -116,6 +124,23 @@ def forget_cached_token() -> None:
     """Have Ray read its settings and its token again. Public: nothing; it has cached the absence of a token when it was imported."""
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
+
+
+def prestart_worker(node: str) -> None:
+    """Have the raylet of a node start an idle worker. Raises ExpertUnavailable.
+
+    Public: nothing; a worker that has run a task never becomes that of an actor.
+    """
+    found = next((each for each in ray.nodes() if each["NodeID"] == node and each["Alive"]), None)
+    if found is None:
+        return
+    address = f"{found['NodeManagerAddress']}:{found['NodeManagerPort']}"
+    request = PrestartWorkersRequest(language=Language.PYTHON, num_workers=1)
+    with init_grpc_channel(address) as channel:
+        try:
+            NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=SPARE_TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise ExpertUnavailable(f"Ray on node {node} starts no worker ahead of time: {error}") from None
 
 
 def kv_get(key: bytes) -> bytes | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import ray
 from ray.exceptions import AuthenticationError
 
+from moeserve.cluster import ray_spare
 from moeserve.cluster.folders import Hold, hold_new, remove_all_abandoned
 from moeserve.cluster.ray_internals import allow_clusters, forget_cached_token, log_dir
 from moeserve.cluster.ray_local import LocalRay, kept_handlers
@@ -126,8 +127,8 @@ class RayRuntime:
         self._setenv("RAY_AUTH_TOKEN_PATH", str(token_file))
         self._setenv("RAY_USAGE_STATS_ENABLED", "0")
         self._setenv("RAY_LOG_TO_STDERR", "0")
-        # Workers that Ray starts ahead of time import these, so an actor is ready in 0.2 s instead of 2-3 s.
-        self._setenv("RAY_preload_python_modules", "torch,moeserve.host,moeserve.checkpoints")
+        for name, value in ray_spare.SETTINGS.items():
+            self._setenv(name, value)
         forget_cached_token()
         self._local = LocalRay(self._folder.path, self._init_local)
         try:

@@ -8,26 +8,30 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 
+from moeserve.cluster.loading import Loading
 from moeserve.cluster.thread_host import ThreadHost
 from moeserve.cluster.timing import LEAST_REST_S, MOST_REST_S, WATCH_S
 from moeserve.control.assignments import Assignment
 from moeserve.errors import MoEServeError
 from moeserve.host import Holdings, Host, Where
-from moeserve.loops import Notifier
+from moeserve.loops import Notifier, in_thread
 from moeserve.observe.stats import HostInfo, host_name
 from moeserve.release import Release
 
 log = logging.getLogger(__name__)
 
 OnReady = Callable[[HostInfo], None]
-Load = Callable[[int, Where, Sequence[Release]], Holdings]
+Hold = Callable[[int, Where], Holdings]
 
 
 class ThreadFleet:
-    """`where` gives the location of host `number` in its incarnation number n; `load` fills it with the releases in force."""
+    """`where` gives the location of host `number` in its incarnation number n; `hold` makes its holdings, still empty."""
 
-    def __init__(self, where: Callable[[int, int], Where], load: Load) -> None:
-        self._where, self._load = where, load
+    def __init__(self, where: Callable[[int, int], Where], hold: Hold) -> None:
+        self._where, self._hold = where, hold
+        self._holdings: dict[int, Holdings] = {}
+        self._loading = Loading(self._experts_read)
+        self._trying: dict[int, asyncio.Task[None]] = {}
         self._releases: list[Release] = []
         self.members: dict[int, ThreadHost] = {}
         self._frontends: frozenset[str] = frozenset()
@@ -46,6 +50,11 @@ class ThreadFleet:
         return {number: member.host.info for number, member in self.members.items() if member.is_up}
 
     @property
+    def loading(self) -> Mapping[int, int]:
+        """Hosts that a change waits for, and how many experts each has read."""
+        return self._loading.experts
+
+    @property
     def failing(self) -> dict[int, str]:
         """Hosts that are down and not restarting now, and why."""
         if self._lost is not None:
@@ -61,11 +70,10 @@ class ThreadFleet:
         self._rests.clear()  # there is a new release to load
         new = [self._add(each.number) for each in assignments if each.number not in self.members]
         for member in new:
-            await self._until_up(member)
+            await self._loading.wait(member.number, self._until_up(member))
             on_ready(member.host.info)
         for number in release.placement.hosts:
-            await self._until_up(self.members[number])
-            await asyncio.to_thread(self.members[number].host.take, release)
+            await self._loading.wait(number, self._have_take(self.members[number], release))
 
     async def adopt(self, release: Release, assignments: Sequence[Assignment]) -> None:
         """The hosts of `assignments` serve `release` only; all others end."""
@@ -75,26 +83,26 @@ class ThreadFleet:
         for number in sorted(numbers):
             member = self.members.get(number) or self._add(number)
             await self._until_up(member)
-            await asyncio.to_thread(member.host.adopt, release)
+            await in_thread(member.host.adopt, release)
 
     async def withdraw(self, epoch: int) -> None:
         """Hosts forget the withdrawn release of `epoch`, and all after it."""
         self._releases = [release for release in self._releases if release.epoch < epoch]
         for member in self._up():
-            await asyncio.to_thread(member.host.withdraw, epoch)
+            await in_thread(member.host.withdraw, epoch)
 
     async def retire(self, epoch: int) -> None:
         """Hosts forget the releases before `epoch`."""
         self._releases = [release for release in self._releases if release.epoch >= epoch]
         for member in self._up():
-            await asyncio.to_thread(member.host.retire, epoch)
+            await in_thread(member.host.retire, epoch)
         self._introduce()
 
     async def remove(self, numbers: Sequence[int]) -> None:
         """End these hosts for good."""
         leaving = [self.members.pop(number) for number in numbers if number in self.members]
         for member in leaving:
-            await asyncio.to_thread(member.stop)
+            await in_thread(member.stop)
         self._introduce()
 
     def admit(self, public_keys: Collection[str]) -> asyncio.Future[None]:
@@ -108,16 +116,21 @@ class ThreadFleet:
     async def watch(self, on_change: Callable[[Mapping[int, HostInfo]], None]) -> None:
         """Runs until cancelled: restarts failed hosts, and reports all hosts, up or down, after every change."""
         told: Mapping[int, HostInfo] | None = None
-        while True:
-            directory = self._directory()
-            if directory != told:
-                on_change(told := directory)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(WATCH_S):
-                    await self._changed.wait()
-            for member in list(self.members.values()):
-                if not member.is_up and not member.is_stopped and self._lost is None and self._may_try(member.number):
-                    await self._try(member)
+        try:
+            while True:
+                directory = self._directory()
+                if directory != told:
+                    on_change(told := directory)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(WATCH_S):
+                        await self._changed.wait()
+                self._trying = {number: task for number, task in self._trying.items() if not task.done()}
+                for number, member in self.members.items():
+                    if self._may_try(member):
+                        self._trying[number] = asyncio.create_task(self._try(member))
+        finally:
+            for task in self._trying.values():
+                task.cancel()
 
     def lose(self, why: str) -> None:
         """Starts no more hosts."""
@@ -135,7 +148,16 @@ class ThreadFleet:
     def _make(self, number: int, on_crash: Callable[[], None]) -> Host:
         self._incarnations += 1
         where = self._where(number, self._incarnations)
-        return Host(self._load(number, where, self._releases), where, self._frontends, on_crash)
+        holdings = self._holdings[number] = self._hold(number, where)
+        holdings.begin(self._releases)
+        return Host(holdings, where, self._frontends, on_crash)
+
+    async def _have_take(self, member: ThreadHost, release: Release) -> None:
+        await self._until_up(member)
+        await in_thread(member.host.take, release)
+
+    async def _experts_read(self, number: int) -> int:
+        return self._holdings[number].experts_read if number in self._holdings else 0
 
     def _from_any_thread(self) -> None:
         assert self._loop is not None, "a fleet that has hosts"
@@ -162,14 +184,16 @@ class ThreadFleet:
             if member.is_stopped:
                 await self._changed.wait()
             else:
-                await asyncio.to_thread(member.start)
+                await in_thread(member.start)
 
-    def _may_try(self, number: int) -> bool:
-        return time.monotonic() >= self._rests.get(number, (0.0, 0.0))[0]
+    def _may_try(self, member: ThreadHost) -> bool:
+        if member.is_up or member.is_stopped or self._lost is not None or member.number in self._trying:
+            return False
+        return time.monotonic() >= self._rests.get(member.number, (0.0, 0.0))[0]
 
     async def _try(self, member: ThreadHost) -> None:
         try:
-            await asyncio.to_thread(member.start)
+            await in_thread(member.start)
         except MoEServeError as error:
             pause_s = min(max(LEAST_REST_S, 2 * self._rests.get(member.number, (0.0, 0.0))[1]), MOST_REST_S)
             self._rests[member.number] = time.monotonic() + pause_s, pause_s

@@ -28,8 +28,9 @@ class ThreadHost:
         #: it was stopped on purpose
         self.is_stopped = False
         self._make, self._on_change = make, on_change
-        self._changing = threading.Lock()
+        self._starting, self._changing = threading.Lock(), threading.Lock()
         self._host: Host | None = None
+        self._stops = 0
 
     @property
     def is_up(self) -> bool:
@@ -43,14 +44,17 @@ class ThreadHost:
         return self._host
 
     def start(self) -> None:
-        """Load and listen, unless it is up. Raises ConfigError or CheckpointError, which is its `error` then."""
-        with self._changing:
-            if self._host is not None:
-                return
-            self.is_stopped = False
+        """Load and listen, unless it is up. Raises ConfigError or CheckpointError, which is its `error` then.
+
+        One that is stopped while it loads ends as soon as it has loaded.
+        """
+        with self._starting:
+            with self._changing:
+                if self._host is not None:
+                    return
+                self.is_stopped, stops = False, self._stops
             try:
-                self._host, self.error = self._make(self._crashed), None
-                self.info = self._host.info
+                self._enter(self._make(self._crashed), stops)
             except MoEServeError as error:
                 self.error = error
                 raise
@@ -61,10 +65,19 @@ class ThreadHost:
         """Finish the running pass; it is down until `start`."""
         with self._changing:
             self.is_stopped = True
-            if self._host is not None:
-                self._host.stop()
-                self._host = None
-                self._on_change()
+            self._stops += 1
+            host, self._host = self._host, None
+        if host is not None:
+            host.stop()
+            self._on_change()
+
+    def _enter(self, host: Host, stops: int) -> None:
+        """Unless it was stopped meanwhile."""
+        with self._changing:
+            if self._stops == stops:
+                self._host, self.info, self.error = host, host.info, None
+                return
+        host.stop()
 
     def _crashed(self) -> None:
         self._host = None

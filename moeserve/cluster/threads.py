@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-from collections.abc import Sequence
 
 import torch
 
@@ -19,7 +18,6 @@ from moeserve.config import PlacementConfig, RayConfig, ServedModel
 from moeserve.control import Node, Wanted
 from moeserve.host import Holdings, Where
 from moeserve.observe.stats import host_name
-from moeserve.release import Release
 
 _NODE = "this-process"
 
@@ -52,7 +50,7 @@ class ThreadCluster:
         self._model, self._placing = model, placing
         self._service_id, self._is_followed = "", False
         self.nodes = ThreadNodes(cpus, torch.cuda.device_count() if ray.num_gpus is None else ray.num_gpus)
-        self.hosts = ThreadFleet(self.where, self._load)
+        self.hosts = ThreadFleet(self.where, self._hold)
         self.store = MemoryStore()
 
     async def start(self) -> None:
@@ -78,7 +76,5 @@ class ThreadCluster:
         device = torch.device("cuda", number % gpus) if gpus else torch.device("cpu")
         return Where(_NODE, endpoints, device, max(1, int(self._placing.cpus_per_host)))
 
-    def _load(self, number: int, where: Where, releases: Sequence[Release]) -> Holdings:
-        holdings = Holdings(self._model, number, where.device)
-        holdings.begin(releases)
-        return holdings
+    def _hold(self, number: int, where: Where) -> Holdings:
+        return Holdings(self._model, number, where.device)

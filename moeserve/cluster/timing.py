@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Final
 
 # How soon something is noticed: intervals of polling and of watching.
-#: a host that has moved, or one that is new, after the round before
+#: a host that has moved, or one that is new, after the round before; one whose process on this machine ends is seen at once
 WATCH_S: Final = 1.0
-#: a host that is waited for has died, or is up: what Ray says of its actor
+#: a host that is waited for has died, or is up: what Ray says of its actor, at first and after some seconds
+QUICK_LOOK_S: Final = 0.05
 HOST_LOOK_S: Final = 0.5
 #: a process or folder that the local Ray needs is missing
 LOSS_LOOK_S: Final = 1.0
@@ -15,6 +16,10 @@ LOSS_LOOK_S: Final = 1.0
 END_LOOK_S: Final = 0.01
 #: `moeserve leave`: no host has a place on the node any more
 LEAVE_LOOK_S: Final = 0.5
+#: hosts of a node that start at about the same time have another spare process started together
+SPARE_DELAY_S: Final = 0.1
+#: a host that loads has read one more expert
+LOADING_LOOK_S: Final = 0.5
 #: an actor that was unavailable is back, or Ray has forgotten one that ended
 RETRY_S: Final = 0.1
 #: the same for a program; also, how late a line about its start is told
@@ -35,6 +40,8 @@ GRANT_TIMEOUT_S: Final = 5.0
 STOP_TIMEOUT_S: Final = 5.0
 #: a program that ends itself through Ray exits without it
 KILL_TIMEOUT_S: Final = 10.0
+#: a node takes the order for a spare process
+SPARE_TIMEOUT_S: Final = 5.0
 #: a node reports why a process has ended
 ASK_TIMEOUT_S: Final = 5.0
 #: connecting to the address of a Ray
@@ -43,7 +50,7 @@ KNOCK_TIMEOUT_S: Final = 5.0
 # A host that dies, or cannot load its experts, waits between attempts, twice as long each time.
 LEAST_REST_S: Final = 5.0
 MOST_REST_S: Final = 60.0
-#: after so long its deaths before are forgotten
+#: after so long as it is ready, the rests before are forgotten
 WELL_S: Final = 30.0
 #: an actor has answered its caller before its process ends
 END_DELAY_S: Final = 0.1

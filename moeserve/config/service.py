@@ -138,6 +138,9 @@ class PlacementConfig(Table):
     node_strategy: Literal["spread", "pack", "strict_spread"] = "spread"
     #: how long to wait for missing nodes, after a request to the cluster's autoscaler; 0 = refuse at once
     wait_for_nodes_s: Seconds = 0
+    #: a change is withdrawn when the hosts that load for it have not read one more expert for so long, or what describes a checkpoint is
+    #: not read within it
+    load_timeout_s: Annotated[Seconds, Field(gt=0)] = 120.0
     #: most bytes of weights; unset = not checked, except against the memory of this machine
     memory_per_host_bytes: Bytes | None = None
     #: copies of every expert, on different hosts; or by layer name; or by layer name and expert; "default" = all others

@@ -19,8 +19,9 @@ from moeserve.control.reconcile import reconcile
 from moeserve.control.rollout import Hosts, Rollout
 from moeserve.control.state import NumHosts, State
 from moeserve.control.status import status_of
-from moeserve.errors import ConfigError, MoEServeError
+from moeserve.errors import ConfigError, ExpertUnavailable, MoEServeError
 from moeserve.log_limit import limited_logger
+from moeserve.loops import in_thread
 from moeserve.observe.stats import HostInfo, host_name
 from moeserve.observe.status import ServiceStatus
 from moeserve.release import Release
@@ -79,7 +80,7 @@ async def first_state(planner: Planner, nodes: Nodes) -> State:
         if wait_s:
             nodes.ask_for(wanted, 0)
         raise
-    release = await asyncio.to_thread(Release.first, planner.plan(len(assigned.assignments)), planner.layers.sources)
+    release = await in_thread(Release.first, planner.plan(len(assigned.assignments)), planner.layers.sources)
     return State(release, assigned.assignments, num_hosts, release.epoch, len(assigned.assignments))
 
 
@@ -123,6 +124,7 @@ class Controller:
         self._rollout = Rollout(planner, state, hosts, frontends, save)
         self._one_at_a_time = asyncio.Lock()
         self._changes: set[asyncio.Task[Release]] = set()
+        self._is_ending = False
         self._wanted_now: Wanted | None = None
         self._shortage: str | None = None
         #: why lost hosts have not been replaced
@@ -175,6 +177,14 @@ class Controller:
         async with self._one_at_a_time:
             await work
 
+    async def abandon(self) -> None:
+        """The service is about to end: changes under way are withdrawn, as they may take for ever, and none is begun any more."""
+        self._is_ending = True
+        for change in self._changes:
+            change.cancel()
+        if self._changes:
+            await asyncio.wait(self._changes, timeout=timing.ABANDON_S)
+
     async def end(self) -> None:
         """The nodes are not needed any more: an autoscaler may remove the ones it added."""
         if self._planner.placing.wait_for_nodes_s:
@@ -200,7 +210,7 @@ class Controller:
 
     async def _keep_following(self) -> None:
         pause_s = timing.CONTROL_LOOK_S
-        while True:
+        while not self._is_ending:
             await asyncio.sleep(pause_s)
             try:
                 await self._to_its_end(self._change(self._follow))
@@ -212,12 +222,17 @@ class Controller:
 
     async def _to_its_end(self, change: Coroutine[Any, Any, Release]) -> Release:
         """Finishes the change even if its caller leaves."""
+        if self._is_ending:
+            change.close()
+            raise ExpertUnavailable("the service is ending, and changes nothing any more")
         task = asyncio.ensure_future(change)
         self._changes.add(task)
         task.add_done_callback(self._changes.discard)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
+            if task.cancelled():
+                raise ExpertUnavailable("the service is ending: the change was withdrawn") from None
             task.add_done_callback(_tell_of_failure)
             raise
 
@@ -228,7 +243,7 @@ class Controller:
     async def _scale(self, num_hosts: NumHosts) -> Release:
         if num_hosts != "all" and num_hosts < 1:
             raise ConfigError(f"placement.num_hosts is {num_hosts}; allowed: at least 1, or 'all'")
-        wanted = await asyncio.to_thread(self._planner.wanted, num_hosts)
+        wanted = await in_thread(self._planner.wanted, num_hosts)
         try:
             # New nodes may take minutes: meanwhile the present ones are followed.
             await _until_assigned(lambda nodes: self._assigned(nodes, wanted), wanted, self._nodes, self._planner.placing.wait_for_nodes_s)
@@ -266,7 +281,7 @@ class Controller:
 
     async def _wanted(self) -> Wanted:
         if self._wanted_now is None or self._wanted_now.num_hosts != self.state.num_hosts:
-            self._wanted_now = await asyncio.to_thread(self._planner.wanted, self.state.num_hosts)
+            self._wanted_now = await in_thread(self._planner.wanted, self.state.num_hosts)
         return self._wanted_now
 
     def _assigned(self, nodes: Sequence[Node], wanted: Wanted) -> Assigned:

@@ -26,7 +26,7 @@ _MAX_NAME_CHARS: Final = 256
 _MAX_SENTENCE_CHARS: Final = 1000
 
 #: tables for the controller only
-_NOT_FOLLOWED: Final[dict[str, Any]] = {"placement": {"num_hosts", "node_labels", "node_strategy", "wait_for_nodes_s"}}
+_NOT_FOLLOWED: Final[dict[str, Any]] = {"placement": {"num_hosts", "node_labels", "node_strategy", "wait_for_nodes_s", "load_timeout_s"}}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from moeserve.control.directory import Directory
 from moeserve.control.follow import Order, Report, Setup
 from moeserve.errors import ConfigError, MoEServeError
 from moeserve.frontend import Frontend, FrontendSettings, HostAccess
-from moeserve.loops import Notifier
+from moeserve.loops import Notifier, in_thread
 from moeserve.observe.metrics import Metrics
 from moeserve.release import Release
 from moeserve.transport import KeyPair
@@ -143,12 +143,12 @@ class Follower:
     async def _build(self, release: Release) -> None:
         assert self._told is not None and self._keys is not None
         self._config = load_json(self._told.config_json)
-        sources = await asyncio.to_thread(self._sources, release)
+        sources = await in_thread(self._sources, release)
         metrics = Metrics([source.spec for source in sources], self._config.observability.expert_detail)
         settings = FrontendSettings.of(self._config, self._server)
         hosts = HostAccess(self._directory.find, self._keys, self._stage.health_changed)
         # It reads every gate; probes are answered meanwhile.
-        self._frontend = await asyncio.to_thread(Frontend, release, sources, settings, hosts, metrics)
+        self._frontend = await in_thread(Frontend, release, sources, settings, hosts, metrics)
         self._frontend.set_failing(self._order.failing)
         self._stage.enter(self._frontend, metrics)
         self._do("start", self._frontend.start(self.report.node))
@@ -164,7 +164,7 @@ class Follower:
 
     async def _move_to(self, release: Release, frontend: Frontend) -> None:
         """New batches use the release; after running batches, or their time limit, it disconnects from hosts that are not needed."""
-        sources = await asyncio.to_thread(self._sources, release)
+        sources = await in_thread(self._sources, release)
         await _within(timing.REACH_S, frontend.connect(release))
         await frontend.prepare(release, sources)
         frontend.publish(release)
@@ -188,7 +188,7 @@ class Follower:
         assert self._config is not None
         refusal, timeout_s, trial = "", self._config.resilience.request_timeout_s, self._trial
         try:
-            sources = await asyncio.to_thread(self._sources, release)
+            sources = await in_thread(self._sources, release)
             if not await _within(timeout_s, frontend.connect(release)):
                 raise ConfigError(f"not all hosts were reached within {timeout_s:g} s")
             await frontend.try_out(release, sources)

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from moeserve.checkpoints import ReleasedLayer, Swap
 from moeserve.control.assignments import Assignment
 from moeserve.control.desired import Planner
 from moeserve.control.frontends import Frontends
+from moeserve.control.stall import unless_stalled
 from moeserve.control.state import NumHosts, State
+from moeserve.loops import in_thread
+from moeserve.observe.stats import host_name
 from moeserve.release import Release
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 class Hosts(Protocol):
     """All expert hosts, by number."""
+
+    @property
+    def loading(self) -> Mapping[int, int]:
+        """Hosts that a `take` waits for, and how many experts each has read so far, as far as that is known."""
+        ...
 
     async def take(self, release: Release, assignments: Sequence[Assignment]) -> None:
         """Every host of `release`, started if needed, loads it beside the release it serves. Raises a host's error."""
@@ -62,7 +71,8 @@ class Rollout:
     async def swap(self, swaps: Sequence[Swap]) -> Release:
         """New weights in the same places. Raises UnknownLayer, ConfigError or CheckpointError; then nothing has changed."""
         before = self.state
-        release = await asyncio.to_thread(before.release.swapped, swaps, self._planner.layers, before.last_epoch + 1)
+        reading = in_thread(before.release.swapped, swaps, self._planner.layers, before.last_epoch + 1)
+        release = await self._unless_stalled(reading, lambda: f"{swaps[0].checkpoint} could not be read")
         await self._bring_in(replace(before, release=release))
         for swap in swaps:
             log.info(
@@ -79,7 +89,7 @@ class Rollout:
         if assignments == before.assignments:
             self._remember(replace(before, num_hosts=num_hosts))
             return before.release
-        sources = await asyncio.to_thread(self._readable, before.release)
+        sources = await self._unless_stalled(in_thread(self._readable, before.release), lambda: "files that are served could not be read")
         numbers = [assignment.number for assignment in assignments]
         placement = self._planner.plan(len(assignments), sources).renumbered(numbers, before.last_epoch + 1)
         next_number = max(before.next_number, numbers[-1] + 1)
@@ -111,7 +121,7 @@ class Rollout:
         # If this process dies meanwhile, the epoch and the numbers of new hosts are never given out again.
         self._remember(replace(before, last_epoch=release.epoch, next_number=after.next_number))
         try:
-            await self._hosts.take(release, after.assignments)
+            await self._unless_stalled(self._hosts.take(release, after.assignments), self._who_loads)
             self._frontends.set_failing({})  # all of them are up
             await self._frontends.offer(release)
             self._save(replace(after, last_epoch=release.epoch))
@@ -125,6 +135,12 @@ class Rollout:
             )
             raise
         self.state = replace(after, last_epoch=release.epoch)
+
+    async def _unless_stalled(self, work: Coroutine[Any, Any, T], why: Callable[[], str]) -> T:
+        return await unless_stalled(work, lambda: dict(self._hosts.loading), self._planner.placing.load_timeout_s, why)
+
+    def _who_loads(self) -> str:
+        return f"{', '.join(map(host_name, sorted(self._hosts.loading)))} could not read one more expert"
 
     def _remember(self, state: State) -> None:
         if state != self.state:

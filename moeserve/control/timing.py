@@ -21,6 +21,10 @@ REACH_S: Final = 5.0
 PATIENCE_S: Final = 2.0
 #: between two checks of nodes and hosts
 CONTROL_LOOK_S: Final = 1.0
+#: for hosts to hear that a change was withdrawn because the service ends; they end next
+ABANDON_S: Final = 5.0
+#: between two looks whether hosts that load make progress
+STALL_LOOK_S: Final = 0.25
 #: after a failed check the pause doubles, up to this
 LONGEST_PAUSE_S: Final = 60.0
 #: Ray's numbers of free resources may be this old

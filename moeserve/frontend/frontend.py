@@ -23,6 +23,7 @@ from moeserve.frontend.link import Dial, HostLink
 from moeserve.frontend.settings import FrontendSettings, HostAccess
 from moeserve.frontend.view import LayerView, Views
 from moeserve.layer.head import LayerHead
+from moeserve.loops import in_thread
 from moeserve.observe.expert_counts import ExpertCounts
 from moeserve.observe.metrics import Metrics
 from moeserve.observe.stats import HostShards, HostStats, LayerStats, ServiceStats, facts, host_name
@@ -116,7 +117,7 @@ class Frontend:
         def read() -> list[LayerHead]:
             return [head if is_kept else LayerHead(source) for head, is_kept, source in zip(present, kept, sources, strict=True)]
 
-        self._read = release.epoch, await asyncio.to_thread(read)
+        self._read = release.epoch, await in_thread(read)
 
     async def forget(self) -> None:
         """Disconnect from hosts that have no experts of the current release."""

@@ -8,7 +8,7 @@ from moeserve.experts import ExpertBank
 
 
 class BankTable:
-    """Banks by layer number and the epoch from which on they are valid. Written by one thread, read by another."""
+    """Banks by layer number and the epoch from which on they are valid. Written by one thread at a time, read by others."""
 
     def __init__(self) -> None:
         self._layers: dict[int, tuple[tuple[int, ExpertBank | None], ...]] = {}

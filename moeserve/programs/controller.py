@@ -15,6 +15,7 @@ from moeserve.cluster.cluster import Cluster, Loss
 from moeserve.config import FrontendConfig, ServedModel, ServiceConfig
 from moeserve.control import Controller, Frontends, Planner, Saved, State, first_state, timing
 from moeserve.errors import CheckpointChanged, ConfigError, ExpertUnavailable
+from moeserve.loops import in_thread
 from moeserve.observe.stats import HostInfo
 from moeserve.release import Release
 from moeserve.transport import choose_endpoint
@@ -68,7 +69,7 @@ class ControllerProgram:
         Raises ConfigError, before anything starts where that is possible.
         """
         config, cluster = self._config, self.cluster
-        layers = await asyncio.to_thread(ServedLayers.read, config.only(ServedModel))
+        layers = await in_thread(ServedLayers.read, config.only(ServedModel))
         planner = Planner(layers, config.placement, on_this_machine=config.ray.address is None)
         planner.first_num_hosts()
         self._tell(cluster.intent)
@@ -121,8 +122,14 @@ class ControllerProgram:
             for task in done:
                 task.result()
 
+    async def abandon_changes(self) -> None:
+        """The first step of a stop: nobody waits for a change any more."""
+        if self._prepared is not None:
+            await self.controller.abandon()
+
     async def stop(self) -> None:
         """End the hosts and everything that was started, and delete the saved state."""
+        await self.abandon_changes()
         tasks = self._stop_tasks()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._running.aclose()
@@ -138,7 +145,7 @@ class ControllerProgram:
         if data is not None:
             self._is_first = False
             saved = Saved.from_bytes(data)
-            await asyncio.to_thread(_say_what_changed, saved.state.release, planner.layers)
+            await in_thread(_say_what_changed, saved.state.release, planner.layers)
             return saved
         state = await first_state(planner, self.cluster.nodes)
         saved = Saved(secrets.token_hex(6), secrets.token_hex(32), state)

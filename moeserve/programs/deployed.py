@@ -58,6 +58,7 @@ class DeployedController:
 
     async def stop(self) -> None:
         """Drain frontends and end hosts; only this process is left."""
+        await self._program.abandon_changes()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

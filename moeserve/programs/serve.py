@@ -101,6 +101,8 @@ class Service:
 
     async def stop(self) -> None:
         """Refuse new requests, finish the running ones (at most server.drain_timeout_s), then stop everything."""
+        if self._program is not None:
+            await self._program.abandon_changes()
         if self._frontend is not None:
             await self._frontend.stop()
         for task in self._tasks:

@@ -15,6 +15,9 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from moeserve import BackgroundService, Client, MoELayer
+from moeserve.cluster.ray_internals import prestart_worker
+from moeserve.cluster.ray_spare import SETTINGS, are_kept
+from moeserve.cluster.ray_where import this_node
 from tests.support.closeness import assert_close
 from tests.support.ray_service import NUM_HOSTS, metric, processes
 from tests.support.waiting import until
@@ -74,11 +77,17 @@ def test_sockets_and_token_are_private(service: BackgroundService) -> None:
 
 
 def test_a_killed_host_loses_nobodys_request_and_comes_back(service: BackgroundService, tiny_moe: Path) -> None:
-    """kill -9 under load from 4 clients: every request is answered, and answered right, without anybody's help."""
+    """kill -9 under load from 4 clients: every request is answered, and answered right, without anybody's help.
+
+    It comes back in the one process that had been started ahead of time.
+    """
     local = MoELayer.from_checkpoint(tiny_moe, 1, dtype=torch.float32)
     hidden_states = torch.randn(8, local.spec.hidden_size)
     expected = local(hidden_states)
     restarts = metric(service, "moeserve_host_restarts_total")
+    known = idle()
+    prestart_worker(this_node())  # others on this Ray may have used the one that there was
+    spares = until(lambda: idle() - known)
     victim = processes()["ray::ExpertHost"][0]
     warm, recovered = threading.Barrier(5, timeout=60), threading.Event()
 
@@ -107,6 +116,19 @@ def test_a_killed_host_loses_nobodys_request_and_comes_back(service: BackgroundS
             future.result(timeout=90)
     assert metric(service, "moeserve_host_up") == NUM_HOSTS
     assert victim not in processes()["ray::ExpertHost"]
+    assert spares & set(processes()["ray::ExpertHost"])
+    until(lambda: idle() - known - spares)  # for the next one
+
+
+def idle() -> set[int]:
+    """Processes that wait for the next host."""
+    return set(processes().get("ray::IDLE", []))
+
+
+def test_how_a_cluster_gets_them_is_documented(service: BackgroundService) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "ray.md").read_text()
+    assert all(f"{name}={value}" in text for name, value in SETTINGS.items())
+    assert are_kept()
 
 
 def test_health_says_so_while_a_host_is_away(service: BackgroundService) -> None:

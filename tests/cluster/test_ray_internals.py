@@ -19,6 +19,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from moeserve.cluster import ray_internals as internals
 from moeserve.cluster.ray_where import this_node
+from tests.support.ray_service import processes
+from tests.support.waiting import until
 
 ROOM = Path(internals.__file__).parent
 USERS = [path for path in sorted(ROOM.glob("ray_*.py")) if path.name != "ray_internals.py"]
@@ -40,6 +42,7 @@ PARTS = [
     ("log_dir", internals.Node, "get_logs_dir_path"),
     ("session_dir", internals.Node, "get_session_dir_path"),
     ("allow_clusters", internals.ray_constants, "ENABLE_RAY_CLUSTER"),
+    ("prestart_worker", internals.PrestartWorkersRequest(), "language num_workers"),
     ("forget_cached_token", internals.Config, "initialize"),
     ("forget_cached_token", internals.AuthenticationTokenLoader, "instance reset_cache"),
     ("canonical_address", internals.services, "canonicalize_bootstrap_address_or_die"),
@@ -173,6 +176,17 @@ def _(probe: Any) -> None:
 @check_of(internals.forget_cached_token)
 def _(probe: Any) -> None:
     assert internals.AuthenticationTokenLoader.instance().has_token(), "this Ray was started with one"
+
+
+@check_of(internals.prestart_worker)
+def _(probe: Any) -> None:
+    def idle() -> set[int]:
+        return set(processes().get("ray::IDLE", []))
+
+    known = idle()
+    internals.prestart_worker(this_node())
+    until(lambda: idle() - known)
+    internals.prestart_worker("ab" * 28)
 
 
 @check_of(internals.kv_get)

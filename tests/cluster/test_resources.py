@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from moeserve import BackgroundService, CheckpointError, Client, ConfigError, ExpertUnavailable, serve
 from moeserve.cluster.ray_internals import session_dir
 from moeserve.cluster.ray_loss import Loss, find_loss
+from tests.support.ray_service import pid_of
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.ray
@@ -70,21 +72,33 @@ def test_a_host_that_dies_again_and_again_is_not_waited_for(local_ray: None) -> 
 
 
 class Moody(nn.Linear):
-    """An expert that takes its host with it while the file is there; each of its lines is one that did."""
+    """An expert that takes its host with it while the file is there; each of its lines is one that did, the line "once" takes it away.
+
+    While the line is "hang", it waits for a pipe that nobody writes to, as for a file system that does not answer.
+    """
 
     def __init__(self, hidden_size: int, mood: str) -> None:
         super().__init__(hidden_size, hidden_size)
-        if os.path.exists(mood) and b"ExpertHost" in Path("/proc/self/cmdline").read_bytes():
-            with open(mood, "a") as deaths:
-                print(os.getpid(), file=deaths)
-            os._exit(1)
+        if not os.path.exists(mood) or b"ExpertHost" not in Path("/proc/self/cmdline").read_bytes():
+            return
+        said = Path(mood).read_text()
+        if "hang" in said:
+            Path(mood).with_suffix(".pipe").read_text()
+            return
+        if "once" in said:
+            os.unlink(mood)
+        with open(mood + ".deaths" if "once" in said else mood, "a") as deaths:
+            print(os.getpid(), file=deaths)
+        os._exit(1)
 
 
-def test_a_host_that_cannot_come_back_rests_between_tries_and_heals(local_ray: None, tmp_path: Path) -> None:
+def test_a_host_that_cannot_come_back_rests_between_tries_and_heals_and_one_that_hangs_is_in_nobodys_way(
+    local_ray: None, tmp_path: Path
+) -> None:
     mood = tmp_path / "mood"
     expert = {"expert": "tests.cluster.test_resources:Moody", "expert_args": {"hidden_size": 16, "mood": str(mood)}}
     layer = {"hidden_size": 16, "num_experts": 4, "gating": {"top_k": 1}, **expert}
-    placement = {"num_hosts": 2, "cpus_per_host": 0.5}
+    placement = {"num_hosts": 2, "cpus_per_host": 0.5, "load_timeout_s": 3.0}
 
     def ask(client: Client, expert: int) -> int:
         ids, weights = torch.full((2, 1), expert), torch.ones(2, 1)
@@ -92,8 +106,14 @@ def test_a_host_that_cannot_come_back_rests_between_tries_and_heals(local_ray: N
 
     with serve({"layers": [layer], "placement": placement, "server": SERVER}) as service, Client(service.target) as client:
         assert [ask(client, expert) for expert in range(4)] == [2] * 4
+        pid = pid_of(service, "host-1")
+        for _ in range(3):  # it dies while it loads, but each time it comes up then
+            mood.write_text("once\n")
+            os.kill(pid, signal.SIGKILL)
+            assert ask(client, 3) == 2
+            pid = until(lambda pid=pid: (found := pid_of(service, "host-1")) != pid and found)
         mood.touch()
-        os.kill(next(host.pid for host in service._service.hosts if host.name == "host-1"), signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         with pytest.raises(ExpertUnavailable, match=r"experts of layer layers\.0 on host-1 are not available: host-1 died [34] times"):
             ask(client, 3)
         assert ask(client, 0) == 2 and not client.ready()
@@ -101,6 +121,22 @@ def test_a_host_that_cannot_come_back_rests_between_tries_and_heals(local_ray: N
         mood.unlink()
         until(client.ready)
         assert ask(client, 3) == 2
+
+        os.mkfifo(mood.with_suffix(".pipe"))
+        mood.write_text("hang\n")
+        with pytest.raises(ConfigError, match=r"^host-0 could not read one more expert within 3 s \(placement\.load_timeout_s\)"):
+            service.drain_host("host-1")
+        assert [ask(client, expert) for expert in range(4)] == [2] * 4
+        mood.unlink()
+        service.drain_host("host-1")
+        assert [ask(client, expert) for expert in range(4)] == [2] * 4
+        mood.write_text("hang\n")
+        with ThreadPoolExecutor() as pool:
+            hanging = pool.submit(service.scale, 2)
+            until(lambda: service._service.controller.status().is_changing)
+            service.stop()
+            with pytest.raises(ExpertUnavailable, match="the service is ending: the change was withdrawn"):
+                hanging.result(timeout=60)
 
 
 def test_a_host_that_cannot_read_its_weights_ends_the_start(local_ray: None, tiny_moe: Path, tmp_path: Path) -> None:

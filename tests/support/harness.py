@@ -26,7 +26,6 @@ from moeserve.observe.stats import HostInfo, host_name
 from moeserve.placement import Placement
 from moeserve.programs.controller import ControllerProgram
 from moeserve.programs.serve import Service
-from moeserve.release import Release
 from moeserve.server import Control, GrpcServer, controller_address, frontend_tokens
 
 Result = TypeVar("Result")
@@ -43,8 +42,8 @@ class TestFleet(ThreadFleet):
 
     __test__ = False
 
-    def __init__(self, where: Callable[[int, int], Where], load: Callable[[int, Where, Sequence[Release]], Holdings]) -> None:
-        super().__init__(where, load)
+    def __init__(self, where: Callable[[int, int], Where], hold: Callable[[int, Where], Holdings]) -> None:
+        super().__init__(where, hold)
         #: why hosts that are down do not come back
         self.told_failing: dict[int, str] = {}
 
@@ -81,10 +80,10 @@ class TestCluster(ThreadCluster):
         self._kind, self._folder, self._names = kind, folder, names
         self.here = names[0]
         self.nodes.cpus = 1000
-        self.hosts: TestFleet = TestFleet(self.where, self._load)
+        self.hosts: TestFleet = TestFleet(self.where, self._hold)
 
-    def _load(self, number: int, where: Where, releases: Sequence[Release]) -> Holdings:
-        holdings = super()._load(number, where, releases)
+    def _hold(self, number: int, where: Where) -> Holdings:
+        holdings = super()._hold(number, where)
         holdings.bank_table.bank = Counted(holdings)  # type: ignore[method-assign]
         return holdings
 

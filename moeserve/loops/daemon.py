@@ -1,0 +1,73 @@
+"""Work in threads that nobody has to wait for: one that hangs, as on a file system that does not answer, keeps no process from ending."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Final, TypeVar, TypeVarTuple
+
+Args = TypeVarTuple("Args")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_NAME: Final = "moeserve-work"
+
+
+async def in_thread(function: Callable[[*Args], Result], *args: *Args) -> Result:
+    """`function(*args)` in a thread of its own; who is cancelled meanwhile leaves it to itself."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Result] = loop.create_future()
+
+    def run() -> None:
+        future: Future[Result] = Future()
+        _fulfil(future, function, *args)
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(_pass_on, future, done)
+
+    threading.Thread(target=run, name=_NAME, daemon=True).start()
+    return await done
+
+
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> Iterator[Result]:
+    """What `function` returns for each item, in their order, by so many threads at most. Raises the first error; the rest is not begun."""
+    waiting: queue.SimpleQueue[tuple[Item, Future[Result]]] = queue.SimpleQueue()
+    futures: list[Future[Result]] = []
+    for item in items:
+        futures.append(Future())
+        waiting.put((item, futures[-1]))
+
+    def run() -> None:
+        with suppress(queue.Empty):
+            while True:
+                item, future = waiting.get_nowait()
+                if future.set_running_or_notify_cancel():
+                    _fulfil(future, function, item)
+
+    for _ in range(min(num_threads, len(futures))):
+        threading.Thread(target=run, name=_NAME, daemon=True).start()
+    try:
+        for future in futures:
+            yield future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _fulfil(future: Future[Result], function: Callable[[*Args], Result], *args: *Args) -> None:
+    try:
+        future.set_result(function(*args))
+    except BaseException as error:  # whoever waits for it gets it
+        future.set_exception(error)
+
+
+def _pass_on(future: Future[Result], done: asyncio.Future[Result]) -> None:
+    if done.done():
+        return  # nobody waits any more
+    if (error := future.exception()) is not None:
+        done.set_exception(error)
+    else:
+        done.set_result(future.result())

@@ -1,0 +1,32 @@
+"""The end of a process is heard at once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+
+from moeserve.cluster.process_ends import ProcessEnds
+
+WAITS = [sys.executable, "-c", "input()"]
+
+
+def test_the_end_of_a_process_is_heard_at_once_and_only_once() -> None:
+    async def hear(first: subprocess.Popen[bytes], second: subprocess.Popen[bytes]) -> None:
+        ends, files = ProcessEnds(), len(os.listdir("/proc/self/fd"))
+        for process in (first, second, first):
+            ends.watch(process.pid)
+        assert not await ends.wait(0.01)
+        first.send_signal(signal.SIGKILL)
+        assert await ends.wait(60)
+        assert not await ends.wait(0.01)
+        first.wait()
+        ends.watch(first.pid)  # it has ended before anybody asked
+        assert await ends.wait(60)
+        ends.close()
+        assert len(os.listdir("/proc/self/fd")) == files
+
+    with subprocess.Popen(WAITS, stdin=subprocess.PIPE) as first, subprocess.Popen(WAITS, stdin=subprocess.PIPE) as second:
+        asyncio.run(hear(first, second))
