@@ -69,6 +69,7 @@ def test_names_and_labels_are_the_documented_ones() -> None:
         "moeserve_hosts_failing": set(),
         "moeserve_host_restarts_total": set(),
         "moeserve_expert_retries_total": {"reason"},
+        "moeserve_partial_answers_total": {"policy"},
         "moeserve_messages_total": {"pattern"},
         "moeserve_aux_loss": {"layer"},
     }

@@ -20,6 +20,8 @@ from tests.support.closeness import assert_close
 from tests.support.followers import ThreadedFrontend
 from tests.support.harness import CHANNELS, Kind, ServiceHarness
 from tests.support.seeded_folders import LAYER, configuration, folder, tokens
+from tests.support.seen import epochs
+from tests.support.waiting import until_async
 
 
 @pytest.mark.parametrize("kind", CHANNELS)
@@ -90,6 +92,24 @@ def test_what_cannot_be_leaves_everything_as_it_was(tmp_path: Path) -> None:
             assert after.model_revision == 1
             assert_close(after.hidden_states, before.hidden_states)
         service.call(service.controller.swap(LAYER, new, [1]))
+        assert client.forward(tokens(0)).model_revision == 2
+
+
+@pytest.mark.parametrize("factor", [1e25, 1e3], ids=["overflowing", "implausible"])
+def test_weights_that_cannot_be_meant_are_refused(factor: float, tmp_path: Path) -> None:
+    """A canary compares what new experts make of its rows with what those in use do."""
+    old, new = folder(tmp_path / "old", 0), folder(tmp_path / "new", 1)
+    tensors = load_file(new / "model.safetensors")
+    broken = {name: tensor * factor if f"{MLP}.experts.2." in name else tensor for name, tensor in tensors.items()}
+    write_folder(tmp_path / "broken", CONFIG, broken)
+    with ServiceHarness(configuration(old), "local", tmp_path) as service, Client(service.target) as client:
+        before = client.forward(tokens(0))
+            service.call(until_async(lambda: epochs(service) == [1]))
+            with pytest.raises(ConfigError, match=r"experts? \[?2\]? of layer"):
+            service.call(service.controller.swap(LAYER, tmp_path / "broken"))
+        after = client.forward(tokens(0))
+        assert (after.model_revision, after.hidden_states.tolist()) == (1, before.hidden_states.tolist())
+        service.call(service.controller.swap(LAYER, new))
         assert client.forward(tokens(0)).model_revision == 2
 
 
