@@ -101,11 +101,12 @@ def test_weights_that_cannot_be_meant_are_refused(factor: float, tmp_path: Path)
     old, new = folder(tmp_path / "old", 0), folder(tmp_path / "new", 1)
     tensors = load_file(new / "model.safetensors")
     broken = {name: tensor * factor if f"{MLP}.experts.2." in name else tensor for name, tensor in tensors.items()}
+    (tmp_path / "broken").mkdir()
     write_folder(tmp_path / "broken", CONFIG, broken)
     with ServiceHarness(configuration(old), "local", tmp_path) as service, Client(service.target) as client:
         before = client.forward(tokens(0))
-            service.call(until_async(lambda: epochs(service) == [1]))
-            with pytest.raises(ConfigError, match=r"experts? \[?2\]? of layer"):
+        service.call(until_async(lambda: epochs(service) == [1]))
+        with pytest.raises(ConfigError, match=r"experts? \[?2\]? of layer"):
             service.call(service.controller.swap(LAYER, tmp_path / "broken"))
         after = client.forward(tokens(0))
         assert (after.model_revision, after.hidden_states.tolist()) == (1, before.hidden_states.tolist())
