@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from moeserve.cluster.folders import SocketFolder, remove_abandoned
 from moeserve.cluster.ray_expert_host import ExpertHost
 from moeserve.cluster.ray_internals import actor_id, draining_nodes, find_actor
+from moeserve.cluster.ray_where import this_node
 from moeserve.cluster.timing import END_LOOK_S, STOP_TIMEOUT_S
 
 
@@ -46,6 +47,10 @@ def _processes_of(actors: Sequence[ActorHandle[ExpertHost]]) -> list[tuple[str, 
 
 
 def _end_processes(processes: Sequence[tuple[str, int]], sockets: SocketFolder) -> None:
+    for node, pid in processes:
+        if node == this_node():  # at once: the task below may wait for a new process
+            with suppress(PermissionError):
+                _kill(pid)
     ends = [
         _end_process.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(pid, sockets)
         for node, pid in processes
@@ -56,15 +61,20 @@ def _end_processes(processes: Sequence[tuple[str, int]], sockets: SocketFolder) 
 
 @ray.remote(num_cpus=0)
 def _end_process(pid: int, sockets: SocketFolder) -> None:
+    _kill(pid)
+    folder = sockets.path()
+    for left_behind in folder.glob(f"host-*-{pid}.sock"):
+        left_behind.unlink(missing_ok=True)
+    remove_abandoned(folder)
+
+
+def _kill(pid: int) -> None:
+    """Unless it is no host any more."""
     command = Path(f"/proc/{pid}/cmdline")
     with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
         if b"ExpertHost" in command.read_bytes():
             os.kill(pid, signal.SIGKILL)
             _await_end(command)
-    folder = sockets.path()
-    for left_behind in folder.glob(f"host-*-{pid}.sock"):
-        left_behind.unlink(missing_ok=True)
-    remove_abandoned(folder)
 
 
 def _await_end(command: Path) -> None:
