@@ -26,6 +26,8 @@ from moeserve.transport import Channel
 
 #: new weights that answer with numbers so many times as large as the old ones are not meant
 _IMPLAUSIBLE: Final = 1e4
+#: of each expert; a gate that is closed for one of them lets another through
+_ROWS: Final = 8
 #: for weights in use to answer: where hosts that have them are gone, new weights may be what brings them back
 _PRESENT_S: Final = 5.0
 
@@ -50,23 +52,23 @@ class Canary:
             raise ExpertUnavailable(f"it answers layer {view.head.spec.name} with sums that are not finite")
 
     async def try_release(self, view: LayerView, before: LayerView, deadline: float) -> None:
-        """One row through each expert of a view that is not used yet, and, where weights were swapped, through what they replace.
+        """A few rows through each expert of a view that is not used yet, and, where weights were swapped, through what they replace.
 
         Raises what goes wrong, and ConfigError when new weights make numbers that are not finite, or implausibly large.
         """
         new = await self._sums(view, deadline)
         name = view.head.spec.name
         if not is_finite(new):
-            experts = (~new.isfinite()).any(dim=1).nonzero().flatten().tolist()
+            experts = (~new.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
             raise ConfigError(f"experts {experts[:8]} of layer {name} answer with NaN or Inf at epoch {view.epoch}")
         if view.revision == before.revision:
             return
         try:
-            old = (await self._sums(before, min(deadline, time.monotonic() + _PRESENT_S))).norm(dim=1)
+            old = _largest(await self._sums(before, min(deadline, time.monotonic() + _PRESENT_S)))
         except MoEServeError as error:
             log.warning("new weights of layer %s are not compared with those in use: %s", name, error)
             return
-        sizes, usual = new.norm(dim=1), old.maximum(old.median())
+        sizes, usual = _largest(new), old.maximum(old.median())
         if (where := (sizes > _IMPLAUSIBLE * usual) & (usual > 0)).any():
             expert = int(where.nonzero()[0])
             raise ConfigError(
@@ -75,9 +77,9 @@ class Canary:
             )
 
     async def _sums(self, view: LayerView, deadline: float) -> torch.Tensor:
-        """[E, H] float32: what each expert makes of a row of its own. Raises ExpertUnavailable at the `deadline`."""
+        """[E, _ROWS, H] float32: what each expert makes of rows of its own. Raises ExpertUnavailable at the `deadline`."""
         spec = view.head.spec
-        ids = torch.arange(spec.num_hosted_experts)[:, None]
+        ids = torch.arange(spec.num_hosted_experts).repeat_interleave(_ROWS)[:, None]
         weights, kept = torch.ones(ids.shape), torch.ones(ids.shape, dtype=torch.bool)
         rows = _rows(len(ids), spec.hidden_size)
         planned = view.head.plan(ids, weights, kept, rows, None, view.placement, view.loads("least_outstanding"), is_routed=True)
@@ -95,7 +97,7 @@ class Canary:
             delivery.cancel()
         for answers in delivery.take_all_answers().values():
             part.add([answer._replace(is_final=True) for answer in answers])
-        return part.so_far()
+        return part.so_far().view(-1, _ROWS, spec.hidden_size)
 
     async def _again(self, parcel: Parcel, delivery: Delivery) -> None:
         """What was lost, as soon as some host can be asked. Raises what a host has answered instead of sums."""
@@ -107,6 +109,11 @@ class Canary:
         if parcel.state is ParcelState.LOST and any(view.links[work.host].channel_at(view.epoch) is not None for work in works):
             delivery.close(parcel, ParcelState.GIVEN_UP)
             await self._exchange.resend(delivery, parcel.part, works, parcel)
+
+
+def _largest(sums: torch.Tensor) -> torch.Tensor:
+    """[E]: the length of each expert's longest answer."""
+    return sums.norm(dim=2).amax(dim=1)
 
 
 def _rows(count: int, hidden_size: int) -> torch.Tensor:
