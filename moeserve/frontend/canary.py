@@ -113,7 +113,8 @@ class Canary:
 
 def _largest(sums: torch.Tensor) -> torch.Tensor:
     """[E]: the length of each expert's longest answer."""
-    return sums.norm(dim=2).amax(dim=1)
+    lengths: torch.Tensor = sums.norm(dim=2)
+    return lengths.amax(dim=1)
 
 
 def _rows(count: int, hidden_size: int) -> torch.Tensor:

@@ -177,7 +177,7 @@ class HostLink:
             await self._prove()
 
     async def _connect(self) -> None:
-        said = ""
+        said, pause_s = "", timing.SHORTEST_RETRY_S
         while self._channel is None:
             try:
                 self.info = await self._dial.resolve()
@@ -189,7 +189,8 @@ class HostLink:
                 if str(error) != said:
                     log.warning("host %s cannot be reached: %s", self.name, error)
                 said = str(error)
-                await asyncio.sleep(timing.RETRY_S)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, timing.RETRY_S)
         self._connected.set()
         self._tell()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-#: between two tries to connect to a host
+#: between two tries to connect to a host: the first pause, which doubles up to the longest
+SHORTEST_RETRY_S: Final = 0.05
 RETRY_S: Final = 0.5
 #: so many errors of a host within the window take it out of rotation
 BREAKER_ERRORS: Final = 3
