@@ -24,7 +24,6 @@ class HostHealth:
     """One host at one moment.
 
     is_connected   rows can be sent to it, at the epoch that is looked at
-    is_live        and should be, where there is a choice: it does not err
     queue_tokens   rows it has been sent and not yet answered
     down_since     monotonic seconds, 0 while it is connected
     why_not        why nobody should wait for it while it is down, "" = it is on its way
@@ -33,7 +32,6 @@ class HostHealth:
 
     name: str
     is_connected: bool
-    is_live: bool
     queue_tokens: int
     down_since: float
     why_not: str

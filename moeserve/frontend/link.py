@@ -78,7 +78,6 @@ class HostLink:
         return HostHealth(
             name=self.name,
             is_connected=self.channel_at(epoch) is not None,
-            is_live=self.is_live_at(epoch),
             queue_tokens=self._owing.rows,
             down_since=0.0 if self.channel is not None else self._down_since,
             why_not=self._why_not,

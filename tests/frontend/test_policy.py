@@ -19,7 +19,7 @@ seconds = st.floats(0, 200, allow_nan=False)
 
 
 def host(**said: Any) -> HostHealth:
-    usual = {"is_connected": True, "is_live": True, "queue_tokens": 1, "down_since": 0.0, "why_not": "", "late_after_s": 0.01}
+    usual = {"is_connected": True, "queue_tokens": 1, "down_since": 0.0, "why_not": "", "late_after_s": 0.01}
     return HostHealth(**{"name": "host-0", **usual, **said})
 
 
@@ -34,7 +34,6 @@ def only(decision: Decision) -> object:
 hosts = st.builds(
     host,
     is_connected=st.booleans(),
-    is_live=st.booleans(),
     down_since=seconds,
     why_not=st.sampled_from(["", "its node is gone"]),
     late_after_s=st.floats(0.001, 10) | st.just(inf),
@@ -99,7 +98,7 @@ def lost(**said: Any) -> Owed:
     return Owed(**{"host": 0, "rows": 4, "since": NOW - 1, "is_lost": True, "has_copy": False, "is_optional": True, **said})
 
 
-DOWN = host(is_connected=False, is_live=False, down_since=NOW - 0.2)
+DOWN = host(is_connected=False, down_since=NOW - 0.2)
 
 
 def test_a_lost_host_without_copies() -> None:
