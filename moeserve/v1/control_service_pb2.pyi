@@ -25,6 +25,8 @@ from moeserve.v1.moe_service_pb2 import DropReason as DropReason
 DESCRIPTOR: _descriptor.FileDescriptor
 DROP_REASON_NONE: _moe_service_pb2.DropReason
 DROP_REASON_CAPACITY: _moe_service_pb2.DropReason
+DROP_REASON_HOST_LOST: _moe_service_pb2.DropReason
+DROP_REASON_LATE: _moe_service_pb2.DropReason
 
 class FrontendReport(_message.Message):
     __slots__ = ("name", "target", "metrics_target", "node", "public_key", "epoch", "oldest_epoch", "tried_epoch", "refusal", "is_leaving", "is_ready")

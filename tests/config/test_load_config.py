@@ -66,7 +66,7 @@ def test_an_unknown_key_is_named_with_the_keys_that_exist(mapping: dict[str, Any
         ("model", "layers", [], "at least 1 item"),
         ("placement", "num_hosts", 0, "greater than or equal to 1"),
         ("placement", "strategy", "scattered", "'contiguous' or 'round_robin'"),
-        ("resilience", "on_expert_failure", "ignore", "'retry' or 'fail'"),
+        ("resilience", "on_expert_failure", "ignore", "'retry', 'renormalize', 'residual' or 'fail'"),
         ("resilience", "request_timeout_s", 0, "greater than 0"),
         ("resilience", "request_timeout_s", float("inf"), "finite"),
         ("placement", "cpus_per_host", float("inf"), "finite"),

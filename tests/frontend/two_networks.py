@@ -47,7 +47,7 @@ def service_on(wire: Wire, copies: int) -> Iterator[ServiceHarness]:
         def where(number: int, incarnation: int) -> Where:
             return replace(service.cluster.where(number, incarnation), endpoints=(f"tcp://{ADDRESSES[number]}:0",))
 
-        service.cluster.hosts = FleetOnAWire(where, service.cluster._load)
+        service.cluster.hosts = FleetOnAWire(where, service.cluster._hold)
         service.cluster.hosts.wire = wire
         with service:
             yield service

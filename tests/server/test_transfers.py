@@ -136,7 +136,9 @@ async def test_who_does_not_take_his_answer_is_hung_up_on(serve: Serve, caplog: 
         async with asyncio.timeout(20):
             while await reader.read(2**16):
                 pass
-            assert await stream.code() is grpc.StatusCode.UNAVAILABLE
+            # Which of the two gRPC makes of a closed connection depends on what it was doing.
+            assert await stream.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL}
+    writer.close()
     await until_async(lambda: running.server.queue_bytes == 0)
     writer.close()
     assert (await running.stub.Forward(LARGE)).request_id == "large"

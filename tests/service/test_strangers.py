@@ -61,6 +61,7 @@ STREAMED = ("ForwardStream", "Follow", "Watch", "ServerReflectionInfo")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceHarness]:
     folder = tmp_path_factory.mktemp("strangers")
     (folder / "admin").write_text("of-the-administrator")
+    (folder / "admin").chmod(0o600)
     server = {"port": 0, "admin_token_file": folder / "admin", "max_message_bytes": MAX_MESSAGE_BYTES}
     with ServiceHarness({"layers": [LAYER], "server": server}, "local", folder) as running:
         running.call(running.open_control())
