@@ -140,7 +140,6 @@ async def test_who_does_not_take_his_answer_is_hung_up_on(serve: Serve, caplog: 
             assert await stream.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL}
     writer.close()
     await until_async(lambda: running.server.queue_bytes == 0)
-    writer.close()
     assert (await running.stub.Forward(LARGE)).request_id == "large"
     assert "has not taken an answer of" in caplog.text and "Traceback" not in caplog.text
 
