@@ -14,14 +14,14 @@ from ray.util.placement_group import PlacementGroup
 from moeserve.cluster.folders import SocketFolder, remove_abandoned
 from moeserve.cluster.loading import Loading
 from moeserve.cluster.process_ends import ProcessEnds
-from moeserve.cluster.ray_ending import end_hosts, kill_processes
+from moeserve.cluster.ray_ending import end_hosts
 from moeserve.cluster.ray_expert_host import HostOrder
 from moeserve.cluster.ray_fate import PostMortem
 from moeserve.cluster.ray_host_actor import MAX_DEATHS, Call, HostActor, Place
 from moeserve.cluster.ray_reservation import await_forgotten, await_granted, find_hosts, find_reservations, give_back, reserve
 from moeserve.cluster.ray_spare import Spares
 from moeserve.cluster.ray_where import this_node
-from moeserve.cluster.timing import FORGET_TIMEOUT_S, HANG_S, MEET_TIMEOUT_S, WATCH_S
+from moeserve.cluster.timing import FORGET_TIMEOUT_S, MEET_TIMEOUT_S, WATCH_S
 from moeserve.config import PlacementConfig, RayConfig, ServedModel
 from moeserve.control import Assignment
 from moeserve.errors import ConfigError, ExpertUnavailable, MoEServeError
@@ -252,10 +252,7 @@ class RayFleet:
     async def _look(self, number: int) -> None:
         member, before = self._members[number], self.failing.get(number)
         try:
-            if not await member.answers(HANG_S):
-                log.warning("%s has not answered for %g s: it is killed and restarted", host_name(number), HANG_S)
-                await kill_processes(member.actors, self._sockets)
-            info = await self.find(number)
+            info = await member.found(self.find(number), self._sockets)
             if info.node == this_node():
                 self._ends.watch(info.pid)
             await self._spares.renew(number, info)

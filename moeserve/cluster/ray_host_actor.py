@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
@@ -15,10 +16,12 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from moeserve.cluster.folders import SocketFolder
+from moeserve.cluster.ray_ending import kill_processes
 from moeserve.cluster.ray_expert_host import ExpertHost, HostOrder
 from moeserve.cluster.ray_fate import Fate, fate_of
 from moeserve.cluster.ray_internals import actor_id
-from moeserve.cluster.timing import HOST_LOOK_S, LEAST_REST_S, MOST_REST_S, QUICK_LOOK_S, RETRY_S, START_TIMEOUT_S, WELL_S
+from moeserve.cluster.timing import HANG_S, HOST_LOOK_S, LEAST_REST_S, MOST_REST_S, QUICK_LOOK_S, RETRY_S, START_TIMEOUT_S, WATCH_S, WELL_S
 from moeserve.errors import ExpertUnavailable, MoEServeError
 from moeserve.observe.stats import HostInfo
 from moeserve.release import Release
@@ -127,6 +130,19 @@ class HostActor:
             asking.cancel()
         self._is_ready((await self._fate()).restarts)
         return info
+
+    async def found(self, finding: Coroutine[Any, Any, HostInfo], sockets: SocketFolder) -> HostInfo:
+        """The result of `finding` it. A host that hangs, or begins to meanwhile, is killed, so that Ray starts it again."""
+        task = asyncio.ensure_future(finding)
+        try:
+            while True:
+                if not await self.answers(HANG_S):
+                    log.warning("%s has not answered for %g s: it is killed and restarted", self.name, HANG_S)
+                    await kill_processes(self.actors, sockets)
+                if (await asyncio.wait({task}, timeout=WATCH_S))[0]:
+                    return task.result()
+        finally:
+            task.cancel()
 
     async def answers(self, timeout_s: float) -> bool:
         """False when its process is alive and does not answer: it hangs. A host that loads does answer."""

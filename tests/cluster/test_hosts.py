@@ -143,7 +143,7 @@ def test_health_says_so_while_a_host_is_away(service: BackgroundService) -> None
 
 
 def test_a_host_that_hangs_is_started_again(service: BackgroundService, tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moeserve.cluster.ray_fleet.HANG_S", 2.0)
+    monkeypatch.setattr("moeserve.cluster.ray_host_actor.HANG_S", 2.0)
     controller = service._service.controller
 
     def pids() -> dict[str, int]:
