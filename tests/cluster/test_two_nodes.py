@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,17 @@ REPOSITORY = Path(__file__).parents[2]
 def test_a_service_over_two_nodes() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "GRPC_ENABLE_FORK_SUPPORT": "0"}
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.cluster.two_nodes"],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=REPOSITORY,
-        env=environment,
-        check=False,
-    )
+    # Of its own, because other tests leave folders for a while; under /tmp, because paths of sockets are short.
+    with tempfile.TemporaryDirectory(prefix="two", dir="/tmp") as folder:
+        run = subprocess.run(
+            [sys.executable, "-m", "tests.cluster.two_nodes"],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            cwd=REPOSITORY,
+            env=environment | {"TMPDIR": folder},
+            check=False,
+        )
     assert run.returncode == 0, run.stderr[-3000:]
     assert "reached over unix" in run.stdout and "reached over tcp" in run.stdout
     assert "nodes 2 hosts on the first 2" in run.stdout
