@@ -146,6 +146,5 @@ class Remedy:
         placement = parcel.part.view.placement
         experts = sorted({int(expert) for work in parcel.works for expert in experts_of(work, placement) if expert >= 0})
         more = f" and {len(experts) - _NAMED_EXPERTS} more" if len(experts) > _NAMED_EXPERTS else ""
-        what = "expert" if len(experts) == 1 else "experts"
         named = ", ".join(map(str, experts[:_NAMED_EXPERTS]))
-        return f"{what} {named}{more} of layer {self._rules.layer} {why}"
+        return f"experts {named}{more} of layer {self._rules.layer} {why}"

@@ -34,5 +34,6 @@ def test_a_stopped_host_is_a_non_event_and_comes_back_by_a_canary(local_ray: Non
                 os.kill(pid, signal.SIGCONT)
             until(lambda: state() in ("up", "slow"))
             load.goes_on()
+        until(lambda: pid_of(service, "host-1") == pid)
         assert "host_out" in [event.kind for event in client.stats().events]
         assert {call.code for call in client.stats().calls if call.method == "Forward"} == {"OK"}

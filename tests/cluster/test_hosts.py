@@ -79,7 +79,7 @@ def test_sockets_and_token_are_private(service: BackgroundService) -> None:
 def test_a_killed_host_loses_nobodys_request_and_comes_back(service: BackgroundService, tiny_moe: Path) -> None:
     """kill -9 under load from 4 clients: every request is answered, and answered right, without anybody's help.
 
-    It comes back in the one process that had been started ahead of time.
+    It comes back in a process that had been started ahead of time.
     """
     local = MoELayer.from_checkpoint(tiny_moe, 1, dtype=torch.float32)
     hidden_states = torch.randn(8, local.spec.hidden_size)

@@ -90,7 +90,7 @@ def test_a_host_that_stays_away_ends_in_an_error_at_the_deadline(tmp_path: Path)
     with ServiceHarness(config(request_timeout_s=0.3), "shm", tmp_path) as service:
         service.hosts[1].stop()
         service.call(gone(service, 1))
-        with pytest.raises(ExpertUnavailable, match=r"^expert 3 of layer layers.0 on host-1 did not come back before the deadline$"):
+        with pytest.raises(ExpertUnavailable, match=r"^experts 3 of layer layers.0 on host-1 did not come back before the deadline$"):
             service.call(service.frontend.forward(0, routed_to(3)))
         assert service.call(service.frontend.forward(0, routed_to(1))).processed.sum() == 2
 

@@ -136,7 +136,7 @@ async def test_who_does_not_take_his_answer_is_hung_up_on(serve: Serve, caplog: 
         async with asyncio.timeout(20):
             while await reader.read(2**16):
                 pass
-            # Which of the two gRPC makes of a closed connection depends on what it was doing.
+            # UNAVAILABLE as a rule; INTERNAL was seen once, on a busy machine, and its cause is not known.
             assert await stream.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL}
     writer.close()
     await until_async(lambda: running.server.queue_bytes == 0)

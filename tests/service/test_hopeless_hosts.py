@@ -62,7 +62,7 @@ def test_whoever_needs_it_is_told_why_at_once_and_everybody_else_is_answered(tmp
         service.hosts[1].stop()
         for target in (service.target, frontend.target):
             with Client(target) as client:
-                assert "expert 3 of layer layers.0 on host-1 are not available: " + WHY in refused(client, 3)
+                assert "experts 3 of layer layers.0 on host-1 are not available: " + WHY in refused(client, 3)
                 assert ask(client, 0) == [2, 0, 0, 0]
                 assert not client.ready()
         assert WHY in service.controller.status().shortage
