@@ -34,6 +34,8 @@ class MoEServeError(Exception):
     """Base of every error a user can meet; the message is one clear sentence."""
 
     code = _Status("INTERNAL")
+    #: after how long to try again; None = trying again does not help, or nobody can say
+    retry_after_s: float | None = None
 
 
 class ConfigError(MoEServeError):
@@ -67,9 +69,13 @@ class UnknownLayer(MoEServeError):
 
 
 class Overloaded(MoEServeError):
-    """The queued-token budget is spent; try again later."""
+    """The service has more to do than it can do in time; try again after `retry_after_s`, None = it will not fit then either."""
 
     code = _Status("RESOURCE_EXHAUSTED")
+
+    def __init__(self, message: str, retry_after_s: float | None = 0.1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class ExpertUnavailable(MoEServeError):
@@ -77,9 +83,20 @@ class ExpertUnavailable(MoEServeError):
 
     code = _Status("UNAVAILABLE")
 
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
 
 class ServiceUnreachable(ExpertUnavailable):
-    """No service answers at the target: raised by clients only; commands exit with 3."""
+    """No service answers at the target: raised by clients only; commands exit with 3.
+
+    `may_return`: it may be one that is started again; false for what is there and is no service.
+    """
+
+    def __init__(self, message: str, may_return: bool = True) -> None:
+        super().__init__(message)
+        self.may_return = may_return
 
 
 class DeadlineExceeded(MoEServeError):

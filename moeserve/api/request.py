@@ -51,7 +51,7 @@ class LayerRequest(RequestFields):
 
     hidden_states [T, H] float; used_token [T] bool; topk_ids [T, K] int and topk_weights [T, K] float, id -1 = no choice.
     The rows of unused tokens have no meaning, nor has the weight of no choice.
-    `deadline` is a time on this machine's monotonic clock, in seconds.
+    `deadline` is a time on this machine's monotonic clock, in seconds. Requests of one `caller` share what is fair for one.
     """
 
     hidden_states: torch.Tensor
@@ -60,6 +60,7 @@ class LayerRequest(RequestFields):
     topk_weights: torch.Tensor | None = None
     return_routing: bool = False
     deadline: float | None = None
+    caller: str = ""
 
     @property
     def num_tokens(self) -> int:

@@ -87,9 +87,9 @@ class WireRequest(RequestFields):
     request_id: str = ""
     model: str = ""
 
-    def for_layer(self, deadline: float | None) -> LayerRequest:
+    def for_layer(self, deadline: float | None, caller: str) -> LayerRequest:
         """The request without its address: the layer and the model."""
-        return LayerRequest(deadline=deadline, **{name: getattr(self, name) for name in _OF_LAYER})
+        return LayerRequest(deadline=deadline, caller=caller, **{name: getattr(self, name) for name in _OF_LAYER})
 
 
 _OF_LAYER: Final = sorted({one.name for one in fields(LayerRequest)} & {one.name for one in fields(WireRequest)})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
@@ -10,8 +12,9 @@ from grpc_health.v1 import health_pb2
 
 from moeserve.client.connection import CALLING, TLS, Reach
 from moeserve.client.line import LoopLines
+from moeserve.client.retries import Retries
 from moeserve.client.stubs import ServiceStubs
-from moeserve.errors import DeadlineExceeded, ExpertUnavailable
+from moeserve.errors import DeadlineExceeded, ExpertUnavailable, MoEServeError
 from moeserve.observe.records import read
 from moeserve.observe.stats import LayerInfo, ServiceStats
 from moeserve.v1 import moe_service_pb2 as pb
@@ -49,7 +52,7 @@ class AsyncClient:
         from moeserve.client import answers  # noqa: PLC0415
 
         routing = used_token, topk_ids, topk_weights, return_routing
-        data = await self._call("forward", answers.encode_call(hidden_states, layer, *routing, model, **options), timeout)
+        data = await self._forward(answers.encode_call(hidden_states, layer, *routing, model, **options), timeout)
         return answers.output_of(answers.decode_answer(data, hidden_states.device))
 
     async def forward_stream(
@@ -90,6 +93,18 @@ class AsyncClient:
         channel = self._lines.here.close()
         if channel is not None:
             await channel.close()
+
+    async def _forward(self, message: bytes, timeout: float | None) -> bytes:
+        now = time.monotonic()
+        retries = Retries(self._lines.here.timeout_s(timeout), now)
+        while True:
+            try:
+                return await self._call("forward", message, retries.left_s(now))  # type: ignore[no-any-return]
+            except MoEServeError as error:
+                if (pause_s := retries.pause_s(error, time.monotonic())) is None:
+                    raise
+            await asyncio.sleep(pause_s)
+            now = time.monotonic()
 
     async def _call(self, method: str, message: Any, timeout: float | None) -> Any:
         with self._lines.here.call(timeout) as call:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
@@ -10,8 +11,9 @@ from grpc_health.v1 import health_pb2
 
 from moeserve.client.connection import CALLING, TLS, Reach
 from moeserve.client.line import Line
+from moeserve.client.retries import Retries
 from moeserve.client.stubs import ServiceStubs
-from moeserve.errors import DeadlineExceeded, ExpertUnavailable
+from moeserve.errors import DeadlineExceeded, ExpertUnavailable, MoEServeError
 from moeserve.observe.records import read
 from moeserve.observe.stats import LayerInfo, ServiceStats
 from moeserve.v1 import moe_service_pb2 as pb
@@ -35,8 +37,9 @@ class Client:
     seconds. Copies, and clients unpickled in another process (with the token), make connections of their own.
 
     Every call raises the MoEServeError the service raised, with its sentence; ExpertUnavailable also when the service
-    cannot be reached (after a few attempts), DeadlineExceeded when no answer came in time. Invalid arguments raise ConfigError here and
-    InvalidRequest in calls.
+    cannot be reached (after a few attempts), DeadlineExceeded when no answer came in time. `forward` first tries again, within its timeout:
+    after Overloaded when the service says, and for up to five seconds while a service restarts. Invalid arguments raise ConfigError here
+    and InvalidRequest in calls.
     """
 
     def __init__(self, target: str, token: str | None = None, tls: TLS | bool | None = None, timeout: float | None = 30.0) -> None:
@@ -69,7 +72,7 @@ class Client:
         from moeserve.client import answers  # noqa: PLC0415
 
         routing = used_token, topk_ids, topk_weights, return_routing
-        data = self._call("forward", answers.encode_call(hidden_states, layer, *routing, model, **options), timeout)
+        data = self._forward(answers.encode_call(hidden_states, layer, *routing, model, **options), timeout)
         return answers.output_of(answers.decode_answer(data, hidden_states.device))
 
     def forward_stream(self, requests: Iterable[WireRequest], timeout: float | None = None) -> Iterator[WireResponse]:
@@ -112,6 +115,18 @@ class Client:
         channel = self._line.close()
         if channel is not None:
             channel.close()
+
+    def _forward(self, message: bytes, timeout: float | None) -> bytes:
+        now = time.monotonic()
+        retries = Retries(self._line.timeout_s(timeout), now)
+        while True:
+            try:
+                return self._call("forward", message, retries.left_s(now))  # type: ignore[no-any-return]
+            except MoEServeError as error:
+                if (pause_s := retries.pause_s(error, time.monotonic())) is None:
+                    raise
+            time.sleep(pause_s)
+            now = time.monotonic()
 
     def _call(self, method: str, message: Any, timeout: float | None) -> Any:
         with self._line.call(timeout) as call:

@@ -15,6 +15,8 @@ _SERVER_DOMAIN: Final = "moeserve"
 _NOT_HERE: Final = "in a deployed service, send requests to a frontend, and status and changes to the controller"
 #: gRPC's message about a server that answers in HTTP/1
 _OTHER_PROTOCOLS: Final = ("http1.x server", "Failed parsing HTTP/2")
+#: what gRPC says where nobody listens, or whoever did has hung up
+_GONE: Final = ("Connection refused", "Connection reset", "Socket closed", "connection closed", "Broken pipe", "GOAWAY", "recvmsg")
 
 
 def to_error(failure: grpc.RpcError, target: str, timeout_s: float | None) -> MoEServeError:
@@ -27,7 +29,7 @@ def to_error(failure: grpc.RpcError, target: str, timeout_s: float | None) -> Mo
     if code is grpc.StatusCode.UNAVAILABLE:
         is_other = any(sign in sentence for sign in _OTHER_PROTOCOLS)
         hint = "the server there does not speak gRPC (is it a metrics port?): " if is_other else ""
-        return ServiceUnreachable(f"{target} is unavailable: {hint}{sentence}")
+        return ServiceUnreachable(f"{target} is unavailable: {hint}{sentence}", may_return=_is_gone(sentence))
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         within = "its deadline" if timeout_s is None else f"{timeout_s:g} s"
         return DeadlineExceeded(f"no answer from {target} within {within}")
@@ -40,6 +42,11 @@ def to_error(failure: grpc.RpcError, target: str, timeout_s: float | None) -> Mo
     )
 
 
+def _is_gone(sentence: str) -> bool:
+    """Whether nobody listens any more, or whoever did has hung up."""
+    return any(sign in sentence for sign in _GONE)
+
+
 def _is_ours(status: status_pb2.Status) -> bool:
     info = details.ErrorInfo()
     return any(detail.Unpack(info) and info.domain == _SERVER_DOMAIN for detail in status.details)
@@ -47,7 +54,9 @@ def _is_ours(status: status_pb2.Status) -> bool:
 
 def _rebuilt(code: grpc.StatusCode, status: status_pb2.Status) -> MoEServeError:
     error = from_status(code, status.message)
-    bad_request = details.BadRequest()
+    retry, bad_request = details.RetryInfo(), details.BadRequest()
+    is_retried = any(detail.Unpack(retry) for detail in status.details)
+    error.retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9 if is_retried else None
     if isinstance(error, InvalidRequest) and any(detail.Unpack(bad_request) for detail in status.details):
         error.violations = tuple(FieldViolation(found.field, found.description) for found in bad_request.field_violations)
     return error

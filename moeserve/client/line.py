@@ -99,12 +99,16 @@ class Line:
         self._opened: _Opened | None = None
         self._is_closed = False
 
+    def timeout_s(self, timeout: Any) -> float | None:
+        """In seconds; None = what the client says. Raises InvalidRequest for one that cannot be."""
+        return self.reach.timeout_s if timeout is None else parse_seconds(timeout, "timeout", InvalidRequest)
+
     def call(self, timeout: Any) -> Call:
         """timeout: None = the client's.
 
         Raises InvalidRequest for an invalid timeout, MoEServeError when this client is closed or cannot work in this process.
         """
-        timeout_s = self.reach.timeout_s if timeout is None else parse_seconds(timeout, "timeout", InvalidRequest)
+        timeout_s = self.timeout_s(timeout)
         FORKS.check()
         opened = self._opened
         while opened is None or opened.is_useless or not opened.begin():

@@ -18,6 +18,7 @@ from moeserve.api.request import LayerRequest
 from moeserve.config import GatingOverrides
 from moeserve.errors import ExpertUnavailable
 from moeserve.frontend import timing
+from moeserve.frontend.callers import Caller
 
 
 @dataclass(eq=False)
@@ -25,9 +26,11 @@ class Admitted:
     """One admitted request and the future its caller waits for; `deadline` is a monotonic time in seconds."""
 
     request: LayerRequest
+    caller: Caller
     deadline: float
     answer: asyncio.Future[ForwardOutput]
     admitted_at: float = field(default_factory=time.monotonic)
+    order: tuple[float, int] = (0.0, 0)
     _last_words: str = ""
 
     def waits_for(self, sentence: str) -> None:
@@ -40,6 +43,11 @@ class Admitted:
     def _say(self) -> None:
         if not self.answer.done():
             self.answer.set_exception(ExpertUnavailable(self._last_words))
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it has."""
+        return self.request.num_tokens
 
     @property
     def join_key(self) -> tuple[int, bool, GatingOverrides]:

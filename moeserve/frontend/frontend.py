@@ -13,9 +13,10 @@ import torch
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest
 from moeserve.checkpoints import LayerSource
-from moeserve.errors import DeadlineExceeded
+from moeserve.errors import DeadlineExceeded, Overloaded
 from moeserve.frontend import timing
-from moeserve.frontend.batcher import Batcher, TokenBudget
+from moeserve.frontend.admission import Admission
+from moeserve.frontend.batcher import Batcher
 from moeserve.frontend.canary import Canary
 from moeserve.frontend.compute import Compute
 from moeserve.frontend.forward import Forward
@@ -54,11 +55,11 @@ class Frontend:
         self._links: Mapping[int, HostLink] = {number: self._link(number) for number in release.placement.hosts}
         #: epoch of a release, and the gates that were read for it
         self._read: tuple[int, list[LayerHead]] = release.epoch, list(map(LayerHead, sources))
-        self._budget = TokenBudget(settings.max_queued_tokens, metrics.queue_tokens.set)
+        self._admission = Admission(settings.max_queued_tokens, metrics.queue_tokens.set)
         self._compute = Compute()
         self._forwards = [Forward(layer, Views(view), settings, metrics, self._compute) for layer, view in enumerate(self._views(release))]
         self._looker: asyncio.Task[None] | None = None
-        self._batchers = [Batcher(forward.run, settings.batching, self._budget) for forward in self._forwards]
+        self._batchers = [Batcher(forward.run, settings.batching, self._admission) for forward in self._forwards]
 
     def _link(self, number: int) -> HostLink:
         dial = Dial(partial(self._hosts.find, number), partial(self._try_host, number), self._hosts.keys, self._hang_after_s)
@@ -179,6 +180,11 @@ class Frontend:
         except TimeoutError:
             raise DeadlineExceeded(f"layer {self.layers[layer].name} did not answer before the deadline") from None
 
+    def refusal(self, caller: str, deadline: float | None) -> Overloaded | None:
+        """Why any request of `caller` would be refused now, whatever it asks for; None = it is worth reading."""
+        now = time.monotonic()
+        return self._admission.refusal(caller, now + self._timeout_s if deadline is None else deadline, now)
+
     def stats(self) -> ServiceStats:
         """Counts since the start and the state of the hosts."""
         metrics, release, held, links = self._metrics, self._release, self._held, self._links
@@ -190,7 +196,7 @@ class Frontend:
                 for index, spec in enumerate(self.layers)
             ],
             hosts=[_host_stats(number, link, queues.get(link.name, 0)) for number, link in sorted(links.items())],
-            queue_tokens=self._budget.tokens,
+            queue_tokens=self._admission.tokens,
             uptime_s=metrics.uptime_s,
             expert_retries=metrics.retries(),
             requests=metrics.request_durations(),

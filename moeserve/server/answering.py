@@ -29,6 +29,7 @@ def answering(method: str, handler: Handler, transfers: Transfers) -> Behavior:
     async def counted(_messages: Any, context: Context) -> Any:
         budget = transfers.budget
         budget.require_room()
+        transfers.refuse_early(context)
         message = await transfers.read(context)
         nbytes = len(message)
         budget.take(nbytes)

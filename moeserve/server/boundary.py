@@ -30,6 +30,8 @@ _ADMIN: Final = "/moeserve.v1.AdminService/"
 #: of it, the methods that callers may call too
 _PING: Final = "/moeserve.v1.AdminService/Ping"
 _CONTROL: Final = "/moeserve.v1.ControlService/"
+#: when to try a service again that ends, or is not there yet
+RESTART_S: Final = 1.0
 #: endless calls, of all callers together: streams in either direction, watching health and following too
 MAX_STREAMS: Final = 4096
 
@@ -87,7 +89,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         if allowed and not any(_carries(metadata, token) for token in allowed):
             return Unauthenticated(f"the {which} token is missing or wrong; send it as metadata: authorization: Bearer TOKEN")
         if self.draining.is_set() and method != _PING:
-            return ExpertUnavailable("the service is draining and takes no new requests")
+            return ExpertUnavailable("the service is draining and takes no new requests", RESTART_S)
         return None
 
     def _let_in(self, method: str) -> tuple[str, Collection[bytes]]:

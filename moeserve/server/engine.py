@@ -8,6 +8,7 @@ from typing import Protocol
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest
 from moeserve.config import LayerSpec
+from moeserve.errors import Overloaded
 from moeserve.observe.stats import ServiceStats
 
 
@@ -26,6 +27,10 @@ class Engine(Protocol):
 
     async def forward(self, layer: int, request: LayerRequest) -> ForwardOutput:
         """One batch of at least one token through layer number `layer`; raises MoEServeError; cancelled like any task."""
+        ...
+
+    def refusal(self, caller: str, deadline: float | None) -> Overloaded | None:
+        """Why any request of `caller` would be refused now, whatever it asks for; None = it is worth reading."""
         ...
 
     def stats(self) -> ServiceStats:

@@ -19,7 +19,8 @@ from moeserve.api.wire import WireRequest, decode_forward_request, encode_forwar
 from moeserve.config import LayerSpec
 from moeserve.errors import ExpertUnavailable, MoEServeError
 from moeserve.observe.records import to_message
-from moeserve.server.boundary import Observe
+from moeserve.server.boundary import RESTART_S, Observe
+from moeserve.server.callers import caller_of
 from moeserve.server.catalog import Catalog
 from moeserve.server.engine import Engine
 from moeserve.server.rpc import Context
@@ -46,6 +47,7 @@ class MoEService:
         self._observe = observe
         self._draining = draining
         self._transfers = transfers
+        transfers.refuse_early = self._refuse_early
 
     def serve(self, engine: Engine) -> None:
         """From now on `engine` answers requests."""
@@ -58,7 +60,7 @@ class MoEService:
 
     def _served(self) -> tuple[Engine, Catalog]:
         if self._engine is None:
-            raise ExpertUnavailable("the service is starting and does not yet know what to serve")
+            raise ExpertUnavailable("the service is starting and does not yet know what to serve", RESTART_S)
         return self._engine, self._catalog
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -81,6 +83,11 @@ class MoEService:
         """One `ForwardRequest` -> one `ForwardResponse`."""
         request = decode_forward_request(message)
         return encode_forward_response(request.request_id, await self._run(request, context))
+
+    def _refuse_early(self, context: Context) -> None:
+        engine, _ = self._served()
+        if refusal := engine.refusal(caller_of(context), _deadline(context)):
+            raise refusal
 
     async def forward_stream(self, _messages: Any, context: Context) -> None:
         """Requests run side by side, answers leave as they finish; a request that fails is answered by its error.
@@ -124,12 +131,16 @@ class MoEService:
         engine, catalog = self._served()
         layer = catalog.resolve(wire.model, wire.layer)
         spec = catalog.layers[layer]
-        remaining_s = context.time_remaining()
-        request = wire.for_layer(None if remaining_s is None else time.monotonic() + remaining_s)
-        request = validate(request, spec, self._max_tokens)
+        request = validate(wire.for_layer(_deadline(context), caller_of(context)), spec, self._max_tokens)
         if not request.num_tokens:
             return _empty_output(request, spec)
         return await engine.forward(layer, request)
+
+
+def _deadline(context: Context) -> float | None:
+    """On this machine's monotonic clock; None = the caller set none."""
+    remaining_s = context.time_remaining()
+    return None if remaining_s is None else time.monotonic() + remaining_s
 
 
 def _told(request_id: str, error: Exception) -> tuple[grpc.StatusCode, bytes]:

@@ -17,7 +17,6 @@ from moeserve.log_limit import limited_logger
 _DOMAIN: Final = "moeserve"
 # The sentence travels up to three times in the trailing metadata, which peers limit to 8 KiB.
 _MAX_MESSAGE_CHARS: Final = 1000
-_RETRY_DELAY_MS: Final = 100
 
 _strangers: Final = limited_logger(__name__)
 
@@ -50,7 +49,10 @@ def _details(error: MoEServeError) -> list[Message]:
     if isinstance(error, Overloaded):
         violation = details.QuotaFailure.Violation(subject="queued tokens", description=_cut(str(error)))
         found.append(details.QuotaFailure(violations=[violation]))
-        found.append(details.RetryInfo(retry_delay=Duration(nanos=_RETRY_DELAY_MS * 1_000_000)))
+    if error.retry_after_s is not None:
+        delay = Duration()
+        delay.FromMilliseconds(max(1, round(1000 * error.retry_after_s)))
+        found.append(details.RetryInfo(retry_delay=delay))
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 import grpc
@@ -45,6 +46,8 @@ class Transfers:
     """Of one server. What `watch` finds to be stuck is given up: a message that does not come, an answer that is not taken."""
 
     def __init__(self, config: ServerConfig) -> None:
+        #: raises what refuses a call whatever its message brings, which is therefore not read
+        self.refuse_early: Callable[[Context], None] = lambda context: None
         self.budget = ByteBudget(config.max_queued_bytes)
         #: messages that may be late at the same time: as many as would fill the budget once more
         self._max_late = max(1, config.max_queued_bytes // config.max_message_bytes)

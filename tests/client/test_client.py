@@ -66,7 +66,7 @@ async def test_large_and_empty_and_strided_batches(calls: Calls) -> None:
     [
         errors.InvalidRequest("no", "hidden_states"),
         errors.UnknownLayer("no"),
-        errors.Overloaded("no"),
+        errors.Overloaded("no", retry_after_s=None),
         errors.ExpertUnavailable("no"),
         errors.DeadlineExceeded("no"),
         errors.Cancelled("no"),
@@ -120,7 +120,7 @@ async def test_what_no_service_takes_is_refused_without_one(
 
 
 async def test_a_service_that_is_not_there_is_named(connect: Callable[..., Calls]) -> None:
-    calls = connect("127.0.0.1:1")
+    calls = connect("127.0.0.1:1", timeout=2)
     for call in (calls.forward(X), calls.layers(), calls.stats(), calls.forward_stream([WireRequest(X)])):
         with pytest.raises(errors.ServiceUnreachable, match=r"127\.0\.0\.1:1 is unavailable: .*refused"):
             await call
@@ -162,7 +162,7 @@ async def test_requests_are_shared_out_among_the_frontends_behind_a_name(
 
 
 async def test_nothing_else_is_tried_again(calls: Calls, engine: FakeEngine) -> None:
-    engine.errors = [errors.Overloaded("full")]
+    engine.errors = [errors.Overloaded("full", retry_after_s=None)]
     with pytest.raises(errors.Overloaded):
         await calls.forward(X)
     assert len(engine.requests) == 1

@@ -12,8 +12,9 @@ import torch
 from moeserve.api.request import LayerRequest
 from moeserve.config import BatchingConfig, GatingOverrides
 from moeserve.errors import InvalidRequest, MoEServeError, Overloaded
+from moeserve.frontend.admission import Admission
 from moeserve.frontend.batch import Batch
-from moeserve.frontend.batcher import Batcher, TokenBudget
+from moeserve.frontend.batcher import Batcher
 
 FAR = 1e9
 
@@ -43,9 +44,9 @@ def request(tokens: int, top_k: int = 0) -> LayerRequest:
     return LayerRequest(torch.zeros(tokens, 4), topk_ids=ids, topk_weights=None if ids is None else ids.float())
 
 
-def batcher(runs: Runs, max_tokens: int = 1000, **config: float) -> tuple[Batcher, TokenBudget]:
-    budget = TokenBudget(max_tokens, lambda tokens: None)
-    return Batcher(runs, BatchingConfig.model_validate(config), budget), budget
+def batcher(runs: Runs, max_tokens: int = 1000, **config: float) -> tuple[Batcher, Admission]:
+    admission = Admission(max_tokens, lambda tokens: None)
+    return Batcher(runs, BatchingConfig.model_validate(config), admission), admission
 
 
 async def settle() -> None:
@@ -130,18 +131,20 @@ async def test_while_hosts_are_busy_a_batch_may_wait_for_company() -> None:
 
 async def test_the_token_budget_refuses_at_once_and_is_given_back() -> None:
     runs = Runs()
-    batches, budget = batcher(runs, max_tokens=10)
+    batches, admission = batcher(runs, max_tokens=10)
     first = batches.submit(request(6), FAR)
-    with pytest.raises(Overloaded, match=r"6 tokens are queued and 5 more exceed server.max_queued_tokens = 10"):
-        batches.submit(request(5), FAR)
-    second = batches.submit(request(4), FAR)
-    assert budget.tokens == 10
+    with pytest.raises(Overloaded, match=r"6 tokens are queued, 6 of them of this caller, and 3 more exceed its share of .* = 10"):
+        batches.submit(request(3), FAR)
+    with pytest.raises(Overloaded, match=r"6 tokens are queued, 0 of them of this caller, and 5 more"):
+        batches.submit(replace(request(5), caller="other"), FAR)
+    second = batches.submit(replace(request(4), caller="other"), FAR)
+    assert admission.tokens == 10
     await settle()
     runs.gates[0].set()
     await first
     second.cancel()
     await settle()
-    assert budget.tokens == 0
+    assert admission.tokens == 0
 
 
 async def test_a_request_given_up_in_the_queue_is_never_run() -> None:
@@ -192,7 +195,7 @@ async def test_a_batch_nobody_waits_for_is_cancelled() -> None:
             cancelled.set()
             raise
 
-    batches = Batcher(run, BatchingConfig(), TokenBudget(100, lambda tokens: None))
+    batches = Batcher(run, BatchingConfig(), Admission(100, lambda tokens: None))
     answer = batches.submit(request(1), FAR)
     await settle()
     answer.cancel()
@@ -207,7 +210,7 @@ async def test_a_bad_request_fails_alone() -> None:
         for member in batch.members:
             member.answer.set_result(member.request.num_tokens)  # type: ignore[arg-type]
 
-    batches = Batcher(run, BatchingConfig(), TokenBudget(100, lambda tokens: None))
+    batches = Batcher(run, BatchingConfig(), Admission(100, lambda tokens: None))
     answers = [batches.submit(request(tokens), FAR) for tokens in (1, 2, 3, 13, 4)]
     results = await asyncio.gather(*answers, return_exceptions=True)
     assert results[:3] == [1, 2, 3] and results[4] == 4
@@ -222,7 +225,7 @@ async def test_an_unexpected_error_answers_everybody_and_the_next_batch_runs(cap
             raise ZeroDivisionError
         batch.members[0].answer.set_result(1)  # type: ignore[arg-type]
 
-    batches = Batcher(run, BatchingConfig(), TokenBudget(100, lambda tokens: None))
+    batches = Batcher(run, BatchingConfig(), Admission(100, lambda tokens: None))
     with pytest.raises(MoEServeError, match="failed to run the batch: ZeroDivisionError"):
         await batches.submit(request(1), FAR)
     fail = False

@@ -10,7 +10,9 @@ import pytest
 import torch
 from google.rpc import error_details_pb2 as details
 
+from moeserve.errors import Overloaded
 from moeserve.v1 import moe_service_pb2 as pb
+from moeserve.v1 import moe_service_pb2_grpc as pb_grpc
 from moeserve.v1 import tensor_pb2
 from tests.support.engine import HIDDEN
 from tests.support.messages import detail, refused, request, tensor, tokens
@@ -105,3 +107,26 @@ async def test_an_invalid_request_is_refused_naming_the_field(running: Running, 
 async def test_an_unknown_layer_says_what_there_is(running: Running, message: pb.ForwardRequest, sentence: str) -> None:
     error = await refused(running, message)
     assert (error.code(), error.details()) == (grpc.StatusCode.NOT_FOUND, sentence)
+
+
+async def test_what_would_be_refused_is_not_read(running: Running) -> None:
+    """Whose call it is, is known before."""
+    running.engine.refusing = Overloaded("too much to do", 0.25)
+    error = await refused(running, request())
+    assert (error.code(), error.details()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "too much to do")
+    retry = detail(error, details.RetryInfo)
+    assert isinstance(retry, details.RetryInfo) and retry.retry_delay.ToMilliseconds() == 250
+    running.engine.refusing = None
+    await running.stub.Forward(request())
+    async with grpc.aio.insecure_channel(running.target, options=[("grpc.use_local_subchannel_pool", 1)]) as other:
+        await pb_grpc.MoEServiceStub(other).Forward(request())  # type: ignore[no-untyped-call]
+    first, second = (asked.caller for _, asked in running.engine.requests)
+    assert running.engine.callers == [first, first, second] and first != second
+
+
+async def test_a_size_that_never_fits_has_no_time_to_try_again(running: Running) -> None:
+    running.engine.errors = [Overloaded("never", retry_after_s=None)]
+    error = await refused(running, request())
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    with pytest.raises(AssertionError, match="never"):
+        detail(error, details.RetryInfo)

@@ -15,6 +15,7 @@ import torch
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest
 from moeserve.config import GatingConfig, LayerSpec
+from moeserve.errors import Overloaded
 from moeserve.observe.stats import HostStats, LayerStats, ServiceStats
 
 HIDDEN, EXPERTS = 16, 4
@@ -45,6 +46,9 @@ class FakeEngine:
         #: requests wait while it is closed; it belongs to the server's event loop
         self.gate = asyncio.Event()
         self.gate.set()
+        #: what calls are told before they are read, and whose they were
+        self.refusing: Overloaded | None = None
+        self.callers: list[str] = []
         #: how many were cancelled while they waited
         self.cancelled = 0
         self._experts = [experts for _, experts in layers]
@@ -60,6 +64,10 @@ class FakeEngine:
         if self.errors:
             raise self.errors.pop(0)
         return self.answer(layer, request)
+
+    def refusal(self, caller: str, deadline: float | None) -> Overloaded | None:
+        self.callers.append(caller)
+        return self.refusing
 
     def answer(self, layer: int, request: LayerRequest) -> ForwardOutput:
         num_tokens, num_experts = request.num_tokens, self.layers[layer].num_experts

@@ -1,0 +1,148 @@
+"""What a frontend has to do, over all layers, and how long it will take; pure, `now` is an argument.
+
+The layers share the hosts, so batches on their way are counted as if they were computed one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from moeserve.frontend.batch_cost import BatchCost
+from moeserve.frontend.callers import Caller, Callers
+from moeserve.frontend.fair_queue import BatchLimits, FairQueue, Queued
+
+#: of the time that a request has, a batch may be expected to take one part in so many: estimates err, and the answer has to travel
+CAUTION: Final = 2.0
+#: the weight of the newest among the batches of which the usual size is known
+_NEWEST: Final = 1 / 8
+
+
+@dataclass(eq=False)
+class LayerLoad:
+    """What waits for one layer, and what its batches cost.
+
+    `usual_tokens` is how large batches have become lately while there was more to do than went into one.
+    """
+
+    queue: FairQueue[Any]
+    cost: BatchCost
+    max_batch_tokens: int
+    usual_tokens: float
+    #: to be called when one of its batches may be sent
+    on_room: Callable[[], None]
+    last_began: float = 0.0
+
+
+@dataclass(eq=False)
+class Flight:
+    """A batch on its way: since when, and how long it is expected to keep the hosts busy."""
+
+    load: LayerLoad
+    tokens: int
+    callers: tuple[Caller, ...]
+    began: float
+    cost_s: float
+
+
+class Backlog:
+    """Waiting requests of all layers, and batches on their way."""
+
+    def __init__(self) -> None:
+        self.callers = Callers()
+        self._loads: list[LayerLoad] = []
+        self._flights: set[Flight] = set()
+        self._in_flight_s = 0.0
+        #: since when the hosts have had nothing else to do than the oldest batch on its way
+        self._since = 0.0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits, and nothing is on its way."""
+        return not self._flights and not self.callers.waiting
+
+    def add_layer(self, max_batch_tokens: int, on_room: Callable[[], None]) -> LayerLoad:
+        """The load of one more layer, for which more may be sent whenever `on_room` is called."""
+        self._loads.append(LayerLoad(FairQueue(self.callers), BatchCost(), max_batch_tokens, max_batch_tokens, on_room))
+        return self._loads[-1]
+
+    def next_batch(self, load: LayerLoad, now: float) -> tuple[list[Any], list[Any]]:
+        """Taken from the queue: what runs next, and what is due before it could be answered.
+
+        Nothing is lost that would find the hosts idle: it shows what a batch costs by now.
+        """
+        taken = self._take(load, now)
+        if not self._flights:
+            return taken, []
+        end = now + self._busy_s(now) + load.cost(sum(request.tokens for request in taken))
+        late = [request for request in taken if request.deadline < end]
+        return [request for request in taken if request.deadline >= end] if late else taken, late
+
+    def _take(self, load: LayerLoad, now: float) -> list[Any]:
+        only, greedy_from = load.queue.only, self.callers.greedy_from(now)
+        if only is not None and _most_of(only.caller, load, greedy_from) > 0:
+            return [load.queue.give(only.caller)]
+
+        def fits(tokens: int, deadline: float) -> bool:
+            return tokens <= load.max_batch_tokens and self._busy_s(now) + load.cost(tokens) <= (deadline - now) / CAUTION
+
+        return load.queue.take(BatchLimits(fits, lambda caller: _most_of(caller, load, greedy_from)))
+
+    def begin(self, load: LayerLoad, requests: Sequence[Queued], now: float) -> Flight:
+        """`requests` are sent."""
+        if not self._flights:
+            self._since = now
+        tokens = requests[0].tokens if len(requests) == 1 else sum([request.tokens for request in requests])
+        callers = (requests[0].caller,) if len(requests) == 1 else tuple({request.caller for request in requests})
+        flight = Flight(load, tokens, callers, now, load.cost(tokens))
+        for caller in flight.callers:
+            caller.in_flight += 1
+        if load.queue:
+            load.usual_tokens += _NEWEST * (tokens - load.usual_tokens)
+        load.last_began = now
+        self._flights.add(flight)
+        self._in_flight_s += flight.cost_s
+        return flight
+
+    def end(self, flight: Flight, now: float, is_answered: bool) -> None:
+        """It is over; one that failed says nothing of what batches cost."""
+        self._flights.remove(flight)
+        for caller in flight.callers:
+            caller.in_flight -= 1
+        # Not what it was minus that: rounding would add up.
+        self._in_flight_s = sum([other.cost_s for other in self._flights]) if self._flights else 0.0
+        if is_answered:
+            flight.load.cost.learn(flight.tokens, now - max(self._since, flight.began))
+        self._since = now
+        if self.callers.waiting:
+            # What has not been given anything for the longest comes first: one caller has a single turn for all its layers.
+            for load in sorted((load for load in self._loads if load.queue), key=lambda load: load.last_began):
+                load.on_room()
+
+    def wait_s(self, caller: Caller, tokens: int, deadline: float, load: LayerLoad | None, now: float) -> float:
+        """How long a request of `tokens` for a layer (None = any) is expected to wait for what is ahead of it in fair order."""
+        if not self.callers.waiting:
+            return self._busy_s(now)
+        busy = [one for one in self._loads if one.queue]
+        all_s = sum(one.cost.of_many(one.queue.tokens, one.usual_tokens) for one in busy)
+        own = caller.waiting_tokens - (0 if load is None else load.queue.due_after(caller, deadline))
+        share = self.callers.ahead_of(caller, own, tokens) / sum(one.queue.tokens for one in busy)
+        return self._busy_s(now) + all_s * min(1.0, share)
+
+    def _busy_s(self, now: float) -> float:
+        """How long the batches on their way are expected to take from now on."""
+        return max(0.0, self._in_flight_s - (now - self._since)) if self._flights else 0.0
+
+
+def _most_of(caller: Caller, load: LayerLoad, greedy_from: float) -> float:
+    """Tokens of one caller in a batch.
+
+    What a greedy one has on its way takes no longer than it takes to run a batch at all, or is one request, so that the small requests of
+    others do not wait for much longer than their own batches take.
+    """
+    if caller.held_tokens <= greedy_from:
+        return float("inf")
+    if caller.in_flight:
+        return 0.0
+    return max(1.0, load.cost.fixed_s / load.cost.token_s) if load.cost.token_s else float("inf")

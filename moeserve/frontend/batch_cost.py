@@ -1,0 +1,52 @@
+"""What a batch costs, learned from batches that ended."""
+
+from __future__ import annotations
+
+from typing import Final
+
+#: how many batches are remembered: each new one takes this share of the weight
+_NEWEST: Final = 1 / 32
+#: a batch that took strangely long counts for at most so many times what was expected, unless the one before it did, too
+_SURPRISE: Final = 2.0
+
+
+class BatchCost:
+    """Seconds that a batch of one layer keeps the service busy: `fixed_s` and `token_s` for each token.
+
+    A line through the remembered batches by least squares, the older the less they weigh; nothing is known of batches larger than those,
+    and then the answer is what is certain: they take at least as long. Before the first batch every batch is free.
+    """
+
+    def __init__(self) -> None:
+        self.fixed_s = 0.0
+        self.token_s = 0.0
+        self._is_new = True
+        self._last_surprise = 0.0
+        self._mean_tokens = self._mean_s = 0.0
+        self._variance = self._covariance = 0.0
+
+    def __call__(self, tokens: float) -> float:
+        """Seconds of a batch of `tokens`."""
+        return self.fixed_s + self.token_s * tokens
+
+    def of_many(self, tokens: float, batch_tokens: float) -> float:
+        """Seconds of `tokens` in batches of `batch_tokens` each, the last one in part."""
+        return self.token_s * tokens + self.fixed_s * tokens / batch_tokens
+
+    def learn(self, tokens: int, seconds: float) -> None:
+        """One batch of `tokens` has kept the service busy for `seconds`."""
+        if self._is_new:
+            self._is_new, self._mean_tokens, self._mean_s = False, float(tokens), seconds
+        else:
+            expected_s = max(self(tokens), self._mean_s * tokens / self._mean_tokens)
+            believed_s = max(_SURPRISE, self._last_surprise) * expected_s
+            self._last_surprise = seconds / expected_s if expected_s else 0.0
+            seconds = min(seconds, believed_s) if expected_s else seconds
+            more_tokens, more_s = tokens - self._mean_tokens, seconds - self._mean_s
+            self._mean_tokens += _NEWEST * more_tokens
+            self._mean_s += _NEWEST * more_s
+            self._variance = (1 - _NEWEST) * (self._variance + _NEWEST * more_tokens * more_tokens)
+            self._covariance = (1 - _NEWEST) * (self._covariance + _NEWEST * more_tokens * more_s)
+        slope = self._covariance / self._variance if self._variance else 0.0
+        self.token_s = min(max(slope, 0.0), self._mean_s / self._mean_tokens)
+        self.fixed_s = self._mean_s - self.token_s * self._mean_tokens

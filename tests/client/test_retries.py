@@ -1,0 +1,81 @@
+"""A call that may be run twice is made again when that helps, within its time; both clients alike."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moeserve import errors
+from moeserve.client.retries import Retries
+from tests.client.calls import Calls
+from tests.support.engine import FakeEngine, X
+from tests.support.servers import served
+
+
+async def test_a_refused_call_is_made_again_when_the_service_says(calls: Calls, engine: FakeEngine) -> None:
+    engine.errors = [errors.Overloaded("later", 0.2), errors.Overloaded("later", 0.01)]
+    began = time.monotonic()
+    assert torch.equal((await calls.forward(X)).hidden_states, X)
+    assert len(engine.requests) == 3 and time.monotonic() - began >= 0.21
+
+
+async def test_a_call_refused_before_it_was_read_is_made_again(calls: Calls, engine: FakeEngine) -> None:
+    engine.refusing = errors.Overloaded("later", 0.05)
+    call = asyncio.create_task(calls.forward(X))
+    while len(engine.callers) < 3:
+        await asyncio.sleep(0.01)
+    engine.refusing = None
+    assert torch.equal((await call).hidden_states, X)
+
+
+@pytest.mark.parametrize("raised", [errors.Overloaded("in a minute", 60), errors.Overloaded("never fits", None)])
+async def test_what_does_not_help_within_the_time_is_not_tried(calls: Calls, engine: FakeEngine, raised: errors.Overloaded) -> None:
+    engine.errors = [raised] * 2
+    with pytest.raises(errors.Overloaded, match=str(raised)) as caught:
+        await calls.forward(X, timeout=5)
+    assert len(engine.requests) == 1 and caught.value.retry_after_s == raised.retry_after_s
+
+
+async def test_a_service_that_is_started_again_is_waited_for(engine: FakeEngine, connect: Callable[..., Calls]) -> None:
+    """Also by a client that has never seen it; not for longer than the call may take."""
+    with ExitStack() as first:
+        target, _, _ = first.enter_context(served(engine))
+        calls = connect(target)
+        await calls.forward(X)
+        first.close()
+        with pytest.raises((errors.ServiceUnreachable, errors.DeadlineExceeded)):
+            await calls.forward(X, timeout=0.5)
+        waiting = [asyncio.create_task(one.forward(X)) for one in (calls, connect(target))]
+        await asyncio.sleep(1.5)
+        assert not any(call.done() for call in waiting)
+        with served(engine, port=int(target.rpartition(":")[2])):
+            for answer in await asyncio.gather(*waiting):
+                assert torch.equal(answer.hidden_states, X)
+
+
+@given(st.one_of(st.none(), st.floats(0.01, 100)), st.lists(st.tuples(st.sampled_from(["away", "busy", "draining"]), st.floats(0, 1))))
+def test_attempts_end_with_the_time_of_the_call_and_a_service_that_stays_away(
+    timeout_s: float | None, ends: list[tuple[str, float]]
+) -> None:
+    kinds = {"away": errors.ServiceUnreachable("x"), "busy": errors.Overloaded("x", 0.3), "draining": errors.ExpertUnavailable("x", 1.0)}
+    now, away_since = 0.0, None
+    retries = Retries(timeout_s, now)
+    for kind, seconds in ends:
+        now += seconds
+        away_since = (now if away_since is None else away_since) if kind != "busy" else None
+        pause_s = retries.pause_s(kinds[kind], now)
+        if pause_s is None:
+            assert (timeout_s is not None and now + 0.75 >= timeout_s) or (away_since is not None and now - away_since > 5)
+            return
+        assert 0 < pause_s <= 0.75
+        assert kind != "busy" or pause_s >= 0.3
+        now += pause_s
+        left_s = retries.left_s(now)
+        assert (left_s is None) == (timeout_s is None) and (left_s is None or left_s > 0)
