@@ -16,7 +16,8 @@ _TABLES = ("server", "model", "placement", "batching", "communication", "resilie
 #: flags and variables whose names differ from their key
 _NAMES = {("cluster", "kind"): "cluster"}
 Overrides = dict[str, dict[str, Any]]
-Command = Callable[..., None]
+#: returns its exit code, None = 0
+Command = Callable[..., int | None]
 
 
 def with_config_flags(tables: Sequence[str] = _TABLES, without: Collection[str] = ()) -> Callable[[Command], Command]:
@@ -30,13 +31,13 @@ def with_config_flags(tables: Sequence[str] = _TABLES, without: Collection[str] 
 
 def _with_flags(command: Command, scalars: Sequence[tuple[str, str, type]]) -> Command:
 
-    def wrapped(**arguments: Any) -> None:
+    def wrapped(**arguments: Any) -> int | None:
         overrides: Overrides = {}
         for table, key, _ in scalars:
             value = arguments.pop(key)
             if value is not None:
                 overrides.setdefault(table, {})[key] = value
-        command(**arguments, overrides=overrides)
+        return command(**arguments, overrides=overrides)
 
     own = [parameter for parameter in inspect.signature(command, eval_str=True).parameters.values() if parameter.name != "overrides"]
     options = [_option(table, key, kind) for table, key, kind in scalars]

@@ -67,6 +67,15 @@ class ThreadHost:
             self.is_stopped = True
             self._stops += 1
             host, self._host = self._host, None
+        self._end(host)
+
+    def kill(self) -> None:
+        """End it as if its process were killed, but for the running pass: what waits is lost, and its fleet starts it again."""
+        with self._changing:
+            host, self._host = self._host, None
+        self._end(host)
+
+    def _end(self, host: Host | None) -> None:
         if host is not None:
             host.stop()
             self._on_change()

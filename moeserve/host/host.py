@@ -94,6 +94,10 @@ class Host:
         self._keys.allow({*self._frontends, *(info.public_key for info in directory.values())})
         self.relay.meet(directory)
 
+    def hold(self, until: threading.Event) -> None:
+        """From any thread: as if its process were stopped until the event is set; for fault injection."""
+        self._loop.hold(until)
+
     def stop(self) -> None:
         """Finish the pass that is running, then end."""
         self._loop.stop()

@@ -6,6 +6,7 @@ R rows, N (row, expert) pairs, H hidden size.
 from __future__ import annotations
 
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import accumulate
@@ -65,6 +66,10 @@ class HostLoop:
         """From any thread: finish the pass that is running, then return from `run`."""
         self._stopping = True
         self._listener.wake()
+
+    def hold(self, until: threading.Event) -> None:
+        """As `Listener.hold`."""
+        self._listener.hold(until)
 
     def _serve(self, layer: int, bank: ExpertBank | None, works: Sequence[Work]) -> None:
         valid = []

@@ -102,8 +102,13 @@ class MoELayer:
         by_key = {key: source for index, source in enumerate(sources) for key in (index, source.spec.name)}
         if layer not in by_key:
             raise UnknownLayer(f"{path} has no MoE layer {layer!r}; it has 0..{len(sources) - 1}: {[s.spec.name for s in sources]}")
+        return cls.from_source(by_key[layer])
+
+    @classmethod
+    def from_source(cls, source: LayerSource) -> MoELayer:
+        """The layer of which `source` tells."""
         self = cls.__new__(cls)
-        self._load(by_key[layer])
+        self._load(source)
         return self
 
     def _load(self, source: LayerSource) -> None:

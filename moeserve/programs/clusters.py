@@ -6,10 +6,15 @@ from pkgutil import resolve_name
 from typing import Final
 
 from moeserve.cluster.cluster import Cluster
+from moeserve.cluster.fault_injector import FaultInjector
 from moeserve.config import ServedModel, ServiceConfig
 
 #: by cluster.kind; imported when needed, because threads need no Ray
 _KINDS: Final = {"ray": "moeserve.cluster.ray_cluster:RayCluster", "threads": "moeserve.cluster.threads:ThreadCluster"}
+_FAULT_INJECTORS: Final = {
+    "ray": "moeserve.cluster.ray_fault_injector:RayFaultInjector",
+    "threads": "moeserve.cluster.thread_fault_injector:ThreadFaultInjector",
+}
 
 
 def cluster_of(config: ServiceConfig) -> Cluster:
@@ -17,3 +22,10 @@ def cluster_of(config: ServiceConfig) -> Cluster:
     kind = resolve_name(_KINDS[config.cluster.kind])
     cluster: Cluster = kind(config.only(ServedModel), config.placement, config.ray)
     return cluster
+
+
+def fault_injector_of(config: ServiceConfig, cluster: Cluster) -> FaultInjector:
+    """Breaks the hosts of a cluster that `cluster_of` has made."""
+    kind = resolve_name(_FAULT_INJECTORS[config.cluster.kind])
+    injector: FaultInjector = kind(cluster.hosts)
+    return injector

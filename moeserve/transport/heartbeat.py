@@ -32,6 +32,7 @@ class HeartbeatThread:
         self._is_asleep = True
         self._work_came = threading.Event()
         self._stopping = threading.Event()
+        self._beating = threading.Lock()
         #: None until the first work
         self._thread: threading.Thread | None = None
 
@@ -43,6 +44,11 @@ class HeartbeatThread:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
             self._thread.start()
+
+    def keep_silent(self, until: threading.Event) -> None:
+        """Waits for the event; nobody is told anything meanwhile."""
+        with self._beating:
+            until.wait()
 
     def stop(self) -> None:
         """To be called before the frontends are hung up on by the thread that calls `wake`."""
@@ -57,8 +63,9 @@ class HeartbeatThread:
             self._is_asleep = False
             self._work_came.clear()
             while not self._stopping.wait(HEARTBEAT_S) and self._is_owing():
-                for source in self._sources:
-                    source.beat()
+                with self._beating:
+                    for source in self._sources:
+                        source.beat()
             if self._stopping.is_set():
                 return
 

@@ -71,7 +71,9 @@ class Listener:
         self._heartbeat = HeartbeatThread(sources)
         self._wake_lock = threading.Lock()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        poller.add(self._wake_fd, lambda _: os.eventfd_read(self._wake_fd))
+        self._held_until = threading.Event()
+        self._held_until.set()
+        poller.add(self._wake_fd, lambda _: self._woken())
 
     def poll(self, timeout_s: float) -> list[Work]:
         """All work that has arrived from all frontends; waits up to `timeout_s` for the first. May be empty before that.
@@ -93,6 +95,14 @@ class Listener:
             if self._wake_fd >= 0:
                 os.eventfd_write(self._wake_fd, 1)
 
+    def hold(self, until: threading.Event) -> None:
+        """From any thread: after the pass that is running nothing is read, answered or said until the event is set.
+
+        To frontends of this node this is a process that was stopped, for fault injection; over TCP a thread of libzmq still answers pings.
+        """
+        self._held_until = until
+        self.wake()
+
     def close(self) -> None:
         """Disconnects all frontends and leaves nothing behind; unanswered work fails there. Idempotent."""
         with self._wake_lock:
@@ -104,3 +114,8 @@ class Listener:
         for source in self._sources:
             source.close()
         self._poller.close()
+
+    def _woken(self) -> None:
+        os.eventfd_read(self._wake_fd)
+        if not self._held_until.is_set():
+            self._heartbeat.keep_silent(self._held_until)

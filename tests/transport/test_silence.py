@@ -100,6 +100,26 @@ async def held_by(host: Child) -> list[float]:
         return list(answered.tensor[0].tolist())
 
 
+async def test_a_host_that_is_held_is_silent_although_it_owes_what_it_has_read(tmp_path: Path) -> None:
+    resumed = threading.Event()
+    with closing(listen(f"local:{tmp_path}")) as host:
+        connecting = asyncio.create_task(connect(host.endpoints[0], timeout_s=PATIENCE_S, silent_after_s=SILENT_AFTER_S))
+        await until_async(lambda: [connecting.done(), host.poll(0)][0])
+        channel = await connecting
+        answered = send(channel, random_message())
+        await until_async(lambda: bool(host.poll(0)))
+        host.hold(resumed)
+        held = asyncio.create_task(asyncio.to_thread(host.poll, 0))
+        try:
+            with pytest.raises(HostSilent):
+                await asyncio.wait_for(answered, PATIENCE_S)
+            assert not held.done()
+        finally:
+            resumed.set()
+        assert await held == []
+        await channel.close()
+
+
 @pytest.mark.parametrize("order", [Order.PYTHON, Order.TORCH, Order.KERNEL], ids=lambda order: order.name)
 async def test_a_long_pass_is_not_silence_also_for_work_that_was_not_read_yet(host: Child, order: Order) -> None:
     assert PASS_S > SILENT_AFTER_S

@@ -1,0 +1,72 @@
+"""Faults that are injected into hosts do to their callers what real ones do."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moeserve import Client, MoELayer
+from moeserve.bench.chaos import ChaosPlan, run
+from moeserve.cluster.thread_fault_injector import ThreadFaultInjector
+from moeserve.config import load_config
+from tests.support.closeness import assert_close
+from tests.support.harness import Kind, ServiceHarness
+from tests.support.waiting import until_async
+
+LAYER: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8, "gating": {"top_k": 2}}
+ROWS = torch.randn(40, 16, generator=torch.Generator().manual_seed(5))
+CONFIG = {"layers": [LAYER], "placement": {"num_hosts": 2, "copies": 2}, "resilience": {"hang_after_ms": 300}}
+
+
+@pytest.mark.parametrize("kind", ["local", "shm"])
+def test_threads(kind: Kind, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with ServiceHarness(CONFIG, kind, tmp_path) as service, Client(service.target) as client:
+        injector = ThreadFaultInjector(service.cluster.hosts)
+        expected = MoELayer(**LAYER)(ROWS)
+
+        def becomes(*states: str) -> None:
+            """Under load: a host of which nobody wants anything says nothing, whatever its state."""
+
+            async def ask() -> bool:
+                out = await asyncio.to_thread(client.forward, ROWS)
+                assert_close(out.hidden_states, expected)
+                return service.frontend.stats().hosts[1].state in states
+
+            service.call(until_async(ask))
+
+        becomes("up")
+        resume = injector.stop(1)
+        try:
+            becomes("out")
+        finally:
+            resume()
+        assert "host-1 is silent" in caplog.text and "is stuck" not in caplog.text, "not even its heartbeats go on"
+        becomes("up", "slow")
+        before = service.hosts[1].info
+        injector.poison(1, 3600.0)
+        becomes("out")
+        injector.kill(1)
+        becomes("up", "slow")
+        assert service.hosts[1].info != before, "another incarnation, which nobody has poisoned"
+
+
+@pytest.mark.ray
+def test_ray(local_ray: None) -> None:
+    """In every way of its own: signals to processes, and a call into one."""
+    config = load_config(
+        {
+            **CONFIG,
+            "placement": {"num_hosts": 2, "copies": 2, "cpus_per_host": 0.5},
+            "server": {"port": 0, "metrics_port": 0},
+        }
+    )
+    plan = ChaosPlan(("kill", "stop", "nan"), every_s=0.6, for_s=1.8, clients=2, seed=0)
+    lines: list[str] = []
+    found = asyncio.run(run(config, plan, lines.append)).as_json()
+    assert (found["failed"], found["wrong"], found["all_hosts_back"]) == (0, 0, True), found
+    assert found["faults"]["kill"] == 1, lines
+    assert found["sent"] > 0
