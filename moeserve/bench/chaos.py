@@ -30,7 +30,10 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ChaosPlan:
-    """Which faults, one every `every_s` for `for_s`, under how many clients; the same seed gives the same faults and requests."""
+    """Which faults, one every `every_s` for `for_s`, or until each kind has come once, under how many clients.
+
+    The same seed gives the same faults and requests.
+    """
 
     kinds: Sequence[FaultKind]
     every_s: float
@@ -87,18 +90,19 @@ class _Run:
         return Findings(self._load.calls, plan.kinds, self._faults, phases, is_whole and self._is_whole(), self._load.longest_lag_s)
 
     async def _break(self, plan: ChaosPlan) -> Phase:
-        """One fault after the other; one that is due waits until every host has recovered from those before."""
+        """One fault after the other; the next one waits until every host has recovered from those before."""
         begin = time.monotonic()
-        for fault in schedule(plan.kinds, plan.every_s, plan.for_s, plan.seed):
-            await asyncio.sleep(begin + fault.at_s - time.monotonic())
-            if not await self._recover() or (self._faults and time.monotonic() >= begin + plan.for_s):
+        for fault in schedule(plan.kinds, plan.seed):
+            is_enough = len(self._faults) >= len(plan.kinds) and time.monotonic() >= begin + plan.for_s
+            if is_enough or not await self._recover():
                 break
             hosts = self._hosts()
             host = hosts[fault.victim % len(hosts)]
             self._tell(f"{time.monotonic() - begin:5.1f} s: {fault.kind} {host.name}")
             self._faults.append(Injected(fault.kind, time.monotonic()))
+            due = time.monotonic() + plan.every_s
             await self._breaking.carry_out(fault.kind, host.number)
-        await asyncio.sleep(begin + plan.for_s - time.monotonic())
+            await asyncio.sleep(due - time.monotonic())
         return Phase(begin, time.monotonic())
 
     async def _recover(self) -> bool:

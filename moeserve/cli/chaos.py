@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -39,7 +41,7 @@ def chaos(
     hosts: Annotated[int | None, typer.Option(help="As --num-hosts.  [default: as SOURCE says, else 4, and 2 copies]")] = None,
     faults: Annotated[str, typer.Option(help="Which: some of kill, stop, slow, nan, leave.")] = "kill,stop,slow,nan,leave",
     every_s: Annotated[float, typer.Option(help="Seconds from one fault to the next.")] = 5.0,
-    for_s: Annotated[float, typer.Option(help="Seconds from the first fault to the end of all.")] = 60.0,
+    for_s: Annotated[float, typer.Option(help="Seconds for faults; more if not every kind has come by then.")] = 60.0,
     clients: Annotated[int, typer.Option(help="Callers, each with one request at a time.")] = 4,
     seed: Annotated[int, typer.Option(help="Of the faults, of their victims and of the requests.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
@@ -55,7 +57,8 @@ def chaos(
 
     plan = _plan(config, faults, (every_s, for_s), clients, seed)
     prepare_process()
-    findings = asyncio.run(until_signal(_run(config, plan)))
+    with redirect_stdout(sys.stderr):  # Ray prints there what it says of the processes that end
+        findings = asyncio.run(until_signal(_run(config, plan)))
     (print_json if as_json else print_findings)(findings.as_json())
     return 0 if findings.is_well else 1
 

@@ -36,7 +36,7 @@ class RayFaultInjector:
         ray.get([actor.__ray_call__.remote(_poison, for_s) for actor in self._fleet._members[number].actors])
 
     def _pid(self, number: int) -> int:
-        return self._fleet.present[number].pid
+        return self._fleet._directory[number].pid  # also of one that is late to answer its fleet
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
