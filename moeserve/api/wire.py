@@ -136,7 +136,8 @@ def request_id_of(data: bytes) -> str:
 def encode_forward_response(request_id: str, result: ForwardOutput | MoEServeError) -> bytes:
     """A `moeserve.v1.ForwardResponse`."""
     if isinstance(result, MoEServeError):
-        error = pb.Error(code=result.code.value[0], message=str(result))
+        retry_after_ms = 0 if result.retry_after_s is None else max(1, round(1000 * result.retry_after_s))
+        error = pb.Error(code=result.code.value[0], message=str(result), retry_after_ms=retry_after_ms)
         return pb.ForwardResponse(request_id=request_id, error=error).SerializeToString()
     return _encode(pb.ForwardResponse, {"request_id": request_id, **vars(result)})
 
@@ -146,8 +147,9 @@ def decode_forward_response(data: bytes) -> WireResponse:
     try:
         small, tensors = _decode(pb.ForwardResponse, data)
         if small.HasField("error"):
-            code = _STATUS_BY_NUMBER.get(small.error.code, grpc.StatusCode.UNKNOWN)
-            return WireResponse(small.request_id, from_status(code, small.error.message))
+            told = from_status(_STATUS_BY_NUMBER.get(small.error.code, grpc.StatusCode.UNKNOWN), small.error.message)
+            told.retry_after_s = small.error.retry_after_ms / 1000 or None
+            return WireResponse(small.request_id, told)
         missing = {"hidden_states", "requested", "processed", "dropped", "dropped_tokens"} - tensors.keys()
         if missing:
             raise InvalidRequest(f"it has no {', '.join(sorted(missing))}")

@@ -53,7 +53,7 @@ def bench(
     _check(dtype in FLOAT_DTYPES, f"--dtype is {dtype}; allowed: {', '.join(FLOAT_DTYPES)}")
     _check(warmup_requests >= 0, f"--warmup-requests is {warmup_requests}; allowed: 0 and more")
     timeout_s = timeout_of(timeout)
-    client = AsyncClient(target, token=token_of(token_file), tls=tls_of(tls_ca), timeout=timeout_s)
+    client = AsyncClient(target, token=token_of(token_file), tls=tls_of(tls_ca), timeout=timeout_s, retry=False)
     measured: list[Measured] = []
     try:
         sender = StreamSender(client, timeout_s) if stream else None

@@ -47,7 +47,7 @@ def infer(
     if "hidden_states" not in tensors:
         raise ConfigError(f"{input} has no tensor hidden_states; it has: {', '.join(sorted(tensors)) or 'none'}")
     given: dict[str, Any] = {name: tensors[name] for name in REQUEST_TENSORS if name in tensors}
-    with Client(target, token=token_of(token_file), tls=tls_of(tls_ca), timeout=timeout_of(timeout)) as client:
+    with Client(target, token=token_of(token_file), tls=tls_of(tls_ca), timeout=timeout_of(timeout), retry=False) as client:
         started = time.perf_counter()
         out = client.forward(
             **given,

@@ -33,8 +33,11 @@ class AsyncClient:
     Arguments, methods and errors are those of `Client`. Cancelling a call cancels the work in the service.
     """
 
-    def __init__(self, target: str, token: str | None = None, tls: TLS | bool | None = None, timeout: float | None = 30.0) -> None:
+    def __init__(
+        self, target: str, token: str | None = None, tls: TLS | bool | None = None, timeout: float | None = 30.0, *, retry: bool = True
+    ) -> None:
         self._lines = LoopLines(Reach(target, token, tls, timeout, CALLING), ServiceStubs)
+        self._retry = retry
 
     async def forward(
         self,
@@ -101,7 +104,7 @@ class AsyncClient:
             try:
                 return await self._call("forward", message, retries.left_s(now))  # type: ignore[no-any-return]
             except MoEServeError as error:
-                if (pause_s := retries.pause_s(error, time.monotonic())) is None:
+                if not self._retry or (pause_s := retries.pause_s(error, time.monotonic())) is None:
                     raise
             await asyncio.sleep(pause_s)
             now = time.monotonic()

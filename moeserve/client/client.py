@@ -32,18 +32,22 @@ class Client:
     token    sent as a bearer token with every call
     tls      None = in the clear, True = the system's authorities, or the files to use
     timeout  seconds a call may take unless the call has its own; None = no limit
+    retry    false = every call is made once, and raises what became of it
 
     It connects when first used, and again whenever the connection is lost: after any outage, it finds the service within
     seconds. Copies, and clients unpickled in another process (with the token), make connections of their own.
 
     Every call raises the MoEServeError the service raised, with its sentence; ExpertUnavailable also when the service
     cannot be reached (after a few attempts), DeadlineExceeded when no answer came in time. `forward` first tries again, within its timeout:
-    after Overloaded when the service says, and for up to five seconds while a service restarts. Invalid arguments raise ConfigError here
-    and InvalidRequest in calls.
+    after Overloaded when the service says, for up to five seconds while a service restarts, and a few times while it lacks experts. Invalid
+    arguments raise ConfigError here and InvalidRequest in calls.
     """
 
-    def __init__(self, target: str, token: str | None = None, tls: TLS | bool | None = None, timeout: float | None = 30.0) -> None:
+    def __init__(
+        self, target: str, token: str | None = None, tls: TLS | bool | None = None, timeout: float | None = 30.0, *, retry: bool = True
+    ) -> None:
         self._line = Line(Reach(target, token, tls, timeout, CALLING), ServiceStubs)
+        self._retry = retry
 
     def forward(
         self,
@@ -123,7 +127,7 @@ class Client:
             try:
                 return self._call("forward", message, retries.left_s(now))  # type: ignore[no-any-return]
             except MoEServeError as error:
-                if (pause_s := retries.pause_s(error, time.monotonic())) is None:
+                if not self._retry or (pause_s := retries.pause_s(error, time.monotonic())) is None:
                     raise
             time.sleep(pause_s)
             now = time.monotonic()

@@ -19,16 +19,14 @@ SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["MoEService"].full_name
 
 #: bound on one message in either direction; the service has its own, which may be lower
 _MAX_MESSAGE_BYTES: Final = 2**30
-#: larger requests are not sent again when the service is unavailable
-_RETRY_BUFFER_BYTES: Final = 64 * 2**20
 
-# A name may have several frontends: requests are spread over them. A forward can run twice without harm, and UNAVAILABLE says
-# that it may not have been run at all.
+# A name may have several frontends: requests are spread over them. What is asked here can be asked twice without harm; `Forward` is made
+# again by the clients themselves, which know what UNAVAILABLE is about.
 _SERVICE_CONFIG: Final = {
     "loadBalancingConfig": [{"round_robin": {}}],
     "methodConfig": [
         {
-            "name": [{"service": SERVICE_NAME}],
+            "name": [{"service": SERVICE_NAME, "method": method} for method in ("ForwardStream", "ListLayers", "GetStats")],
             "retryPolicy": {
                 "maxAttempts": 4,
                 "initialBackoff": "0.05s",
@@ -56,7 +54,6 @@ CALLING: Final[Options] = (
     *_RECONNECTING,
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.per_rpc_retry_buffer_size", _RETRY_BUFFER_BYTES),
     ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
     # Notices a service whose machine vanished while a call waits for it.
     ("grpc.keepalive_time_ms", 30_000),

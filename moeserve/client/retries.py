@@ -9,6 +9,8 @@ from moeserve.errors import ExpertUnavailable, MoEServeError, ServiceUnreachable
 
 #: how long a service may be away, as one that is started again is
 _AWAY_S: Final = 5.0
+#: how often a call is made that a service cannot answer, without saying when it will be able to
+_ATTEMPTS: Final = 4
 _FIRST_PAUSE_S: Final = 0.05
 _LONGEST_PAUSE_S: Final = 0.5
 
@@ -17,13 +19,14 @@ class Retries:
     """Of one call that may be run twice without harm, from `now` on; `timeout_s` None = without limit.
 
     A refusal that says when to try again is followed, as long as that is within the time the call has. A service that cannot be reached,
-    or is starting or draining, is tried for some seconds more. Pauses grow at random by up to a half, so that callers who were refused
-    together do not return together.
+    or is starting or draining, is tried for some seconds more, and one that lacks experts a few times. Pauses grow at random by up to a
+    half, so that callers who were refused together do not return together.
     """
 
     def __init__(self, timeout_s: float | None, now: float) -> None:
         self._timeout_s, self._began = timeout_s, now
         self._away_since: float | None = None
+        self._attempts = 0
         self._next_pause_s = _FIRST_PAUSE_S
 
     def left_s(self, now: float) -> float | None:
@@ -32,6 +35,7 @@ class Retries:
 
     def pause_s(self, error: MoEServeError, now: float) -> float | None:
         """How long to wait before the next attempt; None = `error` is what became of the call."""
+        self._attempts += 1
         if isinstance(error, ExpertUnavailable):
             pause_s = self._until_back_s(error, now)
         else:
@@ -43,7 +47,10 @@ class Retries:
         return pause_s if left_s is None or pause_s < left_s else None
 
     def _until_back_s(self, error: ExpertUnavailable, now: float) -> float | None:
-        may_return = error.may_return if isinstance(error, ServiceUnreachable) else error.retry_after_s is not None
+        if isinstance(error, ServiceUnreachable):
+            may_return = error.may_return
+        else:
+            may_return = error.retry_after_s is not None or self._attempts < _ATTEMPTS
         self._away_since = now if self._away_since is None else self._away_since
         if not may_return or now - self._away_since > _AWAY_S:
             return None

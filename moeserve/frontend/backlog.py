@@ -7,14 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, Final
 
+from moeserve.errors import Overloaded
 from moeserve.frontend.batch_cost import BatchCost
 from moeserve.frontend.callers import Caller, Callers
-from moeserve.frontend.fair_queue import BatchLimits, FairQueue, Queued
+from moeserve.frontend.fair_queue import BatchLimits, FairQueue, Turn
 
 #: of the time that a request has, a batch may be expected to take one part in so many: estimates err, and the answer has to travel
 CAUTION: Final = 2.0
+#: with fewer tokens a pass is bound by reading the experts' weights, so cutting a request that nobody waits behind would only cost time
+_LEAST_ALONE: Final = 512
+#: what a greedy caller has on its way takes so many times as long as it takes to run a batch at all
+_GREEDY_TURN: Final = 2.0
 #: the weight of the newest among the batches of which the usual size is known
 _NEWEST: Final = 1 / 8
 
@@ -32,7 +38,21 @@ class LayerLoad:
     usual_tokens: float
     #: to be called when one of its batches may be sent
     on_room: Callable[[], None]
+    #: to be called for a waiting request that makes room for another caller's; it is no longer held then
+    push_out: Callable[[Any, Overloaded], None]
     last_began: float = 0.0
+
+    @property
+    def max_turn_tokens(self) -> int:
+        """A request of more tokens is cut."""
+        return max(self.max_batch_tokens, _LEAST_ALONE)
+
+    def request_s(self, tokens: int) -> float:
+        """Seconds of a request of `tokens`, in as many turns as it needs."""
+        if tokens <= self.max_turn_tokens:
+            return self.cost(tokens)
+        turns = ceil(tokens / self.max_turn_tokens)
+        return turns * self.cost(tokens / turns)
 
 
 @dataclass(eq=False)
@@ -62,39 +82,44 @@ class Backlog:
         """Whether nothing waits, and nothing is on its way."""
         return not self._flights and not self.callers.waiting
 
-    def add_layer(self, max_batch_tokens: int, on_room: Callable[[], None]) -> LayerLoad:
-        """The load of one more layer, for which more may be sent whenever `on_room` is called."""
-        self._loads.append(LayerLoad(FairQueue(self.callers), BatchCost(), max_batch_tokens, max_batch_tokens, on_room))
+    def add_layer(self, max_batch_tokens: int, on_room: Callable[[], None], push_out: Callable[[Any, Overloaded], None]) -> LayerLoad:
+        """The load of one more layer, for which more may be sent whenever `on_room` is called, and whose requests `push_out` ends."""
+        self._loads.append(LayerLoad(FairQueue(self.callers), BatchCost(), max_batch_tokens, max_batch_tokens, on_room, push_out))
         return self._loads[-1]
 
-    def next_batch(self, load: LayerLoad, now: float) -> tuple[list[Any], list[Any]]:
-        """Taken from the queue: what runs next, and what is due before it could be answered.
+    def untaken(self, caller: Caller) -> list[tuple[LayerLoad, Any]]:
+        """The waiting requests of `caller` that have had no turn yet, with their layers, those that are due last first."""
+        found = [(load, request) for load in self._loads for request in load.queue.untaken(caller)]
+        return sorted(found, key=lambda one: -one[1].deadline)
+
+    def next_batch(self, load: LayerLoad, now: float) -> tuple[list[Turn[Any]], list[Any]]:
+        """Taken from the queue: what runs next, and the requests that are due before they could be answered.
 
         Nothing is lost that would find the hosts idle: it shows what a batch costs by now.
         """
         taken = self._take(load, now)
         if not self._flights:
             return taken, []
-        end = now + self._busy_s(now) + load.cost(sum(request.tokens for request in taken))
-        late = [request for request in taken if request.deadline < end]
-        return [request for request in taken if request.deadline >= end] if late else taken, late
+        end = now + self._busy_s(now) + load.cost(sum(turn.tokens for turn in taken))
+        late = [turn.request for turn in taken if turn.request.deadline < end]
+        return [turn for turn in taken if turn.request.deadline >= end] if late else taken, late
 
-    def _take(self, load: LayerLoad, now: float) -> list[Any]:
+    def _take(self, load: LayerLoad, now: float) -> list[Turn[Any]]:
         only, greedy_from = load.queue.only, self.callers.greedy_from(now)
-        if only is not None and _most_of(only.caller, load, greedy_from) > 0:
-            return [load.queue.give(only.caller)]
+        if only is not None and only.waiting <= min(load.max_turn_tokens, _most_of(only.caller, load, greedy_from)):
+            return [load.queue.give(only.caller, only.waiting)]
 
         def fits(tokens: int, deadline: float) -> bool:
             return tokens <= load.max_batch_tokens and self._busy_s(now) + load.cost(tokens) <= (deadline - now) / CAUTION
 
-        return load.queue.take(BatchLimits(fits, lambda caller: _most_of(caller, load, greedy_from)))
+        return load.queue.take(BatchLimits(fits, lambda caller: _most_of(caller, load, greedy_from), load.max_turn_tokens))
 
-    def begin(self, load: LayerLoad, requests: Sequence[Queued], now: float) -> Flight:
-        """`requests` are sent."""
+    def begin(self, load: LayerLoad, turns: Sequence[Turn[Any]], now: float) -> Flight:
+        """`turns` are sent."""
         if not self._flights:
             self._since = now
-        tokens = requests[0].tokens if len(requests) == 1 else sum([request.tokens for request in requests])
-        callers = (requests[0].caller,) if len(requests) == 1 else tuple({request.caller for request in requests})
+        tokens = turns[0].tokens if len(turns) == 1 else sum([turn.tokens for turn in turns])
+        callers = (turns[0].request.caller,) if len(turns) == 1 else tuple({turn.request.caller for turn in turns})
         flight = Flight(load, tokens, callers, now, load.cost(tokens))
         for caller in flight.callers:
             caller.in_flight += 1
@@ -124,11 +149,16 @@ class Backlog:
         """How long a request of `tokens` for a layer (None = any) is expected to wait for what is ahead of it in fair order."""
         if not self.callers.waiting:
             return self._busy_s(now)
-        busy = [one for one in self._loads if one.queue]
-        all_s = sum(one.cost.of_many(one.queue.tokens, one.usual_tokens) for one in busy)
-        own = caller.waiting_tokens - (0 if load is None else load.queue.due_after(caller, deadline))
-        share = self.callers.ahead_of(caller, own, tokens) / sum(one.queue.tokens for one in busy)
-        return self._busy_s(now) + all_s * min(1.0, share)
+        own = caller.waiting_tokens - (0 if load is None else load.queue.behind(caller, deadline, load.request_s(tokens)))
+        share = self.callers.ahead_of(caller, own, tokens) / sum(one.queue.tokens for one in self._loads)
+        return self._busy_s(now) + self._queued_s() * min(1.0, share)
+
+    def all_s(self, now: float) -> float:
+        """How long everything that there is to do is expected to take."""
+        return self._busy_s(now) + self._queued_s()
+
+    def _queued_s(self) -> float:
+        return sum(load.cost.of_many(load.queue.tokens, load.usual_tokens) for load in self._loads if load.queue)
 
     def _busy_s(self, now: float) -> float:
         """How long the batches on their way are expected to take from now on."""
@@ -138,11 +168,11 @@ class Backlog:
 def _most_of(caller: Caller, load: LayerLoad, greedy_from: float) -> float:
     """Tokens of one caller in a batch.
 
-    What a greedy one has on its way takes no longer than it takes to run a batch at all, or is one request, so that the small requests of
-    others do not wait for much longer than their own batches take.
+    What a greedy one has on its way takes not much longer than it takes to run a batch at all, so that the small requests of others do not
+    wait for much longer than their own batches take.
     """
     if caller.held_tokens <= greedy_from:
         return float("inf")
     if caller.in_flight:
         return 0.0
-    return max(1.0, load.cost.fixed_s / load.cost.token_s) if load.cost.token_s else float("inf")
+    return max(1.0, load.cost.tokens_of(_GREEDY_TURN))

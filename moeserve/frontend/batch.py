@@ -19,18 +19,26 @@ from moeserve.config import GatingOverrides
 from moeserve.errors import ExpertUnavailable
 from moeserve.frontend import timing
 from moeserve.frontend.callers import Caller
+from moeserve.frontend.turns import Turns
 
 
 @dataclass(eq=False)
 class Admitted:
-    """One admitted request and the future its caller waits for; `deadline` is a monotonic time in seconds."""
+    """One admitted request and the future its caller waits for; `deadline` is a monotonic time in seconds.
+
+    `is_held`: it counts among the tokens that were admitted. `waiting` and `order` are those of `Queued`.
+    """
 
     request: LayerRequest
     caller: Caller
     deadline: float
     answer: asyncio.Future[ForwardOutput]
     admitted_at: float = field(default_factory=time.monotonic)
+    is_held: bool = True
+    waiting: int = 0
     order: tuple[float, int] = (0.0, 0)
+    #: of a request that is cut
+    turns: Turns | None = None
     _last_words: str = ""
 
     def waits_for(self, sentence: str) -> None:
@@ -107,6 +115,16 @@ class Batch:
     def overrides(self) -> GatingOverrides:
         """The changes of all members to the layer's gating."""
         return self.members[0].request.overrides
+
+    async def turn(self, start: int) -> int:
+        """Waits until the tokens from `start` on may run; returns up to where: T unless it is one request that is cut."""
+        turns = self.members[0].turns
+        return self.num_tokens if turns is None else await turns.end(start)
+
+    def end_turn(self, start: int) -> None:
+        """The tokens of the turn from `start` on were computed."""
+        if (turns := self.members[0].turns) is not None:
+            turns.over(start)
 
     @property
     def num_tokens(self) -> int:

@@ -8,6 +8,8 @@ from typing import Final
 _NEWEST: Final = 1 / 32
 #: a batch that took strangely long counts for at most so many times what was expected, unless the one before it did, too
 _SURPRISE: Final = 2.0
+#: while all batches have had the same size, this part of it is tried when it matters what a smaller one costs
+_TRIED: Final = 1 / 8
 
 
 class BatchCost:
@@ -29,6 +31,12 @@ class BatchCost:
         """Seconds of a batch of `tokens`."""
         return self.fixed_s + self.token_s * tokens
 
+    def tokens_of(self, times_fixed: float) -> float:
+        """How many tokens take so many times what a batch costs without any; a part of those of usual batches to find that out."""
+        if self.token_s:
+            return times_fixed * self.fixed_s / self.token_s
+        return float("inf") if self._is_new or self._variance else _TRIED * self._mean_tokens
+
     def of_many(self, tokens: float, batch_tokens: float) -> float:
         """Seconds of `tokens` in batches of `batch_tokens` each, the last one in part."""
         return self.token_s * tokens + self.fixed_s * tokens / batch_tokens
@@ -49,4 +57,4 @@ class BatchCost:
             self._covariance = (1 - _NEWEST) * (self._covariance + _NEWEST * more_tokens * more_s)
         slope = self._covariance / self._variance if self._variance else 0.0
         self.token_s = min(max(slope, 0.0), self._mean_s / self._mean_tokens)
-        self.fixed_s = self._mean_s - self.token_s * self._mean_tokens
+        self.fixed_s = max(0.0, self._mean_s - self.token_s * self._mean_tokens)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest
 from moeserve.config import BatchingConfig
 from moeserve.errors import InvalidRequest, MoEServeError, Overloaded
 from moeserve.frontend.admission import Admission
+from moeserve.frontend.backlog import Flight
 from moeserve.frontend.batch import Admitted, Batch
+from moeserve.frontend.fair_queue import Turn
+from moeserve.frontend.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +32,9 @@ class Batcher:
         self._config = config
         self._admission = admission
         self._backlog = admission.backlog
-        self._load = self._backlog.add_layer(config.max_batch_tokens, self._pump)
-        self._in_flight: set[asyncio.Task[bool]] = set()
+        self._load = self._backlog.add_layer(config.max_batch_tokens, self._pump, self._push_out)
+        self._flights: set[Flight] = set()
+        self._tasks: set[asyncio.Task[bool]] = set()
         self._timer: asyncio.TimerHandle | None = None
         #: of the request that has waited longest, or earlier
         self._waiting_since = 0.0
@@ -42,31 +47,37 @@ class Batcher:
         admitted = Admitted(request, caller, deadline, answer, now)
         if not self._load.queue:
             self._waiting_since = now
-        self._load.queue.add(admitted)
+        self._load.queue.add(admitted, self._load.request_s(admitted.tokens))
         answer.add_done_callback(lambda _: self._left(admitted))
         self._pump()
         return answer
 
     def _left(self, admitted: Admitted) -> None:
-        self._admission.release(admitted.caller, admitted.tokens)
-        self._load.queue.remove(admitted)
+        if admitted.is_held:
+            admitted.is_held = False
+            self._admission.release(admitted.caller, admitted.tokens)
+            self._load.queue.remove(admitted)
+
+    def _push_out(self, admitted: Admitted, error: Overloaded) -> None:
+        self._left(admitted)
+        if not admitted.answer.done():
+            admitted.answer.set_exception(error)
 
     def _pump(self) -> None:
-        while self._load.queue and len(self._in_flight) < _MAX_IN_FLIGHT and not self._should_wait():
+        while self._load.queue and len(self._flights) < _MAX_IN_FLIGHT and not self._should_wait():
             now = time.monotonic()
-            members, late = self._backlog.next_batch(self._load, now)
-            for member in late:
-                if not member.answer.done():
-                    member.answer.set_exception(Overloaded("the request waited for longer than expected, and is due too soon; try again"))
-            if members := [member for member in members if not member.answer.done()]:
-                self._launch(Batch(members), now)
+            turns, late = self._backlog.next_batch(self._load, now)
+            for request in late:
+                self._push_out(request, Overloaded("the request waited for longer than expected, and is due too soon; try again"))
+            if turns := [turn for turn in turns if not turn.request.answer.done()]:
+                self._begin(turns, now)
             elif not late:
                 break
 
     def _should_wait(self) -> bool:
         """While the hosts are busy, a batch that is not full may wait for more requests."""
         wait_s = self._config.max_batch_wait_ms / 1000
-        if not wait_s or not self._in_flight:
+        if not wait_s or not self._flights:
             return False
         if self._load.queue.tokens >= self._config.max_batch_tokens:
             return False
@@ -78,18 +89,35 @@ class Batcher:
             self._timer = loop.call_at(ready_at, self._pump)
         return True
 
-    def _launch(self, batch: Batch, now: float) -> None:
-        flight = self._backlog.begin(self._load, batch.members, now)
+    def _begin(self, turns: Sequence[Turn[Admitted]], now: float) -> None:
+        flight = self._backlog.begin(self._load, turns, now)
+        self._flights.add(flight)
+        end = partial(self._end, flight)
+        request, tokens = turns[0]
+        if tokens == request.tokens:
+            self._launch(Batch([turn.request for turn in turns]), end)
+            return
+        if request.turns is None:
+            cut = request.turns = Turns()
+            self._launch(Batch([request]), lambda _: cut.close())
+        request.turns.give(tokens, end)
+
+    def _end(self, flight: Flight, is_computed: bool) -> None:
+        self._flights.discard(flight)
+        self._backlog.end(flight, time.monotonic(), is_computed)
+
+    def _launch(self, batch: Batch, end: Callable[[bool], None]) -> None:
+        """`end` is called with whether it was computed."""
         task = asyncio.get_running_loop().create_task(self._guarded(batch))
-        self._in_flight.add(task)
+        self._tasks.add(task)
 
         def give_up(_: asyncio.Future[ForwardOutput]) -> None:
             if batch.is_abandoned:
                 task.cancel()
 
         def finished(_: asyncio.Task[bool]) -> None:
-            self._in_flight.discard(task)
-            self._backlog.end(flight, time.monotonic(), not task.cancelled() and task.result())
+            self._tasks.discard(task)
+            end(not task.cancelled() and task.result())
 
         for member in batch.members:
             member.answer.add_done_callback(give_up)

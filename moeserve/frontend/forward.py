@@ -66,36 +66,55 @@ class Forward:
             delivery.wake()
 
     async def _run(self, batch: Batch, view: LayerView) -> None:
-        size, delivery = batch.num_tokens * view.head.spec.hidden_size, Delivery(batch.deadline)
-        self._deliveries.add(delivery)
-        try:
-            routed = await self._compute(size, self._route_and_plan, batch, view, view.loads(self._copy_choice))
-            started = time.perf_counter()
-            for part in routed.parts:
-                await self.exchange.send(delivery, part)
-            sent = time.perf_counter()
-            self._metrics.observe_stage("dispatch", sent - started)
-            # The hosts are at work: counts and losses, which nobody needs before the answer, cost nothing now.
-            await self._compute(size, routed.requests)
-            if await self._deliver(routed, delivery):
-                self._metrics.observe_stage("experts", time.perf_counter() - sent)
+        width, start, end = self.spec.hidden_size, 0, await batch.turn(0)
+        routed = await self._compute(batch.num_tokens * width, self._route_and_plan, batch, view, end, view.loads(self._copy_choice))
+        parts = list(routed.parts)
+        while await self._bring(routed, parts):
+            if end == batch.num_tokens:
                 await self._finish(routed, range(len(batch.members)))
-        finally:
-            self._deliveries.discard(delivery)
-            delivery.cancel()
+                return
+            batch.end_turn(start)
+            start, end = end, await batch.turn(end)
+            parts = await self._compute((end - start) * width, self._plan, routed, start, end, view.loads(self._copy_choice))
 
-    def _route_and_plan(self, batch: Batch, view: LayerView, hosts: HostLoads | None) -> RoutedBatch:
-        """The gate sees the whole batch, so that its answer does not depend on how the batch is cut."""
+    def _route_and_plan(self, batch: Batch, view: LayerView, end: int, hosts: HostLoads | None) -> RoutedBatch:
+        """The gate sees the whole batch, so that its answer does not depend on how the batch is cut. Its tokens up to `end` are planned."""
         started = time.perf_counter()
-        routing = route_batch(view.head.router, batch)
+        routed = RoutedBatch(batch, view, route_batch(view.head.router, batch), [])
+        self._plan(routed, 0, end, hosts)
+        self._metrics.observe_stage("route", time.perf_counter() - started)
+        return routed
+
+    def _plan(self, routed: RoutedBatch, first: int, last: int, hosts: HostLoads | None) -> list[Part]:
+        """The tokens `first` to `last` in parts, which are added to those of the batch."""
+        batch, view, routing = routed.batch, routed.view, routed.routing
         is_routed, parts = batch.topk_ids is not None, []
-        for start, end in micro_batches(batch.num_tokens, self._max_micro_batches):
+        for start, end in micro_batches(first, last, self._max_micro_batches):
             ids, weights, kept = (choice[start:end] for choice in (routing.topk_ids, routing.topk_weights, routing.kept))
             rows, used = batch.hidden_states[start:end], None if batch.used_token is None else batch.used_token[start:end]
             planned = view.head.plan(ids, weights, kept, rows, used, view.placement, hosts, is_routed=is_routed)
             parts.append(Part(slice(start, end), rows, view, planned))
-        self._metrics.observe_stage("route", time.perf_counter() - started)
-        return RoutedBatch(batch, view, routing, parts)
+        routed.parts += parts
+        return parts
+
+    async def _bring(self, routed: RoutedBatch, parts: Sequence[Part]) -> bool:
+        """Parts to the hosts, and their answers back. False: another view is the present one."""
+        delivery = Delivery(routed.batch.deadline)
+        self._deliveries.add(delivery)
+        try:
+            started = time.perf_counter()
+            for part in parts:
+                await self.exchange.send(delivery, part)
+            sent = time.perf_counter()
+            self._metrics.observe_stage("dispatch", sent - started)
+            # The hosts are at work: counts and losses, which nobody needs before the answer, cost nothing now.
+            await self._compute(routed.batch.num_tokens * self.spec.hidden_size, routed.requests)
+            is_whole = await self._deliver(routed, delivery)
+            self._metrics.observe_stage("experts", time.perf_counter() - sent)
+            return is_whole
+        finally:
+            self._deliveries.discard(delivery)
+            delivery.cancel()
 
     async def _deliver(self, routed: RoutedBatch, delivery: Delivery) -> bool:
         """Until hosts owe nothing any more, or, if a host is missing, another view is the present one: then False."""
@@ -123,7 +142,7 @@ class Forward:
         """Requests that nothing is owed to any more."""
         touched = routed.members(delivery.owed)
         untouched = [index for index, member in enumerate(routed.batch.members) if index not in touched and not member.answer.done()]
-        if untouched:
+        if untouched and len(routed.batch.members) > 1:
             await self._add_up(routed, delivery, delivery.take_all_answers())
             await self._finish(routed, untouched)
 

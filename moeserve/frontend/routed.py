@@ -96,10 +96,11 @@ class RoutedBatch:
 
     def finished(self) -> torch.Tensor:
         """[T, H] float32: what all parts have come to, and what needs no host; zeros where hosts still owe."""
-        head, travelled = self.view.head, [part for part in self.parts if isinstance(part.tokens, slice)]
+        head = self.view.head
+        travelled, again = ([part for part in self.parts if isinstance(part.tokens, slice) is first] for first in (True, False))
         totals = [head.finish(part.so_far(), part.hidden_states, part.planned) for part in travelled]
         total = totals[0] if len(totals) == 1 else torch.cat(totals)
-        for part in self.parts[len(travelled) :]:
+        for part in again:
             total[part.tokens] = head.finish(part.so_far(), part.hidden_states, part.planned)
         return total
 
@@ -128,7 +129,8 @@ class RoutedBatch:
         return parcel.part.of_batch(rows[~parcel.part.moved[rows]])
 
 
-def micro_batches(num_tokens: int, wanted: int) -> list[tuple[int, int]]:
-    """Ranges of tokens: up to `wanted` of about the same size, none below MIN_MICRO_BATCH_TOKENS unless it is the only one."""
+def micro_batches(start: int, end: int, wanted: int) -> list[tuple[int, int]]:
+    """Ranges of the tokens `start` to `end`: up to `wanted` of about the same size, none below MIN_MICRO_BATCH_TOKENS but a single one."""
+    num_tokens = end - start
     count = max(1, min(wanted, num_tokens // MIN_MICRO_BATCH_TOKENS))
-    return list(pairwise(num_tokens * index // count for index in range(count + 1)))
+    return list(pairwise(start + num_tokens * index // count for index in range(count + 1)))

@@ -82,12 +82,14 @@ class ForwardResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., requested: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., processed: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., dropped: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., aux_loss: _Optional[float] = ..., z_loss: _Optional[float] = ..., dropped_tokens: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., slots: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., drop_reasons: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., model_revision: _Optional[int] = ...) -> None: ...
 
 class Error(_message.Message):
-    __slots__ = ("code", "message")
+    __slots__ = ("code", "message", "retry_after_ms")
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
     code: int
     message: str
-    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+    retry_after_ms: int
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
 
 class ListLayersRequest(_message.Message):
     __slots__ = ()

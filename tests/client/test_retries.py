@@ -60,19 +60,27 @@ async def test_a_service_that_is_started_again_is_waited_for(engine: FakeEngine,
                 assert torch.equal(answer.hidden_states, X)
 
 
-@given(st.one_of(st.none(), st.floats(0.01, 100)), st.lists(st.tuples(st.sampled_from(["away", "busy", "draining"]), st.floats(0, 1))))
+@given(
+    st.one_of(st.none(), st.floats(0.01, 100)), st.lists(st.tuples(st.sampled_from(["away", "busy", "draining", "lost"]), st.floats(0, 1)))
+)
 def test_attempts_end_with_the_time_of_the_call_and_a_service_that_stays_away(
     timeout_s: float | None, ends: list[tuple[str, float]]
 ) -> None:
-    kinds = {"away": errors.ServiceUnreachable("x"), "busy": errors.Overloaded("x", 0.3), "draining": errors.ExpertUnavailable("x", 1.0)}
+    kinds = {
+        "away": errors.ServiceUnreachable("x"),
+        "busy": errors.Overloaded("x", 0.3),
+        "draining": errors.ExpertUnavailable("x", 1.0),
+        "lost": errors.ExpertUnavailable("x"),
+    }
     now, away_since = 0.0, None
     retries = Retries(timeout_s, now)
-    for kind, seconds in ends:
+    for attempt, (kind, seconds) in enumerate(ends, start=1):
         now += seconds
         away_since = (now if away_since is None else away_since) if kind != "busy" else None
         pause_s = retries.pause_s(kinds[kind], now)
         if pause_s is None:
-            assert (timeout_s is not None and now + 0.75 >= timeout_s) or (away_since is not None and now - away_since > 5)
+            is_lost = kind == "lost" and attempt >= 4
+            assert is_lost or (timeout_s is not None and now + 0.75 >= timeout_s) or (away_since is not None and now - away_since > 5)
             return
         assert 0 < pause_s <= 0.75
         assert kind != "busy" or pause_s >= 0.3

@@ -63,16 +63,16 @@ def queued(service: ServiceHarness) -> float:
 
 
 def leave_the_queue(service: ServiceHarness, channel: grpc.Channel) -> None:
-    """Some are cancelled and some are too late while a host is busy with somebody else's."""
+    """Some are cancelled, and some are too late or refused as they would be, while a host is busy with somebody else's."""
     held = Held(service.hosts[0])
     busy = forward(channel)
     assert held.begun.acquire(timeout=30)
     late = [forward(channel, timeout_s=0.2) for _ in range(CALLS // 2)]
     cancelled = [forward(channel) for _ in range(CALLS // 2)]
-    until(lambda: queued(service) > 1024 * CALLS // 2)
+    until(lambda: queued(service) >= 1024 * (1 + CALLS // 2))
     for call in cancelled:
         call.cancel()
-    assert {call.exception().code() for call in late} == {grpc.StatusCode.DEADLINE_EXCEEDED}
+    assert {call.exception().code() for call in late} <= {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED}
     held.let_go()
     busy.result()
 

@@ -6,11 +6,13 @@ import heapq
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
 from moeserve.errors import Overloaded
 from moeserve.frontend.admission import Admission
 from moeserve.frontend.callers import Caller
+from moeserve.frontend.fair_queue import Turn
 
 
 @dataclass(eq=False)
@@ -22,13 +24,15 @@ class FakeRequest:
     deadline: float
     asked: float
     join_key: object = None
+    waiting: int = 0
+    computed: int = 0
     order: tuple[float, int] = (0.0, 0)
 
 
 class FakeHosts:
     """They compute one batch after the other, each in `fixed_s + token_s * tokens`; two of a layer are on their way at most.
 
-    Of each caller: milliseconds of the answers in time, and how often it got which end (answered, expired, refused, late).
+    Of each caller: milliseconds of the answers in time, and how often it got which end (answered, expired, refused, late, pushed out).
     """
 
     def __init__(self, layers: int = 1, fixed_s: float = 1e-3, token_s: float = 1e-5, max_batch_tokens: int = 8192) -> None:
@@ -36,10 +40,10 @@ class FakeHosts:
         self.fixed_s, self.token_s = fixed_s, token_s
         self.admission = Admission(262144, lambda tokens: None)
         self.backlog = self.admission.backlog
-        self.loads = [self.backlog.add_layer(max_batch_tokens, lambda layer=layer: self._pump(layer)) for layer in range(layers)]  # type: ignore[misc]
+        self.loads = [self.backlog.add_layer(max_batch_tokens, partial(self._pump, layer), self._push_out) for layer in range(layers)]
         self.ends: Counter[tuple[str, str]] = Counter()
         self.latencies_ms: dict[str, list[float]] = {}
-        self.batches: list[list[FakeRequest]] = []
+        self.batches: list[list[Turn[FakeRequest]]] = []
         self.then: dict[str, Callable[[str], None]] = {}
         self._free_at = 0.0
         self._on_its_way = [0] * layers
@@ -62,7 +66,7 @@ class FakeHosts:
         except Overloaded:
             self._end(caller, "refused")
             return
-        self.loads[layer].queue.add(FakeRequest(known, tokens, deadline, self.now, join_key))
+        self.loads[layer].queue.add(FakeRequest(known, tokens, deadline, self.now, join_key), self.loads[layer].request_s(tokens))
         self._pump(layer)
 
     def keep_asking(self, caller: str, tokens: int, in_flight: int, layer: int = 0) -> None:
@@ -94,25 +98,36 @@ class FakeHosts:
     def _pump(self, layer: int) -> None:
         load = self.loads[layer]
         while load.queue and self._on_its_way[layer] < 2:
-            members, late = self.backlog.next_batch(load, self.now)
+            turns, late = self.backlog.next_batch(load, self.now)
             for request in late:
-                self.admission.release(request.caller, request.tokens)
-                self._end(request.caller.key, "late")
-            if members:
-                self._send(layer, members)
+                self._drop(request, "late")
+            if turns:
+                self._send(layer, turns)
             elif not late:
                 break
 
-    def _send(self, layer: int, members: list[FakeRequest]) -> None:
-        self.batches.append(members)
+    def _push_out(self, request: FakeRequest, _error: Overloaded) -> None:
+        self._drop(request, "pushed out")
+
+    def _drop(self, request: FakeRequest, end: str) -> None:
+        self.admission.release(request.caller, request.tokens)
+        for load in self.loads:
+            load.queue.remove(request)
+        self._end(request.caller.key, end)
+
+    def _send(self, layer: int, turns: list[Turn[FakeRequest]]) -> None:
+        self.batches.append(turns)
         self._on_its_way[layer] += 1
-        flight = self.backlog.begin(self.loads[layer], members, self.now)
-        tokens = sum(request.tokens for request in members)
+        flight = self.backlog.begin(self.loads[layer], turns, self.now)
+        tokens = sum(turn.tokens for turn in turns)
         self._free_at = max(self.now, self._free_at) + self.fixed_s + self.token_s * tokens
 
         def end() -> None:
             self._on_its_way[layer] -= 1
-            for request in members:
+            for request, tokens in turns:
+                request.computed += tokens
+                if request.computed < request.tokens:
+                    continue
                 self.admission.release(request.caller, request.tokens)
                 is_in_time = self.now <= request.deadline
                 if is_in_time:

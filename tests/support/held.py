@@ -19,6 +19,8 @@ class Held:
         self._bank: ExpertBank = bank
         self.begun, self.leave = threading.Semaphore(0), threading.Semaphore(0)
         self.error: BaseException | None = None
+        #: of each pass
+        self.rows: list[int] = []
         host.host.holdings.bank_table.put(layer, 1, self)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> object:
@@ -29,6 +31,7 @@ class Held:
         self.leave.release(1000)
 
     def run(self, *args: torch.Tensor, out: torch.Tensor) -> None:
+        self.rows.append(len(args[0]))
         self.begun.release()
         assert self.leave.acquire(timeout=30)
         if self.error is not None:
