@@ -3,7 +3,7 @@
 from moeserve.checkpoints.family import Family, Layout
 from moeserve.checkpoints.fingerprint import FileMark, Fingerprint, fingerprint_of
 from moeserve.checkpoints.layouts import ExpertLayout, Flat, Separate, Stacked
-from moeserve.checkpoints.memory import check_memory, host_bytes, memory_bytes, memory_warning
+from moeserve.checkpoints.memory import check_memory, host_bytes, layer_size, memory_bytes, memory_warning
 from moeserve.checkpoints.memory_group import MemoryGroup
 from moeserve.checkpoints.resolve import layer_sources
 from moeserve.checkpoints.saving import SavedLayer, prefixed, save, saved_experts
@@ -31,6 +31,7 @@ __all__ = [
     "fingerprint_of",
     "host_bytes",
     "layer_fingerprints",
+    "layer_size",
     "layer_sources",
     "load_bank",
     "load_experts",

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+import numpy as np
+
 from moeserve.checkpoints.memory_group import MemoryGroup
 from moeserve.checkpoints.source import LayerSource, bank_bytes
 from moeserve.config import PlacementConfig
 from moeserve.errors import ConfigError
+from moeserve.experts import ExpertShard
 from moeserve.observe.stats import host_name
-from moeserve.placement import Placement
+from moeserve.placement import LayerSize, Placement
 
 #: beside weights, what a process with torch takes
 _BYTES_BESIDE = 2**28
@@ -23,6 +26,13 @@ def host_bytes(sources: Sequence[LayerSource], placement: Placement) -> list[int
         for host, shards in layer.by_host():
             nbytes[host] += bank_bytes(source, shards)
     return nbytes
+
+
+def layer_size(source: LayerSource, tensor_parallel: int = 1) -> LayerSize:
+    """The bytes of every shard of a layer, for the planner: known without reading them."""
+    spec = source.spec
+    shards = (ExpertShard(expert, part, tensor_parallel) for expert in range(spec.num_hosted_experts) for part in range(tensor_parallel))
+    return LayerSize(spec.name, np.array([source.nbytes(shard) for shard in shards], dtype=np.int64), source.shared_nbytes())
 
 
 def check_memory(nbytes: Sequence[int], placing: PlacementConfig, machine_bytes: int | None) -> None:

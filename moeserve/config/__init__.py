@@ -32,6 +32,7 @@ from moeserve.config.values import (
     Kernel,
     Mixing,
     Quantization,
+    Strategy,
 )
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "ServerConfig",
     "ServiceConfig",
     "SharedExpertConfig",
+    "Strategy",
     "load_config",
     "load_json",
     "load_server",

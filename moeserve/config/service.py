@@ -30,6 +30,7 @@ from moeserve.config.values import (
     Quantization,
     Seconds,
     Size,
+    Strategy,
 )
 
 
@@ -150,7 +151,7 @@ class PlacementConfig(Table):
     #: into how many disjoint groups the hosts are divided, each with its share of the layers
     pipeline_stages: Hosts = 1
     #: which experts share a host: neighbours in id, or dealt out in turn
-    strategy: Literal["contiguous", "round_robin"] = "contiguous"
+    strategy: Strategy = "contiguous"
     #: the choice of an expert's copy: even out the hosts' work, or each in turn
     copy_choice: CopyChoice = "least_outstanding"
 

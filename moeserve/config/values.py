@@ -19,6 +19,8 @@ Kernel = Literal["auto", "torch", "amx", "avx512_bf16", "avx512", "avx2", "gener
 #: how the answer of a shared expert is added to that of the chosen ones
 Mixing = Literal["add", "average", "sigmoid", "residual"]
 CopyChoice = Literal["least_outstanding", "round_robin"]
+#: which experts share a host: neighbours in id, or dealt out in turn
+Strategy = Literal["contiguous", "round_robin"]
 
 #: Requested sizes are compared with these bounds before any allocation or loop. No service comes near them.
 MAX_HOSTS: Final = 2**16

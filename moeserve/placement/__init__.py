@@ -1,8 +1,34 @@
 """Placement of physical experts on hosts, and the choice of copies: pure functions; no clock, no I/O."""
 
+from moeserve.placement.balance import balancedness, host_rows
 from moeserve.placement.bounds import fewest_hosts, most_hosts
+from moeserve.placement.constraints import Constraints, HostLimits, LayerSize, constraints_of
 from moeserve.placement.copies import choose_copies
+from moeserve.placement.deal import plan_placement
 from moeserve.placement.layer import LayerPlacement, Placement
-from moeserve.placement.plan import plan_placement
+from moeserve.placement.planner import plan
+from moeserve.placement.slots import deal_evenly, fill_slots
+from moeserve.placement.steps import steps
+from moeserve.placement.transition import Transition, peak_bytes, transition
 
-__all__ = ["LayerPlacement", "Placement", "choose_copies", "fewest_hosts", "most_hosts", "plan_placement"]
+__all__ = [
+    "Constraints",
+    "HostLimits",
+    "LayerPlacement",
+    "LayerSize",
+    "Placement",
+    "Transition",
+    "balancedness",
+    "choose_copies",
+    "constraints_of",
+    "deal_evenly",
+    "fewest_hosts",
+    "fill_slots",
+    "host_rows",
+    "most_hosts",
+    "peak_bytes",
+    "plan",
+    "plan_placement",
+    "steps",
+    "transition",
+]

@@ -7,7 +7,7 @@ from typing import Final
 
 from moeserve.config import LayerSpec, PlacementConfig
 from moeserve.errors import ConfigError
-from moeserve.placement.plan import check_split, copies_of, plan_placement
+from moeserve.placement.deal import check_split, copies_of, plan_placement
 
 _MOST_LOOKED_AT: Final = 1024
 

@@ -33,6 +33,12 @@ class LayerPlacement:
     host_of_physical: Integers
     tensor_parallel: int = 1
 
+    @classmethod
+    def of(cls, num_hosts: int, units: Integers, hosts: Integers, tensor_parallel: int = 1) -> LayerPlacement:
+        """Of pairs in any order: units [P], and the host of each."""
+        order = np.lexsort((units, hosts))
+        return cls(num_hosts, units[order], hosts[order], tensor_parallel)
+
     @cached_property
     def num_units(self) -> int:
         """How many units the layer has: U."""

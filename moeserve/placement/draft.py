@@ -1,0 +1,144 @@
+"""One layer of a placement while it is made.
+
+E experts, M shards each, U units, P physical experts, D hosts of the layer's stage, called 0..D-1.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import numpy as np
+
+from moeserve.placement.constraints import Floats, LayerSize
+from moeserve.placement.layer import Booleans, Integers
+from moeserve.placement.room import Room
+
+
+class LayerDraft:
+    """Which hosts hold each unit, how loaded they are by it, and which may take more.
+
+    places: U lists of hosts
+    count [D], load [D]: physical experts of this layer, and the rows expected for them
+    weight [U]: rows expected for each copy of a unit
+    even: the most that hosts would hold if all held the same
+    """
+
+    def __init__(self, room: Room, size: LayerSize, shards: int, most_held: int | Integers) -> None:
+        self.room, self.size, self.shards = room, size, shards
+        self.most_held = np.broadcast_to(np.asarray(most_held), len(room))
+        self.places: list[list[int]] = [[] for _ in range(len(size.unit_bytes))]
+        self.count = np.zeros(len(room), dtype=np.int64)
+        self.weigh(None, np.ones(len(self.places) // shards, dtype=np.int64))
+
+    def copy(self) -> LayerDraft:
+        """Another one of the same room."""
+        other = LayerDraft.__new__(LayerDraft)
+        other.__dict__.update(self.__dict__)
+        other.places, other.count, other.load = [[*hosts] for hosts in self.places], self.count.copy(), self.load.copy()
+        return other
+
+    def weigh(self, rows: Floats | None, copies: Integers) -> None:
+        """Loads from here on are those of `copies` copies, which share the rows [E] of their expert; None = every copy counts as one."""
+        self.weight = np.ones(len(self.places)) if rows is None else np.repeat(rows / np.maximum(copies, 1), self.shards)
+        units, hosts = self.physical()
+        self.load = np.bincount(hosts, weights=self.weight[units], minlength=len(self.room))
+        self.even = -(-int(copies.sum()) * self.shards // len(self.room))
+
+    @property
+    def mean(self) -> float:
+        """Load of a host, if all had the same."""
+        return float(self.load.mean())
+
+    def physical(self) -> tuple[Integers, Integers]:
+        """Unit and host of every physical expert: [P] each, by unit."""
+        number = [len(hosts) for hosts in self.places]
+        hosts = np.fromiter(chain.from_iterable(self.places), dtype=np.int64, count=sum(number))
+        return np.repeat(np.arange(len(self.places)), number), hosts
+
+    def complete(self) -> Integers:
+        """[E]: copies of which every shard is placed."""
+        fewest: Integers = np.array([len(hosts) for hosts in self.places]).reshape(-1, self.shards).min(axis=1)
+        return fewest
+
+    def hosts_of(self, unit: int) -> list[int]:
+        """Those that hold any shard of the unit's expert."""
+        if self.shards == 1:
+            return self.places[unit]
+        first = unit // self.shards * self.shards
+        return [*chain.from_iterable(self.places[first : first + self.shards])]
+
+    def add(self, unit: int, host: int) -> None:
+        """One more physical expert."""
+        self.room.used[host] += self.size.unit_bytes[unit] + (0 if self.count[host] else self.size.shared_bytes)
+        self.room.held[host] += 1
+        self.places[unit].append(host)
+        self.count[host] += 1
+        self.load[host] += self.weight[unit]
+
+    def remove(self, unit: int, host: int) -> None:
+        """One less."""
+        self.places[unit].remove(host)
+        self.count[host] -= 1
+        self.load[host] -= self.weight[unit]
+        self.room.used[host] -= self.size.unit_bytes[unit] + (0 if self.count[host] else self.size.shared_bytes)
+        self.room.held[host] -= 1
+
+    def move(self, unit: int, source: int, target: int) -> None:
+        """From one host to another."""
+        self.remove(unit, source)
+        self.add(unit, target)
+
+    def has_room(self, unit: int) -> Booleans:
+        """[D]: the hosts with room for one more physical expert, for the bytes of this one."""
+        has_room: Booleans = self.count < self.most_held
+        if self.room.is_bounded:
+            needed = self.size.unit_bytes[unit] + np.where(self.count, 0, self.size.shared_bytes)
+            has_room &= self.room.used + needed <= self.room.memory
+        return has_room
+
+    def choose(self, unit: int, most_shards: int, by_room: bool = False) -> int | None:
+        """The host for one more copy of a unit; None if there is none.
+
+        Never one that holds the unit, nor one with so many shards of its expert, which are of as many copies; on the node with the fewest
+        copies; among these the least loaded, or the one with the most memory left.
+        """
+        free = self.has_room(unit)
+        if near := self.hosts_of(unit):
+            free[self.places[unit]] = False
+            if self.shards > 1:
+                shards = np.bincount(near, minlength=len(self.room))
+                free = _fewest(free & (shards < most_shards), shards)
+            if self.room.num_nodes > 1 and self.places[unit]:
+                free = _fewest(free, self.on_nodes(unit)[self.room.nodes])
+        if not by_room and (below := free & (self.count < self.even)).any():
+            free = below
+        hosts = np.flatnonzero(free)
+        if not len(hosts):
+            return None
+        if by_room:
+            return int(hosts[(self.room.used - self.room.memory)[hosts].argmin()])
+        return self.least_loaded(hosts)
+
+    def least_loaded(self, hosts: Integers) -> int:
+        """Of these hosts; where several are, the one with the fewest bytes of all layers."""
+        load = self.load[hosts]
+        ties = hosts[load == load.min()]
+        return int(ties[self.room.used[ties].argmin()])
+
+    def on_nodes(self, unit: int) -> Integers:
+        """Copies of the unit on each node."""
+        return np.bincount(self.room.nodes[self.places[unit]], minlength=self.room.num_nodes)
+
+    def may_move(self, unit: int, source: int, target: int) -> bool:
+        """Whether it keeps copies and shards apart: on hosts, and on nodes as well as now."""
+        if target in self.hosts_of(unit):
+            return False
+        if self.room.num_nodes == 1 or len(self.places[unit]) == 1:
+            return True
+        copies, (left, entered) = self.on_nodes(unit), self.room.nodes[[source, target]]
+        return bool(left == entered or copies[entered] < copies[left])
+
+
+def _fewest(free: Booleans, key: Integers) -> Booleans:
+    """Of the free hosts those with the least key."""
+    return free & (key == key[free].min()) if free.any() else free
