@@ -41,7 +41,8 @@ class LayerDraft:
         """Loads from here on are those of `copies` copies, which share the rows [E] of their expert; None = every copy counts as one."""
         self.weight = np.ones(len(self.places)) if rows is None else np.repeat(rows / np.maximum(copies, 1), self.shards)
         units, hosts = self.physical()
-        self.load = np.bincount(hosts, weights=self.weight[units], minlength=len(self.room))
+        # Of nothing, bincount makes integers.
+        self.load = np.bincount(hosts, weights=self.weight[units], minlength=len(self.room)).astype(np.float64)
         self.even = -(-int(copies.sum()) * self.shards // len(self.room))
 
     @property

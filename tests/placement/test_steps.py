@@ -1,0 +1,62 @@
+"""What a change moves, what hosts hold meanwhile, and the steps it is cut into."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moeserve.placement import HostLimits, LayerPlacement, LayerSize, Placement, peak_bytes, plan, steps, transition
+from tests.placement.clusters import Case, cases, constraints_on, hosts_of, pairs, rows_of, sizes_of, zipf
+
+
+def placed(*hosts_of_units: list[int]) -> Placement:
+    """One layer: the hosts of each unit."""
+    units = np.repeat(np.arange(len(hosts_of_units)), [len(hosts) for hosts in hosts_of_units])
+    return Placement(1, 9, (LayerPlacement.of(9, units, np.concatenate(hosts_of_units)),))
+
+
+def test_a_change_is_counted_in_experts_and_bytes() -> None:
+    sizes = [LayerSize("layer 0", np.array([10, 20, 40]), shared_bytes=1)]
+    change = transition(sizes, placed([0], [0, 1], [2]), placed([0, 1], [2, 1], [2]))
+    # Expert 1 left host 0 and came back on host 2; expert 0 has one copy more.
+    assert (change.moves, change.new, change.kept, change.moved_bytes) == (1, 1, 3, 30)
+    assert change.peak_bytes == {0: 31, 1: 31, 2: 61}
+
+
+@given(case=cases(is_bounded=False), seed=st.integers(0, 2**32), limit=st.integers(1, 40))
+@settings(deadline=None, max_examples=60)
+def test_steps_lead_there_and_never_leave_an_expert_without_copies(case: Case, seed: int, limit: int) -> None:
+    before = plan(case.sizes, case.constraints, case.demand)
+    drawn = np.random.default_rng(seed)
+    moved = replace(case.constraints, hosts=(*case.constraints.hosts[1:], HostLimits(50)))
+    demand = [rows_of(drawn, len(copies)) for copies in case.constraints.least_copies]
+    after = plan(case.sizes, moved, demand, before)
+    made = steps(case.sizes, before, after, limit)
+    assert not steps(case.sizes, after, after, limit)
+    assert pairs(made[-1]) == pairs(after)
+    assert steps(case.sizes, before, after, None)[-1] is after
+    largest = max(int(size.unit_bytes.max()) for size in case.sizes)
+    copies = [Counter(pair[:2] for pair in pairs(placement)) for placement in (before, after)]
+    for one, two in pairwise([before, *made]):
+        assert transition(case.sizes, one, two).moved_bytes <= max(limit, largest)
+        held = Counter(pair[:2] for pair in pairs(two))
+        assert all(held[unit] >= min(copies[0][unit], copies[1][unit]) for unit in copies[0])
+    assert (
+        sum(transition(case.sizes, *two).moved_bytes for two in pairwise([before, *made]))
+        == transition(case.sizes, before, after).moved_bytes
+    )
+
+
+def test_in_steps_no_host_holds_much_more_than_its_share() -> None:
+    """All experts of a layer change their hosts: at once that takes twice the memory, in steps 10% more."""
+    sizes, hosts = sizes_of(20, 40), hosts_of(*range(4))
+    limits = replace(constraints_on(sizes, hosts), extra_copies=0.5)
+    before, after = (plan(sizes, limits, zipf(20, 40, 1.2, seed)) for seed in (1, 2))
+    share = max(sum(pair[2] == host for pair in pairs(placement)) * 10 for placement in (before, after) for host in range(4))
+    assert max(peak_bytes(sizes, [before, after]).values()) > 1.3 * share
+    assert max(peak_bytes(sizes, [before, *steps(sizes, before, after, share // 10)]).values()) <= 1.1 * share
