@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from moeserve.checkpoints import LayerSource, ServedLayers, check_memory, host_bytes, memory_bytes
+from moeserve.checkpoints import LayerSource, ServedLayers, check_memory, host_bytes, layer_size, memory_bytes
 from moeserve.config import PlacementConfig
-from moeserve.control.assignments import Wanted
+from moeserve.control.assignments import Assignment, Wanted
 from moeserve.control.state import NumHosts
 from moeserve.errors import ConfigError
-from moeserve.placement import Placement, fewest_hosts, most_hosts, plan_placement
+from moeserve.placement import HostLimits, Placement, constraints_of, fewest_hosts, most_hosts, plan, plan_placement
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +30,18 @@ class Planner:
         placement = self._on(num_hosts)
         self._check_memory(host_bytes(sources or self.layers.sources, placement))
         return placement
+
+    def moved(self, assignments: Sequence[Assignment], sources: Sequence[LayerSource], previous: Placement, epoch: int) -> Placement:
+        """The placement on these hosts that moves as few experts of `previous` as it can. Raises as `plan`.
+
+        `sources`: the layers with their current weights.
+        """
+        limit = self.placing.memory_per_host_bytes
+        hosts = [HostLimits(assignment.number, limit, assignment.node) for assignment in assignments]
+        sizes = [layer_size(source, self.placing.tensor_parallel) for source in sources]
+        placement = plan(sizes, constraints_of(self.layers.specs, _free_number(self.placing), hosts), previous=previous)
+        self._check_memory(host_bytes(sources, placement))
+        return replace(placement, epoch=epoch)
 
     def first_num_hosts(self) -> NumHosts:
         """placement.num_hosts, or the number that placement.experts_per_host needs. Raises ConfigError when it is impossible."""
@@ -62,8 +74,7 @@ class Planner:
         )
 
     def _on(self, num_hosts: int) -> Placement:
-        placing = self.placing.model_copy(update={"num_hosts": num_hosts, "experts_per_host": None})
-        return plan_placement(self.layers.specs, placing)
+        return plan_placement(self.layers.specs, _free_number(self.placing).model_copy(update={"num_hosts": num_hosts}))
 
     def _check_memory(self, nbytes: Sequence[int]) -> None:
         check_memory(nbytes, self.placing, memory_bytes() if self.on_this_machine else None)
@@ -82,3 +93,8 @@ class Planner:
     def _largest(self, num_hosts: int) -> int:
         """Bytes of the host with the most weights."""
         return max(host_bytes(self.layers.sources, self._on(num_hosts)))
+
+
+def _free_number(placing: PlacementConfig) -> PlacementConfig:
+    """placement.experts_per_host decides with how many hosts a service starts; administrators and nodes decide after that."""
+    return placing.model_copy(update={"experts_per_host": None})

@@ -91,7 +91,8 @@ class Rollout:
             return before.release
         sources = await self._unless_stalled(in_thread(self._readable, before.release), lambda: "files that are served could not be read")
         numbers = [assignment.number for assignment in assignments]
-        placement = self._planner.plan(len(assignments), sources).renumbered(numbers, before.last_epoch + 1)
+        previous = before.release.placement
+        placement = await in_thread(self._planner.moved, assignments, sources, previous, before.last_epoch + 1)
         next_number = max(before.next_number, numbers[-1] + 1)
         release = replace(before.release, placement=placement)
         await self._bring_in(State(release, assignments, num_hosts, release.epoch, next_number))
