@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from moeserve.control.assignments import Assignment
-from moeserve.control.controller import HostFleet, Nodes
+from moeserve.control.controller import HostFleet
+from moeserve.control.first_state import Nodes
 from moeserve.observe.stats import HostInfo
 from moeserve.release import Release
 

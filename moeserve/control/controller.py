@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from moeserve.checkpoints import Swap
 from moeserve.control import timing
-from moeserve.control.assignments import Assigned, Node, Wanted
+from moeserve.control.assignments import Assigned, Assignment, Node, Wanted
+from moeserve.control.changes import moved, swapped
 from moeserve.control.desired import Planner
+from moeserve.control.first_state import Nodes, until_assigned
 from moeserve.control.frontends import Frontends
 from moeserve.control.reconcile import reconcile
 from moeserve.control.rollout import Hosts, Rollout
+from moeserve.control.stall import unless_stalled
 from moeserve.control.state import NumHosts, State
 from moeserve.control.status import status_of
 from moeserve.errors import ConfigError, ExpertUnavailable, MoEServeError
@@ -28,18 +29,6 @@ from moeserve.release import Release
 
 log = logging.getLogger(__name__)
 strangers = limited_logger(__name__)
-
-
-class Nodes(Protocol):
-    """The cluster's nodes."""
-
-    async def list(self) -> list[Node]:
-        """The live nodes."""
-        ...
-
-    def ask_for(self, wanted: Wanted, num_hosts: int) -> None:
-        """Ask the cluster's autoscaler, if there is one, to keep nodes for so many hosts; 0 = no request."""
-        ...
 
 
 class HostFleet(Hosts, Protocol):
@@ -67,42 +56,6 @@ def _tell_of_failure(change: asyncio.Task[Release]) -> None:
         strangers.warning("a change failed after its caller had left: %s", error)
 
 
-async def first_state(planner: Planner, nodes: Nodes) -> State:
-    """The first state of a new service. Raises ConfigError when its hosts do not fit on the nodes, after placement.wait_for_nodes_s.
-
-    Its weights are the files of the planner's layers as they are now.
-    """
-    num_hosts = planner.first_num_hosts()
-    wanted, wait_s = planner.wanted(num_hosts), planner.placing.wait_for_nodes_s
-    try:
-        assigned = await _until_assigned(lambda known: reconcile(known, (), wanted, 0), wanted, nodes, wait_s)
-    except BaseException:
-        if wait_s:
-            nodes.ask_for(wanted, 0)
-        raise
-    release = await in_thread(Release.first, planner.plan(len(assigned.assignments)), planner.layers.sources)
-    return State(release, assigned.assignments, num_hosts, release.epoch, len(assigned.assignments))
-
-
-async def _until_assigned(assignment: Callable[[Sequence[Node]], Assigned], wanted: Wanted, nodes: Nodes, wait_s: float) -> Assigned:
-    """`assignment` of the nodes, when there is no shortage. Raises ConfigError when there still is one after `wait_s`.
-
-    Meanwhile the cluster's autoscaler is asked for missing nodes.
-    """
-    deadline, said = time.monotonic() + max(wait_s, timing.STALE_S), None
-    while (assigned := assignment(known := await nodes.list())).shortage is not None:
-        if wait_s:
-            nodes.ask_for(wanted, wanted.least if wanted.num_hosts == "all" else wanted.num_hosts)
-        is_hopeless = assignment([replace(node, free=node.total) for node in known]).shortage is not None
-        if time.monotonic() > deadline or (is_hopeless and not wait_s):
-            raise ConfigError(assigned.shortage)
-        if wait_s and assigned.shortage != said:
-            log.info("waiting for nodes: %s", assigned.shortage)
-        said = assigned.shortage
-        await asyncio.sleep(timing.ROOM_RETRY_S)
-    return assigned
-
-
 class Controller:
     """Makes one change at a time, each to its end, even if its caller leaves. `save` receives the state for the next incarnation."""
 
@@ -121,7 +74,7 @@ class Controller:
         self._frontends = frontends
         self._nodes = nodes
         self._hosts = hosts
-        self._rollout = Rollout(planner, state, hosts, frontends, save)
+        self._rollout = Rollout(state, hosts, frontends, save, planner.placing.load_timeout_s)
         self._one_at_a_time = asyncio.Lock()
         self._changes: set[asyncio.Task[Release]] = set()
         self._is_ending = False
@@ -156,7 +109,8 @@ class Controller:
             raise ConfigError("experts need a layer: name the layer of these experts")
         layers = [layer] if layer else [spec.name for spec in self._planner.layers.specs]
         swaps = [Swap(name, checkpoint, None if experts is None else frozenset(experts)) for name in layers]
-        return await self._to_its_end(self._change(lambda: self._rollout.swap(swaps)))
+        why = f"{checkpoint} could not be read"
+        return await self._to_its_end(self._change(lambda: self._brought_in(lambda state: swapped(state, swaps, self._planner), why)))
 
     async def scale(self, num_hosts: NumHosts) -> Release:
         """Change the number of hosts; "all" = as many as fit on the nodes.
@@ -246,7 +200,7 @@ class Controller:
         wanted = await in_thread(self._planner.wanted, num_hosts)
         try:
             # New nodes may take minutes: meanwhile the present ones are followed.
-            await _until_assigned(lambda nodes: self._assigned(nodes, wanted), wanted, self._nodes, self._planner.placing.wait_for_nodes_s)
+            await until_assigned(lambda nodes: self._assigned(nodes, wanted), wanted, self._nodes, self._planner.placing.wait_for_nodes_s)
             return await self._change(lambda: self._reach(num_hosts, wanted))
         finally:
             self._ask_for(await self._wanted())
@@ -255,7 +209,7 @@ class Controller:
         assigned = self._assigned(await self._nodes.list(), wanted)
         if assigned.shortage is not None:
             raise ConfigError(assigned.shortage)
-        return await self._rollout.move(assigned.assignments, num_hosts)
+        return await self._moved(assigned.assignments, num_hosts)
 
     async def _drain(self, host: str) -> Release:
         assignments = self.state.assignments
@@ -266,7 +220,7 @@ class Controller:
             )
         if not left:
             raise ConfigError(f"{host} is the only host; a service needs at least one")
-        release = await self._rollout.move(left, len(left))
+        release = await self._moved(left, len(left))
         self._ask_for(await self._wanted())
         return release
 
@@ -277,7 +231,16 @@ class Controller:
             self._shortage = assigned.shortage
             log.warning("%s", assigned.shortage or "all wanted hosts fit again")
             self._ask_for(wanted)
-        return await self._rollout.move(assigned.assignments, self.state.num_hosts)
+        return await self._moved(assigned.assignments, self.state.num_hosts)
+
+    async def _moved(self, assignments: tuple[Assignment, ...], num_hosts: NumHosts) -> Release:
+        why = "files that are served could not be read"
+        return await self._brought_in(lambda state: moved(state, assignments, num_hosts, self._planner), why)
+
+    async def _brought_in(self, change: Callable[[State], State], why: str) -> Release:
+        """Raises ConfigError saying `why` when the change cannot be worked out, because files cannot be read."""
+        after = unless_stalled(in_thread(change, self.state), lambda: None, self._planner.placing.load_timeout_s, lambda: why)
+        return await self._rollout.bring_in(await after)
 
     async def _wanted(self) -> Wanted:
         if self._wanted_now is None or self._wanted_now.num_hosts != self.state.num_hosts:

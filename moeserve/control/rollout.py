@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
-from moeserve.checkpoints import ReleasedLayer, Swap
 from moeserve.control.assignments import Assignment
-from moeserve.control.desired import Planner
+from moeserve.control.changes import told
 from moeserve.control.frontends import Frontends
 from moeserve.control.stall import unless_stalled
-from moeserve.control.state import NumHosts, State
-from moeserve.loops import in_thread
+from moeserve.control.state import State
 from moeserve.observe.stats import host_name
 from moeserve.release import Release
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class Hosts(Protocol):
@@ -51,64 +47,23 @@ class Rollout:
     """Make before break: hosts load, frontends switch, running batches end, hosts forget. Its owner makes one change at a time.
 
     `save` receives the state before it is used: epochs and numbers before they are given out, a release before it is published.
+    A change of which hosts read nothing more for `load_timeout_s` is withdrawn.
     """
 
-    def __init__(
-        self,
-        planner: Planner,
-        state: State,
-        hosts: Hosts,
-        frontends: Frontends,
-        save: Callable[[State], None],
-    ) -> None:
+    def __init__(self, state: State, hosts: Hosts, frontends: Frontends, save: Callable[[State], None], load_timeout_s: float) -> None:
         self.state = state
         self.is_under_way = False
-        self._planner = planner
         self._hosts = hosts
         self._frontends = frontends
         self._save = save
+        self._load_timeout_s = load_timeout_s
 
-    async def swap(self, swaps: Sequence[Swap]) -> Release:
-        """New weights in the same places. Raises UnknownLayer, ConfigError or CheckpointError; then nothing has changed."""
+    async def bring_in(self, after: State) -> Release:
+        """The state `after`, which was made of the present one. Raises the error of a host or a frontend; then nothing has changed."""
         before = self.state
-        reading = in_thread(before.release.swapped, swaps, self._planner.layers, before.last_epoch + 1)
-        release = await self._unless_stalled(reading, lambda: f"{swaps[0].checkpoint} could not be read")
-        await self._bring_in(replace(before, release=release))
-        for swap in swaps:
-            log.info(
-                "epoch %d: layer %s has revision %d, from %s", release.epoch, swap.layer, release.revision(swap.layer), swap.checkpoint
-            )
-        return release
-
-    async def move(self, assignments: tuple[Assignment, ...], num_hosts: NumHosts) -> Release:
-        """The same weights on these hosts; `num_hosts` is the desired number.
-
-        Raises ConfigError, or CheckpointChanged when the weights cannot be read any more; then nothing has changed.
-        """
-        before = self.state
-        if assignments == before.assignments:
-            self._remember(replace(before, num_hosts=num_hosts))
-            return before.release
-        sources = await self._unless_stalled(in_thread(self._readable, before.release), lambda: "files that are served could not be read")
-        numbers = [assignment.number for assignment in assignments]
-        previous = before.release.placement
-        placement = await in_thread(self._planner.moved, assignments, sources, previous, before.last_epoch + 1)
-        next_number = max(before.next_number, numbers[-1] + 1)
-        release = replace(before.release, placement=placement)
-        await self._bring_in(State(release, assignments, num_hosts, release.epoch, next_number))
-        gone = {assignment.number for assignment in before.assignments} - set(numbers)
-        await self._hosts.remove(sorted(gone))
-        log.info("epoch %d: experts are on hosts %s", release.epoch, ", ".join(map(str, numbers)))
-        return release
-
-    def _readable(self, release: Release) -> list[ReleasedLayer]:
-        """Its layers, after a check that their files have not changed: before any host starts."""
-        sources = release.sources(self._planner.layers)
-        for source in sources:
-            source.check()
-        return sources
-
-    async def _bring_in(self, after: State) -> None:
+        if after.release is before.release:
+            self._remember(after)
+            return after.release
         self.is_under_way = True
         try:
             await self._offer(after)
@@ -116,13 +71,18 @@ class Rollout:
             await self._hosts.retire(after.release.epoch)
         finally:
             self.is_under_way = False
+        await self._hosts.remove(_more(before, after))
+        for sentence in told(before, after):
+            log.info("%s", sentence)
+        return after.release
 
     async def _offer(self, after: State) -> None:
         before, release = self.state, after.release
         # If this process dies meanwhile, the epoch and the numbers of new hosts are never given out again.
         self._remember(replace(before, last_epoch=release.epoch, next_number=after.next_number))
         try:
-            await self._unless_stalled(self._hosts.take(release, after.assignments), self._who_loads)
+            taking = self._hosts.take(release, after.assignments)
+            await unless_stalled(taking, lambda: dict(self._hosts.loading), self._load_timeout_s, self._who_loads)
             self._frontends.set_failing({})  # all of them are up
             await self._frontends.offer(release)
             self._save(replace(after, last_epoch=release.epoch))
@@ -131,14 +91,9 @@ class Rollout:
             self._save(self.state)
             self._frontends.withdraw()
             await self._hosts.withdraw(release.epoch)
-            await self._hosts.remove(
-                sorted({assignment.number for assignment in after.assignments} - {assignment.number for assignment in before.assignments})
-            )
+            await self._hosts.remove(_more(after, before))
             raise
         self.state = replace(after, last_epoch=release.epoch)
-
-    async def _unless_stalled(self, work: Coroutine[Any, Any, T], why: Callable[[], str]) -> T:
-        return await unless_stalled(work, lambda: dict(self._hosts.loading), self._planner.placing.load_timeout_s, why)
 
     def _who_loads(self) -> str:
         return f"{', '.join(map(host_name, sorted(self._hosts.loading)))} could not read one more expert"
@@ -147,3 +102,8 @@ class Rollout:
         if state != self.state:
             self._save(state)
         self.state = state
+
+
+def _more(some: State, others: State) -> list[int]:
+    """The hosts of `some` that `others` does not have."""
+    return sorted({assignment.number for assignment in some.assignments} - {assignment.number for assignment in others.assignments})
