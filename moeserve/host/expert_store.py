@@ -7,31 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from moeserve.checkpoints import Fingerprint, LayerSource, Swap, load_experts, make_bank
+from moeserve.checkpoints import LayerSource, load_experts, make_bank
 from moeserve.config import LayerSpec
-from moeserve.experts import ExpertBank, ExpertShard, HeldExpert, Placer
-from moeserve.release import Release
-
-
-class ExpertKey(NamedTuple):
-    """A shard of an expert of a layer with the weights it has from `origin`; shard None = the layer's shared expert.
-
-    origin: the swap that brought these weights, else the files at deployment; None = a seed.
-    """
-
-    layer: str
-    shard: ExpertShard | None
-    origin: Swap | Fingerprint | None
-
-
-def needed(release: Release, layer: int, spec: LayerSpec, host: int) -> tuple[ExpertKey, ...]:
-    """What `release` places of a layer on a host, by local expert; the shared expert is the last, where there is one."""
-    shards: list[ExpertShard | None] = [*release.placement.layers[layer].shards_on(host)]
-    if shards and spec.shared_mixing is not None:
-        shards.append(None)
-    origins, deployed = release.origins(spec.name), release.deployed.get(spec.name)
-    rest = origins.get(None, deployed)
-    return tuple(ExpertKey(spec.name, shard, rest if shard is None else origins.get(shard.expert, rest)) for shard in shards)
+from moeserve.experts import ExpertBank, HeldExpert, Placer
+from moeserve.host.expert_key import ExpertKey
 
 
 class HeldLayer(NamedTuple):

@@ -13,7 +13,8 @@ from moeserve.checkpoints import LayerSource, ServedLayers
 from moeserve.config import ServedModel
 from moeserve.errors import CheckpointError, ConfigError
 from moeserve.host.bank_table import BankTable
-from moeserve.host.expert_store import ExpertStore, HeldLayer, needed
+from moeserve.host.expert_key import needed
+from moeserve.host.expert_store import ExpertStore, HeldLayer
 from moeserve.release import Release
 
 log = logging.getLogger(__name__)
