@@ -16,7 +16,7 @@ from moeserve.experts.feed_forward import FeedForward
 from moeserve.experts.held import Alone, HeldExpert
 from moeserve.experts.packable import packable
 from moeserve.experts.packed_expert import PackedExpert, pack
-from moeserve.experts.ragged import StackedExpert, Stacks, can_stack
+from moeserve.experts.ragged import ExpertStacks, StackedExpert, can_stack
 from moeserve.kernels import WeightArenas, arena_bytes
 
 _HELD: Final = (Alone, PackedExpert, StackedExpert)
@@ -43,14 +43,14 @@ class Placer:
         kernel cannot run here.
         """
         arenas = WeightArenas(length_hint(experts))
-        stacks = None if one_by_one or self._device.type != "cuda" else Stacks(length_hint(experts), self._device)
+        stacks = None if one_by_one or self._device.type != "cuda" else ExpertStacks(length_hint(experts), self._device)
         for expert in experts:
             held = expert if isinstance(expert, _HELD) else self._placed(expert, arenas, stacks)  # type: ignore[arg-type]
             del expert  # before the next is loaded
             yield held
             del held
 
-    def _placed(self, expert: Expert, arenas: WeightArenas, stacks: Stacks | None) -> HeldExpert:
+    def _placed(self, expert: Expert, arenas: WeightArenas, stacks: ExpertStacks | None) -> HeldExpert:
         if stacks is not None and can_stack(expert):
             return stacks.place(expert)
         whole = packable(expert) if self._device.type == "cpu" else None

@@ -49,8 +49,8 @@ class StackedExpert:
         return FeedForward(self.kind.activation, **tensors)  # type: ignore[arg-type]
 
 
-class Stacks:
-    """Stacks on `device` for `count` experts that come one after the other: one for all of them if they are of one kind."""
+class ExpertStacks:
+    """ExpertStacks on `device` for `count` experts that come one after the other: one for all of them if they are of one kind."""
 
     def __init__(self, count: int, device: torch.device) -> None:
         self._left, self._device = count, device
@@ -89,7 +89,7 @@ class Stack:
         first = held[0]
         self._kind = first.kind
         if any(one.stack is not first.stack or one.index != first.index + place for place, one in enumerate(held)):
-            stacks = Stacks(len(held), first.stack["down_proj"].device)
+            stacks = ExpertStacks(len(held), first.stack["down_proj"].device)
             held = [stacks.place(one.expert()) for one in held]
             first = held[0]
         #: those that it computes

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moeserve.config import Activation, Kernel
 from moeserve.experts import ExpertBank, FeedForward, ModuleExpert
-from moeserve.experts.ragged import Stack, Stacks
+from moeserve.experts.ragged import ExpertStacks, Stack
 from tests.experts.oracle import (
     ACTIVATIONS,
     CASES,
@@ -92,7 +92,7 @@ def test_a_stack_of_experts_agrees_with_the_oracle(activation: Activation, bias:
     weights = some_weights(len(counts), activation, bias, dtype)
     hidden_states, row_index, _, pair_weights = work = some_work(counts, num_rows=70, dtype=dtype)
     out = torch.empty(hidden_states.shape)
-    stacks = Stacks(len(counts), torch.device("cpu"))
+    stacks = ExpertStacks(len(counts), torch.device("cpu"))
     Stack([stacks.place(expert) for expert in weights.experts(activation)]).run(
         hidden_states, row_index, np.array(counts), None, pair_weights, out
     )
