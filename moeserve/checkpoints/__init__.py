@@ -7,7 +7,7 @@ from moeserve.checkpoints.memory import check_memory, host_bytes, layer_size, me
 from moeserve.checkpoints.memory_group import MemoryGroup
 from moeserve.checkpoints.resolve import layer_sources
 from moeserve.checkpoints.saving import SavedLayer, prefixed, save, saved_experts
-from moeserve.checkpoints.source import LayerSource, bank_bytes, load_bank, load_experts
+from moeserve.checkpoints.source import LayerSource, bank_bytes, load_bank, load_experts, make_bank
 from moeserve.checkpoints.swapped import ReleasedLayer, ServedLayers, Swap, compacted, layer_fingerprints
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "layer_sources",
     "load_bank",
     "load_experts",
+    "make_bank",
     "memory_bytes",
     "memory_warning",
     "prefixed",

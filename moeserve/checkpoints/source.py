@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +12,7 @@ import torch
 
 from moeserve.api.tensors import FLOAT_DTYPES
 from moeserve.config import LayerSpec
-from moeserve.experts import Expert, ExpertBank, ExpertShard, FeedForward, QuantizedFeedForward, quantize
+from moeserve.experts import Expert, ExpertBank, ExpertShard, FeedForward, HeldExpert, Placer, QuantizedFeedForward, quantize
 from moeserve.gating import Mixer, Router
 
 _CPU = torch.device("cpu")
@@ -74,33 +74,40 @@ class LayerSource(Protocol):
         ...
 
 
-def load_bank(
-    source: LayerSource, shards: Sequence[ExpertShard], device: torch.device = _CPU, on_expert: Callable[[], None] = lambda: None
-) -> ExpertBank:
-    """What one host holds of a layer: the given shards, then the shared expert; quantized if the spec says so.
+def load_bank(source: LayerSource, shards: Sequence[ExpertShard], device: torch.device = _CPU) -> ExpertBank:
+    """What one host holds of a layer: the given shards, then the shared expert; quantized if the spec says so. Raises CheckpointError."""
+    placer = Placer(device, source.spec.kernel, source.spec.deterministic)
+    held = list(placer.placed(load_experts(source, shards)))
+    shared = list(placer.placed(load_experts(source, [None]), one_by_one=True)) if source.spec.shared_mixing is not None else []
+    return make_bank(source, held, shared[0] if shared else None, device)
 
-    `on_expert` is called after each that has been read. Raises CheckpointError.
-    """
-    spec, shared = source.spec, source.shared_expert()
+
+def make_bank(source: LayerSource, held: Sequence[HeldExpert], shared: HeldExpert | None, device: torch.device) -> ExpertBank:
+    """A bank of experts of the layer that are on `device` already."""
+    spec = source.spec
     bank = ExpertBank(
-        _OneByOne(source, shards, on_expert),
+        held,
         spec.hidden_size,
         FLOAT_DTYPES[spec.dtype],
-        shared=None if shared is None else _held(shared, spec),
+        shared=shared,
         device=device,
         scale_inputs=spec.gating.scale_inputs,
-        kernel=spec.kernel,
         deterministic=spec.deterministic,
     )
     if source.held_as != spec.dtype:
-        held = (spec.name, bank.num_experts, source.held_as, bank.nbytes / 2**20)
-        log.info("layer %s: %d experts held as %s (%.1f MiB), decoded for every projection", *held)
+        about = (spec.name, bank.num_experts, source.held_as, bank.nbytes / 2**20)
+        log.info("layer %s: %d experts held as %s (%.1f MiB), decoded for every projection", *about)
     return bank
 
 
-def load_experts(source: LayerSource, shards: Sequence[ExpertShard], on_expert: Callable[[], None] = lambda: None) -> list[Expert]:
-    """The given shards as a host holds them, in that order; `on_expert` as for `load_bank`. Raises CheckpointError."""
-    return list(_OneByOne(source, shards, on_expert))
+def load_experts(
+    source: LayerSource, shards: Sequence[ExpertShard | None], on_expert: Callable[[], None] = lambda: None
+) -> Iterable[Expert]:
+    """The given shards as a host holds them, None = the shared expert, each read when it is asked for.
+
+    `on_expert` is called after each that has been read. Iterating raises CheckpointError.
+    """
+    return _OneByOne(source, shards, on_expert)
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,7 @@ class _OneByOne:
     """Loads the experts while it is iterated: beside what is held already, memory has the weights of one as they are stored."""
 
     source: LayerSource
-    shards: Sequence[ExpertShard]
+    shards: Sequence[ExpertShard | None]
     on_expert: Callable[[], None]
 
     def __len__(self) -> int:
@@ -117,8 +124,15 @@ class _OneByOne:
     def __iter__(self) -> Iterator[Expert]:
         for shard in self.shards:
             # No name holds it here while the next is loaded.
-            yield _held(self.source.experts([shard])[0], self.source.spec)
+            yield _held(self._read(shard), self.source.spec)
             self.on_expert()
+
+    def _read(self, shard: ExpertShard | None) -> Expert:
+        if shard is not None:
+            return self.source.experts([shard])[0]
+        shared = self.source.shared_expert()
+        assert shared is not None, "spec.shared_mixing says how it is added"
+        return shared
 
 
 def bank_bytes(source: LayerSource, shards: Sequence[ExpertShard]) -> int:

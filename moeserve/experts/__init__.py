@@ -6,7 +6,9 @@ from moeserve.experts.choice import Choice, Shape, measured
 from moeserve.experts.codes import INT4, INT8, Code, float_code
 from moeserve.experts.expert import Expert, ExpertShard
 from moeserve.experts.feed_forward import ROWS, FeedForward, feed_forward_bytes
+from moeserve.experts.held import HeldExpert
 from moeserve.experts.module import ModuleExpert, check_module, make_module, module_bytes, module_class
+from moeserve.experts.placer import Placer
 from moeserve.experts.quantized import QuantizedFeedForward, computed_in, quantize
 from moeserve.experts.quantized_matrix import QuantizedMatrix
 from moeserve.experts.scale_groups import ScaleGroups
@@ -21,7 +23,9 @@ __all__ = [
     "ExpertBank",
     "ExpertShard",
     "FeedForward",
+    "HeldExpert",
     "ModuleExpert",
+    "Placer",
     "QuantizedFeedForward",
     "QuantizedMatrix",
     "ScaleGroups",

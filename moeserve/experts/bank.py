@@ -5,44 +5,40 @@ R rows received, N (row, expert) pairs, H hidden size, E experts held here (a *l
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from operator import length_hint
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 
 from moeserve.config import Kernel
-from moeserve.experts.choice import chosen
 from moeserve.experts.expert import Expert
-from moeserve.experts.feed_forward import FeedForward
-from moeserve.experts.packable import packable
+from moeserve.experts.held import Alone, HeldExpert
+from moeserve.experts.one_by_one import OneByOne
 from moeserve.experts.packed import PackedExperts
-from moeserve.experts.ragged import Stack, can_stack
-from moeserve.kernels import WeightArena, arena_bytes
+from moeserve.experts.packed_expert import PackedExpert
+from moeserve.experts.placer import Placer
+from moeserve.experts.ragged import Stack, StackedExpert
 
 _CPU = torch.device("cpu")
-# For every number of rows that it has not seen, oneDNN compiles kernels: a millisecond or more and half a megabyte, for ever. So many rows
-# are multiplied as they are; more are filled up to the next sixteenth of a power of two: 79 numbers up to 16384, for 5 % more work.
-_EXACT_ROWS = 16
+_Group = PackedExperts | Stack | OneByOne
 
 
 class ExpertBank:
     """Experts (or shards) ready to run on one device; the layer's shared expert, if there is one, is the last.
 
-    Those of one kind that stand first are computed together, in one call, where there is such a call for them; the others one by one.
+    Neighbors of one kind are computed together, in one call, where there is such a call for them; the others one by one. A bank is no more
+    than a list of held experts: any number of banks may have the same ones.
     """
 
     def __init__(
         self,
-        experts: Iterable[Expert],
+        experts: Iterable[Expert | HeldExpert],
         hidden_size: int,
         dtype: torch.dtype,
         *,
-        shared: Expert | None = None,
+        shared: Expert | HeldExpert | None = None,
         device: torch.device = _CPU,
         scale_inputs: bool = False,
         kernel: Kernel = "auto",
@@ -50,60 +46,48 @@ class ExpertBank:
     ) -> None:
         """Takes the experts one after the other.
 
-        experts: all of them, or an iterable that loads one after the other: no more than one is in memory beside what is held.
-        dtype: of the rows, unless an expert knows better. scale_inputs: weights multiply what goes into an expert instead of what comes
-        out (Llama 4); that of the shared expert always multiplies what comes out. kernel: what computes feed-forward experts on the CPU.
-        deterministic: the answer to a row is bitwise the same whatever other rows there are.
+        experts: all of them, or an iterable that loads one after the other, as for `Placer.placed`; those that are held already are
+        shared. dtype: of the rows, unless an expert knows better. scale_inputs: weights multiply what goes into an expert instead of what
+        comes out (Llama 4); that of the shared expert always multiplies what comes out. kernel, deterministic: as for `Placer`.
 
         Raises ConfigError when `kernel` cannot run here.
         """
         self.hidden_size = hidden_size
         self.dtype = dtype
         self.device = device
-        self._deterministic = deterministic
-        self._together: PackedExperts | Stack | None = None
-        self._others: list[Expert] = []
-        self._arena: WeightArena | None = None
-        self.nbytes = 0
-        self._room_for = length_hint(experts) + (shared is not None)
-        if device.type == "cuda" and can_stack(experts := list(experts)):
-            self._together, self.nbytes = Stack(experts, device), sum(expert.nbytes for expert in experts)
-            experts = ()
-        for expert in experts:
-            self._take(expert, kernel)
-            del expert  # before the next is loaded
+        placer = Placer(device, kernel, deterministic)
+        held = list(placer.placed(experts))
         if shared is not None:
-            self._take(shared, kernel)
+            held += placer.placed([shared], one_by_one=True)
+        self._groups = [_group(list(alike), dtype, deterministic) for _, alike in groupby(held, key=lambda each: each.kind)]
         self._weighs_inputs = np.full(self.num_experts, scale_inputs)
         self._weighs_inputs[self.num_experts - (shared is not None) :] = False
 
     @property
+    def held(self) -> list[HeldExpert]:
+        """All of them, as this bank has them."""
+        return [each for group in self._groups for each in group.held]
+
+    @property
     def num_experts(self) -> int:
         """How many it holds, the shared one among them."""
-        return self._num_together + len(self._others)
+        return sum(len(group.held) for group in self._groups)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of their weights."""
+        return sum(each.nbytes for each in self.held)
 
     @property
     def kernel(self) -> str | None:
-        """What computes those that are computed together; None = torch's operators."""
-        return self._together.kernel if isinstance(self._together, PackedExperts) else None
+        """What computes the first ones; None = torch's operators."""
+        first = self._groups[0] if self._groups else None
+        return first.kernel if isinstance(first, PackedExperts) else None
 
     @property
     def experts(self) -> list[Expert]:
-        """All of them; of those that are computed together, copies."""
-        together = [] if self._together is None else [self._together.expert(index) for index in range(self._num_together)]
-        return [*together, *self._others]
-
-    def replaced(self, changes: Mapping[int, Expert]) -> ExpertBank:
-        """A bank with other experts at the indices of `changes`; it shares the rest with this one.
-
-        Raises ConfigError when an expert is of another kind than those it is computed with.
-        """
-        twin, first = copy.copy(self), self._num_together
-        if self._together is not None:
-            twin._together = self._together.replaced({index: expert for index, expert in changes.items() if index < first})
-        others = enumerate(self._others, start=first)
-        twin._others = [changes[index].to(self.device) if index in changes else expert for index, expert in others]
-        return twin
+        """All of them in the usual order; of those in another, copies."""
+        return [each.expert() for each in self.held]
 
     @torch.inference_mode()
     def run(
@@ -121,78 +105,35 @@ class ExpertBank:
         # Counted by NumPy: a third of the time of a torch call, and the numbers are needed here, not on the device.
         counts = np.bincount(local_experts.numpy(force=True), minlength=self.num_experts)
         total = out if out.device == self.device and out.is_contiguous() else torch.empty(out.shape, device=self.device)
-        row_index, weights, first = row_index.to(self.device, torch.int64), weights.to(self.device), self._num_together
-        pairs = int(counts[:first].sum())
-        if self._together is None:
+        row_index, weights = row_index.to(self.device, torch.int64), weights.to(self.device)
+        first_expert = first_pair = 0
+        if not (self._groups and self._groups[0].overwrites):
             total.zero_()
-        else:
-            weighed = self._weighed(counts[:first], weights[:pairs])
-            self._together.run(hidden_states, row_index[:pairs], counts[:first], *weighed, total)
-        self._one_by_one(hidden_states, row_index[pairs:], counts[first:].tolist(), weights[pairs:, None], total)
+        for group in self._groups:
+            experts = slice(first_expert, first_expert + len(group.held))
+            pairs = slice(first_pair, first_pair + int(counts[experts].sum()))
+            sums = torch.empty_like(total) if first_expert and group.overwrites else total
+            group.run(hidden_states, row_index[pairs], counts[experts], *self._weighed(experts, counts, weights[pairs]), sums)
+            if sums is not total:
+                total += sums
+            first_expert, first_pair = experts.stop, pairs.stop
         if total is not out:
             out.copy_(total)
 
-    @property
-    def _num_together(self) -> int:
-        return 0 if self._together is None else self._together.num_experts
-
-    def _take(self, expert: Expert, kernel: Kernel) -> None:
-        self.nbytes += expert.nbytes
-        whole = packable(expert) if self.device.type == "cpu" else None
-        if whole is not None:
-            choice = chosen(whole, kernel, self._deterministic)
-            if self._together is None and not self._others and choice.kernel is not None:
-                self._together = PackedExperts(choice.kernel, self._room_for)
-            if isinstance(self._together, PackedExperts) and not self._others and self._together.takes(whole):
-                self._together.add(whole)
-                return
-            expert = self._placed(replace(expert, forms=choice.forms)) if isinstance(expert, FeedForward) else expert
-        self._others.append(expert.to(self.device))
-
-    def _placed(self, expert: FeedForward) -> FeedForward:
-        """In one mapping with the others."""
-        size = arena_bytes(expert.tensors.values())
-        if self._arena is None or self._arena.room < size:
-            self._arena = WeightArena(size * max(1, self._room_for - self.num_experts))
-        return expert.placed(self._arena)
-
-    def _weighed(self, counts: npt.NDArray[np.int64], weights: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Weights of what goes into those that are computed together, None = all are 1, and of what comes out."""
-        weighs_inputs = self._weighs_inputs[: len(counts)]
+    def _weighed(self, experts: slice, counts: npt.NDArray[np.int64], weights: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Weights of what goes into these experts, None = all are 1, and of what comes out."""
+        weighs_inputs = self._weighs_inputs[experts]
         if not weighs_inputs.any():
             return None, weights
-        is_input = torch.from_numpy(np.repeat(weighs_inputs, counts)).to(self.device)
-        return torch.where(is_input, self._rounded(weights), 1), torch.where(is_input, 1, weights)
-
-    def _one_by_one(
-        self, hidden_states: torch.Tensor, row_index: torch.Tensor, counts: Sequence[int], weights: torch.Tensor, total: torch.Tensor
-    ) -> None:
-        """Every busy expert once, its rows together."""
-        kinds = zip(self._others, counts, self._weighs_inputs[self._num_together :], strict=True)
-        busy = [(expert, count, weighs_inputs) for expert, count, weighs_inputs in kinds if count]
-        sizes = [count for _, count, _ in busy]
-        for (expert, count, weighs_inputs), index, scale in zip(busy, row_index.split(sizes), weights.split(sizes), strict=True):
-            rows = hidden_states if count == len(hidden_states) == 1 else self._gathered(hidden_states, index)
-            rows = rows * F.pad(self._rounded(scale).to(self.dtype), (0, 0, 0, len(rows) - count)) if weighs_inputs else rows
-            # Kernels add up in another order when there are more rows, so where that must not show there is one at a time.
-            answer = torch.cat([expert(row) for row in rows.split(1)]) if self._deterministic else expert(rows)[:count]
-            total.index_add_(0, index, answer if weighs_inputs else answer.mul_(scale))
-
-    def _gathered(self, hidden_states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """The rows at `index`, and after them rows of zeros where a kernel would be compiled for this number of rows alone."""
-        count = len(index)
-        if self.device.type != "cpu" or self.dtype == torch.float32 or self._deterministic or count <= _EXACT_ROWS:
-            return hidden_states.index_select(0, index)
-        rows = hidden_states.new_empty(_filled_up(count), hidden_states.shape[1])
-        torch.index_select(hidden_states, 0, index, out=rows[:count])
-        rows[count:].zero_()
-        return rows
-
-    def _rounded(self, weights: torch.Tensor) -> torch.Tensor:
-        """As the model does where weights multiply inputs: the weight to the type of the rows first."""
-        return weights.to(self.dtype).float()
+        is_input = torch.from_numpy(np.repeat(weighs_inputs, counts[experts])).to(self.device)
+        # As the model does where weights multiply inputs: the weight to the type of the rows first.
+        return torch.where(is_input, weights.to(self.dtype).float(), 1), torch.where(is_input, 1, weights)
 
 
-def _filled_up(count: int) -> int:
-    step = max(_EXACT_ROWS, 1 << ((count - 1).bit_length() - 4))
-    return -(-count // step) * step
+def _group(held: Sequence[HeldExpert], dtype: torch.dtype, deterministic: bool) -> _Group:
+    """What computes neighbors of one kind."""
+    if packed := [each for each in held if isinstance(each, PackedExpert)]:
+        return PackedExperts(packed)
+    if stacked := [each for each in held if isinstance(each, StackedExpert)]:
+        return Stack(stacked)
+    return OneByOne([each for each in held if isinstance(each, Alone)], dtype, deterministic)

@@ -23,8 +23,9 @@ from moeserve.experts.expert import Expert
 from moeserve.experts.feed_forward import LINEAR, ROWS, FeedForward, Form
 from moeserve.experts.packable import Packable, packable
 from moeserve.experts.packed import PackedExperts
+from moeserve.experts.packed_expert import PackedExpert, pack
 from moeserve.experts.quantized import QuantizedFeedForward, quantize
-from moeserve.kernels import KERNELS, TYPES, WeightArena, aligned, fastest_of, find_kernel
+from moeserve.kernels import KERNELS, TYPES, WeightArena, WeightArenas, aligned, fastest_of, find_kernel
 
 log = logging.getLogger(__name__)
 
@@ -162,17 +163,18 @@ def _run_one_by_one(experts: Sequence[Expert], rows: torch.Tensor) -> None:
 
 
 def _packed(experts: Sequence[Expert], kernels: tuple[str, ...]) -> dict[str, Callable[[torch.Tensor], object]]:
-    packed = PackedExperts("generic", room_for=len(experts))
+    arenas, packed = WeightArenas(len(experts)), list[PackedExpert]()
     for expert in experts if kernels else ():
         whole = packable(expert)
         assert whole is not None, "made for this"
-        packed.add(whole)
-    return {name: partial(_run_packed, packed.computed_by(name)) for name in kernels}
+        packed.append(pack(whole, "generic", expert.nbytes, arenas))
+    banks = {name: PackedExperts([replace(each, kind=each.kind._replace(kernel=name)) for each in packed]) for name in kernels}
+    return {name: partial(_run_packed, bank) for name, bank in banks.items()}
 
 
 def _run_packed(packed: PackedExperts, rows: torch.Tensor) -> None:
-    row_index = torch.arange(len(rows)).repeat(packed.num_experts)
-    counts = np.full(packed.num_experts, len(rows))
+    row_index = torch.arange(len(rows)).repeat(len(packed.held))
+    counts = np.full(len(packed.held), len(rows))
     packed.run(rows, row_index, counts, None, torch.full((len(row_index),), 0.5), torch.empty(rows.shape))
 
 

@@ -1,71 +1,100 @@
 """All experts of one bank in one ragged matmul per projection and no return to the CPU in between: for CUDA, bfloat16.
 
-N pairs sorted by expert, H hidden size, I intermediate size, E experts, G = 2I or I.
+This kernel wants its experts one after the other in one tensor. So a host with a GPU copies those of a layer into a new stack whenever they
+change, and has two stacks of the layer until the old one is retired; only what is missing is read.
+
+N pairs sorted by expert, H hidden size, I intermediate size, E experts, S places of a stack, G = 2I or I.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
-from typing import TypeGuard
+from dataclasses import dataclass
+from typing import Final, NamedTuple, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from moeserve.errors import ConfigError
+from moeserve.config import Activation
 from moeserve.experts.activations import activate
 from moeserve.experts.expert import Expert
 from moeserve.experts.feed_forward import FeedForward
 
 
-def can_stack(experts: Sequence[Expert]) -> TypeGuard[Sequence[FeedForward]]:
-    """Whether they are feed-forward experts of one shape, in bfloat16, with rows of whole 16 bytes: what the CUDA kernel takes."""
-    first = experts[0] if experts else None
-    if not isinstance(first, FeedForward) or first.gate_up_proj.dtype != torch.bfloat16:
+class StackKind(NamedTuple):
+    """What experts of one stack have in common: their activation, and the shapes of their tensors by name."""
+
+    activation: Activation
+    shapes: tuple[tuple[str, torch.Size], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class StackedExpert:
+    """The one at `index` of a stack: gate_up_proj [S, G, H], down_proj [S, H, I], and maybe gate_up_bias [S, G] and down_bias [S, H]."""
+
+    kind: StackKind
+    stack: Mapping[str, torch.Tensor]
+    index: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights."""
+        return self.expert().nbytes
+
+    def expert(self) -> FeedForward:
+        """As it lies there."""
+        tensors = {name: tensor[self.index] for name, tensor in self.stack.items()}
+        return FeedForward(self.kind.activation, **tensors)  # type: ignore[arg-type]
+
+
+class ExpertStacks:
+    """ExpertStacks on `device` for `count` experts that come one after the other: one for all of them if they are of one kind."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self._left, self._device = count, device
+        self._next: StackedExpert | None = None
+
+    def place(self, expert: FeedForward) -> StackedExpert:
+        """A copy in the next place."""
+        kind = StackKind(expert.activation, tuple((name, tensor.shape) for name, tensor in expert.tensors.items()))
+        placed = self._next
+        if placed is None or placed.kind != kind:
+            size = max(1, self._left)
+            stack = {name: tensor.new_empty((size, *tensor.shape), device=self._device) for name, tensor in expert.tensors.items()}
+            placed = StackedExpert(kind, stack, 0)
+        for name, tensor in expert.tensors.items():
+            placed.stack[name][placed.index].copy_(tensor)
+        self._left -= 1
+        is_full = placed.index + 1 == len(placed.stack["down_proj"])
+        self._next = None if is_full else StackedExpert(kind, placed.stack, placed.index + 1)
+        return placed
+
+
+def can_stack(expert: Expert) -> TypeGuard[FeedForward]:
+    """Whether it is a feed-forward expert in bfloat16, with rows of whole 16 bytes: what the CUDA kernel takes."""
+    if not isinstance(expert, FeedForward) or expert.gate_up_proj.dtype != torch.bfloat16:
         return False
-    if any(proj.shape[1] % 8 for proj in (first.gate_up_proj, first.down_proj)):
-        return False
-    return all(isinstance(expert, FeedForward) and _shapes(expert) == _shapes(first) for expert in experts)
+    return not any(proj.shape[1] % 8 for proj in (expert.gate_up_proj, expert.down_proj))
 
 
 class Stack:
-    """gate_up_proj [E, G, H], down_proj [E, H, I], gate_up_bias [E, G] and down_bias [E, H] or None, on `device`."""
+    """Experts of one kind, as they are if they are neighbors in a stack, else copies in a stack of their own."""
 
-    def __init__(self, experts: Sequence[FeedForward], device: torch.device) -> None:
-        self._activation = experts[0].activation
-        self._tensors = {
-            name: torch.empty(len(experts), *tensor.shape, dtype=tensor.dtype, device=device) for name, tensor in experts[0].tensors.items()
-        }
-        for index, expert in enumerate(experts):
-            for name, tensor in expert.tensors.items():
-                self._tensors[name][index].copy_(tensor)
+    #: whether `run` begins with zeros, or with what is in its `out`
+    overwrites: Final = True
 
-    def replaced(self, changes: Mapping[int, Expert]) -> Stack:
-        """A stack of its own with other experts at the indices of `changes`. Raises ConfigError when one is of another shape."""
-        twin = copy.copy(self)
-        twin._tensors = {name: tensor.clone() for name, tensor in self._tensors.items()} if changes else self._tensors
-        for index, expert in changes.items():
-            if not isinstance(expert, FeedForward) or {name: t.shape for name, t in expert.tensors.items()} != self._shapes:
-                raise ConfigError(f"the new local expert {index} is of another kind or size than the one it replaces")
-            for name, tensor in expert.tensors.items():
-                twin._tensors[name][index].copy_(tensor)
-        return twin
-
-    @property
-    def num_experts(self) -> int:
-        """How many experts it has: E."""
-        return len(self._tensors["down_proj"])
-
-    def expert(self, index: int) -> FeedForward:
-        """One of them, as it lies here."""
-        tensors = {name: tensor[index] for name, tensor in self._tensors.items()}
-        return FeedForward(self._activation, **tensors)  # type: ignore[arg-type]
-
-    @property
-    def _shapes(self) -> dict[str, torch.Size]:
-        return {name: tensor.shape[1:] for name, tensor in self._tensors.items()}
+    def __init__(self, held: Sequence[StackedExpert]) -> None:
+        first = held[0]
+        self._kind = first.kind
+        if any(one.stack is not first.stack or one.index != first.index + place for place, one in enumerate(held)):
+            stacks = ExpertStacks(len(held), first.stack["down_proj"].device)
+            held = [stacks.place(one.expert()) for one in held]
+            first = held[0]
+        #: those that it computes
+        self.held = held
+        self._tensors = {name: tensor[first.index : first.index + len(held)] for name, tensor in first.stack.items()}
 
     def run(
         self,
@@ -93,11 +122,7 @@ class Stack:
         projected = F.grouped_mm(rows, self._tensors["gate_up_proj"].transpose(1, 2), offs=ends)
         if "gate_up_bias" in self._tensors:
             projected += self._tensors["gate_up_bias"][expert_of_pair]
-        answer = F.grouped_mm(activate(projected, self._activation, dim=1), self._tensors["down_proj"].transpose(1, 2), offs=ends)
+        answer = F.grouped_mm(activate(projected, self._kind.activation, dim=1), self._tensors["down_proj"].transpose(1, 2), offs=ends)
         if "down_bias" in self._tensors:
             answer += self._tensors["down_bias"][expert_of_pair]
         return answer.float()
-
-
-def _shapes(expert: FeedForward) -> tuple[str, dict[str, torch.Size]]:
-    return expert.activation, {name: tensor.shape for name, tensor in expert.tensors.items()}

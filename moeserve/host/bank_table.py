@@ -34,8 +34,3 @@ class BankTable:
         for layer, held in self._layers.items():
             current = bisect_right([since for since, _ in held], epoch)
             self._layers[layer] = held[max(0, current - 1) :]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the newest weights of every layer."""
-        return sum(held[-1][1].nbytes for held in self._layers.values() if held and held[-1][1] is not None)

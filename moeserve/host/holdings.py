@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from threading import Lock
 
 import torch
 
-from moeserve.checkpoints import LayerSource, ServedLayers, load_bank, load_experts
+from moeserve.checkpoints import LayerSource, ServedLayers
 from moeserve.config import ServedModel
 from moeserve.errors import CheckpointError, ConfigError
-from moeserve.experts import ExpertBank, ExpertShard
 from moeserve.host.bank_table import BankTable
+from moeserve.host.expert_key import needed
+from moeserve.host.expert_store import ExpertStore, HeldLayer
 from moeserve.release import Release
 
 log = logging.getLogger(__name__)
@@ -28,14 +30,13 @@ class Holdings:
         self.bank_table = BankTable()
         #: the first epoch that can be served
         self.since_epoch = 0
-        #: read so far, of whatever release
+        #: experts read so far, of whatever release
         self.experts_read = 0
         self._model = model
         self.number = number
-        self._device = device
-        self._releases: list[Release] = []
-        #: the epoch that is loaded now, unless it has been withdrawn
-        self._loading: int | None = None
+        self.store = ExpertStore(device)
+        #: what is loaded now, unless it has been withdrawn
+        self._loading: Release | None = None
         self._changing = Lock()
 
     def begin(self, releases: Sequence[Release]) -> None:
@@ -59,68 +60,52 @@ class Holdings:
         withdrawn meanwhile; what is served stays as it is then.
         """
         with self._changing:
-            if any(taken.epoch >= release.epoch for taken in self._releases):
+            if any(epoch >= release.epoch for epoch in self.store.epochs):
                 return
-            before = self._releases[-1] if self._releases else None
-            self._loading = release.epoch
-        banks = {
-            layer: self._bank(source, layer, release, before)
-            for layer, source in enumerate(release.sources(ServedLayers.read(self._model)))
-            if before is None or _is_changed(before, release, layer, self.number, source.spec.name)
-        }
+            self._loading = release
+        layers = self._loaded(release, release.sources(ServedLayers.read(self._model)))
         with self._changing:
-            if self._loading != release.epoch:
-                raise ConfigError(f"epoch {release.epoch} was withdrawn while it was loaded")
-            self._loading = None
-            for layer, bank in banks.items():
-                self.bank_table.put(layer, release.epoch, bank)
-            self._releases.append(release)
+            self._check(release)
+            self._loading, before = None, self.store.newest
+            for layer, (name, held) in enumerate(layers.items()):
+                if before is None or before.get(name) is not held:
+                    self.bank_table.put(layer, release.epoch, None if held is None else held.bank)
+            self.store.put(release.epoch, {name: held for name, held in layers.items() if held is not None})
 
     def withdraw(self, epoch: int) -> None:
         """Forget the withdrawn release of `epoch`."""
         with self._changing:
-            self._releases = [release for release in self._releases if release.epoch < epoch]
-            if self._loading is not None and self._loading >= epoch:
+            if self._loading is not None and self._loading.epoch >= epoch:
                 self._loading = None
             self.bank_table.withdraw(epoch)
+            self.store.keep(lambda each: each < epoch)
 
     @property
     def is_empty(self) -> bool:
         """Whether no release is loaded."""
-        return not self._releases
+        return not self.store.epochs
 
     def retire(self, epoch: int) -> None:
         """Forget releases before `epoch`."""
         with self._changing:
-            self._releases = [release for release in self._releases if release.epoch >= epoch]
-            self.bank_table.retire(epoch)
+            self.store.keep(lambda each: each >= epoch)
+            if self.store.epochs:
+                self.bank_table.retire(self.store.epochs[0])
+            else:
+                self.bank_table.withdraw(0)
 
-    def _count(self) -> None:
+    def _loaded(self, release: Release, sources: Sequence[LayerSource]) -> dict[str, HeldLayer | None]:
+        """By name, in model order; None = this host has no experts of the layer."""
+        keys = {source.spec.name: needed(release, layer, source.spec, self.number) for layer, source in enumerate(sources)}
+        on_expert = partial(self._count, release)
+        return {
+            name: self.store.load(source, keys[name], on_expert) if keys[name] else None for name, source in zip(keys, sources, strict=True)
+        }
+
+    def _count(self, release: Release) -> None:
         self.experts_read += 1
+        self._check(release)
 
-    def _bank(self, source: LayerSource, layer: int, release: Release, before: Release | None) -> ExpertBank | None:
-        shards = release.placement.layers[layer].shards_on(self.number)
-        if not shards:
-            return None
-        served = None if before is None else self.bank_table.bank(layer, before.epoch)
-        if before is None or served is None or before.placement.layers[layer].shards_on(self.number) != shards:
-            return self._load(source, shards)
-        old, new = before.origins(source.spec.name), release.origins(source.spec.name)
-        if old.get(None) != new.get(None):
-            return self._load(source, shards)
-        changed = [index for index, shard in enumerate(shards) if old.get(shard.expert) != new.get(shard.expert)]
-        experts = load_experts(source, [shards[index] for index in changed], self._count)
-        try:
-            return served.replaced(dict(zip(changed, experts, strict=True)))
-        except ConfigError:
-            # The new files have weights in another format, so these cannot be computed together with the others.
-            return self._load(source, shards)
-
-    def _load(self, source: LayerSource, shards: Sequence[ExpertShard]) -> ExpertBank:
-        return load_bank(source, shards, self._device, self._count)
-
-
-def _is_changed(before: Release, after: Release, layer: int, host: int, name: str) -> bool:
-    if before.origins(name) != after.origins(name):
-        return True
-    return before.placement.layers[layer].shards_on(host) != after.placement.layers[layer].shards_on(host)
+    def _check(self, release: Release) -> None:
+        if self._loading is not release:
+            raise ConfigError(f"epoch {release.epoch} was withdrawn while it was loaded")

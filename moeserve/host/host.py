@@ -58,7 +58,8 @@ class Host:
             device=str(where.device),
             cuda_visible_devices=where.cuda_visible_devices,
             num_threads=where.num_threads,
-            weights_bytes=holdings.bank_table.nbytes,
+            experts_held=len(holdings.store.experts),
+            weights_bytes=holdings.store.nbytes,
             since_epoch=holdings.since_epoch,
         )
         self._thread = threading.Thread(target=self._run, args=(where.num_threads,), name=self.info.name, daemon=True)
@@ -104,7 +105,8 @@ class Host:
         self._thread.join()
 
     def _weigh(self) -> None:
-        self.info = replace(self.info, weights_bytes=self.holdings.bank_table.nbytes)
+        store = self.holdings.store
+        self.info = replace(self.info, experts_held=len(store.experts), weights_bytes=store.nbytes)
 
     def _run(self, num_threads: int) -> None:
         # OpenMP keeps this setting per thread, and the math libraries below torch ask OpenMP: without it every matmul of this

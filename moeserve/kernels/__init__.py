@@ -2,7 +2,7 @@
 
 from moeserve.kernels.decode import CodedTile, can_decode, decode, multiply
 from moeserve.kernels.linear import InvariantLinear
-from moeserve.kernels.memory import WeightArena, aligned, arena_bytes, scratch
+from moeserve.kernels.memory import WeightArena, WeightArenas, aligned, arena_bytes, scratch
 from moeserve.kernels.native import KERNELS, Bank, PassWork, find_kernel, library
 from moeserve.kernels.panels import TYPES, bias_from_panels, bias_to_panels, from_panels, padded, to_panels
 from moeserve.kernels.stopwatch import fastest_of
@@ -15,6 +15,7 @@ __all__ = [
     "InvariantLinear",
     "PassWork",
     "WeightArena",
+    "WeightArenas",
     "aligned",
     "arena_bytes",
     "bias_from_panels",

@@ -47,7 +47,9 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item], num_th
                 if future.set_running_or_notify_cancel():
                     _fulfil(future, function, item)
 
-    for _ in range(min(num_threads, len(futures))):
+    if len(futures) == 1:
+        run()  # a thread of its own would only keep what it frees for itself
+    for _ in range(min(num_threads, waiting.qsize())):
         threading.Thread(target=run, name=_NAME, daemon=True).start()
     try:
         for future in futures:

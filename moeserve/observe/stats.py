@@ -82,13 +82,15 @@ class LayerStats:
 class HostFacts:
     """The facts about a host that users see.
 
-    `node` is the Ray node it runs on, `num_threads` compute a pass, `cuda_visible_devices` is the GPUs of its process ("" = none).
+    `node` is the Ray node it runs on, `num_threads` compute a pass, `cuda_visible_devices` is the GPUs of its process ("" = none). What it
+    holds is of all releases in force, each expert once; `experts_held` counts shards and shared experts each as one.
     """
 
     node: str = shown("node", "name", default="", is_public=True)
     device: str = shown("device", "text", default="")
     cuda_visible_devices: str = shown("GPUs", "text", default="")
     num_threads: int = shown("threads", "count", default=0, is_public=True)
+    experts_held: int = 0
     weights_bytes: int = shown("weights", "bytes", default=0)
 
 

@@ -218,7 +218,7 @@ class Event(_message.Message):
     def __init__(self, time_unix_s: _Optional[float] = ..., kind: _Optional[str] = ..., subject: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
 
 class HostStats(_message.Message):
-    __slots__ = ("name", "up", "restarts", "node", "device", "cuda_visible_devices", "weights_bytes", "queue_tokens", "number", "num_threads", "state")
+    __slots__ = ("name", "up", "restarts", "node", "device", "cuda_visible_devices", "weights_bytes", "queue_tokens", "number", "num_threads", "state", "experts_held")
     NAME_FIELD_NUMBER: _ClassVar[int]
     UP_FIELD_NUMBER: _ClassVar[int]
     RESTARTS_FIELD_NUMBER: _ClassVar[int]
@@ -230,6 +230,7 @@ class HostStats(_message.Message):
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     NUM_THREADS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_HELD_FIELD_NUMBER: _ClassVar[int]
     name: str
     up: bool
     restarts: int
@@ -241,10 +242,11 @@ class HostStats(_message.Message):
     number: int
     num_threads: int
     state: str
-    def __init__(self, name: _Optional[str] = ..., up: _Optional[bool] = ..., restarts: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., cuda_visible_devices: _Optional[str] = ..., weights_bytes: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., number: _Optional[int] = ..., num_threads: _Optional[int] = ..., state: _Optional[str] = ...) -> None: ...
+    experts_held: int
+    def __init__(self, name: _Optional[str] = ..., up: _Optional[bool] = ..., restarts: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., cuda_visible_devices: _Optional[str] = ..., weights_bytes: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., number: _Optional[int] = ..., num_threads: _Optional[int] = ..., state: _Optional[str] = ..., experts_held: _Optional[int] = ...) -> None: ...
 
 class PlacedHost(_message.Message):
-    __slots__ = ("name", "node", "is_up", "pid", "device", "cuda_visible_devices", "weights_bytes", "number", "num_threads")
+    __slots__ = ("name", "node", "is_up", "pid", "device", "cuda_visible_devices", "weights_bytes", "number", "num_threads", "experts_held")
     NAME_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     IS_UP_FIELD_NUMBER: _ClassVar[int]
@@ -254,6 +256,7 @@ class PlacedHost(_message.Message):
     WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     NUM_THREADS_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_HELD_FIELD_NUMBER: _ClassVar[int]
     name: str
     node: str
     is_up: bool
@@ -263,10 +266,11 @@ class PlacedHost(_message.Message):
     weights_bytes: int
     number: int
     num_threads: int
-    def __init__(self, name: _Optional[str] = ..., node: _Optional[str] = ..., is_up: _Optional[bool] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., cuda_visible_devices: _Optional[str] = ..., weights_bytes: _Optional[int] = ..., number: _Optional[int] = ..., num_threads: _Optional[int] = ...) -> None: ...
+    experts_held: int
+    def __init__(self, name: _Optional[str] = ..., node: _Optional[str] = ..., is_up: _Optional[bool] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., cuda_visible_devices: _Optional[str] = ..., weights_bytes: _Optional[int] = ..., number: _Optional[int] = ..., num_threads: _Optional[int] = ..., experts_held: _Optional[int] = ...) -> None: ...
 
 class Host(_message.Message):
-    __slots__ = ("number", "name", "endpoints", "public_key", "node", "pid", "device", "cuda_visible_devices", "num_threads", "weights_bytes", "since_epoch")
+    __slots__ = ("number", "name", "endpoints", "public_key", "node", "pid", "device", "cuda_visible_devices", "num_threads", "weights_bytes", "since_epoch", "experts_held")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
@@ -278,6 +282,7 @@ class Host(_message.Message):
     NUM_THREADS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
     SINCE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_HELD_FIELD_NUMBER: _ClassVar[int]
     number: int
     name: str
     endpoints: _containers.RepeatedScalarFieldContainer[str]
@@ -289,4 +294,5 @@ class Host(_message.Message):
     num_threads: int
     weights_bytes: int
     since_epoch: int
-    def __init__(self, number: _Optional[int] = ..., name: _Optional[str] = ..., endpoints: _Optional[_Iterable[str]] = ..., public_key: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., cuda_visible_devices: _Optional[str] = ..., num_threads: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., since_epoch: _Optional[int] = ...) -> None: ...
+    experts_held: int
+    def __init__(self, number: _Optional[int] = ..., name: _Optional[str] = ..., endpoints: _Optional[_Iterable[str]] = ..., public_key: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., cuda_visible_devices: _Optional[str] = ..., num_threads: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., since_epoch: _Optional[int] = ..., experts_held: _Optional[int] = ...) -> None: ...

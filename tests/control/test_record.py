@@ -34,6 +34,7 @@ HOSTS = st.builds(
     device=TEXT,
     cuda_visible_devices=TEXT,
     num_threads=st.integers(0, 512),
+    experts_held=st.integers(0, 2**20),
     weights_bytes=st.integers(0, 2**50),
     since_epoch=st.integers(0, 2**40),
 )

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeserve.config import Activation, Kernel
-from moeserve.experts import ExpertBank, FeedForward, ModuleExpert
-from moeserve.experts.ragged import Stack
+from moeserve.experts import Expert, ExpertBank, FeedForward, ModuleExpert
+from moeserve.experts.ragged import ExpertStacks, Stack
 from tests.experts.oracle import (
     ACTIVATIONS,
     CASES,
@@ -22,11 +22,13 @@ from tests.experts.oracle import (
     bank_of,
     every_answer,
     expected,
+    kernels,
     run,
     some_weights,
     some_work,
 )
 from tests.support.closeness import assert_close
+from tests.support.stacked import Stacked
 
 
 @pytest.mark.parametrize(("device", "dtype", "kernel"), CASES, ids=str)
@@ -92,8 +94,46 @@ def test_a_stack_of_experts_agrees_with_the_oracle(activation: Activation, bias:
     weights = some_weights(len(counts), activation, bias, dtype)
     hidden_states, row_index, _, pair_weights = work = some_work(counts, num_rows=70, dtype=dtype)
     out = torch.empty(hidden_states.shape)
-    Stack(weights.experts(activation), torch.device("cpu")).run(hidden_states, row_index, np.array(counts), None, pair_weights, out)
+    stacks = ExpertStacks(len(counts), torch.device("cpu"))
+    Stack([stacks.place(expert) for expert in weights.experts(activation)]).run(
+        hidden_states, row_index, np.array(counts), None, pair_weights, out
+    )
     assert_agrees(out, expected(weights, activation, work), sum(counts), dtype)
+
+
+def test_a_stack_is_what_neighbors_lie_in_and_a_copy_of_others() -> None:
+    weights, counts = some_weights(4, "swiglu", True, torch.bfloat16), (3, 0, 5)
+    stacks = ExpertStacks(4, torch.device("cpu"))
+    placed = [stacks.place(expert) for expert in weights.experts("swiglu")]
+    hidden_states, row_index, _, pair_weights = work = some_work(counts, num_rows=7, dtype=torch.bfloat16)
+    for chosen, is_shared in (([1, 2, 3], True), ([3, 1, 0], False)):
+        stack, out = Stack([placed[expert] for expert in chosen]), torch.empty(hidden_states.shape)
+        stack.run(hidden_states, row_index, np.array(counts), None, pair_weights, out)
+        own = Stacked(*(None if tensor is None else tensor[chosen] for tensor in weights))  # type: ignore[arg-type]
+        assert_agrees(out, expected(own, "swiglu", work), sum(counts), torch.bfloat16)
+        for held, expert in zip(stack.held, chosen, strict=True):
+            mine, theirs = held.expert().down_proj, placed[expert].expert().down_proj
+            assert torch.equal(mine, theirs)
+            assert (mine.data_ptr() == theirs.data_ptr()) is is_shared
+
+
+@pytest.mark.parametrize("kernel", kernels(torch.float32))
+def test_kinds_that_are_not_computed_together_add_up(kernel: Kernel) -> None:
+    """Whatever their order: what is computed in one pass, in another, and by itself."""
+    parts = [some_weights(1, "swiglu", True, torch.float32), some_weights(2, "geglu", True, torch.float32)]
+    experts: list[Expert] = [*parts[0].experts("swiglu"), ModuleExpert(torch.nn.Identity(), torch.float32), *parts[1].experts("geglu")]
+    hidden_states, row_index, local_experts, pair_weights = some_work((5, 3, 4, 2), 9, torch.float32)
+    oracle = torch.zeros(9, HIDDEN_SIZE, dtype=torch.float64)
+    for row, local, weight in zip(row_index.tolist(), local_experts.tolist(), pair_weights.double(), strict=True):
+        own = hidden_states[row : row + 1].double()
+        answers = [every_answer(parts[0], "swiglu", own)[0], own, *every_answer(parts[1], "geglu", own)]
+        oracle[row] += weight * answers[local][0]
+    for order in ([0, 1, 2, 3], [2, 1, 0, 3], [1, 3, 0, 2]):
+        bank = ExpertBank([experts[each] for each in order], HIDDEN_SIZE, torch.float32, kernel=kernel)
+        places = torch.tensor([order.index(local) for local in local_experts.tolist()])
+        places, by_place = places.sort(stable=True)
+        ours = run(bank, (hidden_states, row_index[by_place], places, pair_weights[by_place]))
+        assert_close(ours, oracle, summed=4 * HIDDEN_SIZE + 14)
 
 
 @given(

@@ -40,7 +40,8 @@ def test_the_compiled_kernels_are_there() -> None:
 def test_experts_come_out_as_they_went_in_and_others_take_their_places(device: str, dtype: torch.dtype, kernel: Kernel) -> None:
     old, new = some_weights(3, "geglu", True, dtype), some_weights(5, "geglu", True, dtype)
     bank = bank_of(old, "geglu", dtype, device, kernel)
-    changed = bank.replaced({1: new.experts("geglu")[4]})
+    other = bank_of(new, "geglu", dtype, device, kernel)
+    changed = ExpertBank([bank.held[0], other.held[4], bank.held[2]], HIDDEN_SIZE, dtype, device=torch.device(device))
     for slot, (before, after) in enumerate(zip(bank.experts, changed.experts, strict=True)):
         assert isinstance(before, FeedForward)
         assert isinstance(after, FeedForward)
@@ -84,13 +85,15 @@ def test_answers_beyond_float16_are_weighed_before_they_are_rounded(kernel: Kern
     assert_close(run(bank_of(large, "swiglu", torch.float16, kernel=kernel), work), oracle, summed=72, rounded_to=torch.float16)
 
 
-def test_a_bank_with_one_expert_replaced_shares_the_rest() -> None:
+def test_banks_share_experts_and_one_that_none_has_is_freed() -> None:
     size = 2**11
     bank = bank_of(some_weights(8, "swiglu", False, torch.bfloat16, size, size), "swiglu", torch.bfloat16)
-    (other,) = some_weights(1, "swiglu", False, torch.bfloat16, size, size).experts("swiglu")
     before = resident_bytes()
-    changed = bank.replaced({3: other})
+    other = bank_of(some_weights(1, "swiglu", False, torch.bfloat16, size, size), "swiglu", torch.bfloat16)
+    changed = ExpertBank([*bank.held[:3], *other.held, *bank.held[4:]], size, torch.bfloat16)
     assert resident_bytes() - before < 2 * other.nbytes < bank.nbytes == changed.nbytes
+    del bank
+    assert resident_bytes() - before < other.nbytes / 2, "the expert that no bank has any more is not in memory"
 
 
 def resident_bytes() -> int:

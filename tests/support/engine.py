@@ -93,7 +93,14 @@ class FakeEngine:
     def stats(self) -> ServiceStats:
         numbers = [range(layer.num_experts + 1) for layer in self.layers]
         layers = [LayerStats(layer.name, 7, counts[:-1], counts[1:]) for layer, counts in zip(self.layers, numbers, strict=True)]
-        facts = {"node": "node-a", "device": "cuda:0", "cuda_visible_devices": "1", "num_threads": 3, "weights_bytes": 4096}
+        facts = {
+            "node": "node-a",
+            "device": "cuda:0",
+            "cuda_visible_devices": "1",
+            "num_threads": 3,
+            "experts_held": 5,
+            "weights_bytes": 4096,
+        }
         return ServiceStats(3, layers, [HostStats("host-0", True, 2, **facts)], 11)
 
 
