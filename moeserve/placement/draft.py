@@ -20,7 +20,7 @@ class LayerDraft:
     places: U lists of hosts
     count [D], load [D]: physical experts of this layer, and the rows expected for them
     weight [U]: rows expected for each copy of a unit
-    even: the most that hosts would hold if all held the same
+    quota [D]: how many each would hold if all held as many, one more where there is the least of other layers
     """
 
     def __init__(self, room: Room, size: LayerSize, shards: int, most_held: int | Integers) -> None:
@@ -43,7 +43,10 @@ class LayerDraft:
         units, hosts = self.physical()
         # Of nothing, bincount makes integers.
         self.load = np.bincount(hosts, weights=self.weight[units], minlength=len(self.room)).astype(np.float64)
-        self.even = -(-int(copies.sum()) * self.shards // len(self.room))
+        even, more = divmod(int(copies.sum()) * self.shards, len(self.room))
+        self.quota = np.full(len(self.room), even)
+        elsewhere = self.room.used - np.bincount(hosts, weights=self.size.unit_bytes[units], minlength=len(self.room)).astype(np.int64)
+        self.quota[elsewhere.argsort(kind="stable")[:more]] += 1
 
     @property
     def mean(self) -> float:
@@ -113,8 +116,9 @@ class LayerDraft:
         if not len(hosts):
             return []
         first = (self.room.used - self.room.memory if by_room else self.load)[hosts]
-        is_full = np.zeros(len(hosts), dtype=bool) if by_room else self.count[hosts] >= self.even
-        order = np.lexsort((self.room.used[hosts], first, is_full))
+        is_full = np.zeros(len(hosts), dtype=bool) if by_room else self.count[hosts] >= self.quota[hosts]
+        # The first and hottest go where fewer will follow.
+        order = np.lexsort((self.room.used[hosts], self.quota[hosts], first, is_full))
         if self.room.num_nodes > 1:
             order = order[self._levels(unit, hosts[order]).argsort(kind="stable")]
         chosen: list[int] = hosts[order[:number]].tolist()
