@@ -20,7 +20,7 @@ class LayerDraft:
     places: U lists of hosts
     count [D], load [D]: physical experts of this layer, and the rows expected for them
     weight [U]: rows expected for each copy of a unit
-    even: the most that hosts would hold if all held the same
+    quota [D]: how many each would hold if all held as many, one more where there is the least of other layers
     """
 
     def __init__(self, room: Room, size: LayerSize, shards: int, most_held: int | Integers) -> None:
@@ -43,7 +43,10 @@ class LayerDraft:
         units, hosts = self.physical()
         # Of nothing, bincount makes integers.
         self.load = np.bincount(hosts, weights=self.weight[units], minlength=len(self.room)).astype(np.float64)
-        self.even = -(-int(copies.sum()) * self.shards // len(self.room))
+        even, more = divmod(int(copies.sum()) * self.shards, len(self.room))
+        self.quota = np.full(len(self.room), even)
+        elsewhere = self.room.used - np.bincount(hosts, weights=self.size.unit_bytes[units], minlength=len(self.room)).astype(np.int64)
+        self.quota[elsewhere.argsort(kind="stable")[:more]] += 1
 
     @property
     def mean(self) -> float:
@@ -97,11 +100,11 @@ class LayerDraft:
             has_room &= self.room.used + needed <= self.room.memory
         return has_room
 
-    def choose(self, unit: int, most_shards: int, by_room: bool = False) -> int | None:
-        """The host for one more copy of a unit; None if there is none.
+    def choose(self, unit: int, number: int, most_shards: int, by_room: bool = False) -> list[int]:
+        """The hosts for so many more copies of a unit, or for as many as there is room for.
 
-        Never one that holds the unit, nor one with so many shards of its expert, which are of as many copies; on the node with the fewest
-        copies; among these the least loaded, or the one with the most memory left.
+        Never one that holds the unit, nor one with so many shards of its expert, which are of as many copies; on the nodes with the fewest
+        copies; among these the least loaded, or those with the most memory left.
         """
         free = self.has_room(unit)
         if near := self.hosts_of(unit):
@@ -109,16 +112,26 @@ class LayerDraft:
             if self.shards > 1:
                 shards = np.bincount(near, minlength=len(self.room))
                 free = _fewest(free & (shards < most_shards), shards)
-            if self.room.num_nodes > 1 and self.places[unit]:
-                free = _fewest(free, self.on_nodes(unit)[self.room.nodes])
-        if not by_room and (below := free & (self.count < self.even)).any():
-            free = below
         hosts = np.flatnonzero(free)
         if not len(hosts):
-            return None
-        if by_room:
-            return int(hosts[(self.room.used - self.room.memory)[hosts].argmin()])
-        return self.least_loaded(hosts)
+            return []
+        first = (self.room.used - self.room.memory if by_room else self.load)[hosts]
+        is_full = np.zeros(len(hosts), dtype=bool) if by_room else self.count[hosts] >= self.quota[hosts]
+        # The first and hottest go where fewer will follow.
+        order = np.lexsort((self.room.used[hosts], self.quota[hosts], first, is_full))
+        if self.room.num_nodes > 1:
+            order = order[self._levels(unit, hosts[order]).argsort(kind="stable")]
+        chosen: list[int] = hosts[order[:number]].tolist()
+        return chosen
+
+    def _levels(self, unit: int, hosts: Integers) -> Integers:
+        """How many copies the node of each of these would have, if they were taken in this order."""
+        nodes = self.room.nodes[hosts]
+        by_node = nodes.argsort(kind="stable")
+        first = np.searchsorted(nodes[by_node], np.arange(self.room.num_nodes))
+        rank = np.empty(len(hosts), dtype=np.int64)
+        rank[by_node] = np.arange(len(hosts)) - first[nodes[by_node]]
+        return rank + self.on_nodes(unit)[nodes]
 
     def least_loaded(self, hosts: Integers) -> int:
         """Of these hosts; where several are, the one with the fewest bytes of all layers."""

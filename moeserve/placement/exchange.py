@@ -20,6 +20,8 @@ _LEAST_GAIN: Final = 0.005
 _HOSTS: Final = 8
 _EXPERTS: Final = 32
 _NOTHING: Final = -1
+#: hosts whose bytes stay below so many times the mean may hold more experts of a layer than others
+_SLACK: Final = 1.1
 
 
 def improve(draft: LayerDraft, even_enough: float = 0.0) -> None:
@@ -59,7 +61,9 @@ class _Offers:
     def of(cls, draft: LayerDraft, units: Integers, hosts: Integers, busiest: int) -> _Offers:
         coolest = draft.load.argsort(kind="stable")[:_HOSTS]
         coolest = coolest[coolest != busiest]
-        takes = coolest[(draft.count < np.minimum(draft.even, draft.most_held))[coolest]]
+        room = draft.room
+        has_slack = room.used + draft.size.unit_bytes.max() <= _SLACK * room.used.mean()
+        takes = coolest[((draft.count < draft.most_held) & ((draft.count < draft.quota) | has_slack))[coolest]]
         weight = draft.weight[units]
         mine = _sample(np.flatnonzero(hosts == busiest), weight)
         offered = [_sample(np.flatnonzero(hosts == host), weight) for host in coolest.tolist()]

@@ -41,7 +41,7 @@ class _Spread:
 
     def run(self, is_new: Booleans) -> None:
         draft = self.draft
-        limit = np.minimum(draft.even, draft.most_held)
+        limit = np.minimum(draft.quota, draft.most_held)
         is_open = is_new & (draft.count < limit)
         tried = 0
         while is_open.any() and tried < _TRIED:

@@ -67,13 +67,21 @@ class LayerTask:
         missing = np.flatnonzero(complete < copies)
         weight = draft.size.unit_bytes[missing * self.shards] if by_room else draft.weight[missing * self.shards]
         for expert in missing[(-weight).argsort(kind="stable")].tolist():
-            while complete[expert] < copies[expert] and self._add_copy(draft, expert, by_room):
-                complete[expert] += 1
+            complete[expert] += self._add(draft, expert, int(copies[expert] - complete[expert]), by_room)
         self._check(draft)
         self.drop(draft, np.minimum(copies, complete))
         draft.weigh(self.rows, complete)
 
-    def _add_copy(self, draft: LayerDraft, expert: int, by_room: bool) -> bool:
+    def _add(self, draft: LayerDraft, expert: int, number: int, by_room: bool) -> int:
+        """Adds so many copies of the expert, or as many as there is room for: how many."""
+        if self.shards > 1:
+            return next((added for added in range(number) if not self._add_shards(draft, expert, by_room)), number)
+        hosts = draft.choose(expert, number, 1, by_room)
+        for host in hosts:
+            draft.add(expert, host)
+        return len(hosts)
+
+    def _add_shards(self, draft: LayerDraft, expert: int, by_room: bool) -> bool:
         """Adds the shards that one more copy of the expert lacks: all of them, or none."""
         units = range(expert * self.shards, (expert + 1) * self.shards)
         number = min(len(draft.places[unit]) for unit in units) + 1
@@ -81,13 +89,13 @@ class LayerTask:
         added: list[tuple[int, int]] = []
         for unit in units:
             if len(draft.places[unit]) < number:
-                host = draft.choose(unit, most, by_room)
-                if host is None:
+                hosts = draft.choose(unit, 1, most, by_room)
+                if not hosts:
                     for each in added:
                         draft.remove(*each)
                     return False
-                draft.add(unit, host)
-                added.append((unit, host))
+                draft.add(unit, hosts[0])
+                added.append((unit, hosts[0]))
         return True
 
     def rebalanced(self, draft: LayerDraft, min_gain: float) -> LayerDraft | None:
