@@ -110,12 +110,12 @@ def side(layer: dict[str, Any], hedge: str, is_slow: bool) -> Iterator[Side]:
         thread.stop()
 
 
-def ask(one: Side, rows: torch.Tensor, clients: int, pool: ThreadPoolExecutor, times: int) -> None:
-    def call(_: int) -> list[float]:
+def ask(one: Side, rows: list[torch.Tensor], clients: int, pool: ThreadPoolExecutor, times: int) -> None:
+    def call(client: int) -> list[float]:
         seconds = []
-        for _ in range(times):
+        for number in range(times):
             began = time.perf_counter()
-            one.client.forward(rows)
+            one.client.forward(rows[(client + number) % len(rows)])
             seconds.append(time.perf_counter() - began)
         return seconds
 
@@ -137,10 +137,10 @@ def main() -> None:
     print("| T | clients | side | p50 ms | p99 ms | of healthy | extra rows |\n|--:|--:|---|--:|--:|--:|--:|")
     for tokens in options.tokens:
         for clients in options.clients:
-            measure(layer, torch.randn(tokens, options.hidden), clients, options.calls)
+            measure(layer, [torch.randn(tokens, options.hidden) for _ in range(97)], clients, options.calls)
 
 
-def measure(layer: dict[str, Any], rows: torch.Tensor, clients: int, calls: int) -> None:
+def measure(layer: dict[str, Any], rows: list[torch.Tensor], clients: int, calls: int) -> None:
     with ExitStack() as stack, ThreadPoolExecutor(clients) as pool:
         sides = {name: stack.enter_context(side(layer, *kind)) for name, kind in SIDES.items()}
         for one in sides.values():
@@ -156,7 +156,7 @@ def measure(layer: dict[str, Any], rows: torch.Tensor, clients: int, calls: int)
             extra = computed[name] / computed["healthy, hedge off"] - 1
             p99 = one.quantile_ms(0.99)
             print(
-                f"| {len(rows)} | {clients} | {name} | {one.quantile_ms(0.5):.2f} | {p99:.2f} | {p99 / base:.2f} | {100 * extra:.1f}% |",
+                f"| {len(rows[0])} | {clients} | {name} | {one.quantile_ms(0.5):.2f} | {p99:.2f} | {p99 / base:.2f} | {100 * extra:.1f}% |",
                 flush=True,
             )
 
