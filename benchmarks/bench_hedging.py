@@ -102,7 +102,7 @@ def side(layer: dict[str, Any], hedge: str, is_slow: bool) -> Iterator[Side]:
             table = member.host.holdings.bank_table
             inner = table.bank(0, 1)
             banks.append(CountedBank(SlowBank(inner) if is_slow and number == 0 else inner))
-            table.put(0, 1, banks[-1])
+            table.put(0, 1, banks[-1])  # type: ignore[arg-type]
         with moeserve.Client(service.target) as client:
             yield Side(client, banks)
     finally:
