@@ -1,6 +1,6 @@
 """What a Forward costs here and in another checkout: two services at the same time, asked in turns, after a pause each time.
 
-usage: python benchmarks/bench_against.py OTHER_CHECKOUT [--rounds N]
+usage: python benchmarks/bench_against.py OTHER_CHECKOUT [--rounds N] [--intermediate N]
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ HIDDEN = 1024
 #: tokens of a request -> requests of a turn
 TURNS = {1: 60, 64: 30, 1024: 6}
 PAUSE_S = 0.3
-SERVICE = f"""
+SERVICE = """
 [server]
 port = 0
 metrics_port = 0
 [[layers]]
 name = "layer"
-hidden_size = {HIDDEN}
-intermediate_size = 4096
+hidden_size = {hidden}
+intermediate_size = {intermediate}
 num_experts = 8
 activation = "swiglu"
 seed = 0
@@ -59,11 +59,11 @@ with moeserve.Client(sys.argv[1], timeout=60) as client:
 class Side:
     """The service of one checkout, and a client of the same."""
 
-    def __init__(self, checkout: Path, folder: Path) -> None:
+    def __init__(self, checkout: Path, folder: Path, intermediate: int) -> None:
         self.took_ms: dict[int, list[list[float]]] = {tokens: [] for tokens in TURNS}
         environment = {**os.environ, "PYTHONPATH": str(checkout)}
         config, log = folder / "service.toml", folder / f"{checkout.name}.log"
-        config.write_text(SERVICE)
+        config.write_text(SERVICE.format(hidden=HIDDEN, intermediate=intermediate))
         with log.open("w") as file:
             command = [sys.executable, "-m", "moeserve", "serve", str(config)]
             self.service = subprocess.Popen(command, env=environment, cwd=folder, stderr=file)
@@ -96,6 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("other", type=Path)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--intermediate", type=int, default=4096)
     asked = parser.parse_args()
     sides: list[Side] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -103,7 +104,7 @@ def main() -> None:
             for number, checkout in enumerate((asked.other.resolve(), HERE)):
                 place = Path(folder, str(number))
                 place.mkdir()
-                sides.append(Side(checkout, place))
+                sides.append(Side(checkout, place, asked.intermediate))
             for turn in range(asked.rounds * len(TURNS)):
                 for side in sides if turn % 2 else reversed(sides):
                     time.sleep(PAUSE_S)

@@ -1,7 +1,8 @@
 """What a service does with more than it can do: goodput at several times its capacity, and a small caller beside a greedy one.
 
-`python benchmarks/bench_overload.py --help`. The service runs as `moeserve serve --cluster threads`, its callers are processes of their own
-that speak plain gRPC and never retry. Goodput: requests answered within their deadline. T tokens, H hidden size, I intermediate size.
+`python benchmarks/bench_overload.py --help`. The service runs as `moeserve serve`, its callers are processes of their own that speak plain
+gRPC and never retry. With one host on two cores, callers and frontend share the core that is left. Goodput: requests answered within their
+deadline. T tokens, H hidden size, I intermediate size.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +37,13 @@ OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_leng
 DEADLINE_S = 1.0
 #: H, I, T of the requests that are too many
 SIZES = {"small experts": (256, 1024, 512), "large experts": (128, 8192, 512)}
-GREEDY_TOKENS, GREEDY_IN_FLIGHT = 512, 64
+#: tokens of a request, and how many are in flight
+GREEDY = ((512, 64), (65536, 4))
 FAIR_HIDDEN, FAIR_INTERMEDIATE = 128, 256
 CONFIG = """
 [placement]
-num_hosts = 2
-copies = 2
+num_hosts = {hosts}
+copies = {hosts}
 [server]
 port = 0
 metrics_port = 0
@@ -121,14 +124,22 @@ class Caller:
         return self.result(seconds)
 
 
+@dataclass
+class Fleet:
+    """What `moeserve serve` is told."""
+
+    cluster: str
+    hosts: int
+
+
 @contextmanager
-def service(sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[str, int]]:
+def service(fleet: Fleet, sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[str, int]]:
     """host:port and process id."""
     layers = "".join(LAYER.format(hidden=hidden, intermediate=intermediate) for hidden, intermediate in sizes)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "service.toml"
-        file.write_text(layers + CONFIG)
-        command = [sys.executable, "-m", "moeserve", "serve", str(file), "--cluster", "threads"]
+        file.write_text(layers + CONFIG.format(hosts=fleet.hosts))
+        command = [sys.executable, "-m", "moeserve", "serve", str(file), "--cluster", fleet.cluster]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert process.stderr is not None
         try:
@@ -164,10 +175,10 @@ def call(kind: str, target: str, tokens: int, hidden: int, layer: int, load: flo
     print(json.dumps(vars(asyncio.run(run()))))
 
 
-def overload(name: str, multiples: Sequence[float], seconds: float) -> None:
+def overload(fleet: Fleet, name: str, multiples: Sequence[float], seconds: float) -> None:
     """Rows: offered load, goodput, what was refused and how soon."""
     hidden, intermediate, tokens = SIZES[name]
-    with service([(hidden, intermediate)]) as (target, pid):
+    with service(fleet, [(hidden, intermediate)]) as (target, pid):
         where = target, tokens, hidden, 0
         ended(spawn("closed", *where, 4, 2.0))
         idle = rss_mb(pid)
@@ -188,27 +199,27 @@ def overload(name: str, multiples: Sequence[float], seconds: float) -> None:
         print(f"\nat once afterwards, 16 in flight: {after / peak:.2f} of the peak")
 
 
-def fairness(seconds: float) -> None:
+def fairness(fleet: Fleet, seconds: float) -> None:
     """Rows: where the greedy caller is, and what the small one gets."""
-    with service([(FAIR_HIDDEN, FAIR_INTERMEDIATE)] * 2) as (target, _):
+    with service(fleet, [(FAIR_HIDDEN, FAIR_INTERMEDIATE)] * 2) as (target, _):
         small = target, 1, FAIR_HIDDEN, 0, 1
         ended(spawn("closed", *small, 2.0))
         alone = ended(spawn("closed", *small, seconds))
         sizes = f"H = {FAIR_HIDDEN}, I = {FAIR_INTERMEDIATE}"
-        print(f"\n### One token at a time beside {GREEDY_IN_FLIGHT} x {GREEDY_TOKENS} tokens in flight: {sizes}\n")
+        print(f"\n### One token at a time beside a greedy caller: {sizes}\n")
         print("| greedy caller | p50 | of alone | p99 | of alone | refused | failed | greedy tokens/s |")
         print("|---|--:|--:|--:|--:|--:|--:|--:|")
         base = pick(alone.answered_ms, 0.5), pick(alone.answered_ms, 0.99)
         print(f"| none | {base[0]:.2f} ms | 1 | {base[1]:.1f} ms | 1 | 0 | 0 | – |")
-        for layer, words in ((0, "on the same layer"), (1, "on another layer")):
-            greedy = spawn("closed", target, GREEDY_TOKENS, FAIR_HIDDEN, layer, GREEDY_IN_FLIGHT, seconds + 6)
+        for (tokens, in_flight), (layer, words) in product(GREEDY, ((0, "on the same layer"), (1, "on another layer"))):
+            greedy = spawn("closed", target, tokens, FAIR_HIDDEN, layer, in_flight, seconds + 6)
             time.sleep(4)
             seen = ended(spawn("closed", *small, seconds))
-            taken = ended(greedy).goodput * GREEDY_TOKENS
+            taken = ended(greedy).goodput * tokens
             p50, p99, refused = pick(seen.answered_ms, 0.5), pick(seen.answered_ms, 0.99), len(seen.refused_ms)
             failed = sum(seen.codes.values()) - seen.codes.get("OK", 0) - refused
             of_alone = f"**{p50 / base[0]:.1f}** | {p99:.1f} ms | {p99 / base[1]:.1f}"
-            print(f"| {words} | {p50:.2f} ms | {of_alone} | {refused} | {failed} | {taken:,.0f} |", flush=True)
+            print(f"| {in_flight} x {tokens}, {words} | {p50:.2f} ms | {of_alone} | {refused} | {failed} | {taken:,.0f} |", flush=True)
 
 
 def pick(times: Sequence[float], share: float) -> float:
@@ -228,6 +239,8 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=[*SIZES, "fair"], choices=[*SIZES, "fair"])
     parser.add_argument("--multiples", nargs="+", type=float, default=[0.8, 1, 3, 8])
     parser.add_argument("--seconds", type=float, default=6.0, help="per row")
+    parser.add_argument("--cluster", default="threads", choices=["threads", "ray"])
+    parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--caller", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.caller:
@@ -235,11 +248,12 @@ def main() -> None:
         return
     print(f"{date.today()}, {cpu_model()}, {os.cpu_count()} cores")
     print(", ".join(f"{name} {version(name)}" for name in ("moeserve", "torch", "grpcio")))
+    fleet = Fleet(options.cluster, options.hosts)
     for part in options.parts:
         if part == "fair":
-            fairness(options.seconds)
+            fairness(fleet, options.seconds)
         else:
-            overload(part, options.multiples, options.seconds)
+            overload(fleet, part, options.multiples, options.seconds)
 
 
 if __name__ == "__main__":

@@ -127,6 +127,8 @@ class RayRuntime:
         self._setenv("RAY_AUTH_TOKEN_PATH", str(token_file))
         self._setenv("RAY_USAGE_STATS_ENABLED", "0")
         self._setenv("RAY_LOG_TO_STDERR", "0")
+        # Otherwise hosts have nice 15: a frontend or a client on the same cores, which waits for them, would hold them up.
+        self._setenv("RAY_worker_niceness", "0")
         for name, value in ray_spare.SETTINGS.items():
             self._setenv(name, value)
         forget_cached_token()

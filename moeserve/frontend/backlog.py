@@ -19,8 +19,6 @@ from moeserve.frontend.fair_queue import BatchLimits, FairQueue, Turn
 CAUTION: Final = 2.0
 #: with fewer tokens a pass is bound by reading the experts' weights, so cutting a request that nobody waits behind would only cost time
 _LEAST_ALONE: Final = 512
-#: what a greedy caller has on its way takes so many times as long as it takes to run a batch at all
-_GREEDY_TURN: Final = 2.0
 #: the weight of the newest among the batches of which the usual size is known
 _NEWEST: Final = 1 / 8
 
@@ -106,13 +104,13 @@ class Backlog:
 
     def _take(self, load: LayerLoad, now: float) -> list[Turn[Any]]:
         only, greedy_from = load.queue.only, self.callers.greedy_from(now)
-        if only is not None and only.waiting <= min(load.max_turn_tokens, _most_of(only.caller, load, greedy_from)):
+        if only is not None and only.waiting <= min(load.max_turn_tokens, self._most_of(only.caller, load, greedy_from)):
             return [load.queue.give(only.caller, only.waiting)]
 
         def fits(tokens: int, deadline: float) -> bool:
             return tokens <= load.max_batch_tokens and self._busy_s(now) + load.cost(tokens) <= (deadline - now) / CAUTION
 
-        return load.queue.take(BatchLimits(fits, lambda caller: _most_of(caller, load, greedy_from), load.max_turn_tokens))
+        return load.queue.take(BatchLimits(fits, lambda caller: self._most_of(caller, load, greedy_from), load.max_turn_tokens))
 
     def begin(self, load: LayerLoad, turns: Sequence[Turn[Any]], now: float) -> Flight:
         """`turns` are sent."""
@@ -164,15 +162,15 @@ class Backlog:
         """How long the batches on their way are expected to take from now on."""
         return max(0.0, self._in_flight_s - (now - self._since)) if self._flights else 0.0
 
+    def _most_of(self, caller: Caller, load: LayerLoad, greedy_from: float) -> float:
+        """Tokens of one caller in a batch.
 
-def _most_of(caller: Caller, load: LayerLoad, greedy_from: float) -> float:
-    """Tokens of one caller in a batch.
-
-    What a greedy one has on its way takes not much longer than it takes to run a batch at all, so that the small requests of others do not
-    wait for much longer than their own batches take.
-    """
-    if caller.held_tokens <= greedy_from:
-        return float("inf")
-    if caller.in_flight:
-        return 0.0
-    return max(1.0, load.cost.tokens_of(_GREEDY_TURN))
+        What a greedy one has on its way takes not much longer than it takes to run a batch at all, or than the batches of another layer
+        take, so that the small requests of others do not wait for much longer than their own batches take.
+        """
+        if caller.held_tokens <= greedy_from:
+            return float("inf")
+        if caller.in_flight:
+            return 0.0
+        turn_s = min(load.cost.fixed_s, *(other.cost.usual_s for other in self._loads))
+        return max(1.0, load.cost.tokens_of(turn_s))

@@ -31,10 +31,15 @@ class BatchCost:
         """Seconds of a batch of `tokens`."""
         return self.fixed_s + self.token_s * tokens
 
-    def tokens_of(self, times_fixed: float) -> float:
-        """How many tokens take so many times what a batch costs without any; a part of those of usual batches to find that out."""
+    @property
+    def usual_s(self) -> float:
+        """Seconds of the batches as they have been lately; inf before the first."""
+        return float("inf") if self._is_new else self._mean_s
+
+    def tokens_of(self, seconds: float) -> float:
+        """How many tokens take so many seconds more than none; a part of those of usual batches to find that out."""
         if self.token_s:
-            return times_fixed * self.fixed_s / self.token_s
+            return seconds / self.token_s
         return float("inf") if self._is_new or self._variance else _TRIED * self._mean_tokens
 
     def of_many(self, tokens: float, batch_tokens: float) -> float:

@@ -40,6 +40,7 @@ class Forward:
         self._copy_choice: CopyChoice = settings.copy_choice
         self._max_micro_batches = settings.batching.micro_batches
         rules = Rules(self.spec.name, settings.resilience_of(self.spec.name), self._copy_choice)
+        self._avoids_late = rules.resilience.hedge == "auto"
         self._policy = rules.resilience.on_expert_failure
         self._remedy = Remedy(rules, self.exchange, metrics)
         self._metrics = metrics
@@ -67,7 +68,7 @@ class Forward:
 
     async def _run(self, batch: Batch, view: LayerView) -> None:
         width, start, end = self.spec.hidden_size, 0, await batch.turn(0)
-        routed = await self._compute(batch.num_tokens * width, self._route_and_plan, batch, view, end, view.loads(self._copy_choice))
+        routed = await self._compute(batch.num_tokens * width, self._route_and_plan, batch, view, end, self._loads(view))
         parts = list(routed.parts)
         while await self._bring(routed, parts):
             if end == batch.num_tokens:
@@ -75,7 +76,11 @@ class Forward:
                 return
             batch.end_turn(start)
             start, end = end, await batch.turn(end)
-            parts = await self._compute((end - start) * width, self._plan, routed, start, end, view.loads(self._copy_choice))
+            parts = await self._compute((end - start) * width, self._plan, routed, start, end, self._loads(view))
+
+    def _loads(self, view: LayerView) -> HostLoads | None:
+        """With hedging, a host that stands still gets nothing new before it answers again: each row would have to be hedged."""
+        return view.loads(self._copy_choice, view.late() if self._avoids_late else ())
 
     def _route_and_plan(self, batch: Batch, view: LayerView, end: int, hosts: HostLoads | None) -> RoutedBatch:
         """The gate sees the whole batch, so that its answer does not depend on how the batch is cut. Its tokens up to `end` are planned."""

@@ -14,7 +14,7 @@ _FRESH: Final = 16
 #: of the durations of a size: below it even a host that is late in one pass of twenty is on time
 _USUAL_QUANTILE: Final = 0.9
 #: a message that takes so many times the usual duration is late, so that rows are rarely computed twice on a fleet that is well
-_LATE_FACTOR: Final = 1.5
+_LATE_FACTOR: Final = 1.2
 #: a message that takes so many times the usual duration is not being computed at all
 _STUCK_FACTOR: Final = 20.0
 

@@ -91,7 +91,15 @@ class HostLink:
             return "out" if self._is_silent else "down"
         if not self._is_proven or self._breaker.is_open:
             return "out"
-        return "slow" if self._owing.is_late(time.monotonic()) else "up"
+        return "slow" if self.is_late else "up"
+
+    @property
+    def is_late(self) -> bool:
+        """Whether it has not answered something that it would have answered by now, as a rule, even if others have meanwhile."""
+        channel = self.channel
+        if channel is not None and self._owing.late_left_at > channel.last_answered():
+            return True
+        return self._owing.is_late(time.monotonic())
 
     @property
     def node(self) -> str:

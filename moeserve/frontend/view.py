@@ -45,6 +45,10 @@ class LayerView:
             is_live[number], load[number] = number not in without and link.is_live_at(self.epoch), link.queue_tokens
         return HostLoads(is_live, load, copy_choice)
 
+    def late(self) -> list[int]:
+        """The hosts that are slow now."""
+        return [number for number, link in self.links.items() if link.is_late]
+
     def health(self, host: int, rows: int) -> HostHealth:
         """A host now; what is late for it, of a message of so many rows."""
         return self.links[host].health(self.epoch, rows)

@@ -126,6 +126,7 @@ class Channel(ABC):
         self._reason, self._cause = "", ChannelClosed
         self._watch = SilenceWatch(silent_after_s)
         self._heard_at = 0.0
+        self._answered_at = time.monotonic()
 
     @property
     def is_silent(self) -> bool:
@@ -190,6 +191,10 @@ class Channel(ABC):
         """When the host sent something, on the monotonic clock in seconds."""
         return self._heard_at
 
+    def last_answered(self) -> float:
+        """When the host answered a message, also one that nobody waits for any more, on the monotonic clock in seconds."""
+        return self._answered_at
+
     def fall_silent(self, silent_s: float) -> None:
         """Closes as if the host had disconnected."""
         self._die(f"the host at {self.endpoint} owes answers and has been silent for {silent_s:.2f} s", HostSilent)
@@ -233,6 +238,7 @@ class Channel(ABC):
         sent = self._unanswered.get(note.value)
         if sent is None:
             raise MalformedMessage(f"answer to unknown id {note.value}")
+        self._answered_at = self._heard_at
         future = sent.future
         if note.kind is Kind.ERROR:
             error = note.error()

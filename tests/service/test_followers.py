@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from moeserve import Client, ConfigError, ExpertUnavailable, MoELayer, PermissionDenied, Unauthenticated
 from moeserve.api.request import LayerRequest
 from moeserve.client import TLS
-from moeserve.cluster.thread_host import ThreadHost
 from moeserve.config import BatchingConfig
 from moeserve.control.follow import Report
 from moeserve.control.frontends import FollowingFrontend
@@ -271,25 +269,13 @@ def test_another_deployment_needs_a_new_start(tmp_path: Path) -> None:
             assert "the controller serves another deployment now" in str(follower.broken)
 
 
-class Passes(Held):
-    """Also says how many rows each pass had."""
-
-    def __init__(self, host: ThreadHost, layer: int) -> None:
-        self.rows: list[int] = []
-        super().__init__(host, layer)
-
-    def run(self, *args: torch.Tensor, out: torch.Tensor) -> None:
-        self.rows.append(len(args[0]))
-        super().run(*args, out=out)
-
-
 def test_hosts_join_the_work_of_all_frontends(tmp_path: Path) -> None:
     with ServiceHarness({**CONFIG, "placement": {"num_hosts": 1}}, "shm", tmp_path) as service, ExitStack() as stack:
         service.call(service.open_control())
         clients = [
             stack.enter_context(Client(stack.enter_context(ThreadedFrontend(service.control_target, node)).target)) for node in (HERE, "")
         ]
-        pool, held = stack.enter_context(ThreadPoolExecutor()), Passes(service.hosts[0], 0)
+        pool, held = stack.enter_context(ThreadPoolExecutor()), Held(service.hosts[0])
         first = pool.submit(clients[0].forward, tokens(0))
         assert held.begun.acquire(timeout=30)
         joined = [pool.submit(client.forward, tokens(seed)) for seed, client in enumerate(clients, 1)]

@@ -123,6 +123,6 @@ def test_copies_shards_and_shared_experts(
     ],
 )
 def test_how_a_batch_is_cut(num_tokens: int, wanted: int, sizes: list[int]) -> None:
-    ranges = routed.micro_batches(num_tokens, wanted)
+    ranges = routed.micro_batches(0, num_tokens, wanted)
     assert [end - start for start, end in ranges] == sizes
     assert [start for start, _ in ranges] == [0, *(end for _, end in ranges)][: len(ranges)]
