@@ -10,13 +10,14 @@ from rich.table import Table
 from moeserve.observe.records import Column, Form, columns
 
 
-def _bytes(value: int) -> str:
+def bytes_text(value: int) -> str:
+    """With its unit."""
     mib = value / 2**20
     return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.1f} MiB"
 
 
 _number: Final = "{:,}".format
-_TEXT: Final[Mapping[Form, Callable[[Any], str]]] = {"name": str, "text": str, "count": _number, "total": _number, "bytes": _bytes}
+_TEXT: Final[Mapping[Form, Callable[[Any], str]]] = {"name": str, "text": str, "count": _number, "total": _number, "bytes": bytes_text}
 
 
 def add_columns(table: Table, kind: type, **options: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
@@ -16,6 +17,8 @@ def plan(
     source: Annotated[str, typer.Argument(help="A TOML configuration or a checkpoint folder.")],
     overrides: Overrides,
     with_kernels: Annotated[bool, typer.Option("--kernels", help="Also measure the fastest kernel for the experts here.")] = False,
+    from_hosts: Annotated[int | None, typer.Option(min=1, help="Also show what a change from so many hosts would move.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object: hosts, their bytes, and what a change would move.")] = False,
 ) -> None:
     """Show the layers, their gates, the experts of each host and their memory; fail when they do not fit."""
     config = load_config(source, overrides)
@@ -23,13 +26,22 @@ def plan(
         from rich.console import Console
 
         from moeserve.checkpoints import check_memory, host_bytes, layer_sources, memory_bytes
+        from moeserve.cli import plan_change
         from moeserve.cli.plan_view import tables
         from moeserve.placement import plan_placement
 
     sources = layer_sources(config)
     placement = plan_placement([layer.spec for layer in sources], config.placement)
     nbytes = host_bytes(sources, placement)
-    console = Console()
-    for table in tables(sources, placement, config.placement, nbytes, with_kernels):
-        console.print(table)
+    number = placement.num_hosts
+    change = None if from_hosts is None else plan_change.planned_change(sources, config.placement, from_hosts, number)
+    if as_json:
+        told = {} if change is None else plan_change.as_json(change)
+        print(json.dumps({"hosts": number, "weights_bytes_per_host": nbytes, **told}))
+    else:
+        console = Console()
+        for table in tables(sources, placement, config.placement, nbytes, with_kernels):
+            console.print(table)
+        if change is not None and from_hosts is not None:
+            console.print(plan_change.as_text(change, from_hosts, number))
     check_memory(nbytes, config.placement, memory_bytes() if config.ray.address is None else None)

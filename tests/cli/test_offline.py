@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -44,6 +45,22 @@ def test_plan_cuts_no_name_and_shows_the_limit_in_force(
     assert code == 0
     assert "…" not in out
     assert "unlimited" in out and "1.25" not in out
+
+
+@pytest.mark.parametrize(("before", "after", "moves"), [(4, 5, 12), (5, 4, 12), (4, 4, 0)])
+def test_plan_of_a_change(capsys: pytest.CaptureFixture[str], tmp_path: Path, before: int, after: int, moves: int) -> None:
+    """A new host takes its share, 4 layers x 16 experts / 5, and whoever leaves leaves its share; nothing else moves."""
+    file = tmp_path / "service.toml"
+    file.write_text(LAYER.replace("num_experts = 4", "num_experts = 16") * 4)
+    code, out, _ = run(capsys, "plan", str(file), "--num-hosts", str(after), "--from-hosts", str(before), "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert abs(told["moves"] - moves) <= 1 and told["moves"] + told["kept"] == 64 and told["new"] == 0
+    assert told["hosts"] == after and sum(told["weights_bytes_per_host"]) == 64 * 3 * 16 * 8 * 4
+    assert told["moved_bytes"] == told["moves"] * 3 * 16 * 8 * 4
+    assert len(told["peak_bytes_per_host"]) == max(before, after) and max(told["peak_bytes_per_host"]) <= 16 * 3 * 16 * 8 * 4
+    code, out, _ = run(capsys, "plan", str(file), "--num-hosts", str(after), "--from-hosts", str(before))
+    assert code == 0 and f"{told['moves']} experts move" in out.replace("\n", " ")
 
 
 def test_python_m_finds_experts_in_the_working_folder(tmp_path: Path) -> None:
