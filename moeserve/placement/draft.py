@@ -71,6 +71,16 @@ class LayerDraft:
         first = unit // self.shards * self.shards
         return [*chain.from_iterable(self.places[first : first + self.shards])]
 
+    def hold(self, units: Integers, hosts: Integers) -> None:
+        """These physical experts, as the first ones. Loads count after `weigh`."""
+        by_unit = hosts[units.argsort(kind="stable")]
+        ends = np.bincount(units, minlength=len(self.places)).cumsum()
+        self.places = [each.tolist() for each in np.split(by_unit, ends[:-1])]
+        self.count = np.bincount(hosts, minlength=len(self.room))
+        nbytes = np.bincount(hosts, weights=self.size.unit_bytes[units], minlength=len(self.room)).astype(np.int64)
+        self.room.used += nbytes + np.where(self.count, self.size.shared_bytes, 0)
+        self.room.held += self.count
+
     def add(self, unit: int, host: int) -> None:
         """One more physical expert."""
         self.room.used[host] += self.size.unit_bytes[unit] + (0 if self.count[host] else self.size.shared_bytes)

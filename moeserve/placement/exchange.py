@@ -59,7 +59,9 @@ class _Offers:
 
     @classmethod
     def of(cls, draft: LayerDraft, units: Integers, hosts: Integers, busiest: int) -> _Offers:
-        coolest = draft.load.argsort(kind="stable")[:_HOSTS]
+        last = min(_HOSTS, len(draft.load)) - 1
+        coolest = np.flatnonzero(draft.load <= np.partition(draft.load, last)[last])
+        coolest = coolest[draft.load[coolest].argsort(kind="stable")][:_HOSTS]
         coolest = coolest[coolest != busiest]
         room = draft.room
         has_slack = room.used + draft.size.unit_bytes.max() <= _SLACK * room.used.mean()

@@ -17,7 +17,7 @@ from moeserve.placement.constraints import Constraints, Floats, HostLimits, Laye
 from moeserve.placement.deal import Hands, check_apart, check_idle, check_stages, deal, layers_of_stage
 from moeserve.placement.draft import LayerDraft
 from moeserve.placement.exchange import improve
-from moeserve.placement.layer import LayerPlacement, Placement
+from moeserve.placement.layer import Integers, LayerPlacement, Placement
 from moeserve.placement.room import Room
 from moeserve.placement.spread import spread
 from moeserve.placement.stages import hosts_of_stages
@@ -93,19 +93,19 @@ def _task(
     )
 
 
-def _placed(layer: LayerPlacement, hosts: Sequence[HostLimits]) -> list[list[int]]:
-    index = {host.number: number for number, host in enumerate(hosts)}
-    placed: list[list[int]] = [[] for _ in range(layer.num_units)]
-    for unit, host in zip(layer.unit_of_physical.tolist(), layer.host_of_physical.tolist(), strict=True):
-        if host in index:
-            placed[unit].append(index[host])
-    return placed
+def _placed(layer: LayerPlacement, hosts: Sequence[HostLimits]) -> tuple[Integers, Integers]:
+    """What of the layer is on these hosts, numbered here by their order."""
+    numbers = np.array([host.number for host in hosts])
+    index = np.searchsorted(numbers, layer.host_of_physical).clip(max=len(numbers) - 1)
+    stays = numbers[index] == layer.host_of_physical
+    return layer.unit_of_physical[stays], index[stays]
 
 
 def _planned(tasks: list[LayerTask], hosts: Sequence[HostLimits], constraints: Constraints, previous: Placement | None) -> list[LayerDraft]:
     """The layers of one stage."""
     drafts = _first_that_fits(tasks, hosts, constraints)
-    is_new = np.array([previous is not None and host.number not in previous.hosts for host in hosts])
+    before = set() if previous is None else set(previous.hosts)
+    is_new = np.array([previous is not None and host.number not in before for host in hosts])
     for task, draft in zip(tasks, drafts, strict=True):
         if task.placed is None:
             improve(draft)
@@ -151,8 +151,7 @@ def _dealt(tasks: list[LayerTask], hosts: Sequence[HostLimits], constraints: Con
         if task.placed is not None or task.rows is not None or (room.num_nodes > 1 and task.least.max() > 1):
             return None
         units, places = deal(task.number, task.least, Hands(len(hosts), task.shards, constraints.strategy))
-        for unit, place in zip(units.tolist(), places.tolist(), strict=True):
-            draft.add(unit, place)
+        draft.hold(units, places)
         draft.weigh(None, task.least)
         if (draft.count > draft.most_held).any():
             return None
@@ -169,7 +168,8 @@ def _check_number(constraints: Constraints) -> None:
 
 
 def _check_idle(hosts: Sequence[HostLimits], placement: Placement) -> None:
-    idle = [host for host in hosts if host.number not in set(placement.hosts)]
+    occupied = set(placement.hosts)
+    idle = [host for host in hosts if host.number not in occupied]
     if idle and sum(len(layer.unit_of_physical) for layer in placement.layers) >= len(hosts):
         raise ConfigError(f"host {idle[0].number} would hold no expert: none fits into the {idle[0].memory_bytes} bytes that it may hold")
     check_idle(len(hosts), len(idle))

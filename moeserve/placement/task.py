@@ -23,7 +23,7 @@ class LayerTask:
     number: of the layer
     least [E], most [E]: copies; budget: most physical experts; most_held: those that a host may hold, or [D]
     rows [E]: load of each expert; None = not known
-    placed: where copies are now on hosts that stay, as LayerDraft.places; None = nowhere
+    placed: units and hosts of what is on hosts that stay; None = nowhere
     before [E]: how many copies there are now on all hosts
     """
 
@@ -35,7 +35,7 @@ class LayerTask:
     budget: int
     most_held: int | Integers
     rows: Floats | None
-    placed: list[list[int]] | None
+    placed: tuple[Integers, Integers] | None
     before: Integers | None
 
     def draft(self, room: Room) -> LayerDraft:
@@ -50,11 +50,14 @@ class LayerTask:
         return trimmed(rows, np.clip(self.before, self.least, self.most), self.least, self.budget)
 
     def keep(self, draft: LayerDraft) -> None:
-        """What is placed and allowed stays where it is."""
-        for unit, hosts in enumerate(self.placed or ()):
-            for host in hosts:
-                if draft.has_room(unit)[host] and host not in draft.places[unit]:
-                    draft.add(unit, host)
+        """What is placed stays where it is, unless its host may not hold so much any more."""
+        if self.placed is None:
+            return
+        draft.hold(*self.placed)
+        is_over = (draft.count > draft.most_held) | (draft.room.used > draft.room.memory)
+        for unit, host in np.stack(self.placed).T[is_over[self.placed[1]]].tolist():
+            if draft.count[host] > draft.most_held[host] or draft.room.used[host] > draft.room.memory[host]:
+                draft.remove(unit, host)
 
     def fill(self, draft: LayerDraft, copies: Integers, by_room: bool = False) -> None:
         """Places and removes copies until there are so many, or as many beyond `least` as there is room for.
