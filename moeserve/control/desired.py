@@ -39,7 +39,8 @@ class Planner:
         limit = self.placing.memory_per_host_bytes
         hosts = [HostLimits(assignment.number, limit, assignment.node) for assignment in assignments]
         sizes = [layer_size(source, self.placing.tensor_parallel) for source in sources]
-        placement = plan(sizes, constraints_of(self.layers.specs, _free_number(self.placing), hosts), previous=previous)
+        constraints = constraints_of(self.layers.specs, _free_number(self.placing), hosts)
+        placement = plan(sizes, replace(constraints, min_gain=1.0), previous=previous)
         self._check_memory(host_bytes(sources, placement))
         return replace(placement, epoch=epoch)
 
