@@ -61,12 +61,13 @@ def test_ray(local_ray: None) -> None:
         {
             **CONFIG,
             "placement": {"num_hosts": 2, "copies": 2, "cpus_per_host": 0.5},
+            "resilience": {"hang_after_ms": 1000},
             "server": {"port": 0, "metrics_port": 0},
         }
     )
-    plan = ChaosPlan(("kill", "stop", "nan"), every_s=0.6, for_s=0.1, clients=2, seed=0)
+    plan = ChaosPlan(("kill", "stop", "nan"), every_s=2.0, for_s=0.1, clients=2, seed=0)
     lines: list[str] = []
     found = asyncio.run(run(config, plan, lines.append)).as_json()
-    assert (found["failed"], found["wrong"], found["all_hosts_back"]) == (0, 0, True), found
+    assert (found["failed"], found["wrong"], found["all_hosts_back"]) == (0, 0, True), (found, lines)
     assert found["faults"] == {"kill": 1, "stop": 1, "nan": 1}, lines
     assert found["sent"] > 0
