@@ -145,6 +145,26 @@ async def test_the_token_budget_refuses_at_once_and_is_given_back() -> None:
     assert admission.tokens == 0
 
 
+async def test_who_holds_the_most_makes_room_for_others() -> None:
+    runs = Runs()
+    batches, admission = batcher(runs, max_tokens=10)
+    greedy = [batches.submit(request(tokens), FAR) for tokens in (4, 3, 3)]
+    await settle()
+    other = batches.submit(replace(request(2), caller="other"), FAR)
+    with pytest.raises(Overloaded, match="10 tokens are queued, most of them of this caller, and others need the room; try again") as told:
+        await greedy[2]
+    assert told.value.retry_after_s is not None and admission.tokens == 9
+    with pytest.raises(Overloaded, match=r"9 tokens are queued and 3 more exceed server.max_queued_tokens = 10"):
+        batches.submit(request(3), FAR)
+    for gate in runs.gates:
+        gate.set()
+    await settle()
+    for gate in runs.gates:
+        gate.set()
+    await asyncio.gather(*greedy[:2], other)
+    assert admission.tokens == 0
+
+
 async def test_a_request_given_up_in_the_queue_is_never_run() -> None:
     runs = Runs()
     batches, _ = batcher(runs)
