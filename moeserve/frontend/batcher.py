@@ -66,13 +66,13 @@ class Batcher:
     def _pump(self) -> None:
         while self._load.queue and len(self._flights) < _MAX_IN_FLIGHT and not self._should_wait():
             now = time.monotonic()
-            turns, late = self._backlog.next_batch(self._load, now)
+            taken, late = self._backlog.next_batch(self._load, now)
+            if not taken and not late:
+                break
             for request in late:
                 self._push_out(request, Overloaded("the request waited for longer than expected, and is due too soon; try again"))
-            if turns := [turn for turn in turns if not turn.request.answer.done()]:
+            if turns := [turn for turn in taken if not turn.request.answer.done()]:
                 self._begin(turns, now)
-            elif not late:
-                break
 
     def _should_wait(self) -> bool:
         """While the hosts are busy, a batch that is not full may wait for more requests."""

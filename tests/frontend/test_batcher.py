@@ -145,6 +145,21 @@ async def test_the_token_budget_refuses_at_once_and_is_given_back() -> None:
     assert admission.tokens == 0
 
 
+async def test_what_is_given_up_as_it_is_taken_holds_up_nobody() -> None:
+    """Its caller leaves in the moment in which a batch ends and the next is taken, and the next cannot join it."""
+    runs = Runs()
+    batches, _ = batcher(runs)
+    first, _ = batches.submit(request(1), FAR), batches.submit(request(1), FAR)
+    given_up, waiting = batches.submit(request(2), FAR), batches.submit(request(3, top_k=1), FAR)
+    first.add_done_callback(lambda _: given_up.cancel())
+    await settle()
+    runs.gates[0].set()
+    await settle()
+    assert given_up.cancelled() and runs.sizes == [[1], [1], [3]]
+    runs.gates[2].set()
+    await waiting
+
+
 async def test_who_holds_the_most_makes_room_for_others() -> None:
     runs = Runs()
     batches, admission = batcher(runs, max_tokens=10)
