@@ -132,7 +132,7 @@ def _ask_until_told(target: str, questions: Sequence[Question], clients: int, pi
 
 
 def _client(target: str, questions: Sequence[Question], number: int, ended: SimpleQueue[ClientCall], stopping: threading.Event) -> None:
-    with Client(target) as client:
+    with Client(target, retry=False) as client:  # what is tried again is a failure that its caller has noticed
         for index in itertools.count(number):
             if stopping.is_set():
                 return

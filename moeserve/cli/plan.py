@@ -9,7 +9,7 @@ import typer
 
 from moeserve.cli.flags import Overrides, with_config_flags
 from moeserve.cli.signals import importing
-from moeserve.config import load_config
+from moeserve.config import ServedModel, load_config
 
 
 @with_config_flags()
@@ -25,23 +25,25 @@ def plan(
     with importing():
         from rich.console import Console
 
-        from moeserve.checkpoints import check_memory, host_bytes, layer_sources, memory_bytes
+        from moeserve.checkpoints import ServedLayers, check_memory, host_bytes, layer_sources, memory_bytes
         from moeserve.cli import plan_change
         from moeserve.cli.plan_view import tables
+        from moeserve.control import Planner
         from moeserve.placement import plan_placement
 
-    sources = layer_sources(config)
+    is_here, sources = config.ray.address is None, layer_sources(config)
     placement = plan_placement([layer.spec for layer in sources], config.placement)
-    nbytes = host_bytes(sources, placement)
-    number = placement.num_hosts
-    change = None if from_hosts is None else plan_change.planned_change(sources, config.placement, from_hosts, number)
+    nbytes, number = host_bytes(sources, placement), placement.num_hosts
+    change = None
+    if from_hosts is not None:
+        planner = Planner(ServedLayers(config.only(ServedModel), sources), config.placement, is_here)
+        change = plan_change.planned_change(planner, from_hosts, number)
     if as_json:
-        told = {} if change is None else plan_change.as_json(change)
-        print(json.dumps({"hosts": number, "weights_bytes_per_host": nbytes, **told}))
+        print(json.dumps({"hosts": number, "weights_bytes_per_host": nbytes, **(plan_change.as_json(change) if change else {})}))
     else:
         console = Console()
         for table in tables(sources, placement, config.placement, nbytes, with_kernels):
             console.print(table)
         if change is not None and from_hosts is not None:
             console.print(plan_change.as_text(change, from_hosts, number))
-    check_memory(nbytes, config.placement, memory_bytes() if config.ray.address is None else None)
+    check_memory(nbytes, config.placement, memory_bytes() if is_here else None)

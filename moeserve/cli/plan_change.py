@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from moeserve.checkpoints import LayerSource, layer_size
+from moeserve.checkpoints import layer_size
 from moeserve.cli.columns import bytes_text
-from moeserve.config import PlacementConfig
-from moeserve.placement import HostLimits, Transition, constraints_of, plan, plan_placement, transition
+from moeserve.control import Assignment, Planner
+from moeserve.placement import Transition, transition
 
 
-def planned_change(sources: Sequence[LayerSource], placing: PlacementConfig, before: int, after: int) -> Transition:
+def planned_change(planner: Planner, before: int, after: int) -> Transition:
     """From `before` hosts, where the experts are as a new service places them, to `after`. Raises ConfigError."""
-    specs, free = [source.spec for source in sources], placing.model_copy(update={"experts_per_host": None})
-    sizes = [layer_size(source, placing.tensor_parallel) for source in sources]
-    hosts = [HostLimits(number, placing.memory_per_host_bytes) for number in range(after)]
-    first = plan_placement(specs, free.model_copy(update={"num_hosts": before}))
-    return transition(sizes, first, plan(sizes, constraints_of(specs, free, hosts), previous=first))
+    sources = planner.layers.sources
+    first = planner.plan(before)
+    # Of too many hosts, those with the highest numbers leave.
+    then = planner.moved([Assignment(number, "") for number in range(after)], sources, first, first.epoch + 1)
+    return transition([layer_size(source, planner.placing.tensor_parallel) for source in sources], first, then)
 
 
 def as_json(change: Transition) -> dict[str, Any]:
@@ -32,10 +31,9 @@ def as_json(change: Transition) -> dict[str, Any]:
 
 
 def as_text(change: Transition, before: int, after: int) -> str:
-    """A few sentences."""
+    """Two sentences."""
     more = f", {change.new} further copies are made" if change.new else ""
     return (
         f"From {before} hosts to {after}: {change.moves} experts move{more}, {change.kept} stay. "
-        f"{bytes_text(change.moved_bytes)} are read, and no host "
-        f"holds more than {bytes_text(max(change.peak_bytes.values()))} meanwhile."
+        f"{bytes_text(change.moved_bytes)} are read, and no host holds more than {bytes_text(max(change.peak_bytes.values()))} meanwhile."
     )

@@ -22,13 +22,10 @@ class Planner:
     placing: PlacementConfig
     on_this_machine: bool
 
-    def plan(self, num_hosts: int, sources: Sequence[LayerSource] | None = None) -> Placement:
-        """The placement on `num_hosts` hosts. Raises ConfigError when it is impossible, or does not fit the memory.
-
-        `sources`: the layers with their current weights.
-        """
+    def plan(self, num_hosts: int) -> Placement:
+        """The first placement, on `num_hosts` hosts. Raises ConfigError when it is impossible, or does not fit the memory."""
         placement = self._on(num_hosts)
-        self._check_memory(host_bytes(sources or self.layers.sources, placement))
+        self._check_memory(host_bytes(self.layers.sources, placement))
         return placement
 
     def moved(self, assignments: Sequence[Assignment], sources: Sequence[LayerSource], previous: Placement, epoch: int) -> Placement:

@@ -50,7 +50,7 @@ class StackedExpert:
 
 
 class ExpertStacks:
-    """ExpertStacks on `device` for `count` experts that come one after the other: one for all of them if they are of one kind."""
+    """Stacks on `device` for `count` experts that come one after the other: one for all of them if they are of one kind."""
 
     def __init__(self, count: int, device: torch.device) -> None:
         self._left, self._device = count, device

@@ -119,12 +119,12 @@ class Batch:
     async def turn(self, start: int) -> int:
         """Waits until the tokens from `start` on may run; returns up to where: T unless it is one request that is cut."""
         turns = self.members[0].turns
-        return self.num_tokens if turns is None else await turns.end(start)
+        return self.num_tokens if turns is None else await turns.end_of(start)
 
     def end_turn(self, start: int) -> None:
         """The tokens of the turn from `start` on were computed."""
         if (turns := self.members[0].turns) is not None:
-            turns.over(start)
+            turns.computed(start)
 
     @property
     def num_tokens(self) -> int:

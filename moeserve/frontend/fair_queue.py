@@ -127,7 +127,8 @@ class FairQueue(Generic[R]):
 
         One that is cut runs alone.
         """
-        left = {caller: limits.most_of(caller) for caller in self._lanes}
+        most = {caller: limits.most_of(caller) for caller in self._lanes}
+        left = dict(most)
         lanes = [(caller.given, number, caller) for number, caller in enumerate(left) if left[caller] > 0]
         heapify(lanes)
         members: list[Turn[R]] = []
@@ -135,7 +136,7 @@ class FairQueue(Generic[R]):
         while lanes:
             _, number, caller = lanes[0]
             request = self._lanes[caller][0]
-            turn = _turn_tokens(request, min(limits.max_turn_tokens, limits.most_of(caller)))
+            turn = _turn_tokens(request, min(limits.max_turn_tokens, most[caller]))
             if turn < request.tokens:
                 return members or [self.give(caller, turn)]
             tokens, deadline = tokens + request.tokens, min(deadline, request.deadline)

@@ -80,7 +80,7 @@ class Forward:
 
     def _loads(self, view: LayerView) -> HostLoads | None:
         """With hedging, a host that stands still gets nothing new before it answers again: each row would have to be hedged."""
-        return view.loads(self._copy_choice, view.late() if self._avoids_late else ())
+        return view.loads(self._copy_choice, view.late_hosts() if self._avoids_late else ())
 
     def _route_and_plan(self, batch: Batch, view: LayerView, end: int, hosts: HostLoads | None) -> RoutedBatch:
         """The gate sees the whole batch, so that its answer does not depend on how the batch is cut. Its tokens up to `end` are planned."""
@@ -144,10 +144,12 @@ class Forward:
             self._remedy.learn(routed.view, of_part, bad)
 
     async def _answer_untouched(self, routed: RoutedBatch, delivery: Delivery) -> None:
-        """Requests that nothing is owed to any more."""
+        """Requests of several that nothing is owed to any more; a single one may have turns to come."""
+        if len(routed.batch.members) == 1:
+            return
         touched = routed.members(delivery.owed)
         untouched = [index for index, member in enumerate(routed.batch.members) if index not in touched and not member.answer.done()]
-        if untouched and len(routed.batch.members) > 1:
+        if untouched:
             await self._add_up(routed, delivery, delivery.take_all_answers())
             await self._finish(routed, untouched)
 

@@ -97,7 +97,7 @@ class HostLink:
     def is_late(self) -> bool:
         """Whether it has not answered something that it would have answered by now, as a rule, even if others have meanwhile."""
         channel = self.channel
-        if channel is not None and self._owing.late_left_at > channel.last_answered():
+        if channel is not None and self._owing.gave_up_late_at > channel.last_answered():
             return True
         return self._owing.is_late(time.monotonic())
 

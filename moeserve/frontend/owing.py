@@ -37,7 +37,7 @@ class Owing:
         self._debts: dict[asyncio.Future[Partial], Debt] = {}
         self._answered_at = 0.0
         #: monotonic seconds: when nobody waited any longer for what was late
-        self.late_left_at = 0.0
+        self.gave_up_late_at = 0.0
 
     def add(self, answered: asyncio.Future[Partial], rows: int) -> None:
         """The host owes answers to `rows` more, until it has given them or nobody waits any longer."""
@@ -59,7 +59,7 @@ class Owing:
         self._count(-debt.rows)
         if answered.cancelled():
             if now > debt.sent_at + self.durations.late_after_s(debt.rows):
-                self.late_left_at = now
+                self.gave_up_late_at = now
         elif answered.exception() is None:
             self._answered_at = now
             self.durations.record(debt.rows, now - debt.sent_at)

@@ -22,14 +22,14 @@ class Turns:
         self._ends[start], self._open[start] = self._num_tokens, end
         self._given.set()
 
-    async def end(self, start: int) -> int:
+    async def end_of(self, start: int) -> int:
         """Waits for the turn that begins with the token `start`; returns the token after its last."""
         while start not in self._ends:
             self._given.clear()
             await self._given.wait()
         return self._ends[start]
 
-    def over(self, start: int) -> None:
+    def computed(self, start: int) -> None:
         """The tokens of the turn from `start` on were computed."""
         if (end := self._open.pop(start, None)) is not None:
             end(True)

@@ -45,8 +45,8 @@ class LayerView:
             is_live[number], load[number] = number not in without and link.is_live_at(self.epoch), link.queue_tokens
         return HostLoads(is_live, load, copy_choice)
 
-    def late(self) -> list[int]:
-        """The hosts that are slow now."""
+    def late_hosts(self) -> list[int]:
+        """The numbers of those that have not answered what they would have answered by now, as a rule."""
         return [number for number, link in self.links.items() if link.is_late]
 
     def health(self, host: int, rows: int) -> HostHealth:

@@ -6,8 +6,8 @@ D hosts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -114,9 +114,3 @@ class Placement:
     def hosts(self) -> tuple[int, ...]:
         """The numbers of the hosts with experts, ascending; below num_hosts, with gaps where hosts were removed."""
         return tuple(sorted({int(host) for layer in self.layers for host in np.unique(layer.host_of_physical)}))
-
-    def renumbered(self, numbers: Sequence[int], epoch: int) -> Placement:
-        """The same placement on hosts with other numbers: host i becomes numbers[i]; numbers ascend."""
-        table, num_hosts = np.array(numbers), max(numbers) + 1
-        layers = (replace(layer, num_hosts=num_hosts, host_of_physical=table[layer.host_of_physical]) for layer in self.layers)
-        return Placement(epoch, num_hosts, tuple(layers))

@@ -17,6 +17,7 @@ from moeserve.client.retries import Retries
 from tests.client.calls import Calls
 from tests.support.engine import FakeEngine, X
 from tests.support.servers import served
+from tests.support.waiting import until_async
 
 
 async def test_a_refused_call_is_made_again_when_the_service_says(calls: Calls, engine: FakeEngine) -> None:
@@ -29,8 +30,7 @@ async def test_a_refused_call_is_made_again_when_the_service_says(calls: Calls, 
 async def test_a_call_refused_before_it_was_read_is_made_again(calls: Calls, engine: FakeEngine) -> None:
     engine.refusing = errors.Overloaded("later", 0.05)
     call = asyncio.create_task(calls.forward(X))
-    while len(engine.callers) < 3:
-        await asyncio.sleep(0.01)
+    await until_async(lambda: len(engine.callers) >= 3)
     engine.refusing = None
     assert torch.equal((await call).hidden_states, X)
 
@@ -53,7 +53,7 @@ async def test_a_service_that_is_started_again_is_waited_for(engine: FakeEngine,
         with pytest.raises((errors.ServiceUnreachable, errors.DeadlineExceeded)):
             await calls.forward(X, timeout=0.5)
         waiting = [asyncio.create_task(one.forward(X)) for one in (calls, connect(target))]
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(1.5)  # so long it is away
         assert not any(call.done() for call in waiting)
         with served(engine, port=int(target.rpartition(":")[2])):
             for answer in await asyncio.gather(*waiting):

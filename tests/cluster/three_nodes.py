@@ -38,7 +38,7 @@ from moeserve.placement import plan_placement
 from moeserve.release import Release
 from moeserve.transport import KeyPair
 from tests.support.closeness import assert_close
-from tests.support.planning import planner_of
+from tests.support.planning import planner_of, renumbered
 from tests.support.waiting import until_async
 
 allow_clusters(False)  # every port on 127.0.0.1
@@ -60,7 +60,7 @@ def fleet_for(config: ServiceConfig) -> RayFleet:
 def release_on(assignments: list[Assignment], config: ServiceConfig, epoch: int) -> Release:
     placing = config.placement.model_copy(update={"num_hosts": len(assignments)})
     specs = [source.spec for source in layer_sources(config)]
-    return Release(plan_placement(specs, placing).renumbered([assignment.number for assignment in assignments], epoch))
+    return Release(renumbered(plan_placement(specs, placing), [assignment.number for assignment in assignments], epoch))
 
 
 async def first_driver(cluster: Cluster, wide: Any, narrow: Any) -> None:

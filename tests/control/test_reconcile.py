@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from moeserve.config import GatingConfig, LayerSpec, PlacementConfig
 from moeserve.control import Assigned, Assignment, Node, Wanted, reconcile
 from moeserve.placement import plan_placement
+from tests.support.planning import renumbered
 
 SPEC = LayerSpec("layer", 4, 4, 12, "swiglu", False, "float32", GatingConfig())
 
@@ -262,7 +263,7 @@ class Cluster(RuleBasedStateMachine):
         assert numbers == sorted(set(numbers))
         if not numbers:
             return
-        placement = plan_placement([SPEC], PlacementConfig(num_hosts=len(numbers))).renumbered(numbers, 1)
+        placement = renumbered(plan_placement([SPEC], PlacementConfig(num_hosts=len(numbers))), numbers, 1)
         assert list(placement.hosts) == numbers
         held = [shard.expert for number in numbers for shard in placement.layers[0].shards_on(number)]
         assert sorted(held) == list(range(SPEC.num_experts))

@@ -21,6 +21,7 @@ from moeserve.placement import plan_placement
 from moeserve.release import Release
 from moeserve.transport import KeyPair
 from moeserve.v1 import control_service_pb2 as pb
+from tests.support.planning import renumbered
 from tests.support.two_layers import spec
 
 KEYS = KeyPair.generate()
@@ -56,7 +57,7 @@ def releases(draw: st.DrawFn) -> Release:
     num_hosts = draw(st.integers(shards * copies, 8 if shards * copies == 1 else 6))
     config = PlacementConfig(num_hosts=num_hosts, copies=copies, tensor_parallel=shards)
     numbers = sorted(draw(st.sets(st.integers(0, 40), min_size=num_hosts, max_size=num_hosts)))
-    placement = plan_placement([spec()] * draw(st.integers(1, 3)), config).renumbered(numbers, draw(st.integers(1, 2**40)))
+    placement = renumbered(plan_placement([spec()] * draw(st.integers(1, 3)), config), numbers, draw(st.integers(1, 2**40)))
     return Release(placement, tuple(draw(st.lists(SWAPS, max_size=3))), draw(st.dictionaries(TEXT, FINGERPRINTS, max_size=2)))
 
 
