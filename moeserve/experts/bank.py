@@ -18,6 +18,7 @@ from moeserve.experts.held import Alone, HeldExpert
 from moeserve.experts.one_by_one import OneByOne
 from moeserve.experts.packed import PackedExperts
 from moeserve.experts.packed_expert import PackedExpert
+from moeserve.experts.pairs import Pairs
 from moeserve.experts.placer import Placer
 from moeserve.experts.ragged import Stack, StackedExpert
 
@@ -111,12 +112,13 @@ class ExpertBank:
             total.zero_()
         for group in self._groups:
             experts = slice(first_expert, first_expert + len(group.held))
-            pairs = slice(first_pair, first_pair + int(counts[experts].sum()))
+            chosen = slice(first_pair, first_pair + int(counts[experts].sum()))
             sums = torch.empty_like(total) if first_expert and group.overwrites else total
-            group.run(hidden_states, row_index[pairs], counts[experts], *self._weighed(experts, counts, weights[pairs]), sums)
+            pairs = Pairs(row_index[chosen], counts[experts], *self._weighed(experts, counts, weights[chosen]))
+            group.run(hidden_states, pairs, sums)
             if sums is not total:
                 total += sums
-            first_expert, first_pair = experts.stop, pairs.stop
+            first_expert, first_pair = experts.stop, chosen.stop
         if total is not out:
             out.copy_(total)
 

@@ -24,6 +24,7 @@ from moeserve.experts.feed_forward import LINEAR, ROWS, FeedForward, Form
 from moeserve.experts.packable import Packable, packable
 from moeserve.experts.packed import PackedExperts
 from moeserve.experts.packed_expert import PackedExpert, pack
+from moeserve.experts.pairs import Pairs
 from moeserve.experts.quantized import QuantizedFeedForward, quantize
 from moeserve.kernels import KERNELS, TYPES, WeightArena, WeightArenas, aligned, fastest_of, find_kernel
 
@@ -175,7 +176,7 @@ def _packed(experts: Sequence[Expert], kernels: tuple[str, ...]) -> dict[str, Ca
 def _run_packed(packed: PackedExperts, rows: torch.Tensor) -> None:
     row_index = torch.arange(len(rows)).repeat(len(packed.held))
     counts = np.full(len(packed.held), len(rows))
-    packed.run(rows, row_index, counts, None, torch.full((len(row_index),), 0.5), torch.empty(rows.shape))
+    packed.run(rows, Pairs(row_index, counts, None, torch.full((len(row_index),), 0.5)), torch.empty(rows.shape))
 
 
 def kernels_for(shape: Shape, kernel: Kernel) -> tuple[str, ...]:

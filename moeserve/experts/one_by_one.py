@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
 from moeserve.experts.held import Alone
+from moeserve.experts.pairs import Pairs
 
 # For every number of rows that it has not seen, oneDNN compiles kernels: a millisecond or more and half a megabyte, for ever. So many rows
 # are multiplied as they are; more are filled up to the next sixteenth of a power of two: 79 numbers up to 16384, for 5 % more work.
@@ -31,20 +30,12 @@ class OneByOne:
         self._dtype = dtype
         self._deterministic = deterministic
 
-    def run(
-        self,
-        hidden_states: torch.Tensor,
-        row_index: torch.Tensor,
-        tokens_per_expert: npt.NDArray[np.int64],
-        input_weights: torch.Tensor | None,
-        weights: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
+    def run(self, hidden_states: torch.Tensor, pairs: Pairs, out: torch.Tensor) -> None:
         """As `PackedExperts.run`, but what is in `out` stays, and the sums are added to it."""
-        busy = [(each.held, count) for each, count in zip(self.held, tokens_per_expert.tolist(), strict=True) if count]
+        busy = [(each.held, count) for each, count in zip(self.held, pairs.tokens_per_expert.tolist(), strict=True) if count]
         sizes = [count for _, count in busy]
-        scales_in = [None] * len(busy) if input_weights is None else input_weights[:, None].to(self._dtype).split(sizes)
-        parts = zip(busy, row_index.split(sizes), scales_in, weights[:, None].split(sizes), strict=True)
+        scales_in = [None] * len(busy) if pairs.input_weights is None else pairs.input_weights[:, None].to(self._dtype).split(sizes)
+        parts = zip(busy, pairs.row_index.split(sizes), scales_in, pairs.weights[:, None].split(sizes), strict=True)
         for (expert, count), index, scale_in, scale in parts:
             rows = hidden_states if count == len(hidden_states) == 1 else self._gathered(hidden_states, index)
             rows = rows if scale_in is None else rows * F.pad(scale_in, (0, 0, 0, len(rows) - count))

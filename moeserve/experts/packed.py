@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from moeserve.config import ActivationName, parsed_activation
 from moeserve.errors import InvalidRequest
 from moeserve.experts.activations import is_gated
 from moeserve.experts.packed_expert import PackedExpert
+from moeserve.experts.pairs import Pairs
 from moeserve.kernels import TYPES, Bank, PassWork, find_kernel, library, scratch
 
 #: the numbers that csrc/kernels.h gives to activations
@@ -53,30 +53,18 @@ class PackedExperts:
         """The one that computes."""
         return self._kind.kernel
 
-    def run(
-        self,
-        hidden_states: torch.Tensor,
-        row_index: torch.Tensor,
-        tokens_per_expert: npt.NDArray[np.int64],
-        input_weights: torch.Tensor | None,
-        weights: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
+    def run(self, hidden_states: torch.Tensor, pairs: Pairs, out: torch.Tensor) -> None:
         """Gathers rows, computes them, weighs the answers and sums them into `out`.
 
-        hidden_states [R, H] of any float type, row_index [N] int64, tokens_per_expert [E], input_weights [N] float32 or None
-        (what rows are multiplied by, rounded to their type), weights [N] float32 (what answers are multiplied by), out [R, H] float32,
-        overwritten. Raises InvalidRequest when `row_index` names a row that is not there.
+        hidden_states [R, H] of any float type; out [R, H] float32, overwritten. Raises InvalidRequest when `pairs` name a row that is
+        not there.
         """
         code = library()
         assert code is not None and out.is_contiguous(), "found before the experts were packed"
-        assert tokens_per_expert.sum() == len(row_index) == len(weights), "what is read is there"
-        hidden_states, row_index, weights = (
-            hidden_states.to(self._kind.rows_dtype).contiguous(),
-            row_index.contiguous(),
-            weights.contiguous(),
-        )
-        tokens_per_expert = np.ascontiguousarray(tokens_per_expert, dtype=np.int64)
+        assert pairs.tokens_per_expert.sum() == len(pairs.row_index) == len(pairs.weights), "what is read is there"
+        hidden_states = hidden_states.to(self._kind.rows_dtype).contiguous()
+        row_index, weights, input_weights = pairs.row_index.contiguous(), pairs.weights.contiguous(), pairs.input_weights
+        tokens_per_expert = np.ascontiguousarray(pairs.tokens_per_expert, dtype=np.int64)
         work = PassWork(
             num_pairs=len(row_index),
             num_rows=len(hidden_states),

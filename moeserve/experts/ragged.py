@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeGuard
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
@@ -21,6 +19,7 @@ from moeserve.config import Activation
 from moeserve.experts.activations import activate
 from moeserve.experts.expert import Expert
 from moeserve.experts.feed_forward import FeedForward
+from moeserve.experts.pairs import Pairs
 
 
 class StackKind(NamedTuple):
@@ -96,24 +95,13 @@ class Stack:
         self.held = held
         self._tensors = {name: tensor[first.index : first.index + len(held)] for name, tensor in first.stack.items()}
 
-    def run(
-        self,
-        hidden_states: torch.Tensor,
-        row_index: torch.Tensor,
-        tokens_per_expert: npt.NDArray[np.int64],
-        input_weights: torch.Tensor | None,
-        weights: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        """As `PackedExperts.run`, of rows in bfloat16.
-
-        hidden_states [R, H], row_index [N], tokens_per_expert [E], input_weights [N] float32 or None, weights [N] float32,
-        out [R, H] float32, overwritten.
-        """
-        rows = hidden_states.index_select(0, row_index)
-        if input_weights is not None:
-            rows *= input_weights[:, None].to(rows.dtype)
-        out.zero_().index_add_(0, row_index, self._answers(rows, torch.from_numpy(tokens_per_expert).to(rows.device)) * weights[:, None])
+    def run(self, hidden_states: torch.Tensor, pairs: Pairs, out: torch.Tensor) -> None:
+        """As `PackedExperts.run`, of rows in bfloat16."""
+        rows = hidden_states.index_select(0, pairs.row_index)
+        if pairs.input_weights is not None:
+            rows *= pairs.input_weights[:, None].to(rows.dtype)
+        counts = torch.from_numpy(pairs.tokens_per_expert).to(rows.device)
+        out.zero_().index_add_(0, pairs.row_index, self._answers(rows, counts) * pairs.weights[:, None])
 
     def _answers(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """rows [N, H] bfloat16, those of each expert together; counts [E] int64 -> [N, H] float32."""
