@@ -1,6 +1,7 @@
 """The configuration and its reader; no environment, no argv."""
 
 from moeserve.config.activation import LIMITED, Activation, ActivationName, parsed_activation
+from moeserve.config.balancing import BalancingConfig
 from moeserve.config.cluster import ClusterConfig, ControllerConfig, RayConfig
 from moeserve.config.gating import BY_TOKEN_ID, GatingConfig
 from moeserve.config.load import load_config, load_json, load_server
@@ -45,6 +46,7 @@ __all__ = [
     "MAX_SIZE",
     "Activation",
     "ActivationName",
+    "BalancingConfig",
     "BatchingConfig",
     "Bits",
     "ClusterConfig",

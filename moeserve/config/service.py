@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import Field, model_validator
 
 from moeserve.config.activation import Activation
+from moeserve.config.balancing import BalancingConfig
 from moeserve.config.cluster import ClusterConfig, ControllerConfig, RayConfig
 from moeserve.config.gating import GatingConfig
 from moeserve.config.resilience import LayerResilience, ResilienceConfig
@@ -265,6 +266,7 @@ class ServiceConfig(FrontendConfig):
     """Everything `moeserve serve` needs."""
 
     server: ServerConfig = ServerConfig()
+    balancing: BalancingConfig = BalancingConfig()
     controller: ControllerConfig = ControllerConfig()
     cluster: ClusterConfig = ClusterConfig()
     ray: RayConfig = RayConfig()
@@ -273,6 +275,16 @@ class ServiceConfig(FrontendConfig):
     def _threads_join_no_cluster(self) -> Self:
         if self.cluster.kind == "threads" and self.ray.address is not None:
             raise ValueError(f"ray.address is {self.ray.address!r}; with cluster.kind = 'threads' there is no Ray to join")
+        return self
+
+    @model_validator(mode="after")
+    def _one_host_computes_an_answer_always(self) -> Self:
+        balancing = self.balancing
+        if self.model.deterministic and (balancing.enabled or balancing.extra_copies or balancing.min_copies > 1):
+            raise ValueError(
+                "model.deterministic is true, but balancing has enabled, extra_copies or min_copies set; allowed: none of them, because "
+                "load would decide which host computes, and so the order of the sums"
+            )
         return self
 
     def only(self, kind: type[Tables]) -> Tables:

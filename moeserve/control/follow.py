@@ -13,6 +13,7 @@ from moeserve.control.record import (
     read_hosts,
     read_release,
     release_message,
+    require_counts,
     require_key,
     require_printable,
     require_short,
@@ -36,7 +37,7 @@ class Report:
     name, target and metrics_target are for status, node is its Ray node, public_key the key it was given earlier;
     new batches use `epoch`, running ones `oldest_epoch` or later (0 = it serves nothing yet); it is ready for the candidate of
     `tried_epoch`, or not: `refusal` says why. is_leaving = it ends for good, and does not come back with its key; is_ready = it accepts
-    requests, and every expert can be reached.
+    requests, and every expert can be reached; requested = what callers have asked of the experts since it started, as `packed_counts`.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Report:
     refusal: str = ""
     is_leaving: bool = False
     is_ready: bool = False
+    requested: tuple[bytes, ...] = ()
 
     def to_message(self) -> pb.FrontendReport:
         """For `from_message`."""
@@ -63,7 +65,9 @@ class Report:
             require_printable(getattr(message, name), name)
         require_short(message.refusal, "refusal", _MAX_SENTENCE_CHARS)
         require_key(message.public_key, "public_key")
-        return cls(**{name: getattr(message, name) for name in cls.__dataclass_fields__})
+        require_counts(message.requested, "requested")
+        said = {name: getattr(message, name) for name in cls.__dataclass_fields__}
+        return cls(**{**said, "requested": tuple(message.requested)})
 
 
 @dataclass(frozen=True)

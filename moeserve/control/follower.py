@@ -12,9 +12,11 @@ from moeserve.config import FrontendConfig, ServerConfig, load_json
 from moeserve.control import timing
 from moeserve.control.directory import Directory
 from moeserve.control.follow import Order, Report, Setup
+from moeserve.control.record import packed_counts
 from moeserve.errors import ConfigError, MoEServeError
 from moeserve.frontend import Frontend, FrontendSettings, HostAccess
 from moeserve.loops import Notifier, in_thread
+from moeserve.observe.expert_counts import ExpertCounts
 from moeserve.observe.metrics import Metrics
 from moeserve.release import Release
 from moeserve.transport import KeyPair
@@ -152,6 +154,7 @@ class Follower:
         self._frontend.set_failing(self._order.failing)
         self._stage.enter(self._frontend, metrics)
         self._do("start", self._frontend.start(self.report.node))
+        self._do("demand", self._tell_of_demand(metrics.experts))
         self.say(epoch=release.epoch, oldest_epoch=release.epoch)
 
     def _sources(self, release: Release) -> list[LayerSource]:
@@ -179,6 +182,11 @@ class Follower:
     async def _tell_when_drained(self, frontend: Frontend) -> None:
         await frontend.drained()
         self.say(oldest_epoch=frontend.oldest_epoch)
+
+    async def _tell_of_demand(self, counts: ExpertCounts) -> None:
+        while True:
+            self.say(requested=packed_counts(pairs.numpy() for pairs in counts.requested()))
+            await asyncio.sleep(timing.DEMAND_S)
 
     async def _refresh(self) -> None:
         if self._frontend is not None:

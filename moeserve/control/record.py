@@ -5,7 +5,7 @@ P physical experts of a layer, U units.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeserve.checkpoints import FileMark, Fingerprint, Swap
-from moeserve.config import MAX_HOSTS, MAX_LAYERS, MAX_PHYSICAL
+from moeserve.config import MAX_EXPERTS, MAX_HOSTS, MAX_LAYERS, MAX_PHYSICAL
 from moeserve.errors import InvalidRequest
 from moeserve.observe.records import plain, read
 from moeserve.observe.stats import HostInfo
@@ -135,6 +135,23 @@ def hosts_messages(hosts: Mapping[int, HostInfo]) -> list[pb.Host]:
 def require_key(key: str, field: str) -> None:
     """Raises InvalidRequest unless it is empty or has the form of a key."""
     _require(not key or (len(key) == _KEY_CHARS and key.isascii() and key.isprintable()), field, f"{_KEY_CHARS} characters of Z85, or none")
+
+
+def require_counts(layers: Sequence[bytes], field: str) -> None:
+    """Raises InvalidRequest unless each has the form of `packed_counts`."""
+    _require(len(layers) <= MAX_LAYERS, field, f"at most {MAX_LAYERS} layers")
+    for counts in layers:
+        _require(8 <= len(counts) <= 8 * MAX_EXPERTS and len(counts) % 8 == 0, field, f"1..{MAX_EXPERTS} numbers of 8 bytes each")
+
+
+def packed_counts(layers: Iterable[npt.NDArray[np.int64]]) -> tuple[bytes, ...]:
+    """For `read_counts`: of each layer, a count [E] of each expert."""
+    return tuple(counts.astype("<i8").tobytes() for counts in layers)
+
+
+def read_counts(layers: Sequence[bytes]) -> list[npt.NDArray[np.int64]]:
+    """[E] of each layer; `require_counts` has been called."""
+    return [np.frombuffer(counts, "<i8").astype(np.int64) for counts in layers]
 
 
 def require_short(text: str, field: str, max_chars: int) -> None:

@@ -17,6 +17,8 @@ GRACE_S: Final = 5.0
 KEEP_KEY_S: Final = 3600.0
 #: for connecting to hosts before using a release that is already in force
 REACH_S: Final = 5.0
+#: between two reports of what callers ask of the experts
+DEMAND_S: Final = 1.0
 #: until an incarnation of a host that was not reached is tried again, because the network may have failed
 PATIENCE_S: Final = 2.0
 #: between two checks of nodes and hosts

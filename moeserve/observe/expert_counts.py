@@ -94,6 +94,11 @@ class ExpertCounts(Collector):
         """[E] int64: (token, expert) pairs not computed, for whatever reason."""
         return torch.stack(list(self.dropped_by_reason[layer].values())).sum(dim=0)
 
+    def requested(self) -> list[torch.Tensor]:
+        """For each layer [E] int64, of the experts that live on hosts: (token, expert) pairs that callers asked for."""
+        both = (processed + self.dropped(layer) for layer, processed in enumerate(self.processed))
+        return [pairs[:hosted] for pairs, hosted in zip(both, self._hosted, strict=True)]
+
     def collect(self) -> Iterable[Metric]:
         """The families of a scrape, with the experts that `detail` shows."""
         tokens = CounterMetricFamily("moeserve_tokens", "Used tokens answered", labels=["layer"])

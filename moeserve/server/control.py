@@ -20,8 +20,8 @@ from moeserve.v1 import control_service_pb2 as pb
 
 CONTROL_SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["ControlService"].full_name
 
-#: a report is a few short strings
-_MAX_REPORT_BYTES: Final = 2**14
+#: a report is a few short strings, and a count for each expert
+_MAX_REPORT_BYTES: Final = 2**24
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ DROP_REASON_HOST_LOST: _moe_service_pb2.DropReason
 DROP_REASON_LATE: _moe_service_pb2.DropReason
 
 class FrontendReport(_message.Message):
-    __slots__ = ("name", "target", "metrics_target", "node", "public_key", "epoch", "oldest_epoch", "tried_epoch", "refusal", "is_leaving", "is_ready")
+    __slots__ = ("name", "target", "metrics_target", "node", "public_key", "epoch", "oldest_epoch", "tried_epoch", "refusal", "is_leaving", "is_ready", "requested")
     NAME_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     METRICS_TARGET_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class FrontendReport(_message.Message):
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     IS_LEAVING_FIELD_NUMBER: _ClassVar[int]
     IS_READY_FIELD_NUMBER: _ClassVar[int]
+    REQUESTED_FIELD_NUMBER: _ClassVar[int]
     name: str
     target: str
     metrics_target: str
@@ -52,7 +53,8 @@ class FrontendReport(_message.Message):
     refusal: str
     is_leaving: bool
     is_ready: bool
-    def __init__(self, name: _Optional[str] = ..., target: _Optional[str] = ..., metrics_target: _Optional[str] = ..., node: _Optional[str] = ..., public_key: _Optional[str] = ..., epoch: _Optional[int] = ..., oldest_epoch: _Optional[int] = ..., tried_epoch: _Optional[int] = ..., refusal: _Optional[str] = ..., is_leaving: _Optional[bool] = ..., is_ready: _Optional[bool] = ...) -> None: ...
+    requested: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, name: _Optional[str] = ..., target: _Optional[str] = ..., metrics_target: _Optional[str] = ..., node: _Optional[str] = ..., public_key: _Optional[str] = ..., epoch: _Optional[int] = ..., oldest_epoch: _Optional[int] = ..., tried_epoch: _Optional[int] = ..., refusal: _Optional[str] = ..., is_leaving: _Optional[bool] = ..., is_ready: _Optional[bool] = ..., requested: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class FrontendOrder(_message.Message):
     __slots__ = ("setup", "current", "candidate", "hosts", "failing")

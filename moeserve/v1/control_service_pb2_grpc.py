@@ -48,7 +48,7 @@ class ControlServiceServicer:
 
     def Follow(self, request_iterator, context):
         """Both sides tell what is, not what to do: the latest message replaces all before it, so whoever missed some has missed nothing.
-        The frontend reports once at the beginning, and then whenever something has changed.
+        The frontend reports once at the beginning, and then whenever something has changed, of its counts at most once a second.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,6 +37,15 @@ def written(folder: Path, text: str) -> Path:
         ({"server": {"prt": 1}}, ["server.prt is not a key", "got 1", "host, port"]),
         ({"layers": [{**LAYER, "hiden_size": 8}]}, ["layers.0.hiden_size is not a key", "got 8", "hidden_size"]),
         ({"layers": [LAYER, {**LAYER, "gating": {"topk": 2}}]}, ["layers.1.gating.topk is not a key", "got 2", "top_k, scoring_func"]),
+        ({"balancing": {"min_gain": 1.5}, "layers": [LAYER]}, ["balancing.min_gain", "1.5", "less than or equal to 1"]),
+        ({"balancing": {"interval_s": 0}, "layers": [LAYER]}, ["balancing.interval_s", "greater than 0"]),
+        *(
+            (
+                {"model": {"deterministic": True}, "layers": [LAYER], "balancing": balancing},
+                ["model.deterministic is true, but balancing has"],
+            )
+            for balancing in ({"enabled": True}, {"extra_copies": 0.5}, {"min_copies": 2})
+        ),
         ({"placement": {"strategie": "x"}}, ["placement.strategie is not a key", "num_hosts", "strategy"]),
     ],
 )

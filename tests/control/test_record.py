@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moeserve.checkpoints import FileMark, Fingerprint, Swap
 from moeserve.config import PlacementConfig, load_config, load_json
 from moeserve.control.follow import Order, Report, Setup, followed_config
-from moeserve.control.record import host_message, read_hosts, read_release, release_message
+from moeserve.control.record import host_message, packed_counts, read_hosts, read_release, release_message
 from moeserve.errors import ConfigError, InvalidRequest
 from moeserve.observe.stats import HostInfo
 from moeserve.placement import plan_placement
@@ -99,6 +99,7 @@ def test_an_order_is_read_back(current: Release, candidate: Release | None, host
         Report,
         public_key=st.sampled_from(["", KEYS.public]),
         refusal=TEXT,
+        requested=st.lists(st.lists(st.integers(0, 2**62), min_size=1, max_size=3).map(np.array), max_size=3).map(packed_counts),
         **dict.fromkeys(("name", "target", "node"), TEXT.filter(str.isprintable)),
     )
 )
@@ -111,6 +112,12 @@ def test_a_long_refusal_is_cut_and_a_long_name_refused() -> None:
     assert len(Report.from_message(Report("a", refusal="x" * 5000).to_message()).refusal) == 1000
     with pytest.raises(InvalidRequest, match="name is invalid; allowed: at most 256"):
         Report.from_message(Report("x" * 257).to_message())
+
+
+@pytest.mark.parametrize("counts", [[b""], [b"1234567"], [b"12345678", b"123456789"], [b"12345678"] * 5000])
+def test_counts_that_cannot_be_are_refused(counts: list[bytes]) -> None:
+    with pytest.raises(InvalidRequest, match="requested is invalid; allowed: "):
+        Report.from_message(pb.FrontendReport(name="a", requested=counts))
 
 
 @pytest.mark.parametrize("field", ["name", "target", "metrics_target", "node"])

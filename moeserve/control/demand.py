@@ -1,0 +1,56 @@
+"""What callers ask of the experts, as all frontends count it. No clock of its own.
+
+E experts of a layer that live on hosts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from moeserve.errors import InvalidRequest
+
+Counts = Sequence[npt.NDArray[np.int64]]
+
+
+class Demand:
+    """Rows of each layer and expert in an exponentially weighted window: rows that are `window_s` old weigh 1/e.
+
+    num_experts: E of each layer
+    """
+
+    def __init__(self, num_experts: Sequence[int], window_s: float) -> None:
+        self._window_s = window_s
+        self._rows = [np.zeros(number) for number in num_experts]
+        self._at: float | None = None
+        #: of each frontend, its counts when it was heard last
+        self._counted: dict[str, Counts] = {}
+
+    def hear(self, counted: Mapping[str, Counts], now: float) -> None:
+        """Takes what each frontend that follows now has counted since it started, [E] of each layer; `now` in seconds.
+
+        The first counts of a frontend are where it starts from, as are counts below those before. A frontend that is not named has left;
+        what it asked stays in the window. Raises InvalidRequest when counts are not of these layers; then nothing is taken.
+        """
+        shape = [len(rows) for rows in self._rows]
+        for frontend, counts in counted.items():
+            if [len(each) for each in counts] != shape:
+                raise InvalidRequest(f"frontend {frontend} counts other experts than those that are served", "requested")
+        self._rows = self._aged(now)
+        self._at = now
+        for frontend in counted.keys() & self._counted.keys():
+            asked = [new - old for new, old in zip(counted[frontend], self._counted[frontend], strict=True)]
+            if all((each >= 0).all() for each in asked):
+                self._rows = [rows + each for rows, each in zip(self._rows, asked, strict=True)]
+        self._counted = dict(counted)
+
+    def rows(self, now: float) -> list[npt.NDArray[np.float64]]:
+        """[E] of each layer: rows in the window; divided by window_s, rows per second under a steady load."""
+        return self._aged(now)
+
+    def _aged(self, now: float) -> list[npt.NDArray[np.float64]]:
+        weight = 1.0 if self._at is None else math.exp((self._at - now) / self._window_s)
+        return [weight * rows for rows in self._rows]

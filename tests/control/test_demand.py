@@ -1,0 +1,70 @@
+"""What callers ask of the experts: nothing is counted twice, and what is old fades."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moeserve.control.demand import Demand
+from moeserve.errors import InvalidRequest
+
+SIZES = (3, 2)
+ASKED = st.lists(st.integers(0, 1000), min_size=sum(SIZES), max_size=sum(SIZES)).map(np.array)
+
+
+def layers(counts: np.ndarray) -> list[np.ndarray]:
+    return [counts[: SIZES[0]].astype(np.int64), counts[SIZES[0] :].astype(np.int64)]
+
+
+def total(demand: Demand, now: float) -> np.ndarray:
+    return np.concatenate(demand.rows(now))
+
+
+@given(asked=st.lists(st.tuples(st.sampled_from("ab"), ASKED, st.booleans()), max_size=12), start=ASKED)
+def test_what_all_frontends_were_asked_counts_once_whichever_reports_arrive(asked: list, start: np.ndarray) -> None:
+    demand, since_start = Demand(SIZES, 60.0), {"a": start.copy(), "b": 0 * start}
+    demand.hear({name: layers(counts) for name, counts in since_start.items()}, 5.0)
+    for name, rows, arrives in [*asked, ("a", 0 * start, True)]:
+        since_start[name] = since_start[name] + rows
+        if arrives:
+            demand.hear({each: layers(counts) for each, counts in since_start.items()}, 5.0)
+    assert (total(demand, 5.0) == sum((rows for _, rows, _ in asked), 0 * start)).all(), "not what a frontend had counted before"
+
+
+@given(rows=ASKED, window_s=st.floats(0.1, 1e4), age_s=st.floats(0, 1e4))
+def test_rows_fade(rows: np.ndarray, window_s: float, age_s: float) -> None:
+    demand = Demand(SIZES, window_s)
+    demand.hear({"a": layers(0 * rows)}, 100.0)
+    demand.hear({"a": layers(rows)}, 100.0)
+    assert np.allclose(total(demand, 100.0 + age_s), rows * math.exp(-age_s / window_s))
+
+
+def test_a_steady_load_is_its_rate_times_the_window() -> None:
+    demand, rate = Demand(SIZES, 10.0), np.array([7, 0, 1, 2, 3])
+    for second in range(200):
+        demand.hear({"a": layers(second * rate)}, float(second))
+    assert np.allclose(total(demand, 199.0) / 10.0, rate, rtol=0.1)
+
+
+def test_a_frontend_that_leaves_takes_nothing_along_and_begins_anew() -> None:
+    demand, rows = Demand(SIZES, 60.0), np.array([5, 0, 1, 2, 3])
+    demand.hear({"a": layers(0 * rows), "b": layers(9 * rows)}, 0.0)
+    demand.hear({"a": layers(rows), "b": layers(10 * rows)}, 0.0)
+    demand.hear({"b": layers(11 * rows)}, 0.0)
+    demand.hear({"a": layers(rows), "b": layers(11 * rows)}, 0.0)
+    demand.hear({"a": layers(2 * rows), "b": layers(0 * rows)}, 0.0)
+    assert (total(demand, 0.0) == 4 * rows).all()
+
+
+def test_counts_of_other_layers_are_refused() -> None:
+    demand = Demand(SIZES, 60.0)
+    demand.hear({"a": layers(np.zeros(5))}, 0.0)
+    for counts in ([np.zeros(5, dtype=np.int64)], [np.zeros(3, dtype=np.int64), np.zeros(3, dtype=np.int64)], []):
+        with pytest.raises(InvalidRequest, match="frontend a counts other experts"):
+            demand.hear({"a": counts}, 1.0)
+    demand.hear({"a": layers(np.ones(5))}, 0.0)
+    assert (total(demand, 0.0) == 1).all()
