@@ -12,7 +12,7 @@ from moeserve.client.connection import ADMINISTERING, TLS, Reach
 from moeserve.client.line import Line
 from moeserve.errors import InvalidRequest
 from moeserve.observe.records import read
-from moeserve.observe.status import ServiceStatus
+from moeserve.observe.status import Rebalanced, ServiceStatus
 from moeserve.v1 import admin_service_pb2 as pb
 from moeserve.v1 import admin_service_pb2_grpc as pb_grpc
 
@@ -84,6 +84,18 @@ class AdminClient:
         Returns when new hosts serve and removed hosts are gone.
         """
         return self._ask(Placed, "Scale", timeout, **({"all": True} if hosts == "all" else {"hosts": hosts}))
+
+    def scale_copies(self, copies: int, layer: str = "", expert: int | None = None, timeout: float = 3600.0) -> Placed:
+        """So many copies of `expert` of `layer`, each on another host; None = of every expert of the layer, "" = of every layer.
+
+        They take the place of placement.copies. Returns when they are in force.
+        """
+        which = {} if expert is None else {"expert": expert}
+        return self._ask(Placed, "ScaleCopies", timeout, layer=layer, copies=copies, **which)
+
+    def rebalance(self, *, dry_run: bool = False, timeout: float = 3600.0) -> Rebalanced:
+        """One round of balancing now, or only what it would move."""
+        return self._ask(Rebalanced, "Rebalance", timeout, dry_run=dry_run)
 
     def drain(self, host: str, timeout: float = 3600.0) -> Placed:
         """Move the experts of a host to the others, then remove it."""

@@ -19,6 +19,7 @@ from moeserve.config.values import (
     MAX_LAYERS,
     MAX_SIZE,
     Bytes,
+    Copies,
     CopyChoice,
     Dtype,
     Experts,
@@ -146,7 +147,7 @@ class PlacementConfig(Table):
     #: most bytes of weights; unset = not checked, except against the memory of this machine
     memory_per_host_bytes: Bytes | None = None
     #: copies of every expert, on different hosts; or by layer name; or by layer name and expert; "default" = all others
-    copies: Hosts | dict[str, Hosts | dict[str, Hosts]] = 1
+    copies: Copies = 1
     #: how many hosts share each expert, split along its intermediate dimension
     tensor_parallel: Hosts = 1
     #: into how many disjoint groups the hosts are divided, each with its share of the layers

@@ -36,6 +36,8 @@ _YEAR_S: Final = 365 * 86_400.0
 Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 Experts = Annotated[int, Field(ge=1, le=MAX_EXPERTS)]
 Hosts = Annotated[int, Field(ge=1, le=MAX_HOSTS)]
+#: of every expert; or by layer name; or by layer name and expert; "default" = all others
+Copies = Hosts | dict[str, Hosts | dict[str, Hosts]]
 Bytes = Annotated[int, Field(ge=1, le=_MAX_BYTES)]
 Seconds = Annotated[float, Field(ge=0, le=_YEAR_S)]
 

@@ -6,9 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from moeserve.checkpoints import Swap
+from moeserve.config import Copies
 from moeserve.control.assignments import Assignment
 from moeserve.control.desired import Planner
 from moeserve.control.state import NumHosts, State
+from moeserve.errors import ConfigError
+from moeserve.placement import Placement
 
 
 def swapped(before: State, swaps: Sequence[Swap], planner: Planner) -> State:
@@ -27,9 +30,31 @@ def moved(before: State, assignments: tuple[Assignment, ...], num_hosts: NumHost
     sources = before.release.sources(planner.layers)
     for source in sources:
         source.check()  # before any host starts
-    epoch, next_number = before.last_epoch + 1, max(before.next_number, assignments[-1].number + 1)
-    placement = planner.moved(assignments, sources, before.release.placement, epoch)
-    return State(replace(before.release, placement=placement), assignments, num_hosts, epoch, next_number)
+    next_number = max(before.next_number, assignments[-1].number + 1)
+    placement = planner.with_copies(before.copies).moved(assignments, sources, before.release.placement)
+    return replace(placed(before, placement), assignments=assignments, num_hosts=num_hosts, next_number=next_number)
+
+
+def placed(before: State, placement: Placement) -> State:
+    """The same weights in these places, on the same hosts."""
+    epoch = before.last_epoch + 1
+    return replace(before, release=replace(before.release, placement=replace(placement, epoch=epoch)), last_epoch=epoch)
+
+
+def with_copies(before: State, copies: Copies, planner: Planner) -> State:
+    """So many copies, as placement.copies says it, from now on; nothing else moves.
+
+    Raises ConfigError when they do not fit, or CheckpointChanged when the weights cannot be read any more.
+    """
+    if copies != 1 and any(spec.deterministic for spec in planner.layers.specs):
+        raise ConfigError("model.deterministic is true; allowed: 1 copy, because load decides which copy computes")
+    sources = before.release.sources(planner.layers)
+    placement = planner.with_copies(copies).moved(before.assignments, sources, before.release.placement)
+    if placement is before.release.placement:
+        return replace(before, copies=copies)
+    for source in sources:
+        source.check()
+    return replace(placed(before, placement), copies=copies)
 
 
 def told(before: State, after: State) -> Iterator[str]:

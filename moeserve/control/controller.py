@@ -6,12 +6,15 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from moeserve.checkpoints import Swap
+from moeserve.config import Copies
 from moeserve.control import timing
 from moeserve.control.assignments import Assigned, Assignment, Node, Wanted
-from moeserve.control.changes import moved, swapped
+from moeserve.control.balancer import Balancer
+from moeserve.control.changes import moved, swapped, with_copies
+from moeserve.control.copies import changed_copies
 from moeserve.control.desired import Planner
 from moeserve.control.first_state import Nodes, until_assigned
 from moeserve.control.frontends import Frontends
@@ -24,11 +27,15 @@ from moeserve.errors import ConfigError, ExpertUnavailable, MoEServeError
 from moeserve.log_limit import limited_logger
 from moeserve.loops import in_thread
 from moeserve.observe.stats import HostInfo, host_name
-from moeserve.observe.status import ServiceStatus
+from moeserve.observe.status import Rebalanced, ServiceStatus
 from moeserve.release import Release
 
 log = logging.getLogger(__name__)
 strangers = limited_logger(__name__)
+
+Changed = TypeVar("Changed")
+
+_UNREADABLE: Final = "files that are served could not be read"
 
 
 class HostFleet(Hosts, Protocol):
@@ -50,7 +57,7 @@ class HostFleet(Hosts, Protocol):
         ...
 
 
-def _tell_of_failure(change: asyncio.Task[Release]) -> None:
+def _tell_of_failure(change: asyncio.Task[Any]) -> None:
     """Logs the failure of a change whose caller is gone."""
     if not change.cancelled() and (error := change.exception()) is not None:
         strangers.warning("a change failed after its caller had left: %s", error)
@@ -75,10 +82,12 @@ class Controller:
         self._nodes = nodes
         self._hosts = hosts
         self._rollout = Rollout(state, hosts, frontends, save, planner.placing.load_timeout_s)
+        self._balancer = Balancer(planner, self, frontends)
         self._one_at_a_time = asyncio.Lock()
-        self._changes: set[asyncio.Task[Release]] = set()
+        self._changes: set[asyncio.Task[Any]] = set()
         self._is_ending = False
-        self._wanted_now: Wanted | None = None
+        #: and the number of hosts and the copies that it is for
+        self._wanted_now: tuple[Wanted, NumHosts, Copies | None] | None = None
         self._shortage: str | None = None
         #: why lost hosts have not been replaced
         self._why_as_it_is: str | None = None
@@ -87,6 +96,12 @@ class Controller:
     def state(self) -> State:
         """What is served, and the desired number of hosts."""
         return self._rollout.state
+
+    @property
+    def down(self) -> list[str]:
+        """Names of the hosts that are down."""
+        present = self._hosts.present
+        return [host_name(assignment.number) for assignment in self.state.assignments if assignment.number not in present]
 
     def status(self) -> ServiceStatus:
         """Hosts, frontends and layers, as `moeserve status` shows them."""
@@ -126,6 +141,25 @@ class Controller:
         """
         return await self._to_its_end(self._change(lambda: self._drain(host)))
 
+    async def scale_copies(self, layer: str, expert: int | None, copies: int) -> Release:
+        """So many copies of one expert, of every expert of a layer (None), or of all layers (""), in place of placement.copies.
+
+        Raises UnknownLayer, or ConfigError when they do not fit; then nothing has changed.
+        """
+
+        def change(state: State) -> State:
+            return with_copies(state, changed_copies(self._planner.with_copies(state.copies), layer, expert, copies), self._planner)
+
+        return await self.bring_in(change)
+
+    async def rebalance(self, dry_run: bool = False) -> Rebalanced:
+        """One round of balancing, or only its plan. Raises ExpertUnavailable while a host is down, ConfigError if it cannot be made."""
+        return await self._to_its_end(self._balancer.rebalance(dry_run=dry_run))
+
+    async def bring_in(self, change: Callable[[State], State]) -> Release:
+        """A change that reads no other files than those that are served, in its turn. Raises MoEServeError; then nothing has changed."""
+        return await self._to_its_end(self._change(lambda: self._brought_in(change, _UNREADABLE)))
+
     async def begin(self, work: Awaitable[None]) -> None:
         """Bring up the hosts of the first state by `work`; changes wait meanwhile."""
         async with self._one_at_a_time:
@@ -147,9 +181,9 @@ class Controller:
     async def keep(self) -> None:
         """Reconcile until cancelled: lost hosts are replaced, or their experts placed on the rest; new nodes are used.
 
-        Frontends are told which hosts are failing.
+        Experts follow the load. Frontends are told which hosts are failing.
         """
-        await asyncio.gather(self._keep_following(), self._keep_telling())
+        await asyncio.gather(self._keep_following(), self._keep_telling(), self._balancer.keep())
 
     async def _keep_telling(self) -> None:
         while True:
@@ -174,7 +208,7 @@ class Controller:
                 is_known = isinstance(error, MoEServeError)
                 log.warning("cannot adapt hosts to the nodes: %r; next attempt in %g s", error, pause_s, exc_info=not is_known)
 
-    async def _to_its_end(self, change: Coroutine[Any, Any, Release]) -> Release:
+    async def _to_its_end(self, change: Coroutine[Any, Any, Changed]) -> Changed:
         """Finishes the change even if its caller leaves."""
         if self._is_ending:
             change.close()
@@ -197,7 +231,7 @@ class Controller:
     async def _scale(self, num_hosts: NumHosts) -> Release:
         if num_hosts != "all" and num_hosts < 1:
             raise ConfigError(f"placement.num_hosts is {num_hosts}; allowed: at least 1, or 'all'")
-        wanted = await in_thread(self._planner.wanted, num_hosts)
+        wanted = await in_thread(self._planner.with_copies(self.state.copies).wanted, num_hosts)
         try:
             # New nodes may take minutes: meanwhile the present ones are followed.
             await until_assigned(lambda nodes: self._assigned(nodes, wanted), wanted, self._nodes, self._planner.placing.wait_for_nodes_s)
@@ -234,8 +268,7 @@ class Controller:
         return await self._moved(assigned.assignments, self.state.num_hosts)
 
     async def _moved(self, assignments: tuple[Assignment, ...], num_hosts: NumHosts) -> Release:
-        why = "files that are served could not be read"
-        return await self._brought_in(lambda state: moved(state, assignments, num_hosts, self._planner), why)
+        return await self._brought_in(lambda state: moved(state, assignments, num_hosts, self._planner), _UNREADABLE)
 
     async def _brought_in(self, change: Callable[[State], State], why: str) -> Release:
         """Raises ConfigError saying `why` when the change cannot be worked out, because files cannot be read."""
@@ -243,9 +276,10 @@ class Controller:
         return await self._rollout.bring_in(await after)
 
     async def _wanted(self) -> Wanted:
-        if self._wanted_now is None or self._wanted_now.num_hosts != self.state.num_hosts:
-            self._wanted_now = await in_thread(self._planner.wanted, self.state.num_hosts)
-        return self._wanted_now
+        asked = self.state.num_hosts, self.state.copies
+        if self._wanted_now is None or self._wanted_now[1:] != asked:
+            self._wanted_now = await in_thread(self._planner.with_copies(asked[1]).wanted, asked[0]), *asked
+        return self._wanted_now[0]
 
     def _assigned(self, nodes: Sequence[Node], wanted: Wanted) -> Assigned:
         return reconcile(nodes, self.state.assignments, wanted, self.state.next_number, self._hosts.given_up)

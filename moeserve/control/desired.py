@@ -4,23 +4,44 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from moeserve.checkpoints import LayerSource, ServedLayers, check_memory, host_bytes, layer_size, memory_bytes
-from moeserve.config import PlacementConfig
+from moeserve.config import BalancingConfig, Copies, PlacementConfig
 from moeserve.control.assignments import Assignment, Wanted
 from moeserve.control.state import NumHosts
 from moeserve.errors import ConfigError
-from moeserve.placement import HostLimits, Placement, constraints_of, fewest_hosts, most_hosts, plan, plan_placement
+from moeserve.placement import (
+    Constraints,
+    HostLimits,
+    LayerSize,
+    Placement,
+    constraints_of,
+    fewest_hosts,
+    most_hosts,
+    plan,
+    plan_placement,
+)
+
+Rows: TypeAlias = Sequence[npt.NDArray[np.float64] | None]
 
 
 @dataclass(frozen=True, eq=False)
 class Planner:
-    """Places the experts of `layers` as `placing` says. `on_this_machine`: hosts without a GPU share its memory."""
+    """Places the experts of `layers` as `placing` and `balancing` say. `on_this_machine`: hosts without a GPU share its memory."""
 
     layers: ServedLayers
     placing: PlacementConfig
     on_this_machine: bool
+    balancing: BalancingConfig = field(default_factory=BalancingConfig)
+
+    def with_copies(self, copies: Copies | None) -> Planner:
+        """With these in place of placement.copies; None = the same planner."""
+        return self if copies is None else replace(self, placing=self.placing.model_copy(update={"copies": copies}))
 
     def plan(self, num_hosts: int) -> Placement:
         """The first placement, on `num_hosts` hosts. Raises ConfigError when it is impossible, or does not fit the memory."""
@@ -28,18 +49,28 @@ class Planner:
         self._check_memory(host_bytes(self.layers.sources, placement))
         return placement
 
-    def moved(self, assignments: Sequence[Assignment], sources: Sequence[LayerSource], previous: Placement, epoch: int) -> Placement:
-        """The placement on these hosts that moves as few experts of `previous` as it can. Raises as `plan`.
+    def moved(
+        self, assignments: Sequence[Assignment], sources: Sequence[LayerSource], previous: Placement, demand: Rows | None = None
+    ) -> Placement:
+        """The placement on these hosts that moves as few experts of `previous` as it can; itself, if none. Raises as `plan`.
 
-        `sources`: the layers with their current weights.
+        `sources`: the layers with their current weights; `demand`: rows [E] of each, to be balanced.
         """
-        limit = self.placing.memory_per_host_bytes
-        hosts = [HostLimits(assignment.number, limit, assignment.node) for assignment in assignments]
-        sizes = [layer_size(source, self.placing.tensor_parallel) for source in sources]
-        constraints = constraints_of(self.layers.specs, _free_number(self.placing), hosts)
-        placement = plan(sizes, replace(constraints, min_gain=1.0), previous=previous)
+        placement = plan(self.sizes(sources), self._constraints(assignments), demand, previous)
         self._check_memory(host_bytes(sources, placement))
-        return replace(placement, epoch=epoch)
+        return placement
+
+    def sizes(self, sources: Sequence[LayerSource]) -> list[LayerSize]:
+        """What hosts hold of each layer, in bytes."""
+        return [layer_size(source, self.placing.tensor_parallel) for source in sources]
+
+    def _constraints(self, assignments: Sequence[Assignment]) -> Constraints:
+        limit, balancing = self.placing.memory_per_host_bytes, self.balancing
+        hosts = [HostLimits(assignment.number, limit, assignment.node) for assignment in assignments]
+        # With fewer hosts, as after the loss of one, an expert has as many copies as can be.
+        min_copies = min(balancing.min_copies, max(1, len(hosts) // self.placing.pipeline_stages))
+        constraints = constraints_of(self.layers.specs, _free_number(self.placing), hosts, min_copies)
+        return replace(constraints, extra_copies=balancing.extra_copies, min_gain=balancing.min_gain)
 
     def first_num_hosts(self) -> NumHosts:
         """placement.num_hosts, or the number that placement.experts_per_host needs. Raises ConfigError when it is impossible."""

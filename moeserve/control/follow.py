@@ -9,6 +9,7 @@ from typing import Any, Final
 from moeserve.config import FrontendConfig
 from moeserve.control.record import (
     hosts_messages,
+    read_balancing,
     read_failing,
     read_hosts,
     read_release,
@@ -18,6 +19,7 @@ from moeserve.control.record import (
     require_printable,
     require_short,
 )
+from moeserve.observe.balancing import Balancing
 from moeserve.observe.stats import HostInfo
 from moeserve.release import Release
 from moeserve.transport import KeyPair
@@ -87,7 +89,7 @@ class Setup:
 class Order:
     """The desired state of a frontend: serve `current` (None = not known yet), try `candidate`, if there is one, on `hosts`.
 
-    `failing`: hosts that are down and not restarting, and why.
+    `failing`: hosts that are down and not restarting, and why; `balancing`: for metrics.
     """
 
     current: Release | None = None
@@ -95,11 +97,13 @@ class Order:
     hosts: Mapping[int, HostInfo] = field(default_factory=dict)
     setup: Setup | None = None
     failing: Mapping[int, str] = field(default_factory=dict)
+    balancing: Balancing = field(default_factory=Balancing)
 
     def to_message(self) -> pb.FrontendOrder:
         """For `from_message`."""
         failing = {number: why[:_MAX_SENTENCE_CHARS] for number, why in self.failing.items()}
         message = pb.FrontendOrder(hosts=hosts_messages(self.hosts), failing=failing)
+        message.balancing.CopyFrom(pb.Balancing(**vars(self.balancing)))
         for name, release in (("current", self.current), ("candidate", self.candidate)):
             if release is not None:
                 getattr(message, name).CopyFrom(release_message(release))
@@ -122,6 +126,7 @@ class Order:
             candidate=read_release(message.candidate) if message.HasField("candidate") else None,
             hosts=read_hosts(list(message.hosts)),
             failing=read_failing(message.failing),
+            balancing=read_balancing(message.balancing),
             setup=Setup(told.service_id, told.config_json, keys, told.drain_timeout_s) if message.HasField("setup") else None,
         )
 

@@ -86,6 +86,7 @@ class Follower:
         self._directory.replace(order.hosts)
         if self._frontend is not None:
             self._frontend.set_failing(order.failing)
+            self._frontend.set_balancing(order.balancing)
         self._ordered.notify()
 
     def say(self, **changes: object) -> None:
@@ -152,6 +153,7 @@ class Follower:
         # It reads every gate; probes are answered meanwhile.
         self._frontend = await in_thread(Frontend, release, sources, settings, hosts, metrics)
         self._frontend.set_failing(self._order.failing)
+        metrics.balancing.said = self._order.balancing
         self._stage.enter(self._frontend, metrics)
         self._do("start", self._frontend.start(self.report.node))
         self._do("demand", self._tell_of_demand(metrics.experts))

@@ -13,6 +13,7 @@ from moeserve.control import timing
 from moeserve.control.follow import Order, Report, Setup, followed_config
 from moeserve.errors import ConfigError
 from moeserve.loops import Notifier
+from moeserve.observe.balancing import Balancing
 from moeserve.observe.stats import HostInfo
 from moeserve.release import Release
 from moeserve.transport import KeyPair
@@ -175,6 +176,10 @@ class Frontends:
         """Sets the hosts that are down and not restarting, and why."""
         if dict(failing) != dict(self._order.failing):
             self._tell(replace(self._order, failing=dict(failing)))
+
+    def set_balancing(self, said: Balancing) -> None:
+        """What the controller has done to balance the hosts."""
+        self._tell(replace(self._order, balancing=said))
 
     def _tell(self, order: Order) -> None:
         self._order = order

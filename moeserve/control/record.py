@@ -15,6 +15,7 @@ import numpy.typing as npt
 from moeserve.checkpoints import FileMark, Fingerprint, Swap
 from moeserve.config import MAX_EXPERTS, MAX_HOSTS, MAX_LAYERS, MAX_PHYSICAL
 from moeserve.errors import InvalidRequest
+from moeserve.observe.balancing import Balancing
 from moeserve.observe.records import plain, read
 from moeserve.observe.stats import HostInfo
 from moeserve.placement import LayerPlacement, Placement
@@ -125,6 +126,12 @@ def read_failing(failing: Mapping[int, str]) -> dict[int, str]:
     """Why hosts are down, by number. Raises InvalidRequest when an entry is invalid."""
     _require(all(number < MAX_HOSTS for number in failing), "failing", f"numbers below {MAX_HOSTS}")
     return dict(failing)
+
+
+def read_balancing(message: pb.Balancing) -> Balancing:
+    """Raises InvalidRequest when a text has control characters."""
+    require_printable(message.latest, "balancing.latest")
+    return Balancing(dict(message.rounds), message.moved_experts, message.moved_bytes, tuple(message.balancedness), message.latest)
 
 
 def hosts_messages(hosts: Mapping[int, HostInfo]) -> list[pb.Host]:

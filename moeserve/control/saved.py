@@ -40,6 +40,7 @@ class Saved:
                 "num_hosts": state.num_hosts,
                 "last_epoch": state.last_epoch,
                 "next_number": state.next_number,
+                "copies": state.copies,
             }
         ).encode()
 
@@ -53,5 +54,6 @@ class Saved:
             read["num_hosts"],
             read["last_epoch"],
             read["next_number"],
+            read["copies"],
         )
         return cls(read["service_id"], read["frontend_token"], state, tuple(read["frontend_keys"]), read["control_port"])

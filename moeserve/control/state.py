@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from moeserve.config import Copies
 from moeserve.control.assignments import Assignment
 from moeserve.release import Release
 
@@ -15,6 +16,7 @@ NumHosts: TypeAlias = int | Literal["all"]
 class State:
     """`release` and `assignments` are in use by frontends; `num_hosts` is the desired number.
 
+    `copies`: as placement.copies, in its place, set by an administrator; None = none was set.
     Epochs up to `last_epoch` and host numbers below `next_number` have been given out, perhaps to a release that was withdrawn.
     """
 
@@ -23,3 +25,4 @@ class State:
     num_hosts: NumHosts
     last_epoch: int
     next_number: int
+    copies: Copies | None = None

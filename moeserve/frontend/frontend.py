@@ -25,6 +25,7 @@ from moeserve.frontend.settings import FrontendSettings, HostAccess
 from moeserve.frontend.view import LayerView, Views
 from moeserve.layer.head import LayerHead
 from moeserve.loops import in_thread
+from moeserve.observe.balancing import OUTCOMES, Balancing
 from moeserve.observe.expert_counts import ExpertCounts
 from moeserve.observe.metrics import Metrics
 from moeserve.observe.stats import HostShards, HostStats, LayerStats, ServiceStats, facts, host_name
@@ -139,6 +140,13 @@ class Frontend:
             link.set_failing(failing.get(number, ""))
         for forward in self._forwards:
             forward.hosts_changed()
+
+    def set_balancing(self, said: Balancing) -> None:
+        """What the controller has done to balance the hosts, for metrics and events."""
+        before, self._metrics.balancing.said = self._metrics.balancing.said, said
+        for outcome in OUTCOMES:
+            if outcome != "unchanged" and said.rounds.get(outcome, 0) > before.rounds.get(outcome, 0):
+                self._metrics.events.add(f"rebalance_{outcome}", said.latest)
 
     async def refresh(self) -> None:
         """Update what is known about hosts."""

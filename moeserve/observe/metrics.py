@@ -12,6 +12,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from moeserve.config import LayerSpec
+from moeserve.observe.balancing import BalancingMetrics
 from moeserve.observe.expert_counts import ExpertCounts, ExpertDetail
 from moeserve.observe.stats import CONDITIONS, CallCount, Condition, Durations, Event
 
@@ -105,6 +106,8 @@ class Metrics:
         self._started = time.monotonic()
         self.experts = ExpertCounts(specs, detail)
         self.registry.register(self.experts)
+        self.balancing = BalancingMetrics([spec.name for spec in specs])
+        self.registry.register(self.balancing)
         self.requests = self._counter("moeserve_requests", "Calls answered", "method", "code")
         self.request_duration = self._histogram("moeserve_request_duration_seconds", "Duration of a call", _SECONDS, "method")
         self.stage_duration = self._histogram("moeserve_stage_duration_seconds", "Duration of a stage of a batch", _SECONDS, "stage")

@@ -127,7 +127,9 @@ class CallCount:
 
 @dataclass(frozen=True)
 class Event:
-    """kind is host_up, host_lost, host_back, host_left, host_failing or call_failed; subject the host's name, or method and code.
+    """kind is host_up, host_lost, host_back, host_left, host_failing, call_failed, or rebalance_ and an outcome.
+
+    subject is the host's name, method and code, or what a round of balancing did.
 
     An event that repeats within seconds is one record: count says how often, time_unix_s when last.
     """

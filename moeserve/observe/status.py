@@ -31,6 +31,24 @@ class FrontendStatus:
 
 
 @dataclass(frozen=True)
+class Rebalanced:
+    """A round of balancing, done or only planned. epoch: of the placement in force.
+
+    moves: experts that move to another host; new: further copies; kept: on the same host as before; moved_bytes: what the hosts read, in so
+    many steps; balancedness: mean / max of the rows expected on the hosts of a layer, as a mean over layers
+    """
+
+    epoch: int
+    moves: int
+    new: int
+    kept: int
+    moved_bytes: int
+    steps: int
+    balancedness_before: float
+    balancedness: float
+
+
+@dataclass(frozen=True)
 class LayerStatus:
     """One layer; `placement` names hosts by their numbers."""
 

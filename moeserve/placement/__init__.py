@@ -1,6 +1,6 @@
 """Placement of physical experts on hosts, and the choice of copies: pure functions; no clock, no I/O."""
 
-from moeserve.placement.balance import balancedness, host_rows
+from moeserve.placement.balance import balancedness, host_rows, layer_balancedness, mean_balancedness
 from moeserve.placement.bounds import fewest_hosts, most_hosts
 from moeserve.placement.constraints import Constraints, HostLimits, LayerSize, constraints_of
 from moeserve.placement.copies import choose_copies
@@ -25,6 +25,8 @@ __all__ = [
     "fewest_hosts",
     "fill_slots",
     "host_rows",
+    "layer_balancedness",
+    "mean_balancedness",
     "most_hosts",
     "peak_bytes",
     "plan",

@@ -20,12 +20,23 @@ def host_rows(layer: LayerPlacement, rows: Floats) -> Floats:
 
 
 def balancedness(placement: Placement, demand: Sequence[Floats | None], stages: int = 1) -> float:
-    """Mean / max of the rows expected on the hosts of a layer, as a mean over layers: 1 = even, 1 / D = one host has everything.
+    """As `layer_balancedness`, the mean over layers."""
+    return mean_balancedness(layer_balancedness(placement, demand, stages))
 
-    demand: rows [E] of each layer, in any unit; None, or no rows at all = not known, and the layer does not count.
+
+def mean_balancedness(layers: Sequence[float | None]) -> float:
+    """Over the layers for which it is known; 1 if there are none."""
+    known = [each for each in layers if each is not None]
+    return float(np.mean(known)) if known else 1.0
+
+
+def layer_balancedness(placement: Placement, demand: Sequence[Floats | None], stages: int = 1) -> list[float | None]:
+    """For each layer, mean / max of the rows expected on its hosts: 1 = even, 1 / D = one host has everything.
+
+    demand: rows [E] of each layer, in any unit; None, or no rows at all = not known, as is the balancedness.
     stages: placement.pipeline_stages; all hosts of its stage count for a layer, also those that hold none of its experts.
     """
-    even = []
+    even: list[float | None] = [None] * len(placement.layers)
     for stage in range(stages):
         layers = layers_of_stage(stage, len(placement.layers), stages)
         hosts = _hosts(placement, layers)
@@ -33,8 +44,8 @@ def balancedness(placement: Placement, demand: Sequence[Floats | None], stages: 
             rows = demand[layer]
             if rows is not None and rows.sum() > 0:
                 loads = host_rows(placement.layers[layer], rows)[hosts]
-                even.append(float(loads.mean() / loads.max()))
-    return float(np.mean(even)) if even else 1.0
+                even[layer] = float(loads.mean() / loads.max())
+    return even
 
 
 def _hosts(placement: Placement, layers: range) -> Integers:

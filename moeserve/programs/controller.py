@@ -70,7 +70,7 @@ class ControllerProgram:
         """
         config, cluster = self._config, self.cluster
         layers = await in_thread(ServedLayers.read, config.only(ServedModel))
-        planner = Planner(layers, config.placement, on_this_machine=config.ray.address is None)
+        planner = Planner(layers, config.placement, config.ray.address is None, config.balancing)
         planner.first_num_hosts()
         self._tell(cluster.intent)
         self._running.push_async_callback(cluster.stop)

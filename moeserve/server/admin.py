@@ -16,7 +16,7 @@ import grpc
 from moeserve.errors import InvalidRequest
 from moeserve.files.version import running_version
 from moeserve.observe.records import to_message
-from moeserve.observe.status import ServiceStatus
+from moeserve.observe.status import Rebalanced, ServiceStatus
 from moeserve.server.rpc import Context
 from moeserve.v1 import admin_service_pb2 as pb
 
@@ -62,6 +62,14 @@ class Admin(Protocol):
 
     async def drain(self, host: str) -> Served:
         """One host fewer. Raises MoEServeError; then nothing has changed."""
+        ...
+
+    async def scale_copies(self, layer: str, expert: int | None, copies: int) -> Served:
+        """Another number of copies. Raises MoEServeError; then nothing has changed."""
+        ...
+
+    async def rebalance(self, dry_run: bool) -> Rebalanced:
+        """One round of balancing, or only its plan. Raises MoEServeError."""
         ...
 
     def ask_to_stop(self) -> None:
@@ -124,6 +132,16 @@ class AdminService(PingService):
         """One `ScaleRequest`; returns when the service has that many hosts."""
         served = await self._admin.scale("all" if request.all else request.hosts)
         return pb.ScaleResponse(epoch=served.epoch, hosts=served.host_names)
+
+    async def scale_copies(self, request: pb.ScaleCopiesRequest, _context: Context) -> pb.ScaleCopiesResponse:
+        """One `ScaleCopiesRequest`; returns when the copies are in force."""
+        expert = request.expert if request.HasField("expert") else None
+        served = await self._admin.scale_copies(request.layer, expert, request.copies)
+        return pb.ScaleCopiesResponse(epoch=served.epoch, hosts=served.host_names)
+
+    async def rebalance(self, request: pb.RebalanceRequest, _context: Context) -> pb.RebalanceResponse:
+        """A `Rebalanced`, when it is in force."""
+        return to_message(pb.RebalanceResponse, await self._admin.rebalance(request.dry_run))
 
     async def drain_host(self, request: pb.DrainHostRequest, _context: Context) -> pb.DrainHostResponse:
         """One `DrainHostRequest`; returns when the host has gone."""

@@ -62,6 +62,50 @@ class ScaleResponse(_message.Message):
     hosts: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, epoch: _Optional[int] = ..., hosts: _Optional[_Iterable[str]] = ...) -> None: ...
 
+class ScaleCopiesRequest(_message.Message):
+    __slots__ = ("layer", "expert", "copies")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
+    layer: str
+    expert: int
+    copies: int
+    def __init__(self, layer: _Optional[str] = ..., expert: _Optional[int] = ..., copies: _Optional[int] = ...) -> None: ...
+
+class ScaleCopiesResponse(_message.Message):
+    __slots__ = ("epoch", "hosts")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    HOSTS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    hosts: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, epoch: _Optional[int] = ..., hosts: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class RebalanceRequest(_message.Message):
+    __slots__ = ("dry_run",)
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    dry_run: bool
+    def __init__(self, dry_run: _Optional[bool] = ...) -> None: ...
+
+class RebalanceResponse(_message.Message):
+    __slots__ = ("epoch", "moves", "new", "kept", "moved_bytes", "steps", "balancedness_before", "balancedness")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    NEW_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    MOVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    BALANCEDNESS_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    BALANCEDNESS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    moves: int
+    new: int
+    kept: int
+    moved_bytes: int
+    steps: int
+    balancedness_before: float
+    balancedness: float
+    def __init__(self, epoch: _Optional[int] = ..., moves: _Optional[int] = ..., new: _Optional[int] = ..., kept: _Optional[int] = ..., moved_bytes: _Optional[int] = ..., steps: _Optional[int] = ..., balancedness_before: _Optional[float] = ..., balancedness: _Optional[float] = ...) -> None: ...
+
 class DrainHostRequest(_message.Message):
     __slots__ = ("host",)
     HOST_FIELD_NUMBER: _ClassVar[int]

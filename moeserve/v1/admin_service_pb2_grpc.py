@@ -55,6 +55,16 @@ class AdminServiceStub:
                 request_serializer=moeserve_dot_v1_dot_admin__service__pb2.ScaleRequest.SerializeToString,
                 response_deserializer=moeserve_dot_v1_dot_admin__service__pb2.ScaleResponse.FromString,
                 _registered_method=True)
+        self.ScaleCopies = channel.unary_unary(
+                '/moeserve.v1.AdminService/ScaleCopies',
+                request_serializer=moeserve_dot_v1_dot_admin__service__pb2.ScaleCopiesRequest.SerializeToString,
+                response_deserializer=moeserve_dot_v1_dot_admin__service__pb2.ScaleCopiesResponse.FromString,
+                _registered_method=True)
+        self.Rebalance = channel.unary_unary(
+                '/moeserve.v1.AdminService/Rebalance',
+                request_serializer=moeserve_dot_v1_dot_admin__service__pb2.RebalanceRequest.SerializeToString,
+                response_deserializer=moeserve_dot_v1_dot_admin__service__pb2.RebalanceResponse.FromString,
+                _registered_method=True)
         self.DrainHost = channel.unary_unary(
                 '/moeserve.v1.AdminService/DrainHost',
                 request_serializer=moeserve_dot_v1_dot_admin__service__pb2.DrainHostRequest.SerializeToString,
@@ -100,6 +110,20 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ScaleCopies(self, request, context):
+        """So many copies of one expert, of every expert of a layer, or of all; in place of placement.copies, from now on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rebalance(self, request, context):
+        """One round of balancing: experts get copies and move as what callers ask for wants it. Returns once it is in force.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DrainHost(self, request, context):
         """Places the experts of one host on the others and lets it go.
         """
@@ -136,6 +160,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.Scale,
                     request_deserializer=moeserve_dot_v1_dot_admin__service__pb2.ScaleRequest.FromString,
                     response_serializer=moeserve_dot_v1_dot_admin__service__pb2.ScaleResponse.SerializeToString,
+            ),
+            'ScaleCopies': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScaleCopies,
+                    request_deserializer=moeserve_dot_v1_dot_admin__service__pb2.ScaleCopiesRequest.FromString,
+                    response_serializer=moeserve_dot_v1_dot_admin__service__pb2.ScaleCopiesResponse.SerializeToString,
+            ),
+            'Rebalance': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rebalance,
+                    request_deserializer=moeserve_dot_v1_dot_admin__service__pb2.RebalanceRequest.FromString,
+                    response_serializer=moeserve_dot_v1_dot_admin__service__pb2.RebalanceResponse.SerializeToString,
             ),
             'DrainHost': grpc.unary_unary_rpc_method_handler(
                     servicer.DrainHost,
@@ -257,6 +291,60 @@ class AdminService:
             '/moeserve.v1.AdminService/Scale',
             moeserve_dot_v1_dot_admin__service__pb2.ScaleRequest.SerializeToString,
             moeserve_dot_v1_dot_admin__service__pb2.ScaleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScaleCopies(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moeserve.v1.AdminService/ScaleCopies',
+            moeserve_dot_v1_dot_admin__service__pb2.ScaleCopiesRequest.SerializeToString,
+            moeserve_dot_v1_dot_admin__service__pb2.ScaleCopiesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rebalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moeserve.v1.AdminService/Rebalance',
+            moeserve_dot_v1_dot_admin__service__pb2.RebalanceRequest.SerializeToString,
+            moeserve_dot_v1_dot_admin__service__pb2.RebalanceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,7 +57,7 @@ class FrontendReport(_message.Message):
     def __init__(self, name: _Optional[str] = ..., target: _Optional[str] = ..., metrics_target: _Optional[str] = ..., node: _Optional[str] = ..., public_key: _Optional[str] = ..., epoch: _Optional[int] = ..., oldest_epoch: _Optional[int] = ..., tried_epoch: _Optional[int] = ..., refusal: _Optional[str] = ..., is_leaving: _Optional[bool] = ..., is_ready: _Optional[bool] = ..., requested: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class FrontendOrder(_message.Message):
-    __slots__ = ("setup", "current", "candidate", "hosts", "failing")
+    __slots__ = ("setup", "current", "candidate", "hosts", "failing", "balancing")
     class FailingEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -70,12 +70,35 @@ class FrontendOrder(_message.Message):
     CANDIDATE_FIELD_NUMBER: _ClassVar[int]
     HOSTS_FIELD_NUMBER: _ClassVar[int]
     FAILING_FIELD_NUMBER: _ClassVar[int]
+    BALANCING_FIELD_NUMBER: _ClassVar[int]
     setup: Setup
     current: Release
     candidate: Release
     hosts: _containers.RepeatedCompositeFieldContainer[_moe_service_pb2.Host]
     failing: _containers.ScalarMap[int, str]
-    def __init__(self, setup: _Optional[_Union[Setup, _Mapping]] = ..., current: _Optional[_Union[Release, _Mapping]] = ..., candidate: _Optional[_Union[Release, _Mapping]] = ..., hosts: _Optional[_Iterable[_Union[_moe_service_pb2.Host, _Mapping]]] = ..., failing: _Optional[_Mapping[int, str]] = ...) -> None: ...
+    balancing: Balancing
+    def __init__(self, setup: _Optional[_Union[Setup, _Mapping]] = ..., current: _Optional[_Union[Release, _Mapping]] = ..., candidate: _Optional[_Union[Release, _Mapping]] = ..., hosts: _Optional[_Iterable[_Union[_moe_service_pb2.Host, _Mapping]]] = ..., failing: _Optional[_Mapping[int, str]] = ..., balancing: _Optional[_Union[Balancing, _Mapping]] = ...) -> None: ...
+
+class Balancing(_message.Message):
+    __slots__ = ("rounds", "moved_experts", "moved_bytes", "balancedness", "latest")
+    class RoundsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    MOVED_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    MOVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BALANCEDNESS_FIELD_NUMBER: _ClassVar[int]
+    LATEST_FIELD_NUMBER: _ClassVar[int]
+    rounds: _containers.ScalarMap[str, int]
+    moved_experts: int
+    moved_bytes: int
+    balancedness: _containers.RepeatedScalarFieldContainer[float]
+    latest: str
+    def __init__(self, rounds: _Optional[_Mapping[str, int]] = ..., moved_experts: _Optional[int] = ..., moved_bytes: _Optional[int] = ..., balancedness: _Optional[_Iterable[float]] = ..., latest: _Optional[str] = ...) -> None: ...
 
 class Setup(_message.Message):
     __slots__ = ("config_json", "public_key", "secret_key", "service_id", "drain_timeout_s")

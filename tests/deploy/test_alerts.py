@@ -32,6 +32,8 @@ WELL = {
     f'moeserve_stage_duration_seconds_bucket{{{AT}, stage="queue", le="2.5"}}': "0+600x60",
     f'moeserve_stage_duration_seconds_bucket{{{AT}, stage="queue", le="+Inf"}}': "0+600x60",
     f"moeserve_placement_epoch{{{AT}}}": "1x60",
+    f'moeserve_rebalances_total{{{AT}, outcome="failed"}}': "0x40 1x20",
+    f'moeserve_rebalances_total{{{AT}, outcome="unchanged"}}': "0+1x60",
     'moeserve_placement_epoch{job="moeserve", instance="b:9464"}': "1x60",
 }
 BY_LAYER = {"job": "moeserve", "layer": "l"}
@@ -93,6 +95,14 @@ SICK = {
     ),
     "MoeservePlacementStale": Sick(
         {f"moeserve_placement_epoch{{{AT}}}": "1x10 3x50"}, {"job": "moeserve"}, "frontends of moeserve are 2 epochs apart"
+    ),
+    "MoeserveBalancingStopped": Sick(
+        {
+            f'moeserve_rebalances_total{{{AT}, outcome="failed"}}': "0x10 1+1x49",
+            f'moeserve_rebalances_total{{{AT}, outcome="unchanged"}}': "0+1x10 10x50",
+        },
+        {"job": "moeserve"},
+        "no round of balancing of moeserve has ended well for half an hour",
     ),
 }
 

@@ -44,6 +44,11 @@ METHODS: dict[str, tuple[Metadata, bytes]] = {
         admin_service_pb2.SwapExpertsRequest(layer="layers.0", checkpoint="/nowhere", experts=[1, 2]).SerializeToString(),
     ),
     "/moeserve.v1.AdminService/Scale": (ADMIN, admin_service_pb2.ScaleRequest(hosts=0).SerializeToString()),
+    "/moeserve.v1.AdminService/ScaleCopies": (
+        ADMIN,
+        admin_service_pb2.ScaleCopiesRequest(layer="layers.0", expert=99, copies=2).SerializeToString(),
+    ),
+    "/moeserve.v1.AdminService/Rebalance": (ADMIN, admin_service_pb2.RebalanceRequest(dry_run=True).SerializeToString()),
     "/moeserve.v1.AdminService/DrainHost": (ADMIN, admin_service_pb2.DrainHostRequest(host="host-9").SerializeToString()),
     "/moeserve.v1.AdminService/Shutdown": (ADMIN, b""),
     "/moeserve.v1.ControlService/Follow": (FOLLOW, control_service_pb2.FrontendReport(name="a", epoch=1).SerializeToString()),

@@ -1,0 +1,166 @@
+"""Experts follow the load: rounds of balancing, by themselves and by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Final, Protocol
+
+from moeserve.control import timing
+from moeserve.control.demand import Demand
+from moeserve.control.desired import Planner, Rows
+from moeserve.control.frontends import Frontends
+from moeserve.control.record import read_counts
+from moeserve.control.rounds import Round, RoundStopped, planned_round, stepped
+from moeserve.control.stall import unless_stalled
+from moeserve.control.state import State
+from moeserve.errors import InvalidRequest
+from moeserve.log_limit import limited_logger
+from moeserve.loops import in_thread
+from moeserve.observe.balancing import Balancing, Outcome
+from moeserve.observe.status import Rebalanced
+from moeserve.placement import mean_balancedness
+from moeserve.release import Release
+
+log = logging.getLogger(__name__)
+strangers = limited_logger(__name__)
+
+#: a smaller gain cannot be told from chance
+_LEAST_GAIN: Final = 0.02
+#: of hosts, in one sentence
+_MAX_NAMES: Final = 8
+
+
+class Served(Protocol):
+    """The service that is balanced."""
+
+    @property
+    def state(self) -> State:
+        """What is served."""
+        ...
+
+    @property
+    def down(self) -> Sequence[str]:
+        """Names of the hosts that are down."""
+        ...
+
+    async def bring_in(self, change: Callable[[State], State]) -> Release:
+        """One change, in its turn. Raises MoEServeError; then nothing has changed."""
+        ...
+
+
+class Balancer:
+    """Hears what callers ask of the experts. `rebalance` does one round; `keep` does one every balancing.interval_s, if that is enabled."""
+
+    def __init__(self, planner: Planner, served: Served, frontends: Frontends) -> None:
+        self._planner, self._served, self._frontends = planner, served, frontends
+        self._config = planner.balancing
+        self._demand = Demand([spec.num_hosted_experts for spec in planner.layers.specs], self._config.window_s)
+        self._one_at_a_time = asyncio.Lock()
+        self._said = Balancing()
+
+    async def keep(self) -> None:
+        """Until cancelled."""
+        next_at = time.monotonic() + self._config.interval_s
+        while True:
+            await asyncio.sleep(min(timing.CONTROL_LOOK_S, self._config.interval_s))
+            self._hear()
+            if self._config.enabled and time.monotonic() >= next_at:
+                await self._round_by_itself()
+                next_at = time.monotonic() + self._config.interval_s
+
+    async def rebalance(self, *, dry_run: bool) -> Rebalanced:
+        """One round now, or only its plan. Raises ExpertUnavailable while a host is down, or ConfigError when it cannot be made."""
+        self._hear()
+        demand = self._demand.rows(time.monotonic())
+        if dry_run:
+            planned = await self._planned(demand)
+            return _told(planned, planned.release)
+        return await self._round(demand)
+
+    def _hear(self) -> None:
+        counted = {report.public_key: read_counts(report.requested) for report in self._frontends.members() if report.requested}
+        try:
+            self._demand.hear(counted, time.monotonic())
+        except InvalidRequest as error:
+            strangers.warning("the demand is not known: %s", error)
+
+    async def _round_by_itself(self) -> None:
+        try:
+            await self._round(self._known())
+        except Exception as error:  # any error, of Ray for example; it has been said and counted, and the next round tries again
+            log.debug("the next round of balancing tries again after %r", error, exc_info=True)
+
+    def _known(self) -> Rows:
+        """The rows of the layers that were asked often enough that the gain of a move is not a matter of chance."""
+        fewest = len(self._served.state.assignments) / max(self._config.min_gain, _LEAST_GAIN) ** 2
+        return [rows if rows.sum() >= fewest else None for rows in self._demand.rows(time.monotonic())]
+
+    async def _round(self, demand: Rows) -> Rebalanced:
+        """Raises RoundStopped, or the error of planning or of a step; what has moved until then stays where it is."""
+        async with self._one_at_a_time:
+            planned: Round | None = None
+            done = 0
+            try:
+                self._require_hosts()
+                planned = await self._planned(demand)
+                release = planned.release
+                for placement in planned.steps:
+                    self._require_hosts()
+                    release = await self._served.bring_in(partial(stepped, served=release, placement=placement))
+                    done += 1
+            except Exception as error:
+                outcome: Outcome = "stopped" if isinstance(error, RoundStopped) else "failed"
+                log.warning("a round of balancing %s after %d steps: %s", outcome, done, error)
+                self._say(outcome, planned, done)
+                raise
+            outcome = "moved" if planned.steps else "unchanged"
+            log.info("a round of balancing: %s: %s", outcome, planned)
+            self._say(outcome, planned, done)
+            return _told(planned, release)
+
+    async def _planned(self, demand: Rows) -> Round:
+        """Raises ConfigError when files cannot be read within placement.load_timeout_s, too."""
+        planning = in_thread(planned_round, self._served.state, demand, self._planner)
+        why = "files that are served could not be read"
+        return await unless_stalled(planning, lambda: None, self._planner.placing.load_timeout_s, lambda: why)
+
+    def _require_hosts(self) -> None:
+        if down := self._served.down:
+            raise RoundStopped(
+                f"{', '.join(down[:_MAX_NAMES])} {'is' if len(down) == 1 else 'are'} down: nothing moves to balance the load"
+            )
+
+    def _say(self, outcome: Outcome, planned: Round | None, done: int) -> None:
+        """Tells frontends, whose metrics show it."""
+        said = self._said
+        rounds = {**said.rounds, outcome: said.rounds.get(outcome, 0) + 1}
+        self._said = replace(said, rounds=rounds, latest=f"round {outcome} after {done} steps; the controller's log says why")
+        if planned is not None:
+            cost = planned.cost_of(done)
+            self._said = replace(
+                self._said, moved_experts=said.moved_experts + cost.moves + cost.new, moved_bytes=said.moved_bytes + cost.moved_bytes
+            )
+            if done == len(planned.steps):
+                even = tuple(math.nan if each is None else each for each in planned.after)
+                self._said = replace(self._said, balancedness=even, latest=str(planned))
+        self._frontends.set_balancing(self._said)
+
+
+def _told(planned: Round, release: Release) -> Rebalanced:
+    cost = planned.cost
+    return Rebalanced(
+        epoch=release.epoch,
+        moves=cost.moves,
+        new=cost.new,
+        kept=cost.kept,
+        moved_bytes=cost.moved_bytes,
+        steps=len(planned.steps),
+        balancedness_before=mean_balancedness(planned.before),
+        balancedness=mean_balancedness(planned.after),
+    )

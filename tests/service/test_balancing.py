@@ -1,0 +1,190 @@
+"""Experts and their copies follow the load, by themselves and by hand; every answer is right meanwhile."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moeserve import Client, ConfigError, ExpertUnavailable, MoELayer, UnknownLayer
+from moeserve.cli.app import main
+from moeserve.client import AdminClient
+from moeserve.control import Saved
+from moeserve.placement import layer_balancedness
+from tests.support.closeness import assert_close
+from tests.support.followers import ThreadedFrontend
+from tests.support.harness import ServiceHarness
+from tests.support.waiting import until
+
+ADMIN = "of the administrator"
+LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 16, "seed": 3, "gating": {"top_k": 1}}
+#: Zipf: the first experts share a host, as placed at first
+ZIPF = np.arange(1, 17) ** -1.2
+ZIPF = ZIPF / ZIPF.sum()
+
+
+def configuration(folder: Path, **balancing: object) -> dict[str, Any]:
+    (folder / "admin").write_text(ADMIN)
+    (folder / "admin").chmod(0o600)
+    return {
+        "layers": [LAYER],
+        "placement": {"num_hosts": 4},
+        "server": {"admin_token_file": folder / "admin"},
+        "balancing": {"extra_copies": 0.5, "window_s": 2.0, "interval_s": 0.3, **balancing},
+    }
+
+
+class Callers:
+    """Two that have routed already, by Zipf's law, and compare every answer with the layer in this process."""
+
+    def __init__(self, target: str, share: np.ndarray = ZIPF) -> None:
+        self._target, self._share, self._stop = target, share, threading.Event()
+        self._layer, self.answered = MoELayer(**LAYER), 0
+        self._failure: BaseException | None = None
+
+    def __enter__(self) -> Callers:
+        self._threads = [threading.Thread(target=self._run, args=(seed,)) for seed in range(2)]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        assert self._failure is None, self._failure
+        assert self.answered > 0
+
+    def _run(self, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        try:
+            with Client(self._target) as client:
+                while not self._stop.is_set():
+                    ids = torch.from_numpy(rng.choice(16, (1000, 1), p=self._share))
+                    rows = torch.from_numpy(rng.standard_normal((1000, 16), dtype=np.float32))
+                    routed = {"topk_ids": ids, "topk_weights": torch.ones(1000, 1)}
+                    assert_close(client.forward(rows, **routed).hidden_states, self._layer.run(rows, **routed).hidden_states)
+                    self.answered += 1
+                    self._stop.wait(0.02)
+        except BaseException as error:
+            self._failure = error
+
+
+def balancedness(service: ServiceHarness, share: np.ndarray = ZIPF) -> float:
+    (even,) = layer_balancedness(service.controller.state.release.placement, [share])
+    assert even is not None
+    return even
+
+
+def metric(service: ServiceHarness, name: str, **labels: str) -> float:
+    return service.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+def rounds(service: ServiceHarness, outcome: str) -> float:
+    return metric(service, "moeserve_rebalances_total", outcome=outcome)
+
+
+def copies(service: ServiceHarness) -> list[int]:
+    layer = service.controller.state.release.placement.layers[0]
+    return (layer.copies >= 0).sum(axis=1).tolist()
+
+
+def test_a_skewed_load_is_balanced_within_two_rounds_and_then_nothing_moves(tmp_path: Path) -> None:
+    with ServiceHarness(configuration(tmp_path, enabled=True), "local", tmp_path) as service:
+        assert balancedness(service) < 0.5
+        with Callers(service.target):
+            until(lambda: rounds(service, "moved") >= 1)
+            until(lambda: balancedness(service) >= 0.9)
+            assert rounds(service, "moved") <= 2
+            moved, epoch = rounds(service, "moved"), service.controller.state.release.epoch
+            still = rounds(service, "unchanged")
+            until(lambda: rounds(service, "unchanged") >= still + 5)
+            assert (rounds(service, "moved"), service.controller.state.release.epoch) == (moved, epoch)
+        assert sum(copies(service)) <= 24
+        assert metric(service, "moeserve_host_balancedness_ratio", layer="layers.0") >= 0.85
+        assert metric(service, "moeserve_moved_experts_total") > 0
+        assert metric(service, "moeserve_moved_bytes_total") > 0
+        assert [event.kind for event in service.frontend.stats().events if event.kind.startswith("rebalance")] == ["rebalance_moved"]
+        with Callers(service.target, ZIPF[::-1]):
+            until(lambda: balancedness(service, ZIPF[::-1]) >= 0.9)
+
+
+@contextmanager
+def by_hand(folder: Path, **balancing: object) -> Iterator[tuple[ServiceHarness, AdminClient]]:
+    with ServiceHarness(configuration(folder, **balancing), "local", folder) as service, AdminClient(service.target, ADMIN) as admin:
+        yield service, admin
+
+
+def test_by_hand_in_small_steps_as_all_frontends_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shell = ["--admin-token-file", str(tmp_path / "admin")]
+    with by_hand(tmp_path, max_moved_bytes=1) as (service, admin):
+        service.call(service.open_control())
+        nothing = admin.rebalance()
+        assert (nothing.epoch, nothing.moves, nothing.steps) == (1, 0, 0), "nobody has asked for anything"
+        with ThreadedFrontend(service.control_target) as elsewhere, Callers(elsewhere.target):
+            planned = until(lambda: (plan := admin.rebalance(dry_run=True)).steps and plan)
+            assert service.controller.state.release.epoch == 1, "a dry run changes nothing"
+            assert planned.balancedness_before < 0.6 and planned.balancedness >= 0.85
+            assert main(["rebalance", service.target, *shell, "--dry-run"]) == 0
+            assert "experts would move" in capsys.readouterr().out
+            assert main(["rebalance", service.target, *shell, "--json"]) == 0
+            done = json.loads(capsys.readouterr().out)
+            assert done["steps"] == done["moves"] + done["new"] == done["epoch"] - 1, "one expert in each step"
+            assert balancedness(service) >= 0.85
+            held = copies(service)
+            admin.scale(5)
+            assert copies(service) == held, "a change of hosts keeps the copies"
+
+
+def test_while_a_host_is_down_nothing_moves(tmp_path: Path) -> None:
+    with by_hand(tmp_path) as (service, admin):
+        with Callers(service.target):
+            until(lambda: admin.rebalance(dry_run=True).steps)
+        service.hosts[2].stop()
+        until(lambda: 2 not in service.present)
+        with pytest.raises(ExpertUnavailable, match="host-2 is down: nothing moves to balance the load"):
+            admin.rebalance()
+        until(lambda: rounds(service, "stopped") == 1)
+        assert "rebalance_stopped" in [event.kind for event in service.frontend.stats().events]
+
+
+def test_copies_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shell = ["--admin-token-file", str(tmp_path / "admin")]
+    rows = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    with by_hand(tmp_path) as (service, admin), Client(service.target) as client:
+        assert admin.scale_copies(3, "layers.0", 5).epoch == 2
+        assert copies(service) == [1] * 5 + [3] + [1] * 10
+        assert main(["scale", service.target, *shell, "--layer", "layers.0", "--expert", "6", "--copies", "2"]) == 0
+        assert "epoch 3" in capsys.readouterr().out
+        assert copies(service) == [1] * 5 + [3, 2] + [1] * 9, "what was asked before stays"
+        saved = Saved.from_bytes(service.cluster.store.load() or b"")
+        assert saved.state.copies == service.controller.state.copies == {"default": 1, "layers.0": {"default": 1, "5": 3, "6": 2}}
+        service.call(service.controller.scale(3))
+        assert copies(service)[5:7] == [3, 2]
+        for arguments, error, sentence in (
+            ((4, "layers.0", 5), ConfigError, "placement.copies is 4 for layer layers.0, which has 3 hosts"),
+            ((2, "layers.0", 16), ConfigError, "expert is 16; allowed: 0..15"),
+            ((0, "layers.0", 5), ConfigError, "copies is 0; allowed: 1.."),
+            ((2, "layers.7", None), UnknownLayer, "layer layers.7 is not served"),
+            ((2, "", 5), ConfigError, "an expert needs a layer"),
+        ):
+            with pytest.raises(error, match=sentence):
+                admin.scale_copies(*arguments)
+        with pytest.raises(ConfigError, match="which has 2 hosts"):
+            service.call(service.controller.scale(2))
+        assert copies(service)[5:7] == [3, 2]
+        assert_close(client.forward(rows).hidden_states, MoELayer(**LAYER)(rows))
+        admin.scale_copies(1, "layers.0")
+        assert copies(service) == [1] * 16
+        admin.scale_copies(2)
+        assert copies(service) == [2] * 16
+        assert main(["scale", service.target, *shell, "--expert", "6"]) == 2
+        assert main(["scale", service.target, *shell, "--hosts", "2", "--copies", "2"]) == 2
+        assert_close(client.forward(rows).hidden_states, MoELayer(**LAYER)(rows))
