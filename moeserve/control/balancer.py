@@ -36,7 +36,7 @@ _LEAST_GAIN: Final = 0.02
 _MAX_NAMES: Final = 8
 
 
-class Served(Protocol):
+class Balanced(Protocol):
     """The service that is balanced."""
 
     @property
@@ -57,7 +57,7 @@ class Served(Protocol):
 class Balancer:
     """Hears what callers ask of the experts. `rebalance` does one round; `keep` does one every balancing.interval_s, if that is enabled."""
 
-    def __init__(self, planner: Planner, served: Served, frontends: Frontends) -> None:
+    def __init__(self, planner: Planner, served: Balanced, frontends: Frontends) -> None:
         self._planner, self._served, self._frontends = planner, served, frontends
         self._config = planner.balancing
         self._demand = Demand([spec.num_hosted_experts for spec in planner.layers.specs], self._config.window_s)
