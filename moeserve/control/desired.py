@@ -56,7 +56,10 @@ class Planner:
 
         `sources`: the layers with their current weights; `demand`: rows [E] of each, to be balanced.
         """
-        placement = plan(self.sizes(sources), self._constraints(assignments), demand, previous)
+        constraints = self._constraints(assignments)
+        if demand is None:  # what nobody asks for is moved because it must be, not for what it gains
+            constraints = replace(constraints, min_gain=1.0)
+        placement = plan(self.sizes(sources), constraints, demand, previous)
         self._check_memory(host_bytes(sources, placement))
         return placement
 
