@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import nan
 from typing import get_args
 
 import pytest
@@ -11,6 +12,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from moeserve.config import GatingConfig, LayerSpec
+from moeserve.observe.balancing import Balancing
 from moeserve.observe.expert_counts import ExpertDetail
 from moeserve.observe.metrics import Metrics, Stage
 
@@ -46,6 +48,7 @@ def busy(detail: ExpertDetail) -> Metrics:
     metrics.expert_retries.labels("host_lost").inc()
     metrics.messages.labels("ring").inc()
     metrics.aux_loss.labels("layers.0").set(1.5)
+    metrics.balancing.said = Balancing({"moved": 1}, moved_experts=3, moved_bytes=96, balancedness=(0.9, nan))
     return metrics
 
 
@@ -70,6 +73,10 @@ def test_names_and_labels_are_the_documented_ones() -> None:
         "moeserve_host_restarts_total": set(),
         "moeserve_expert_retries_total": {"reason"},
         "moeserve_partial_answers_total": {"policy"},
+        "moeserve_host_balancedness_ratio": {"layer"},
+        "moeserve_rebalances_total": {"outcome"},
+        "moeserve_moved_experts_total": set(),
+        "moeserve_moved_bytes_total": set(),
         "moeserve_messages_total": {"pattern"},
         "moeserve_aux_loss": {"layer"},
     }

@@ -15,7 +15,7 @@ def planned_change(planner: Planner, before: int, after: int) -> Transition:
     sources = planner.layers.sources
     first = planner.plan(before)
     # Of too many hosts, those with the highest numbers leave.
-    then = planner.moved([Assignment(number, "") for number in range(after)], sources, first, first.epoch + 1)
+    then = planner.moved([Assignment(number, "") for number in range(after)], sources, first)
     return transition([layer_size(source, planner.placing.tensor_parallel) for source in sources], first, then)
 
 
