@@ -3,7 +3,7 @@
 from moeserve.checkpoints.family import Family, Layout
 from moeserve.checkpoints.fingerprint import FileMark, Fingerprint, fingerprint_of
 from moeserve.checkpoints.layouts import ExpertLayout, Flat, Separate, Stacked
-from moeserve.checkpoints.memory import check_memory, host_bytes, layer_size, memory_bytes, memory_warning
+from moeserve.checkpoints.memory import check_change, check_memory, host_bytes, layer_size, memory_bytes, memory_warning
 from moeserve.checkpoints.memory_group import MemoryGroup
 from moeserve.checkpoints.resolve import layer_sources
 from moeserve.checkpoints.saving import SavedLayer, prefixed, save, saved_experts
@@ -26,6 +26,7 @@ __all__ = [
     "Stacked",
     "Swap",
     "bank_bytes",
+    "check_change",
     "check_memory",
     "compacted",
     "fingerprint_of",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -53,6 +53,23 @@ def check_memory(nbytes: Sequence[int], placing: PlacementConfig, machine_bytes:
             f"{len(nbytes)} hosts would hold {_gib(sum(nbytes))} of weights, "
             f"but this machine has {_gib(machine_bytes)} of memory, or its container has: "
             "join a cluster with ray.address, serve fewer model.layers, or use a smaller model.dtype or model.quantization"
+        )
+
+
+def check_change(nbytes: Mapping[int, int], placing: PlacementConfig, machine_bytes: int | None) -> None:
+    """`nbytes` of each host, by number, while it has the weights of two releases; otherwise as `check_memory`."""
+    if not nbytes:
+        return
+    limit, largest = placing.memory_per_host_bytes, max(nbytes, key=lambda host: nbytes[host])
+    if limit is not None and nbytes[largest] > limit:
+        raise ConfigError(
+            f"{host_name(largest)} would hold {_gib(nbytes[largest])} of weights while this change happens, "
+            f"but placement.memory_per_host_bytes allows {_gib(limit)}: change fewer layers at a time, or use more hosts"
+        )
+    if machine_bytes is not None and not placing.gpus_per_host and sum(nbytes.values()) > machine_bytes:
+        raise ConfigError(
+            f"{len(nbytes)} hosts would hold {_gib(sum(nbytes.values()))} of weights while this change happens, "
+            f"but this machine has {_gib(machine_bytes)} of memory, or its container has: change fewer layers at a time"
         )
 
 

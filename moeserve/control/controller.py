@@ -20,6 +20,7 @@ from moeserve.control.first_state import Nodes, until_assigned
 from moeserve.control.frontends import Frontends
 from moeserve.control.reconcile import reconcile
 from moeserve.control.rollout import Hosts, Rollout
+from moeserve.control.room import require_room
 from moeserve.control.stall import unless_stalled
 from moeserve.control.state import NumHosts, State
 from moeserve.control.status import status_of
@@ -271,8 +272,14 @@ class Controller:
         return await self._brought_in(lambda state: moved(state, assignments, num_hosts, self._planner), _UNREADABLE)
 
     async def _brought_in(self, change: Callable[[State], State], why: str) -> Release:
-        """Raises ConfigError saying `why` when the change cannot be worked out, because files cannot be read."""
-        after = unless_stalled(in_thread(change, self.state), lambda: None, self._planner.placing.load_timeout_s, lambda: why)
+        """Raises ConfigError when hosts have no room for it, or saying `why` when files cannot be read that it takes to work it out."""
+
+        def changed(before: State) -> State:
+            after = change(before)
+            require_room(before, after, self._planner)
+            return after
+
+        after = unless_stalled(in_thread(changed, self.state), lambda: None, self._planner.placing.load_timeout_s, lambda: why)
         return await self._rollout.bring_in(await after)
 
     async def _wanted(self) -> Wanted:

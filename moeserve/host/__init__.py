@@ -1,7 +1,7 @@
 """An expert host without Ray: receive, pass on, merge, one grouped pass, answer."""
 
 from moeserve.host.bank_table import BankTable
-from moeserve.host.expert_key import ChangeBytes, ExpertKey, change_bytes, needed, needed_bytes
+from moeserve.host.expert_key import ExpertKey, bytes_of_both, needed, needed_bytes
 from moeserve.host.expert_store import ExpertStore
 from moeserve.host.holdings import Holdings
 from moeserve.host.host import Host, Where
@@ -10,7 +10,6 @@ from moeserve.host.relay import Relay
 
 __all__ = [
     "BankTable",
-    "ChangeBytes",
     "ExpertKey",
     "ExpertStore",
     "Holdings",
@@ -18,7 +17,7 @@ __all__ = [
     "HostLoop",
     "Relay",
     "Where",
-    "change_bytes",
+    "bytes_of_both",
     "needed",
     "needed_bytes",
 ]

@@ -41,20 +41,11 @@ def needed_bytes(release: Release, sources: Sequence[LayerSource], host: int) ->
     }
 
 
-class ChangeBytes(NamedTuple):
-    """Bytes of weights on a host before a change, at most while it happens, and after it."""
+def bytes_of_both(before: Mapping[ExpertKey, int], after: Mapping[ExpertKey, int], *, in_stacks: bool) -> int:
+    """What a host holds while it has the experts of two releases, both as `needed_bytes` says; the one that it reads is beside them.
 
-    before: int
-    peak: int
-    after: int
-
-
-def change_bytes(before: Mapping[ExpertKey, int], after: Mapping[ExpertKey, int]) -> ChangeBytes:
-    """From what the releases in force need to what the next one needs, both as `needed_bytes` says.
-
-    At the peak a host has the experts of both, each once, and beside them the one that is being read. On a GPU, which wants the experts of
-    a layer in one piece, layers that change are there twice.
+    Each expert is there once. `in_stacks`: on a GPU, which wants the experts of a layer in one piece, layers that change are there twice.
     """
-    missing = {key: nbytes for key, nbytes in after.items() if key not in before}
-    held = sum(before.values())
-    return ChangeBytes(held, held + sum(missing.values()) + max(missing.values(), default=0), sum(after.values()))
+    changed = {key.layer for key in after.keys() - before.keys()} if in_stacks else ()
+    copied = sum(nbytes for key, nbytes in after.items() if key in before and key.layer in changed)
+    return sum({**before, **after}.values()) + copied

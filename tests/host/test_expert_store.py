@@ -17,7 +17,7 @@ from moeserve.checkpoints import ServedLayers, Swap
 from moeserve.checkpoints.huggingface import HuggingFaceLayer
 from moeserve.config import ServedModel, load_config
 from moeserve.experts import ExpertBank, ExpertShard
-from moeserve.host import Holdings, change_bytes, needed_bytes
+from moeserve.host import Holdings, bytes_of_both, needed_bytes
 from moeserve.placement import LayerPlacement, Placement
 from moeserve.release import Release
 from tests.checkpoints.published_case import HIDDEN, original, published_case
@@ -227,7 +227,9 @@ def test_a_change_takes_the_memory_that_was_said(tmp_path: Path, monkeypatch: py
         return found
 
     monkeypatch.setattr(HuggingFaceLayer, "experts", experts)
-    assert change_bytes(service.planned_bytes(old), service.planned_bytes(new)) == (8 * one, 10 * one, 8 * one)
+    both = service.planned_bytes(old), service.planned_bytes(new)
+    assert bytes_of_both(*both, in_stacks=False) == 9 * one
+    assert bytes_of_both(*both, in_stacks=True) == 16 * one
     assert service.take(new) == 1
     seen.append(resident_bytes())
     assert max(seen) - before < 3 * one
@@ -246,12 +248,8 @@ def test_the_shared_expert_is_one_more_and_read_once() -> None:
     assert service.take(nothing) == 0
     assert service.take(two) == 6
     assert service.take(three) == 4
-    assert change_bytes({}, service.planned_bytes(two)) == (0, 4 * one + 3 * shared, 4 * one + 2 * shared)
-    assert change_bytes(service.planned_bytes(two), service.planned_bytes(three)) == (
-        4 * one + 2 * shared,
-        8 * one + 2 * shared + one,
-        6 * one + 2 * shared,
-    )
+    assert bytes_of_both({}, service.planned_bytes(two), in_stacks=False) == 4 * one + 2 * shared
+    assert bytes_of_both(service.planned_bytes(two), service.planned_bytes(three), in_stacks=False) == 8 * one + 2 * shared
     assert service.held_bytes == 8 * one + 2 * shared
     reference = MoELayer(**layer)  # type: ignore[arg-type]
     bank = service.holdings.bank_table.bank(0, three.epoch)

@@ -143,6 +143,17 @@ def test_by_hand_in_small_steps_as_all_frontends_count(tmp_path: Path, capsys: p
             assert copies(service) == held, "a change of hosts keeps the copies"
 
 
+def test_where_there_is_little_room_one_expert_moves_at_a_time(tmp_path: Path) -> None:
+    one = 3 * 16 * 8 * 4
+    config = configuration(tmp_path, extra_copies=0.0)
+    config["placement"]["memory_per_host_bytes"] = 5 * one
+    with ServiceHarness(config, "local", tmp_path) as service, AdminClient(service.target, ADMIN) as admin, Callers(service.target):
+        until(lambda: admin.rebalance(dry_run=True).steps)
+        done = admin.rebalance()
+        assert done.steps == done.moves > 1
+        assert done.balancedness > done.balancedness_before
+
+
 def test_while_a_host_is_down_nothing_moves(tmp_path: Path) -> None:
     with by_hand(tmp_path) as (service, admin):
         with Callers(service.target):

@@ -1,0 +1,21 @@
+"""Whether hosts have room for what they serve and what they get, at once."""
+
+from __future__ import annotations
+
+from moeserve.checkpoints import check_change, memory_bytes
+from moeserve.control.desired import Planner
+from moeserve.control.state import State
+from moeserve.host import bytes_of_both, needed_bytes
+
+
+def require_room(before: State, after: State, planner: Planner) -> None:
+    """Raises ConfigError when a host would hold more than it may while the change happens."""
+    old, new, placing = before.release, after.release, planner.placing
+    if new is old:
+        return
+    served, coming = old.sources(planner.layers), new.sources(planner.layers)
+    nbytes = {
+        host: bytes_of_both(needed_bytes(old, served, host), needed_bytes(new, coming, host), in_stacks=placing.gpus_per_host > 0)
+        for host in {*old.placement.hosts, *new.placement.hosts}
+    }
+    check_change(nbytes, placing, memory_bytes() if planner.on_this_machine else None)
