@@ -29,10 +29,8 @@ from moeserve import Client, MoELayer, MoEServeError
 from moeserve.client import AdminClient
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-moe"
-LAYERS, EXPERTS, HIDDEN, TOKENS, CLIENTS = 4, 8, 128, 32, 4
+LAYERS, EXPERTS, HIDDEN, TOKENS, CLIENTS = 4, 8, 128, 128, 4
 FEWEST_HOSTS, MOST_HOSTS = 3, 5
-#: after the storm: for how long experts may still move, and for how long they must not
-CALMING_S, CALM_S = 10.0, 10.0
 
 
 @dataclass
@@ -53,7 +51,7 @@ def configuration(folder: Path, checkpoint: Path) -> dict[str, object]:
         "model": {"checkpoint": checkpoint, "dtype": "float32"},
         "placement": {"num_hosts": FEWEST_HOSTS, "cpus_per_host": 0.1, "copies": 2},
         "server": {"port": 0, "metrics_port": 0, "admin_token_file": folder / "admin", "drain_timeout_s": 5.0},
-        "balancing": {"enabled": True, "extra_copies": 1.5, "min_copies": 2, "window_s": 3.0, "interval_s": 1.0},
+        "balancing": {"enabled": True, "extra_copies": 1.5, "min_copies": 2, "window_s": 3.0, "interval_s": 1.0, "min_gain": 0.1},
     }
 
 
@@ -151,7 +149,8 @@ class Storm:
         self._swaps += 1
 
     def _copies(self) -> None:
-        self._admin.scale_copies(self._random.randint(2, 3), f"model.layers.{self._random.randrange(LAYERS)}.block_sparse_moe", 0)
+        layer = self._random.choice(self._admin.status().layers).name
+        self._admin.scale_copies(self._random.randint(2, 3), layer, self._random.randrange(EXPERTS))
 
     def _rebalance(self) -> None:
         self._admin.rebalance()
@@ -173,7 +172,7 @@ def main() -> None:
     options = parse()
     log = Log()
     with tempfile.TemporaryDirectory() as name:
-        storm(Path(name), options.seconds, options.seed, log)
+        storm(Path(name), options, log)
     print(f"{options.seconds:g} s, seed {options.seed}: {', '.join(f'{what} {count}' for what, count in sorted(log.events.items()))}")
     print(f"{log.answered} calls answered, the longest took {1000 * log.longest_s:.0f} ms; {log.epochs[-1]} epochs")
     for what, count in Counter(log.wrongs).items():
@@ -183,19 +182,19 @@ def main() -> None:
     raise SystemExit(bool(log.wrongs))
 
 
-def storm(folder: Path, seconds: float, seed: int, log: Log) -> None:
-    """Then calm: under a load that stays the same, nothing moves."""
+def storm(folder: Path, options: argparse.Namespace, log: Log) -> None:
+    """Then calm: experts may still move for a while, and then must not, because the load stays the same."""
     folders = [TINY, other_weights(folder / "other")]
     with (
         moeserve.serve(configuration(folder, TINY)) as service,
         AdminClient(service.target, "of-the-administrator") as admin,
         Callers(service.target, folders, log).calling(),
     ):
-        Storm(admin, folders, log, seed).run(seconds)
+        Storm(admin, folders, log, options.seed).run(options.seconds)
         until_up(admin)
-        time.sleep(CALMING_S)
+        time.sleep(options.calm)
         calm = admin.status().epoch
-        time.sleep(CALM_S)
+        time.sleep(options.calm)
         if (epoch := admin.status().epoch) != calm:
             log.wrongs.append(f"experts still moved under a steady load: epoch {calm} was followed by {epoch}")
 
@@ -203,6 +202,7 @@ def storm(folder: Path, seconds: float, seed: int, log: Log) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--calm", type=float, default=10, help="seconds for which experts may still move afterwards, and then must not")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

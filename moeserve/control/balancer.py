@@ -30,8 +30,9 @@ from moeserve.release import Release
 log = logging.getLogger(__name__)
 strangers = limited_logger(__name__)
 
-#: a smaller gain cannot be told from chance
+#: a smaller gain cannot be told from chance, and a larger one only when it is so many standard deviations of a host's load
 _LEAST_GAIN: Final = 0.02
+_DEVIATIONS: Final = 3.0
 #: of hosts, in one sentence
 _MAX_NAMES: Final = 8
 
@@ -98,7 +99,7 @@ class Balancer:
 
     def _known(self) -> Rows:
         """The rows of the layers that were asked often enough that the gain of a move is not a matter of chance."""
-        fewest = len(self._served.state.assignments) / max(self._config.min_gain, _LEAST_GAIN) ** 2
+        fewest = len(self._served.state.assignments) * (_DEVIATIONS / max(self._config.min_gain, _LEAST_GAIN)) ** 2
         return [rows if rows.sum() >= fewest else None for rows in self._demand.rows(time.monotonic())]
 
     async def _round(self, demand: Rows) -> Rebalanced:
