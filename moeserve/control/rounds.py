@@ -8,7 +8,7 @@ from moeserve.control.changes import placed
 from moeserve.control.desired import Planner, Rows
 from moeserve.control.state import State
 from moeserve.errors import ExpertUnavailable
-from moeserve.placement import LayerSize, Placement, Transition, layer_balancedness, mean_balancedness, peak_bytes, steps, transition
+from moeserve.placement import LayerSize, Placement, Transition, layer_balancedness, mean_balancedness, steps, transition
 from moeserve.release import Release
 
 
@@ -60,20 +60,11 @@ def planned_round(state: State, demand: Rows, planner: Planner) -> Round:
     return Round(
         state.release,
         sizes,
-        _steps(sizes, before, after, planner),
+        steps(sizes, before, after, planner.balancing.max_moved_bytes, planner.placing.memory_per_host_bytes),
         transition(sizes, before, after),
         layer_balancedness(before, demand, stages),
         layer_balancedness(after, demand, stages),
     )
-
-
-def _steps(sizes: list[LayerSize], before: Placement, after: Placement, planner: Planner) -> list[Placement]:
-    """One expert at a time where hosts have no room for more than they serve."""
-    limit = planner.placing.memory_per_host_bytes
-    large = steps(sizes, before, after, planner.balancing.max_moved_bytes)
-    if limit is None or max(peak_bytes(sizes, [before, *large]).values(), default=0) <= limit:
-        return large
-    return steps(sizes, before, after, 1)
 
 
 def stepped(before: State, served: Release, placement: Placement) -> State:

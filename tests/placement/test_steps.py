@@ -60,3 +60,12 @@ def test_in_steps_no_host_holds_much_more_than_its_share() -> None:
     share = max(sum(pair[2] == host for pair in pairs(placement)) * 10 for placement in (before, after) for host in range(4))
     assert max(peak_bytes(sizes, [before, after]).values()) > 1.3 * share
     assert max(peak_bytes(sizes, [before, *steps(sizes, before, after, share // 10)]).values()) <= 1.1 * share
+
+
+def test_a_host_without_room_gives_away_before_it_gets() -> None:
+    """Two hosts exchange what they have, each with room for one expert more."""
+    sizes = [LayerSize("layer 0", np.full(5, 10), shared_bytes=0)]
+    before, after = placed([0], [0], [1], [1], [2]), placed([1], [1], [0], [0], [2])
+    assert max(peak_bytes(sizes, [before, *steps(sizes, before, after, None, 30)]).values()) == 30
+    assert max(peak_bytes(sizes, [before, *steps(sizes, before, after, None)]).values()) == 40
+    assert steps(sizes, before, after, None, 20)[-1] is after, "where there is no room at all, the caller has to see that"

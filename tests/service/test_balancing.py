@@ -143,15 +143,14 @@ def test_by_hand_in_small_steps_as_all_frontends_count(tmp_path: Path, capsys: p
             assert copies(service) == held, "a change of hosts keeps the copies"
 
 
-def test_where_there_is_little_room_one_expert_moves_at_a_time(tmp_path: Path) -> None:
+def test_where_there_is_little_room_experts_move_in_steps(tmp_path: Path) -> None:
     """Two hosts have all that is asked for, and give two experts each to the others, which have room for one."""
     one, share = 3 * 16 * 8 * 4, np.repeat([0.12, 0.005], 8)
     config = configuration(tmp_path, extra_copies=0.0)
     config["placement"]["memory_per_host_bytes"] = 5 * one
     with ServiceHarness(config, "local", tmp_path) as service, AdminClient(service.target, ADMIN) as admin, Callers(service.target, share):
         until(lambda: (planned := admin.rebalance(dry_run=True)).moves > 4 and planned.balancedness > 0.8)
-        done = admin.rebalance()
-        assert done.steps == done.moves > 4
+        assert admin.rebalance().steps > 1
 
 
 def test_while_a_host_is_down_nothing_moves(tmp_path: Path) -> None:
