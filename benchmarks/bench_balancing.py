@@ -86,8 +86,8 @@ def quantile_ms(ordered: Sequence[float], share: float) -> float:
 
 
 def zipf(reverse: bool) -> np.ndarray:
-    share = np.arange(1, EXPERTS + 1) ** -1.2
-    return (share[::-1] if reverse else share) / share.sum()
+    share: np.ndarray = np.arange(1, EXPERTS + 1) ** -1.2 / np.sum(np.arange(1, EXPERTS + 1) ** -1.2)
+    return share[::-1] if reverse else share
 
 
 @contextmanager

@@ -32,11 +32,11 @@ def steps(
 ) -> list[Placement]:
     """The placements that lead from `before` to `after`, the last of which it is; empty if they are the same.
 
-    For each one, hosts read at most max_moved_bytes, or one expert if that is larger. Copies that only leave, leave in the first. Layer by
-    layer, and in turn host by host, so that no host gets many experts before it gives some away. A host that would hold more than
+    For each one, hosts read at most max_moved_bytes, or one expert if that is larger. Copies that only leave, leave in the first. Layer
+    by layer, and in turn host by host, so that no host gets many experts before it gives some away. A host that would hold more than
     max_host_bytes gets an expert later, when it has given others away; if that can never be, it gets it all the same. In every step each
-    expert has at least as many copies as before or after, whichever are fewer. What is on hosts that are gone moves step by step as well: if
-    they are dead rather than drained, take one step.
+    expert has at least as many copies as before or after, whichever are fewer. What is on hosts that are gone moves step by step as well:
+    if they are dead rather than drained, take one step.
     """
     changes = [Change.of(old, new) for old, new in zip(before.layers, after.layers, strict=True)]
     if not any(change.arrivals.size or change.departures.size for change in changes):
