@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +11,7 @@ from typing import Literal, Self, TypeVar
 from moeserve.client.connection import ADMINISTERING, TLS, Reach
 from moeserve.client.line import Line
 from moeserve.errors import InvalidRequest
+from moeserve.observe.audit import AuditEvent
 from moeserve.observe.records import read
 from moeserve.observe.status import Rebalanced, ServiceStatus
 from moeserve.v1 import admin_service_pb2 as pb
@@ -96,6 +97,19 @@ class AdminClient:
     def rebalance(self, *, dry_run: bool = False, timeout: float = 3600.0) -> Rebalanced:
         """One round of balancing now, or only what it would move."""
         return self._ask(Rebalanced, "Rebalance", timeout, dry_run=dry_run)
+
+    def events(self, *, follow: bool = False, timeout: float | None = None) -> Iterator[AuditEvent]:
+        """The audit log, the oldest first; with `follow` also what is changed from now on, until the service ends.
+
+        It is asked when the first event is asked for. What is not read is not sent; a reader that stays too far behind misses events.
+        """
+        with self._line.call(timeout) as call:
+            stream = call.stubs.Events(pb.EventsRequest(follow=follow), timeout=call.timeout_s, metadata=self._line.reach.metadata)
+            try:
+                for message in stream:
+                    yield read(AuditEvent, message)
+            finally:
+                stream.cancel()
 
     def drain(self, host: str, timeout: float = 3600.0) -> Placed:
         """Move the experts of a host to the others, then remove it."""

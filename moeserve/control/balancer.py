@@ -12,6 +12,7 @@ from functools import partial
 from typing import Final, Protocol
 
 from moeserve.control import timing
+from moeserve.control.audit import AuditLog, Begun
 from moeserve.control.demand import Demand
 from moeserve.control.desired import Planner, Rows
 from moeserve.control.frontends import Frontends
@@ -22,6 +23,7 @@ from moeserve.control.state import State
 from moeserve.errors import InvalidRequest
 from moeserve.log_limit import limited_logger
 from moeserve.loops import in_thread
+from moeserve.observe.audit import ADMINISTRATOR
 from moeserve.observe.balancing import Balancing, Outcome
 from moeserve.observe.status import Rebalanced
 from moeserve.placement import mean_balancedness
@@ -58,8 +60,8 @@ class Balanced(Protocol):
 class Balancer:
     """Hears what callers ask of the experts. `rebalance` does one round; `keep` does one every balancing.interval_s, if that is enabled."""
 
-    def __init__(self, planner: Planner, served: Balanced, frontends: Frontends) -> None:
-        self._planner, self._served, self._frontends = planner, served, frontends
+    def __init__(self, planner: Planner, served: Balanced, frontends: Frontends, audit: AuditLog) -> None:
+        self._planner, self._served, self._frontends, self._audit = planner, served, frontends, audit
         self._config = planner.balancing
         self._demand = Demand([spec.num_hosted_experts for spec in planner.layers.specs], self._config.window_s)
         self._one_at_a_time = asyncio.Lock()
@@ -82,7 +84,7 @@ class Balancer:
         if dry_run:
             planned = await self._planned(demand)
             return _told(planned, planned.release)
-        return await self._round(demand)
+        return await self._round(demand, Begun("balance", "a round"))
 
     def _hear(self) -> None:
         counted = {report.public_key: read_counts(report.requested) for report in self._frontends.members() if report.requested}
@@ -93,7 +95,7 @@ class Balancer:
 
     async def _round_by_itself(self) -> None:
         try:
-            await self._round(self._known())
+            await self._round(self._known(), Begun("balance", "a round", "balancing"))
         except Exception as error:  # any error, of Ray for example; it has been said and counted, and the next round tries again
             log.debug("the next round of balancing tries again after %r", error, exc_info=True)
 
@@ -102,7 +104,7 @@ class Balancer:
         fewest = len(self._served.state.assignments) * (_DEVIATIONS / max(self._config.min_gain, _LEAST_GAIN)) ** 2
         return [rows if rows.sum() >= fewest else None for rows in self._demand.rows(time.monotonic())]
 
-    async def _round(self, demand: Rows) -> Rebalanced:
+    async def _round(self, demand: Rows, asked: Begun) -> Rebalanced:
         """Raises RoundStopped, or the error of planning or of a step; what has moved until then stays where it is."""
         async with self._one_at_a_time:
             planned: Round | None = None
@@ -115,14 +117,10 @@ class Balancer:
                     self._require_hosts()
                     release = await self._served.bring_in(partial(stepped, served=release, placement=placement))
                     done += 1
-            except Exception as error:
-                outcome: Outcome = "stopped" if isinstance(error, RoundStopped) else "failed"
-                log.warning("a round of balancing %s after %d steps: %s", outcome, done, error)
-                self._say(outcome, planned, done)
+            except BaseException as error:  # a cancelled round, too
+                self._end(asked, planned, done, error)
                 raise
-            outcome = "moved" if planned.steps else "unchanged"
-            log.info("a round of balancing: %s: %s", outcome, planned)
-            self._say(outcome, planned, done)
+            self._end(asked, planned, done)
             return _told(planned, release)
 
     async def _planned(self, demand: Rows) -> Round:
@@ -136,6 +134,19 @@ class Balancer:
             raise RoundStopped(
                 f"{', '.join(down[:_MAX_NAMES])} {'is' if len(down) == 1 else 'are'} down: nothing moves to balance the load"
             )
+
+    def _end(self, asked: Begun, planned: Round | None, done: int, error: BaseException | None = None) -> None:
+        """Logs, tells and records how a round ended; one that found nothing to do is recorded if an administrator asked for it."""
+        outcome: Outcome = "moved" if planned is not None and planned.steps else "unchanged"
+        if error is not None:
+            outcome = "stopped" if isinstance(error, RoundStopped) else "failed"
+            log.warning("a round of balancing %s after %d steps: %s", outcome, done, error)
+        else:
+            log.info("a round of balancing: %s: %s", outcome, planned)
+        self._say(outcome, planned, done)
+        if outcome != "unchanged" or asked.why == ADMINISTRATOR:
+            what = asked.what if planned is None else f"{done} of {len(planned.steps)} steps of a round; {planned.gain}"
+            self._audit.end(replace(asked, what=what), None if planned is None else planned.cost_of(done), error)
 
     def _say(self, outcome: Outcome, planned: Round | None, done: int) -> None:
         """Tells frontends, whose metrics show it."""

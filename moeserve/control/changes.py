@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from moeserve.checkpoints import Swap
 from moeserve.config import Copies
 from moeserve.control.assignments import Assignment
 from moeserve.control.desired import Planner
 from moeserve.control.state import NumHosts, State
 from moeserve.errors import ConfigError
-from moeserve.placement import Placement
+from moeserve.placement import LayerSize, Placement, Transition, transition
 
 
 def swapped(before: State, swaps: Sequence[Swap], planner: Planner) -> State:
@@ -55,6 +57,28 @@ def with_copies(before: State, copies: Copies, planner: Planner) -> State:
     for source in sources:
         source.check()
     return replace(placed(before, placement), copies=copies)
+
+
+def cost_of(before: State, after: State, planner: Planner) -> Transition | None:
+    """What bringing in `after` moves; None = nothing. Raises CheckpointChanged when the weights cannot be read any more."""
+    if after.release is before.release:
+        return None
+    sizes = planner.sizes(after.release.sources(planner.layers))
+    cost = transition(sizes, before.release.placement, after.release.placement)
+    return replace(cost, moved_bytes=cost.moved_bytes + _swapped_bytes(before, after, sizes))
+
+
+def _swapped_bytes(before: State, after: State, sizes: Sequence[LayerSize]) -> int:
+    """What hosts read of new weights for the places that there were before."""
+    nbytes = 0
+    for size, layer in zip(sizes, after.release.placement.layers, strict=True):
+        newer = [swap for swap in after.release.swaps if swap.layer == size.name and swap.revision > before.release.revision(size.name)]
+        is_whole = any(swap.experts is None for swap in newer)
+        experts = {expert for swap in newer for expert in swap.experts or ()}
+        units = layer.unit_of_physical
+        nbytes += int(size.unit_bytes[units[np.isin(units // layer.tensor_parallel, list(experts)) | is_whole]].sum())
+        nbytes += is_whole * size.shared_bytes * len(np.unique(layer.host_of_physical))
+    return nbytes
 
 
 def told(before: State, after: State) -> Iterator[str]:

@@ -4,37 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Final, Protocol
 
 from moeserve.checkpoints import Swap
 from moeserve.config import Copies
 from moeserve.control import timing
 from moeserve.control.assignments import Assigned, Assignment, Node, Wanted
+from moeserve.control.audit import AuditLog, Begun, BroughtIn
 from moeserve.control.balancer import Balancer
-from moeserve.control.changes import moved, swapped, with_copies
+from moeserve.control.causes import cause_of
+from moeserve.control.change_queue import ChangeQueue
+from moeserve.control.changes import cost_of, moved, swapped, with_copies
 from moeserve.control.copies import changed_copies
 from moeserve.control.desired import Planner
 from moeserve.control.first_state import Nodes, until_assigned
 from moeserve.control.frontends import Frontends
 from moeserve.control.reconcile import reconcile
+from moeserve.control.restarts import Restarts
 from moeserve.control.rollout import Hosts, Rollout
 from moeserve.control.room import require_room
 from moeserve.control.stall import unless_stalled
 from moeserve.control.state import NumHosts, State
 from moeserve.control.status import status_of
-from moeserve.errors import ConfigError, ExpertUnavailable, MoEServeError
-from moeserve.log_limit import limited_logger
+from moeserve.errors import ConfigError, MoEServeError
 from moeserve.loops import in_thread
+from moeserve.observe.audit import ADMINISTRATOR
 from moeserve.observe.stats import HostInfo, host_name
 from moeserve.observe.status import Rebalanced, ServiceStatus
+from moeserve.placement import Transition
 from moeserve.release import Release
 
 log = logging.getLogger(__name__)
-strangers = limited_logger(__name__)
 
-Changed = TypeVar("Changed")
 
 _UNREADABLE: Final = "files that are served could not be read"
 
@@ -58,12 +61,6 @@ class HostFleet(Hosts, Protocol):
         ...
 
 
-def _tell_of_failure(change: asyncio.Task[Any]) -> None:
-    """Logs the failure of a change whose caller is gone."""
-    if not change.cancelled() and (error := change.exception()) is not None:
-        strangers.warning("a change failed after its caller had left: %s", error)
-
-
 class Controller:
     """Makes one change at a time, each to its end, even if its caller leaves. `save` receives the state for the next incarnation."""
 
@@ -83,10 +80,11 @@ class Controller:
         self._nodes = nodes
         self._hosts = hosts
         self._rollout = Rollout(state, hosts, frontends, save, planner.placing.load_timeout_s)
-        self._balancer = Balancer(planner, self, frontends)
-        self._one_at_a_time = asyncio.Lock()
-        self._changes: set[asyncio.Task[Any]] = set()
-        self._is_ending = False
+        self._queue = ChangeQueue()
+        #: what was changed
+        self.audit = AuditLog(lambda: self.state.release.epoch)
+        self._balancer = Balancer(planner, self, frontends, self.audit)
+        self._restarts = Restarts(self.audit)
         #: and the number of hosts and the copies that it is for
         self._wanted_now: tuple[Wanted, NumHosts, Copies | None] | None = None
         self._shortage: str | None = None
@@ -121,26 +119,33 @@ class Controller:
         It may be the served folder, if its files have changed. Hosts read the files: `checkpoint` must exist there, and
         here. Raises UnknownLayer, ConfigError or CheckpointError; then nothing has changed.
         """
-        if not layer and experts is not None:
-            raise ConfigError("experts need a layer: name the layer of these experts")
         layers = [layer] if layer else [spec.name for spec in self._planner.layers.specs]
         swaps = [Swap(name, checkpoint, None if experts is None else frozenset(experts)) for name in layers]
-        why = f"{checkpoint} could not be read"
-        return await self._to_its_end(self._change(lambda: self._brought_in(lambda state: swapped(state, swaps, self._planner), why)))
 
-    async def scale(self, num_hosts: NumHosts) -> Release:
-        """Change the number of hosts; "all" = as many as fit on the nodes.
+        def change(state: State) -> State:
+            if not layer and experts is not None:
+                raise ConfigError("experts need a layer: name the layer of these experts")
+            return swapped(state, swaps, self._planner)
+
+        why = f"{checkpoint} could not be read"
+        which = "" if experts is None else f"experts {', '.join(map(str, experts))} of "
+        asked = Begun("swap", f"{which}{f'layer {layer}' if layer else 'every layer'} from {checkpoint}")
+        return await self._asked(asked, lambda: self._brought_in(change, why))
+
+    async def scale(self, num_hosts: NumHosts, why: str = ADMINISTRATOR) -> Release:
+        """Change the number of hosts; "all" = as many as fit on the nodes. `why`: who or what asks for it.
 
         Hosts start or leave. Raises ConfigError when they do not fit; then nothing has changed.
         """
-        return await self._to_its_end(self._scale(num_hosts))
+        asked = Begun("scale", f"to {'as many hosts as fit' if num_hosts == 'all' else f'{num_hosts} hosts'}", why)
+        return await self._queue.to_its_end(self.audit.recorded(asked, lambda: self._scale(num_hosts)))
 
     async def drain(self, host: str) -> Release:
         """Move the experts of a host to the others, then remove it; the desired number of hosts is one fewer from now on.
 
         Raises ConfigError when there is no such host, or no room.
         """
-        return await self._to_its_end(self._change(lambda: self._drain(host)))
+        return await self._asked(Begun("drain", host), lambda: self._drain(host))
 
     async def scale_copies(self, layer: str, expert: int | None, copies: int) -> Release:
         """So many copies of one expert, of every expert of a layer (None), or of all layers (""), in place of placement.copies.
@@ -151,28 +156,32 @@ class Controller:
         def change(state: State) -> State:
             return with_copies(state, changed_copies(self._planner.with_copies(state.copies), layer, expert, copies), self._planner)
 
-        return await self.bring_in(change)
+        whose = "every expert" if expert is None else f"expert {expert}"
+        asked = Begun("copies", f"{copies} of {whose} of {f'layer {layer}' if layer else 'every layer'}")
+        return await self._asked(asked, lambda: self._brought_in(change, _UNREADABLE))
 
     async def rebalance(self, dry_run: bool = False) -> Rebalanced:
         """One round of balancing, or only its plan. Raises ExpertUnavailable while a host is down, ConfigError if it cannot be made."""
-        return await self._to_its_end(self._balancer.rebalance(dry_run=dry_run))
+        return await self._queue.to_its_end(self._balancer.rebalance(dry_run=dry_run))
 
     async def bring_in(self, change: Callable[[State], State]) -> Release:
-        """A change that reads no other files than those that are served, in its turn. Raises MoEServeError; then nothing has changed."""
-        return await self._to_its_end(self._change(lambda: self._brought_in(change, _UNREADABLE)))
+        """A step of a round, in its turn; the round is what is recorded. Raises MoEServeError; then nothing has changed."""
+        step = self._queue.in_turn(lambda: self._brought_in(change, _UNREADABLE))
+        return (await self._queue.to_its_end(step)).release
 
-    async def begin(self, work: Awaitable[None]) -> None:
+    async def begin(self, work: Awaitable[None], why: str) -> None:
         """Bring up the hosts of the first state by `work`; changes wait meanwhile."""
-        async with self._one_at_a_time:
+
+        async def brought_up() -> BroughtIn:
             await work
+            return BroughtIn(self.state.release)
+
+        asked = Begun("start", f"{len(self.state.assignments)} hosts", why)
+        await self._queue.in_turn(lambda: self.audit.recorded(asked, brought_up))
 
     async def abandon(self) -> None:
         """The service is about to end: changes under way are withdrawn, as they may take for ever, and none is begun any more."""
-        self._is_ending = True
-        for change in self._changes:
-            change.cancel()
-        if self._changes:
-            await asyncio.wait(self._changes, timeout=timing.ABANDON_S)
+        await self._queue.abandon()
 
     async def end(self) -> None:
         """The nodes are not needed any more: an autoscaler may remove the ones it added."""
@@ -189,6 +198,7 @@ class Controller:
     async def _keep_telling(self) -> None:
         while True:
             self._frontends.set_failing(self._failing())
+            self._restarts.look(self._hosts.present, self.state.assignments)
             await asyncio.sleep(timing.CONTROL_LOOK_S)
 
     def _failing(self) -> dict[int, str]:
@@ -199,54 +209,38 @@ class Controller:
 
     async def _keep_following(self) -> None:
         pause_s = timing.CONTROL_LOOK_S
-        while not self._is_ending:
+        while not self._queue.is_ending:
             await asyncio.sleep(pause_s)
             try:
-                await self._to_its_end(self._change(self._follow))
+                await self._queue.to_its_end(self._queue.in_turn(self._follow))
                 pause_s, self._why_as_it_is = timing.CONTROL_LOOK_S, self._shortage
             except Exception as error:  # any error, of Ray for example: try again
                 pause_s, self._why_as_it_is = min(2 * pause_s, timing.LONGEST_PAUSE_S), str(error)
                 is_known = isinstance(error, MoEServeError)
                 log.warning("cannot adapt hosts to the nodes: %r; next attempt in %g s", error, pause_s, exc_info=not is_known)
 
-    async def _to_its_end(self, change: Coroutine[Any, Any, Changed]) -> Changed:
-        """Finishes the change even if its caller leaves."""
-        if self._is_ending:
-            change.close()
-            raise ExpertUnavailable("the service is ending, and changes nothing any more")
-        task = asyncio.ensure_future(change)
-        self._changes.add(task)
-        task.add_done_callback(self._changes.discard)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if task.cancelled():
-                raise ExpertUnavailable("the service is ending: the change was withdrawn") from None
-            task.add_done_callback(_tell_of_failure)
-            raise
+    async def _asked(self, begun: Begun, change: Callable[[], Awaitable[BroughtIn]]) -> Release:
+        """A change in its turn; recorded, however it ends."""
+        return await self._queue.to_its_end(self.audit.recorded(begun, lambda: self._queue.in_turn(change)))
 
-    async def _change(self, change: Callable[[], Coroutine[Any, Any, Release]]) -> Release:
-        async with self._one_at_a_time:
-            return await change()
-
-    async def _scale(self, num_hosts: NumHosts) -> Release:
+    async def _scale(self, num_hosts: NumHosts) -> BroughtIn:
         if num_hosts != "all" and num_hosts < 1:
             raise ConfigError(f"placement.num_hosts is {num_hosts}; allowed: at least 1, or 'all'")
         wanted = await in_thread(self._planner.with_copies(self.state.copies).wanted, num_hosts)
         try:
             # New nodes may take minutes: meanwhile the present ones are followed.
             await until_assigned(lambda nodes: self._assigned(nodes, wanted), wanted, self._nodes, self._planner.placing.wait_for_nodes_s)
-            return await self._change(lambda: self._reach(num_hosts, wanted))
+            return await self._queue.in_turn(lambda: self._reach(num_hosts, wanted))
         finally:
             self._ask_for(await self._wanted())
 
-    async def _reach(self, num_hosts: NumHosts, wanted: Wanted) -> Release:
+    async def _reach(self, num_hosts: NumHosts, wanted: Wanted) -> BroughtIn:
         assigned = self._assigned(await self._nodes.list(), wanted)
         if assigned.shortage is not None:
             raise ConfigError(assigned.shortage)
         return await self._moved(assigned.assignments, num_hosts)
 
-    async def _drain(self, host: str) -> Release:
+    async def _drain(self, host: str) -> BroughtIn:
         assignments = self.state.assignments
         left = tuple(assignment for assignment in assignments if host_name(assignment.number) != host)
         if len(left) == len(assignments):
@@ -255,32 +249,38 @@ class Controller:
             )
         if not left:
             raise ConfigError(f"{host} is the only host; a service needs at least one")
-        release = await self._moved(left, len(left))
+        done = await self._moved(left, len(left))
         self._ask_for(await self._wanted())
-        return release
+        return done
 
-    async def _follow(self) -> Release:
-        wanted = await self._wanted()
-        assigned = self._assigned(await self._nodes.list(), wanted)
+    async def _follow(self) -> None:
+        wanted, nodes = await self._wanted(), await self._nodes.list()
+        assigned = self._assigned(nodes, wanted)
+        is_same = assigned.assignments == self.state.assignments
+        asked = cause_of(self.state.assignments, assigned.assignments, nodes, wanted, self._hosts.given_up)
         if assigned.shortage != self._shortage:
             self._shortage = assigned.shortage
             log.warning("%s", assigned.shortage or "all wanted hosts fit again")
             self._ask_for(wanted)
-        return await self._moved(assigned.assignments, self.state.num_hosts)
+            if is_same and assigned.shortage is not None:
+                self.audit.end(asked, error=ConfigError(assigned.shortage))
+        if not is_same:
+            await self.audit.recorded(asked, lambda: self._moved(assigned.assignments, self.state.num_hosts))
 
-    async def _moved(self, assignments: tuple[Assignment, ...], num_hosts: NumHosts) -> Release:
+    async def _moved(self, assignments: tuple[Assignment, ...], num_hosts: NumHosts) -> BroughtIn:
         return await self._brought_in(lambda state: moved(state, assignments, num_hosts, self._planner), _UNREADABLE)
 
-    async def _brought_in(self, change: Callable[[State], State], why: str) -> Release:
+    async def _brought_in(self, change: Callable[[State], State], why: str) -> BroughtIn:
         """Raises ConfigError when hosts have no room for it, or saying `why` when files cannot be read that it takes to work it out."""
 
-        def changed(before: State) -> State:
+        def changed(before: State) -> tuple[State, Transition | None]:
             after = change(before)
             require_room(before, after, self._planner)
-            return after
+            return after, cost_of(before, after, self._planner)
 
-        after = unless_stalled(in_thread(changed, self.state), lambda: None, self._planner.placing.load_timeout_s, lambda: why)
-        return await self._rollout.bring_in(await after)
+        priced = unless_stalled(in_thread(changed, self.state), lambda: None, self._planner.placing.load_timeout_s, lambda: why)
+        after, cost = await priced
+        return BroughtIn(await self._rollout.bring_in(after), cost)
 
     async def _wanted(self) -> Wanted:
         asked = self.state.num_hosts, self.state.copies

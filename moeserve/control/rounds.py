@@ -37,12 +37,14 @@ class Round:
         before = self.release.placement
         return transition(self.sizes, before, self.steps[done - 1] if done else before)
 
+    @property
+    def gain(self) -> str:
+        """What it is for, in words."""
+        return f"balancedness of the hosts {mean_balancedness(self.before):.3f} -> {mean_balancedness(self.after):.3f}"
+
     def __str__(self) -> str:
         cost = self.cost
-        return (
-            f"{cost.moves} moves and {cost.new} further copies, {cost.moved_bytes} bytes in {len(self.steps)} steps; "
-            f"balancedness of the hosts {mean_balancedness(self.before):.3f} -> {mean_balancedness(self.after):.3f}"
-        )
+        return f"{cost.moves} moves and {cost.new} further copies, {cost.moved_bytes} bytes in {len(self.steps)} steps; {self.gain}"
 
 
 def planned_round(state: State, demand: Rows, planner: Planner) -> Round:

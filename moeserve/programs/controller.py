@@ -97,7 +97,8 @@ class ControllerProgram:
             work = hosts.take(state.release, state.assignments, self._host_ready)
         else:
             work = hosts.adopt(state.release, state.assignments)
-        await self._unless_lost(self.controller.begin(work))
+        why = "the service starts" if self._is_first else "the controller was started again"
+        await self._unless_lost(self.controller.begin(work, why))
         self._later(hosts.watch(self.frontends.directory))
 
     async def keep(self) -> None:

@@ -15,6 +15,7 @@ from moeserve.cluster.ray_program import end_this_process
 from moeserve.config import ServedModel, ServiceConfig
 from moeserve.programs.controller import ControllerProgram
 from moeserve.programs.frontend_actors import FrontendActors
+from moeserve.programs.timing import CONTROLLER_DRAIN_S
 from moeserve.server import Control, GrpcServer, controller_address, frontend_tokens
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class DeployedController:
         if self._actors is not None:
             await self._actors.stop()
         if self._server is not None:
-            await self._server.stop()
+            await self._server.drain(CONTROLLER_DRAIN_S)
         await self._program.stop()
 
     def describe(self) -> Deployed:

@@ -10,3 +10,5 @@ FRONTENDS_LOOK_S: Final = 5.0
 GONE_LOOK_S: Final = 2.0
 #: for a controller that could not start to undo what it began
 STOP_TIMEOUT_S: Final = 30.0
+#: for calls of administrators and followers to end, when a controller stops
+CONTROLLER_DRAIN_S: Final = 5.0

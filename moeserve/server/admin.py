@@ -5,8 +5,10 @@ A verb is a method of the service in the .proto file, the method of that name he
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, Protocol
@@ -15,6 +17,7 @@ import grpc
 
 from moeserve.errors import InvalidRequest
 from moeserve.files.version import running_version
+from moeserve.observe.audit import AuditEvent
 from moeserve.observe.records import to_message
 from moeserve.observe.status import Rebalanced, ServiceStatus
 from moeserve.server.rpc import Context
@@ -45,8 +48,21 @@ class Served(Protocol):
         ...
 
 
+class Audit(Protocol):
+    """What was changed."""
+
+    def events(self, until: asyncio.Event | None = None) -> AsyncIterator[AuditEvent]:
+        """The oldest first; then new ones, until that is set."""
+        ...
+
+
 class Admin(Protocol):
     """What can change the service: the controller."""
+
+    @property
+    def audit(self) -> Audit:
+        """The log of what it has changed."""
+        ...
 
     def status(self) -> ServiceStatus:
         """What is deployed and where, now."""
@@ -96,7 +112,7 @@ class PingService:
         """Handlers for a server."""
         found = {method: getattr(self, _snake(method.name), None) for method in _METHODS}
         handlers = {
-            method.name: grpc.unary_unary_rpc_method_handler(
+            method.name: (grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler)(
                 handler, getattr(pb, method.input_type.name).FromString, getattr(pb, method.output_type.name).SerializeToString
             )
             for method, handler in found.items()
@@ -111,11 +127,11 @@ class PingService:
 
 
 class AdminService(PingService):
-    """Handlers that raise MoEServeError; the `Boundary` around them checks the admin token."""
+    """Handlers that raise MoEServeError; the `Boundary` around them checks the admin token. `draining`: the service ends."""
 
-    def __init__(self, identity: Identity, admin: Admin) -> None:
+    def __init__(self, identity: Identity, admin: Admin, draining: asyncio.Event) -> None:
         super().__init__(identity)
-        self._admin = admin
+        self._admin, self._draining = admin, draining
 
     async def get_placement(self, _request: pb.GetPlacementRequest, _context: Context) -> pb.GetPlacementResponse:
         """A `ServiceStatus`, at once."""
@@ -142,6 +158,12 @@ class AdminService(PingService):
     async def rebalance(self, request: pb.RebalanceRequest, _context: Context) -> pb.RebalanceResponse:
         """A `Rebalanced`, when it is in force."""
         return to_message(pb.RebalanceResponse, await self._admin.rebalance(request.dry_run))
+
+    async def events(self, request: pb.EventsRequest, _context: Context) -> AsyncIterator[pb.AuditEvent]:
+        """The audit log; one that is followed ends well when the service does."""
+        async with aclosing(self._admin.audit.events(self._draining if request.follow else None)) as events:
+            async for event in events:
+                yield to_message(pb.AuditEvent, event)
 
     async def drain_host(self, request: pb.DrainHostRequest, _context: Context) -> pb.DrainHostResponse:
         """One `DrainHostRequest`; returns when the host has gone."""

@@ -88,7 +88,8 @@ class GrpcServer:
         if has_engine:
             services[SERVICE_NAME] = self._service.handlers()
         if admin is not None and config.admin_token_file is not None:
-            services[ADMIN_SERVICE_NAME] = AdminService(self._identity(admin, has_engine), admin).handlers()
+            draining = self._boundary.draining
+            services[ADMIN_SERVICE_NAME] = AdminService(self._identity(admin, has_engine), admin, draining).handlers()
         elif admin is not None or has_engine:
             self._server.add_generic_rpc_handlers((PingService(self._identity(admin, has_engine)).handlers(),))
         if control is not None and control.tokens:

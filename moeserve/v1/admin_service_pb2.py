@@ -26,7 +26,7 @@ from moeserve.v1 import moe_service_pb2 as moeserve_dot_v1_dot_moe__service__pb2
 
 from moeserve.v1.moe_service_pb2 import *
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmoeserve/v1/admin_service.proto\x12\x0bmoeserve.v1\x1a\x1dmoeserve/v1/moe_service.proto\"H\n\x12SwapExpertsRequest\x12\r\n\x05layer\x18\x01 \x01(\t\x12\x12\n\ncheckpoint\x18\x02 \x01(\t\x12\x0f\n\x07\x65xperts\x18\x03 \x03(\r\"<\n\x13SwapExpertsResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x16\n\x0emodel_revision\x18\x02 \x01(\x04\"8\n\x0cScaleRequest\x12\x0f\n\x05hosts\x18\x01 \x01(\rH\x00\x12\r\n\x03\x61ll\x18\x02 \x01(\x08H\x00\x42\x08\n\x06wanted\"-\n\rScaleResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05hosts\x18\x02 \x03(\t\"S\n\x12ScaleCopiesRequest\x12\r\n\x05layer\x18\x01 \x01(\t\x12\x13\n\x06\x65xpert\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06\x63opies\x18\x03 \x01(\rB\t\n\x07_expert\"3\n\x13ScaleCopiesResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05hosts\x18\x02 \x03(\t\"#\n\x10RebalanceRequest\x12\x0f\n\x07\x64ry_run\x18\x01 \x01(\x08\"\xa3\x01\n\x11RebalanceResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05moves\x18\x02 \x01(\x04\x12\x0b\n\x03new\x18\x03 \x01(\x04\x12\x0c\n\x04kept\x18\x04 \x01(\x04\x12\x13\n\x0bmoved_bytes\x18\x05 \x01(\x04\x12\r\n\x05steps\x18\x06 \x01(\x04\x12\x1b\n\x13\x62\x61lancedness_before\x18\x07 \x01(\x01\x12\x14\n\x0c\x62\x61lancedness\x18\x08 \x01(\x01\" \n\x10\x44rainHostRequest\x12\x0c\n\x04host\x18\x01 \x01(\t\"1\n\x11\x44rainHostResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05hosts\x18\x02 \x03(\t\"\x15\n\x13GetPlacementRequest\"\xe7\x01\n\x14GetPlacementResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x13\n\x0bis_changing\x18\x02 \x01(\x08\x12\x14\n\x0cwanted_hosts\x18\x03 \x01(\t\x12\x10\n\x08shortage\x18\x04 \x01(\t\x12&\n\x05hosts\x18\x05 \x03(\x0b\x32\x17.moeserve.v1.PlacedHost\x12\x31\n\tfrontends\x18\x06 \x03(\x0b\x32\x1e.moeserve.v1.FollowingFrontend\x12(\n\x06layers\x18\x07 \x03(\x0b\x32\x18.moeserve.v1.PlacedLayer\"x\n\x11\x46ollowingFrontend\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x16\n\x0emetrics_target\x18\x03 \x01(\t\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x10\n\x08is_ready\x18\x06 \x01(\x08\"{\n\x0bPlacedLayer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0emodel_revision\x18\x02 \x01(\x04\x12\x17\n\x0ftensor_parallel\x18\x03 \x01(\r\x12-\n\tplacement\x18\x04 \x03(\x0b\x32\x1a.moeserve.v1.PlacedExperts\">\n\rPlacedExperts\x12\x0c\n\x04host\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\x12\x0e\n\x06shards\x18\x03 \x03(\r\"\x11\n\x0fShutdownRequest\"\x12\n\x10ShutdownResponse\"\r\n\x0bPingRequest\"^\n\x0cPingResponse\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x10\n\x08is_ready\x18\x04 \x01(\x08\x12\x0e\n\x06reason\x18\x05 \x01(\t2\xe5\x04\n\x0c\x41\x64minService\x12;\n\x04Ping\x12\x18.moeserve.v1.PingRequest\x1a\x19.moeserve.v1.PingResponse\x12S\n\x0cGetPlacement\x12 .moeserve.v1.GetPlacementRequest\x1a!.moeserve.v1.GetPlacementResponse\x12P\n\x0bSwapExperts\x12\x1f.moeserve.v1.SwapExpertsRequest\x1a .moeserve.v1.SwapExpertsResponse\x12>\n\x05Scale\x12\x19.moeserve.v1.ScaleRequest\x1a\x1a.moeserve.v1.ScaleResponse\x12P\n\x0bScaleCopies\x12\x1f.moeserve.v1.ScaleCopiesRequest\x1a .moeserve.v1.ScaleCopiesResponse\x12J\n\tRebalance\x12\x1d.moeserve.v1.RebalanceRequest\x1a\x1e.moeserve.v1.RebalanceResponse\x12J\n\tDrainHost\x12\x1d.moeserve.v1.DrainHostRequest\x1a\x1e.moeserve.v1.DrainHostResponse\x12G\n\x08Shutdown\x12\x1c.moeserve.v1.ShutdownRequest\x1a\x1d.moeserve.v1.ShutdownResponseP\x00\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmoeserve/v1/admin_service.proto\x12\x0bmoeserve.v1\x1a\x1dmoeserve/v1/moe_service.proto\"H\n\x12SwapExpertsRequest\x12\r\n\x05layer\x18\x01 \x01(\t\x12\x12\n\ncheckpoint\x18\x02 \x01(\t\x12\x0f\n\x07\x65xperts\x18\x03 \x03(\r\"<\n\x13SwapExpertsResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x16\n\x0emodel_revision\x18\x02 \x01(\x04\"8\n\x0cScaleRequest\x12\x0f\n\x05hosts\x18\x01 \x01(\rH\x00\x12\r\n\x03\x61ll\x18\x02 \x01(\x08H\x00\x42\x08\n\x06wanted\"-\n\rScaleResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05hosts\x18\x02 \x03(\t\"S\n\x12ScaleCopiesRequest\x12\r\n\x05layer\x18\x01 \x01(\t\x12\x13\n\x06\x65xpert\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06\x63opies\x18\x03 \x01(\rB\t\n\x07_expert\"3\n\x13ScaleCopiesResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05hosts\x18\x02 \x03(\t\"#\n\x10RebalanceRequest\x12\x0f\n\x07\x64ry_run\x18\x01 \x01(\x08\"\xa3\x01\n\x11RebalanceResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05moves\x18\x02 \x01(\x04\x12\x0b\n\x03new\x18\x03 \x01(\x04\x12\x0c\n\x04kept\x18\x04 \x01(\x04\x12\x13\n\x0bmoved_bytes\x18\x05 \x01(\x04\x12\r\n\x05steps\x18\x06 \x01(\x04\x12\x1b\n\x13\x62\x61lancedness_before\x18\x07 \x01(\x01\x12\x14\n\x0c\x62\x61lancedness\x18\x08 \x01(\x01\"\x1f\n\rEventsRequest\x12\x0e\n\x06\x66ollow\x18\x01 \x01(\x08\"\xce\x01\n\nAuditEvent\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x13\n\x0btime_unix_s\x18\x02 \x01(\x01\x12\x12\n\nduration_s\x18\x03 \x01(\x01\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12\x0c\n\x04what\x18\x05 \x01(\t\x12\x0b\n\x03why\x18\x06 \x01(\t\x12\x0f\n\x07outcome\x18\x07 \x01(\t\x12\r\n\x05\x65rror\x18\x08 \x01(\t\x12\r\n\x05\x65poch\x18\t \x01(\x04\x12\r\n\x05moves\x18\n \x01(\x04\x12\x0b\n\x03new\x18\x0b \x01(\x04\x12\x13\n\x0bmoved_bytes\x18\x0c \x01(\x04\" \n\x10\x44rainHostRequest\x12\x0c\n\x04host\x18\x01 \x01(\t\"1\n\x11\x44rainHostResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05hosts\x18\x02 \x03(\t\"\x15\n\x13GetPlacementRequest\"\xe7\x01\n\x14GetPlacementResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x13\n\x0bis_changing\x18\x02 \x01(\x08\x12\x14\n\x0cwanted_hosts\x18\x03 \x01(\t\x12\x10\n\x08shortage\x18\x04 \x01(\t\x12&\n\x05hosts\x18\x05 \x03(\x0b\x32\x17.moeserve.v1.PlacedHost\x12\x31\n\tfrontends\x18\x06 \x03(\x0b\x32\x1e.moeserve.v1.FollowingFrontend\x12(\n\x06layers\x18\x07 \x03(\x0b\x32\x18.moeserve.v1.PlacedLayer\"x\n\x11\x46ollowingFrontend\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x16\n\x0emetrics_target\x18\x03 \x01(\t\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x10\n\x08is_ready\x18\x06 \x01(\x08\"{\n\x0bPlacedLayer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0emodel_revision\x18\x02 \x01(\x04\x12\x17\n\x0ftensor_parallel\x18\x03 \x01(\r\x12-\n\tplacement\x18\x04 \x03(\x0b\x32\x1a.moeserve.v1.PlacedExperts\">\n\rPlacedExperts\x12\x0c\n\x04host\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\x12\x0e\n\x06shards\x18\x03 \x03(\r\"\x11\n\x0fShutdownRequest\"\x12\n\x10ShutdownResponse\"\r\n\x0bPingRequest\"^\n\x0cPingResponse\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x10\n\x08is_ready\x18\x04 \x01(\x08\x12\x0e\n\x06reason\x18\x05 \x01(\t2\xa6\x05\n\x0c\x41\x64minService\x12;\n\x04Ping\x12\x18.moeserve.v1.PingRequest\x1a\x19.moeserve.v1.PingResponse\x12S\n\x0cGetPlacement\x12 .moeserve.v1.GetPlacementRequest\x1a!.moeserve.v1.GetPlacementResponse\x12P\n\x0bSwapExperts\x12\x1f.moeserve.v1.SwapExpertsRequest\x1a .moeserve.v1.SwapExpertsResponse\x12>\n\x05Scale\x12\x19.moeserve.v1.ScaleRequest\x1a\x1a.moeserve.v1.ScaleResponse\x12P\n\x0bScaleCopies\x12\x1f.moeserve.v1.ScaleCopiesRequest\x1a .moeserve.v1.ScaleCopiesResponse\x12J\n\tRebalance\x12\x1d.moeserve.v1.RebalanceRequest\x1a\x1e.moeserve.v1.RebalanceResponse\x12J\n\tDrainHost\x12\x1d.moeserve.v1.DrainHostRequest\x1a\x1e.moeserve.v1.DrainHostResponse\x12?\n\x06\x45vents\x12\x1a.moeserve.v1.EventsRequest\x1a\x17.moeserve.v1.AuditEvent0\x01\x12G\n\x08Shutdown\x12\x1c.moeserve.v1.ShutdownRequest\x1a\x1d.moeserve.v1.ShutdownResponseP\x00\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -49,28 +49,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REBALANCEREQUEST']._serialized_end=493
   _globals['_REBALANCERESPONSE']._serialized_start=496
   _globals['_REBALANCERESPONSE']._serialized_end=659
-  _globals['_DRAINHOSTREQUEST']._serialized_start=661
-  _globals['_DRAINHOSTREQUEST']._serialized_end=693
-  _globals['_DRAINHOSTRESPONSE']._serialized_start=695
-  _globals['_DRAINHOSTRESPONSE']._serialized_end=744
-  _globals['_GETPLACEMENTREQUEST']._serialized_start=746
-  _globals['_GETPLACEMENTREQUEST']._serialized_end=767
-  _globals['_GETPLACEMENTRESPONSE']._serialized_start=770
-  _globals['_GETPLACEMENTRESPONSE']._serialized_end=1001
-  _globals['_FOLLOWINGFRONTEND']._serialized_start=1003
-  _globals['_FOLLOWINGFRONTEND']._serialized_end=1123
-  _globals['_PLACEDLAYER']._serialized_start=1125
-  _globals['_PLACEDLAYER']._serialized_end=1248
-  _globals['_PLACEDEXPERTS']._serialized_start=1250
-  _globals['_PLACEDEXPERTS']._serialized_end=1312
-  _globals['_SHUTDOWNREQUEST']._serialized_start=1314
-  _globals['_SHUTDOWNREQUEST']._serialized_end=1331
-  _globals['_SHUTDOWNRESPONSE']._serialized_start=1333
-  _globals['_SHUTDOWNRESPONSE']._serialized_end=1351
-  _globals['_PINGREQUEST']._serialized_start=1353
-  _globals['_PINGREQUEST']._serialized_end=1366
-  _globals['_PINGRESPONSE']._serialized_start=1368
-  _globals['_PINGRESPONSE']._serialized_end=1462
-  _globals['_ADMINSERVICE']._serialized_start=1465
-  _globals['_ADMINSERVICE']._serialized_end=2078
+  _globals['_EVENTSREQUEST']._serialized_start=661
+  _globals['_EVENTSREQUEST']._serialized_end=692
+  _globals['_AUDITEVENT']._serialized_start=695
+  _globals['_AUDITEVENT']._serialized_end=901
+  _globals['_DRAINHOSTREQUEST']._serialized_start=903
+  _globals['_DRAINHOSTREQUEST']._serialized_end=935
+  _globals['_DRAINHOSTRESPONSE']._serialized_start=937
+  _globals['_DRAINHOSTRESPONSE']._serialized_end=986
+  _globals['_GETPLACEMENTREQUEST']._serialized_start=988
+  _globals['_GETPLACEMENTREQUEST']._serialized_end=1009
+  _globals['_GETPLACEMENTRESPONSE']._serialized_start=1012
+  _globals['_GETPLACEMENTRESPONSE']._serialized_end=1243
+  _globals['_FOLLOWINGFRONTEND']._serialized_start=1245
+  _globals['_FOLLOWINGFRONTEND']._serialized_end=1365
+  _globals['_PLACEDLAYER']._serialized_start=1367
+  _globals['_PLACEDLAYER']._serialized_end=1490
+  _globals['_PLACEDEXPERTS']._serialized_start=1492
+  _globals['_PLACEDEXPERTS']._serialized_end=1554
+  _globals['_SHUTDOWNREQUEST']._serialized_start=1556
+  _globals['_SHUTDOWNREQUEST']._serialized_end=1573
+  _globals['_SHUTDOWNRESPONSE']._serialized_start=1575
+  _globals['_SHUTDOWNRESPONSE']._serialized_end=1593
+  _globals['_PINGREQUEST']._serialized_start=1595
+  _globals['_PINGREQUEST']._serialized_end=1608
+  _globals['_PINGRESPONSE']._serialized_start=1610
+  _globals['_PINGRESPONSE']._serialized_end=1704
+  _globals['_ADMINSERVICE']._serialized_start=1707
+  _globals['_ADMINSERVICE']._serialized_end=2385
 # @@protoc_insertion_point(module_scope)

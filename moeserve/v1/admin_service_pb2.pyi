@@ -106,6 +106,40 @@ class RebalanceResponse(_message.Message):
     balancedness: float
     def __init__(self, epoch: _Optional[int] = ..., moves: _Optional[int] = ..., new: _Optional[int] = ..., kept: _Optional[int] = ..., moved_bytes: _Optional[int] = ..., steps: _Optional[int] = ..., balancedness_before: _Optional[float] = ..., balancedness: _Optional[float] = ...) -> None: ...
 
+class EventsRequest(_message.Message):
+    __slots__ = ("follow",)
+    FOLLOW_FIELD_NUMBER: _ClassVar[int]
+    follow: bool
+    def __init__(self, follow: _Optional[bool] = ...) -> None: ...
+
+class AuditEvent(_message.Message):
+    __slots__ = ("number", "time_unix_s", "duration_s", "kind", "what", "why", "outcome", "error", "epoch", "moves", "new", "moved_bytes")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    TIME_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    DURATION_S_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    WHAT_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    NEW_FIELD_NUMBER: _ClassVar[int]
+    MOVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    time_unix_s: float
+    duration_s: float
+    kind: str
+    what: str
+    why: str
+    outcome: str
+    error: str
+    epoch: int
+    moves: int
+    new: int
+    moved_bytes: int
+    def __init__(self, number: _Optional[int] = ..., time_unix_s: _Optional[float] = ..., duration_s: _Optional[float] = ..., kind: _Optional[str] = ..., what: _Optional[str] = ..., why: _Optional[str] = ..., outcome: _Optional[str] = ..., error: _Optional[str] = ..., epoch: _Optional[int] = ..., moves: _Optional[int] = ..., new: _Optional[int] = ..., moved_bytes: _Optional[int] = ...) -> None: ...
+
 class DrainHostRequest(_message.Message):
     __slots__ = ("host",)
     HOST_FIELD_NUMBER: _ClassVar[int]

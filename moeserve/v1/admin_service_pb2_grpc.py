@@ -70,6 +70,11 @@ class AdminServiceStub:
                 request_serializer=moeserve_dot_v1_dot_admin__service__pb2.DrainHostRequest.SerializeToString,
                 response_deserializer=moeserve_dot_v1_dot_admin__service__pb2.DrainHostResponse.FromString,
                 _registered_method=True)
+        self.Events = channel.unary_stream(
+                '/moeserve.v1.AdminService/Events',
+                request_serializer=moeserve_dot_v1_dot_admin__service__pb2.EventsRequest.SerializeToString,
+                response_deserializer=moeserve_dot_v1_dot_admin__service__pb2.AuditEvent.FromString,
+                _registered_method=True)
         self.Shutdown = channel.unary_unary(
                 '/moeserve.v1.AdminService/Shutdown',
                 request_serializer=moeserve_dot_v1_dot_admin__service__pb2.ShutdownRequest.SerializeToString,
@@ -131,6 +136,13 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Events(self, request, context):
+        """The audit log: what changed placement, weights, copies or hosts, the oldest first; with `follow` also what changes from now on, as it ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Shutdown(self, request, context):
         """Ends the service as SIGTERM does: running requests finish. Answers at once.
         """
@@ -175,6 +187,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.DrainHost,
                     request_deserializer=moeserve_dot_v1_dot_admin__service__pb2.DrainHostRequest.FromString,
                     response_serializer=moeserve_dot_v1_dot_admin__service__pb2.DrainHostResponse.SerializeToString,
+            ),
+            'Events': grpc.unary_stream_rpc_method_handler(
+                    servicer.Events,
+                    request_deserializer=moeserve_dot_v1_dot_admin__service__pb2.EventsRequest.FromString,
+                    response_serializer=moeserve_dot_v1_dot_admin__service__pb2.AuditEvent.SerializeToString,
             ),
             'Shutdown': grpc.unary_unary_rpc_method_handler(
                     servicer.Shutdown,
@@ -372,6 +389,33 @@ class AdminService:
             '/moeserve.v1.AdminService/DrainHost',
             moeserve_dot_v1_dot_admin__service__pb2.DrainHostRequest.SerializeToString,
             moeserve_dot_v1_dot_admin__service__pb2.DrainHostResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Events(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/moeserve.v1.AdminService/Events',
+            moeserve_dot_v1_dot_admin__service__pb2.EventsRequest.SerializeToString,
+            moeserve_dot_v1_dot_admin__service__pb2.AuditEvent.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,136 @@
+"""The audit log of a controller: what was changed, why, what that moved, and how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from moeserve.control.rounds import RoundStopped
+from moeserve.errors import ExpertUnavailable
+from moeserve.loops import Notifier
+from moeserve.observe.audit import ADMINISTRATOR, AuditEvent, Ending
+from moeserve.placement import Transition
+from moeserve.release import Release
+
+log = logging.getLogger(__name__)
+
+#: a change per minute for most of a day
+_MAX_EVENTS: Final = 1000
+#: texts may come from callers
+_MAX_CHARS: Final = 500
+
+
+class ChangeWithdrawn(ExpertUnavailable):
+    """The service is ending: a change is not made, or not to its end."""
+
+
+@dataclass(frozen=True, eq=False)
+class BroughtIn:
+    """A change that is in force. cost: what it moved; None = nothing."""
+
+    release: Release
+    cost: Transition | None = None
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A change that has been asked for, and since when; the texts are as in `AuditEvent`."""
+
+    kind: str
+    what: str
+    why: str = ADMINISTRATOR
+    time_unix_s: float = field(default_factory=time.time)
+    since: float = field(default_factory=time.monotonic)
+
+
+class AuditLog:
+    """The latest events. `epoch` returns that of the placement in force."""
+
+    def __init__(self, epoch: Callable[[], int]) -> None:
+        self._epoch = epoch
+        self._events: deque[AuditEvent] = deque(maxlen=_MAX_EVENTS)
+        self._number = 0
+        self._added = Notifier()
+        #: by kind
+        self._latest: dict[str, AuditEvent] = {}
+
+    async def recorded(self, begun: Begun, change: Callable[[], Awaitable[BroughtIn]]) -> Release:
+        """Makes a change, and records how it ended. Raises what it raises."""
+        try:
+            done = await change()
+        except BaseException as error:  # a cancelled one, too
+            self.end(begun, error=error)
+            raise
+        self.end(begun, done.cost)
+        return done.release
+
+    def end(self, begun: Begun, cost: Transition | None = None, error: BaseException | None = None) -> None:
+        """Records that it has ended: well, or with `error`. What fails by itself again and again, for the same reason, is one event."""
+        ending = _ending(error)
+        event = AuditEvent(
+            number=self._number + 1,
+            time_unix_s=begun.time_unix_s,
+            duration_s=time.monotonic() - begun.since,
+            kind=begun.kind,
+            what=_line(begun.what),
+            why=_line(begun.why),
+            outcome=ending,
+            error=_line(_sentence(ending, error)),
+            epoch=self._epoch(),
+            **({} if cost is None else {"moves": cost.moves, "new": cost.new, "moved_bytes": cost.moved_bytes}),
+        )
+        before = self._latest.get(event.kind)
+        is_same = before is not None and (before.outcome, before.error, before.why) == (event.outcome, event.error, event.why)
+        if is_same and error is not None and begun.why != ADMINISTRATOR:
+            return
+        self._number = event.number
+        self._latest[event.kind] = event
+        self._events.append(event)
+        log.info("audit: %s", event)
+        self._added.notify()
+
+    async def events(self, until: asyncio.Event | None = None) -> AsyncIterator[AuditEvent]:
+        """The oldest first; then new ones, until that is set. A reader that is too slow misses the oldest of those it has not got."""
+        told = 0
+        stopping = None if until is None else asyncio.create_task(until.wait())
+        if stopping is not None:
+            stopping.add_done_callback(lambda _: self._added.notify())
+        try:
+            while True:
+                is_over = until is None or until.is_set()
+                new = [event for event in self._events if event.number > told]
+                for event in new:
+                    yield event
+                    told = event.number
+                if is_over:
+                    return
+                if not new:
+                    await self._added.wait()
+        finally:
+            if stopping is not None:
+                stopping.cancel()
+
+
+def _ending(error: BaseException | None) -> Ending:
+    if error is None:
+        return "done"
+    if isinstance(error, ChangeWithdrawn | asyncio.CancelledError):
+        return "withdrawn"
+    return "stopped" if isinstance(error, RoundStopped) else "failed"
+
+
+def _sentence(ending: Ending, error: BaseException | None) -> str:
+    if isinstance(error, asyncio.CancelledError):
+        return "the service was ending"
+    return "" if ending == "done" else str(error) or type(error).__name__
+
+
+def _line(text: str) -> str:
+    """One line that a terminal can show and a message can hold."""
+    cut = text if len(text) <= _MAX_CHARS else f"{text[: _MAX_CHARS - 1]}…"
+    return "".join(each if each.isprintable() else " " for each in cut)
