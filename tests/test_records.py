@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moeserve.observe.audit import AuditEvent
 from moeserve.observe.records import plain, read, to_message
 from moeserve.observe.stats import CallCount, Durations, Event, HostShards, HostStats, LayerInfo, LayerStats, ServiceStats
 from moeserve.observe.status import FrontendStatus, HostStatus, LayerStatus, ServiceStatus
@@ -45,7 +46,8 @@ STATS = filled(
     calls=filled(CallCount),
     events=filled(Event),
 )
-STATUS = filled(ServiceStatus, hosts=filled(HostStatus), frontends=filled(FrontendStatus), layers=filled(LayerStatus, placement=SHARDS))
+LAYERS = filled(LayerStatus, placement=SHARDS, copies=SMALL, demand_rows_per_s=NUMBER)
+STATUS = filled(ServiceStatus, hosts=filled(HostStatus), frontends=filled(FrontendStatus), layers=LAYERS)
 
 
 @settings(max_examples=30, deadline=None)
@@ -59,6 +61,19 @@ def test_statistics(stats: ServiceStats) -> None:
 def test_status(status: ServiceStatus) -> None:
     assert read(ServiceStatus, to_message(admin_service_pb2.GetPlacementResponse, status)) == status
     assert plain(status)["layers"] == [plain(layer) for layer in status.layers]
+
+
+@settings(max_examples=30, deadline=None)
+@given(filled(AuditEvent))
+def test_events_of_the_audit_log(event: AuditEvent) -> None:
+    assert read(AuditEvent, to_message(admin_service_pb2.AuditEvent, event)) == event
+
+
+@pytest.mark.parametrize("ratio", [None, 0.0, 0.5])
+def test_a_balancedness_that_is_not_known(ratio: float | None) -> None:
+    stats, status = LayerStats("l", 0, [], [], host_balancedness=ratio), LayerStatus("l", 1, 1, [], host_balancedness=ratio)
+    assert read(LayerStats, to_message(moe_service_pb2.LayerStats, stats)).host_balancedness == ratio
+    assert read(LayerStatus, to_message(admin_service_pb2.PlacedLayer, status)).host_balancedness == ratio
 
 
 @pytest.mark.parametrize("factor", [None, 0.0, 1.5])

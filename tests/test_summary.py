@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeserve.observe.metrics import EventLog
-from moeserve.observe.stats import Durations
-from moeserve.observe.summary import added, balancedness, quantile_ms, since
+from moeserve.observe.stats import Durations, HostShards, LayerStats
+from moeserve.observe.summary import added, balancedness, demand, host_rows, host_shares, quantile_ms, since
 
 BOUNDS = (0.001, 0.01, 0.1, 1.0)
 
@@ -49,6 +49,15 @@ def test_snapshots_add_and_subtract(first: list[float], second: list[float]) -> 
     (gained,) = since([both], [counted(first)])
     assert gained.counts == counted(second).counts and gained.sum_s == pytest.approx(sum(second))
     assert since([both], [counted(first, "Other")]) == [both]
+
+
+def test_rows_expected_on_hosts() -> None:
+    """Two copies of expert 0, and expert 1 in two shards: each host of a shard computes all its rows."""
+    one = LayerStats("a", 0, [6, 2], [0, 0], placement=[HostShards(0, [0, 1], [0, 0]), HostShards(3, [0], [0])])
+    two = LayerStats("b", 0, [0, 4], [0, 0], tensor_parallel=2, placement=[HostShards(0, [1], [0]), HostShards(3, [1], [1])])
+    assert host_rows(one, demand(one)) == {0: 5.0, 3: 3.0}
+    assert host_shares([one, two], [demand(one), demand(two)]) == {0: 9 / 16, 3: 7 / 16}
+    assert host_shares([one], [[0, 0]]) == {}
 
 
 def test_balancedness() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from rich.table import Table
@@ -14,6 +14,17 @@ def bytes_text(value: int) -> str:
     """With its unit."""
     mib = value / 2**20
     return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.1f} MiB"
+
+
+def ratio_text(value: float | None) -> str:
+    """A number between 0 and 1; - = not known."""
+    return "-" if value is None else f"{value:.2f}"
+
+
+def span_text(values: Sequence[int]) -> str:
+    """The least and the most, or the number that all are."""
+    least, most = min(values, default=0), max(values, default=0)
+    return str(least) if least == most else f"{least}-{most}"
 
 
 _number: Final = "{:,}".format

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
-from moeserve.cli.columns import add_columns, cells
+from moeserve.cli.columns import add_columns, cells, ratio_text, span_text
 from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of
 from moeserve.observe.records import plain
 from moeserve.observe.status import HostStatus, ServiceStatus
@@ -37,7 +37,7 @@ def status(
 
 def _show(status: ServiceStatus, console: Console) -> None:
     up = sum(host.is_up for host in status.hosts)
-    changing = ", changing" if status.is_changing else ""
+    changing = f", changing: {status.changing}" if status.is_changing else ""
     console.print(f"epoch {status.epoch}{changing}: {up} of {len(status.hosts)} hosts up, {status.wanted_hosts} wanted")
     if status.shortage:
         console.print(f"[yellow]short: {status.shortage}[/]", soft_wrap=True)
@@ -70,10 +70,21 @@ def _frontends(status: ServiceStatus) -> Table:
 
 def _layers(status: ServiceStatus) -> Table:
     table = _table("layer")
-    for column in ("revision", "hosts", "shards per expert"):
+    for column in ("revision", "hosts", "shards per expert", "copies", "rows/s", "hottest", "balance of hosts"):
         table.add_column(column, justify="right")
     for layer in status.layers:
-        table.add_row(layer.name, str(layer.model_revision), str(len(layer.placement)), str(layer.tensor_parallel))
+        rows_per_s = sum(layer.demand_rows_per_s)
+        hottest = max(range(len(layer.demand_rows_per_s)), key=layer.demand_rows_per_s.__getitem__) if rows_per_s else None
+        table.add_row(
+            layer.name,
+            str(layer.model_revision),
+            str(len(layer.placement)),
+            str(layer.tensor_parallel),
+            span_text(layer.copies),
+            f"{rows_per_s:,.0f}",
+            "-" if hottest is None else f"{hottest}:{layer.demand_rows_per_s[hottest] / rows_per_s:.0%}",
+            ratio_text(layer.host_balancedness),
+        )
     return table
 
 

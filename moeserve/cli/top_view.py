@@ -16,16 +16,18 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moeserve.cli.columns import add_columns, cells
+from moeserve.cli.columns import add_columns, cells, ratio_text, span_text
 from moeserve.observe.records import columns
 from moeserve.observe.stats import HostStats, LayerStats, ServiceStats
-from moeserve.observe.summary import added, balancedness, demand, forwards, quantile_ms, since
+from moeserve.observe.summary import added, balancedness, demand, forwards, host_shares, quantile_ms, since
 
 #: eighths of four times an expert's fair share; height shows load where there is no color
 _BLOCKS: Final = " ▁▂▃▄▅▆▇█"
 _COLOURS: Final = ("#46566b", "#4a6f9c", "#4f8ac9", "#5aa7d6", "#7cc0b4", "#c9c26b", "#e8a94d", "#ec7f45", "#e0493e")
 _HOTTEST: Final = 3
 _MAX_EVENTS: Final = 5
+#: columns of a terminal from which on there is room for more
+_WIDE: Final = 100
 #: lines that are neither hosts nor layers
 _FRAME_LINES: Final = 21
 
@@ -38,7 +40,7 @@ def view(target: str, stats: ServiceStats, before: ServiceStats | None, width: i
     parts: list[RenderableType] = [
         _headline(target, stats, before),
         Text(),
-        _hosts(stats, width),
+        _hosts(stats, before, width),
         Text(),
         _layers(stats, before, rows, width),
         Text(),
@@ -57,6 +59,7 @@ def _headline(target: str, stats: ServiceStats, before: ServiceStats | None) -> 
     tokens = sum(layer.tokens for layer in stats.layers) - (sum(layer.tokens for layer in before.layers) if before else 0)
     failed = sum(call.count for call in stats.calls if call.code != "OK")
     first = f"moeserve {target}   up {_span(stats.uptime_s)}   placement {stats.epoch}   queue {stats.queue_tokens:,} tokens"
+    changing = (f"   changing: {stats.changing}", "bold cyan") if stats.changing else ""
     numbers = [
         f"{tokens / seconds:,.0f} tokens/s",
         f"{sum(calls.counts) / seconds:,.1f} requests/s",
@@ -66,27 +69,40 @@ def _headline(target: str, stats: ServiceStats, before: ServiceStats | None) -> 
     period = f"in the last {seconds:.1f} s" if before else "since the start"
     counted = [(failed, "failed"), *((getattr(stats, column.key), column.label) for column in columns(ServiceStats))]
     failures = ("".join(f"   {count:,} {what}" for count, what in counted if count), "yellow")
-    return Text.assemble((first, "bold"), failures, "\n", "   ".join(numbers), (f"   {period}", "dim"))
+    return Text.assemble((first, "bold"), failures, changing, "\n", "   ".join(numbers), (f"   {period}", "dim"))
 
 
-def _hosts(stats: ServiceStats, width: int) -> Table:
+def _hosts(stats: ServiceStats, before: ServiceStats | None, width: int) -> Table:
     table = _table(width, "host", "")
     add_columns(table, HostStats, no_wrap=True)
-    table.add_column("experts", justify="right", no_wrap=True)
+    is_wide = width >= _WIDE
+    for name in (*(("load",) if is_wide else ()), "experts"):
+        table.add_column(name, justify="right", no_wrap=True)
+    shares = host_shares(stats.layers, _asked(stats, before)) if is_wide else {}
     experts: Counter[int] = Counter()
     for layer in stats.layers:
         for held in layer.placement:
             experts[held.host] += len(held.experts)
     for host in stats.hosts:
         state = Text("up", style="green") if host.up else Text("DOWN", style="bold red")
-        table.add_row(host.name, state, *cells(host, width // 5), str(experts[host.number]))
+        load = (f"{shares.get(host.number, 0.0):.0%}",) if is_wide else ()
+        table.add_row(host.name, state, *cells(host, width // 5), *load, str(experts[host.number]))
     return table
+
+
+def _asked(stats: ServiceStats, before: ServiceStats | None) -> list[list[int]]:
+    """[E] of each layer: what was asked of the experts between the two snapshots; if nothing, since the start."""
+    now = [demand(layer) for layer in stats.layers]
+    if before is None:
+        return now
+    gained = [[new - old for new, old in zip(*both, strict=True)] for both in zip(now, map(demand, before.layers), strict=True)]
+    return gained if any(map(any, gained)) else now
 
 
 def _layers(stats: ServiceStats, before: ServiceStats | None, rows: int, width: int) -> Table:
     table = _table(width, "", "layer")
     add_columns(table, LayerStats, no_wrap=True)
-    for name in ("tokens/s", "dropped", "balance"):
+    for name in ("tokens/s", "dropped", "balance", "hosts", "copies"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("hottest experts", no_wrap=True)
     seconds = max(1e-9, stats.uptime_s - (before.uptime_s if before else 0.0))
@@ -101,6 +117,8 @@ def _layers(stats: ServiceStats, before: ServiceStats | None, rows: int, width: 
             f"{gained / seconds:,.0f}",
             Text(f"{dropped:.1%}", style="yellow" if dropped else ""),
             f"{balancedness(wanted):.2f}",
+            ratio_text(layer.host_balancedness),
+            span_text(layer.live_copies),
             _hottest(wanted),
         )
     return table
@@ -149,7 +167,7 @@ def _events(stats: ServiceStats) -> Table:
 
 
 def _table(width: int, *columns: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1 if width >= 100 else 0, 0, 0))
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1 if width >= _WIDE else 0, 0, 0))
     for name in columns:
         table.add_column(name, no_wrap=True)
     return table

@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 from moeserve.control import timing
 from moeserve.control.audit import AuditLog, Begun
-from moeserve.control.demand import Demand
+from moeserve.control.demand import Demand, Load
 from moeserve.control.desired import Planner, Rows
 from moeserve.control.frontends import Frontends
 from moeserve.control.record import read_counts
@@ -24,9 +24,9 @@ from moeserve.errors import InvalidRequest
 from moeserve.log_limit import limited_logger
 from moeserve.loops import in_thread
 from moeserve.observe.audit import ADMINISTRATOR
-from moeserve.observe.balancing import Balancing, Outcome
+from moeserve.observe.balancing import Outcome
 from moeserve.observe.status import Rebalanced
-from moeserve.placement import mean_balancedness
+from moeserve.placement import layer_balancedness, mean_balancedness
 from moeserve.release import Release
 
 log = logging.getLogger(__name__)
@@ -52,8 +52,8 @@ class Balanced(Protocol):
         """Names of the hosts that are down."""
         ...
 
-    async def bring_in(self, change: Callable[[State], State]) -> Release:
-        """One change, in its turn. Raises MoEServeError; then nothing has changed."""
+    async def bring_in(self, change: Callable[[State], State], what: str) -> Release:
+        """One change, in its turn; `what` is for people. Raises MoEServeError; then nothing has changed."""
         ...
 
 
@@ -65,16 +65,23 @@ class Balancer:
         self._config = planner.balancing
         self._demand = Demand([spec.num_hosted_experts for spec in planner.layers.specs], self._config.window_s)
         self._one_at_a_time = asyncio.Lock()
-        self._said = Balancing()
 
     async def keep(self) -> None:
         """Until cancelled."""
         next_at = time.monotonic() + self._config.interval_s
+        told: tuple[Release, list[bool]] | None = None
         while True:
             await asyncio.sleep(min(timing.CONTROL_LOOK_S, self._config.interval_s))
             self._hear()
-            if self._config.enabled and time.monotonic() >= next_at:
+            is_due = time.monotonic() >= next_at
+            if is_due and self._config.enabled:
                 await self._round_by_itself()
+            # It is told when it is due, and at once for other places, or for layers that were not asked before.
+            seen = self._served.state.release, [bool(rows.any()) for rows in self._demand.rows(time.monotonic())]
+            if is_due or (seen != told and not self._one_at_a_time.locked()):
+                told = seen
+                await self._tell_balancedness()
+            if is_due:
                 next_at = time.monotonic() + self._config.interval_s
 
     async def rebalance(self, *, dry_run: bool) -> Rebalanced:
@@ -85,6 +92,18 @@ class Balancer:
             planned = await self._planned(demand)
             return _told(planned, planned.release)
         return await self._round(demand, Begun("balance", "a round"))
+
+    def load(self) -> Load:
+        """What callers ask now, and what that makes of the hosts."""
+        rows = self._demand.rows(time.monotonic())
+        even = layer_balancedness(self._served.state.release.placement, rows, self._planner.placing.pipeline_stages)
+        return Load([each / self._config.window_s for each in rows], even)
+
+    async def _tell_balancedness(self) -> None:
+        """To frontends, whose metrics, page and `moeserve top` show it."""
+        even = tuple(math.nan if each is None else each for each in (await in_thread(self.load)).host_balancedness)
+        if even != self._frontends.balancing.balancedness:
+            self._frontends.set_balancing(balancedness=even)
 
     def _hear(self) -> None:
         counted = {report.public_key: read_counts(report.requested) for report in self._frontends.members() if report.requested}
@@ -115,7 +134,8 @@ class Balancer:
                 release = planned.release
                 for placement in planned.steps:
                     self._require_hosts()
-                    release = await self._served.bring_in(partial(stepped, served=release, placement=placement))
+                    step = partial(stepped, served=release, placement=placement)
+                    release = await self._served.bring_in(step, f"{asked.kind}, step {done + 1} of {len(planned.steps)}")
                     done += 1
             except BaseException as error:  # a cancelled round, too
                 self._end(asked, planned, done, error)
@@ -150,18 +170,18 @@ class Balancer:
 
     def _say(self, outcome: Outcome, planned: Round | None, done: int) -> None:
         """Tells frontends, whose metrics show it."""
-        said = self._said
-        rounds = {**said.rounds, outcome: said.rounds.get(outcome, 0) + 1}
-        self._said = replace(said, rounds=rounds, latest=f"round {outcome} after {done} steps; the controller's log says why")
+        said = self._frontends.balancing
+        moved_experts, moved_bytes = said.moved_experts, said.moved_bytes
         if planned is not None:
             cost = planned.cost_of(done)
-            self._said = replace(
-                self._said, moved_experts=said.moved_experts + cost.moves + cost.new, moved_bytes=said.moved_bytes + cost.moved_bytes
-            )
-            if done == len(planned.steps):
-                even = tuple(math.nan if each is None else each for each in planned.after)
-                self._said = replace(self._said, balancedness=even, latest=str(planned))
-        self._frontends.set_balancing(self._said)
+            moved_experts, moved_bytes = moved_experts + cost.moves + cost.new, moved_bytes + cost.moved_bytes
+        is_whole = planned is not None and done == len(planned.steps)
+        self._frontends.set_balancing(
+            rounds={**said.rounds, outcome: said.rounds.get(outcome, 0) + 1},
+            latest=str(planned) if is_whole else f"round {outcome} after {done} steps; moeserve events says why",
+            moved_experts=moved_experts,
+            moved_bytes=moved_bytes,
+        )
 
 
 def _told(planned: Round, release: Release) -> Rebalanced:

@@ -27,7 +27,7 @@ from moeserve.control.rollout import Hosts, Rollout
 from moeserve.control.room import require_room
 from moeserve.control.stall import unless_stalled
 from moeserve.control.state import NumHosts, State
-from moeserve.control.status import status_of
+from moeserve.control.status import layers_of, status_of
 from moeserve.errors import ConfigError, MoEServeError
 from moeserve.loops import in_thread
 from moeserve.observe.audit import ADMINISTRATOR
@@ -107,7 +107,8 @@ class Controller:
         names = [spec.name for spec in self._planner.layers.specs]
         present, frontends = self._hosts.present, self._frontends.members()
         short = " ".join(dict.fromkeys((*([self._shortage] if self._shortage else []), *self._failing().values())))
-        return status_of(self.state, self._rollout.is_under_way, short, names, present, frontends)
+        layers = layers_of(self.state.release, names, self._balancer.load())
+        return status_of(self.state, self._rollout.changing, short, layers, present, frontends)
 
     def ask_to_stop(self) -> None:
         """Sets `stop_requested`, which the process of the service watches."""
@@ -130,7 +131,7 @@ class Controller:
         why = f"{checkpoint} could not be read"
         which = "" if experts is None else f"experts {', '.join(map(str, experts))} of "
         asked = Begun("swap", f"{which}{f'layer {layer}' if layer else 'every layer'} from {checkpoint}")
-        return await self._asked(asked, lambda: self._brought_in(change, why))
+        return await self._asked(asked, lambda: self._brought_in(change, asked.kind, why))
 
     async def scale(self, num_hosts: NumHosts, why: str = ADMINISTRATOR) -> Release:
         """Change the number of hosts; "all" = as many as fit on the nodes. `why`: who or what asks for it.
@@ -158,15 +159,15 @@ class Controller:
 
         whose = "every expert" if expert is None else f"expert {expert}"
         asked = Begun("copies", f"{copies} of {whose} of {f'layer {layer}' if layer else 'every layer'}")
-        return await self._asked(asked, lambda: self._brought_in(change, _UNREADABLE))
+        return await self._asked(asked, lambda: self._brought_in(change, asked.kind))
 
     async def rebalance(self, dry_run: bool = False) -> Rebalanced:
         """One round of balancing, or only its plan. Raises ExpertUnavailable while a host is down, ConfigError if it cannot be made."""
         return await self._queue.to_its_end(self._balancer.rebalance(dry_run=dry_run))
 
-    async def bring_in(self, change: Callable[[State], State]) -> Release:
+    async def bring_in(self, change: Callable[[State], State], what: str) -> Release:
         """A step of a round, in its turn; the round is what is recorded. Raises MoEServeError; then nothing has changed."""
-        step = self._queue.in_turn(lambda: self._brought_in(change, _UNREADABLE))
+        step = self._queue.in_turn(lambda: self._brought_in(change, what))
         return (await self._queue.to_its_end(step)).release
 
     async def begin(self, work: Awaitable[None], why: str) -> None:
@@ -238,7 +239,7 @@ class Controller:
         assigned = self._assigned(await self._nodes.list(), wanted)
         if assigned.shortage is not None:
             raise ConfigError(assigned.shortage)
-        return await self._moved(assigned.assignments, num_hosts)
+        return await self._moved(assigned.assignments, num_hosts, "scale")
 
     async def _drain(self, host: str) -> BroughtIn:
         assignments = self.state.assignments
@@ -249,7 +250,7 @@ class Controller:
             )
         if not left:
             raise ConfigError(f"{host} is the only host; a service needs at least one")
-        done = await self._moved(left, len(left))
+        done = await self._moved(left, len(left), "drain")
         self._ask_for(await self._wanted())
         return done
 
@@ -265,12 +266,12 @@ class Controller:
             if is_same and assigned.shortage is not None:
                 self.audit.end(asked, error=ConfigError(assigned.shortage))
         if not is_same:
-            await self.audit.recorded(asked, lambda: self._moved(assigned.assignments, self.state.num_hosts))
+            await self.audit.recorded(asked, lambda: self._moved(assigned.assignments, self.state.num_hosts, asked.kind))
 
-    async def _moved(self, assignments: tuple[Assignment, ...], num_hosts: NumHosts) -> BroughtIn:
-        return await self._brought_in(lambda state: moved(state, assignments, num_hosts, self._planner), _UNREADABLE)
+    async def _moved(self, assignments: tuple[Assignment, ...], num_hosts: NumHosts, what: str) -> BroughtIn:
+        return await self._brought_in(lambda state: moved(state, assignments, num_hosts, self._planner), what)
 
-    async def _brought_in(self, change: Callable[[State], State], why: str) -> BroughtIn:
+    async def _brought_in(self, change: Callable[[State], State], what: str, why: str = _UNREADABLE) -> BroughtIn:
         """Raises ConfigError when hosts have no room for it, or saying `why` when files cannot be read that it takes to work it out."""
 
         def changed(before: State) -> tuple[State, Transition | None]:
@@ -280,7 +281,7 @@ class Controller:
 
         priced = unless_stalled(in_thread(changed, self.state), lambda: None, self._planner.placing.load_timeout_s, lambda: why)
         after, cost = await priced
-        return BroughtIn(await self._rollout.bring_in(after), cost)
+        return BroughtIn(await self._rollout.bring_in(after, what), cost)
 
     async def _wanted(self) -> Wanted:
         asked = self.state.num_hosts, self.state.copies

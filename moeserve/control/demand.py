@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,14 @@ import numpy.typing as npt
 from moeserve.errors import InvalidRequest
 
 Counts = Sequence[npt.NDArray[np.int64]]
+
+
+@dataclass(frozen=True, eq=False)
+class Load:
+    """What is asked of each layer: rows per second of each expert [E], and the balancedness of its hosts, None = nobody asks."""
+
+    rows_per_s: Sequence[npt.NDArray[np.float64]]
+    host_balancedness: Sequence[float | None]
 
 
 class Demand:

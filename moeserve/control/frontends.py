@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
+from typing import Any
 
 from moeserve.config import FrontendConfig
 from moeserve.control import timing
@@ -154,7 +155,7 @@ class Frontends:
     def publish(self, release: Release) -> None:
         """New batches use `release`, which was offered, as soon as their frontend has the order."""
         self._let_go_at = time.monotonic() + self._drain_timeout_s + timing.GRACE_S
-        self._tell(replace(self._order, current=release, candidate=None))
+        self._tell(replace(self._order, current=release, candidate=None, balancing=replace(self.balancing, changing="")))
 
     async def drained(self) -> None:
         """Returns when no batch uses an earlier release, or a frontend takes too long."""
@@ -168,18 +169,22 @@ class Frontends:
             log.warning("frontend %s still uses epoch %d; not waiting for it any longer", member.report.name, member.oldest_epoch)
 
     def withdraw(self) -> None:
-        """Removes the candidate."""
-        if self._order.candidate is not None:
-            self._tell(replace(self._order, candidate=None))
+        """Removes the candidate: nothing changes any more."""
+        self._tell(replace(self._order, candidate=None, balancing=replace(self.balancing, changing="")))
 
     def set_failing(self, failing: Mapping[int, str]) -> None:
         """Sets the hosts that are down and not restarting, and why."""
         if dict(failing) != dict(self._order.failing):
             self._tell(replace(self._order, failing=dict(failing)))
 
-    def set_balancing(self, said: Balancing) -> None:
-        """What the controller has done to balance the hosts."""
-        self._tell(replace(self._order, balancing=said))
+    @property
+    def balancing(self) -> Balancing:
+        """What they have been told of balancing."""
+        return self._order.balancing
+
+    def set_balancing(self, **changes: Any) -> None:
+        """Tells them what the controller has done to balance the hosts, or is doing: fields of `Balancing`."""
+        self._tell(replace(self._order, balancing=replace(self._order.balancing, **changes)))
 
     def _tell(self, order: Order) -> None:
         self._order = order

@@ -130,8 +130,10 @@ def read_failing(failing: Mapping[int, str]) -> dict[int, str]:
 
 def read_balancing(message: pb.Balancing) -> Balancing:
     """Raises InvalidRequest when a text has control characters."""
-    require_printable(message.latest, "balancing.latest")
-    return Balancing(dict(message.rounds), message.moved_experts, message.moved_bytes, tuple(message.balancedness), message.latest)
+    for text in (message.latest, message.changing):
+        require_printable(text, "balancing")
+    numbers = dict(message.rounds), message.moved_experts, message.moved_bytes, tuple(message.balancedness)
+    return Balancing(*numbers, message.latest, message.changing)
 
 
 def hosts_messages(hosts: Mapping[int, HostInfo]) -> list[pb.Host]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from moeserve.control.assignments import Assignment
 from moeserve.control.audit import AuditLog, Begun
-from moeserve.observe.stats import HostInfo, host_name
+from moeserve.observe.stats import HostInfo
 from moeserve.placement import Transition
 
 

@@ -52,25 +52,30 @@ class Rollout:
 
     def __init__(self, state: State, hosts: Hosts, frontends: Frontends, save: Callable[[State], None], load_timeout_s: float) -> None:
         self.state = state
-        self.is_under_way = False
+        #: what is being brought in, as frontends are told; "" = nothing
+        self.changing = ""
         self._hosts = hosts
         self._frontends = frontends
         self._save = save
         self._load_timeout_s = load_timeout_s
 
-    async def bring_in(self, after: State) -> Release:
-        """The state `after`, which was made of the present one. Raises the error of a host or a frontend; then nothing has changed."""
+    async def bring_in(self, after: State, what: str) -> Release:
+        """The state `after`, which was made of the present one. Raises the error of a host or a frontend; then nothing has changed.
+
+        `what`: for people, who see it meanwhile.
+        """
         before = self.state
         if after.release is before.release:
             self._remember(after)
             return after.release
-        self.is_under_way = True
+        self.changing = what
         try:
+            self._frontends.set_balancing(changing=what)
             await self._offer(after)
             await self._frontends.drained()
             await self._hosts.retire(after.release.epoch)
         finally:
-            self.is_under_way = False
+            self.changing = ""
         await self._hosts.remove(_more(before, after))
         for sentence in told(before, after):
             log.info("%s", sentence)

@@ -26,10 +26,8 @@ from moeserve.frontend.view import LayerView, Views
 from moeserve.layer.head import LayerHead
 from moeserve.loops import in_thread
 from moeserve.observe.balancing import OUTCOMES, Balancing
-from moeserve.observe.expert_counts import ExpertCounts
 from moeserve.observe.metrics import Metrics
-from moeserve.observe.stats import HostShards, HostStats, LayerStats, ServiceStats, facts, host_name
-from moeserve.placement import LayerPlacement
+from moeserve.observe.stats import HostStats, LayerStats, ServiceStats, facts, host_name
 from moeserve.release import Release
 from moeserve.transport import Channel
 
@@ -195,14 +193,11 @@ class Frontend:
 
     def stats(self) -> ServiceStats:
         """Counts since the start and the state of the hosts."""
-        metrics, release, held, links = self._metrics, self._release, self._held, self._links
+        metrics, release, links = self._metrics, self._release, self._links
         queues = metrics.host_queues()
         return ServiceStats(
             epoch=release.epoch,
-            layers=[
-                _layer_stats(index, spec.name, release.placement.layers[index], held[index], metrics.experts)
-                for index, spec in enumerate(self.layers)
-            ],
+            layers=[self._layer_stats(index, spec.name) for index, spec in enumerate(self.layers)],
             hosts=[_host_stats(number, link, queues.get(link.name, 0)) for number, link in sorted(links.items())],
             queue_tokens=self._admission.tokens,
             uptime_s=metrics.uptime_s,
@@ -211,6 +206,20 @@ class Frontend:
             stages=metrics.stage_durations(),
             calls=metrics.calls(),
             events=metrics.events.latest(),
+            changing=metrics.balancing.said.changing,
+        )
+
+    def _layer_stats(self, index: int, name: str) -> LayerStats:
+        layer, counts = self._release.placement.layers[index], self._metrics.experts
+        return LayerStats(
+            name=name,
+            tokens=counts.tokens[index],
+            processed_by_expert=counts.processed[index].tolist(),
+            dropped_by_expert=counts.dropped(index).tolist(),
+            live_copies=counts.live_copies[index][: layer.num_experts].tolist(),
+            tensor_parallel=layer.tensor_parallel,
+            placement=self._held[index],
+            host_balancedness=self._metrics.balancing.said.balancedness_of(index),
         )
 
     def _views(self, release: Release) -> list[LayerView]:
@@ -241,18 +250,6 @@ class Frontend:
                 self._on_health(index, healthy)
         for forward in self._forwards:
             forward.hosts_changed()
-
-
-def _layer_stats(index: int, name: str, layer: LayerPlacement, held: Sequence[HostShards], counts: ExpertCounts) -> LayerStats:
-    return LayerStats(
-        name=name,
-        tokens=counts.tokens[index],
-        processed_by_expert=counts.processed[index].tolist(),
-        dropped_by_expert=counts.dropped(index).tolist(),
-        live_copies=counts.live_copies[index][: layer.num_experts].tolist(),
-        tensor_parallel=layer.tensor_parallel,
-        placement=held,
-    )
 
 
 def _host_stats(number: int, link: HostLink, queue_tokens: int) -> HostStats:

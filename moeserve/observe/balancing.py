@@ -18,10 +18,11 @@ OUTCOMES: Final[Sequence[Outcome]] = get_args(Outcome)
 
 @dataclass(frozen=True)
 class Balancing:
-    """What a controller has done to balance the hosts, since it started.
+    """What a controller has done to balance the hosts, since it started, and what it is doing.
 
     rounds: how many, by outcome; latest: the latest round in one line
     balancedness: for each layer mean / max of the rows expected on its hosts, NaN = not known, empty = of none
+    changing: the kind of the change that is being brought in, and how far a round is; "" = nothing
     """
 
     rounds: Mapping[str, int] = field(default_factory=dict)
@@ -29,6 +30,12 @@ class Balancing:
     moved_bytes: int = 0
     balancedness: tuple[float, ...] = ()
     latest: str = ""
+    changing: str = ""
+
+    def balancedness_of(self, layer: int) -> float | None:
+        """None = not known."""
+        known = layer < len(self.balancedness) and not math.isnan(self.balancedness[layer])
+        return self.balancedness[layer] if known else None
 
 
 class BalancingMetrics(Collector):

@@ -57,6 +57,7 @@ class LayerStats:
     """tokens = used tokens answered; processed [E] and dropped [E] int64 count (token, expert) pairs, and are made of the lists when asked.
 
     live_copies counts the copies of each expert on reachable hosts; each copy is cut into tensor_parallel shards.
+    host_balancedness: mean / max of the rows that the controller expects on the hosts; None = not known.
     """
 
     name: str
@@ -66,6 +67,7 @@ class LayerStats:
     live_copies: Sequence[int] = ()
     tensor_parallel: int = 1
     placement: Sequence[HostShards] = ()
+    host_balancedness: float | None = None
 
     @cached_property
     def processed(self) -> torch.Tensor:
@@ -144,6 +146,8 @@ class Event:
 class ServiceStats:
     """epoch = version of the placement in force; queue_tokens = tokens admitted and not yet answered; events: the oldest first.
 
+    changing: what the controller is bringing in, for people; "" = nothing.
+
     A rate is the difference of two snapshots' counts over that of their uptime_s.
     """
 
@@ -157,6 +161,7 @@ class ServiceStats:
     stages: Sequence[Durations] = ()
     calls: Sequence[CallCount] = ()
     events: Sequence[Event] = ()
+    changing: str = ""
 
 
 @dataclass(frozen=True)

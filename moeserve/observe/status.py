@@ -50,19 +50,26 @@ class Rebalanced:
 
 @dataclass(frozen=True)
 class LayerStatus:
-    """One layer; `placement` names hosts by their numbers."""
+    """One layer, E experts that live on hosts; `placement` names hosts by their numbers.
+
+    copies [E]; demand_rows_per_s [E]: what callers of all frontends ask for, in balancing.window_s
+    host_balancedness: mean / max of the rows expected on the hosts, None = nobody has asked
+    """
 
     name: str
     model_revision: int
     tensor_parallel: int
     placement: Sequence[HostShards]
+    copies: Sequence[int] = ()
+    demand_rows_per_s: Sequence[float] = ()
+    host_balancedness: float | None = None
 
 
 @dataclass(frozen=True)
 class ServiceStatus:
     """`wanted_hosts` is a number or "all"; `shortage` says which of these are missing, and why; "" = none.
 
-    `is_changing`: a new epoch is being brought in.
+    `is_changing`: a new epoch is being brought in; `changing`: by what kind of change, and how far a round is.
     """
 
     epoch: int
@@ -72,3 +79,4 @@ class ServiceStatus:
     hosts: Sequence[HostStatus]
     frontends: Sequence[FrontendStatus]
     layers: Sequence[LayerStatus]
+    changing: str = ""

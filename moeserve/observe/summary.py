@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
@@ -58,6 +59,23 @@ def demand(layer: LayerStats) -> list[int]:
     return [done + lost for done, lost in zip(layer.processed_by_expert, layer.dropped_by_expert, strict=True)]
 
 
+def host_rows(layer: LayerStats, rows: Sequence[float]) -> dict[int, float]:
+    """Rows expected on each host, by its number, if the copies of each expert share its `rows` [E] evenly."""
+    copies = Counter(unit for held in layer.placement for unit in zip(held.experts, held.shards, strict=True))
+    return {
+        held.host: sum(rows[unit[0]] / copies[unit] for unit in zip(held.experts, held.shards, strict=True)) for held in layer.placement
+    }
+
+
+def host_shares(layers: Sequence[LayerStats], rows: Sequence[Sequence[float]]) -> dict[int, float]:
+    """The share of each host, by its number, in the rows expected on all of them, of all layers; `rows`: [E] of each."""
+    expected: Counter[int] = Counter()
+    for layer, wanted in zip(layers, rows, strict=True):
+        expected.update(host_rows(layer, wanted))  # type: ignore[arg-type]  # counts of fractions
+    whole = sum(expected.values())
+    return {host: part / whole for host, part in expected.items()} if whole else {}
+
+
 def balancedness(demand: Sequence[int]) -> float:
     """Mean / max of the experts' demand [E]: 1 = equal, 1 / E = one expert has everything; 1 without demand."""
     most = max(demand, default=0)
@@ -67,8 +85,9 @@ def balancedness(demand: Sequence[int]) -> float:
 def as_json(stats: ServiceStats) -> dict[str, Any]:
     """The snapshot as a JSON object, with figures computed from it; hosts by name."""
     said = plain(stats)
+    shares = host_shares(stats.layers, [demand(layer) for layer in stats.layers])
     for host in said["hosts"]:
-        del host["number"]
+        host["demand_share"] = shares.get(host.pop("number"), 0.0)
     for layer, told in zip(stats.layers, said["layers"], strict=True):
         told["balancedness"] = balancedness(demand(layer))
         for held in told["placement"]:

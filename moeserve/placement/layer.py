@@ -94,6 +94,11 @@ class LayerPlacement:
         """[D] int32: the local index of the shared expert, on hosts that have any of this layer."""
         return np.bincount(self.host_of_physical, minlength=self.num_hosts).astype(np.int32)
 
+    @property
+    def num_copies(self) -> Integers:
+        """[E]: copies of each expert."""
+        return self.live_copies(np.ones(self.num_hosts, dtype=np.bool_))
+
     def live_copies(self, is_live: Booleans) -> Integers:
         """[E]: complete copies of each expert, put together of the shards on live hosts; is_live [D]."""
         alive = self.unit_of_physical[is_live[self.host_of_physical]]

@@ -159,7 +159,7 @@ class GetPlacementRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetPlacementResponse(_message.Message):
-    __slots__ = ("epoch", "is_changing", "wanted_hosts", "shortage", "hosts", "frontends", "layers")
+    __slots__ = ("epoch", "is_changing", "wanted_hosts", "shortage", "hosts", "frontends", "layers", "changing")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     IS_CHANGING_FIELD_NUMBER: _ClassVar[int]
     WANTED_HOSTS_FIELD_NUMBER: _ClassVar[int]
@@ -167,6 +167,7 @@ class GetPlacementResponse(_message.Message):
     HOSTS_FIELD_NUMBER: _ClassVar[int]
     FRONTENDS_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
+    CHANGING_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     is_changing: bool
     wanted_hosts: str
@@ -174,7 +175,8 @@ class GetPlacementResponse(_message.Message):
     hosts: _containers.RepeatedCompositeFieldContainer[_moe_service_pb2.PlacedHost]
     frontends: _containers.RepeatedCompositeFieldContainer[FollowingFrontend]
     layers: _containers.RepeatedCompositeFieldContainer[PlacedLayer]
-    def __init__(self, epoch: _Optional[int] = ..., is_changing: _Optional[bool] = ..., wanted_hosts: _Optional[str] = ..., shortage: _Optional[str] = ..., hosts: _Optional[_Iterable[_Union[_moe_service_pb2.PlacedHost, _Mapping]]] = ..., frontends: _Optional[_Iterable[_Union[FollowingFrontend, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[PlacedLayer, _Mapping]]] = ...) -> None: ...
+    changing: str
+    def __init__(self, epoch: _Optional[int] = ..., is_changing: _Optional[bool] = ..., wanted_hosts: _Optional[str] = ..., shortage: _Optional[str] = ..., hosts: _Optional[_Iterable[_Union[_moe_service_pb2.PlacedHost, _Mapping]]] = ..., frontends: _Optional[_Iterable[_Union[FollowingFrontend, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[PlacedLayer, _Mapping]]] = ..., changing: _Optional[str] = ...) -> None: ...
 
 class FollowingFrontend(_message.Message):
     __slots__ = ("name", "target", "metrics_target", "node", "epoch", "is_ready")
@@ -193,16 +195,22 @@ class FollowingFrontend(_message.Message):
     def __init__(self, name: _Optional[str] = ..., target: _Optional[str] = ..., metrics_target: _Optional[str] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., is_ready: _Optional[bool] = ...) -> None: ...
 
 class PlacedLayer(_message.Message):
-    __slots__ = ("name", "model_revision", "tensor_parallel", "placement")
+    __slots__ = ("name", "model_revision", "tensor_parallel", "placement", "copies", "demand_rows_per_s", "host_balancedness")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_REVISION_FIELD_NUMBER: _ClassVar[int]
     TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
+    DEMAND_ROWS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    HOST_BALANCEDNESS_FIELD_NUMBER: _ClassVar[int]
     name: str
     model_revision: int
     tensor_parallel: int
     placement: _containers.RepeatedCompositeFieldContainer[PlacedExperts]
-    def __init__(self, name: _Optional[str] = ..., model_revision: _Optional[int] = ..., tensor_parallel: _Optional[int] = ..., placement: _Optional[_Iterable[_Union[PlacedExperts, _Mapping]]] = ...) -> None: ...
+    copies: _containers.RepeatedScalarFieldContainer[int]
+    demand_rows_per_s: _containers.RepeatedScalarFieldContainer[float]
+    host_balancedness: float
+    def __init__(self, name: _Optional[str] = ..., model_revision: _Optional[int] = ..., tensor_parallel: _Optional[int] = ..., placement: _Optional[_Iterable[_Union[PlacedExperts, _Mapping]]] = ..., copies: _Optional[_Iterable[int]] = ..., demand_rows_per_s: _Optional[_Iterable[float]] = ..., host_balancedness: _Optional[float] = ...) -> None: ...
 
 class PlacedExperts(_message.Message):
     __slots__ = ("host", "experts", "shards")

@@ -80,7 +80,7 @@ class FrontendOrder(_message.Message):
     def __init__(self, setup: _Optional[_Union[Setup, _Mapping]] = ..., current: _Optional[_Union[Release, _Mapping]] = ..., candidate: _Optional[_Union[Release, _Mapping]] = ..., hosts: _Optional[_Iterable[_Union[_moe_service_pb2.Host, _Mapping]]] = ..., failing: _Optional[_Mapping[int, str]] = ..., balancing: _Optional[_Union[Balancing, _Mapping]] = ...) -> None: ...
 
 class Balancing(_message.Message):
-    __slots__ = ("rounds", "moved_experts", "moved_bytes", "balancedness", "latest")
+    __slots__ = ("rounds", "moved_experts", "moved_bytes", "balancedness", "latest", "changing")
     class RoundsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -93,12 +93,14 @@ class Balancing(_message.Message):
     MOVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     BALANCEDNESS_FIELD_NUMBER: _ClassVar[int]
     LATEST_FIELD_NUMBER: _ClassVar[int]
+    CHANGING_FIELD_NUMBER: _ClassVar[int]
     rounds: _containers.ScalarMap[str, int]
     moved_experts: int
     moved_bytes: int
     balancedness: _containers.RepeatedScalarFieldContainer[float]
     latest: str
-    def __init__(self, rounds: _Optional[_Mapping[str, int]] = ..., moved_experts: _Optional[int] = ..., moved_bytes: _Optional[int] = ..., balancedness: _Optional[_Iterable[float]] = ..., latest: _Optional[str] = ...) -> None: ...
+    changing: str
+    def __init__(self, rounds: _Optional[_Mapping[str, int]] = ..., moved_experts: _Optional[int] = ..., moved_bytes: _Optional[int] = ..., balancedness: _Optional[_Iterable[float]] = ..., latest: _Optional[str] = ..., changing: _Optional[str] = ...) -> None: ...
 
 class Setup(_message.Message):
     __slots__ = ("config_json", "public_key", "secret_key", "service_id", "drain_timeout_s")

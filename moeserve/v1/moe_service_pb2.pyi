@@ -130,7 +130,7 @@ class GetStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatsResponse(_message.Message):
-    __slots__ = ("epoch", "layers", "hosts", "queue_tokens", "uptime_s", "expert_retries", "requests", "stages", "calls", "events")
+    __slots__ = ("epoch", "layers", "hosts", "queue_tokens", "uptime_s", "expert_retries", "requests", "stages", "calls", "events", "changing")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     HOSTS_FIELD_NUMBER: _ClassVar[int]
@@ -141,6 +141,7 @@ class GetStatsResponse(_message.Message):
     STAGES_FIELD_NUMBER: _ClassVar[int]
     CALLS_FIELD_NUMBER: _ClassVar[int]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
+    CHANGING_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     layers: _containers.RepeatedCompositeFieldContainer[LayerStats]
     hosts: _containers.RepeatedCompositeFieldContainer[HostStats]
@@ -151,10 +152,11 @@ class GetStatsResponse(_message.Message):
     stages: _containers.RepeatedCompositeFieldContainer[Durations]
     calls: _containers.RepeatedCompositeFieldContainer[CallCount]
     events: _containers.RepeatedCompositeFieldContainer[Event]
-    def __init__(self, epoch: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerStats, _Mapping]]] = ..., hosts: _Optional[_Iterable[_Union[HostStats, _Mapping]]] = ..., queue_tokens: _Optional[int] = ..., uptime_s: _Optional[float] = ..., expert_retries: _Optional[int] = ..., requests: _Optional[_Iterable[_Union[Durations, _Mapping]]] = ..., stages: _Optional[_Iterable[_Union[Durations, _Mapping]]] = ..., calls: _Optional[_Iterable[_Union[CallCount, _Mapping]]] = ..., events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ...) -> None: ...
+    changing: str
+    def __init__(self, epoch: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerStats, _Mapping]]] = ..., hosts: _Optional[_Iterable[_Union[HostStats, _Mapping]]] = ..., queue_tokens: _Optional[int] = ..., uptime_s: _Optional[float] = ..., expert_retries: _Optional[int] = ..., requests: _Optional[_Iterable[_Union[Durations, _Mapping]]] = ..., stages: _Optional[_Iterable[_Union[Durations, _Mapping]]] = ..., calls: _Optional[_Iterable[_Union[CallCount, _Mapping]]] = ..., events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., changing: _Optional[str] = ...) -> None: ...
 
 class LayerStats(_message.Message):
-    __slots__ = ("index", "name", "tokens", "processed", "dropped", "live_copies", "tensor_parallel", "placement")
+    __slots__ = ("index", "name", "tokens", "processed", "dropped", "live_copies", "tensor_parallel", "placement", "host_balancedness")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -163,6 +165,7 @@ class LayerStats(_message.Message):
     LIVE_COPIES_FIELD_NUMBER: _ClassVar[int]
     TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    HOST_BALANCEDNESS_FIELD_NUMBER: _ClassVar[int]
     index: int
     name: str
     tokens: int
@@ -171,7 +174,8 @@ class LayerStats(_message.Message):
     live_copies: _containers.RepeatedScalarFieldContainer[int]
     tensor_parallel: int
     placement: _containers.RepeatedCompositeFieldContainer[HostShards]
-    def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ..., tokens: _Optional[int] = ..., processed: _Optional[_Iterable[int]] = ..., dropped: _Optional[_Iterable[int]] = ..., live_copies: _Optional[_Iterable[int]] = ..., tensor_parallel: _Optional[int] = ..., placement: _Optional[_Iterable[_Union[HostShards, _Mapping]]] = ...) -> None: ...
+    host_balancedness: float
+    def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ..., tokens: _Optional[int] = ..., processed: _Optional[_Iterable[int]] = ..., dropped: _Optional[_Iterable[int]] = ..., live_copies: _Optional[_Iterable[int]] = ..., tensor_parallel: _Optional[int] = ..., placement: _Optional[_Iterable[_Union[HostShards, _Mapping]]] = ..., host_balancedness: _Optional[float] = ...) -> None: ...
 
 class HostShards(_message.Message):
     __slots__ = ("host", "experts", "shards")

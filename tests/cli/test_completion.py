@@ -12,7 +12,7 @@ import pytest
 
 #: as a program, so that it has a name that can be completed
 PROGRAM = f'#!/bin/sh\nexec {sys.executable} -m moeserve "$@"\n'
-VERBS = {"bench", "config", "drain", "plan", "scale", "serve", "status", "top"}
+VERBS = {"bench", "config", "drain", "events", "plan", "scale", "serve", "status", "top"}
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ print(*sys.modules)
     assert not HEAVY & set(modules.split()), done.stderr
 
 
-@pytest.mark.parametrize("verb", ["status", "scale", "drain", "swap", "rebalance", "shutdown", "top", "ping"])
+@pytest.mark.parametrize("verb", ["status", "scale", "drain", "swap", "rebalance", "events", "shutdown", "top", "ping"])
 def test_an_admin_verb_against_nobody(verb: str, admin_token: Path) -> None:
     more = {"scale": ("--hosts", "2"), "drain": ("host-0",), "swap": ("--checkpoint", "/x"), "top": ("--once",)}.get(verb, ())
     token = () if verb in ("top", "ping") else ("--admin-token-file", str(admin_token))
@@ -85,6 +85,7 @@ ANSWERS = {
     ("status",): "2 of 2 hosts up",
     ("scale", "--hosts", "2"): "host-0, host-1",
     ("rebalance", "--dry-run"): "nothing would move",
+    ("events",): "start 2 hosts (the service starts): done in",
 }
 
 

@@ -22,8 +22,9 @@ from moeserve.client import AdminClient
 from moeserve.observe.page.document import load_document
 from moeserve.observe.page.endpoint import public_json
 from moeserve.observe.stats import HostShards, HostStats, LayerStats, ServiceStats
-from moeserve.observe.summary import balancedness, demand
+from moeserve.observe.summary import balancedness, demand, host_shares
 from tests.support.harness import ServiceHarness
+from tests.support.waiting import until
 
 ADMIN = "of the administrator"
 LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8}
@@ -33,10 +34,17 @@ LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8}
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceHarness]:
     layers = [{**LAYER, "gating": {"top_k": 2, "capacity_factor": 1.0}}, {**LAYER, "gating": {"top_k": 1}}]
     (token := tmp_path_factory.mktemp("token") / "admin").write_text(ADMIN)
-    config = {"layers": layers, "placement": {"num_hosts": 2}, "server": {"port": 0, "admin_token_file": token}}
+    config = {
+        "layers": layers,
+        "placement": {"num_hosts": 2},
+        "server": {"port": 0, "admin_token_file": token},
+        "balancing": {"interval_s": 0.1},
+    }
     with ServiceHarness(config, "local", tmp_path_factory.mktemp("s")) as harness:
+        until(lambda: harness.is_counting)
         with Client(harness.target) as client:
             client.forward(torch.randn(1234, 16), layer=0)
+            until(lambda: client.stats().layers[0].host_balancedness)
         yield harness
 
 
@@ -58,7 +66,11 @@ def test_one_picture(capsys: pytest.CaptureFixture[str], service: ServiceHarness
     row = next(line for line in lines if "layers.0" in line).split()
     dropped = int(layer.dropped.sum()) / sum(wanted)
     assert (row[2], row[4], row[5]) == ("1,234", f"{dropped:.1%}", f"{balancedness(wanted):.2f}")
-    assert int(row[6].split(":")[0]) == wanted.index(max(wanted))
+    assert (row[6], row[7]) == (f"{layer.host_balancedness:.2f}", "1")
+    assert int(row[8].split(":")[0]) == wanted.index(max(wanted))
+    shares = host_shares(stats.layers, [demand(layer) for layer in stats.layers])
+    loads = [line.split()[-2] for line in lines if line.startswith("host-")]
+    assert width == "80" or loads == [f"{shares[number]:.0%}" for number in range(2)]
     assert [line.split()[:4] for line in lines if line.startswith("host-")] == [[f"host-{n}", "up", "this-node", "cpu"] for n in range(2)]
     assert sum(int(line.split()[-1]) for line in lines if line.startswith("host-")) == 2 * 8
     assert "host up" in out
@@ -75,6 +87,8 @@ def test_json(capsys: pytest.CaptureFixture[str], service: ServiceHarness) -> No
         f"host-{host}": [one.expert for one in service.placement.layers[1].shards_on(host)] for host in range(2)
     }
     assert [host["name"] for host in said["hosts"]] == ["host-0", "host-1"]
+    assert sum(host["demand_share"] for host in said["hosts"]) == pytest.approx(1.0)
+    assert said["changing"] == "" and said["layers"][1]["host_balancedness"] is None
     forward = next(one for one in said["requests"] if one["name"] == "Forward")
     assert sum(forward["counts"]) == 1 and 0 < forward["p50_ms"] <= forward["p99_ms"]
 
@@ -114,14 +128,17 @@ def test_no_service_and_nonsense(capsys: pytest.CaptureFixture[str]) -> None:
 
 def snapshot(tokens: int, uptime_s: float, num_experts: int = 4, num_layers: int = 2, up: bool = True) -> ServiceStats:
     counts = [tokens * (expert == 1) for expert in range(num_experts)]
-    layer = LayerStats("l", tokens, counts, [0] * num_experts, [1] * num_experts, 1, [HostShards(0, range(num_experts), [0] * num_experts)])
-    return ServiceStats(1, [layer] * num_layers, [HostStats("host-0", up, 3, weights_bytes=5 * 2**30, num_threads=6)], 17, uptime_s)
+    held = [HostShards(0, range(num_experts), [0] * num_experts)]
+    layer = LayerStats("l", tokens, counts, [0] * num_experts, [1] * num_experts, 1, held, 0.75)
+    host = HostStats("host-0", up, 3, weights_bytes=5 * 2**30, num_threads=6)
+    return ServiceStats(1, [layer] * num_layers, [host], 17, uptime_s, changing="balance, step 2 of 5")
 
 
 def test_rates_are_of_the_time_between_two_snapshots() -> None:
     text = shown(view("t:1", snapshot(700, 12.0), snapshot(100, 10.0), 80), 80)
     assert "600 tokens/s" in text and "in the last 2.0 s" in text
-    assert re.search(r"0 l\s+700\s+300\s+0.0%\s+0.25 1:100%", text)
+    assert re.search(r"0 l\s+700\s+300\s+0.0%\s+0.25\s+0.75\s+1 1:100%", text)
+    assert "changing: balance, step 2 of 5" in " ".join(text.split())
     assert "60 tokens/s" in shown(view("t:1", snapshot(360, 12.0), None, 80), 80)
     assert "queue 17 tokens" in text and "5.0 GiB" in text
 

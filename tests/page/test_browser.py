@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moeserve.observe.summary import balancedness, demand
+from moeserve.observe.summary import balancedness, demand, host_shares
 from tests.page.loaded import NUM_EXPERTS, TOKENS, Loaded
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -94,8 +94,9 @@ def test_numbers_of_the_load(shown: tuple[Element, str], loaded: Loaded) -> None
     most = max(wanted)
     dropped = 100 * int(stats.layers[0].dropped.sum()) / sum(wanted)
     hottest = f"{wanted.index(most)}: {100 * most / sum(wanted):.0f} %"
-    assert [first[0], first[2], *first[4:]] == ["first", f"{TOKENS:,}", f"{dropped:.1f} %", f"{balancedness(wanted):.2f}", hottest]
-    assert [second[0], second[2], *second[4:]] == ["<b>second</b>", "0", "0.0 %", "1.00", "–"]
+    even = [f"{balancedness(wanted):.2f}", f"{stats.layers[0].host_balancedness:.2f}"]
+    assert [first[0], first[2], *first[4:]] == ["first", f"{TOKENS:,}", f"{dropped:.1f} %", *even, "0–1", hottest]
+    assert [second[0], second[2], *second[4:]] == ["<b>second</b>", "0", "0.0 %", "1.00", "–", "0–1", "–"]
     assert page.by_id("dropped").text == f"{dropped:.1f} %"
     assert page.by_id("balance").text == f"{balancedness(wanted):.2f}"
     assert page.by_id("queue").text == "0"
@@ -109,7 +110,8 @@ def test_the_heat_map_says_the_load_of_every_expert(shown: tuple[Element, str], 
     assert len(titles) == NUM_EXPERTS
     for expert in range(NUM_EXPERTS):
         lost, share = int(layer.dropped[expert]), asked[expert] * NUM_EXPERTS / sum(asked)
-        said = f"expert {expert}: {asked[expert]:,} asked, {lost:,} dropped, {share:.2f} of its share"
+        copies = ("0 live copies", "1 live copy")[layer.live_copies[expert]]
+        said = f"expert {expert}: {asked[expert]:,} asked, {lost:,} dropped, {share:.2f} of its share, {copies}"
         assert said in titles
     label = strip.attributes["aria-label"] or ""
     assert strip.attributes["role"] == "img" and f"hottest expert {asked.index(max(asked))} with" in label
@@ -121,6 +123,8 @@ def test_hosts_and_what_they_hold(shown: tuple[Element, str], loaded: Loaded) ->
     page, placement = shown[0], loaded.service.placement.layers[0]
     table = page.by_id("hosts")
     assert [row[0] for row in table.rows()] == ["host-0", "host-1", "host-2 is down"]
+    shares = host_shares(stats := loaded.service.frontend.stats().layers, [demand(layer) for layer in stats])
+    assert [row[-2] for row in table.rows()] == [f"{100 * shares[number]:.1f} %" for number in range(3)]
     for number, strip in enumerate(table.all("svg")):
         held = placement.shards_on(number)
         names = ", ".join(f"{one.expert} (shard {one.shard + 1} of 2)" for one in held)

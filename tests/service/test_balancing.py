@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,6 +115,12 @@ def test_a_skewed_load_is_balanced_within_two_rounds_and_then_nothing_moves(tmp_
         assert metric(service, "moeserve_moved_experts_total") > 0
         assert metric(service, "moeserve_moved_bytes_total") > 0
         assert [event.kind for event in service.frontend.stats().events if event.kind.startswith("rebalance")] == ["rebalance_moved"]
+        with AdminClient(service.target, ADMIN) as admin:
+            recorded = [event for event in admin.events() if event.kind == "balance"]
+        assert {(event.why, event.outcome) for event in recorded} == {("balancing", "done")}
+        assert len(recorded) == rounds(service, "moved"), "none of those that moved nothing"
+        assert sum(event.moves + event.new for event in recorded) == metric(service, "moeserve_moved_experts_total")
+        assert sum(event.moved_bytes for event in recorded) == metric(service, "moeserve_moved_bytes_total")
         with Callers(service.target, ZIPF[::-1]):
             until(lambda: balancedness(service, ZIPF[::-1]) >= 0.9)
 
@@ -134,8 +143,20 @@ def test_by_hand_in_small_steps_as_all_frontends_count(tmp_path: Path, capsys: p
             assert planned.balancedness_before < 0.6 and planned.balancedness >= 0.85
             assert main(["rebalance", service.target, *shell, "--dry-run"]) == 0
             assert "experts would move" in capsys.readouterr().out
-            assert main(["rebalance", service.target, *shell, "--json"]) == 0
+            with ThreadPoolExecutor(1) as pool, Client(service.target) as client, Client(elsewhere.target) as other:
+                rebalancing = pool.submit(main, ["rebalance", service.target, *shell, "--json"])
+                seen = [client.stats().changing, other.stats().changing, admin.status().changing]
+                while not rebalancing.done():
+                    seen += [client.stats().changing, other.stats().changing, admin.status().changing]
+                assert rebalancing.result() == 0
             done = json.loads(capsys.readouterr().out)
+            assert all(text == "" or re.fullmatch(rf"balance, step \d+ of {done['steps']}", text) for text in seen)
+            assert all(any(seen[who::3]) for who in range(3)), "everybody sees what is under way"
+            nothing, moved = (event for event in admin.events() if event.kind == "balance")
+            assert (nothing.moves, nothing.new, nothing.moved_bytes, nothing.outcome) == (0, 0, 0, "done")
+            assert (moved.moves, moved.new, moved.moved_bytes) == (done["moves"], done["new"], done["moved_bytes"])
+            assert (moved.why, moved.epoch) == ("administrator", done["epoch"])
+            assert moved.what.startswith(f"{done['steps']} of {done['steps']} steps")
             assert done["steps"] == done["moves"] + done["new"] == done["epoch"] - 1, "one expert in each step"
             assert balancedness(service) >= 0.85
             held = copies(service)
@@ -153,6 +174,36 @@ def test_where_there_is_little_room_experts_move_in_steps(tmp_path: Path) -> Non
         assert admin.rebalance().steps > 1
 
 
+def test_placement_and_demand_as_everybody_shows_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The controller to programs and to people, a frontend, `top` and the metrics."""
+    shell = ["--admin-token-file", str(tmp_path / "admin")]
+    with by_hand(tmp_path, interval_s=0.1) as (service, admin), Client(service.target) as client:
+        (before,) = admin.status().layers
+        assert (before.copies, before.demand_rows_per_s, before.host_balancedness) == ([1] * 16, [0.0] * 16, None)
+        admin.scale_copies(2, "layers.0", 0)
+        until(lambda: service.is_counting)
+        with Callers(service.target):
+            until(lambda: sum(admin.status().layers[0].demand_rows_per_s) > 5000)
+        status = admin.status()
+        (layer,) = status.layers
+        rows = np.array(layer.demand_rows_per_s)
+        assert np.abs(rows / rows.sum() - ZIPF).max() < 0.03
+        assert layer.copies == copies(service) == [2] + [1] * 15
+        held = Counter(expert for host in layer.placement for expert in host.experts)
+        assert [held[expert] for expert in range(16)] == layer.copies
+        assert status.epoch == client.stats().epoch == service.controller.state.release.epoch
+        (even,) = layer_balancedness(service.controller.state.release.placement, [rows])
+        assert even is not None and layer.host_balancedness == pytest.approx(even)
+        until(lambda: client.stats().layers[0].host_balancedness == pytest.approx(even, abs=0.01))
+        assert metric(service, "moeserve_host_balancedness_ratio", layer="layers.0") == pytest.approx(even, abs=0.01)
+        assert main(["status", service.target, *shell]) == 0
+        row = next(line for line in capsys.readouterr().out.splitlines() if "layers.0" in line).split()
+        assert row[4] == "1-2" and row[6] == f"0:{rows[0] / rows.sum():.0%}" and float(row[7]) == pytest.approx(even, abs=0.01)
+        assert main(["top", service.target, "--once"]) == 0
+        row = next(line for line in capsys.readouterr().out.splitlines() if "layers.0" in line).split()
+        assert float(row[6]) == pytest.approx(even, abs=0.02) and row[7] == "1-2" and row[8].startswith("0:")
+
+
 def test_while_a_host_is_down_nothing_moves(tmp_path: Path) -> None:
     with by_hand(tmp_path) as (service, admin):
         with Callers(service.target):
@@ -161,6 +212,8 @@ def test_while_a_host_is_down_nothing_moves(tmp_path: Path) -> None:
         until(lambda: 2 not in service.present)
         with pytest.raises(ExpertUnavailable, match="host-2 is down: nothing moves to balance the load"):
             admin.rebalance()
+        (stopped,) = (event for event in admin.events() if event.kind == "balance")
+        assert (stopped.outcome, stopped.moves) == ("stopped", 0) and stopped.error.startswith("host-2 is down")
         until(lambda: rounds(service, "stopped") == 1)
         assert "rebalance_stopped" in [event.kind for event in service.frontend.stats().events]
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -73,14 +74,15 @@ def test_what_administrators_changed_and_what_could_not_be(tmp_path: Path, capsy
         assert 1 <= moved[4][0] <= 2
         assert "placement.num_hosts is 4000" in events[5].error and "copies is 9" in events[6].error and not events[4].error
         assert all(event.duration_s > 0 for event in events)
-        assert all(before.time_unix_s <= after.time_unix_s for before, after in zip(events, events[1:], strict=False))
+        assert all(before.time_unix_s <= after.time_unix_s for before, after in pairwise(events))
         shell = ["events", service.target, "--admin-token-file", str(tmp_path / "admin")]
         assert main([*shell, "--json"]) == 0
         assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [vars(event) for event in events]
         assert main(shell) == 0
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 8 and "\x1b" not in "".join(lines)
-        assert "scale to 4 hosts (administrator): done in " in lines[1] and ", epoch 2, 2 moved, " in lines[1] and lines[1].endswith(" read")
+        assert "scale to 4 hosts (administrator): done in " in lines[1]
+        assert ", epoch 2, 2 moved, " in lines[1] and lines[1].endswith(" read")
         assert lines[5].endswith(events[5].error)
 
 

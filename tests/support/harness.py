@@ -189,6 +189,11 @@ class ServiceHarness:
         return member.host.info
 
     @property
+    def is_counting(self) -> bool:
+        """Whether the controller knows where the counts of a frontend start: what callers ask from now on is demand."""
+        return bool(self.controller._balancer._demand._counted)
+
+    @property
     def present(self) -> Mapping[int, HostInfo]:
         return self.cluster.hosts.present
 

@@ -75,6 +75,6 @@ class StatusPage:
 def public_json(stats: ServiceStats) -> dict[str, Any]:
     """The fields that are public: shown without a token."""
     said = as_json(stats)
-    public = {"name", "up", *(column.key for column in columns(HostStats) if column.is_public)}
+    public = {"name", "up", "demand_share", *(column.key for column in columns(HostStats) if column.is_public)}
     said["hosts"] = [{name: value for name, value in host.items() if name in public} for host in said["hosts"]]
     return said

@@ -46,6 +46,18 @@ function less(now, base) {  // what was counted since `base`; null = all
 }
 
 const demand = (layer) => layer.processed.map((value, i) => value + layer.dropped[i]);
+function shares(stats, counted) {  // of each host in the rows expected on all of them: the copies of an expert share its rows
+  const expected = Object.fromEntries(stats.hosts.map((host) => [host.name, 0]));
+  stats.layers.forEach((layer, i) => {
+    const rows = demand(counted.layers[i]), copies = new Map(), key = (held, j) => held.experts[j] * layer.tensor_parallel + held.shards[j];
+    for (const held of layer.placement) held.experts.forEach((_, j) => copies.set(key(held, j), (copies.get(key(held, j)) ?? 0) + 1));
+    for (const held of layer.placement) expected[held.host] = (expected[held.host] ?? 0) + sum(held.experts.map((expert, j) => rows[expert] / copies.get(key(held, j))));
+  });
+  const whole = sum(Object.values(expected));
+  return (name) => whole ? percent(expected[name] / whole) : "–";
+}
+
+const span = (list) => Math.min(...list) === Math.max(...list) ? `${list[0]}` : `${Math.min(...list)}–${Math.max(...list)}`;
 const balance = (loads) => { const most = Math.max(0, ...loads); return most ? sum(loads) / loads.length / most : 1; };
 const tokens = (stats) => sum(stats.layers.map((layer) => layer.tokens));
 const forwards = (stats) => stats.requests.filter((one) => one.name.startsWith("Forward"));
@@ -77,8 +89,9 @@ function loadStrip(layer, loads) {
   const said = total ? `balance ${balance(loads).toFixed(2)}, hottest expert ${hottest} with ${percent(loads[hottest] / total)}` : "no load yet";
   const svg = strip(loads.length, `${layer.name}: ${loads.length} experts, ${said}`);
   loads.forEach((load, expert) => {
-    const lost = layer.dropped[expert];
-    const title = `expert ${expert}: ${number.format(load)} asked, ${number.format(lost)} dropped` + (total ? `, ${(load / fair).toFixed(2)} of its share` : "");
+    const lost = layer.dropped[expert], copies = layer.live_copies[expert];
+    const title = `expert ${expert}: ${number.format(load)} asked, ${number.format(lost)} dropped` + (total ? `, ${(load / fair).toFixed(2)} of its share` : "")
+      + (copies === undefined ? "" : `, ${copies} live ${copies === 1 ? "copy" : "copies"}`);
     const rect = cell(expert + gap, 0, 1 - 2 * gap, 20, title);
     if (load) rect.style.fill = heat(load / fair);
     else rect.classList.add("free");
@@ -185,21 +198,23 @@ function drawLoad(stats, counted) {
     const loads = demand(layer), total = sum(loads), lost = sum(layer.dropped), hottest = loads.indexOf(Math.max(...loads));
     return [
       [named(layer.name), "l"], [loadStrip(layer, loads)], ...cells(shown.layers, layer), [seconds > 0 ? short(few.layers[i].tokens / seconds) : "–"],
-      [percent(total ? lost / total : 0)], [balance(loads).toFixed(2)], [total ? `${hottest}: ${(100 * loads[hottest] / total).toFixed(0)} %` : "–"],
+      [percent(total ? lost / total : 0)], [balance(loads).toFixed(2)],
+      [layer.host_balancedness === null ? "–" : layer.host_balancedness.toFixed(2)], [span(layer.live_copies)], [total ? `${hottest}: ${(100 * loads[hottest] / total).toFixed(0)} %` : "–"],
     ];
   }));
 }
 
-function drawHosts(stats) {
+function drawHosts(stats, counted) {
   const select = $("layer"), names = stats.layers.map((layer) => layer.name);
   if (select.length !== names.length) select.replaceChildren(...names.map((name, i) => make("option", { value: i }, name)));
   const layer = stats.layers[Number(select.value) || 0], count = layer.live_copies.length;
   addColumns("hosts", shown.hosts);
+  const share = shares(stats, counted);
   rows("hosts", stats.hosts.map((host) => {
     const held = sum(stats.layers.map((one) => one.placement.find((each) => each.host === host.name)?.experts.length ?? 0));
     const name = make("span", { class: host.up ? "dot" : "dot down" }, host.name + (host.up ? "" : " is down"));
     return [[name, host.up ? "l" : "l warn"], [placementStrip(host, layer, count)],
-      ...cells(shown.hosts, host), [number.format(held)]];
+      ...cells(shown.hosts, host), [share(host.name)], [number.format(held)]];
   }));
   const least = Math.min(...layer.live_copies), gone = layer.live_copies.flatMap((copies, expert) => copies ? [] : [expert]);
   const whole = least === Math.max(...layer.live_copies) ? `${least}` : `at least ${least}`;
@@ -229,11 +244,11 @@ function draw() {
   drawTiles(stats, counted);
   if (!document.querySelector("td svg:hover")) {  // a tooltip would go away with what it belongs to
     drawLoad(stats, counted);
-    drawHosts(stats);
+    drawHosts(stats, counted);
   }
   drawRest(stats, counted);
   const up = stats.uptime_s, unit = up >= 172800 ? [86400, "d"] : up >= 7200 ? [3600, "h"] : up >= 120 ? [60, "min"] : [1, "s"];
-  $("since").textContent = `up ${Math.floor(up / unit[0])} ${unit[1]} · placement ${stats.epoch}`
+  $("since").textContent = `up ${Math.floor(up / unit[0])} ${unit[1]} · placement ${stats.epoch}` + (stats.changing ? `, changing: ${stats.changing}` : "")
     + shown.service.map(({ key, label }) => stats[key] ? ` · ${number.format(stats[key])} ${label}` : "").join("");
 }
 
