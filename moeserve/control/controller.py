@@ -170,11 +170,16 @@ class Controller:
         step = self._queue.in_turn(lambda: self._brought_in(change, what))
         return (await self._queue.to_its_end(step)).release
 
+    async def follow(self) -> None:
+        """Adapt the hosts to the nodes as they are now. Raises MoEServeError; then nothing has changed."""
+        await self._queue.to_its_end(self._queue.in_turn(self._follow))
+
     async def begin(self, work: Awaitable[None], why: str) -> None:
         """Bring up the hosts of the first state by `work`; changes wait meanwhile."""
 
         async def brought_up() -> BroughtIn:
             await work
+            self._restarts.look(self._hosts.present, self.state.assignments)
             return BroughtIn(self.state.release)
 
         asked = Begun("start", f"{len(self.state.assignments)} hosts", why)
@@ -213,7 +218,7 @@ class Controller:
         while not self._queue.is_ending:
             await asyncio.sleep(pause_s)
             try:
-                await self._queue.to_its_end(self._queue.in_turn(self._follow))
+                await self.follow()
                 pause_s, self._why_as_it_is = timing.CONTROL_LOOK_S, self._shortage
             except Exception as error:  # any error, of Ray for example: try again
                 pause_s, self._why_as_it_is = min(2 * pause_s, timing.LONGEST_PAUSE_S), str(error)

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from moeserve import ConfigError, ExpertUnavailable, load_config
 from moeserve.control import Controller, Frontends, State, first_state
 from moeserve.errors import MoEServeError
+from moeserve.observe.audit import AuditEvent
 from moeserve.placement import Placement
 from tests.support.planning import planner_of
 from tests.support.simulated import SimulatedFrontend, SimulatedHosts, SimulatedNodes
@@ -71,7 +72,7 @@ class Storm(RuleBasedStateMachine):
 
     def follow(self) -> None:
         try:
-            self.run(self.controller._change(self.controller._follow))
+            self.run(self.controller.follow())
         except MoEServeError as error:
             assert "the disk is full" in str(error)
 
@@ -157,6 +158,14 @@ class Storm(RuleBasedStateMachine):
         assert self.controller.state.last_epoch >= self.controller.state.release.epoch >= self.frontend.epochs[-1]
         assert [state.last_epoch for state in self.saved] == sorted(state.last_epoch for state in self.saved)
         assert [state.next_number for state in self.saved] == sorted(state.next_number for state in self.saved)
+
+    @invariant()
+    def nothing_changes_without_a_record(self) -> None:
+        epochs = [event.epoch for event in self.run(self._recorded())]
+        assert epochs == sorted(epochs) and (epochs or [1])[-1] == self.controller.state.release.epoch
+
+    async def _recorded(self) -> list[AuditEvent]:
+        return [event async for event in self.controller.audit.events()]
 
     @invariant()
     def what_is_left_alone_stays(self) -> None:

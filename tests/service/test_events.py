@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
@@ -19,7 +18,6 @@ import pytest
 from moeserve import ConfigError, MoEServeError, UnknownLayer
 from moeserve.cli.app import main
 from moeserve.client import AdminClient
-from moeserve.control.audit import AuditLog, Begun
 from moeserve.observe.audit import AuditEvent
 from tests.support.harness import ServiceHarness
 from tests.support.seeded_folders import LAYER, configuration, folder
@@ -125,26 +123,3 @@ def test_followed_until_the_service_ends(tmp_path: Path) -> None:
                 next(stranger.events())
         following.result(timeout=30)
     assert [event.kind for event in heard] == ["start", "scale"]
-
-
-async def test_a_reader_that_does_not_read_costs_nothing_and_the_log_is_bounded() -> None:
-    log, over = AuditLog(lambda: 1), asyncio.Event()
-    log.end(Begun("scale", "first"))
-    slow = log.events(over)
-    assert (await anext(slow)).what == "first"
-    for number in range(2500):
-        log.end(Begun("scale", f"number {number}" + 10_000 * "x"))
-    over.set()
-    read = [event async for event in slow]
-    assert [event.number for event in read] == list(range(1502, 2502)), "the latest; gaps are seen in their numbers"
-    assert max(len(event.what) for event in read) == 500
-
-
-async def test_what_fails_by_itself_again_and_again_is_one_event() -> None:
-    log = AuditLog(lambda: 1)
-    for error in (ConfigError("no room"), ConfigError("no room"), None, ConfigError("no room"), ConfigError("no memory")):
-        log.end(Begun("hosts", "out: host-1", "node n is gone"), error=error)
-        log.end(Begun("scale", "to 3 hosts"), error=error)
-    seen = [event async for event in log.events()]
-    assert [event.error for event in seen if event.kind == "hosts"] == ["no room", "", "no room", "no memory"]
-    assert len([event for event in seen if event.kind == "scale"]) == 5
