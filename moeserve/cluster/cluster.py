@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from moeserve.control.assignments import Assignment
-from moeserve.control.controller import HostFleet
 from moeserve.control.first_state import Nodes
+from moeserve.control.fleet import HostFleet
 from moeserve.observe.stats import HostInfo
 from moeserve.release import Release
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -94,7 +94,7 @@ class AuditLog:
         log.info("audit: %s", event)
         self._added.notify()
 
-    async def events(self, until: asyncio.Event | None = None) -> AsyncIterator[AuditEvent]:
+    async def events(self, until: asyncio.Event | None = None) -> AsyncGenerator[AuditEvent]:
         """The oldest first; then new ones, until that is set. A reader that is too slow misses the oldest of those it has not got."""
         told = 0
         stopping = None if until is None else asyncio.create_task(until.wait())

@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 from moeserve.control import timing
 from moeserve.control.audit import AuditLog, Begun
-from moeserve.control.demand import Demand, Load
+from moeserve.control.demand import Demand, LayerLoads
 from moeserve.control.desired import Planner, Rows
 from moeserve.control.frontends import Frontends
 from moeserve.control.record import read_counts
@@ -93,15 +93,15 @@ class Balancer:
             return _told(planned, planned.release)
         return await self._round(demand, Begun("balance", "a round"))
 
-    def load(self) -> Load:
+    def load(self) -> LayerLoads:
         """What callers ask now, and what that makes of the hosts."""
         rows = self._demand.rows(time.monotonic())
         even = layer_balancedness(self._served.state.release.placement, rows, self._planner.placing.pipeline_stages)
-        return Load([each / self._config.window_s for each in rows], even)
+        return LayerLoads([each / self._config.window_s for each in rows], even)
 
     async def _tell_balancedness(self) -> None:
-        """To frontends, whose metrics, page and `moeserve top` show it."""
-        even = tuple(math.nan if each is None else each for each in (await in_thread(self.load)).host_balancedness)
+        """To frontends, whose metrics, page and `moeserve top` show it; as nobody looks closer, they hear nothing of small changes."""
+        even = tuple(math.nan if each is None else round(each, 2) for each in (await in_thread(self.load)).host_balancedness)
         if even != self._frontends.balancing.balancedness:
             self._frontends.set_balancing(balancedness=even)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from moeserve.checkpoints import Swap
 from moeserve.config import Copies
@@ -20,10 +20,11 @@ from moeserve.control.changes import cost_of, moved, swapped, with_copies
 from moeserve.control.copies import changed_copies
 from moeserve.control.desired import Planner
 from moeserve.control.first_state import Nodes, until_assigned
+from moeserve.control.fleet import HostFleet
 from moeserve.control.frontends import Frontends
 from moeserve.control.reconcile import reconcile
 from moeserve.control.restarts import Restarts
-from moeserve.control.rollout import Hosts, Rollout
+from moeserve.control.rollout import Rollout
 from moeserve.control.room import require_room
 from moeserve.control.stall import unless_stalled
 from moeserve.control.state import NumHosts, State
@@ -31,7 +32,7 @@ from moeserve.control.status import layers_of, status_of
 from moeserve.errors import ConfigError, MoEServeError
 from moeserve.loops import in_thread
 from moeserve.observe.audit import ADMINISTRATOR
-from moeserve.observe.stats import HostInfo, host_name
+from moeserve.observe.stats import host_name
 from moeserve.observe.status import Rebalanced, ServiceStatus
 from moeserve.placement import Transition
 from moeserve.release import Release
@@ -40,25 +41,6 @@ log = logging.getLogger(__name__)
 
 
 _UNREADABLE: Final = "files that are served could not be read"
-
-
-class HostFleet(Hosts, Protocol):
-    """All hosts."""
-
-    @property
-    def given_up(self) -> Collection[int]:
-        """Hosts that will not be restarted."""
-        ...
-
-    @property
-    def failing(self) -> Mapping[int, str]:
-        """Hosts that are down and not restarting, and why."""
-        ...
-
-    @property
-    def present(self) -> Mapping[int, HostInfo]:
-        """The hosts that are up, as they describe themselves."""
-        ...
 
 
 class Controller:

@@ -18,7 +18,7 @@ Counts = Sequence[npt.NDArray[np.int64]]
 
 
 @dataclass(frozen=True, eq=False)
-class Load:
+class LayerLoads:
     """What is asked of each layer: rows per second of each expert [E], and the balancedness of its hosts, None = nobody asks."""
 
     rows_per_s: Sequence[npt.NDArray[np.float64]]

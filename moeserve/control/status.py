@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from moeserve.control.assignments import Assignment
-from moeserve.control.demand import Load
+from moeserve.control.demand import LayerLoads
 from moeserve.control.follow import Report
 from moeserve.control.state import State
 from moeserve.observe.stats import HostInfo, facts, host_name
@@ -35,7 +35,7 @@ def status_of(
     )
 
 
-def layers_of(release: Release, names: Sequence[str], load: Load) -> list[LayerStatus]:
+def layers_of(release: Release, names: Sequence[str], load: LayerLoads) -> list[LayerStatus]:
     """The layers, and what is asked of them."""
     return [
         LayerStatus(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
@@ -69,9 +69,10 @@ def host_rows(layer: LayerStats, rows: Sequence[float]) -> dict[int, float]:
 
 def host_shares(layers: Sequence[LayerStats], rows: Sequence[Sequence[float]]) -> dict[int, float]:
     """The share of each host, by its number, in the rows expected on all of them, of all layers; `rows`: [E] of each."""
-    expected: Counter[int] = Counter()
+    expected: dict[int, float] = defaultdict(float)
     for layer, wanted in zip(layers, rows, strict=True):
-        expected.update(host_rows(layer, wanted))  # type: ignore[arg-type]  # counts of fractions
+        for host, part in host_rows(layer, wanted).items():
+            expected[host] += part
     whole = sum(expected.values())
     return {host: part / whole for host, part in expected.items()} if whole else {}
 

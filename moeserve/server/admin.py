@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,7 @@ class Served(Protocol):
 class Audit(Protocol):
     """What was changed."""
 
-    def events(self, until: asyncio.Event | None = None) -> AsyncIterator[AuditEvent]:
+    def events(self, until: asyncio.Event | None = None) -> AsyncGenerator[AuditEvent]:
         """The oldest first; then new ones, until that is set."""
         ...
 

@@ -98,6 +98,24 @@ class Scene:
         line = [sys.executable, "-m", "moeserve", verb, target, "--admin-token-file", str(self.config.parent / "admin-token"), *arguments]
         return subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
 
+    @contextmanager
+    def followed(self, target: str) -> Iterator[subprocess.Popen[str]]:
+        """`moeserve events --follow`, which has told the first event."""
+        line = [
+            sys.executable,
+            "-m",
+            "moeserve",
+            "events",
+            target,
+            "--admin-token-file",
+            str(self.config.parent / "admin-token"),
+            "--follow",
+        ]
+        with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as follower:
+            assert follower.stdout is not None
+            follower.stdout.readline()
+            yield follower
+
 
 def main(folder: Path, checkpoint: Path) -> None:
     references = [MoELayer.from_checkpoint(checkpoint, layer, dtype=torch.float32) for layer in range(4)]
@@ -106,7 +124,9 @@ def main(folder: Path, checkpoint: Path) -> None:
         deployed = scene.deploy()
         with AdminClient(deployed.controller, "secret") as admin, load(deployed.frontends[0], references) as goes_on:
             live(scene, deployed, admin, goes_on)
-        say("shutdown", scene.command("shutdown", deployed.controller).returncode)
+        with scene.followed(deployed.controller) as follower:
+            say("shutdown", scene.command("shutdown", deployed.controller).returncode)
+            say("followed to its end:", follower.wait(timeout=60), follower.stderr.read())
         kept(scene)  # at once: it waits for the end of the one before
         until(lambda: not any(map(scene.pids, NAMES)))
     finally:
@@ -172,6 +192,7 @@ def live(scene: Scene, deployed: Deployed, admin: AdminClient, goes_on: Callable
     say("after an interrupted change: epoch", "higher" if admin.scale(4).epoch > seen.epoch or settled(4) else "?")
     goes_on()
 
+    gone = scene.nodes[0].node_id[:12]
     scene.cluster.remove_node(scene.nodes[0], allow_graceful=False)
     goes_on()
     until(lambda: settled(2, short=True))
@@ -190,6 +211,9 @@ def live(scene: Scene, deployed: Deployed, admin: AdminClient, goes_on: Callable
     goes_on()
     shown = scene.command("status", deployed.controller, "--json")
     read = json.loads(shown.stdout)
+    for event in admin.events():
+        names = event.why.replace(gone, "THE-ONE").replace(leaving[:12], "THE-OTHER")
+        say(f"{event.kind}: {names}, {event.outcome}, {'moved' if event.moved_bytes else 'nothing moved'}")
     say("status:", read["wanted_hosts"], "wanted,", len(read["hosts"]), "hosts,", read["frontends"][0]["target"] == deployed.frontends[0])
     say(scene.command("status", deployed.controller).stdout)
 

@@ -27,6 +27,11 @@ def test_from_deployment_to_shutdown(tmp_path: Path, tiny_moe: Path) -> None:
     assert "after the controller's death: epoch 2 the same hosts: True frontends: 1" in seen
     assert "after an interrupted change: epoch higher" in seen
     assert "after a node's death: placement.num_hosts is 4 and each takes placement.cpus_per_host = 1, but there is room for 2" in seen
+    assert "start: the controller was started again, done, nothing moved" in seen
+    assert "hosts: node THE-ONE is gone, done, moved" in seen
+    assert "hosts: nodes have room for more hosts, done, moved" in seen
+    assert "hosts: node THE-OTHER is leaving, done, moved" in seen
+    assert "followed to its end: 0 \n" in seen
     assert "status: all wanted, 3 hosts, True" in seen
     assert "answered enough" in seen, "and every answer was right"
     assert "shutdown 0" in seen

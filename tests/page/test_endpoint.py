@@ -41,10 +41,13 @@ def test_the_data(loaded: Loaded) -> None:
 def test_it_tells_no_more_than_the_metrics_beside_names_and_placement(loaded: Loaded) -> None:
     """A new field of GetStats must be thought about before it is told to callers without a token."""
     said = json.loads(ask(loaded, "/stats.json")[2])
-    assert set(said) == {"epoch", "uptime_s", "queue_tokens", "expert_retries", "layers", "hosts", "requests", "stages", "calls", "events"}
-    assert set(said["hosts"][0]) == {"name", "up", "restarts", "node", "queue_tokens", "num_threads", "state"}
+    assert set(said) == {
+        "epoch", "uptime_s", "queue_tokens", "expert_retries", "layers", "hosts", "requests", "stages", "calls", "events", "changing",
+    }  # fmt: skip
+    assert set(said["hosts"][0]) == {"name", "up", "restarts", "node", "queue_tokens", "num_threads", "state", "demand_share"}
     assert set(said["layers"][0]) == {
         "name", "tokens", "processed", "dropped", "balancedness", "live_copies", "tensor_parallel", "placement",
+        "host_balancedness",
     }  # fmt: skip
     with Client(loaded.service.target) as client:
         assert client.stats().hosts[0].device == "cpu"
