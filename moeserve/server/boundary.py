@@ -150,6 +150,8 @@ class Boundary(grpc.aio.ServerInterceptor):
 
 
 async def _abort(context: Context, status: grpc.Status) -> Never:
+    if (left_s := context.time_remaining()) is not None and left_s <= 0:
+        raise asyncio.CancelledError  # nobody would get the status, and gRPC never frees what it could not send
     try:
         await context.abort_with_status(status)
     except grpc.aio.InternalError:

@@ -9,7 +9,7 @@ from typing import Any, Final
 import grpc
 
 from moeserve.errors import MoEServeError, Overloaded
-from moeserve.server.rpc import Context
+from moeserve.server.rpc import Context, to_its_end
 from moeserve.server.transfers import Transfers
 
 #: messages of one stream that are answered side by side; further ones are not read
@@ -65,7 +65,7 @@ class _Stream:
     def awaited(self) -> Sequence[asyncio.Task[Any]]:
         """The reading of the next message, once there is room for one."""
         if self.reading is None and self._has_room():
-            self.reading = asyncio.create_task(self._context.read())
+            self.reading = to_its_end(self._context.read())
         return () if self.reading is None else (self.reading,)
 
     def _has_room(self) -> bool:
@@ -98,7 +98,6 @@ class _Stream:
     async def close(self) -> None:
         """Nobody waits for any more of it."""
         self._transfers.budget.add(-sum(self.running.values()))
-        leftover = [*self.running, *([] if self.reading is None else [self.reading])]
-        for unfinished in leftover:
+        for unfinished in self.running:
             unfinished.cancel()
-        await asyncio.gather(*leftover, return_exceptions=True)
+        await asyncio.gather(*self.running, return_exceptions=True)

@@ -18,7 +18,7 @@ from moeserve.errors import DeadlineExceeded, ExpertUnavailable, InvalidRequest,
 from moeserve.log_limit import limited_logger
 from moeserve.server.byte_budget import ByteBudget
 from moeserve.server.connections import hang_up
-from moeserve.server.rpc import Context
+from moeserve.server.rpc import Context, to_its_end
 
 #: what takes longer to arrive is late
 LATE_S: Final = 0.25
@@ -64,7 +64,7 @@ class Transfers:
         self._arriving[arrival] = None
         try:
             async with arrival.limit:
-                message: Any = await context.read()
+                message: Any = await asyncio.shield(to_its_end(context.read()))
         except TimeoutError:
             assert arrival.refusal is not None
             raise arrival.refusal from None
@@ -83,7 +83,7 @@ class Transfers:
         """One of the answers of a stream."""
         self._begin(context, nbytes)
         try:
-            await context.write(message)
+            await asyncio.shield(to_its_end(context.write(message)))
         finally:
             self._end(context)
 
