@@ -59,7 +59,7 @@ def _headline(target: str, stats: ServiceStats, before: ServiceStats | None) -> 
     tokens = sum(layer.tokens for layer in stats.layers) - (sum(layer.tokens for layer in before.layers) if before else 0)
     failed = sum(call.count for call in stats.calls if call.code != "OK")
     first = f"moeserve {target}   up {_span(stats.uptime_s)}   placement {stats.epoch}   queue {stats.queue_tokens:,} tokens"
-    changing = (f"   changing: {stats.changing}", "bold cyan") if stats.changing else ""
+    changing = (f"\nchanging: {stats.changing}", "bold cyan") if stats.changing else ""
     numbers = [
         f"{tokens / seconds:,.0f} tokens/s",
         f"{sum(calls.counts) / seconds:,.1f} requests/s",
@@ -69,7 +69,7 @@ def _headline(target: str, stats: ServiceStats, before: ServiceStats | None) -> 
     period = f"in the last {seconds:.1f} s" if before else "since the start"
     counted = [(failed, "failed"), *((getattr(stats, column.key), column.label) for column in columns(ServiceStats))]
     failures = ("".join(f"   {count:,} {what}" for count, what in counted if count), "yellow")
-    return Text.assemble((first, "bold"), failures, changing, "\n", "   ".join(numbers), (f"   {period}", "dim"))
+    return Text.assemble((first, "bold"), failures, "\n", "   ".join(numbers), (f"   {period}", "dim"), changing)
 
 
 def _hosts(stats: ServiceStats, before: ServiceStats | None, width: int) -> Table:
