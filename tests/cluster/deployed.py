@@ -126,7 +126,7 @@ def main(folder: Path, checkpoint: Path) -> None:
             live(scene, deployed, admin, goes_on)
         with scene.followed(deployed.controller) as follower:
             say("shutdown", scene.command("shutdown", deployed.controller).returncode)
-            say("followed to its end:", follower.wait(timeout=60), follower.stderr.read())
+            say("followed to its end:", follower.wait(timeout=60))
         kept(scene)  # at once: it waits for the end of the one before
         until(lambda: not any(map(scene.pids, NAMES)))
     finally:

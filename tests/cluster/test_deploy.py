@@ -31,7 +31,7 @@ def test_from_deployment_to_shutdown(tmp_path: Path, tiny_moe: Path) -> None:
     assert "hosts: node THE-ONE is gone, done, moved" in seen
     assert "hosts: nodes have room for more hosts, done, moved" in seen
     assert "hosts: node THE-OTHER is leaving, done, moved" in seen
-    assert "followed to its end: 0 \n" in seen
+    assert "followed to its end: 0\n" in seen
     assert "status: all wanted, 3 hosts, True" in seen
     assert "answered enough" in seen, "and every answer was right"
     assert "shutdown 0" in seen
