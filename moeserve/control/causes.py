@@ -27,7 +27,7 @@ def cause_of(
     lost = [_why(assignment, known, wanted, given_up) for assignment in before]
     reasons = [why for why in dict.fromkeys(lost) if why]
     why = ", ".join(reasons[:_MAX_NAMES]) or ("nodes have room for more hosts" if come else "fewer hosts fit on the nodes")
-    return Begun("hosts", what or f"{wanted.num_hosts} wanted, still {len(after)}", why)
+    return Begun("hosts", what or f"{wanted.num_hosts} wanted, {len(after)} assigned", why)
 
 
 def _why(assignment: Assignment, nodes: Mapping[str, Node], wanted: Wanted, given_up: Collection[int]) -> str:

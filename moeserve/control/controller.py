@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -252,6 +253,8 @@ class Controller:
             self._ask_for(wanted)
             if is_same and assigned.shortage is not None:
                 self.audit.end(asked, error=ConfigError(assigned.shortage))
+            elif is_same:
+                self.audit.end(replace(asked, why="all wanted hosts fit again"))
         if not is_same:
             await self.audit.recorded(asked, lambda: self._moved(assigned.assignments, self.state.num_hosts, asked.kind))
 
