@@ -49,6 +49,7 @@ def busy(detail: ExpertDetail) -> Metrics:
     metrics.messages.labels("ring").inc()
     metrics.aux_loss.labels("layers.0").set(1.5)
     metrics.balancing.said = Balancing({"moved": 1}, moved_experts=3, moved_bytes=96, balancedness=(0.9, nan))
+    metrics.busy.said = {0: 0.25}
     return metrics
 
 
@@ -74,6 +75,7 @@ def test_names_and_labels_are_the_documented_ones() -> None:
         "moeserve_expert_retries_total": {"reason"},
         "moeserve_partial_answers_total": {"policy"},
         "moeserve_host_balancedness_ratio": {"layer"},
+        "moeserve_host_busy_ratio": {"host"},
         "moeserve_rebalances_total": {"outcome"},
         "moeserve_moved_experts_total": set(),
         "moeserve_moved_bytes_total": set(),

@@ -28,7 +28,7 @@ def filled(kind: type, **lists: Any) -> Any:
     """As `records`, with values in the fields that have defaults too."""
     from dataclasses import fields
 
-    of = {"int": SMALL, "str": TEXT, "bool": st.booleans(), "float": NUMBER}
+    of = {"int": SMALL, "str": TEXT, "bool": st.booleans(), "float": NUMBER, "float | None": st.none() | NUMBER}
     return records(kind, **lists).flatmap(
         lambda record: st.fixed_dictionaries({one.name: of[one.type] for one in fields(kind) if one.type in of}).map(
             lambda values: kind(**{**vars(record), **values})

@@ -27,8 +27,19 @@ def span_text(values: Sequence[int]) -> str:
     return str(least) if least == most else f"{least}-{most}"
 
 
+def _share_text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
 _number: Final = "{:,}".format
-_TEXT: Final[Mapping[Form, Callable[[Any], str]]] = {"name": str, "text": str, "count": _number, "total": _number, "bytes": bytes_text}
+_TEXT: Final[Mapping[Form, Callable[[Any], str]]] = {
+    "name": str,
+    "text": str,
+    "count": _number,
+    "total": _number,
+    "bytes": bytes_text,
+    "share": _share_text,
+}
 
 
 def add_columns(table: Table, kind: type, **options: Any) -> None:

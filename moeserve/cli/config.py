@@ -26,8 +26,10 @@ def check(file: Annotated[Path, typer.Argument(help="A TOML configuration or a c
 
     check_exposure(loaded.server)
     layers = ServedLayers.read(loaded)
-    planner = Planner(layers, loaded.placement, on_this_machine=loaded.ray.address is None)
+    planner = Planner(layers, loaded.placement, loaded.ray.address is None, loaded.balancing, loaded.autoscaling)
     wanted = planner.wanted(planner.first_num_hosts())
+    if loaded.autoscaling.enabled:
+        planner.bounds()
     hosts = f"{wanted.least} hosts or more" if wanted.num_hosts == "all" else f"{wanted.num_hosts} hosts"
     say(f"{file}: ok, {len(layers.sources)} MoE layers on {hosts}")
 

@@ -76,7 +76,7 @@ def _hosts(stats: ServiceStats, before: ServiceStats | None, width: int) -> Tabl
     table = _table(width, "host", "")
     add_columns(table, HostStats, no_wrap=True)
     is_wide = width >= _WIDE
-    for name in (*(("load",) if is_wide else ()), "experts"):
+    for name in (*(("load",) if is_wide else ()), "held"):
         table.add_column(name, justify="right", no_wrap=True)
     shares = host_shares(stats.layers, _asked(stats, before)) if is_wide else {}
     experts: Counter[int] = Counter()

@@ -18,7 +18,7 @@ from moeserve.cluster.folders import Hold, SocketFolder
 from moeserve.config import ServedModel
 from moeserve.host import Holdings, Host, Where
 from moeserve.loops import in_thread
-from moeserve.observe.stats import HostInfo, host_name
+from moeserve.observe.stats import HostInfo, PassTime, host_name
 from moeserve.release import Release
 from moeserve.transport import give_back_pools
 
@@ -66,6 +66,10 @@ class ExpertHost:
     async def present(self) -> HostInfo | None:
         """The description of this incarnation; None until it has been started."""
         return None if self._host is None else self._host.info
+
+    async def pass_time(self) -> PassTime | None:
+        """How busy this incarnation has been; None until it has been started."""
+        return None if self._host is None else self._host.pass_time
 
     async def experts_read(self) -> int:
         """Since it was started, of whatever release."""

@@ -26,7 +26,7 @@ from moeserve.config import PlacementConfig, RayConfig, ServedModel
 from moeserve.control import Assignment
 from moeserve.errors import ConfigError, ExpertUnavailable, MoEServeError
 from moeserve.loops import all_or_none
-from moeserve.observe.stats import HostInfo, host_name
+from moeserve.observe.stats import HostInfo, PassTime, host_name
 from moeserve.release import Release
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,11 @@ class RayFleet:
     def present(self) -> dict[int, HostInfo]:
         """The descriptions of live hosts, as last seen by `watch`."""
         return {number: info for number, info in self._directory.items() if number not in self._late}
+
+    @property
+    def pass_times(self) -> dict[int, PassTime]:
+        """How busy each host has been, as it said when it answered last."""
+        return {number: member.pass_time for number, member in self._members.items() if member.pass_time is not None}
 
     @property
     def loading(self) -> Mapping[int, int]:

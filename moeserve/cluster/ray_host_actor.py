@@ -23,7 +23,7 @@ from moeserve.cluster.ray_fate import Fate, fate_of
 from moeserve.cluster.ray_internals import actor_id
 from moeserve.cluster.timing import HANG_S, HOST_LOOK_S, LEAST_REST_S, MOST_REST_S, QUICK_LOOK_S, RETRY_S, START_TIMEOUT_S, WATCH_S, WELL_S
 from moeserve.errors import ExpertUnavailable, MoEServeError
-from moeserve.observe.stats import HostInfo
+from moeserve.observe.stats import HostInfo, PassTime
 from moeserve.release import Release
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,8 @@ class HostActor:
         self.node, self.group = place.node, place.group
         #: Ray has given it up
         self.is_lost = False
+        #: as it said when it answered last
+        self.pass_time: PassTime | None = None
         self._order, self._place, self._findings = order, place, findings
         #: None between its end and the next attempt
         self._actor: ActorHandle[ExpertHost] | None = None
@@ -158,6 +160,7 @@ class HostActor:
                     return False
         finally:
             asking.cancel()
+        self.pass_time = asking.result()
         return True
 
     async def is_told(self, call: Call) -> bool:
@@ -272,9 +275,11 @@ def _pause_s(began_at: float) -> float:
     return min(max(QUICK_LOOK_S, (time.monotonic() - began_at) / 5), HOST_LOOK_S)
 
 
-async def _heard(actor: ActorHandle[ExpertHost]) -> None:
+async def _heard(actor: ActorHandle[ExpertHost]) -> PassTime | None:
     """Waits until it answers, or is gone."""
     try:
-        await actor.present.remote()
+        answer: PassTime | None = await actor.pass_time.remote()
     except RayActorError as error:
         log.debug("a host is starting: %s", error)
+        return None
+    return answer

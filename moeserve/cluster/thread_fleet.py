@@ -15,7 +15,7 @@ from moeserve.control.assignments import Assignment
 from moeserve.errors import MoEServeError
 from moeserve.host import Holdings, Host, Where
 from moeserve.loops import Notifier, in_thread
-from moeserve.observe.stats import HostInfo, host_name
+from moeserve.observe.stats import HostInfo, PassTime, host_name
 from moeserve.release import Release
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,11 @@ class ThreadFleet:
     def present(self) -> dict[int, HostInfo]:
         """The descriptions of live hosts."""
         return {number: member.host.info for number, member in self.members.items() if member.is_up}
+
+    @property
+    def pass_times(self) -> dict[int, PassTime]:
+        """How busy each live host has been."""
+        return {number: busy for number, member in self.members.items() if (busy := member.pass_time) is not None}
 
     @property
     def loading(self) -> Mapping[int, int]:

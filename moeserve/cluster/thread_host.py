@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from moeserve.errors import MoEServeError
 from moeserve.host import Host
-from moeserve.observe.stats import HostInfo
+from moeserve.observe.stats import HostInfo, PassTime
 
 #: makes a host that loads the releases in force and listens; its argument is called if the host's thread fails
 Make = Callable[[Callable[[], None]], Host]
@@ -42,6 +42,12 @@ class ThreadHost:
         """The running host."""
         assert self._host is not None, "a host that is up"
         return self._host
+
+    @property
+    def pass_time(self) -> PassTime | None:
+        """How busy it has been; None while it is down."""
+        host = self._host  # which may end in another thread meanwhile
+        return None if host is None else host.pass_time
 
     def start(self) -> None:
         """Load and listen, unless it is up. Raises ConfigError or CheckpointError, which is its `error` then.

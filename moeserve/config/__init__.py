@@ -1,7 +1,9 @@
 """The configuration and its reader; no environment, no argv."""
 
 from moeserve.config.activation import LIMITED, Activation, ActivationName, parsed_activation
+from moeserve.config.autoscaling import AutoscalingConfig
 from moeserve.config.balancing import BalancingConfig
+from moeserve.config.batching import BatchingConfig, CommunicationConfig
 from moeserve.config.cluster import ClusterConfig, ControllerConfig, RayConfig
 from moeserve.config.gating import BY_TOKEN_ID, GatingConfig
 from moeserve.config.load import load_config, load_json, load_server
@@ -9,8 +11,6 @@ from moeserve.config.overrides import GatingOverrides, override
 from moeserve.config.resilience import ResilienceConfig
 from moeserve.config.server import ServerConfig
 from moeserve.config.service import (
-    BatchingConfig,
-    CommunicationConfig,
     FrontendConfig,
     LayerConfig,
     ModelConfig,
@@ -47,6 +47,7 @@ __all__ = [
     "MAX_SIZE",
     "Activation",
     "ActivationName",
+    "AutoscalingConfig",
     "BalancingConfig",
     "BatchingConfig",
     "Bits",

@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import Field, model_validator
 
 from moeserve.config.activation import Activation
+from moeserve.config.autoscaling import AutoscalingConfig
 from moeserve.config.balancing import BalancingConfig
+from moeserve.config.batching import BatchingConfig, CommunicationConfig
 from moeserve.config.cluster import ClusterConfig, ControllerConfig, RayConfig
 from moeserve.config.gating import GatingConfig
 from moeserve.config.resilience import LayerResilience, ResilienceConfig
@@ -17,7 +19,6 @@ from moeserve.config.values import (
     MAX_EXPERTS,
     MAX_HOSTS,
     MAX_LAYERS,
-    MAX_SIZE,
     Bytes,
     Copies,
     CopyChoice,
@@ -164,23 +165,6 @@ class PlacementConfig(Table):
         return self
 
 
-class BatchingConfig(Table):
-    """[batching]: how concurrent requests are joined."""
-
-    max_batch_tokens: Size = 8192
-    #: while the hosts are busy, how long a batch that is not full may wait for more requests
-    max_batch_wait_ms: float = Field(default=0, ge=0, le=MAX_SIZE)
-    #: into how many chunks of tokens a large batch is cut, so that hosts compute one while the frontend gathers and adds up others
-    micro_batches: Size = 1
-
-
-class CommunicationConfig(Table):
-    """[communication]: how the rows of a batch reach the hosts."""
-
-    #: one message per host, per expert, per node (passed on within the node), or one in all (passed on from host to host)
-    pattern: Literal["all_to_all", "point_to_point", "hierarchical", "ring"] = "all_to_all"
-
-
 class ObservabilityConfig(Table):
     """[observability]: how much detail the metrics carry."""
 
@@ -268,6 +252,7 @@ class ServiceConfig(FrontendConfig):
 
     server: ServerConfig = ServerConfig()
     balancing: BalancingConfig = BalancingConfig()
+    autoscaling: AutoscalingConfig = AutoscalingConfig()
     controller: ControllerConfig = ControllerConfig()
     cluster: ClusterConfig = ClusterConfig()
     ray: RayConfig = RayConfig()
@@ -276,6 +261,14 @@ class ServiceConfig(FrontendConfig):
     def _threads_join_no_cluster(self) -> Self:
         if self.cluster.kind == "threads" and self.ray.address is not None:
             raise ValueError(f"ray.address is {self.ray.address!r}; with cluster.kind = 'threads' there is no Ray to join")
+        return self
+
+    @model_validator(mode="after")
+    def _autoscaling_decides_the_number(self) -> Self:
+        placing = self.placement
+        decided_later = placing.experts_per_host is not None and "num_hosts" not in placing.model_fields_set
+        if not decided_later and (refusal := self.autoscaling.refusal(placing.num_hosts)) is not None:
+            raise ValueError(refusal)
         return self
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ from moeserve.config import Copies
 from moeserve.control import timing
 from moeserve.control.assignments import Assigned, Assignment, Node, Wanted
 from moeserve.control.audit import AuditLog, Begun, BroughtIn
+from moeserve.control.autoscaler import Autoscaler
 from moeserve.control.balancer import Balancer
 from moeserve.control.causes import cause_of
 from moeserve.control.change_queue import ChangeQueue
@@ -68,6 +69,7 @@ class Controller:
         self.audit = AuditLog(lambda: self.state.release.epoch)
         self._balancer = Balancer(planner, self, frontends, self.audit)
         self._restarts = Restarts(self.audit)
+        self._autoscaler = Autoscaler(planner, self, nodes, hosts, frontends)
         #: and the number of hosts and the copies that it is for
         self._wanted_now: tuple[Wanted, NumHosts, Copies | None] | None = None
         self._shortage: str | None = None
@@ -117,12 +119,18 @@ class Controller:
         return await self._asked(asked, lambda: self._brought_in(change, asked.kind, why))
 
     async def scale(self, num_hosts: NumHosts, why: str = ADMINISTRATOR) -> Release:
-        """Change the number of hosts; "all" = as many as fit on the nodes. `why`: who or what asks for it.
+        """Change the number of hosts; "all" = as many as fit on the nodes. `why`: who or what asks for it. Autoscaling goes on from there.
 
-        Hosts start or leave. Raises ConfigError when they do not fit; then nothing has changed.
+        Hosts start or leave. Raises ConfigError when they do not fit, or autoscaling does not allow it; then nothing has changed.
         """
+
+        async def change() -> BroughtIn:
+            if why == ADMINISTRATOR and (refusal := self._planner.autoscaling.refusal(num_hosts)) is not None:
+                raise ConfigError(refusal)
+            return await self._scale(num_hosts)
+
         asked = Begun("scale", f"to {'as many hosts as fit' if num_hosts == 'all' else f'{num_hosts} hosts'}", why)
-        return await self._queue.to_its_end(self.audit.recorded(asked, lambda: self._scale(num_hosts)))
+        return await self._queue.to_its_end(self.audit.recorded(asked, change))
 
     async def drain(self, host: str) -> Release:
         """Move the experts of a host to the others, then remove it; the desired number of hosts is one fewer from now on.
@@ -180,9 +188,9 @@ class Controller:
     async def keep(self) -> None:
         """Reconcile until cancelled: lost hosts are replaced, or their experts placed on the rest; new nodes are used.
 
-        Experts follow the load. Frontends are told which hosts are failing.
+        Experts and hosts follow the load. Frontends are told which hosts are failing.
         """
-        await asyncio.gather(self._keep_following(), self._keep_telling(), self._balancer.keep())
+        await asyncio.gather(self._keep_following(), self._keep_telling(), self._balancer.keep(), self._autoscaler.keep())
 
     async def _keep_telling(self) -> None:
         while True:

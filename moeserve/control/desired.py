@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moeserve.checkpoints import LayerSource, ServedLayers, check_memory, host_bytes, layer_size, memory_bytes
-from moeserve.config import BalancingConfig, Copies, PlacementConfig
+from moeserve.config import AutoscalingConfig, BalancingConfig, Copies, PlacementConfig
 from moeserve.control.assignments import Assignment, Wanted
+from moeserve.control.autoscale import Bounds
 from moeserve.control.state import NumHosts
 from moeserve.errors import ConfigError
 from moeserve.placement import (
@@ -32,12 +33,16 @@ Rows: TypeAlias = Sequence[npt.NDArray[np.float64] | None]
 
 @dataclass(frozen=True, eq=False)
 class Planner:
-    """Places the experts of `layers` as `placing` and `balancing` say. `on_this_machine`: hosts without a GPU share its memory."""
+    """Places the experts of `layers` as `placing` and `balancing` say, on as many hosts as `autoscaling` allows.
+
+    `on_this_machine`: hosts without a GPU share its memory.
+    """
 
     layers: ServedLayers
     placing: PlacementConfig
     on_this_machine: bool
     balancing: BalancingConfig = field(default_factory=BalancingConfig)
+    autoscaling: AutoscalingConfig = field(default_factory=AutoscalingConfig)
 
     def with_copies(self, copies: Copies | None) -> Planner:
         """With these in place of placement.copies; None = the same planner."""
@@ -104,6 +109,18 @@ class Planner:
             least=self._least(fewest, upper),
             most=most,
         )
+
+    def bounds(self) -> Bounds:
+        """The numbers of hosts that autoscaling may choose from. Raises ConfigError when there is none."""
+        config, wanted = self.autoscaling, self.wanted("all")
+        assert wanted.most is not None, "as it is of all"
+        least, most = max(config.min_hosts, wanted.least), min(config.max_hosts or wanted.most, wanted.most)
+        if least > most:
+            raise ConfigError(
+                f"autoscaling.min_hosts is {config.min_hosts} and autoscaling.max_hosts {config.max_hosts or 'unset'}, but "
+                f"the experts need at least {wanted.least} hosts, and at most {wanted.most} can hold one each"
+            )
+        return Bounds(least, most)
 
     def _on(self, num_hosts: int) -> Placement:
         return plan_placement(self.layers.specs, _free_number(self.placing).model_copy(update={"num_hosts": num_hosts}))

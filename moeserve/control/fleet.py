@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from moeserve.control.rollout import Hosts
-from moeserve.observe.stats import HostInfo
+from moeserve.observe.stats import HostInfo, PassTime
 
 
 class HostFleet(Hosts, Protocol):
@@ -25,4 +25,9 @@ class HostFleet(Hosts, Protocol):
     @property
     def present(self) -> Mapping[int, HostInfo]:
         """The hosts that are up, as they describe themselves."""
+        ...
+
+    @property
+    def pass_times(self) -> Mapping[int, PassTime]:
+        """How busy hosts have been, as each said last."""
         ...

@@ -10,6 +10,7 @@ from moeserve.config import FrontendConfig
 from moeserve.control.record import (
     hosts_messages,
     read_balancing,
+    read_busy,
     read_failing,
     read_hosts,
     read_release,
@@ -89,7 +90,8 @@ class Setup:
 class Order:
     """The desired state of a frontend: serve `current` (None = not known yet), try `candidate`, if there is one, on `hosts`.
 
-    `failing`: hosts that are down and not restarting, and why; `balancing`: for metrics.
+    `failing`: hosts that are down and not restarting, and why. For metrics: `balancing`; `busy`, the share of its time, 0..1,
+    that each host has lately spent in passes.
     """
 
     current: Release | None = None
@@ -98,11 +100,12 @@ class Order:
     setup: Setup | None = None
     failing: Mapping[int, str] = field(default_factory=dict)
     balancing: Balancing = field(default_factory=Balancing)
+    busy: Mapping[int, float] = field(default_factory=dict)
 
     def to_message(self) -> pb.FrontendOrder:
         """For `from_message`."""
         failing = {number: why[:_MAX_SENTENCE_CHARS] for number, why in self.failing.items()}
-        message = pb.FrontendOrder(hosts=hosts_messages(self.hosts), failing=failing)
+        message = pb.FrontendOrder(hosts=hosts_messages(self.hosts), failing=failing, busy=self.busy)
         message.balancing.CopyFrom(pb.Balancing(**vars(self.balancing)))
         for name, release in (("current", self.current), ("candidate", self.candidate)):
             if release is not None:
@@ -127,6 +130,7 @@ class Order:
             hosts=read_hosts(list(message.hosts)),
             failing=read_failing(message.failing),
             balancing=read_balancing(message.balancing),
+            busy=read_busy(message.busy),
             setup=Setup(told.service_id, told.config_json, keys, told.drain_timeout_s) if message.HasField("setup") else None,
         )
 

@@ -87,6 +87,7 @@ class Follower:
         if self._frontend is not None:
             self._frontend.set_failing(order.failing)
             self._frontend.set_balancing(order.balancing)
+            self._frontend.set_busy(order.busy)
         self._ordered.notify()
 
     def say(self, **changes: object) -> None:
@@ -153,7 +154,7 @@ class Follower:
         # It reads every gate; probes are answered meanwhile.
         self._frontend = await in_thread(Frontend, release, sources, settings, hosts, metrics)
         self._frontend.set_failing(self._order.failing)
-        metrics.balancing.said = self._order.balancing
+        metrics.balancing.said, metrics.busy.said = self._order.balancing, self._order.busy
         self._stage.enter(self._frontend, metrics)
         self._do("start", self._frontend.start(self.report.node))
         self._do("demand", self._tell_of_demand(metrics.experts))

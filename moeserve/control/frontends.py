@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
@@ -61,6 +62,7 @@ class Frontends:
         self._members: list[FollowingFrontend] = []
         self._order = Order()
         self._let_go_at = 0.0
+        self._busy_told_at = -math.inf
         #: keys of frontends whose stream broke, and until when they stay valid
         self._absent = dict.fromkeys(keys, time.monotonic() + timing.KEEP_KEY_S)
         self._heard, self._changed = Notifier(), Notifier()
@@ -185,6 +187,13 @@ class Frontends:
     def set_balancing(self, **changes: Any) -> None:
         """Tells them what the controller has done to balance the hosts, or is doing: fields of `Balancing`."""
         self._tell(replace(self._order, balancing=replace(self._order.balancing, **changes)))
+
+    def set_busy(self, shares: Mapping[int, float], now: float) -> None:
+        """The share of its time that each host has lately spent in passes; to be called often, as it is told now and then."""
+        busy = {number: round(share, 2) for number, share in shares.items()}
+        if busy != dict(self._order.busy) and now >= self._busy_told_at + timing.TELL_BUSY_S:
+            self._busy_told_at = now
+            self._tell(replace(self._order, busy=busy))
 
     def _tell(self, order: Order) -> None:
         self._order = order

@@ -128,6 +128,13 @@ def read_failing(failing: Mapping[int, str]) -> dict[int, str]:
     return dict(failing)
 
 
+def read_busy(busy: Mapping[int, float]) -> dict[int, float]:
+    """How busy hosts are, by number. Raises InvalidRequest when an entry is invalid."""
+    _require(all(number < MAX_HOSTS for number in busy), "busy", f"numbers below {MAX_HOSTS}")
+    _require(all(0 <= share <= 1 for share in busy.values()), "busy", "shares of 0..1")
+    return dict(busy)
+
+
 def read_balancing(message: pb.Balancing) -> Balancing:
     """Raises InvalidRequest when a text has control characters."""
     for text in (message.latest, message.changing):

@@ -21,6 +21,10 @@ REACH_S: Final = 5.0
 DEMAND_S: Final = 1.0
 #: until an incarnation of a host that was not reached is tried again, because the network may have failed
 PATIENCE_S: Final = 2.0
+#: over how long it is measured how busy hosts are; also, how old what a host said of it may be
+BUSY_WINDOW_S: Final = 5.0
+#: between two times that frontends are told of it
+TELL_BUSY_S: Final = 10.0
 #: between two checks of nodes and hosts
 CONTROL_LOOK_S: Final = 1.0
 #: for hosts to hear that a change was withdrawn because the service ends; they end next

@@ -146,6 +146,10 @@ class Frontend:
             if outcome != "unchanged" and said.rounds.get(outcome, 0) > before.rounds.get(outcome, 0):
                 self._metrics.events.add(f"rebalance_{outcome}", said.latest)
 
+    def set_busy(self, shares: Mapping[int, float]) -> None:
+        """The share of its time that each host has lately spent in passes, by number."""
+        self._metrics.busy.said = shares
+
     async def refresh(self) -> None:
         """Update what is known about hosts."""
         await asyncio.gather(*(link.refresh() for link in self._links.values()))
@@ -194,11 +198,11 @@ class Frontend:
     def stats(self) -> ServiceStats:
         """Counts since the start and the state of the hosts."""
         metrics, release, links = self._metrics, self._release, self._links
-        queues = metrics.host_queues()
+        queues, busy = metrics.host_queues(), metrics.busy.said
         return ServiceStats(
             epoch=release.epoch,
             layers=[self._layer_stats(index, spec.name) for index, spec in enumerate(self.layers)],
-            hosts=[_host_stats(number, link, queues.get(link.name, 0)) for number, link in sorted(links.items())],
+            hosts=[_host_stats(number, link, queues.get(link.name, 0), busy.get(number)) for number, link in sorted(links.items())],
             queue_tokens=self._admission.tokens,
             uptime_s=metrics.uptime_s,
             expert_retries=metrics.retries(),
@@ -252,5 +256,5 @@ class Frontend:
             forward.hosts_changed()
 
 
-def _host_stats(number: int, link: HostLink, queue_tokens: int) -> HostStats:
-    return HostStats(link.name, link.channel is not None, link.restarts, queue_tokens, number, link.condition, **facts(link.info))
+def _host_stats(number: int, link: HostLink, queue_tokens: int, busy: float | None) -> HostStats:
+    return HostStats(link.name, link.channel is not None, link.restarts, queue_tokens, number, link.condition, busy, **facts(link.info))

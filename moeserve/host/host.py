@@ -13,7 +13,7 @@ import torch
 from moeserve.host.holdings import Holdings
 from moeserve.host.loop import HostLoop
 from moeserve.host.relay import Relay
-from moeserve.observe.stats import HostInfo, host_name
+from moeserve.observe.stats import HostInfo, PassTime, host_name
 from moeserve.release import Release
 from moeserve.transport import HostKeys, KeyPair, listen
 
@@ -64,6 +64,11 @@ class Host:
         )
         self._thread = threading.Thread(target=self._run, args=(where.num_threads,), name=self.info.name, daemon=True)
         self._thread.start()
+
+    @property
+    def pass_time(self) -> PassTime:
+        """How busy it has been."""
+        return self._loop.clock.read()
 
     def take(self, release: Release) -> None:
         """Load the new experts of a release, while others are served. Raises ConfigError or CheckpointError, and forgets the release."""

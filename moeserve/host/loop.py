@@ -16,6 +16,7 @@ import torch
 from moeserve.errors import ExpertUnavailable, InvalidRequest, MoEServeError
 from moeserve.experts import ExpertBank
 from moeserve.host.bank_table import BankTable
+from moeserve.host.pass_clock import PassClock
 from moeserve.host.relay import Relay, Relayed
 from moeserve.transport import Listener, Work
 
@@ -38,6 +39,7 @@ class HostLoop:
         self._listener = listener
         self._relay = relay
         self._relayed: dict[Work, Relayed] = {}
+        self.clock = PassClock()
         self._stopping = False
 
     def run(self) -> None:
@@ -59,7 +61,9 @@ class HostLoop:
                 waiting.setdefault((work.layer, self._bank_table.bank(work.layer, work.epoch)), []).append(work)
             if waiting:
                 (layer, bank), works = waiting.popitem(last=False)
+                self.clock.begin()
                 self._serve(layer, bank, [work for work in works if not work.drop_if_late()])
+                self.clock.end()
             self._finish_relayed()
 
     def stop(self) -> None:

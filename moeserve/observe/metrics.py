@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 from moeserve.config import LayerSpec
 from moeserve.observe.balancing import BalancingMetrics
+from moeserve.observe.busy import BusyMetrics
 from moeserve.observe.expert_counts import ExpertCounts, ExpertDetail
 from moeserve.observe.stats import CONDITIONS, CallCount, Condition, Durations, Event
 
@@ -108,6 +109,8 @@ class Metrics:
         self.registry.register(self.experts)
         self.balancing = BalancingMetrics([spec.name for spec in specs])
         self.registry.register(self.balancing)
+        self.busy = BusyMetrics()
+        self.registry.register(self.busy)
         self.requests = self._counter("moeserve_requests", "Calls answered", "method", "code")
         self.request_duration = self._histogram("moeserve_request_duration_seconds", "Duration of a call", _SECONDS, "method")
         self.stage_duration = self._histogram("moeserve_stage_duration_seconds", "Duration of a stage of a batch", _SECONDS, "stage")

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 M = TypeVar("M", bound="Message")
 
-#: format of a column: a name that may be cut short, a text, a count, a running total, or bytes
-Form = Literal["name", "text", "count", "total", "bytes"]
+#: format of a column: a name that may be cut short, a text, a count, a running total, bytes, or a share of 1 that may not be known
+Form = Literal["name", "text", "count", "total", "bytes", "share"]
 _KEY: Final = "key"
 _COLUMN: Final = "column"
 

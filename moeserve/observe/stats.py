@@ -98,7 +98,10 @@ class HostFacts:
 
 @dataclass(frozen=True)
 class HostStats(HostFacts):
-    """One host; queue_tokens = rows sent to it and not yet answered; `number` is its number in placements."""
+    """One host; queue_tokens = rows sent to it and not yet answered; `number` is its number in placements.
+
+    busy_ratio = share of its time that it has lately spent in passes, None = not known.
+    """
 
     name: str
     up: bool
@@ -106,6 +109,7 @@ class HostStats(HostFacts):
     queue_tokens: int = shown("queue", "count", default=0, is_public=True)
     number: int = 0
     state: str = shown("state", "text", default="down", is_public=True)
+    busy_ratio: float | None = shown("busy", "share", default=None, is_public=True)
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,18 @@ class HostInfo(HostFacts):
     public_key: str = ""
     pid: int = 0
     since_epoch: int = 0
+
+
+@dataclass(frozen=True)
+class PassTime:
+    """A host that began at `since_s` has spent `busy_s` seconds in passes by `now_s`, including a pass that still runs.
+
+    Both are of the clock of its machine: each incarnation of a host has begun at another time.
+    """
+
+    since_s: float
+    now_s: float
+    busy_s: float
 
 
 def facts(info: HostFacts | None) -> dict[str, Any]:

@@ -70,8 +70,10 @@ class ControllerProgram:
         """
         config, cluster = self._config, self.cluster
         layers = await in_thread(ServedLayers.read, config.only(ServedModel))
-        planner = Planner(layers, config.placement, config.ray.address is None, config.balancing)
+        planner = Planner(layers, config.placement, config.ray.address is None, config.balancing, config.autoscaling)
         planner.first_num_hosts()
+        if config.autoscaling.enabled:
+            await in_thread(planner.bounds)
         self._tell(cluster.intent)
         self._running.push_async_callback(cluster.stop)
         await cluster.start()

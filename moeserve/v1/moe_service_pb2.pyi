@@ -222,7 +222,7 @@ class Event(_message.Message):
     def __init__(self, time_unix_s: _Optional[float] = ..., kind: _Optional[str] = ..., subject: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
 
 class HostStats(_message.Message):
-    __slots__ = ("name", "up", "restarts", "node", "device", "cuda_visible_devices", "weights_bytes", "queue_tokens", "number", "num_threads", "state", "experts_held")
+    __slots__ = ("name", "up", "restarts", "node", "device", "cuda_visible_devices", "weights_bytes", "queue_tokens", "number", "num_threads", "state", "experts_held", "busy_ratio")
     NAME_FIELD_NUMBER: _ClassVar[int]
     UP_FIELD_NUMBER: _ClassVar[int]
     RESTARTS_FIELD_NUMBER: _ClassVar[int]
@@ -235,6 +235,7 @@ class HostStats(_message.Message):
     NUM_THREADS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_HELD_FIELD_NUMBER: _ClassVar[int]
+    BUSY_RATIO_FIELD_NUMBER: _ClassVar[int]
     name: str
     up: bool
     restarts: int
@@ -247,7 +248,8 @@ class HostStats(_message.Message):
     num_threads: int
     state: str
     experts_held: int
-    def __init__(self, name: _Optional[str] = ..., up: _Optional[bool] = ..., restarts: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., cuda_visible_devices: _Optional[str] = ..., weights_bytes: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., number: _Optional[int] = ..., num_threads: _Optional[int] = ..., state: _Optional[str] = ..., experts_held: _Optional[int] = ...) -> None: ...
+    busy_ratio: float
+    def __init__(self, name: _Optional[str] = ..., up: _Optional[bool] = ..., restarts: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., cuda_visible_devices: _Optional[str] = ..., weights_bytes: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., number: _Optional[int] = ..., num_threads: _Optional[int] = ..., state: _Optional[str] = ..., experts_held: _Optional[int] = ..., busy_ratio: _Optional[float] = ...) -> None: ...
 
 class PlacedHost(_message.Message):
     __slots__ = ("name", "node", "is_up", "pid", "device", "cuda_visible_devices", "weights_bytes", "number", "num_threads", "experts_held")

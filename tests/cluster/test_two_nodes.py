@@ -34,4 +34,5 @@ def test_a_service_over_two_nodes() -> None:
     assert "nodes 2 hosts on the first 2" in run.stdout
     assert "hierarchical messages 2.0 retries 0.0" in run.stdout
     assert "ring messages 1.0 retries 0.0" in run.stdout, "hosts reach each other across nodes"
+    assert "a host left and one came, all answers right True" in run.stdout, "the number of hosts follows the load"
     assert "left behind 0" in run.stdout

@@ -1,6 +1,7 @@
 """A Ray cluster of two nodes on this machine, a service over both, one answer. Run by test_two_nodes.py in a process of its own.
 
-Of four hosts, two per node, only one per node hears from the frontend (hierarchical), or one in all (ring).
+Of four hosts, two per node, only one per node hears from the frontend (hierarchical), or one in all (ring). The second
+service scales itself.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import re
 import sys
 import tempfile
+import threading
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -16,8 +19,11 @@ from ray.cluster_utils import Cluster
 
 from moeserve import BackgroundService, Client, MoELayer, serve
 from moeserve.cluster.ray_internals import allow_clusters
+from moeserve.control import timing
 from tests.support.closeness import assert_close
+from tests.support.waiting import until
 
+timing.BUSY_WINDOW_S = 2.5  # type: ignore[misc]
 allow_clusters(False)  # every port on 127.0.0.1
 LAYER = {"hidden_size": 64, "intermediate_size": 32, "num_experts": 8}
 
@@ -28,6 +34,35 @@ def metric(service: BackgroundService, series: str) -> str:
     return found[1] if found else "0"
 
 
+def ask(target: str, stop: threading.Event) -> int:
+    """Asks without pause, with answers that are compared; returns how often."""
+    layer, count = MoELayer(**LAYER), 0
+    hidden_states = torch.randn(2000, 64)
+    expected = layer(hidden_states)
+    with Client(target, retry=False) as client:
+        while not stop.is_set():
+            assert_close(client.forward(hidden_states).hidden_states, expected)
+            count += 1
+    return count
+
+
+def follow_the_load(service: BackgroundService) -> None:
+    """One of four hosts leaves while nobody asks, and another one takes the free place while many do."""
+    with Client(service.target) as client, ThreadPoolExecutor() as pool:
+
+        def numbers() -> list[int]:
+            return [host.number for host in client.stats().hosts]
+
+        until(lambda: len(numbers()) == 3)
+        stop = threading.Event()
+        asking = [pool.submit(ask, service.target, stop) for _ in range(3)]
+        try:
+            until(lambda: 4 in numbers())
+        finally:
+            stop.set()
+        print("a host left and one came, all answers right", all(one.result() for one in asking))
+
+
 def check(address: str, pattern: str) -> None:
     config = {
         "layers": [LAYER],
@@ -35,6 +70,14 @@ def check(address: str, pattern: str) -> None:
         "communication": {"pattern": pattern},
         "server": {"port": 0, "metrics_port": 0},
         "ray": {"address": address},
+        "autoscaling": {
+            "enabled": pattern == "ring",
+            "min_hosts": 3,
+            "max_hosts": 4,
+            "target_busy": 0.05,  # hosts compute little of the time here, as many processes share few cores
+            "scale_up_after_s": 1.0,
+            "scale_down_after_s": 1.0,
+        },
     }
     with serve(config, progress=lambda line: print(line, flush=True)) as service, Client(service.target) as client:
         hidden_states = torch.randn(50, 64)
@@ -44,6 +87,8 @@ def check(address: str, pattern: str) -> None:
         print("nodes", len(set(nodes)), "hosts on the first", nodes.count(nodes[0]))
         sent = metric(service, f'moeserve_messages_total{{pattern="{pattern}"}}')
         print(pattern, "messages", sent, "retries", metric(service, 'moeserve_expert_retries_total{reason="host_lost"}'))
+        if pattern == "ring":
+            follow_the_load(service)
 
 
 if __name__ == "__main__":

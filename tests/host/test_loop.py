@@ -16,6 +16,7 @@ from moeserve.host import HostLoop
 from moeserve.transport import Channel, Partial, WorkShape, connect, listen
 from tests.support.closeness import assert_close
 from tests.support.stacked import Stacked, bank_table_of
+from tests.support.waiting import until_async
 
 HIDDEN, HELD = 8, 3
 
@@ -96,6 +97,27 @@ async def test_what_waits_from_all_frontends_is_computed_in_one_pass(bank: Count
     assert bank.passes == [2, 6]
     await one.close()
     await two.close()
+
+
+async def test_the_time_in_passes_is_known_while_one_runs_and_after_it(bank: CountingBank, tmp_path: Path) -> None:
+    listener = listen(f"unix:{tmp_path}/busy.sock")
+    loop = HostLoop(bank_table_of({5: bank}), listener)
+    thread = threading.Thread(target=loop.run)
+    thread.start()
+    channel = await connect(listener.endpoints[0])
+    assert loop.clock.read().busy_s == 0
+    answer = send(channel, 2, [0, 1])
+    began = await until_async(lambda: bank.passes and loop.clock.read())
+    running = await until_async(lambda: (now := loop.clock.read()).busy_s > began.busy_s and now)
+    assert running.since_s == began.since_s < began.now_s < running.now_s
+    assert running.busy_s - began.busy_s == pytest.approx(running.now_s - began.now_s)
+    bank.go.set()
+    await answer
+    idle = await until_async(lambda: (now := loop.clock.read()).busy_s == loop.clock.read().busy_s and now)
+    assert running.busy_s < idle.busy_s < idle.now_s - idle.since_s
+    await channel.close()
+    loop.stop()
+    thread.join()
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_it_tells_no_more_than_the_metrics_beside_names_and_placement(loaded: Lo
     assert set(said) == {
         "epoch", "uptime_s", "queue_tokens", "expert_retries", "layers", "hosts", "requests", "stages", "calls", "events", "changing",
     }  # fmt: skip
-    assert set(said["hosts"][0]) == {"name", "up", "restarts", "node", "queue_tokens", "num_threads", "state", "demand_share"}
+    assert set(said["hosts"][0]) == {"name", "up", "restarts", "node", "queue_tokens", "num_threads", "state", "demand_share", "busy_ratio"}
     assert set(said["layers"][0]) == {
         "name", "tokens", "processed", "dropped", "balancedness", "live_copies", "tensor_parallel", "placement",
         "host_balancedness",

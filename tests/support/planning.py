@@ -15,7 +15,8 @@ from moeserve.placement import Placement
 
 
 def planner_of(config: ServiceConfig) -> Planner:
-    return Planner(ServedLayers.read(config), config.placement, on_this_machine=config.ray.address is None)
+    is_here = config.ray.address is None
+    return Planner(ServedLayers.read(config), config.placement, is_here, config.balancing, config.autoscaling)
 
 
 def swapped(config: ServiceConfig | Path, swaps: Iterable[Swap]) -> list[ReleasedLayer]:

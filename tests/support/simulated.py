@@ -11,7 +11,7 @@ from moeserve.control import Assignment, Frontends, Node, Wanted
 from moeserve.control.follow import Report
 from moeserve.control.record import packed_counts
 from moeserve.errors import ConfigError
-from moeserve.observe.stats import HostInfo, host_name
+from moeserve.observe.stats import HostInfo, PassTime, host_name
 from moeserve.release import Release
 
 
@@ -39,6 +39,7 @@ class SimulatedHosts:
         self.given_up: Collection[int] = set()
         self.failing: Mapping[int, str] = {}
         self.loading: Mapping[int, int] = {}
+        self.pass_times: Mapping[int, PassTime] = {}
 
     @property
     def present(self) -> dict[int, HostInfo]:

@@ -151,6 +151,7 @@ const MIB = 2 ** 20;
 const told = {
   name: (text) => named(text || "–"), text: (text) => text || "–", count: number.format, total: number.format,
   bytes: (size) => size >= 1024 * MIB ? (size / 1024 / MIB).toFixed(1) + " GiB" : (size / MIB).toFixed(1) + " MiB",
+  share: (share) => share === null ? "–" : (100 * share).toFixed(0) + "%",
 };
 const cells = (columns, record) => columns.map((column) => [told[column.form](record[column.key]), isText(column) ? "l" : ""]);
 
