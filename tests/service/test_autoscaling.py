@@ -121,11 +121,10 @@ def test_a_load_gets_hosts_up_to_the_room_and_asks_for_nodes(tmp_path: Path, cap
             until(lambda: num_hosts(service) == 4)
             with pytest.raises(ConfigError, match=r"num_hosts is 5; allowed while autoscaling.enabled is true: 1\.\.4"):
                 admin.scale(5)
-            before = len(decided(admin))
             admin.scale(1)
             until(lambda: num_hosts(service) == 4)
         assert all(hosts < wanted for hosts, wanted in decided(admin))
-        assert decided(admin)[before][0] == 1, "it goes on from there"
+        assert [hosts for hosts, _ in decided(admin)].count(1) == 2, "it goes on from there"
 
 
 def test_hosts_leave_when_fewer_are_enough(tmp_path: Path) -> None:
