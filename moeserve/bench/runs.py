@@ -52,7 +52,7 @@ async def run_all(
 ) -> None:
     """Runs each load on the layer `wanted`; appends the results of complete runs to `measured`."""
     async with client, sender or contextlib.nullcontext():
-        layer = _find(await client.layers(), wanted)
+        layer = find_layer(await client.layers(), wanted)
         with progress_bar(len(loads)) as show:
             for number, load in enumerate(loads):
                 requests = inputs.make(layer, load.tokens)
@@ -62,7 +62,8 @@ async def run_all(
                 measured.append(await run(load, send, check, partial(show, number)))
 
 
-def _find(layers: list[LayerInfo], wanted: int | str) -> LayerInfo:
+def find_layer(layers: list[LayerInfo], wanted: int | str) -> LayerInfo:
+    """By position or name. Raises UnknownLayer."""
     for layer in layers:
         if wanted in (layer.index, layer.name):
             return layer

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, TextIO
 
 import typer
 
@@ -13,7 +15,9 @@ from moeserve.cli.target import Target, TlsCa, TokenFile, layer_of, timeout_of, 
 from moeserve.errors import ConfigError
 
 if TYPE_CHECKING:
+    from moeserve.bench.costs import Costs
     from moeserve.bench.load import Load, Measured
+    from moeserve.client import AsyncClient
 
 _DURATION_S: Final = 5.0
 
@@ -33,6 +37,8 @@ def bench(
     token_ids: Annotated[bool, typer.Option("--token-ids", help="Send token ids too; layers with routing = hash need them.")] = False,
     warmup_requests: Annotated[int, typer.Option(help="Requests before each run, not measured.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
+    record: Annotated[Path | None, typer.Option(help="Also write what every expert is asked, each second, for simulate --load.")] = None,
+    costs: Annotated[Path | None, typer.Option(help="Instead: measure what a call costs, for simulate --costs.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
     token_file: TokenFile = None,
     tls_ca: TlsCa = None,
@@ -44,6 +50,7 @@ def bench(
     """
     with importing():
         from moeserve.api.tensors import FLOAT_DTYPES
+        from moeserve.bench.measuring import measured_costs
         from moeserve.bench.report import print_json, print_table
         from moeserve.bench.runs import Inputs, run_all
         from moeserve.bench.stream_sender import StreamSender
@@ -53,12 +60,16 @@ def bench(
     _check(dtype in FLOAT_DTYPES, f"--dtype is {dtype}; allowed: {', '.join(FLOAT_DTYPES)}")
     _check(warmup_requests >= 0, f"--warmup-requests is {warmup_requests}; allowed: 0 and more")
     timeout_s = timeout_of(timeout)
-    client = AsyncClient(target, token=token_of(token_file), tls=tls_of(tls_ca), timeout=timeout_s, retry=False)
+    connect = partial(AsyncClient, target, token=token_of(token_file), tls=tls_of(tls_ca), timeout=timeout_s, retry=False)
+    client, inputs = connect(), Inputs(FLOAT_DTYPES[dtype], token_ids, seed)
     measured: list[Measured] = []
+    if costs is not None:
+        _check(record is None and not stream, "--costs excludes --record and --stream: it sends requests of its own, one after the other")
+        return _measure_costs(costs, lambda: measured_costs(client, layer_of(layer), inputs))
     try:
         sender = StreamSender(client, timeout_s) if stream else None
-        inputs = Inputs(FLOAT_DTYPES[dtype], token_ids, seed)
-        asyncio.run(until_signal(run_all(client, layer_of(layer), loads, inputs, sender, warmup_requests, measured)))
+        running = partial(run_all, client, layer_of(layer), loads, inputs, sender, warmup_requests, measured)
+        asyncio.run(until_signal(running() if record is None else _recorded(record, connect(), running)))
     finally:
         # After Ctrl-C too: complete runs are not lost.
         if measured:
@@ -68,6 +79,27 @@ def bench(
             else:
                 print_table(runs)
     return 1 if all(not one.latencies_s for one in measured) else 0
+
+
+def _measure_costs(path: Path, measure: Callable[[], Coroutine[Any, Any, Costs]]) -> int:
+    with _written(path) as file:
+        file.write(asyncio.run(until_signal(measure())).to_json())
+    return 0
+
+
+async def _recorded(path: Path, client: AsyncClient, measure: Callable[[], Awaitable[None]]) -> None:
+    from moeserve.bench.recording import record
+
+    with _written(path) as file:
+        async with client:
+            await record(client, file, measure)
+
+
+def _written(path: Path) -> TextIO:
+    try:
+        return path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def _loads(tokens: str, concurrency: str | None, rate: str | None, duration_s: float | None, requests: int | None) -> list[Load]:

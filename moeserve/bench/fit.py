@@ -1,0 +1,102 @@
+"""From the times that requests of several sizes took to the costs that explain them.
+
+T tokens of a request, K choices of a token, E experts of a layer, D hosts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from moeserve.bench.costs import Costs
+
+_DRAWS: Final = 200
+_STAGES: Final = ("queue", "route", "dispatch", "experts", "combine")
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """Requests of T tokens, round by round: seconds of a request, and of each stage of the frontend."""
+
+    tokens: int
+    latencies_s: list[float] = field(default_factory=list)
+    stages_s: dict[str, list[float]] = field(default_factory=dict)
+
+    def stage_s(self, name: str) -> float:
+        """The median over the rounds."""
+        return float(np.median(self.stages_s.get(name, [0.0])))
+
+    @property
+    def call_s(self) -> float:
+        """Outside of the stages: the median over the rounds."""
+        inside = np.sum([self.stages_s.get(name, [0.0] * len(self.latencies_s)) for name in _STAGES], axis=0)
+        return float(np.median(np.array(self.latencies_s) - inside))
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What a request gives the hosts to do: host_of [E], its first copy's; shares [E] of the rows that are asked."""
+
+    host_of: npt.NDArray[np.int64]
+    shares: Floats
+    top_k: int
+
+    @classmethod
+    def of(cls, placed: Sequence[tuple[int, Sequence[int]]], asked: Sequence[int], top_k: int) -> Work:
+        """Of hosts with their experts, and the rows of each expert. Those that do not compute have no host, and cost nothing."""
+        host_of = np.full(len(asked), -1)
+        for host, experts in placed:
+            host_of[[expert for expert in experts if host_of[expert] < 0]] = host
+        rows = np.array(asked, dtype=np.float64)
+        return cls(host_of, rows / rows.sum(), top_k)
+
+    def expected(self, tokens: int) -> Floats:
+        """[4]: messages, rows that are sent; experts and their rows on the host with most of these. As drawn, on average."""
+        drawn, seen = np.random.default_rng(0), []
+        for counts in drawn.multinomial(tokens * self.top_k, self.shares, size=_DRAWS):
+            counts = np.where(self.host_of < 0, 0, np.minimum(counts, tokens))  # noqa: PLW2901 - a token asks an expert once
+            rows = np.bincount(np.maximum(self.host_of, 0), weights=counts)
+            held = np.bincount(np.maximum(self.host_of, 0), weights=counts > 0)
+            sent = tokens * (1 - (1 - rows / (tokens * self.top_k)) ** self.top_k)
+            busiest = int(rows.argmax())
+            seen.append((np.count_nonzero(rows), sent.sum(), held[busiest], rows[busiest]))
+        return np.array(np.mean(seen, axis=0))
+
+
+def fitted(sizes: tuple[int, int], found: Sequence[Measurement], work: Work) -> Costs:
+    """The costs with the least relative errors, none below 0; sizes: H and I of the experts."""
+    one, tokens = np.ones(len(found)), np.array([each.tokens for each in found], dtype=np.float64)
+    messages, sent, experts, rows = np.array([work.expected(each.tokens) for each in found]).T
+
+    def stage(name: str, *columns: Floats) -> list[float]:
+        return _least_squares(np.stack(columns, axis=1), np.array([each.stage_s(name) for each in found]))
+
+    call_s, call_token_s = _least_squares(np.stack([one, tokens], axis=1), np.array([each.call_s for each in found]))
+    batch_s, token_s = stage("route", one, tokens)
+    queue_s = stage("queue", one)[0]
+    hop_s, sent_row_s = stage("dispatch", messages, sent)
+    pass_s, expert_s, row_s = stage("experts", one, experts, rows)
+    combine_s, summed_row_s = stage("combine", one, sent)
+    whole_s = batch_s + queue_s + combine_s
+    return Costs(*sizes, call_s, call_token_s, whole_s, token_s, hop_s, sent_row_s, summed_row_s, pass_s, expert_s, row_s)
+
+
+def _least_squares(columns: Floats, seconds: Floats) -> list[float]:
+    """Factors of the columns, none below 0: those that would be are left out, the least first."""
+    seconds = np.maximum(seconds, 1e-9)
+    used = list(range(columns.shape[1]))
+    while used:
+        factors = np.linalg.lstsq(columns[:, used] / seconds[:, None], np.ones(len(seconds)), rcond=None)[0]
+        if factors.min() >= 0:
+            break
+        del used[int(factors.argmin())]
+    found = np.zeros(columns.shape[1])
+    if used:
+        found[used] = factors
+    return [float(each) for each in found]

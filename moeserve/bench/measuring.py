@@ -1,0 +1,75 @@
+"""What a call costs on a running service: one caller, requests of several sizes, and the times of their stages in the frontend."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from moeserve.api.wire import WireRequest
+from moeserve.bench.costs import Costs
+from moeserve.bench.fit import Measurement, Work, fitted
+from moeserve.bench.load import check_answer
+from moeserve.bench.runs import Inputs, find_layer
+from moeserve.client import AsyncClient, LayerInfo
+from moeserve.errors import ConfigError, InvalidRequest
+from moeserve.observe.stats import LayerStats
+from moeserve.observe.summary import demand, since
+
+#: tokens of the requests, as far as the service takes so many
+_TOKENS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+#: over all sizes, so that what disturbs the machine disturbs all of them
+_ROUNDS: Final = 5
+_REQUESTS, _WARM_UP = 6, 2
+
+
+async def measured_costs(client: AsyncClient, wanted: int | str, inputs: Inputs) -> Costs:
+    """Of one layer; nobody else should call meanwhile. Raises ConfigError when its costs cannot be told, or the service's error."""
+    async with client:
+        layer = find_layer(await client.layers(), wanted)
+        before = await _counts(client, layer)
+        _check(layer, before)
+        sizes = {tokens: Measurement(tokens) for tokens in _TOKENS}
+        for number in range(_ROUNDS):
+            for tokens in list(sizes):
+                try:
+                    await _measure(client, inputs.make(layer, tokens), sizes[tokens])
+                except InvalidRequest:
+                    if number or len(sizes) <= 2:
+                        raise
+                    del sizes[tokens]  # larger than the service takes
+        after = await _counts(client, layer)
+    asked = [now - then for now, then in zip(demand(after), demand(before), strict=True)]
+    work = Work.of([(one.host, one.experts) for one in after.placement], asked, layer.top_k)
+    return fitted((layer.hidden_size, layer.intermediate_size), [*sizes.values()], work)
+
+
+async def _measure(client: AsyncClient, requests: Sequence[WireRequest], into: Measurement) -> None:
+    """A few requests, one after the other."""
+    await _ask(client, requests[-_WARM_UP:])
+    before = await client.stats()
+    into.latencies_s.append(await _ask(client, requests[:_REQUESTS]))
+    after = await client.stats()
+    for stage in since(after.stages, before.stages):
+        into.stages_s.setdefault(stage.name, []).append(stage.sum_s / _REQUESTS)
+
+
+async def _ask(client: AsyncClient, requests: Sequence[WireRequest]) -> float:
+    """Seconds of one of them, on average."""
+    began = time.perf_counter()
+    for request in requests:
+        check_answer(await client.forward(request.hidden_states, layer=request.layer, token_ids=request.token_ids), request.hidden_states)
+    return (time.perf_counter() - began) / len(requests)
+
+
+async def _counts(client: AsyncClient, layer: LayerInfo) -> LayerStats:
+    return next(each for each in (await client.stats()).layers if each.name == layer.name)
+
+
+def _check(layer: LayerInfo, counts: LayerStats) -> None:
+    if not layer.intermediate_size:
+        raise ConfigError(
+            f"the experts of layer {layer.name} are modules; allowed for --costs: feed-forward experts, whose sizes are known"
+        )
+    if counts.tensor_parallel > 1:
+        raise ConfigError(f"the experts of layer {layer.name} are in {counts.tensor_parallel} shards; allowed for --costs: whole experts")

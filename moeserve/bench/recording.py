@@ -1,0 +1,39 @@
+"""Records what a frontend is asked while it is measured: a trace that can be played."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Final, TextIO
+
+from moeserve.client import AsyncClient
+from moeserve.observe.stats import ServiceStats
+from moeserve.observe.summary import demand
+
+#: between two lines
+_EVERY_S: Final = 1.0
+
+
+async def record(client: AsyncClient, file: TextIO, measure: Callable[[], Awaitable[None]]) -> None:
+    """Awaits `measure()` and meanwhile writes once a second what its frontend was asked, by any caller, and the rest at the end."""
+    before = await client.stats()
+    file.write(json.dumps({"layers": {layer.name: len(demand(layer)) for layer in before.layers}}) + "\n")
+    started_s, measuring = before.uptime_s, asyncio.ensure_future(measure())
+    try:
+        while not measuring.done():
+            await asyncio.wait([measuring], timeout=_EVERY_S)
+            now = await client.stats()
+            _write(file, before, now, started_s)
+            before = now
+    finally:
+        measuring.cancel()
+        await asyncio.gather(measuring, return_exceptions=True)
+    await measuring
+
+
+def _write(file: TextIO, before: ServiceStats, now: ServiceStats, started_s: float) -> None:
+    layers = zip(before.layers, now.layers, strict=True)
+    rows = [[new - old for old, new in zip(demand(earlier), demand(later), strict=True)] for earlier, later in layers]
+    file.write(json.dumps({"at_s": round(now.uptime_s - started_s, 6), "rows": rows}) + "\n")
+    file.flush()

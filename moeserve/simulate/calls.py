@@ -1,0 +1,166 @@
+"""Calls on an imagined cluster, one event after the other: how many tokens it answers, and how long callers wait.
+
+Callers keep so many requests in progress, as `moeserve bench` does. A frontend joins what waits for a layer into batches, two of a layer
+at a time; its event loop does one thing at a time. A host does one pass at a time. Where several of them share the cores of a node, passes
+wait for a core, and frontends, which are short and come first, take their time from them.
+
+T tokens of a request, K choices of a token, E experts of a layer, D hosts, P physical experts.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from moeserve.bench.costs import Costs
+from moeserve.bench.trace import Rows
+from moeserve.placement import Placement
+from moeserve.simulate.cores import Cores
+from moeserve.simulate.work import LayerWork
+
+#: as `moeserve.frontend.batcher` has it
+_MAX_IN_FLIGHT: Final = 2
+#: of a call's cost each way, before and after, falls to the caller and to the frontend
+_QUARTER: Final = 0.25
+#: calls before the measured ones, as a share of them
+_WARM_UP: Final = 0.25
+_LEAST_CALLS: Final = 1000
+#: calls of each caller, if that is more
+_ROUNDS: Final = 10
+
+
+@dataclass(frozen=True)
+class Workload:
+    """tokens: T; concurrency: requests in progress at each of `frontends`; max_batch_tokens: [batching]."""
+
+    tokens: int
+    concurrency: int
+    frontends: int
+    max_batch_tokens: int = 8192
+
+
+@dataclass(frozen=True, eq=False)
+class Calls:
+    """tokens_per_s: of calls to a layer; latencies_s: of each call, in the order of the answers; busy [D]: shares of the time in passes."""
+
+    tokens_per_s: float
+    latencies_s: Rows
+    busy: Rows
+
+    @property
+    def p99_ms(self) -> float:
+        """The nearest-rank quantile, in milliseconds."""
+        return 1e3 * float(np.quantile(self.latencies_s, 0.99, method="inverted_cdf"))
+
+
+@dataclass
+class _Frontend:
+    """loop_s, caller_s: when its event loop, and the process of its callers, are done with what they have begun."""
+
+    loop_s: float = 0.0
+    caller_s: float = 0.0
+    waiting: dict[int, deque[_Request]] = field(default_factory=dict)
+    in_flight: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, order=True)
+class _Request:
+    sent_s: float
+    number: int
+    frontend: int
+    layer: int
+
+
+def simulated_calls(placement: Placement, work: Sequence[LayerWork], workload: Workload, cores: Cores, costs: Costs, seed: int) -> Calls:
+    """`work`: of each layer of the placement."""
+    return _Simulation(placement, work, workload, cores, costs, np.random.default_rng(seed)).run()
+
+
+class _Simulation:
+    """Events are requests that reach a frontend, and batches whose answers are all there."""
+
+    def __init__(
+        self,
+        placement: Placement,
+        work: Sequence[LayerWork],
+        workload: Workload,
+        cores: Cores,
+        costs: Costs,
+        drawn: np.random.Generator,
+    ) -> None:
+        self._work, self._load, self._cores, self._costs, self._drawn = work, workload, cores, costs, drawn
+        self._frontends = [_Frontend() for _ in range(workload.frontends)]
+        self._host_s = np.zeros(placement.num_hosts)
+        self._busy_s = np.zeros(placement.num_hosts)
+        #: when, a number that no other has, what arrives or is done, and what is left to do then in the frontend
+        self._events: list[tuple[float, int, _Request | list[_Request], float]] = []
+        self._number = 0
+        self._answers: list[tuple[float, float]] = []
+
+    def run(self) -> Calls:
+        callers = self._load.concurrency * self._load.frontends
+        measured = max(_LEAST_CALLS, _ROUNDS * callers)
+        warm_up = int(_WARM_UP * measured)
+        for number in range(callers):
+            self._send(0.0, number % self._load.frontends, number % len(self._work))
+        while len(self._answers) < warm_up + measured:
+            now, _, what, post_s = heapq.heappop(self._events)
+            if isinstance(what, _Request):
+                self._arrive(now, what)
+            else:
+                self._finish(now, what, post_s)
+        began = self._answers[warm_up - 1][0]
+        ended, latencies = self._answers[-1][0], np.array([latency for _, latency in self._answers[warm_up:]])
+        return Calls(measured * self._load.tokens / (ended - began), latencies, self._busy_s / max(ended, float(self._host_s.max())))
+
+    def _call_s(self) -> float:
+        return _QUARTER * (self._costs.call_s + self._costs.call_token_s * self._load.tokens)
+
+    def _push(self, at_s: float, what: _Request | list[_Request], post_s: float = 0.0) -> None:
+        self._number += 1
+        heapq.heappush(self._events, (at_s, self._number, what, post_s))
+
+    def _send(self, now: float, frontend: int, layer: int) -> None:
+        one = self._frontends[frontend]
+        one.caller_s = self._cores.take(frontend, max(now, one.caller_s), self._call_s())
+        self._number += 1
+        self._push(one.caller_s, _Request(now, self._number, frontend, layer))
+
+    def _arrive(self, now: float, request: _Request) -> None:
+        one = self._frontends[request.frontend]
+        one.waiting.setdefault(request.layer, deque()).append(request)
+        self._begin(now, one, request.frontend, request.layer)
+
+    def _begin(self, now: float, one: _Frontend, frontend: int, layer: int) -> None:
+        """The next batches of a layer."""
+        waiting = one.waiting[layer]
+        while waiting and one.in_flight.get(layer, 0) < _MAX_IN_FLIGHT:
+            most = max(1, self._load.max_batch_tokens // self._load.tokens)
+            batch = [waiting.popleft() for _ in range(min(len(waiting), most))]
+            one.in_flight[layer] = one.in_flight.get(layer, 0) + 1
+            tokens, costs = len(batch) * self._load.tokens, self._costs
+            start = max(now, one.loop_s)
+            parts = self._work[layer].parts(tokens, np.maximum(self._host_s - start, 0.0), self._drawn)
+            before_s = len(batch) * self._call_s() + costs.batch_s + costs.token_s * tokens
+            before_s += costs.hop_s * len(parts.hosts) + costs.sent_row_s * parts.sent_rows
+            one.loop_s = self._cores.take(frontend, start, before_s)
+            ends = self._cores.passes(one.loop_s, parts.hosts, parts.seconds, self._host_s)
+            self._host_s[parts.hosts] = ends
+            self._busy_s[parts.hosts] += parts.seconds
+            self._push(float(ends.max()), batch, costs.summed_row_s * parts.sent_rows + len(batch) * self._call_s())
+
+    def _finish(self, now: float, batch: list[_Request], post_s: float) -> None:
+        frontend, layer = batch[0].frontend, batch[0].layer
+        one = self._frontends[frontend]
+        one.loop_s = self._cores.take(frontend, max(now, one.loop_s), post_s)
+        one.in_flight[layer] -= 1
+        for request in batch:
+            one.caller_s = self._cores.take(frontend, max(one.loop_s, one.caller_s), self._call_s())
+            self._answers.append((one.caller_s, one.caller_s - request.sent_s))
+            self._send(one.caller_s, frontend, (layer + 1) % len(self._work))
+        self._begin(one.loop_s, one, frontend, layer)
