@@ -82,8 +82,9 @@ def bench(
 
 
 def _measure_costs(path: Path, measure: Callable[[], Coroutine[Any, Any, Costs]]) -> int:
+    costs = asyncio.run(until_signal(measure()))
     with _written(path) as file:
-        file.write(asyncio.run(until_signal(measure())).to_json())
+        file.write(costs.to_json())
     return 0
 
 

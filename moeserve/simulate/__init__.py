@@ -2,9 +2,9 @@
 
 from moeserve.simulate.calls import Calls, Workload, simulated_calls
 from moeserve.simulate.cluster import Cluster
-from moeserve.simulate.loads import load_of, read_load
-from moeserve.simulate.outcome import Outcome, Question, simulated
-from moeserve.simulate.play import Played, after_loss, played
+from moeserve.simulate.loads import load_of, possible, read_load
+from moeserve.simulate.outcome import Outcome, Question, calls_on, experts_without_copy, simulated
+from moeserve.simulate.play import Played, after_loss, balanced, changed, played
 
 __all__ = [
     "Calls",
@@ -14,8 +14,13 @@ __all__ = [
     "Question",
     "Workload",
     "after_loss",
+    "balanced",
+    "calls_on",
+    "changed",
+    "experts_without_copy",
     "load_of",
     "played",
+    "possible",
     "read_load",
     "simulated",
     "simulated_calls",

@@ -1,8 +1,8 @@
 """Calls on an imagined cluster, one event after the other: how many tokens it answers, and how long callers wait.
 
-Callers keep so many requests in progress, as `moeserve bench` does. A frontend joins what waits for a layer into batches, two of a layer
-at a time; its event loop does one thing at a time. A host does one pass at a time. Where several of them share the cores of a node, passes
-wait for a core, and frontends, which are short and come first, take their time from them.
+Callers keep so many requests in progress, or send them by the clock, as those of `moeserve bench` do. A frontend joins what waits for a
+layer into batches, two of a layer at a time; its event loop does one thing at a time. A host does one pass at a time. Where several of them
+share the cores of a node, passes wait for a core, and frontends, which are short and come first, take their time from them.
 
 T tokens of a request, K choices of a token, E experts of a layer, D hosts, P physical experts.
 """
@@ -36,12 +36,16 @@ _ROUNDS: Final = 10
 
 @dataclass(frozen=True)
 class Workload:
-    """tokens: T; concurrency: requests in progress at each of `frontends`; max_batch_tokens: [batching]."""
+    """tokens: T; concurrency: requests in progress at each of `frontends`; max_batch_tokens: [batching].
+
+    rate: instead, requests that all callers together send in a second, at times that do not depend on each other
+    """
 
     tokens: int
     concurrency: int
     frontends: int
     max_batch_tokens: int = 8192
+    rate: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +86,7 @@ def simulated_calls(placement: Placement, work: Sequence[LayerWork], workload: W
 
 
 class _Simulation:
-    """Events are requests that reach a frontend, and batches whose answers are all there."""
+    """Events are requests that reach a frontend, batches whose answers are all there, and None: the next request is due."""
 
     def __init__(
         self,
@@ -98,7 +102,7 @@ class _Simulation:
         self._host_s = np.zeros(placement.num_hosts)
         self._busy_s = np.zeros(placement.num_hosts)
         #: when, a number that no other has, what arrives or is done, and what is left to do then in the frontend
-        self._events: list[tuple[float, int, _Request | list[_Request], float]] = []
+        self._events: list[tuple[float, int, _Request | list[_Request] | None, float]] = []
         self._number = 0
         self._answers: list[tuple[float, float]] = []
 
@@ -106,11 +110,16 @@ class _Simulation:
         callers = self._load.concurrency * self._load.frontends
         measured = max(_LEAST_CALLS, _ROUNDS * callers)
         warm_up = int(_WARM_UP * measured)
-        for number in range(callers):
+        for number in range(callers if self._load.rate is None else 0):
             self._send(0.0, number % self._load.frontends, number % len(self._work))
+        if self._load.rate is not None:
+            self._push(0.0, None)
         while len(self._answers) < warm_up + measured:
             now, _, what, post_s = heapq.heappop(self._events)
-            if isinstance(what, _Request):
+            if what is None:
+                self._send(now, self._number % self._load.frontends, int(self._drawn.integers(len(self._work))))
+                self._push(now + float(self._drawn.exponential(1 / (self._load.rate or 1.0))), None)
+            elif isinstance(what, _Request):
                 self._arrive(now, what)
             else:
                 self._finish(now, what, post_s)
@@ -121,7 +130,7 @@ class _Simulation:
     def _call_s(self) -> float:
         return _QUARTER * (self._costs.call_s + self._costs.call_token_s * self._load.tokens)
 
-    def _push(self, at_s: float, what: _Request | list[_Request], post_s: float = 0.0) -> None:
+    def _push(self, at_s: float, what: _Request | list[_Request] | None, post_s: float = 0.0) -> None:
         self._number += 1
         heapq.heappush(self._events, (at_s, self._number, what, post_s))
 
@@ -162,5 +171,6 @@ class _Simulation:
         for request in batch:
             one.caller_s = self._cores.take(frontend, max(one.loop_s, one.caller_s), self._call_s())
             self._answers.append((one.caller_s, one.caller_s - request.sent_s))
-            self._send(one.caller_s, frontend, (layer + 1) % len(self._work))
+            if self._load.rate is None:
+                self._send(one.caller_s, frontend, (layer + 1) % len(self._work))
         self._begin(one.loop_s, one, frontend, layer)

@@ -45,5 +45,13 @@ class Cluster:
 
     def without(self, lost: Collection[int]) -> Cluster:
         """Without these hosts, their experts on the others. Raises ConfigError when they do not fit there."""
-        left = tuple(each for each in self.state.assignments if each.number not in lost)
-        return replace(self, state=moved(self.state, left, len(left), self.planner))
+        return self._on(tuple(each for each in self.state.assignments if each.number not in lost))
+
+    def resized(self, num_hosts: int) -> Cluster:
+        """With so many hosts: the newest leave, or new ones join, each on a node of its own. Raises ConfigError when experts do not fit."""
+        assert self.num_nodes is None, "nodes that are shared do not grow"
+        stay, first = self.state.assignments[:num_hosts], self.state.next_number
+        return self._on((*stay, *(Assignment(first + number, "") for number in range(num_hosts - len(stay)))))
+
+    def _on(self, assignments: tuple[Assignment, ...]) -> Cluster:
+        return replace(self, state=moved(self.state, assignments, len(assignments), self.planner))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,10 @@ import torch
 
 from moeserve import Client
 from moeserve.api.output import ForwardOutput
+from moeserve.bench.costs import read_costs
+from moeserve.bench.fit import Measurement, Work, fitted
 from moeserve.bench.load import Load, Measured, WrongAnswer, check_answer, run
+from moeserve.bench.trace import read_trace
 from moeserve.cli.app import main
 from moeserve.errors import Overloaded
 from tests.support.engine import FakeEngine, identity, spec
@@ -77,6 +81,58 @@ def test_a_layer_that_needs_token_ids(capsys: pytest.CaptureFixture[str], servic
     assert bench(capsys, *options, "--token-ids")[0] == 0
 
 
+def test_a_record_is_what_the_service_was_asked(capsys: pytest.CaptureFixture[str], service: ServiceHarness, tmp_path: Path) -> None:
+    """Second by second: also by others, of every layer, before drops. `moeserve simulate` plays it."""
+    file = tmp_path / "trace.jsonl"
+    with Client(service.target) as other:
+        before = other.stats().layers
+        code, out, _ = bench(capsys, service.target, "--duration-s", "1.2", "--tokens", "40", "--record", str(file), "--json")
+        after = other.stats().layers
+    asked = [now.processed + now.dropped - then.processed - then.dropped for now, then in zip(after, before, strict=True)]
+    assert code == 0 and json.loads(out)["runs"][0]["failed"] == 0
+    trace = read_trace(file)
+    assert trace.layers == {"layers.0": 4, "layers.1": 4}
+    assert len(trace.pieces) >= 2 and trace.pieces[0].at_s < trace.pieces[1].at_s
+    assert [sum(piece.rows[layer] for piece in trace.pieces).tolist() for layer in (0, 1)] == [each.tolist() for each in asked]
+    assert asked[0].sum() > 0
+    config = tmp_path / "service.toml"
+    config.write_text("".join("[[layers]]\nhidden_size = 16\nintermediate_size = 8\nnum_experts = 4\n" for _ in range(2)))
+    assert main(["simulate", str(config), "--hosts", "2", "--load", str(file), "--json"]) == 0
+
+
+def test_costs_are_told_apart(capsys: pytest.CaptureFixture[str], service: ServiceHarness, tmp_path: Path) -> None:
+    """A caller of one token pays for the call, the batch, the message and the pass; they are what it measures."""
+    file = tmp_path / "costs.json"
+    assert bench(capsys, service.target, "--costs", str(file)) == (0, "", "")
+    costs = read_costs(file)
+    assert (costs.hidden_size, costs.intermediate_size) == (16, 8)
+    fixed_s = costs.call_s + costs.batch_s + costs.hop_s + costs.pass_s + costs.expert_s
+    assert 0 < fixed_s < 1 and costs.call_s > 0 and costs.pass_s + costs.expert_s > 0
+    assert 0 < costs.call_token_s + costs.token_s + costs.row_s < 0.01
+    assert main(["simulate", "--layers", "1", "--experts", "8", "--top-k", "1", "--hosts", "2", "--costs", str(file)]) == 0
+
+
+def test_known_costs_are_found_again() -> None:
+    """From measurements that are made of them."""
+    work = Work.of([(0, range(8)), (3, range(8, 16))], [1] * 16, top_k=2)
+    found = []
+    for tokens in (1, 4, 16, 64, 256, 1024):
+        messages, sent, experts, rows = work.expected(tokens)
+        stages = {
+            "queue": 0.0,
+            "route": 2e-4 + 3e-6 * tokens,
+            "dispatch": 1e-4 * messages + 2e-6 * sent,
+            "experts": 5e-4 + 3e-4 * experts + 4e-5 * rows,
+            "combine": 1e-6 * sent,
+        }
+        latency = sum(stages.values()) + 1e-3 + 5e-6 * tokens
+        found.append(Measurement(tokens, [latency] * 3, {name: [seconds] * 3 for name, seconds in stages.items()}))
+    costs = fitted((8, 4), found, work)
+    assert [costs.call_s, costs.call_token_s, costs.batch_s, costs.token_s] == pytest.approx([1e-3, 5e-6, 2e-4, 3e-6], rel=1e-3)
+    assert [costs.hop_s, costs.sent_row_s, costs.summed_row_s] == pytest.approx([1e-4, 2e-6, 1e-6], rel=1e-3)
+    assert [costs.pass_s, costs.expert_s, costs.row_s] == pytest.approx([5e-4, 3e-4, 4e-5], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -90,6 +146,9 @@ def test_a_layer_that_needs_token_ids(capsys: pytest.CaptureFixture[str], servic
         (("--dtype", "int8"), "--dtype is int8; allowed: float32"),
         (("--warmup-requests", "-1"), "--warmup-requests is -1"),
         (("--timeout", "0"), "--timeout is 0"),
+        (("--costs", "a", "--record", "b"), "--costs excludes --record and --stream"),
+        (("--costs", "a", "--stream"), "--costs excludes --record and --stream"),
+        (("--record", "/nowhere/trace"), "/nowhere/trace cannot be written: No such file or directory"),
     ],
 )
 def test_nonsense_is_refused_in_one_sentence(capsys: pytest.CaptureFixture[str], options: tuple[str, ...], sentence: str) -> None:

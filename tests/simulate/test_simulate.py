@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from moeserve.cli.app import main
 from moeserve.config import load_config
 from moeserve.placement import balancedness
-from moeserve.simulate import Cluster, after_loss, load_of, played
-from moeserve.simulate.outcome import experts_without_copy
+from moeserve.simulate import Cluster, after_loss, experts_without_copy, load_of, played
 
 KEYS = {"balancedness", "balancedness_before", "plan_seconds", "tokens_per_s", "p99_ms", "moves"}
 SMALL = ("--layers", "2", "--experts", "32", "--top-k", "2", "--hosts", "8")
