@@ -112,7 +112,7 @@ def test_no_test_imports_another_test() -> None:
 
 
 def test_below_the_programs_nobody_takes_a_whole_configuration() -> None:
-    rooms = ("bench", "cli", "compat", "config", "programs")
+    rooms = ("bench", "cli", "compat", "config", "programs", "simulate")
     users = [path.relative_to(PACKAGE).parts for path in PACKAGE.rglob("*.py") if re.search(r"\bServiceConfig\b", path.read_text())]
     assert [parts for parts in sorted(users) if parts[0] not in (*rooms, "__init__.py")] == []
 

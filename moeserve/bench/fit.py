@@ -40,7 +40,7 @@ class Measurement:
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
+class RequestWork:
     """What a request gives the hosts to do: host_of [E], its first copy's; shares [E] of the rows that are asked."""
 
     host_of: npt.NDArray[np.int64]
@@ -48,7 +48,7 @@ class Work:
     top_k: int
 
     @classmethod
-    def of(cls, placed: Sequence[tuple[int, Sequence[int]]], asked: Sequence[int], top_k: int) -> Work:
+    def of(cls, placed: Sequence[tuple[int, Sequence[int]]], asked: Sequence[int], top_k: int) -> RequestWork:
         """Of hosts with their experts, and the rows of each expert. Those that do not compute have no host, and cost nothing."""
         host_of = np.full(len(asked), -1)
         for host, experts in placed:
@@ -69,7 +69,7 @@ class Work:
         return np.array(np.mean(seen, axis=0))
 
 
-def fitted(sizes: tuple[int, int], found: Sequence[Measurement], work: Work) -> Costs:
+def fitted(sizes: tuple[int, int], found: Sequence[Measurement], work: RequestWork) -> Costs:
     """The costs with the least relative errors, none below 0; sizes: H and I of the experts."""
     one, tokens = np.ones(len(found)), np.array([each.tokens for each in found], dtype=np.float64)
     messages, sent, experts, rows = np.array([work.expected(each.tokens) for each in found]).T

@@ -8,7 +8,7 @@ from typing import Final
 
 from moeserve.api.wire import WireRequest
 from moeserve.bench.costs import Costs
-from moeserve.bench.fit import Measurement, Work, fitted
+from moeserve.bench.fit import Measurement, RequestWork, fitted
 from moeserve.bench.load import check_answer
 from moeserve.bench.runs import Inputs, find_layer
 from moeserve.client import AsyncClient, LayerInfo
@@ -40,7 +40,7 @@ async def measured_costs(client: AsyncClient, wanted: int | str, inputs: Inputs)
                     del sizes[tokens]  # larger than the service takes
         after = await _counts(client, layer)
     asked = [now - then for now, then in zip(demand(after), demand(before), strict=True)]
-    work = Work.of([(one.host, one.experts) for one in after.placement], asked, layer.top_k)
+    work = RequestWork.of([(one.host, one.experts) for one in after.placement], asked, layer.top_k)
     return fitted((layer.hidden_size, layer.intermediate_size), [*sizes.values()], work)
 
 

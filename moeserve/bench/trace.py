@@ -1,4 +1,4 @@
-"""A recorded demand: what callers asked of every expert, piece by piece. `moeserve bench --record` writes it, `moeserve simulate` plays it.
+"""A recorded demand: what callers asked of every expert, second by second; `moeserve bench --record` writes, `moeserve simulate` plays it.
 
 One JSON object a line. The first: {"layers": {name: experts, ...}}. Every other: {"at_s": seconds since the start, "rows": [[rows of each
 expert, since the line before], of each layer]}.
@@ -27,8 +27,8 @@ Rows = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
-    """Rows [E] of each layer that were asked for, from the piece before until `at_s`, in seconds since the start."""
+class TraceLine:
+    """Rows [E] of each layer that were asked for, since the line before, until `at_s`, in seconds since the start."""
 
     at_s: float
     rows: Sequence[Rows]
@@ -36,32 +36,32 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """`layers`: the number of experts E of each, by name; pieces in the order of their times, one at least."""
+    """`layers`: the number of experts E of each, by name; lines in the order of their times, one at least."""
 
     layers: Mapping[str, int]
-    pieces: Sequence[Piece]
+    lines: Sequence[TraceLine]
 
 
 def read_trace(path: Path) -> Trace:
     """Raises ConfigError naming the file, the line and what is allowed."""
     try:
-        lines = read_file(path, _MAX_BYTES).decode("utf-8").splitlines()
+        texts = read_file(path, _MAX_BYTES).decode("utf-8").splitlines()
     except OSError as error:
         raise ConfigError(f"{path} is not a readable trace: {error.strerror}") from None
     except ValueError as error:
         raise ConfigError(f"{path} is not a readable trace: {error}") from None
-    if len(lines) < 2:
+    if len(texts) < 2:
         raise ConfigError(f"{path} is no trace: expected a line that names the layers, and one line at least of rows")
-    layers = _layers(path, _object(path, 1, lines[0]))
-    pieces = [Piece(0.0, ())]
-    for number, line in enumerate(lines[1:], 2):
-        pieces.append(_piece(f"{path}, line {number}", _object(path, number, line), layers, pieces[-1].at_s))
-    return Trace(layers, pieces[1:])
+    layers = _layers(path, _object(path, 1, texts[0]))
+    lines = [TraceLine(0.0, ())]
+    for number, text in enumerate(texts[1:], 2):
+        lines.append(_line(f"{path}, line {number}", _object(path, number, text), layers, lines[-1].at_s))
+    return Trace(layers, lines[1:])
 
 
-def _object(path: Path, number: int, line: str) -> dict[str, Any]:
+def _object(path: Path, number: int, text: str) -> dict[str, Any]:
     try:
-        found = json.loads(line)
+        found = json.loads(text)
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
@@ -78,13 +78,13 @@ def _layers(path: Path, head: Mapping[str, Any]) -> dict[str, int]:
     return layers
 
 
-def _piece(where: str, found: Mapping[str, Any], layers: Mapping[str, int], after_s: float) -> Piece:
+def _line(where: str, found: Mapping[str, Any], layers: Mapping[str, int], after_s: float) -> TraceLine:
     at_s, rows = found.get("at_s"), found.get("rows")
     if type(at_s) not in (int, float) or not after_s < at_s < float("inf"):
         raise ConfigError(f"{where}: at_s is {at_s!r}; allowed: a number of seconds above {after_s:g}, the one before")
     if not isinstance(rows, list) or len(rows) != len(layers):
         raise ConfigError(f"{where}: expected rows of {len(layers)} layers")
-    return Piece(at_s, [_counts(where, each, name, number) for each, (name, number) in zip(rows, layers.items(), strict=True)])
+    return TraceLine(at_s, [_counts(where, each, name, number) for each, (name, number) in zip(rows, layers.items(), strict=True)])
 
 
 def _counts(where: str, rows: Any, name: str, num_experts: int) -> Rows:

@@ -1,4 +1,4 @@
-"""`moeserve simulate`: what would happen on a cluster that is not there: balance, moves, losses, speed."""
+"""`moeserve simulate`: say what would happen on a cluster that is not there: balance, moves, losses, speed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moeserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from moeserve.bench.costs import Costs
-    from moeserve.simulate import Outcome, Question
+    from moeserve.simulate import Forecast, WhatIf
 
 _MODEL: Final = {"layers": 58, "experts": 256, "top_k": 8}
 _HOSTS: Final = 32
@@ -60,17 +60,17 @@ def simulate(
     _check_numbers({**numbers, "concurrency": concurrency, "frontends": frontends, "cores": cores}, seed)
     with importing():
         from moeserve.bench.costs import REFERENCE, read_costs
-        from moeserve.simulate import Cluster, Question, Workload, load_of, simulated
+        from moeserve.simulate import SimulatedCluster, WhatIf, Workload, load_of, simulated
 
     cost = REFERENCE if costs is None else read_costs(costs)
     config = _config(source, {"layers": layers, "experts": experts, "top_k": top_k}, extra_copies, cost)
     num_hosts = _num_hosts(config, source, hosts)
-    cluster = Cluster.of(config, num_hosts, nodes)
+    cluster = SimulatedCluster.of(config, num_hosts, nodes)
     workload = Workload(
         tokens, concurrency, frontends or min(_MOST_FRONTENDS, -(-num_hosts // _HOSTS_OF_A_FRONTEND)), config.batching.max_batch_tokens
     )
-    question = Question(workload, cost, cores, fail, seed)
-    _show(simulated(cluster, load_of(load, cluster.planner.layers.specs, seed), question), question, as_json, plot)
+    what_if = WhatIf(workload, cost, cores, fail, seed)
+    _show(simulated(cluster, load_of(load, cluster.planner.layers.specs, seed), what_if), what_if, as_json, plot)
 
 
 def _config(source: str | None, model: dict[str, int | None], extra_copies: float | None, costs: Costs) -> ServiceConfig:
@@ -102,34 +102,35 @@ def _num_hosts(config: ServiceConfig, source: str | None, hosts: int | None) -> 
     return number
 
 
-def _show(outcome: Outcome, question: Question, as_json: bool, plot: Path | None) -> None:
+def _show(forecast: Forecast, what_if: WhatIf, as_json: bool, plot: Path | None) -> None:
     if plot is not None:
         from moeserve.simulate.plot import draw
 
-        draw(outcome, plot)
+        draw(forecast, plot)
     if as_json:
-        print(json.dumps(outcome.as_json()))
+        print(json.dumps(forecast.as_json()))
     else:
-        print(_sentences(outcome, question))
+        print(_sentences(forecast, what_if))
 
 
-def _sentences(outcome: Outcome, question: Question) -> str:
-    now, load = outcome.now, question.workload
+def _sentences(forecast: Forecast, what_if: WhatIf) -> str:
+    now, load = forecast.now, what_if.workload
     told = [
-        f"Balancedness of {len(now.cluster.state.assignments)} hosts: {outcome.balancedness:.3f}; "
-        f"with one copy of each expert, as dealt, {outcome.balancedness_before:.3f}."
+        f"Balancedness of {len(now.cluster.state.assignments)} hosts: {forecast.balancedness:.3f}; "
+        f"with one copy of each expert, as dealt, {forecast.balancedness_before:.3f}."
     ]
     what = f"{now.moves} experts move, {now.new} copies are added"
-    if outcome.lost_experts is None:
+    if forecast.lost_experts is None:
         told.append(f"Balancing: {what}, {now.moved_bytes / 2**30:.1f} GiB are read; a plan takes {now.plan_seconds:.2f} s.")
     else:
         told.append(
-            f"After the loss, {outcome.lost_experts} experts have no live copy; {what}, {now.moved_bytes / 2**30:.1f} GiB are read; "
+            f"After the loss, {forecast.lost_experts} experts have no live copy; {what}, {now.moved_bytes / 2**30:.1f} GiB are read; "
             f"a plan takes {now.plan_seconds:.2f} s."
         )
+    frontends = "1 frontend" if load.frontends == 1 else f"{load.frontends} frontends"
     told.append(
-        f"{load.frontends} frontends with {load.concurrency} requests of {load.tokens} tokens in progress at each: "
-        f"{outcome.calls.tokens_per_s:,.0f} tokens/s of one layer, p99 {outcome.calls.p99_ms:.1f} ms."
+        f"{frontends} with {load.concurrency} requests of {load.tokens} tokens in progress at each: "
+        f"{forecast.calls.tokens_per_s:,.0f} tokens/s of one layer, p99 {forecast.calls.p99_ms:.1f} ms."
     )
     return "\n".join(told)
 

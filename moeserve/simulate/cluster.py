@@ -17,7 +17,7 @@ _NO_BOUND_BYTES = 2**60
 
 
 @dataclass(frozen=True, eq=False)
-class Cluster:
+class SimulatedCluster:
     """Hosts that serve what `planner` places; `state` is in force. `num_nodes`: None = each host is on a node of its own."""
 
     planner: Planner
@@ -25,7 +25,7 @@ class Cluster:
     num_nodes: int | None = None
 
     @classmethod
-    def of(cls, config: ServiceConfig, num_hosts: int, num_nodes: int | None = None) -> Cluster:
+    def of(cls, config: ServiceConfig, num_hosts: int, num_nodes: int | None = None) -> SimulatedCluster:
         """As a new service places its experts. Raises ConfigError when they do not fit, or CheckpointError; reads no weights."""
         if num_nodes is not None and not 1 <= num_nodes <= num_hosts:
             raise ConfigError(f"--nodes is {num_nodes}; allowed: 1 to the number of hosts, {num_hosts}")
@@ -43,15 +43,15 @@ class Cluster:
         """The node of each host, by its number; hosts without nodes have one each."""
         return {each.number: each.node or f"node-{each.number}" for each in self.state.assignments}
 
-    def without(self, lost: Collection[int]) -> Cluster:
+    def without(self, lost: Collection[int]) -> SimulatedCluster:
         """Without these hosts, their experts on the others. Raises ConfigError when they do not fit there."""
         return self._on(tuple(each for each in self.state.assignments if each.number not in lost))
 
-    def resized(self, num_hosts: int) -> Cluster:
+    def resized(self, num_hosts: int) -> SimulatedCluster:
         """With so many hosts: the newest leave, or new ones join, each on a node of its own. Raises ConfigError when experts do not fit."""
         assert self.num_nodes is None, "nodes that are shared do not grow"
         stay, first = self.state.assignments[:num_hosts], self.state.next_number
         return self._on((*stay, *(Assignment(first + number, "") for number in range(num_hosts - len(stay)))))
 
-    def _on(self, assignments: tuple[Assignment, ...]) -> Cluster:
+    def _on(self, assignments: tuple[Assignment, ...]) -> SimulatedCluster:
         return replace(self, state=moved(self.state, assignments, len(assignments), self.planner))

@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from moeserve.bench.trace import Piece, Rows, Trace, read_trace
+from moeserve.bench.trace import Rows, Trace, TraceLine, read_trace
 from moeserve.config import LayerSpec
 from moeserve.errors import ConfigError
 
@@ -22,24 +22,24 @@ _MOST: Final = 20.0
 _ROWS_OF_AN_EXPERT: Final = 1e6
 
 
-def load_of(text: str, specs: Sequence[LayerSpec], seed: int) -> Sequence[Piece]:
+def load_of(text: str, specs: Sequence[LayerSpec], seed: int) -> Sequence[TraceLine]:
     """The load that --load names. Raises ConfigError."""
     law, colon, number = text.partition(":")
     if colon and law in _LAWS:
-        return [Piece(1.0, _drawn(law, _parameter(text, number), specs, np.random.default_rng(seed)))]
+        return [TraceLine(1.0, _drawn(law, _parameter(text, number), specs, np.random.default_rng(seed)))]
     path = Path(text)
     if not path.is_file():
         raise ConfigError(f"--load is {text!r}; allowed: zipf:S, lognormal:S, or a file that `moeserve bench --record` has written")
     return read_load(path, specs)
 
 
-def read_load(path: Path, specs: Sequence[LayerSpec]) -> Sequence[Piece]:
+def read_load(path: Path, specs: Sequence[LayerSpec]) -> Sequence[TraceLine]:
     """A recorded one, of these layers. Raises ConfigError."""
     trace = read_trace(path)
     _check_layers(path, trace, specs)
     # A gate counts experts that do not compute, too: they come last, and live nowhere.
     return [
-        Piece(piece.at_s, [rows[: spec.num_hosted_experts] for rows, spec in zip(piece.rows, specs, strict=True)]) for piece in trace.pieces
+        TraceLine(line.at_s, [rows[: spec.num_hosted_experts] for rows, spec in zip(line.rows, specs, strict=True)]) for line in trace.lines
     ]
 
 

@@ -6,22 +6,22 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from moeserve.bench.trace import Piece, Rows
+from moeserve.bench.trace import Rows, TraceLine
 from moeserve.control.changes import placed
 from moeserve.control.demand import Demand
 from moeserve.control.rounds import planned_round
 from moeserve.placement import Transition, transition
-from moeserve.simulate.cluster import Cluster
+from moeserve.simulate.cluster import SimulatedCluster
 
 
 @dataclass(frozen=True, eq=False)
 class Played:
     """After the last round: the cluster, and the rows that it was planned for.
 
-    moves, new, moved_bytes: of all rounds, as in a `Transition`; plan_seconds: of the round that took longest
+    moves, new, moved_bytes: of all rounds, as in a `Transition`; plan_seconds: CPU time of the round that took longest
     """
 
-    cluster: Cluster
+    cluster: SimulatedCluster
     demand: Sequence[Rows]
     moves: int = 0
     new: int = 0
@@ -29,7 +29,7 @@ class Played:
     plan_seconds: float = 0.0
 
 
-def played(cluster: Cluster, load: Sequence[Piece]) -> Played:
+def played(cluster: SimulatedCluster, load: Sequence[TraceLine]) -> Played:
     """A round every balancing.interval_s of the load's time, and one at its end. Raises ConfigError when experts do not fit."""
     balancing = cluster.planner.balancing
     experts = [len(rows) for rows in load[0].rows]
@@ -37,20 +37,20 @@ def played(cluster: Cluster, load: Sequence[Piece]) -> Played:
     demand.hear({"": asked}, 0.0)
     now = Played(cluster, asked)
     next_at_s = balancing.interval_s
-    for piece in load:
-        asked = [so_far + rows for so_far, rows in zip(asked, piece.rows, strict=True)]
-        demand.hear({"": asked}, piece.at_s)
-        if piece.at_s >= next_at_s or piece is load[-1]:
-            now = balanced(now, demand.rows(piece.at_s))
-            next_at_s = piece.at_s + balancing.interval_s
+    for line in load:
+        asked = [so_far + rows for so_far, rows in zip(asked, line.rows, strict=True)]
+        demand.hear({"": asked}, line.at_s)
+        if line.at_s >= next_at_s or line is load[-1]:
+            now = balanced(now, demand.rows(line.at_s))
+            next_at_s = line.at_s + balancing.interval_s
     return now
 
 
 def balanced(before: Played, demand: Sequence[Rows]) -> Played:
     """After one more round. Raises ConfigError when experts do not fit."""
-    cluster, started = before.cluster, time.perf_counter()
+    cluster, started = before.cluster, time.process_time()
     planned = planned_round(cluster.state, demand, cluster.planner)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     state = placed(cluster.state, planned.steps[-1]) if planned.steps else cluster.state
     return replace(
         _with(before, planned.cost),
@@ -67,7 +67,7 @@ def after_loss(before: Played, lost: Collection[int]) -> Played:
     return replace(after, moves=found.moves, new=found.new, moved_bytes=found.moved_bytes)
 
 
-def changed(before: Played, cluster: Cluster) -> Played:
+def changed(before: Played, cluster: SimulatedCluster) -> Played:
     """The same service on other hosts, and what has moved to get there."""
     sizes = cluster.planner.sizes(cluster.planner.layers.sources)
     cost = transition(sizes, before.cluster.state.release.placement, cluster.state.release.placement)

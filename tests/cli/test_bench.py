@@ -14,7 +14,7 @@ import torch
 from moeserve import Client
 from moeserve.api.output import ForwardOutput
 from moeserve.bench.costs import read_costs
-from moeserve.bench.fit import Measurement, Work, fitted
+from moeserve.bench.fit import Measurement, RequestWork, fitted
 from moeserve.bench.load import Load, Measured, WrongAnswer, check_answer, run
 from moeserve.bench.trace import read_trace
 from moeserve.cli.app import main
@@ -92,8 +92,8 @@ def test_a_record_is_what_the_service_was_asked(capsys: pytest.CaptureFixture[st
     assert code == 0 and json.loads(out)["runs"][0]["failed"] == 0
     trace = read_trace(file)
     assert trace.layers == {"layers.0": 4, "layers.1": 4}
-    assert len(trace.pieces) >= 2 and trace.pieces[0].at_s < trace.pieces[1].at_s
-    assert [sum(piece.rows[layer] for piece in trace.pieces).tolist() for layer in (0, 1)] == [each.tolist() for each in asked]
+    assert len(trace.lines) >= 2 and trace.lines[0].at_s < trace.lines[1].at_s
+    assert [sum(line.rows[layer] for line in trace.lines).tolist() for layer in (0, 1)] == [each.tolist() for each in asked]
     assert asked[0].sum() > 0
     config = tmp_path / "service.toml"
     config.write_text("".join("[[layers]]\nhidden_size = 16\nintermediate_size = 8\nnum_experts = 4\n" for _ in range(2)))
@@ -114,7 +114,7 @@ def test_costs_are_told_apart(capsys: pytest.CaptureFixture[str], service: Servi
 
 def test_known_costs_are_found_again() -> None:
     """From measurements that are made of them."""
-    work = Work.of([(0, range(8)), (3, range(8, 16))], [1] * 16, top_k=2)
+    work = RequestWork.of([(0, range(8)), (3, range(8, 16))], [1] * 16, top_k=2)
     found = []
     for tokens in (1, 4, 16, 64, 256, 1024):
         messages, sent, experts, rows = work.expected(tokens)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from moeserve.cli.app import main
 from moeserve.config import load_config
 from moeserve.placement import balancedness
-from moeserve.simulate import Cluster, after_loss, experts_without_copy, load_of, played
+from moeserve.simulate import SimulatedCluster, after_loss, experts_without_copy, load_of, played
 
 KEYS = {"balancedness", "balancedness_before", "plan_seconds", "tokens_per_s", "p99_ms", "moves"}
 SMALL = ("--layers", "2", "--experts", "32", "--top-k", "2", "--hosts", "8")
@@ -91,8 +91,8 @@ def test_a_recorded_load_is_played(capsys: pytest.CaptureFixture[str], tmp_path:
     """The hot expert changes; what counts is the window at the end. Zero rows say nothing."""
     trace = tmp_path / "trace.jsonl"
     hot = [[1000.0 if expert == hot else 10.0 for expert in range(8)] for hot in (0, 5)]
-    pieces = [{"at_s": 30.0 * (number + 1), "rows": [hot[number // 10]]} for number in range(20)]
-    trace.write_text("\n".join(map(json.dumps, [{"layers": {"one": 8}}, *pieces, {"at_s": 601, "rows": [[0] * 8]}])))
+    lines = [{"at_s": 30.0 * (number + 1), "rows": [hot[number // 10]]} for number in range(20)]
+    trace.write_text("\n".join(map(json.dumps, [{"layers": {"one": 8}}, *lines, {"at_s": 601, "rows": [[0] * 8]}])))
     told = simulate(capsys, source(tmp_path), "--load", str(trace), "--extra-copies", "0.5")
     assert told["balancedness"] > 0.9 > told["balancedness_before"]
     assert told["new"] + told["moves"] >= 6, "the copies of the first hot expert are of no use for the second"
@@ -180,7 +180,7 @@ def test_a_plot_is_a_png(capsys: pytest.CaptureFixture[str], tmp_path: Path, mon
 
 
 @st.composite
-def clusters(draw: st.DrawFn, min_copies: int = 1) -> Cluster:
+def clusters(draw: st.DrawFn, min_copies: int = 1) -> SimulatedCluster:
     hosts = draw(st.integers(min_copies + 1, 8))
     layer = {
         "hidden_size": 4,
@@ -189,7 +189,7 @@ def clusters(draw: st.DrawFn, min_copies: int = 1) -> Cluster:
         "gating": {"top_k": draw(st.integers(1, 3))},
     }
     balancing = {"extra_copies": draw(st.sampled_from([0.0, 0.25, 1.0])), "min_copies": min_copies}
-    return Cluster.of(load_config({"layers": [layer] * draw(st.integers(1, 3)), "balancing": balancing}), hosts)
+    return SimulatedCluster.of(load_config({"layers": [layer] * draw(st.integers(1, 3)), "balancing": balancing}), hosts)
 
 
 LOADS = st.builds(lambda law, number: f"{law}:{number}", st.sampled_from(["zipf", "lognormal"]), st.floats(0, 3))
@@ -197,19 +197,19 @@ LOADS = st.builds(lambda law, number: f"{law}:{number}", st.sampled_from(["zipf"
 
 @settings(max_examples=40, deadline=None)
 @given(clusters(), LOADS, st.integers(0, 1000))
-def test_balancing_makes_no_load_worse_and_then_moves_nothing(cluster: Cluster, load: str, seed: int) -> None:
-    pieces = load_of(load, cluster.planner.layers.specs, seed)
-    now = played(cluster, pieces)
+def test_balancing_makes_no_load_worse_and_then_moves_nothing(cluster: SimulatedCluster, load: str, seed: int) -> None:
+    lines = load_of(load, cluster.planner.layers.specs, seed)
+    now = played(cluster, lines)
     after = now.cluster.state.release.placement
-    before, even = (balancedness(placement, pieces[0].rows) for placement in (cluster.state.release.placement, after))
+    before, even = (balancedness(placement, lines[0].rows) for placement in (cluster.state.release.placement, after))
     assert 0 < before <= even + 1e-9 <= 1 + 2e-9
-    again = played(now.cluster, pieces)
+    again = played(now.cluster, lines)
     assert (again.moves, again.new) == (0, 0) and again.cluster.state.release.placement is after
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 3).flatmap(lambda copies: st.tuples(st.just(copies), clusters(copies))), LOADS, st.integers(0, 1000))
-def test_fewer_losses_than_copies_lose_no_expert(case: tuple[int, Cluster], load: str, seed: int) -> None:
+def test_fewer_losses_than_copies_lose_no_expert(case: tuple[int, SimulatedCluster], load: str, seed: int) -> None:
     copies, cluster = case
     now = played(cluster, load_of(load, cluster.planner.layers.specs, seed))
     hosts = [each.number for each in cluster.state.assignments]
@@ -224,7 +224,7 @@ def test_fewer_losses_than_copies_lose_no_expert(case: tuple[int, Cluster], load
 @given(st.integers(1, 40), st.integers(1, 8), LOADS, st.integers(0, 1000))
 def test_no_expert_is_asked_more_often_than_once_a_token(experts: int, top_k: int, load: str, seed: int) -> None:
     layer = {"hidden_size": 4, "intermediate_size": 4, "num_experts": experts, "gating": {"top_k": min(top_k, experts)}}
-    cluster = Cluster.of(load_config({"layers": [layer]}), 1)
+    cluster = SimulatedCluster.of(load_config({"layers": [layer]}), 1)
     (rows,) = load_of(load, cluster.planner.layers.specs, seed)[0].rows
     assert rows.sum() > 0 and (rows >= 0).all()
     assert rows.max() <= rows.sum() / min(top_k, experts) * (1 + 1e-6)

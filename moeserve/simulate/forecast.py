@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 
 from moeserve.bench.costs import Costs
-from moeserve.bench.trace import Piece, Rows
+from moeserve.bench.trace import Rows, TraceLine
 from moeserve.errors import ConfigError
 from moeserve.placement import Placement, balancedness, host_rows, plan_placement
 from moeserve.simulate.calls import Calls, Workload, simulated_calls
-from moeserve.simulate.cluster import Cluster
+from moeserve.simulate.cluster import SimulatedCluster
 from moeserve.simulate.cores import Cores
 from moeserve.simulate.play import Played, after_loss, played
 from moeserve.simulate.work import LayerWork
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
+class WhatIf:
     """What is asked: callers' `workload`, at these `costs`; cores of each node, None = enough; fail: hosts, or nodes, that are lost."""
 
     workload: Workload
@@ -31,7 +31,7 @@ class Question:
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
+class Forecast:
     """balancedness_before: of one copy of each expert, as dealt; lost_experts: without a live copy, None = nothing was to fail.
 
     before, after: those placements, with the rows they are for
@@ -66,28 +66,28 @@ class Outcome:
         return _relative(self.before, self.now.demand), _relative(self.now.cluster.state.release.placement, self.now.demand)
 
 
-def simulated(cluster: Cluster, load: Sequence[Piece], question: Question) -> Outcome:
+def simulated(cluster: SimulatedCluster, load: Sequence[TraceLine], what_if: WhatIf) -> Forecast:
     """Plays the load to the balancing, then fails, then calls. Raises ConfigError when experts do not fit, or nothing would be left."""
-    planner, drawn = cluster.planner, np.random.default_rng(question.seed)
-    lost = _lost(cluster, question.fail, drawn)
+    planner, drawn = cluster.planner, np.random.default_rng(what_if.seed)
+    lost = _lost(cluster, what_if.fail, drawn)
     before = plan_placement(planner.layers.specs, planner.placing.model_copy(update={"copies": 1, "experts_per_host": None}))
     now, lost_experts = played(cluster, load), None
-    if question.fail:
+    if what_if.fail:
         lost_experts = experts_without_copy(now.cluster.state.release.placement, lost)
         now = after_loss(now, lost)
     placement, stages = now.cluster.state.release.placement, planner.placing.pipeline_stages
-    return Outcome(
+    return Forecast(
         balancedness(placement, now.demand, stages),
         balancedness(before, now.demand, stages),
         lost_experts,
         now,
-        calls_on(now, question),
-        question.costs,
+        calls_on(now, what_if),
+        what_if.costs,
         before,
     )
 
 
-def calls_on(now: Played, question: Question) -> Calls:
+def calls_on(now: Played, what_if: WhatIf) -> Calls:
     """The workload on a cluster as it is, with the demand that it was planned for."""
     planner, placement = now.cluster.planner, now.cluster.state.release.placement
     work = [
@@ -95,13 +95,13 @@ def calls_on(now: Played, question: Question) -> Calls:
             layer,
             rows / rows.sum() if rows.sum() > 0 else np.full(len(rows), 1 / len(rows)),
             spec.gating.top_k,
-            question.costs.scaled(spec.hidden_size, spec.intermediate_size) if spec.intermediate_size else question.costs,
+            what_if.costs.scaled(spec.hidden_size, spec.intermediate_size) if spec.intermediate_size else what_if.costs,
             planner.placing.copy_choice,
         )
         for layer, rows, spec in zip(placement.layers, now.demand, planner.layers.specs, strict=True)
     ]
-    cores = Cores(now.cluster.nodes, question.cores_per_node)
-    return simulated_calls(placement, work, question.workload, cores, work[0].costs, question.seed)
+    cores = Cores(now.cluster.nodes, what_if.cores_per_node)
+    return simulated_calls(placement, work, what_if.workload, cores, work[0].costs, what_if.seed)
 
 
 def experts_without_copy(placement: Placement, lost: Collection[int]) -> int:
@@ -110,7 +110,7 @@ def experts_without_copy(placement: Placement, lost: Collection[int]) -> int:
     return sum(int((layer.live_copies(is_live) == 0).sum()) for layer in placement.layers)
 
 
-def _lost(cluster: Cluster, fail: int, drawn: np.random.Generator) -> set[int]:
+def _lost(cluster: SimulatedCluster, fail: int, drawn: np.random.Generator) -> set[int]:
     """Random hosts; where there are nodes, those of random nodes."""
     nodes = cluster.nodes
     names = sorted(set(nodes.values()), key=lambda name: int(name.rpartition("-")[2]))
