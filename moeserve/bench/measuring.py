@@ -33,7 +33,7 @@ async def measured_costs(client: AsyncClient, wanted: int | str, inputs: Inputs)
         for number in range(_ROUNDS):
             for tokens in list(sizes):
                 try:
-                    await _measure(client, inputs.make(layer, tokens), sizes[tokens])
+                    await _measure(client, layer, inputs.make(layer, tokens), sizes[tokens])
                 except InvalidRequest:
                     if number or len(sizes) <= 2:
                         raise
@@ -44,21 +44,22 @@ async def measured_costs(client: AsyncClient, wanted: int | str, inputs: Inputs)
     return fitted((layer.hidden_size, layer.intermediate_size), [*sizes.values()], work)
 
 
-async def _measure(client: AsyncClient, requests: Sequence[WireRequest], into: Measurement) -> None:
+async def _measure(client: AsyncClient, layer: LayerInfo, requests: Sequence[WireRequest], into: Measurement) -> None:
     """A few requests, one after the other."""
-    await _ask(client, requests[-_WARM_UP:])
+    await _ask(client, layer, requests[-_WARM_UP:])
     before = await client.stats()
-    into.latencies_s.append(await _ask(client, requests[:_REQUESTS]))
+    into.latencies_s.append(await _ask(client, layer, requests[:_REQUESTS]))
     after = await client.stats()
     for stage in since(after.stages, before.stages):
         into.stages_s.setdefault(stage.name, []).append(stage.sum_s / _REQUESTS)
 
 
-async def _ask(client: AsyncClient, requests: Sequence[WireRequest]) -> float:
+async def _ask(client: AsyncClient, layer: LayerInfo, requests: Sequence[WireRequest]) -> float:
     """Seconds of one of them, on average."""
     began = time.perf_counter()
     for request in requests:
-        check_answer(await client.forward(request.hidden_states, layer=request.layer, token_ids=request.token_ids), request.hidden_states)
+        answer = await client.forward(request.hidden_states, layer=layer.index, token_ids=request.token_ids)
+        check_answer(answer, request.hidden_states)
     return (time.perf_counter() - began) / len(requests)
 
 

@@ -6,6 +6,8 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from moeserve.bench.trace import Rows, TraceLine
 from moeserve.control.changes import placed
 from moeserve.control.demand import Demand
@@ -31,15 +33,13 @@ class Played:
 
 def played(cluster: SimulatedCluster, load: Sequence[TraceLine]) -> Played:
     """A round every balancing.interval_s of the load's time, and one at its end. Raises ConfigError when experts do not fit."""
-    balancing = cluster.planner.balancing
-    experts = [len(rows) for rows in load[0].rows]
-    demand, asked = Demand(experts, balancing.window_s), [rows * 0 for rows in load[0].rows]
-    demand.hear({"": asked}, 0.0)
-    now = Played(cluster, asked)
-    next_at_s = balancing.interval_s
+    balancing, counted = cluster.planner.balancing, [np.zeros(len(rows), dtype=np.int64) for rows in load[0].rows]
+    demand = Demand([len(rows) for rows in counted], balancing.window_s)
+    demand.hear({"": counted}, 0.0)
+    now, next_at_s = Played(cluster, []), balancing.interval_s
     for line in load:
-        asked = [so_far + rows for so_far, rows in zip(asked, line.rows, strict=True)]
-        demand.hear({"": asked}, line.at_s)
+        counted = [so_far + rows.astype(np.int64) for so_far, rows in zip(counted, line.rows, strict=True)]
+        demand.hear({"": counted}, line.at_s)
         if line.at_s >= next_at_s or line is load[-1]:
             now = balanced(now, demand.rows(line.at_s))
             next_at_s = line.at_s + balancing.interval_s

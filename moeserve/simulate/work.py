@@ -51,4 +51,4 @@ class LayerWork:
         # A token that chooses several experts of a host travels there once.
         share = np.bincount(layer.host_of_physical[used], weights=rows[used], minlength=layer.num_hosts)[hosts] / max(1, len(units))
         sent_rows = float((tokens * (1 - (1 - share) ** (self.top_k * shards))).sum())
-        return Parts(hosts, costs.pass_s + of_host[hosts], sent_rows)
+        return Parts(hosts, np.asarray(costs.pass_s + of_host[hosts], dtype=np.float64), sent_rows)
