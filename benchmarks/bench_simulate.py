@@ -9,21 +9,25 @@ a service is on one machine, so `simulate` gets its cores.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from bench_precision import cpu_model
+
+from moeserve.cli.app import main as main_of_moeserve
 
 CONFIG = """
 [[layers]]
@@ -48,6 +52,7 @@ HEADER = (
 
 def main() -> None:
     options = parse()
+    torch.set_num_threads(1)
     print(f"{date.today()}, {cpu_model()}, {os.cpu_count()} cores")
     print(", ".join(f"{name} {version(name)}" for name in ("moeserve", "torch", "grpcio")))
     print(HEADER, flush=True)
@@ -139,15 +144,18 @@ def line(layer: dict[str, int], load: str, hosts: int, real: dict[str, float], s
 
 
 def typical(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The median of each figure."""
-    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    """The median of each figure, and of each figure of a list."""
+    return {name: np.median([row[name] for row in rows], axis=0).tolist() for name in rows[0]}
 
 
 def moeserve(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "moeserve", *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"moeserve {' '.join(arguments)}: {done.stderr}")
-    return done.stdout
+    """A verb in this process, which has imported everything already."""
+    out = io.StringIO()
+    with redirect_stdout(out):
+        code = main_of_moeserve(arguments)
+    if code:
+        raise SystemExit(f"moeserve {' '.join(arguments)}: exit code {code}")
+    return out.getvalue()
 
 
 if __name__ == "__main__":

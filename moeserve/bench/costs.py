@@ -6,7 +6,6 @@ T tokens of a batch, H hidden size, I intermediate size.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Final
@@ -18,6 +17,7 @@ from moeserve.files import read_file
 _MAX_BYTES: Final = 2**16
 #: a cost above this is a mistake
 _MOST_S: Final = 3600.0
+_MOST_VALUES: Final = 1000
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Costs:
     hop_s, sent_row_s: of a message to a host, and of each row in it, one for a token however many experts it has there
     summed_row_s: of each row that comes back and is added up
     pass_s, expert_s, row_s: on a host, of a pass, of each expert in it, whose weights are read, and of each row of an expert
+    spread: what the same call took again and again, divided by its mean: as many equally frequent values
     """
 
     hidden_size: int
@@ -43,6 +44,7 @@ class Costs:
     pass_s: float
     expert_s: float
     row_s: float
+    spread: tuple[float, ...] = (1.0,)
 
     def scaled(self, hidden_size: int, intermediate_size: int) -> Costs:
         """For experts of other sizes: rows are as long as H, weights and their work as large as H * I."""
@@ -84,10 +86,17 @@ def read_costs(path: Path) -> Costs:
     names = [field.name for field in fields(Costs)]
     if not isinstance(found, dict) or set(found) != set(names):
         raise ConfigError(f"{path} has other keys than costs have, which are {', '.join(names)}")
+    spread = found.pop("spread")
+    if not isinstance(spread, list) or not 0 < len(spread) <= _MOST_VALUES or not all(_is_number(each, _MOST_S) for each in spread):
+        raise ConfigError(f"{path}: spread is {spread!r:.80}; allowed: 1..{_MOST_VALUES} numbers from 0 to {_MOST_S:g}")
     for name, value in found.items():
         is_size = not name.endswith("_s")
         if is_size and not (type(value) is int and 0 < value <= MAX_SIZE):
             raise ConfigError(f"{path}: {name} is {value!r}; allowed: 1..{MAX_SIZE}")
-        if not is_size and not (type(value) in (int, float) and math.isfinite(value) and 0 <= value <= _MOST_S):
+        if not is_size and not _is_number(value, _MOST_S):
             raise ConfigError(f"{path}: {name} is {value!r}; allowed: seconds from 0 to {_MOST_S:g}")
-    return Costs(**found)
+    return Costs(**found, spread=tuple(spread))
+
+
+def _is_number(value: object, most: float) -> bool:
+    return type(value) in (int, float) and 0 <= value <= most  # type: ignore[operator]

@@ -15,6 +15,8 @@ import numpy.typing as npt
 from moeserve.bench.costs import Costs
 
 _DRAWS: Final = 200
+#: of the spread
+_VALUES: Final = 100
 _STAGES: Final = ("queue", "route", "dispatch", "experts", "combine")
 
 Floats = npt.NDArray[np.float64]
@@ -22,10 +24,10 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
-    """Requests of T tokens, round by round: seconds of a request, and of each stage of the frontend."""
+    """Requests of T tokens, the same ones in each round: seconds of each request, and the mean of each stage of the frontend."""
 
     tokens: int
-    latencies_s: list[float] = field(default_factory=list)
+    latencies_s: list[list[float]] = field(default_factory=list)
     stages_s: dict[str, list[float]] = field(default_factory=dict)
 
     def stage_s(self, name: str) -> float:
@@ -36,7 +38,13 @@ class Measurement:
     def call_s(self) -> float:
         """Outside of the stages: the median over the rounds."""
         inside = np.sum([self.stages_s.get(name, [0.0] * len(self.latencies_s)) for name in _STAGES], axis=0)
-        return float(np.median(np.array(self.latencies_s) - inside))
+        return float(np.median(np.mean(self.latencies_s, axis=1) - inside))
+
+    @property
+    def spread(self) -> Floats:
+        """Of each request, what it took in each round, divided by its mean."""
+        seconds = np.array(self.latencies_s)
+        return np.asarray(seconds / seconds.mean(axis=0)).ravel()
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +92,9 @@ def fitted(sizes: tuple[int, int], found: Sequence[Measurement], work: RequestWo
     pass_s, expert_s, row_s = stage("experts", one, experts, rows)
     combine_s, summed_row_s = stage("combine", one, sent)
     whole_s = batch_s + queue_s + combine_s
-    return Costs(*sizes, call_s, call_token_s, whole_s, token_s, hop_s, sent_row_s, summed_row_s, pass_s, expert_s, row_s)
+    spread = np.quantile(np.concatenate([each.spread for each in found]), (np.arange(_VALUES) + 0.5) / _VALUES)
+    values = tuple((spread / spread.mean()).tolist())
+    return Costs(*sizes, call_s, call_token_s, whole_s, token_s, hop_s, sent_row_s, summed_row_s, pass_s, expert_s, row_s, values)
 
 
 def _least_squares(columns: Floats, seconds: Floats) -> list[float]:

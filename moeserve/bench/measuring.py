@@ -19,7 +19,7 @@ from moeserve.observe.summary import demand, since
 #: tokens of the requests, as far as the service takes so many
 _TOKENS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 #: over all sizes, so that what disturbs the machine disturbs all of them
-_ROUNDS: Final = 5
+_ROUNDS: Final = 8
 _REQUESTS, _WARM_UP = 6, 2
 
 
@@ -54,13 +54,15 @@ async def _measure(client: AsyncClient, layer: LayerInfo, requests: Sequence[Wir
         into.stages_s.setdefault(stage.name, []).append(stage.sum_s / _REQUESTS)
 
 
-async def _ask(client: AsyncClient, layer: LayerInfo, requests: Sequence[WireRequest]) -> float:
-    """Seconds of one of them, on average."""
-    began = time.perf_counter()
+async def _ask(client: AsyncClient, layer: LayerInfo, requests: Sequence[WireRequest]) -> list[float]:
+    """Seconds of each."""
+    seconds = []
     for request in requests:
+        began = time.perf_counter()
         answer = await client.forward(request.hidden_states, layer=layer.index, token_ids=request.token_ids)
+        seconds.append(time.perf_counter() - began)
         check_answer(answer, request.hidden_states)
-    return (time.perf_counter() - began) / len(requests)
+    return seconds
 
 
 async def _counts(client: AsyncClient, layer: LayerInfo) -> LayerStats:

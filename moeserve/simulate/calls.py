@@ -157,11 +157,13 @@ class _Simulation:
             parts = self._work[layer].parts(tokens, np.maximum(self._host_s - start, 0.0), self._drawn)
             before_s = len(batch) * self._call_s() + costs.batch_s + costs.token_s * tokens
             before_s += costs.hop_s * len(parts.hosts) + costs.sent_row_s * parts.sent_rows
-            one.loop_s = self._cores.take(frontend, start, before_s)
-            ends = self._cores.passes(one.loop_s, parts.hosts, parts.seconds, self._host_s)
+            after_s = costs.summed_row_s * parts.sent_rows + len(batch) * self._call_s()
+            by_chance = costs.spread[int(self._drawn.integers(len(costs.spread)))]
+            one.loop_s = self._cores.take(frontend, start, by_chance * before_s)
+            ends = self._cores.passes(one.loop_s, parts.hosts, by_chance * parts.seconds, self._host_s)
             self._host_s[parts.hosts] = ends
-            self._busy_s[parts.hosts] += parts.seconds
-            self._push(float(ends.max()), batch, costs.summed_row_s * parts.sent_rows + len(batch) * self._call_s())
+            self._busy_s[parts.hosts] += by_chance * parts.seconds
+            self._push(float(ends.max()), batch, by_chance * after_s)
 
     def _finish(self, now: float, batch: list[_Request], post_s: float) -> None:
         frontend, layer = batch[0].frontend, batch[0].layer

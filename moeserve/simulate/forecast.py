@@ -58,7 +58,7 @@ class Forecast:
             "moved_bytes": self.now.moved_bytes,
             **({} if self.lost_experts is None else {"lost_experts": self.lost_experts}),
             "hosts": len(self.now.cluster.state.assignments),
-            "costs": asdict(self.costs),
+            "costs": {name: value for name, value in asdict(self.costs).items() if name != "spread"},
         }
 
     def loads(self) -> tuple[Rows, Rows]:

@@ -126,11 +126,21 @@ def test_known_costs_are_found_again() -> None:
             "combine": 1e-6 * sent,
         }
         latency = sum(stages.values()) + 1e-3 + 5e-6 * tokens
-        found.append(Measurement(tokens, [latency] * 3, {name: [seconds] * 3 for name, seconds in stages.items()}))
+        found.append(Measurement(tokens, [[latency] * 2] * 3, {name: [seconds] * 3 for name, seconds in stages.items()}))
     costs = fitted((8, 4), found, work)
     assert [costs.call_s, costs.call_token_s, costs.batch_s, costs.token_s] == pytest.approx([1e-3, 5e-6, 2e-4, 3e-6], rel=1e-3)
     assert [costs.hop_s, costs.sent_row_s, costs.summed_row_s] == pytest.approx([1e-4, 2e-6, 1e-6], rel=1e-3)
     assert [costs.pass_s, costs.expert_s, costs.row_s] == pytest.approx([5e-4, 3e-4, 4e-5], rel=1e-3)
+    assert set(costs.spread) == {1.0}
+
+
+def test_what_takes_longer_by_chance_is_the_spread() -> None:
+    """One round of four took twice as long: whatever the request, a quarter of the values is above the mean."""
+    measured = Measurement(8, [[0.1, 0.3], [0.1, 0.3], [0.2, 0.6], [0.1, 0.3]], {"route": [1e-3] * 4})
+    spread = fitted((8, 4), [measured, measured], RequestWork.of([(0, range(4))], [1] * 4, top_k=1)).spread
+    assert sum(spread) == pytest.approx(len(spread))
+    assert max(spread) == pytest.approx(2 * min(spread), rel=0.05)
+    assert sum(each > 1 for each in spread) == pytest.approx(len(spread) / 4, abs=2)
 
 
 @pytest.mark.parametrize(

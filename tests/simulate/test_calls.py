@@ -48,6 +48,13 @@ def test_a_single_caller_waits_for_the_sum_of_the_costs() -> None:
     assert found.p99_ms == pytest.approx(1e3 * expected_s)
 
 
+def test_calls_take_longer_by_chance_as_they_did_when_measured() -> None:
+    costs = replace(ROWS_ONLY, spread=(*[0.9] * 98, 4.0, 7.8))
+    found = calls(1, 1, Workload(10, 1, 1), costs)
+    assert np.unique(np.round(found.latencies_s, 6)).tolist() == pytest.approx([0.009, 0.04, 0.078])
+    assert found.p99_ms == pytest.approx(40, rel=0.01) or found.p99_ms == pytest.approx(78, rel=0.01)
+
+
 def test_hosts_with_cores_of_their_own_share_the_work() -> None:
     one, four = (calls(hosts, 8, Workload(64, 8, 1), ROWS_ONLY) for hosts in (1, 4))
     assert one.tokens_per_s == pytest.approx(1000, rel=0.01)
