@@ -62,16 +62,16 @@ class Costs:
 REFERENCE: Final = Costs(
     hidden_size=1024,
     intermediate_size=1024,
-    call_s=0.9e-3,
-    call_token_s=4e-6,
-    batch_s=0.3e-3,
+    call_s=1e-3,
+    call_token_s=5e-6,
+    batch_s=0.4e-3,
     token_s=1e-6,
     hop_s=0.1e-3,
     sent_row_s=1e-6,
     summed_row_s=1e-6,
-    pass_s=0.1e-3,
-    expert_s=0.5e-3,
-    row_s=60e-6,
+    pass_s=0.2e-3,
+    expert_s=0.75e-3,
+    row_s=45e-6,
 )
 
 
