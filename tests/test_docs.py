@@ -63,3 +63,17 @@ def test_every_metric_and_option_is_documented() -> None:
         section = text.split(f"## `moeserve {verb.__name__} TARGET`")[1].split("\n## ")[0]
         for name in set(inspect.signature(verb).parameters) - {"target"}:
             assert f"--{name.removeprefix('as_').replace('_', '-')}" in section, name
+
+
+def test_every_option_of_simulate_and_every_key_of_its_answer_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
+    import inspect
+    import json
+
+    from moeserve.cli.app import main
+    from moeserve.cli.simulate import simulate
+
+    section = (ROOT / "docs" / "scaling.md").read_text().split("## What if")[1]
+    for name in set(inspect.signature(simulate).parameters) - {"source"}:
+        assert f"`--{name.removeprefix('as_').replace('_', '-')}`" in section, name
+    assert main(["simulate", "--layers", "1", "--experts", "4", "--top-k", "1", "--hosts", "2", "--fail", "1", "--json"]) == 0
+    assert all(f"`{key}`" in section for key in json.loads(capsys.readouterr().out))

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from moeserve.cli.signals import importing
-from moeserve.config import MAX_EXPERTS, MAX_HOSTS, MAX_LAYERS, ServiceConfig, load_config
+from moeserve.config import MAX_EXPERTS, MAX_HOSTS, MAX_LAYERS, MAX_PHYSICAL, ServiceConfig, load_config
 from moeserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from moeserve.bench.costs import Costs
-    from moeserve.simulate import Forecast, WhatIf
+    from moeserve.simulate import Forecast, WhatIf, Workload
 
 _MODEL: Final = {"layers": 58, "experts": 256, "top_k": 8}
 _HOSTS: Final = 32
@@ -29,6 +29,7 @@ _MOST: Final = {
     "frontends": 1024,
     "cores": 4096,
 }
+_MOST_CALLERS, _MOST_PAIRS = 2**14, 2**22
 #: one frontend for so many hosts, and at most so many, if nobody says how many
 _HOSTS_OF_A_FRONTEND, _MOST_FRONTENDS = 8, 64
 
@@ -66,11 +67,12 @@ def simulate(
     config = _config(source, {"layers": layers, "experts": experts, "top_k": top_k}, extra_copies, cost)
     num_hosts = _num_hosts(config, source, hosts)
     cluster = SimulatedCluster.of(config, num_hosts, nodes)
-    workload = Workload(
-        tokens, concurrency, frontends or min(_MOST_FRONTENDS, -(-num_hosts // _HOSTS_OF_A_FRONTEND)), config.batching.max_batch_tokens
-    )
+    specs = cluster.planner.layers.specs
+    frontends = frontends or min(_MOST_FRONTENDS, -(-num_hosts // _HOSTS_OF_A_FRONTEND))
+    workload = Workload(tokens, concurrency, frontends, config.batching.max_batch_tokens)
+    _check_workload(workload, max(spec.gating.top_k for spec in specs))
     what_if = WhatIf(workload, cost, cores, fail, seed)
-    _show(simulated(cluster, load_of(load, cluster.planner.layers.specs, seed), what_if), what_if, as_json, plot)
+    _show(simulated(cluster, load_of(load, specs, seed), what_if), what_if, as_json, plot)
 
 
 def _config(source: str | None, model: dict[str, int | None], extra_copies: float | None, costs: Costs) -> ServiceConfig:
@@ -82,6 +84,8 @@ def _config(source: str | None, model: dict[str, int | None], extra_copies: floa
         return load_config(source, balancing)
     sizes = {name: model[name] or default for name, default in _MODEL.items()}
     _check(sizes["top_k"] <= sizes["experts"], f"--top-k is {sizes['top_k']}; allowed: 1 to --experts, {sizes['experts']}")
+    number = sizes["layers"] * sizes["experts"]
+    _check(number <= MAX_PHYSICAL, f"--layers and --experts make {number} experts; allowed: at most {MAX_PHYSICAL}")
     layer = {
         "hidden_size": costs.hidden_size,
         "intermediate_size": costs.intermediate_size,
@@ -140,6 +144,14 @@ def _check_numbers(numbers: dict[str, Any], seed: int) -> None:
         flag = "--" + name.replace("_", "-")
         _check(value is None or 1 <= value <= _MOST[name], f"{flag} is {value}; allowed: 1 to {_MOST[name]}")
     _check(0 <= seed < 2**63, f"--seed is {seed}; allowed: 0 to 2^63 - 1")
+
+
+def _check_workload(workload: Workload, top_k: int) -> None:
+    """Checked before anything is as large as that."""
+    callers, tokens = workload.concurrency * workload.frontends, workload.tokens
+    pairs = top_k * max(tokens, min(workload.max_batch_tokens, workload.concurrency * tokens))
+    _check(callers <= _MOST_CALLERS, f"--concurrency at each of --frontends makes {callers} requests; allowed: at most {_MOST_CALLERS}")
+    _check(pairs <= _MOST_PAIRS, f"--tokens is {tokens}, with {pairs} rows of experts in a batch; allowed: at most {_MOST_PAIRS}")
 
 
 def _check(holds: bool, sentence: str) -> None:

@@ -118,6 +118,9 @@ def test_a_recorded_load_is_played(capsys: pytest.CaptureFixture[str], tmp_path:
         (("--fail", "32"), "--fail is 32; allowed: 0 to 31, because one of 32 hosts must be left"),
         (("--fail", "-1"), "--fail is -1; allowed: 0 to 31"),
         (("--nodes", "4", "--fail", "4"), "because one of 4 nodes must be left"),
+        (("--layers", "4096", "--experts", "1048576"), "make 4294967296 experts; allowed: at most 4194304"),
+        (("--concurrency", "4096", "--frontends", "1024"), "makes 4194304 requests; allowed: at most 16384"),
+        (("--tokens", "1000000"), "--tokens is 1000000, with 8000000 rows of experts in a batch; allowed: at most 4194304"),
         (("--seed", "-1"), "--seed is -1"),
         (("--tokens", "0"), "--tokens is 0"),
         (("--costs", "{folder}/none"), "is not a readable file of costs"),
@@ -195,7 +198,7 @@ def clusters(draw: st.DrawFn, min_copies: int = 1) -> SimulatedCluster:
 LOADS = st.builds(lambda law, number: f"{law}:{number}", st.sampled_from(["zipf", "lognormal"]), st.floats(0, 3))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(clusters(), LOADS, st.integers(0, 1000))
 def test_balancing_makes_no_load_worse_and_then_moves_nothing(cluster: SimulatedCluster, load: str, seed: int) -> None:
     lines = load_of(load, cluster.planner.layers.specs, seed)
@@ -207,7 +210,7 @@ def test_balancing_makes_no_load_worse_and_then_moves_nothing(cluster: Simulated
     assert (again.moves, again.new) == (0, 0) and again.cluster.state.release.placement is after
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(2, 3).flatmap(lambda copies: st.tuples(st.just(copies), clusters(copies))), LOADS, st.integers(0, 1000))
 def test_fewer_losses_than_copies_lose_no_expert(case: tuple[int, SimulatedCluster], load: str, seed: int) -> None:
     copies, cluster = case
@@ -220,7 +223,7 @@ def test_fewer_losses_than_copies_lose_no_expert(case: tuple[int, SimulatedClust
     assert experts_without_copy(placement, set()) == 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 8), LOADS, st.integers(0, 1000))
 def test_no_expert_is_asked_more_often_than_once_a_token(experts: int, top_k: int, load: str, seed: int) -> None:
     layer = {"hidden_size": 4, "intermediate_size": 4, "num_experts": experts, "gating": {"top_k": min(top_k, experts)}}
