@@ -184,12 +184,12 @@ def test_a_plot_is_a_png(capsys: pytest.CaptureFixture[str], tmp_path: Path, mon
 
 @st.composite
 def clusters(draw: st.DrawFn, min_copies: int = 1) -> SimulatedCluster:
-    hosts = draw(st.integers(min_copies + 1, 8))
+    hosts, top_k = draw(st.integers(min_copies + 1, 8)), draw(st.integers(1, 3))
     layer = {
         "hidden_size": 4,
         "intermediate_size": 4,
-        "num_experts": draw(st.integers(hosts, 24)),
-        "gating": {"top_k": draw(st.integers(1, 3))},
+        "num_experts": draw(st.integers(max(hosts, top_k), 24)),
+        "gating": {"top_k": top_k},
     }
     balancing = {"extra_copies": draw(st.sampled_from([0.0, 0.25, 1.0])), "min_copies": min_copies}
     return SimulatedCluster.of(load_config({"layers": [layer] * draw(st.integers(1, 3)), "balancing": balancing}), hosts)
