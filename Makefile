@@ -30,7 +30,7 @@ FAST := $(wildcard tests/test_*.py) $(addprefix tests/,config control gating hos
 	experts/test_activations.py experts/test_choice.py experts/test_quantized_matrix.py frontend/test_admission.py frontend/test_batcher.py \
 	frontend/test_copies.py frontend/test_health.py frontend/test_hedges.py frontend/test_policy.py frontend/test_views.py k8s/test_references.py \
 	server/test_forward.py server/test_lifecycle.py server/test_refusals.py server/test_stream.py service/test_admin.py service/test_equality.py \
-	service/test_scale.py service/test_stats.py service/test_swap.py)
+	service/test_scale.py service/test_stats.py service/test_swap.py simulate/test_calls.py)
 
 check: lint
 	@$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "not ray and not slow" $(FAST)
