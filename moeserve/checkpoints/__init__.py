@@ -3,11 +3,11 @@
 from moeserve.checkpoints.family import Family, Layout
 from moeserve.checkpoints.fingerprint import FileMark, Fingerprint, fingerprint_of
 from moeserve.checkpoints.layouts import ExpertLayout, Flat, Separate, Stacked
-from moeserve.checkpoints.memory import check_change, check_memory, host_bytes, layer_size, memory_bytes, memory_warning
+from moeserve.checkpoints.memory import check_change, check_memory, host_bytes, in_memory, layer_size, memory_bytes, memory_warning
 from moeserve.checkpoints.memory_group import MemoryGroup
 from moeserve.checkpoints.resolve import layer_sources
 from moeserve.checkpoints.saving import SavedLayer, prefixed, save, saved_experts
-from moeserve.checkpoints.source import LayerSource, bank_bytes, load_bank, load_experts, make_bank
+from moeserve.checkpoints.source import LayerSource, bank_bytes, bank_form, load_bank, load_experts, make_bank
 from moeserve.checkpoints.swapped import ReleasedLayer, ServedLayers, Swap, compacted, layer_fingerprints
 
 __all__ = [
@@ -26,11 +26,13 @@ __all__ = [
     "Stacked",
     "Swap",
     "bank_bytes",
+    "bank_form",
     "check_change",
     "check_memory",
     "compacted",
     "fingerprint_of",
     "host_bytes",
+    "in_memory",
     "layer_fingerprints",
     "layer_size",
     "layer_sources",

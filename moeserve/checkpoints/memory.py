@@ -9,7 +9,7 @@ import numpy as np
 
 from moeserve.checkpoints.memory_group import MemoryGroup
 from moeserve.checkpoints.source import LayerSource, bank_bytes
-from moeserve.config import PlacementConfig
+from moeserve.config import PlacementConfig, StoreConfig
 from moeserve.errors import ConfigError
 from moeserve.experts import ExpertShard
 from moeserve.observe.stats import host_name
@@ -35,8 +35,27 @@ def layer_size(source: LayerSource, tensor_parallel: int = 1) -> LayerSize:
     return LayerSize(spec.name, np.array([source.nbytes(shard) for shard in shards], dtype=np.int64), source.shared_nbytes())
 
 
+def in_memory(nbytes: Sequence[int], sources: Sequence[LayerSource], placing: PlacementConfig, store: StoreConfig) -> list[int]:
+    """What is in the memory of hosts whose experts have so many bytes: all of it, or, with store.spill, as much as there is room for.
+
+    Raises ConfigError when there is no room for one of the experts that are read when rows need them.
+    """
+    limit = placing.memory_per_host_bytes
+    if store.spill is None or limit is None:
+        return list(nbytes)
+    for source in sources:
+        size = layer_size(source, placing.tensor_parallel)
+        largest = max(int(size.unit_bytes.max()), size.shared_bytes)
+        if largest > limit:
+            raise ConfigError(
+                f"placement.memory_per_host_bytes is {limit}, but an expert of layer {source.spec.name} has {largest} bytes; "
+                f"allowed with store.spill: at least the bytes of the largest expert"
+            )
+    return [min(each, limit) for each in nbytes]
+
+
 def check_memory(nbytes: Sequence[int], placing: PlacementConfig, machine_bytes: int | None) -> None:
-    """`nbytes` of every host; `machine_bytes` is what this machine has, where all hosts without a GPU are in its memory.
+    """`nbytes` in the memory of every host; `machine_bytes` is what this machine has, where all hosts without a GPU are in its memory.
 
     Raises ConfigError when weights do not fit.
     """
@@ -46,7 +65,7 @@ def check_memory(nbytes: Sequence[int], placing: PlacementConfig, machine_bytes:
         raise ConfigError(
             f"{host_name(largest)} would hold {_gib(nbytes[largest])} of weights, "
             f"but placement.memory_per_host_bytes allows {_gib(limit)}: "
-            "use more hosts, fewer copies, or a smaller model.dtype or model.quantization"
+            "use more hosts, fewer copies, a smaller model.dtype or model.quantization, or store.spill"
         )
     if machine_bytes is not None and not placing.gpus_per_host and sum(nbytes) > machine_bytes:
         raise ConfigError(

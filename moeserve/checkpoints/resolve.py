@@ -46,6 +46,11 @@ def layer_sources(served: ServedModel) -> list[LayerSource]:
                 f"model.quantization is {model.quantization!r}, but the experts of layer {source.spec.name} are modules; "
                 f"allowed: only feed-forward experts are quantized"
             )
+        if (source.spec.module or source.spec.shared_module) and served.store.spill is not None:
+            raise ConfigError(
+                f"store.spill is {served.store.spill!r}, but the experts of layer {source.spec.name} are modules, which may keep a state; "
+                f"allowed: only feed-forward experts are read again"
+            )
     return sources
 
 

@@ -12,7 +12,7 @@ import torch
 
 from moeserve.api.tensors import FLOAT_DTYPES
 from moeserve.config import LayerSpec
-from moeserve.experts import Expert, ExpertBank, ExpertShard, FeedForward, HeldExpert, Placer, QuantizedFeedForward, quantize
+from moeserve.experts import BankForm, Expert, ExpertBank, ExpertShard, FeedForward, HeldExpert, Placer, QuantizedFeedForward, quantize
 from moeserve.gating import Mixer, Router
 
 _CPU = torch.device("cpu")
@@ -98,6 +98,12 @@ def make_bank(source: LayerSource, held: Sequence[HeldExpert], shared: HeldExper
         about = (spec.name, bank.num_experts, source.held_as, bank.nbytes / 2**20)
         log.info("layer %s: %d experts held as %s (%.1f MiB), decoded for every projection", *about)
     return bank
+
+
+def bank_form(spec: LayerSpec, device: torch.device) -> BankForm:
+    """That of any bank of a layer."""
+    has_shared = spec.shared_mixing is not None
+    return BankForm(spec.hidden_size, FLOAT_DTYPES[spec.dtype], device, spec.gating.scale_inputs, has_shared, spec.deterministic)
 
 
 def load_experts(

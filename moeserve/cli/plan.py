@@ -25,25 +25,29 @@ def plan(
     with importing():
         from rich.console import Console
 
-        from moeserve.checkpoints import ServedLayers, check_memory, host_bytes, layer_sources, memory_bytes
+        from moeserve.checkpoints import ServedLayers, check_memory, host_bytes, in_memory, layer_sources, memory_bytes
         from moeserve.cli import plan_change
-        from moeserve.cli.plan_view import tables
+        from moeserve.cli.plan_view import spill_text, tables
         from moeserve.control import Planner
         from moeserve.placement import plan_placement
 
     is_here, sources = config.ray.address is None, layer_sources(config)
     placement = plan_placement([layer.spec for layer in sources], config.placement)
     nbytes, number = host_bytes(sources, placement), placement.num_hosts
+    held = in_memory(nbytes, sources, config.placement, config.store)
     change = None
     if from_hosts is not None:
         planner = Planner(ServedLayers(config.only(ServedModel), sources), config.placement, is_here)
         change = plan_change.planned_change(planner, from_hosts, number)
     if as_json:
-        print(json.dumps({"hosts": number, "weights_bytes_per_host": nbytes, **(plan_change.as_json(change) if change else {})}))
+        sizes = {"weights_bytes_per_host": nbytes, "memory_bytes_per_host": held}
+        print(json.dumps({"hosts": number, **sizes, **(plan_change.as_json(change) if change else {})}))
     else:
         console = Console()
         for table in tables(sources, placement, config.placement, nbytes, with_kernels):
             console.print(table)
         if change is not None and from_hosts is not None:
             console.print(plan_change.as_text(change, from_hosts, number))
-    check_memory(nbytes, config.placement, memory_bytes() if is_here else None)
+        if sum(held) < sum(nbytes):
+            console.print(spill_text(nbytes, held))
+    check_memory(held, config.placement, memory_bytes() if is_here else None)

@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from moeserve.checkpoints import LayerSource
+from moeserve.cli.columns import bytes_text
 from moeserve.cli.gates import gates
 from moeserve.cli.kernels import kernels
 from moeserve.config import GatingConfig, PlacementConfig
@@ -25,6 +26,14 @@ def tables(
     yield _hosts(placement, config, nbytes)
     if with_kernels:
         yield from kernels(sources, config)
+
+
+def spill_text(nbytes: Sequence[int], held: Sequence[int]) -> str:
+    """Two sentences on hosts whose weights are not all `held` in memory."""
+    return (
+        f"Experts spill: {bytes_text(sum(held))} of {bytes_text(sum(nbytes))} are in memory, at most {bytes_text(max(held))} on a host. "
+        "Hosts read the others from the checkpoint when rows need them."
+    )
 
 
 def _layers(sources: Sequence[LayerSource]) -> Table:

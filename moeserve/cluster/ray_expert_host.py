@@ -30,12 +30,14 @@ class HostOrder:
     """The configuration of a host, for all of its incarnations.
 
     Its socket is in `sockets`. `over_tcp`: frontends and hosts of other nodes, or of no node at all, reach it, too.
+    memory_bytes: of weights, None = any number.
     """
 
     number: int
     model: ServedModel
     sockets: SocketFolder
     over_tcp: bool
+    memory_bytes: int | None = None
 
     @property
     def name(self) -> str:
@@ -129,7 +131,7 @@ class ExpertHost:
     def _start(self, releases: Sequence[Release], frontends: Collection[str]) -> Host:
         order = self._order
         device = torch.device("cuda" if self._has_gpu and torch.cuda.is_available() else "cpu")
-        holdings = self._holdings = Holdings(order.model, order.number, device)
+        holdings = self._holdings = Holdings(order.model, order.number, device, order.memory_bytes)
         self._load(holdings.begin, releases)
         self._folder = Hold(order.sockets.path())
         where = Where(

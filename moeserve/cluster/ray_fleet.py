@@ -225,7 +225,7 @@ class RayFleet:
             self._members[each.number].start()
 
     def _member(self, assignment: Assignment, group: PlacementGroup) -> HostActor:
-        order = HostOrder(assignment.number, self._model, self._sockets, self._over_tcp)
+        order = HostOrder(assignment.number, self._model, self._sockets, self._over_tcp, self._placing.memory_per_host_bytes)
         place = Place(assignment.node, group, self._placing.cpus_per_host, self._placing.gpus_per_host, self._detached)
         findings = partial(self._post_mortem.findings, assignment, lambda: self._releases[-1])
         return HostActor(order, place, findings)

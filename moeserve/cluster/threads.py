@@ -77,4 +77,4 @@ class ThreadCluster:
         return Where(_NODE, endpoints, device, max(1, int(self._placing.cpus_per_host)))
 
     def _hold(self, number: int, where: Where) -> Holdings:
-        return Holdings(self._model, number, where.device)
+        return Holdings(self._model, number, where.device, self._placing.memory_per_host_bytes)

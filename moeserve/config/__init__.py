@@ -21,6 +21,7 @@ from moeserve.config.service import (
     SharedExpertConfig,
 )
 from moeserve.config.spec import LayerSpec
+from moeserve.config.store import StoreConfig
 from moeserve.config.values import (
     MAX_EXPERTS,
     MAX_HOSTS,
@@ -74,6 +75,7 @@ __all__ = [
     "ServerConfig",
     "ServiceConfig",
     "SharedExpertConfig",
+    "StoreConfig",
     "Strategy",
     "load_config",
     "load_json",

@@ -14,6 +14,7 @@ from moeserve.config.cluster import ClusterConfig, ControllerConfig, RayConfig
 from moeserve.config.gating import GatingConfig
 from moeserve.config.resilience import LayerResilience, ResilienceConfig
 from moeserve.config.server import ServerConfig
+from moeserve.config.store import StoreConfig
 from moeserve.config.table import Table
 from moeserve.config.values import (
     MAX_EXPERTS,
@@ -177,6 +178,7 @@ class ServedModel(Table):
 
     model: ModelConfig = ModelConfig()
     layers: Annotated[tuple[LayerConfig, ...], Field(strict=False, max_length=MAX_LAYERS)] = ()
+    store: StoreConfig = StoreConfig()
 
     @property
     def model_name(self) -> str:
@@ -269,6 +271,19 @@ class ServiceConfig(FrontendConfig):
         decided_later = placing.experts_per_host is not None and "num_hosts" not in placing.model_fields_set
         if not decided_later and (refusal := self.autoscaling.refusal(placing.num_hosts)) is not None:
             raise ValueError(refusal)
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_spilled_has_bounds(self) -> Self:
+        if self.store.spill is None:
+            return self
+        if self.placement.memory_per_host_bytes is None:
+            raise ValueError(f"store.spill is {self.store.spill!r}: it needs placement.memory_per_host_bytes")
+        if self.placement.gpus_per_host:
+            raise ValueError(
+                f"store.spill is {self.store.spill!r} and placement.gpus_per_host is {self.placement.gpus_per_host:g}; allowed: 0, because "
+                f"only hosts that compute on CPUs read experts when rows need them"
+            )
         return self
 
     @model_validator(mode="after")

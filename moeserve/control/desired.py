@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from moeserve.checkpoints import LayerSource, ServedLayers, check_memory, host_bytes, layer_size, memory_bytes
+from moeserve.checkpoints import LayerSource, ServedLayers, check_memory, host_bytes, in_memory, layer_size, memory_bytes
 from moeserve.config import AutoscalingConfig, BalancingConfig, Copies, PlacementConfig
 from moeserve.control.assignments import Assignment, Wanted
 from moeserve.control.autoscale import Bounds
@@ -73,7 +73,7 @@ class Planner:
         return [layer_size(source, self.placing.tensor_parallel) for source in sources]
 
     def _constraints(self, assignments: Sequence[Assignment]) -> Constraints:
-        limit, balancing = self.placing.memory_per_host_bytes, self.balancing
+        limit, balancing = self._limit_bytes, self.balancing
         hosts = [HostLimits(assignment.number, limit, assignment.node) for assignment in assignments]
         # With fewer hosts, as after the loss of one, an expert has as many copies as can be.
         min_copies = min(balancing.min_copies, max(1, len(hosts) // self.placing.pipeline_stages))
@@ -125,12 +125,18 @@ class Planner:
     def _on(self, num_hosts: int) -> Placement:
         return plan_placement(self.layers.specs, _free_number(self.placing).model_copy(update={"num_hosts": num_hosts}))
 
+    @property
+    def _limit_bytes(self) -> int | None:
+        """What the experts of a host must fit into."""
+        return None if self.layers.model.store.spill is not None else self.placing.memory_per_host_bytes
+
     def _check_memory(self, nbytes: Sequence[int]) -> None:
-        check_memory(nbytes, self.placing, memory_bytes() if self.on_this_machine else None)
+        needed = in_memory(nbytes, self.layers.sources, self.placing, self.layers.model.store)
+        check_memory(needed, self.placing, memory_bytes() if self.on_this_machine else None)
 
     def _least(self, fewest: int, most: int) -> int:
         """The smallest number of hosts that each have room for their weights."""
-        limit = self.placing.memory_per_host_bytes
+        limit = self._limit_bytes
         if limit is None:
             return fewest
         largest = self._largest(most)

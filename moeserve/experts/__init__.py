@@ -1,7 +1,7 @@
 """The experts one host holds of one layer, and the grouped pass over them; torch only."""
 
 from moeserve.experts.activations import is_gated
-from moeserve.experts.bank import ExpertBank
+from moeserve.experts.bank import Bank, BankForm, ExpertBank, Integers, Turn, grouped
 from moeserve.experts.choice import Choice, Shape, measured
 from moeserve.experts.codes import INT4, INT8, Code, float_code
 from moeserve.experts.expert import Expert, ExpertShard
@@ -17,6 +17,8 @@ __all__ = [
     "INT4",
     "INT8",
     "ROWS",
+    "Bank",
+    "BankForm",
     "Choice",
     "Code",
     "Expert",
@@ -24,16 +26,19 @@ __all__ = [
     "ExpertShard",
     "FeedForward",
     "HeldExpert",
+    "Integers",
     "ModuleExpert",
     "Placer",
     "QuantizedFeedForward",
     "QuantizedMatrix",
     "ScaleGroups",
     "Shape",
+    "Turn",
     "check_module",
     "computed_in",
     "feed_forward_bytes",
     "float_code",
+    "grouped",
     "is_gated",
     "make_module",
     "measured",

@@ -5,7 +5,10 @@ R rows received, N (row, expert) pairs, H hidden size, E experts held here (a *l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
@@ -24,71 +27,47 @@ from moeserve.experts.ragged import Stack, StackedExpert
 
 _CPU = torch.device("cpu")
 _Group = PackedExperts | Stack | OneByOne
+Integers = npt.NDArray[np.int64]
+#: a group, and the local experts it is made of, ascending
+Turn = tuple[_Group, slice | Integers]
 
 
-class ExpertBank:
-    """Experts (or shards) ready to run on one device; the layer's shared expert, if there is one, is the last.
+@dataclass(frozen=True)
+class BankForm:
+    """What the experts of a bank have in common.
 
-    Neighbors of one kind are computed together, in one call, where there is such a call for them; the others one by one. A bank is no more
-    than a list of held experts: any number of banks may have the same ones.
+    dtype: of the rows, unless an expert knows better. scale_inputs: weights multiply what goes into an expert instead of what comes out
+    (Llama 4); that of the shared expert always multiplies what comes out. deterministic: as for `Placer`.
     """
 
-    def __init__(
-        self,
-        experts: Iterable[Expert | HeldExpert],
-        hidden_size: int,
-        dtype: torch.dtype,
-        *,
-        shared: Expert | HeldExpert | None = None,
-        device: torch.device = _CPU,
-        scale_inputs: bool = False,
-        kernel: Kernel = "auto",
-        deterministic: bool = False,
-    ) -> None:
-        """Takes the experts one after the other.
+    hidden_size: int
+    dtype: torch.dtype
+    device: torch.device = _CPU
+    scale_inputs: bool = False
+    has_shared: bool = False
+    deterministic: bool = False
 
-        experts: all of them, or an iterable that loads one after the other, as for `Placer.placed`; those that are held already are
-        shared. dtype: of the rows, unless an expert knows better. scale_inputs: weights multiply what goes into an expert instead of what
-        comes out (Llama 4); that of the shared expert always multiplies what comes out. kernel, deterministic: as for `Placer`.
 
-        Raises ConfigError when `kernel` cannot run here.
-        """
-        self.hidden_size = hidden_size
-        self.dtype = dtype
-        self.device = device
-        placer = Placer(device, kernel, deterministic)
-        held = list(placer.placed(experts))
-        if shared is not None:
-            held += placer.placed([shared], one_by_one=True)
-        self._groups = [_group(list(alike), dtype, deterministic) for _, alike in groupby(held, key=lambda each: each.kind)]
-        self._weighs_inputs = np.full(self.num_experts, scale_inputs)
-        self._weighs_inputs[self.num_experts - (shared is not None) :] = False
+class Bank(ABC):
+    """Experts (or shards) of a layer on one device; the layer's shared expert, if there is one, is the last.
 
-    @property
-    def held(self) -> list[HeldExpert]:
-        """All of them, as this bank has them."""
-        return [each for group in self._groups for each in group.held]
+    Neighbors of one kind are computed together, in one call, where there is such a call for them; the others one by one.
+    """
 
-    @property
-    def num_experts(self) -> int:
-        """How many it holds, the shared one among them."""
-        return sum(len(group.held) for group in self._groups)
+    def __init__(self, num_experts: int, form: BankForm) -> None:
+        #: how many it has, the shared one among them
+        self.num_experts = num_experts
+        self.hidden_size, self.dtype, self.device = form.hidden_size, form.dtype, form.device
+        self._weighs_inputs = np.full(num_experts, form.scale_inputs)
+        self._weighs_inputs[num_experts - form.has_shared :] = False
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of their weights."""
-        return sum(each.nbytes for each in self.held)
+    def is_ready(self, local_experts: torch.Tensor) -> bool:
+        """Whether `run` can compute for these [N] at once."""
+        return True
 
-    @property
-    def kernel(self) -> str | None:
-        """What computes the first ones; None = torch's operators."""
-        first = self._groups[0] if self._groups else None
-        return first.kernel if isinstance(first, PackedExperts) else None
-
-    @property
-    def experts(self) -> list[Expert]:
-        """All of them in the usual order; of those in another, copies."""
-        return [each.expert() for each in self.held]
+    @abstractmethod
+    def turns(self, counts: Integers) -> Generator[Turn]:
+        """Groups of experts in their order, each to be computed before the next is asked for; counts [E]: pairs of each expert."""
 
     @torch.inference_mode()
     def run(
@@ -107,22 +86,20 @@ class ExpertBank:
         counts = np.bincount(local_experts.numpy(force=True), minlength=self.num_experts)
         total = out if out.device == self.device and out.is_contiguous() else torch.empty(out.shape, device=self.device)
         row_index, weights = row_index.to(self.device, torch.int64), weights.to(self.device)
-        first_expert = first_pair = 0
-        if not (self._groups and self._groups[0].overwrites):
+        first_pair, adds = 0, False
+        # Closed in any case: what a turn holds is held by nobody after it.
+        with closing(self.turns(counts)) as turns:
+            for group, experts in turns:
+                chosen = slice(first_pair, first_pair + int(counts[experts].sum()))
+                pairs = Pairs(row_index[chosen], counts[experts], *self._weighed(experts, counts, weights[chosen]))
+                group.run(hidden_states, pairs, total, adds)
+                first_pair, adds = chosen.stop, True
+        if not adds:
             total.zero_()
-        for group in self._groups:
-            experts = slice(first_expert, first_expert + len(group.held))
-            chosen = slice(first_pair, first_pair + int(counts[experts].sum()))
-            sums = torch.empty_like(total) if first_expert and group.overwrites else total
-            pairs = Pairs(row_index[chosen], counts[experts], *self._weighed(experts, counts, weights[chosen]))
-            group.run(hidden_states, pairs, sums)
-            if sums is not total:
-                total += sums
-            first_expert, first_pair = experts.stop, chosen.stop
         if total is not out:
             out.copy_(total)
 
-    def _weighed(self, experts: slice, counts: npt.NDArray[np.int64], weights: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def _weighed(self, experts: slice | Integers, counts: Integers, weights: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Weights of what goes into these experts, None = all are 1, and of what comes out."""
         weighs_inputs = self._weighs_inputs[experts]
         if not weighs_inputs.any():
@@ -130,6 +107,68 @@ class ExpertBank:
         is_input = torch.from_numpy(np.repeat(weighs_inputs, counts[experts])).to(self.device)
         # As the model does where weights multiply inputs: the weight to the type of the rows first.
         return torch.where(is_input, weights.to(self.dtype).float(), 1), torch.where(is_input, 1, weights)
+
+
+class ExpertBank(Bank):
+    """A bank of experts that are all ready to run: no more than a list of held experts, and any number of banks may have the same ones."""
+
+    def __init__(
+        self,
+        experts: Iterable[Expert | HeldExpert],
+        hidden_size: int,
+        dtype: torch.dtype,
+        *,
+        shared: Expert | HeldExpert | None = None,
+        device: torch.device = _CPU,
+        scale_inputs: bool = False,
+        kernel: Kernel = "auto",
+        deterministic: bool = False,
+    ) -> None:
+        """Takes the experts one after the other.
+
+        experts: all of them, or an iterable that loads one after the other, as for `Placer.placed`; those that are held already are
+        shared. kernel: as for `Placer`; the rest is as in `BankForm`.
+
+        Raises ConfigError when `kernel` cannot run here.
+        """
+        placer = Placer(device, kernel, deterministic)
+        held = list(placer.placed(experts))
+        if shared is not None:
+            held += placer.placed([shared], one_by_one=True)
+        super().__init__(len(held), BankForm(hidden_size, dtype, device, scale_inputs, shared is not None, deterministic))
+        self._groups = grouped(held, dtype, deterministic)
+        ends = np.cumsum([len(group.held) for group in self._groups]).tolist()
+        self._turns = [(group, slice(end - len(group.held), end)) for group, end in zip(self._groups, ends, strict=True)]
+
+    def turns(self, counts: Integers) -> Generator[Turn]:
+        """The same in every pass."""
+        yield from self._turns
+
+    @property
+    def held(self) -> list[HeldExpert]:
+        """All of them, as this bank has them."""
+        return [each for group in self._groups for each in group.held]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of their weights."""
+        return sum(each.nbytes for each in self.held)
+
+    @property
+    def kernel(self) -> str | None:
+        """What computes the first ones; None = torch's operators."""
+        first = self._groups[0] if self._groups else None
+        return first.kernel if isinstance(first, PackedExperts) else None
+
+    @property
+    def experts(self) -> list[Expert]:
+        """All of them in the usual order; of those in another, copies."""
+        return [each.expert() for each in self.held]
+
+
+def grouped(held: Sequence[HeldExpert], dtype: torch.dtype, deterministic: bool) -> list[_Group]:
+    """Neighbors of one kind as what computes them together."""
+    return [_group(list(alike), dtype, deterministic) for _, alike in groupby(held, key=lambda each: each.kind)]
 
 
 def _group(held: Sequence[HeldExpert], dtype: torch.dtype, deterministic: bool) -> _Group:

@@ -176,7 +176,7 @@ def _packed(experts: Sequence[Expert], kernels: tuple[str, ...]) -> dict[str, Ca
 def _run_packed(packed: PackedExperts, rows: torch.Tensor) -> None:
     row_index = torch.arange(len(rows)).repeat(len(packed.held))
     counts = np.full(len(packed.held), len(rows))
-    packed.run(rows, Pairs(row_index, counts, None, torch.full((len(row_index),), 0.5)), torch.empty(rows.shape))
+    packed.run(rows, Pairs(row_index, counts, None, torch.full((len(row_index),), 0.5)), torch.empty(rows.shape), False)
 
 
 def kernels_for(shape: Shape, kernel: Kernel) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ R rows, N (row, expert) pairs, H hidden size, E experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +21,15 @@ _EXACT_ROWS = 16
 class OneByOne:
     """Every busy expert once, its rows together; deterministic: one row at a time."""
 
-    #: whether `run` begins with zeros, or with what is in its `out`
-    overwrites: Final = False
-
     def __init__(self, held: Sequence[Alone], dtype: torch.dtype, deterministic: bool) -> None:
         self.held = held
         self._dtype = dtype
         self._deterministic = deterministic
 
-    def run(self, hidden_states: torch.Tensor, pairs: Pairs, out: torch.Tensor) -> None:
-        """As `PackedExperts.run`, but what is in `out` stays, and the sums are added to it."""
+    def run(self, hidden_states: torch.Tensor, pairs: Pairs, out: torch.Tensor, adds: bool) -> None:
+        """As `PackedExperts.run`."""
+        if not adds:
+            out.zero_()
         busy = [(each.held, count) for each, count in zip(self.held, pairs.tokens_per_expert.tolist(), strict=True) if count]
         sizes = [count for _, count in busy]
         scales_in = [None] * len(busy) if pairs.input_weights is None else pairs.input_weights[:, None].to(self._dtype).split(sizes)

@@ -40,9 +40,6 @@ class PackedExperts:
     however many threads.
     """
 
-    #: whether `run` begins with zeros, or with what is in its `out`
-    overwrites: Final = True
-
     def __init__(self, held: Sequence[PackedExpert]) -> None:
         self.held = held
         self._kind = held[0].kind
@@ -53,11 +50,11 @@ class PackedExperts:
         """The one that computes."""
         return self._kind.kernel
 
-    def run(self, hidden_states: torch.Tensor, pairs: Pairs, out: torch.Tensor) -> None:
+    def run(self, hidden_states: torch.Tensor, pairs: Pairs, out: torch.Tensor, adds: bool) -> None:
         """Gathers rows, computes them, weighs the answers and sums them into `out`.
 
-        hidden_states [R, H] of any float type; out [R, H] float32, overwritten. Raises InvalidRequest when `pairs` name a row that is
-        not there.
+        hidden_states [R, H] of any float type; out [R, H] float32, overwritten, or added to if it `adds`. Raises InvalidRequest when
+        `pairs` name a row that is not there.
         """
         code = library()
         assert code is not None and out.is_contiguous(), "found before the experts were packed"
@@ -76,6 +73,7 @@ class PackedExperts:
             weights=weights.data_ptr(),
             out=out.data_ptr(),
             num_threads=torch.get_num_threads(),
+            adds=adds,
         )
         space = scratch(code.scratch_bytes(self._bank, work))
         work.scratch = space.data_ptr()

@@ -10,7 +10,7 @@ from typing import Final
 import torch
 
 from moeserve.config import Kernel
-from moeserve.experts.choice import chosen
+from moeserve.experts.choice import Choice, chosen
 from moeserve.experts.expert import Expert
 from moeserve.experts.feed_forward import FeedForward
 from moeserve.experts.held import Alone, HeldExpert
@@ -35,6 +35,8 @@ class Placer:
         self._deterministic = deterministic
         #: by kind of expert, that of the first; None = torch's operators
         self._kernels: dict[object, str | None] = {}
+        #: by kind and size: experts that come later, in another thread with other settings, are computed like the first
+        self._choices: dict[object, Choice] = {}
 
     def placed(self, experts: Iterable[Expert | HeldExpert], *, one_by_one: bool = False) -> Iterator[HeldExpert]:
         """Each expert when it is asked for; of an iterable that loads them, no more than one is in memory beside what is held.
@@ -56,7 +58,10 @@ class Placer:
         whole = packable(expert) if self._device.type == "cpu" else None
         if whole is None:
             return Alone(expert.to(self._device))
-        choice = chosen(whole, self._kernel, self._deterministic)
+        shape = whole.kind, whole.down_proj.shape
+        if shape not in self._choices:
+            self._choices[shape] = chosen(whole, self._kernel, self._deterministic)
+        choice = self._choices[shape]
         kernel = self._kernels.setdefault(whole.kind, choice.kernel)
         if kernel is not None:
             return pack(whole, kernel, expert.nbytes, arenas)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple, TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -81,9 +81,6 @@ def can_stack(expert: Expert) -> TypeGuard[FeedForward]:
 class Stack:
     """Experts of one kind, as they are if they are neighbors in a stack, else copies in a stack of their own."""
 
-    #: whether `run` begins with zeros, or with what is in its `out`
-    overwrites: Final = True
-
     def __init__(self, held: Sequence[StackedExpert]) -> None:
         first = held[0]
         self._kind = first.kind
@@ -95,13 +92,13 @@ class Stack:
         self.held = held
         self._tensors = {name: tensor[first.index : first.index + len(held)] for name, tensor in first.stack.items()}
 
-    def run(self, hidden_states: torch.Tensor, pairs: Pairs, out: torch.Tensor) -> None:
+    def run(self, hidden_states: torch.Tensor, pairs: Pairs, out: torch.Tensor, adds: bool) -> None:
         """As `PackedExperts.run`, of rows in bfloat16."""
         rows = hidden_states.index_select(0, pairs.row_index)
         if pairs.input_weights is not None:
             rows *= pairs.input_weights[:, None].to(rows.dtype)
         counts = torch.from_numpy(pairs.tokens_per_expert).to(rows.device)
-        out.zero_().index_add_(0, pairs.row_index, self._answers(rows, counts) * pairs.weights[:, None])
+        (out if adds else out.zero_()).index_add_(0, pairs.row_index, self._answers(rows, counts) * pairs.weights[:, None])
 
     def _answers(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """rows [N, H] bfloat16, those of each expert together; counts [E] int64 -> [N, H] float32."""

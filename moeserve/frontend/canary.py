@@ -35,14 +35,19 @@ log = logging.getLogger(__name__)
 
 
 class Canary:
-    """Of one layer."""
+    """Of one layer.
 
-    def __init__(self, exchange: Exchange) -> None:
+    spills: hosts have not all of their experts in memory. Reading all would take too long, and drive out those in demand: one of each host
+    answers.
+    """
+
+    def __init__(self, exchange: Exchange, spills: bool = False) -> None:
         self._exchange = exchange
+        self._spills = spills
 
     async def try_host(self, view: LayerView, host: int, channel: Channel, timeout_s: float) -> None:
         """One row through each expert of a host. Raises what it answers, ExpertUnavailable when that is NaN or Inf."""
-        count, spec = int(view.placement.shared_local_expert[host]), view.head.spec
+        spec, count = view.head.spec, 1 if self._spills else int(view.placement.shared_local_expert[host])
         numbers, rows = torch.arange(count), _rows(count, spec.hidden_size)
         kept = torch.ones(count, 1, dtype=torch.bool)
         part = Part(slice(0, count), rows, view, Planned(numbers[:, None], kept.float(), kept, Dispatch([], numbers), None))
@@ -56,30 +61,38 @@ class Canary:
 
         Raises what goes wrong, and ConfigError when new weights make numbers that are not finite, or implausibly large.
         """
-        new = await self._sums(view, deadline)
+        tried = self._tried(view)
+        new = await self._sums(view, tried, deadline)
         name = view.head.spec.name
         if not is_finite(new):
-            experts = (~new.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
+            experts = tried[(~new.isfinite()).flatten(1).any(dim=1)].tolist()
             raise ConfigError(f"experts {experts[:8]} of layer {name} answer with NaN or Inf at epoch {view.epoch}")
         if view.revision == before.revision:
             return
         try:
-            old = _largest(await self._sums(before, min(deadline, time.monotonic() + _PRESENT_S)))
+            old = _largest(await self._sums(before, tried, min(deadline, time.monotonic() + _PRESENT_S)))
         except MoEServeError as error:
             log.warning("new weights of layer %s are not compared with those in use: %s", name, error)
             return
         sizes, usual = _largest(new), old.maximum(old.median())
         if (where := (sizes > _IMPLAUSIBLE * usual) & (usual > 0)).any():
-            expert = int(where.nonzero()[0])
+            index = int(where.nonzero()[0])
+            expert = int(tried[index])
             raise ConfigError(
-                f"expert {expert} of layer {name} answers a random row with a vector of length {sizes[expert]:.3g} at epoch {view.epoch}; "
-                f"it is {usual[expert]:.3g} at present, and {_IMPLAUSIBLE:g} times that is allowed"
+                f"expert {expert} of layer {name} answers a random row with a vector of length {sizes[index]:.3g} at epoch {view.epoch}; "
+                f"it is {usual[index]:.3g} at present, and {_IMPLAUSIBLE:g} times that is allowed"
             )
 
-    async def _sums(self, view: LayerView, deadline: float) -> torch.Tensor:
-        """[E, _ROWS, H] float32: what each expert makes of rows of its own. Raises ExpertUnavailable at the `deadline`."""
+    def _tried(self, view: LayerView) -> torch.Tensor:
+        """The experts [E] that answer: all, or the first of each host."""
+        if not self._spills:
+            return torch.arange(view.head.spec.num_hosted_experts)
+        return torch.tensor(sorted({shards[0].expert for _, shards in view.placement.by_host()}))
+
+    async def _sums(self, view: LayerView, tried: torch.Tensor, deadline: float) -> torch.Tensor:
+        """[E, _ROWS, H] float32: what each expert of `tried` makes of rows of its own. Raises ExpertUnavailable at the `deadline`."""
         spec = view.head.spec
-        ids = torch.arange(spec.num_hosted_experts).repeat_interleave(_ROWS)[:, None]
+        ids = tried.repeat_interleave(_ROWS)[:, None]
         weights, kept = torch.ones(ids.shape), torch.ones(ids.shape, dtype=torch.bool)
         rows = _rows(len(ids), spec.hidden_size)
         planned = view.head.plan(ids, weights, kept, rows, None, view.placement, view.loads("least_outstanding"), is_routed=True)

@@ -46,7 +46,7 @@ class Frontend:
         self._metrics = metrics
         self._use(release)
         self._timeout_s, self._hang_after_s = settings.resilience.request_timeout_s, settings.resilience.hang_after_ms / 1000
-        self._hosts, self._on_health, self._here = hosts, hosts.on_health, ""
+        self._hosts, self._on_health, self._here, self._spills = hosts, hosts.on_health, "", settings.spills
         self._failing: Mapping[int, str] = {}
         #: by layer, what was told last
         self._healthy: dict[int, bool] = {}
@@ -83,18 +83,18 @@ class Frontend:
         await asyncio.gather(*(link.start(self._here) for link in new.values()))
 
     async def try_out(self, release: Release, sources: Sequence[LayerSource]) -> None:
-        """`prepare`, and let every expert of `release` answer a canary row. Raises any failure."""
+        """`prepare`, and let experts of `release` answer canary rows. Raises any failure."""
         await self.prepare(release, sources)
         deadline = time.monotonic() + self._timeout_s
         for forward, view in zip(self._forwards, self._views(release), strict=True):
-            await Canary(forward.exchange).try_release(view, forward.views.current, deadline)
+            await Canary(forward.exchange, self._spills).try_release(view, forward.views.current, deadline)
 
     async def _try_host(self, number: int, channel: Channel) -> None:
-        """One row through each expert of the first layer that the host has any of. Raises any failure."""
+        """Rows for experts of the first layer that the host has any of. Raises any failure."""
         for forward in self._forwards:
             view = forward.views.current
             if number in view.links and view.placement.shared_local_expert[number]:
-                await Canary(forward.exchange).try_host(view, number, channel, self._timeout_s)
+                await Canary(forward.exchange, self._spills).try_host(view, number, channel, self._timeout_s)
                 return
 
     async def _look(self) -> None:

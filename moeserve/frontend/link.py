@@ -126,10 +126,13 @@ class HostLink:
     def look(self) -> None:
         """To be called now and then: a host that says it lives and answers nothing, much longer than it ever took, is hung up on."""
         now, channel = time.monotonic(), self.channel
-        silent_s = now - self._owing.silent_since()
+        # A pass that waits for experts to be read makes progress.
+        silent_s = now - max(self._owing.silent_since(), channel.loaded_at if channel is not None else 0.0)
         if channel is not None and silent_s > self._owing.durations.stuck_after_s(self._owing.rows, self._dial.hang_after_s):
             log.warning("host %s is stuck: it has answered nothing for %.1f s", self.name, silent_s)
             channel.fall_silent(silent_s)
+        if channel is not None and channel.loads.used:
+            self._shown.loads = channel.loads
         self._shown.set(self.channel is not None, self.condition)
 
     async def start(self, here: str) -> None:

@@ -14,7 +14,8 @@ from moeserve.transport import KeyPair
 class FrontendSettings:
     """How requests are served: under the name of `model`, and with at most `max_queued_tokens` tokens that wait.
 
-    `resilience_of` a layer of a name may differ from `resilience` in what happens to lost choices.
+    `resilience_of` a layer of a name may differ from `resilience` in what happens to lost choices. spills: hosts have not all of their
+    experts in memory.
     """
 
     model: str
@@ -24,6 +25,7 @@ class FrontendSettings:
     resilience_of: Callable[[str], ResilienceConfig]
     copy_choice: CopyChoice
     max_queued_tokens: int
+    spills: bool = False
 
     @classmethod
     def of(cls, config: FrontendConfig, server: ServerConfig) -> FrontendSettings:
@@ -36,6 +38,7 @@ class FrontendSettings:
             resilience_of=config.resilience_of,
             copy_choice=config.placement.copy_choice,
             max_queued_tokens=server.max_queued_tokens,
+            spills=config.store.spill is not None,
         )
 
 

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from moeserve.checkpoints import LayerSource, load_experts, make_bank
+from moeserve.checkpoints import LayerSource, bank_form, load_experts, make_bank
 from moeserve.config import LayerSpec
-from moeserve.experts import ExpertBank, HeldExpert, Placer
+from moeserve.experts import Bank, ExpertBank, HeldExpert, Placer
+from moeserve.host.expert_cache import ExpertCache, Wanted
 from moeserve.host.expert_key import ExpertKey
+from moeserve.host.spilled_bank import SpilledBank
 
 
 class HeldLayer(NamedTuple):
     """A layer in one release: the key of each expert of its bank."""
 
     keys: tuple[ExpertKey, ...]
-    bank: ExpertBank
+    bank: Bank
 
 
 class ExpertStore:
     """Holds what the releases in force need, and nothing else: an expert is freed with the last of them.
 
+    With a `cache`, what the releases need is in memory as far as there is room; the rest is read when rows need it.
+
     One thread at a time may change it, while others read.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, cache: ExpertCache | None = None) -> None:
+        self.cache = cache
         self._device = device
         self._placers: dict[str, Placer] = {}
         #: layers by name, by epoch; replaced, never changed
@@ -37,17 +43,20 @@ class ExpertStore:
 
         It is the caller's until `put`: beside what is held, memory has what is missing, and the one that is being read. `on_expert` is
         called after each that has been read, and what it raises ends the loading. Raises ConfigError or CheckpointError.
+
+        With a cache, the first is read in any case, so that a kernel is chosen before rows come, and the others as long as there is room.
         """
         known = [layers[source.spec.name] for layers in self._releases.values() if source.spec.name in layers]
         for layer in known:
             if layer.keys == keys:
                 return layer
+        if self.cache is not None:
+            return HeldLayer(keys, self._spilled(self.cache, source, keys, on_expert))
         held = {key: expert for layer in known for key, expert in _experts(layer).items()}
         missing = [key for key in dict.fromkeys(keys) if key not in held]
         for is_shared in (False, True):
             wanted = [key for key in missing if (key.shard is None) is is_shared]
-            placed = self._placer(source.spec).placed(load_experts(source, [key.shard for key in wanted], on_expert), one_by_one=is_shared)
-            held.update(zip(wanted, placed, strict=True))
+            held.update(zip(wanted, self._placed(source, wanted, on_expert), strict=True))
         shared = keys[-1] if keys[-1].shard is None else None
         experts = [held[key] for key in keys if key is not shared]
         return HeldLayer(keys, make_bank(source, experts, None if shared is None else held[shared], self._device))
@@ -59,6 +68,8 @@ class ExpertStore:
     def keep(self, epochs: Callable[[int], bool]) -> None:
         """Releases of other epochs need nothing any more."""
         self._releases = {epoch: layers for epoch, layers in self._releases.items() if epochs(epoch)}
+        if self.cache is not None:
+            self.cache.keep({key for layers in self._releases.values() for layer in layers.values() for key in layer.keys})
 
     @property
     def epochs(self) -> list[int]:
@@ -77,13 +88,36 @@ class ExpertStore:
 
     @property
     def experts(self) -> dict[ExpertKey, HeldExpert]:
-        """All that are held."""
+        """All that are held: in memory."""
+        if self.cache is not None:
+            return dict(self.cache.experts)  # type: ignore[arg-type]
         every = (layer for layers in self._releases.values() for layer in layers.values())
         return {key: expert for layer in every for key, expert in _experts(layer).items()}
+
+    def _spilled(self, cache: ExpertCache, source: LayerSource, keys: Sequence[ExpertKey], on_expert: Callable[[], None]) -> SpilledBank:
+        wanted = [Wanted(key, _nbytes(source, key), partial(self._read, source, key)) for key in keys]
+        for index, one in enumerate(wanted):
+            if not cache.load(one, evicts=not index):
+                break
+            on_expert()
+        return SpilledBank(wanted, bank_form(source.spec, self._device), cache)
+
+    def _read(self, source: LayerSource, key: ExpertKey) -> HeldExpert:
+        return next(self._placed(source, [key], lambda: None))
+
+    def _placed(self, source: LayerSource, keys: Sequence[ExpertKey], on_expert: Callable[[], None]) -> Iterator[HeldExpert]:
+        """Read one after the other: routed experts, or shared ones."""
+        is_shared = bool(keys) and keys[0].shard is None
+        return self._placer(source.spec).placed(load_experts(source, [key.shard for key in keys], on_expert), one_by_one=is_shared)
 
     def _placer(self, spec: LayerSpec) -> Placer:
         return self._placers.setdefault(spec.name, Placer(self._device, spec.kernel, spec.deterministic))
 
 
 def _experts(layer: HeldLayer) -> dict[ExpertKey, HeldExpert]:
+    assert isinstance(layer.bank, ExpertBank), "there is no cache"
     return dict(zip(layer.keys, layer.bank.held, strict=True))
+
+
+def _nbytes(source: LayerSource, key: ExpertKey) -> int:
+    return source.shared_nbytes() if key.shard is None else source.nbytes(key.shard)

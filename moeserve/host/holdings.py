@@ -13,6 +13,7 @@ from moeserve.checkpoints import LayerSource, ServedLayers
 from moeserve.config import ServedModel
 from moeserve.errors import CheckpointError, ConfigError
 from moeserve.host.bank_table import BankTable
+from moeserve.host.expert_cache import ExpertCache
 from moeserve.host.expert_key import needed
 from moeserve.host.expert_store import ExpertStore, HeldLayer
 from moeserve.release import Release
@@ -23,10 +24,12 @@ log = logging.getLogger(__name__)
 class Holdings:
     """Fills the `bank_table` that the host's loop serves from.
 
+    memory_bytes: of weights, None = as many as there are; with store.spill, more experts than that are not kept in memory.
+
     One thread at a time loads. Others may withdraw meanwhile what it loads: should reading ever end, nothing of it is kept.
     """
 
-    def __init__(self, model: ServedModel, number: int, device: torch.device) -> None:
+    def __init__(self, model: ServedModel, number: int, device: torch.device, memory_bytes: int | None = None) -> None:
         self.bank_table = BankTable()
         #: the first epoch that can be served
         self.since_epoch = 0
@@ -34,7 +37,8 @@ class Holdings:
         self.experts_read = 0
         self._model = model
         self.number = number
-        self.store = ExpertStore(device)
+        spills = model.store.spill is not None and memory_bytes is not None
+        self.store = ExpertStore(device, ExpertCache(memory_bytes) if spills else None)
         #: what is loaded now, unless it has been withdrawn
         self._loading: Release | None = None
         self._changing = Lock()

@@ -48,7 +48,7 @@ class Host:
         self._keys = HostKeys(own, frozenset(frontends))
         listener = listen(*where.endpoints, keys=self._keys)
         self.relay = Relay(holdings.number, own)
-        self._loop = HostLoop(holdings.bank_table, listener, self.relay)
+        self._loop = HostLoop(holdings.bank_table, listener, self.relay, holdings.store.cache)
         self.info = HostInfo(
             name=host_name(holdings.number),
             endpoints=listener.endpoints,

@@ -1,26 +1,21 @@
-"""The loop of an expert host.
-
-R rows, N (row, expert) pairs, H hidden size.
-"""
+"""The loop of an expert host."""
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import accumulate
-
-import torch
+from typing import NamedTuple
 
 from moeserve.errors import ExpertUnavailable, InvalidRequest, MoEServeError
-from moeserve.experts import ExpertBank
+from moeserve.experts import Bank
 from moeserve.host.bank_table import BankTable
+from moeserve.host.expert_cache import ExpertCache
+from moeserve.host.lane import Lane
+from moeserve.host.passes import SlowPass, compute, slow_pass, written
 from moeserve.host.pass_clock import PassClock
 from moeserve.host.relay import Relay, Relayed
-from moeserve.transport import Listener, Work
-
-log = logging.getLogger(__name__)
+from moeserve.transport import Listener, Loads, Work
 
 _POLL_S = 1.0
 
@@ -32,14 +27,22 @@ class HostLoop:
     arXiv 2509.17863): an expert's weights are read once for all of it. Between two passes the frontends are listened to, so that work
     which they have given up meanwhile, or whose deadline has passed, is dropped before it begins. What belongs to other hosts goes to the
     `relay` first, so that they compute at the same time; without one, nothing is passed on.
+
+    What needs experts that the `cache` has to read first is computed in a lane of its own, one pass after the other. Work that came later,
+    for experts in memory, is not held up by it.
     """
 
-    def __init__(self, bank_table: BankTable, listener: Listener, relay: Relay | None = None) -> None:
+    def __init__(self, bank_table: BankTable, listener: Listener, relay: Relay | None = None, cache: ExpertCache | None = None) -> None:
         self._bank_table = bank_table
         self._listener = listener
         self._relay = relay
         self._relayed: dict[Work, Relayed] = {}
         self.clock = PassClock()
+        self._waiting: OrderedDict[tuple[int, Bank | None], list[Work]] = OrderedDict()
+        self._lane: Lane[SlowPass] = Lane(listener.wake)
+        self._cache, self._told = cache, Loads()
+        if cache is not None:
+            cache.on_read = listener.wake
         self._stopping = False
 
     def run(self) -> None:
@@ -50,21 +53,23 @@ class HostLoop:
         try:
             self._run()
         finally:
+            self._lane.close()
             self._listener.close()
             if self._relay is not None:
                 self._relay.close()
 
     def _run(self) -> None:
-        waiting: OrderedDict[tuple[int, ExpertBank | None], list[Work]] = OrderedDict()
+        is_idle = True
         while not self._stopping:
-            for work in self._listener.poll(0 if waiting else _POLL_S):
-                waiting.setdefault((work.layer, self._bank_table.bank(work.layer, work.epoch)), []).append(work)
-            if waiting:
-                (layer, bank), works = waiting.popitem(last=False)
-                self.clock.begin()
-                self._serve(layer, bank, [work for work in works if not work.drop_if_late()])
-                self.clock.end()
+            for work in self._listener.poll(_POLL_S if is_idle else 0):
+                self._waiting.setdefault((work.layer, self._bank_table.bank(work.layer, work.epoch)), []).append(work)
+            self._finish_slow()
+            turn = self._next()
+            if turn is not None:
+                self._serve(turn)
+            is_idle = turn is None or not self._waiting
             self._finish_relayed()
+            self._tell_loads()
 
     def stop(self) -> None:
         """From any thread: finish the pass that is running, then return from `run`."""
@@ -75,18 +80,46 @@ class HostLoop:
         """As `Listener.hold`."""
         self._listener.hold(until)
 
-    def _serve(self, layer: int, bank: ExpertBank | None, works: Sequence[Work]) -> None:
-        valid = []
-        for work in works:
+    def _next(self) -> Turn | None:
+        """What has waited longest of what can be begun now."""
+        for (layer, bank), works in self._waiting.items():
+            ready = [work for work in works if bank is None or bank.is_ready(work.local_experts)]
+            if ready or not self._lane.is_busy:
+                taken = ready or works
+                rest = [work for work in works if work not in taken] if len(taken) < len(works) else []
+                if rest:
+                    self._waiting[layer, bank] = rest
+                else:
+                    del self._waiting[layer, bank]
+                return Turn(layer, bank, [work for work in taken if not work.drop_if_late()], is_slow=not ready)
+        return None
+
+    def _serve(self, turn: Turn) -> None:
+        bank, valid = turn.bank, []
+        for work in turn.works:
             try:
-                _check(work, layer, bank)
+                _check(work, turn.layer, bank)
                 self._pass_on(work)
                 valid.append(work)
             except MoEServeError as error:
                 work.fail(error)
-        if bank is not None and valid:
-            for work, failure in zip(valid, _compute(bank, valid), strict=True):
+        if bank is not None and valid and turn.is_slow:
+            self._lane.start(slow_pass(bank, valid))
+        elif bank is not None and valid:
+            for work, failure in zip(valid, compute(bank, valid), strict=True):
                 self._finish(work, failure)
+
+    def _finish_slow(self) -> None:
+        done = self._lane.take()
+        if done is not None:
+            failures = [done.failure] * len(done.works) if done.failure is not None else written(done.works, done.sums)
+            for work, failure in zip(done.works, failures, strict=True):
+                self._finish(work, failure)
+
+    def _tell_loads(self) -> None:
+        if self._cache is not None and self._cache.loads != self._told:
+            self._told = self._cache.loads
+            self._listener.tell(self._told)
 
     def _pass_on(self, work: Work) -> None:
         if not work.destinations:
@@ -114,7 +147,16 @@ class HostLoop:
             _reply(work, error)
 
 
-def _check(work: Work, layer: int, bank: ExpertBank | None) -> None:
+class Turn(NamedTuple):
+    """Works of a layer that are computed together; is_slow: after experts have been read."""
+
+    layer: int
+    bank: Bank | None
+    works: Sequence[Work]
+    is_slow: bool
+
+
+def _check(work: Work, layer: int, bank: Bank | None) -> None:
     """The checks that the transport cannot do: which experts and widths are here."""
     if bank is None:
         # Its frontend is behind; the caller may try again, or use another frontend.
@@ -127,48 +169,8 @@ def _check(work: Work, layer: int, bank: ExpertBank | None) -> None:
         )
 
 
-def _compute(bank: ExpertBank, works: Sequence[Work]) -> list[MoEServeError | None]:
-    """Fills the reply buffers; returns the error of each work."""
-    try:
-        if len(works) == 1:
-            bank.run(works[0].hidden_states, works[0].row_index, works[0].local_experts, works[0].weights, out=works[0].reply_buffer())
-            parts: Sequence[torch.Tensor] = ()
-        else:
-            parts = _merged(bank, works)
-    except Exception as error:  # a failing kernel must not end the host: callers get the error
-        log.exception("layer %d failed", works[0].layer)
-        return [_as_user_error(error, works[0].layer)] * len(works)
-    errors: list[MoEServeError | None] = [None] * len(works)
-    for index, (work, part) in enumerate(zip(works, parts, strict=False)):
-        try:
-            work.reply_buffer().copy_(part)
-        except MoEServeError as error:
-            errors[index] = error
-    return errors
-
-
 def _reply(work: Work, error: MoEServeError | None) -> None:
     if error is None:
         work.reply()
     else:
         work.fail(error)
-
-
-def _merged(bank: ExpertBank, works: Sequence[Work]) -> Sequence[torch.Tensor]:
-    """One pass over the rows of all works laid end to end; the answers [R, H] of each."""
-    sizes = [len(work.hidden_states) for work in works]
-    starts = [0, *accumulate(sizes)]
-    row_index = torch.cat([work.row_index + start for work, start in zip(works, starts, strict=False)])
-    local_experts, order = torch.cat([work.local_experts for work in works]).sort(stable=True)
-    weights = torch.cat([work.weights for work in works])[order]
-    hidden_states = torch.cat([work.hidden_states.to(bank.dtype) for work in works])
-    out = torch.empty(len(hidden_states), bank.hidden_size)
-    bank.run(hidden_states, row_index[order], local_experts, weights, out=out)
-    parts: Sequence[torch.Tensor] = out.split(sizes)
-    return parts
-
-
-def _as_user_error(error: Exception, layer: int) -> MoEServeError:
-    if isinstance(error, MoEServeError):
-        return error
-    return MoEServeError(f"the expert host failed to compute layer {layer}: {type(error).__name__}")

@@ -12,18 +12,23 @@ class PassClock:
 
     def __init__(self) -> None:
         self._since_s = time.monotonic()
-        #: seconds in passes that have ended, and when the running pass began; replaced as a whole, because other threads read it
+        #: seconds with a pass until none ran, and since when one runs again; replaced as a whole, because other threads read it
         self._state: tuple[float, float | None] = 0.0, None
+        self._running = 0
 
     def begin(self) -> None:
-        """A pass begins."""
-        self._state = self._state[0], time.monotonic()
+        """A pass begins, perhaps beside another."""
+        self._running += 1
+        if self._running == 1:
+            self._state = self._state[0], time.monotonic()
 
     def end(self) -> None:
-        """The pass has ended."""
+        """A pass has ended."""
         busy_s, began = self._state
         assert began is not None, "a pass that has begun"
-        self._state = busy_s + time.monotonic() - began, None
+        self._running -= 1
+        if not self._running:
+            self._state = busy_s + time.monotonic() - began, None
 
     def read(self) -> PassTime:
         """Until now."""

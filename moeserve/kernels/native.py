@@ -52,6 +52,7 @@ class PassWork(Structure):
         ("out", c_void_p),
         ("scratch", c_void_p),
         ("num_threads", c_int32),
+        ("adds", c_int32),
     )
 
 

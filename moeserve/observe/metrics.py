@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from moeserve.config import LayerSpec
@@ -42,7 +42,7 @@ class HostStates(Collector):
             self._events.add("host_left", host)
 
     def collect(self) -> Iterable[Metric]:
-        """`moeserve_host_up` and `moeserve_host_state`, of hosts that were reached at least once."""
+        """`moeserve_host_up` and `moeserve_host_state`, of hosts that were reached at least once; what those that spill say of experts."""
         up = GaugeMetricFamily("moeserve_host_up", "1 while the frontend is connected to the host", labels=["host"])
         states = GaugeMetricFamily("moeserve_host_state", "1 for the state that the host is in", labels=["host", "state"])
         for name, host in list(self._hosts.items()):
@@ -50,7 +50,16 @@ class HostStates(Collector):
                 up.add_metric([name], host.is_up)
                 for condition in CONDITIONS:
                     states.add_metric([name, condition], host.condition == condition)
-        return [up, states]
+        return [up, states, *self._loads()]
+
+    def _loads(self) -> Iterable[Metric]:
+        uses = CounterMetricFamily("moeserve_expert_uses", "Experts that passes of a host have computed", labels=["host"])
+        loads = CounterMetricFamily("moeserve_expert_loads", "Experts that had to be read for that first", labels=["host"])
+        for name, host in list(self._hosts.items()):
+            if host.loads is not None:
+                for family, number in zip((uses, loads), host.loads, strict=True):
+                    family.add_metric([name], number)
+        return uses, loads
 
 
 class HostState:
@@ -59,6 +68,8 @@ class HostState:
     def __init__(self, name: str, events: EventLog) -> None:
         self.is_up: bool | None = None
         self.condition: Condition = "down"
+        #: experts that its passes have used, and those of them that had to be read; None = all are in memory
+        self.loads: tuple[int, int] | None = None
         self._name, self._events = name, events
 
     def set(self, up: bool, condition: Condition) -> None:

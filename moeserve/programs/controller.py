@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
 
-from moeserve.checkpoints import ServedLayers, host_bytes, memory_warning
+from moeserve.checkpoints import ServedLayers, host_bytes, in_memory, memory_warning
 from moeserve.cluster.cluster import Cluster, Loss
 from moeserve.config import FrontendConfig, ServedModel, ServiceConfig
 from moeserve.control import Controller, Frontends, Planner, Saved, State, first_state, timing
@@ -169,8 +169,9 @@ class ControllerProgram:
         return self._prepared
 
     def _warn_of_memory(self, release: Release) -> None:
-        is_here = self.cluster.is_private and not self._config.placement.gpus_per_host
-        if is_here and (warning := memory_warning(host_bytes(self.layers.sources, release.placement))):
+        placing, sources = self._config.placement, self.layers.sources
+        nbytes = in_memory(host_bytes(sources, release.placement), sources, placing, self._config.store)
+        if self.cluster.is_private and not placing.gpus_per_host and (warning := memory_warning(nbytes)):
             self._tell(f"warning: {warning}")
 
     def _host_ready(self, info: HostInfo) -> None:

@@ -18,7 +18,7 @@ from moeserve.transport.shm_source import ShmSource
 from moeserve.transport.tcp_channel import connect_tcp
 from moeserve.transport.tcp_source import TcpSource
 from moeserve.transport.timing import SILENT_AFTER_S
-from moeserve.transport.wire import Destination, PassOn, PeerLost, WorkShape
+from moeserve.transport.wire import Destination, Loads, PassOn, PeerLost, WorkShape
 from moeserve.transport.work import Work
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Lease",
     "Limits",
     "Listener",
+    "Loads",
     "Partial",
     "PassOn",
     "PeerLost",

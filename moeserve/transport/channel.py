@@ -22,6 +22,7 @@ from moeserve.transport.wire import (
     BareMessage,
     Destination,
     Kind,
+    Loads,
     MalformedMessage,
     Memory,
     PacketLayout,
@@ -32,6 +33,7 @@ from moeserve.transport.wire import (
     pack_note,
     pack_work,
     sections,
+    unpack_loads,
     unpack_note,
     write_destinations,
 )
@@ -125,6 +127,8 @@ class Channel(ABC):
         self._accepted: asyncio.Future[None] = self._loop.create_future()
         self._reason, self._cause = "", ChannelClosed
         self._watch = SilenceWatch(silent_after_s)
+        #: what the host has said of them, and when it did last, monotonic seconds
+        self.loads, self.loaded_at = Loads(), 0.0
         self._heard_at = 0.0
         self._answered_at = time.monotonic()
 
@@ -224,6 +228,8 @@ class Channel(ABC):
                 self._answer(note, body)
             elif note.kind is Kind.HEARTBEAT:
                 return
+            elif note.kind is Kind.LOADS:
+                self.loads, self.loaded_at = unpack_loads(note), self._heard_at
             elif note.kind is Kind.GOODBYE:
                 self._die(f"the host at {self.endpoint} hung up: {note.sentence}")
             elif note.kind is Kind.ACCEPT and note.code == VERSION and not self._accepted.done():

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from moeserve.transport.heartbeat import Beating, HeartbeatThread
+from moeserve.transport.wire import Loads, pack_loads
 from moeserve.transport.work import Work
 
 OnEvents = Callable[[int], object]
@@ -55,6 +56,10 @@ class Source(Beating, Protocol):
     def catch_up(self) -> None:
         """Takes in what arrived without leaving its file descriptor readable."""
 
+    def tell(self, packet: bytes) -> None:
+        """Sends a note to all frontends that have room for it."""
+        ...
+
     def close(self) -> None:
         """Stops listening and closes all connections."""
         ...
@@ -94,6 +99,11 @@ class Listener:
         with self._wake_lock:
             if self._wake_fd >= 0:
                 os.eventfd_write(self._wake_fd, 1)
+
+    def tell(self, loads: Loads) -> None:
+        """Lets all frontends know: that experts were read, so a pass makes progress."""
+        for source in self._sources:
+            source.tell(pack_loads(loads))
 
     def hold(self, until: threading.Event) -> None:
         """From any thread: after the pass that is running nothing is read, answered or said until the event is set.

@@ -40,6 +40,9 @@ class LocalSource:
     def beat(self) -> None:
         self._peers.beat()
 
+    def tell(self, packet: bytes) -> None:
+        self._peers.tell(packet)
+
     def dial(self) -> socket.socket:
         """A socket connected to this host; from any thread."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -50,6 +50,9 @@ class ShmSource:
     def beat(self) -> None:
         self._peers.beat()
 
+    def tell(self, packet: bytes) -> None:
+        self._peers.tell(packet)
+
     def close(self) -> None:
         self._poller.remove(self._listening.fileno())
         self._listening.close()
@@ -87,9 +90,13 @@ class ShmPeers:
 
     def beat(self) -> None:
         """Sends every frontend a heartbeat; from any thread."""
+        self.tell(_HEARTBEAT)
+
+    def tell(self, packet: bytes) -> None:
+        """Sends every frontend a note; from any thread."""
         with self._lock:
             for peer in self._peers:
-                peer.beat()
+                peer.tell(packet)
 
     def add(self, sock: socket.socket) -> None:
         """Takes over a connected socket, unless it comes from another user."""
@@ -143,10 +150,10 @@ class ShmPeer(Peer):
         self._poller.remove(self._packets.fileno())
         self._packets.close()
 
-    def beat(self) -> None:
-        """Sends a heartbeat; from any thread while the socket is open."""
+    def tell(self, packet: bytes) -> None:
+        """Sends a note that may be lost; from any thread while the socket is open."""
         if self._is_greeted:
-            self._packets.send_if_room(_HEARTBEAT)
+            self._packets.send_if_room(packet)
 
     def _on_events(self, mask: int) -> None:
         try:

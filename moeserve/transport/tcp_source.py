@@ -67,6 +67,10 @@ class TcpSource:
     def beat(self) -> None:
         """Nothing to do: libzmq's own thread answers the pings of frontends."""
 
+    def tell(self, packet: bytes) -> None:
+        for identity in list(self._peers):
+            self.send(identity, packet, None)
+
     def send(self, identity: bytes, packet: bytes, body: memoryview | None) -> None:
         """Never blocks; a frontend that is gone is forgotten."""
         try:

@@ -10,7 +10,7 @@ A destination is a host's number and where its pairs end; the first is the recei
 
 A packet is a WORK header (56 bytes) or a note (16 bytes, some followed by a sentence):
 HELLO(version, arena bytes) -> ACCEPT(version, max_message_bytes) · WORK -> REPLY(id) | ERROR(gRPC status, id, sentence) · CANCEL(id)
-· GOODBYE(sentence) · HEARTBEAT: the host is alive.
+· GOODBYE(sentence) · HEARTBEAT: the host is alive · LOADS(uses, reads): how often experts were in memory.
 """
 
 from __future__ import annotations
@@ -57,6 +57,14 @@ class Kind(IntEnum):
     CANCEL = 6
     GOODBYE = 7
     HEARTBEAT = 8
+    LOADS = 9
+
+
+class Loads(NamedTuple):
+    """How many experts passes have used since a host started, each once in a pass, and how many of them had to be read first."""
+
+    used: int = 0
+    read: int = 0
 
 
 class PassOn(IntEnum):
@@ -263,6 +271,16 @@ def pack_note(kind: Kind, *, code: int = 0, value: int = 0, sentence: str = "") 
 def pack_error(work_id: int, error: MoEServeError) -> bytes:
     """The ERROR note that makes the other side raise the same class with the same sentence."""
     return pack_note(Kind.ERROR, code=error.code.value[0], value=work_id, sentence=str(error))
+
+
+def pack_loads(loads: Loads) -> bytes:
+    """A LOADS note; numbers begin again at 2^32, as if the host had."""
+    return pack_note(Kind.LOADS, value=loads.used % 2**32 << 32 | loads.read % 2**32)
+
+
+def unpack_loads(note: BareMessage) -> Loads:
+    """What a LOADS note says."""
+    return Loads(note.value >> 32, note.value % 2**32)
 
 
 def unpack_note(packet: bytes) -> BareMessage:

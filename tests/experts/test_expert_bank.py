@@ -97,7 +97,7 @@ def test_a_stack_of_experts_agrees_with_the_oracle(activation: Activation, bias:
     out = torch.empty(hidden_states.shape)
     stacks = ExpertStacks(len(counts), torch.device("cpu"))
     stack = Stack([stacks.place(expert) for expert in weights.experts(activation)])
-    stack.run(hidden_states, Pairs(row_index, np.array(counts), None, pair_weights), out)
+    stack.run(hidden_states, Pairs(row_index, np.array(counts), None, pair_weights), out, False)
     assert_agrees(out, expected(weights, activation, work), sum(counts), dtype)
 
 
@@ -108,7 +108,7 @@ def test_a_stack_is_what_neighbors_lie_in_and_a_copy_of_others() -> None:
     hidden_states, row_index, _, pair_weights = work = some_work(counts, num_rows=7, dtype=torch.bfloat16)
     for chosen, is_shared in (([1, 2, 3], True), ([3, 1, 0], False)):
         stack, out = Stack([placed[expert] for expert in chosen]), torch.empty(hidden_states.shape)
-        stack.run(hidden_states, Pairs(row_index, np.array(counts), None, pair_weights), out)
+        stack.run(hidden_states, Pairs(row_index, np.array(counts), None, pair_weights), out, False)
         own = Stacked(*(None if tensor is None else tensor[chosen] for tensor in weights))  # type: ignore[arg-type]
         assert_agrees(out, expected(own, "swiglu", work), sum(counts), torch.bfloat16)
         for held, expert in zip(stack.held, chosen, strict=True):

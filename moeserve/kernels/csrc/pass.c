@@ -28,9 +28,10 @@ struct work {
     int64_t num_experts;
     const float *input_weights; /* [N], or NULL: what rows are multiplied by */
     const float *weights;       /* [N]: what answers are multiplied by */
-    float *out;                 /* [R, H], overwritten */
+    float *out;                 /* [R, H], overwritten, or added to */
     void *scratch; /* `scratch_bytes` of it, aligned to 64 */
     int32_t num_threads;
+    int32_t adds; /* whether to what is in `out`, in the order of the experts */
 };
 
 struct block {
@@ -179,7 +180,7 @@ static void run_blocks(const struct pass *pass, const struct block *blocks, int6
         char *decoded = pass->decoded + omp_get_thread_num() * (pass->hidden_width + pass->inner_width) * PANEL * 2;
         pass->kernel->begin();
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < pass->work->num_rows; row++)
+        for (int64_t row = pass->work->adds ? pass->work->num_rows : 0; row < pass->work->num_rows; row++)
             memset(pass->work->out + row * pass->bank->hidden_size, 0, 4 * pass->bank->hidden_size);
         for (int64_t first = 0, last; first < count; first = last) {
             for (last = first + 1; last < count && blocks[last].at;)

@@ -1,0 +1,154 @@
+"""Experts in memory up to a number of bytes: those that were used last stay, others are read when they are wanted.
+
+Where they are read from is for whoever wants them to say: from files, or, where this memory is that of a GPU, from that of the host.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from moeserve.experts import HeldExpert
+from moeserve.transport import Loads
+
+
+class Wanted(NamedTuple):
+    """An expert of `nbytes`, known by its key; `read` reads it, and raises when it cannot be read."""
+
+    key: Hashable
+    nbytes: int
+    read: Callable[[], HeldExpert]
+
+
+@dataclass
+class _Slot:
+    """An expert, None while it is read, and how many passes compute with it now."""
+
+    nbytes: int
+    held: HeldExpert | None = None
+    users: int = 1
+
+
+class ExpertCache:
+    """At most `limit_bytes` of experts, and beside them the one that is being read, as it is stored; to be used from any thread.
+
+    The least recently used make room, but for those that a pass computes with. `on_read` is called after each that a pass has waited for.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.on_read: Callable[[], None] = lambda: None
+        #: of passes
+        self.loads = Loads()
+        #: by key, the least recently used first
+        self._slots: OrderedDict[Hashable, _Slot] = OrderedDict()
+        #: bytes of all, and of those in use
+        self._nbytes = self._nbytes_in_use = 0
+        self._changed = threading.Condition()
+        #: one at a time, so that memory has no more than one beyond the limit
+        self._reading = threading.Lock()
+
+    @contextmanager
+    def held(self, wanted: Sequence[Wanted]) -> Iterator[list[HeldExpert]]:
+        """These experts, which differ and fit into the limit, for a pass: they stay until it leaves. Raises what a read raises.
+
+        Whoever waits for room holds nothing meanwhile, so nobody waits forever.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._has_room(wanted))
+            missing = self._enter(wanted)
+            self.loads = Loads(self.loads.used + len(wanted), self.loads.read + len(missing))
+        try:
+            for one in missing:
+                self._read(one)
+                self.on_read()
+            yield [held for one in wanted if (held := self._slots[one.key].held) is not None]
+        finally:
+            self._leave(wanted)
+
+    def load(self, one: Wanted, *, evicts: bool) -> bool:
+        """Reads an expert before a pass wants it, if there is room or others are to make it; whether it is there. Raises as `held`."""
+        with self._changed:
+            if one.key not in self._slots and not evicts and self._nbytes + one.nbytes > self.limit_bytes:
+                return False
+            self._changed.wait_for(lambda: self._has_room([one]))
+            missing = self._enter([one])
+        try:
+            for each in missing:
+                self._read(each)
+        finally:
+            self._leave([one])
+        return True
+
+    def has(self, keys: Collection[Hashable]) -> bool:
+        """Whether all of these are in memory at present."""
+        with self._changed:
+            return all(key in self._slots and self._slots[key].held is not None for key in keys)
+
+    def keep(self, keys: Collection[Hashable]) -> None:
+        """Frees all others at once, but for those that a pass computes with."""
+        with self._changed:
+            for key in [key for key, slot in self._slots.items() if key not in keys and not slot.users]:
+                self._drop(key)
+            self._changed.notify_all()
+
+    @property
+    def experts(self) -> Mapping[Hashable, HeldExpert]:
+        """Those in memory."""
+        with self._changed:
+            return {key: slot.held for key, slot in self._slots.items() if slot.held is not None}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of those in memory and of those that are being read."""
+        return self._nbytes
+
+    def _has_room(self, wanted: Sequence[Wanted]) -> bool:
+        """Whether none of them is being read for somebody else, and they fit beside what is in use."""
+        slots = [self._slots[one.key] for one in wanted if one.key in self._slots]
+        if any(slot.held is None for slot in slots):
+            return False
+        beside = self._nbytes_in_use - sum(slot.nbytes for slot in slots if slot.users)
+        return beside + sum(one.nbytes for one in wanted) <= self.limit_bytes
+
+    def _enter(self, wanted: Sequence[Wanted]) -> list[Wanted]:
+        """They are in use from now on; those that are missing, for which there is room now."""
+        missing = []
+        for one in wanted:
+            if (slot := self._slots.get(one.key)) is None:
+                missing.append(one)
+            else:
+                self._nbytes_in_use += 0 if slot.users else slot.nbytes
+                slot.users += 1
+                self._slots.move_to_end(one.key)
+        nbytes = sum(one.nbytes for one in missing)
+        while self._nbytes + nbytes > self.limit_bytes:
+            self._drop(next(key for key, slot in self._slots.items() if not slot.users))
+        for one in missing:
+            self._slots[one.key] = _Slot(one.nbytes)
+        self._nbytes, self._nbytes_in_use = self._nbytes + nbytes, self._nbytes_in_use + nbytes
+        return missing
+
+    def _drop(self, key: Hashable) -> None:
+        self._nbytes -= self._slots.pop(key).nbytes
+
+    def _read(self, one: Wanted) -> None:
+        with self._reading:
+            held = one.read()
+        with self._changed:
+            self._slots[one.key].held = held
+            self._changed.notify_all()
+
+    def _leave(self, wanted: Sequence[Wanted]) -> None:
+        with self._changed:
+            for one in wanted:
+                slot = self._slots[one.key]
+                slot.users -= 1
+                self._nbytes_in_use -= 0 if slot.users else slot.nbytes
+                if slot.held is None:  # it could not be read
+                    self._drop(one.key)
+            self._changed.notify_all()

@@ -1,0 +1,48 @@
+"""A bank of more experts than there is memory for: a pass waits for those that must be read.
+
+N pairs, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from moeserve.experts import Bank, BankForm, Integers, Turn, grouped
+from moeserve.host.expert_cache import ExpertCache, Wanted
+
+
+class SpilledBank(Bank):
+    """The experts that `wanted` says, in the memory of `cache`. It answers bit by bit as a bank that holds them all."""
+
+    def __init__(self, wanted: Sequence[Wanted], form: BankForm, cache: ExpertCache) -> None:
+        super().__init__(len(wanted), form)
+        self._wanted, self._cache = wanted, cache
+        self._deterministic = form.deterministic
+
+    def is_ready(self, local_experts: torch.Tensor) -> bool:
+        """Whether all of these [N] are in memory. They may not stay there: then `run` waits after all."""
+        experts = np.unique(local_experts.numpy())
+        # One that does not exist is refused, without delay.
+        return experts[-1] >= self.num_experts or self._cache.has({self._wanted[expert].key for expert in experts})
+
+    def turns(self, counts: Integers) -> Generator[Turn]:
+        """Of as many experts with pairs as fit into memory together; these stay there while they are computed."""
+        for experts in self._portions(np.flatnonzero(counts)):
+            with self._cache.held([self._wanted[expert] for expert in experts]) as held:
+                first = 0
+                for group in grouped(held, self.dtype, self._deterministic):
+                    last = first + len(group.held)
+                    yield group, experts[first:last]
+                    first = last
+
+    def _portions(self, experts: Integers) -> Iterator[Integers]:
+        first, nbytes = 0, 0
+        for index, expert in enumerate(experts):
+            nbytes += self._wanted[expert].nbytes
+            if nbytes > self._cache.limit_bytes:
+                yield experts[first:index]
+                first, nbytes = index, self._wanted[expert].nbytes
+        yield experts[first:]
