@@ -12,31 +12,36 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from moeserve.experts import HeldExpert
+from moeserve.experts import Expert, HeldExpert
 from moeserve.transport import Loads
 
 
 class Wanted(NamedTuple):
-    """An expert of `nbytes`, known by its key; `read` reads it, and raises when it cannot be read."""
+    """An expert of `nbytes`, known by its key.
+
+    `read` reads it as it is stored, and raises when it cannot be read; `place` makes what is computed with.
+    """
 
     key: Hashable
     nbytes: int
-    read: Callable[[], HeldExpert]
+    read: Callable[[], Expert]
+    place: Callable[[Expert], HeldExpert]
 
 
 @dataclass
 class _Slot:
-    """An expert, None while it is read, and how many passes compute with it now."""
+    """An expert, None until it has been read, and how many passes want it now."""
 
     nbytes: int
     held: HeldExpert | None = None
-    users: int = 1
+    users: int = 0
 
 
 class ExpertCache:
     """At most `limit_bytes` of experts, and beside them the one that is being read, as it is stored; to be used from any thread.
 
-    The least recently used make room, but for those that a pass computes with. `on_read` is called after each that a pass has waited for.
+    Once an expert has been read, the least recently used make room for it, but for those that a pass computes with. `on_read` is called
+    after each that a pass has waited for.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -46,7 +51,7 @@ class ExpertCache:
         self.loads = Loads()
         #: by key, the least recently used first
         self._slots: OrderedDict[Hashable, _Slot] = OrderedDict()
-        #: bytes of all, and of those in use
+        #: bytes of those in memory, and of those that passes want, whether they have been read or not
         self._nbytes = self._nbytes_in_use = 0
         self._changed = threading.Condition()
         #: one at a time, so that memory has no more than one beyond the limit
@@ -61,10 +66,11 @@ class ExpertCache:
         with self._changed:
             self._changed.wait_for(lambda: self._has_room(wanted))
             missing = self._enter(wanted)
-            self.loads = Loads(self.loads.used + len(wanted), self.loads.read + len(missing))
+            self._count(used=len(wanted))
         try:
             for one in missing:
                 self._read(one)
+                self._count(read=1)
                 self.on_read()
             yield [held for one in wanted if (held := self._slots[one.key].held) is not None]
         finally:
@@ -104,7 +110,7 @@ class ExpertCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of those in memory and of those that are being read."""
+        """Bytes of those in memory."""
         return self._nbytes
 
     def _has_room(self, wanted: Sequence[Wanted]) -> bool:
@@ -116,32 +122,36 @@ class ExpertCache:
         return beside + sum(one.nbytes for one in wanted) <= self.limit_bytes
 
     def _enter(self, wanted: Sequence[Wanted]) -> list[Wanted]:
-        """They are in use from now on; those that are missing, for which there is room now."""
+        """They are in use from now on; returns those that are missing. Others make room when one of these has been read."""
         missing = []
         for one in wanted:
-            if (slot := self._slots.get(one.key)) is None:
+            if one.key not in self._slots:
                 missing.append(one)
-            else:
-                self._nbytes_in_use += 0 if slot.users else slot.nbytes
-                slot.users += 1
-                self._slots.move_to_end(one.key)
-        nbytes = sum(one.nbytes for one in missing)
-        while self._nbytes + nbytes > self.limit_bytes:
-            self._drop(next(key for key, slot in self._slots.items() if not slot.users))
-        for one in missing:
-            self._slots[one.key] = _Slot(one.nbytes)
-        self._nbytes, self._nbytes_in_use = self._nbytes + nbytes, self._nbytes_in_use + nbytes
+            slot = self._slots.setdefault(one.key, _Slot(one.nbytes))
+            self._slots.move_to_end(one.key)
+            self._nbytes_in_use += 0 if slot.users else slot.nbytes
+            slot.users += 1
         return missing
 
+    def _count(self, used: int = 0, read: int = 0) -> None:
+        with self._changed:
+            self.loads = Loads(self.loads.used + used, self.loads.read + read)
+
     def _drop(self, key: Hashable) -> None:
-        self._nbytes -= self._slots.pop(key).nbytes
+        slot = self._slots.pop(key)
+        self._nbytes -= 0 if slot.held is None else slot.nbytes
 
     def _read(self, one: Wanted) -> None:
         with self._reading:
-            held = one.read()
-        with self._changed:
-            self._slots[one.key].held = held
-            self._changed.notify_all()
+            expert = one.read()
+            with self._changed:
+                while self._nbytes + one.nbytes > self.limit_bytes:
+                    self._drop(next(key for key, slot in self._slots.items() if not slot.users))
+            held = one.place(expert)
+            with self._changed:
+                self._slots[one.key].held = held
+                self._nbytes += one.nbytes
+                self._changed.notify_all()
 
     def _leave(self, wanted: Sequence[Wanted]) -> None:
         with self._changed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -10,9 +10,10 @@ import torch
 
 from moeserve.checkpoints import LayerSource, bank_form, load_experts, make_bank
 from moeserve.config import LayerSpec
-from moeserve.experts import Bank, ExpertBank, HeldExpert, Placer
+from moeserve.experts import Bank, Expert, ExpertBank, HeldExpert, Placer
 from moeserve.host.expert_cache import ExpertCache, Wanted
 from moeserve.host.expert_key import ExpertKey
+from moeserve.host.layer_reader import LayerReader
 from moeserve.host.spilled_bank import SpilledBank
 
 
@@ -38,25 +39,29 @@ class ExpertStore:
         #: layers by name, by epoch; replaced, never changed
         self._releases: Mapping[int, Mapping[str, HeldLayer]] = {}
 
-    def load(self, source: LayerSource, keys: tuple[ExpertKey, ...], on_expert: Callable[[], None]) -> HeldLayer:
+    def load(
+        self, source: LayerSource, keys: tuple[ExpertKey, ...], on_expert: Callable[[], None], renew: Callable[[], LayerSource]
+    ) -> HeldLayer:
         """A layer with these experts, which `source` has. Those that are missing are read, one at a time; the others are shared.
 
         It is the caller's until `put`: beside what is held, memory has what is missing, and the one that is being read. `on_expert` is
         called after each that has been read, and what it raises ends the loading. Raises ConfigError or CheckpointError.
 
-        With a cache, the first is read in any case, so that a kernel is chosen before rows come, and the others as long as there is room.
+        With a cache, the first is read in any case, so that a kernel is chosen before rows come, and the others as long as there is room;
+        what is read later is of `source`, or of what `renew` makes of the same files.
         """
         known = [layers[source.spec.name] for layers in self._releases.values() if source.spec.name in layers]
         for layer in known:
             if layer.keys == keys:
                 return layer
         if self.cache is not None:
-            return HeldLayer(keys, self._spilled(self.cache, source, keys, on_expert))
+            return HeldLayer(keys, self._spilled(self.cache, LayerReader(source, renew), keys, on_expert))
         held = {key: expert for layer in known for key, expert in _experts(layer).items()}
         missing = [key for key in dict.fromkeys(keys) if key not in held]
         for is_shared in (False, True):
             wanted = [key for key in missing if (key.shard is None) is is_shared]
-            held.update(zip(wanted, self._placed(source, wanted, on_expert), strict=True))
+            placed = self._placer(source.spec).placed(load_experts(source, [key.shard for key in wanted], on_expert), one_by_one=is_shared)
+            held.update(zip(wanted, placed, strict=True))
         shared = keys[-1] if keys[-1].shard is None else None
         experts = [held[key] for key in keys if key is not shared]
         return HeldLayer(keys, make_bank(source, experts, None if shared is None else held[shared], self._device))
@@ -94,21 +99,18 @@ class ExpertStore:
         every = (layer for layers in self._releases.values() for layer in layers.values())
         return {key: expert for layer in every for key, expert in _experts(layer).items()}
 
-    def _spilled(self, cache: ExpertCache, source: LayerSource, keys: Sequence[ExpertKey], on_expert: Callable[[], None]) -> SpilledBank:
-        wanted = [Wanted(key, _nbytes(source, key), partial(self._read, source, key)) for key in keys]
+    def _spilled(self, cache: ExpertCache, reader: LayerReader, keys: Sequence[ExpertKey], on_expert: Callable[[], None]) -> SpilledBank:
+        spec = reader.spec
+        place = partial(self._place, spec)
+        wanted = [Wanted(key, reader.nbytes(key.shard), partial(reader.read, key.shard), partial(place, key)) for key in keys]
         for index, one in enumerate(wanted):
             if not cache.load(one, evicts=not index):
                 break
             on_expert()
-        return SpilledBank(wanted, bank_form(source.spec, self._device), cache)
+        return SpilledBank(wanted, bank_form(spec, self._device), cache)
 
-    def _read(self, source: LayerSource, key: ExpertKey) -> HeldExpert:
-        return next(self._placed(source, [key], lambda: None))
-
-    def _placed(self, source: LayerSource, keys: Sequence[ExpertKey], on_expert: Callable[[], None]) -> Iterator[HeldExpert]:
-        """Read one after the other: routed experts, or shared ones."""
-        is_shared = bool(keys) and keys[0].shard is None
-        return self._placer(source.spec).placed(load_experts(source, [key.shard for key in keys], on_expert), one_by_one=is_shared)
+    def _place(self, spec: LayerSpec, key: ExpertKey, expert: Expert) -> HeldExpert:
+        return next(self._placer(spec).placed([expert], one_by_one=key.shard is None))
 
     def _placer(self, spec: LayerSpec) -> Placer:
         return self._placers.setdefault(spec.name, Placer(self._device, spec.kernel, spec.deterministic))
@@ -117,7 +119,3 @@ class ExpertStore:
 def _experts(layer: HeldLayer) -> dict[ExpertKey, HeldExpert]:
     assert isinstance(layer.bank, ExpertBank), "there is no cache"
     return dict(zip(layer.keys, layer.bank.held, strict=True))
-
-
-def _nbytes(source: LayerSource, key: ExpertKey) -> int:
-    return source.shared_nbytes() if key.shard is None else source.nbytes(key.shard)

@@ -67,7 +67,7 @@ class Holdings:
             if any(epoch >= release.epoch for epoch in self.store.epochs):
                 return
             self._loading = release
-        layers = self._loaded(release, release.sources(ServedLayers.read(self._model)))
+        layers = self._loaded(release, self._sources(release))
         with self._changing:
             self._check(release)
             self._loading, before = None, self.store.newest
@@ -102,9 +102,15 @@ class Holdings:
         """By name, in model order; None = this host has no experts of the layer."""
         keys = {source.spec.name: needed(release, layer, source.spec, self.number) for layer, source in enumerate(sources)}
         on_expert = partial(self._count, release)
-        return {
-            name: self.store.load(source, keys[name], on_expert) if keys[name] else None for name, source in zip(keys, sources, strict=True)
-        }
+
+        def load(layer: int, source: LayerSource) -> HeldLayer | None:
+            wanted = keys[source.spec.name]
+            return self.store.load(source, wanted, on_expert, lambda: self._sources(release)[layer]) if wanted else None
+
+        return {source.spec.name: load(layer, source) for layer, source in enumerate(sources)}
+
+    def _sources(self, release: Release) -> Sequence[LayerSource]:
+        return release.sources(ServedLayers.read(self._model))
 
     def _count(self, release: Release) -> None:
         self.experts_read += 1
