@@ -43,6 +43,7 @@ def busy(detail: ExpertDetail) -> Metrics:
     metrics.queue_tokens.set(3)
     metrics.placement_epoch.set(2)
     metrics.host_states.labels("host-0").set(True, "up")
+    metrics.host_states.labels("host-0").loads = (9, 4)
     metrics.host_queue_tokens.labels("host-0").set(4)
     metrics.host_restarts.inc()
     metrics.expert_retries.labels("host_lost").inc()
@@ -72,6 +73,8 @@ def test_names_and_labels_are_the_documented_ones() -> None:
         "moeserve_host_queue_tokens": {"host"},
         "moeserve_hosts_failing": set(),
         "moeserve_host_restarts_total": set(),
+        "moeserve_expert_uses_total": {"host"},
+        "moeserve_expert_loads_total": {"host"},
         "moeserve_expert_retries_total": {"reason"},
         "moeserve_partial_answers_total": {"policy"},
         "moeserve_host_balancedness_ratio": {"layer"},

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from moeserve.checkpoints import layer_size
+from moeserve.checkpoints import in_memory, layer_size
 from moeserve.cli.columns import bytes_text
 from moeserve.control import Assignment, Planner
 from moeserve.placement import Transition, transition
@@ -16,7 +17,9 @@ def planned_change(planner: Planner, before: int, after: int) -> Transition:
     first = planner.plan(before)
     # Of too many hosts, those with the highest numbers leave.
     then = planner.moved([Assignment(number, "") for number in range(after)], sources, first)
-    return transition([layer_size(source, planner.placing.tensor_parallel) for source in sources], first, then)
+    change = transition([layer_size(source, planner.placing.tensor_parallel) for source in sources], first, then)
+    peak = in_memory([*change.peak_bytes.values()], sources, planner.placing, planner.layers.model.store)
+    return replace(change, peak_bytes=dict(zip(change.peak_bytes, peak, strict=True)))
 
 
 def as_json(change: Transition) -> dict[str, Any]:

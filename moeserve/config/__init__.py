@@ -8,6 +8,7 @@ from moeserve.config.cluster import ClusterConfig, ControllerConfig, RayConfig
 from moeserve.config.gating import BY_TOKEN_ID, GatingConfig
 from moeserve.config.load import load_config, load_json, load_server
 from moeserve.config.overrides import GatingOverrides, override
+from moeserve.config.placement import PlacementConfig
 from moeserve.config.resilience import ResilienceConfig
 from moeserve.config.server import ServerConfig
 from moeserve.config.service import (
@@ -15,7 +16,6 @@ from moeserve.config.service import (
     LayerConfig,
     ModelConfig,
     ObservabilityConfig,
-    PlacementConfig,
     ServedModel,
     ServiceConfig,
     SharedExpertConfig,

@@ -73,7 +73,7 @@ class Planner:
         return [layer_size(source, self.placing.tensor_parallel) for source in sources]
 
     def _constraints(self, assignments: Sequence[Assignment]) -> Constraints:
-        limit, balancing = self._limit_bytes, self.balancing
+        limit, balancing = self.limit_bytes, self.balancing
         hosts = [HostLimits(assignment.number, limit, assignment.node) for assignment in assignments]
         # With fewer hosts, as after the loss of one, an expert has as many copies as can be.
         min_copies = min(balancing.min_copies, max(1, len(hosts) // self.placing.pipeline_stages))
@@ -126,8 +126,8 @@ class Planner:
         return plan_placement(self.layers.specs, _free_number(self.placing).model_copy(update={"num_hosts": num_hosts}))
 
     @property
-    def _limit_bytes(self) -> int | None:
-        """What the experts of a host must fit into."""
+    def limit_bytes(self) -> int | None:
+        """What the experts of a host must fit into; None = anything, because there is no limit, or because they spill."""
         return None if self.layers.model.store.spill is not None else self.placing.memory_per_host_bytes
 
     def _check_memory(self, nbytes: Sequence[int]) -> None:
@@ -136,7 +136,7 @@ class Planner:
 
     def _least(self, fewest: int, most: int) -> int:
         """The smallest number of hosts that each have room for their weights."""
-        limit = self._limit_bytes
+        limit = self.limit_bytes
         if limit is None:
             return fewest
         largest = self._largest(most)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moeserve.checkpoints import check_change, memory_bytes
+from moeserve.checkpoints import check_change, in_memory, memory_bytes
 from moeserve.control.desired import Planner
 from moeserve.control.state import State
 from moeserve.host import bytes_of_both, needed_bytes
@@ -14,8 +14,10 @@ def require_room(before: State, after: State, planner: Planner) -> None:
     if new is old:
         return
     served, coming = old.sources(planner.layers), new.sources(planner.layers)
-    nbytes = {
-        host: bytes_of_both(needed_bytes(old, served, host), needed_bytes(new, coming, host), in_stacks=placing.gpus_per_host > 0)
-        for host in {*old.placement.hosts, *new.placement.hosts}
-    }
-    check_change(nbytes, placing, memory_bytes() if planner.on_this_machine else None)
+    hosts = [*{*old.placement.hosts, *new.placement.hosts}]
+    nbytes = [
+        bytes_of_both(needed_bytes(old, served, host), needed_bytes(new, coming, host), in_stacks=placing.gpus_per_host > 0)
+        for host in hosts
+    ]
+    held = in_memory(nbytes, coming, placing, planner.layers.model.store)
+    check_change(dict(zip(hosts, held, strict=True)), placing, memory_bytes() if planner.on_this_machine else None)

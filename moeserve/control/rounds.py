@@ -62,7 +62,7 @@ def planned_round(state: State, demand: Rows, planner: Planner) -> Round:
     return Round(
         state.release,
         sizes,
-        steps(sizes, before, after, planner.balancing.max_moved_bytes, planner.placing.memory_per_host_bytes),
+        steps(sizes, before, after, planner.balancing.max_moved_bytes, planner.limit_bytes),
         transition(sizes, before, after),
         layer_balancedness(before, demand, stages),
         layer_balancedness(after, demand, stages),

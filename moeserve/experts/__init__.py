@@ -1,7 +1,7 @@
 """The experts one host holds of one layer, and the grouped pass over them; torch only."""
 
 from moeserve.experts.activations import is_gated
-from moeserve.experts.bank import Bank, BankForm, ExpertBank, Integers, Turn, grouped
+from moeserve.experts.bank import BankForm, ExpertBank, GroupOf, Integers, LayerBank, grouped
 from moeserve.experts.choice import Choice, Shape, measured
 from moeserve.experts.codes import INT4, INT8, Code, float_code
 from moeserve.experts.expert import Expert, ExpertShard
@@ -17,7 +17,6 @@ __all__ = [
     "INT4",
     "INT8",
     "ROWS",
-    "Bank",
     "BankForm",
     "Choice",
     "Code",
@@ -25,15 +24,16 @@ __all__ = [
     "ExpertBank",
     "ExpertShard",
     "FeedForward",
+    "GroupOf",
     "HeldExpert",
     "Integers",
+    "LayerBank",
     "ModuleExpert",
     "Placer",
     "QuantizedFeedForward",
     "QuantizedMatrix",
     "ScaleGroups",
     "Shape",
-    "Turn",
     "check_module",
     "computed_in",
     "feed_forward_bytes",

@@ -29,7 +29,7 @@ _CPU = torch.device("cpu")
 _Group = PackedExperts | Stack | OneByOne
 Integers = npt.NDArray[np.int64]
 #: a group, and the local experts it is made of, ascending
-Turn = tuple[_Group, slice | Integers]
+GroupOf = tuple[_Group, slice | Integers]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class BankForm:
     deterministic: bool = False
 
 
-class Bank(ABC):
+class LayerBank(ABC):
     """Experts (or shards) of a layer on one device; the layer's shared expert, if there is one, is the last.
 
     Neighbors of one kind are computed together, in one call, where there is such a call for them; the others one by one.
@@ -66,7 +66,7 @@ class Bank(ABC):
         return True
 
     @abstractmethod
-    def turns(self, counts: Integers) -> Generator[Turn]:
+    def groups(self, counts: Integers) -> Generator[GroupOf]:
         """Groups of experts in their order, each to be computed before the next is asked for; counts [E]: pairs of each expert."""
 
     @torch.inference_mode()
@@ -88,8 +88,8 @@ class Bank(ABC):
         row_index, weights = row_index.to(self.device, torch.int64), weights.to(self.device)
         first_pair, adds = 0, False
         # Closed in any case: what a turn holds is held by nobody after it.
-        with closing(self.turns(counts)) as turns:
-            for group, experts in turns:
+        with closing(self.groups(counts)) as groups:
+            for group, experts in groups:
                 chosen = slice(first_pair, first_pair + int(counts[experts].sum()))
                 pairs = Pairs(row_index[chosen], counts[experts], *self._weighed(experts, counts, weights[chosen]))
                 group.run(hidden_states, pairs, total, adds)
@@ -109,7 +109,7 @@ class Bank(ABC):
         return torch.where(is_input, weights.to(self.dtype).float(), 1), torch.where(is_input, 1, weights)
 
 
-class ExpertBank(Bank):
+class ExpertBank(LayerBank):
     """A bank of experts that are all ready to run: no more than a list of held experts, and any number of banks may have the same ones."""
 
     def __init__(
@@ -138,11 +138,11 @@ class ExpertBank(Bank):
         super().__init__(len(held), BankForm(hidden_size, dtype, device, scale_inputs, shared is not None, deterministic))
         self._groups = grouped(held, dtype, deterministic)
         ends = np.cumsum([len(group.held) for group in self._groups]).tolist()
-        self._turns = [(group, slice(end - len(group.held), end)) for group, end in zip(self._groups, ends, strict=True)]
+        self._placed = [(group, slice(end - len(group.held), end)) for group, end in zip(self._groups, ends, strict=True)]
 
-    def turns(self, counts: Integers) -> Generator[Turn]:
+    def groups(self, counts: Integers) -> Generator[GroupOf]:
         """The same in every pass."""
-        yield from self._turns
+        yield from self._placed
 
     @property
     def held(self) -> list[HeldExpert]:

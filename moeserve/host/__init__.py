@@ -1,7 +1,7 @@
 """An expert host without Ray: receive, pass on, merge, one grouped pass, answer."""
 
 from moeserve.host.bank_table import BankTable
-from moeserve.host.expert_cache import ExpertCache, Wanted
+from moeserve.host.expert_cache import ExpertCache, Loadable
 from moeserve.host.expert_key import ExpertKey, bytes_of_both, needed, needed_bytes
 from moeserve.host.expert_store import ExpertStore
 from moeserve.host.holdings import Holdings
@@ -18,9 +18,9 @@ __all__ = [
     "Holdings",
     "Host",
     "HostLoop",
+    "Loadable",
     "Relay",
     "SpilledBank",
-    "Wanted",
     "Where",
     "bytes_of_both",
     "needed",

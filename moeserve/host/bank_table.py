@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from bisect import bisect_right
 
-from moeserve.experts import Bank
+from moeserve.experts import LayerBank
 
 
 class BankTable:
     """Banks by layer number and the epoch from which on they are valid. Written by one thread at a time, read by others."""
 
     def __init__(self) -> None:
-        self._layers: dict[int, tuple[tuple[int, Bank | None], ...]] = {}
+        self._layers: dict[int, tuple[tuple[int, LayerBank | None], ...]] = {}
 
-    def put(self, layer: int, epoch: int, bank: Bank | None) -> None:
+    def put(self, layer: int, epoch: int, bank: LayerBank | None) -> None:
         """Sets the layer's bank from `epoch` on; None = the host has no experts of it any more."""
         earlier = [(since, held) for since, held in self._layers.get(layer, ()) if since < epoch]
         self._layers[layer] = (*earlier, (epoch, bank))
 
-    def bank(self, layer: int, epoch: int) -> Bank | None:
+    def bank(self, layer: int, epoch: int) -> LayerBank | None:
         """The bank at `epoch`; None if the host has no experts of the layer at that epoch."""
         held = self._layers.get(layer, ())
         index = bisect_right([since for since, _ in held], epoch)

@@ -16,7 +16,7 @@ from moeserve.experts import Expert, HeldExpert
 from moeserve.transport import Loads
 
 
-class Wanted(NamedTuple):
+class Loadable(NamedTuple):
     """An expert of `nbytes`, known by its key.
 
     `read` reads it as it is stored, and raises when it cannot be read; `place` makes what is computed with.
@@ -58,7 +58,7 @@ class ExpertCache:
         self._reading = threading.Lock()
 
     @contextmanager
-    def held(self, wanted: Sequence[Wanted]) -> Iterator[list[HeldExpert]]:
+    def held(self, wanted: Sequence[Loadable]) -> Iterator[list[HeldExpert]]:
         """These experts, which differ and fit into the limit, for a pass: they stay until it leaves. Raises what a read raises.
 
         Whoever waits for room holds nothing meanwhile, so nobody waits forever.
@@ -76,7 +76,7 @@ class ExpertCache:
         finally:
             self._leave(wanted)
 
-    def load(self, one: Wanted, *, evicts: bool) -> bool:
+    def load(self, one: Loadable, *, evicts: bool) -> bool:
         """Reads an expert before a pass wants it, if there is room or others are to make it; whether it is there. Raises as `held`."""
         with self._changed:
             if one.key not in self._slots and not evicts and self._nbytes + one.nbytes > self.limit_bytes:
@@ -113,7 +113,7 @@ class ExpertCache:
         """Bytes of those in memory."""
         return self._nbytes
 
-    def _has_room(self, wanted: Sequence[Wanted]) -> bool:
+    def _has_room(self, wanted: Sequence[Loadable]) -> bool:
         """Whether none of them is being read for somebody else, and they fit beside what is in use."""
         slots = [self._slots[one.key] for one in wanted if one.key in self._slots]
         if any(slot.held is None for slot in slots):
@@ -121,7 +121,7 @@ class ExpertCache:
         beside = self._nbytes_in_use - sum(slot.nbytes for slot in slots if slot.users)
         return beside + sum(one.nbytes for one in wanted) <= self.limit_bytes
 
-    def _enter(self, wanted: Sequence[Wanted]) -> list[Wanted]:
+    def _enter(self, wanted: Sequence[Loadable]) -> list[Loadable]:
         """They are in use from now on; returns those that are missing. Others make room when one of these has been read."""
         missing = []
         for one in wanted:
@@ -141,7 +141,7 @@ class ExpertCache:
         slot = self._slots.pop(key)
         self._nbytes -= 0 if slot.held is None else slot.nbytes
 
-    def _read(self, one: Wanted) -> None:
+    def _read(self, one: Loadable) -> None:
         with self._reading:
             expert = one.read()
             with self._changed:
@@ -153,7 +153,7 @@ class ExpertCache:
                 self._nbytes += one.nbytes
                 self._changed.notify_all()
 
-    def _leave(self, wanted: Sequence[Wanted]) -> None:
+    def _leave(self, wanted: Sequence[Loadable]) -> None:
         with self._changed:
             for one in wanted:
                 slot = self._slots[one.key]

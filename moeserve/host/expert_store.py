@@ -10,8 +10,8 @@ import torch
 
 from moeserve.checkpoints import LayerSource, bank_form, load_experts, make_bank
 from moeserve.config import LayerSpec
-from moeserve.experts import Bank, Expert, ExpertBank, HeldExpert, Placer
-from moeserve.host.expert_cache import ExpertCache, Wanted
+from moeserve.experts import Expert, ExpertBank, HeldExpert, LayerBank, Placer
+from moeserve.host.expert_cache import ExpertCache, Loadable
 from moeserve.host.expert_key import ExpertKey
 from moeserve.host.layer_reader import LayerReader
 from moeserve.host.spilled_bank import SpilledBank
@@ -21,7 +21,7 @@ class HeldLayer(NamedTuple):
     """A layer in one release: the key of each expert of its bank."""
 
     keys: tuple[ExpertKey, ...]
-    bank: Bank
+    bank: LayerBank
 
 
 class ExpertStore:
@@ -102,7 +102,7 @@ class ExpertStore:
     def _spilled(self, cache: ExpertCache, reader: LayerReader, keys: Sequence[ExpertKey], on_expert: Callable[[], None]) -> SpilledBank:
         spec = reader.spec
         place = partial(self._place, spec)
-        wanted = [Wanted(key, reader.nbytes(key.shard), partial(reader.read, key.shard), partial(place, key)) for key in keys]
+        wanted = [Loadable(key, reader.nbytes(key.shard), partial(reader.read, key.shard), partial(place, key)) for key in keys]
         for index, one in enumerate(wanted):
             if not cache.load(one, evicts=not index):
                 break

@@ -37,8 +37,8 @@ class Holdings:
         self.experts_read = 0
         self._model = model
         self.number = number
-        spills = model.store.spill is not None and memory_bytes is not None
-        self.store = ExpertStore(device, ExpertCache(memory_bytes) if spills else None)
+        cache = None if model.store.spill is None or memory_bytes is None else ExpertCache(memory_bytes)
+        self.store = ExpertStore(device, cache)
         #: what is loaded now, unless it has been withdrawn
         self._loading: Release | None = None
         self._changing = Lock()

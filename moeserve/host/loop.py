@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from moeserve.errors import ExpertUnavailable, InvalidRequest, MoEServeError
-from moeserve.experts import Bank
+from moeserve.experts import LayerBank
 from moeserve.host.bank_table import BankTable
 from moeserve.host.expert_cache import ExpertCache
 from moeserve.host.lane import Lane
@@ -38,7 +38,7 @@ class HostLoop:
         self._relay = relay
         self._relayed: dict[Work, Relayed] = {}
         self.clock = PassClock()
-        self._waiting: OrderedDict[tuple[int, Bank | None], list[Work]] = OrderedDict()
+        self._waiting: OrderedDict[tuple[int, LayerBank | None], list[Work]] = OrderedDict()
         self._lane: Lane[SlowPass] = Lane(listener.wake)
         self._cache, self._told = cache, Loads()
         if cache is not None:
@@ -80,7 +80,7 @@ class HostLoop:
         """As `Listener.hold`."""
         self._listener.hold(until)
 
-    def _next(self) -> Turn | None:
+    def _next(self) -> NextPass | None:
         """What has waited longest of what can be begun now."""
         for (layer, bank), works in self._waiting.items():
             ready = [work for work in works if bank is None or bank.is_ready(work.local_experts)]
@@ -91,10 +91,10 @@ class HostLoop:
                     self._waiting[layer, bank] = rest
                 else:
                     del self._waiting[layer, bank]
-                return Turn(layer, bank, [work for work in taken if not work.drop_if_late()], is_slow=not ready)
+                return NextPass(layer, bank, [work for work in taken if not work.drop_if_late()], is_slow=not ready)
         return None
 
-    def _serve(self, turn: Turn) -> None:
+    def _serve(self, turn: NextPass) -> None:
         bank, valid = turn.bank, []
         for work in turn.works:
             try:
@@ -147,16 +147,16 @@ class HostLoop:
             _reply(work, error)
 
 
-class Turn(NamedTuple):
+class NextPass(NamedTuple):
     """Works of a layer that are computed together; is_slow: after experts have been read."""
 
     layer: int
-    bank: Bank | None
+    bank: LayerBank | None
     works: Sequence[Work]
     is_slow: bool
 
 
-def _check(work: Work, layer: int, bank: Bank | None) -> None:
+def _check(work: Work, layer: int, bank: LayerBank | None) -> None:
     """The checks that the transport cannot do: which experts and widths are here."""
     if bank is None:
         # Its frontend is behind; the caller may try again, or use another frontend.

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from moeserve.errors import CheckpointError, MoEServeError
-from moeserve.experts import Bank
+from moeserve.experts import LayerBank
 from moeserve.log_limit import limited_logger
 from moeserve.transport import Work
 
@@ -23,7 +23,7 @@ _files = limited_logger(__name__)
 
 
 class Merged(NamedTuple):
-    """The works of a pass laid end to end, as `Bank.run` takes them. sizes: how many of the rows each work has."""
+    """The works of a pass laid end to end, as `LayerBank.run` takes them. sizes: how many of the rows each work has."""
 
     hidden_states: torch.Tensor
     row_index: torch.Tensor
@@ -40,7 +40,7 @@ class SlowPass(NamedTuple):
     failure: MoEServeError | None = None
 
 
-def compute(bank: Bank, works: Sequence[Work]) -> list[MoEServeError | None]:
+def compute(bank: LayerBank, works: Sequence[Work]) -> list[MoEServeError | None]:
     """Fills the reply buffers; returns the error of each work."""
     try:
         if len(works) == 1:
@@ -52,7 +52,7 @@ def compute(bank: Bank, works: Sequence[Work]) -> list[MoEServeError | None]:
     return written(works, sums)
 
 
-def slow_pass(bank: Bank, works: Sequence[Work]) -> Callable[[], SlowPass]:
+def slow_pass(bank: LayerBank, works: Sequence[Work]) -> Callable[[], SlowPass]:
     """A pass for another thread than the one that may answer, with copies of what is in the messages."""
     try:
         whole = _merged(bank, works)
@@ -62,7 +62,7 @@ def slow_pass(bank: Bank, works: Sequence[Work]) -> Callable[[], SlowPass]:
     return partial(_compute_slowly, bank, works, whole)
 
 
-def _compute_slowly(bank: Bank, works: Sequence[Work], whole: Merged) -> SlowPass:
+def _compute_slowly(bank: LayerBank, works: Sequence[Work], whole: Merged) -> SlowPass:
     try:
         return SlowPass(works, _run(bank, whole))
     except Exception as error:  # as above, and what cannot be read
@@ -80,7 +80,7 @@ def written(works: Sequence[Work], sums: Sequence[torch.Tensor]) -> list[MoEServ
     return errors
 
 
-def _merged(bank: Bank, works: Sequence[Work]) -> Merged:
+def _merged(bank: LayerBank, works: Sequence[Work]) -> Merged:
     """Copies of what is in the messages."""
     sizes = [len(work.hidden_states) for work in works]
     starts = [0, *accumulate(sizes)]
@@ -91,7 +91,7 @@ def _merged(bank: Bank, works: Sequence[Work]) -> Merged:
     return Merged(hidden_states, row_index[order], local_experts, weights, sizes)
 
 
-def _run(bank: Bank, whole: Merged) -> Sequence[torch.Tensor]:
+def _run(bank: LayerBank, whole: Merged) -> Sequence[torch.Tensor]:
     """One pass; the answers [R, H] of each work."""
     out = torch.empty(len(whole.hidden_states), bank.hidden_size)
     bank.run(whole.hidden_states, whole.row_index, whole.local_experts, whole.weights, out=out)

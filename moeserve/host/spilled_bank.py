@@ -10,14 +10,14 @@ from collections.abc import Generator, Iterator, Sequence
 import numpy as np
 import torch
 
-from moeserve.experts import Bank, BankForm, Integers, Turn, grouped
-from moeserve.host.expert_cache import ExpertCache, Wanted
+from moeserve.experts import BankForm, GroupOf, Integers, LayerBank, grouped
+from moeserve.host.expert_cache import ExpertCache, Loadable
 
 
-class SpilledBank(Bank):
+class SpilledBank(LayerBank):
     """The experts that `wanted` says, in the memory of `cache`. It answers bit by bit as a bank that holds them all."""
 
-    def __init__(self, wanted: Sequence[Wanted], form: BankForm, cache: ExpertCache) -> None:
+    def __init__(self, wanted: Sequence[Loadable], form: BankForm, cache: ExpertCache) -> None:
         super().__init__(len(wanted), form)
         self._wanted, self._cache = wanted, cache
         self._deterministic = form.deterministic
@@ -28,7 +28,7 @@ class SpilledBank(Bank):
         # One that does not exist is refused, without delay.
         return experts[-1] >= self.num_experts or self._cache.has({self._wanted[expert].key for expert in experts})
 
-    def turns(self, counts: Integers) -> Generator[Turn]:
+    def groups(self, counts: Integers) -> Generator[GroupOf]:
         """Of as many experts with pairs as fit into memory together; these stay there while they are computed."""
         for experts in self._portions(np.flatnonzero(counts)):
             with self._cache.held([self._wanted[expert] for expert in experts]) as held:

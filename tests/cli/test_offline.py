@@ -63,6 +63,33 @@ def test_plan_of_a_change(capsys: pytest.CaptureFixture[str], tmp_path: Path, be
     assert code == 0 and f"{told['moves']} experts move" in out.replace("\n", " ")
 
 
+def test_plan_of_more_experts_than_memory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """4 experts on 2 hosts, of which each has room for one; with less, or with modules, nothing can be read."""
+    file, one = tmp_path / "service.toml", 3 * 16 * 8 * 4
+    limit = f"[placement]\nnum_hosts = 2\nmemory_per_host_bytes = {one}\n"
+    file.write_text(LAYER + limit)
+    code, _, errors = run(capsys, "plan", str(file))
+    assert code == 2 and "placement.memory_per_host_bytes allows" in errors and "store.spill" in errors
+    spill = "[store]\nspill = 'disk'\n"
+    file.write_text(LAYER + limit + spill)
+    code, out, _ = run(capsys, "plan", str(file), "--json", "--from-hosts", "1")
+    told = json.loads(out)
+    assert code == 0
+    assert told["weights_bytes_per_host"] == [2 * one] * 2
+    assert told["memory_bytes_per_host"] == told["peak_bytes_per_host"] == [one] * 2
+    code, out, _ = run(capsys, "plan", str(file))
+    assert code == 0 and "Experts spill: 0.0 MiB of 0.0 MiB are in memory" in out.replace("\n", " ")
+    file.write_text(LAYER + limit.replace(str(one), str(one - 1)) + spill)
+    code, _, errors = run(capsys, "plan", str(file))
+    assert code == 2 and f"placement.memory_per_host_bytes is {one - 1}, but an expert of layer layers.0 has {one} bytes" in errors
+    module = (
+        "[[layers]]\nhidden_size = 4\nnum_experts = 2\nexpert = 'torch.nn:Linear'\nexpert_args = { in_features = 4, out_features = 4 }\n"
+    )
+    file.write_text(module + limit + spill)
+    code, _, errors = run(capsys, "plan", str(file))
+    assert code == 2 and "the experts of layer layers.0 are modules, which may keep a state" in errors
+
+
 def test_python_m_finds_experts_in_the_working_folder(tmp_path: Path) -> None:
     """`moeserve` does not look there, and says where it looks."""
     (tmp_path / "experts_of_mine.py").write_text("from torch.nn import Linear as Mine\n")

@@ -125,6 +125,11 @@ def test_impossible_combinations_are_refused() -> None:
     assert "model.layers needs model.checkpoint" in refusal({"layers": [LAYER], "model": {"layers": [0]}})
     assert "layer names must differ, got ['a', 'a']" in refusal({"layers": [{**LAYER, "name": "a"}, {**LAYER, "name": "a"}]})
     assert "layer names must differ" in refusal({"layers": [LAYER, {**LAYER, "name": "layers.0"}]})
+    spills = {"layers": [LAYER], "store": {"spill": "disk"}}
+    assert "store.spill is 'disk': it needs placement.memory_per_host_bytes" in refusal(spills)
+    on_gpus = {"memory_per_host_bytes": 10**6, "gpus_per_host": 0.5}
+    assert "store.spill is 'disk' and placement.gpus_per_host is 0.5; allowed: 0" in refusal({**spills, "placement": on_gpus})
+    assert "store.spill" in refusal({**spills, "store": {"spill": "host"}})
 
 
 @pytest.mark.parametrize("layer", [1.5, True, None])

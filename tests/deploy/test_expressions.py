@@ -47,7 +47,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
             {**LAYER, "name": "tight", "gating": {"top_k": 2, "capacity_factor": 0.75}},
             {**LAYER, "name": "skewed", "gating": {"top_k": 1}, "identity_experts": 1, "zero_experts": 1},
         ],
-        "placement": {"num_hosts": 3},
+        "placement": {"num_hosts": 3, "memory_per_host_bytes": 3 * 3 * 16 * 8 * 4},
+        "store": {"spill": "disk"},
     }
     with ServiceHarness(config, "local", tmp_path_factory.mktemp("s")) as service:
         page = StatusPage("127.0.0.1", 0, service.metrics.registry, service.frontend.stats)

@@ -16,7 +16,7 @@ from moeserve.config import Kernel
 from moeserve.errors import CheckpointError
 from moeserve.experts import BankForm, Expert, ExpertBank, HeldExpert, Placer, quantize
 from moeserve.experts.held import Alone
-from moeserve.host import ExpertCache, SpilledBank, Wanted
+from moeserve.host import ExpertCache, Loadable, SpilledBank
 from moeserve.transport import Loads
 from tests.experts.oracle import HIDDEN_SIZE, kernels, run, some_weights, some_work
 
@@ -34,8 +34,8 @@ class Shelf:
         self.unreadable: set[int] = set()
         self.most = 0
 
-    def wanted(self, number: int) -> Wanted:
-        return Wanted(number, BYTES[number], lambda: self._read(number), lambda expert: self._place(number, expert))
+    def wanted(self, number: int) -> Loadable:
+        return Loadable(number, BYTES[number], lambda: self._read(number), lambda expert: self._place(number, expert))
 
     def run(self, numbers: Sequence[int]) -> None:
         with self.cache.held([self.wanted(number) for number in numbers]) as held:
@@ -160,7 +160,7 @@ def test_sums_are_bit_by_bit_those_of_experts_that_are_all_in_memory(dtype: torc
     whole = ExpertBank(held[:5], HIDDEN_SIZE, dtype, shared=held[5], **form)
     room = data.draw(st.integers(max(each.nbytes for each in held), sum(each.nbytes for each in held)))
     placer = Placer(torch.device("cpu"), kernel, "deterministic" in form)
-    wanted = [Wanted(number, each.nbytes, each.expert, lambda expert: next(placer.placed([expert]))) for number, each in enumerate(held)]
+    wanted = [Loadable(number, each.nbytes, each.expert, lambda expert: next(placer.placed([expert]))) for number, each in enumerate(held)]
     cache = ExpertCache(room)
     spilled = SpilledBank(wanted, BankForm(HIDDEN_SIZE, dtype, has_shared=True, **form), cache)
     work = some_work(tuple(counts), 5, dtype)
