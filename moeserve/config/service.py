@@ -119,8 +119,6 @@ class LayerConfig(Table):
         return self
 
 
-
-
 class ObservabilityConfig(Table):
     """[observability]: how much detail the metrics carry."""
 

@@ -12,8 +12,8 @@ from moeserve.experts import LayerBank
 from moeserve.host.bank_table import BankTable
 from moeserve.host.expert_cache import ExpertCache
 from moeserve.host.lane import Lane
-from moeserve.host.passes import SlowPass, compute, slow_pass, written
 from moeserve.host.pass_clock import PassClock
+from moeserve.host.passes import SlowPass, compute, slow_pass, written
 from moeserve.host.relay import Relay, Relayed
 from moeserve.transport import Listener, Loads, Work
 
@@ -66,7 +66,9 @@ class HostLoop:
             self._finish_slow()
             turn = self._next()
             if turn is not None:
+                self.clock.begin()
                 self._serve(turn)
+                self.clock.end()
             is_idle = turn is None or not self._waiting
             self._finish_relayed()
             self._tell_loads()
@@ -104,6 +106,7 @@ class HostLoop:
             except MoEServeError as error:
                 work.fail(error)
         if bank is not None and valid and turn.is_slow:
+            self.clock.begin()
             self._lane.start(slow_pass(bank, valid))
         elif bank is not None and valid:
             for work, failure in zip(valid, compute(bank, valid), strict=True):
@@ -112,6 +115,7 @@ class HostLoop:
     def _finish_slow(self) -> None:
         done = self._lane.take()
         if done is not None:
+            self.clock.end()
             failures = [done.failure] * len(done.works) if done.failure is not None else written(done.works, done.sums)
             for work, failure in zip(done.works, failures, strict=True):
                 self._finish(work, failure)
