@@ -284,7 +284,7 @@ class Controller:
     async def _wanted(self) -> Wanted:
         asked = self.state.num_hosts, self.state.copies
         if self._wanted_now is None or self._wanted_now[1:] != asked:
-            self._wanted_now = await in_thread(self._planner.with_copies(asked[1]).wanted, asked[0]), *asked
+            self._wanted_now = await in_thread(self._planner.with_copies(asked[1]).kept, asked[0]), *asked
         return self._wanted_now[0]
 
     def _assigned(self, nodes: Sequence[Node], wanted: Wanted) -> Assigned:

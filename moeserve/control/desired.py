@@ -90,6 +90,15 @@ class Planner:
 
     def wanted(self, num_hosts: NumHosts) -> Wanted:
         """The desired state with `num_hosts` hosts. Raises ConfigError when that number, or any number, cannot hold the experts."""
+        if num_hosts != "all":
+            self.plan(num_hosts)
+        return self._wanted(num_hosts, must_fit=True)
+
+    def kept(self, num_hosts: NumHosts) -> Wanted:
+        """The desired state with the number of hosts that is in force, even if the experts fit only as they are placed now."""
+        return self._wanted(num_hosts, must_fit=False)
+
+    def _wanted(self, num_hosts: NumHosts, must_fit: bool) -> Wanted:
         placing, specs = self.placing, self.layers.specs
         fewest = fewest_hosts(specs, placing)
         if num_hosts == "all":  # the search takes seconds for the largest models, and only "all" needs it
@@ -98,7 +107,6 @@ class Planner:
                 self._on(fewest)  # raises the reason
                 raise ConfigError(f"placement needs {fewest} hosts, and some of them would hold no expert; allowed: at most {most}")
         else:
-            self.plan(num_hosts)
             upper, most = max(fewest, num_hosts), None
         return Wanted(
             num_hosts=num_hosts,
@@ -106,7 +114,7 @@ class Planner:
             gpus=placing.gpus_per_host,
             labels=placing.node_labels,
             strategy=placing.node_strategy,
-            least=self._least(fewest, upper),
+            least=self._least(fewest, upper, must_fit),
             most=most,
         )
 
@@ -134,14 +142,16 @@ class Planner:
         needed = in_memory(nbytes, self.layers.sources, self.placing, self.layers.model.store)
         check_memory(needed, self.placing, memory_bytes() if self.on_this_machine else None)
 
-    def _least(self, fewest: int, most: int) -> int:
-        """The smallest number of hosts that each have room for their weights."""
+    def _least(self, fewest: int, most: int, must_fit: bool) -> int:
+        """The smallest number of hosts that each have room for their weights when they are dealt out; `most` if even that is too small."""
         limit = self.limit_bytes
         if limit is None:
             return fewest
         largest = self._largest(most)
         if largest > limit:
-            self._check_memory([largest])
+            if must_fit:
+                self._check_memory([largest])
+            return most
         numbers = range(fewest, most + 1)
         return numbers[bisect_left(numbers, True, key=lambda number: self._largest(number) <= limit)]
 
