@@ -23,14 +23,16 @@ demo: setup
 # Tests run in two processes, each with two threads of torch; those with Ray share one of the processes.
 SIDE_BY_SIDE := -n 2 --dist loadgroup
 # Some of every room: what takes long, or starts other programs, is left to `make test`.
-FAST := $(wildcard tests/test_*.py) $(addprefix tests/,config control gating host page placement transport wire \
-	checkpoints/test_families.py checkpoints/test_fingerprint.py checkpoints/test_native.py checkpoints/test_quantised.py \
-	checkpoints/test_refused_settings.py checkpoints/test_swapped.py cli/test_bench.py cli/test_completion.py cli/test_ping.py cli/test_top.py \
-	client/test_arguments.py client/test_client.py cluster/test_folders.py cluster/test_threads.py compat/test_load.py compat/test_tables.py \
-	experts/test_activations.py experts/test_choice.py experts/test_quantized_matrix.py frontend/test_admission.py frontend/test_batcher.py \
-	frontend/test_copies.py frontend/test_health.py frontend/test_hedges.py frontend/test_policy.py frontend/test_views.py k8s/test_references.py \
-	server/test_forward.py server/test_lifecycle.py server/test_refusals.py server/test_stream.py service/test_admin.py service/test_equality.py \
-	service/test_scale.py service/test_stats.py service/test_swap.py simulate/test_calls.py)
+FAST := $(filter-out tests/test_dispatch.py tests/test_rows_that_count.py,$(wildcard tests/test_*.py)) $(addprefix tests/,config control host \
+	page placement wire checkpoints/test_families.py checkpoints/test_fingerprint.py checkpoints/test_native.py checkpoints/test_quantised.py \
+	checkpoints/test_refused_settings.py checkpoints/test_swapped.py cli/test_ping.py cli/test_top.py client/test_arguments.py \
+	cluster/test_folders.py compat/test_load.py compat/test_tables.py experts/test_activations.py experts/test_choice.py \
+	frontend/test_admission.py frontend/test_batcher.py frontend/test_copies.py frontend/test_health.py frontend/test_hedges.py \
+	frontend/test_policy.py frontend/test_views.py gating/test_capacity.py gating/test_concepts.py gating/test_in_a_layer.py gating/test_losses.py \
+	gating/test_newer_gates.py gating/test_noise.py gating/test_plugin.py gating/test_route.py gating/test_routings.py k8s/test_references.py \
+	server/test_forward.py server/test_lifecycle.py server/test_refusals.py server/test_stream.py service/test_admin.py service/test_stats.py \
+	simulate/test_calls.py transport/test_channel.py transport/test_endpoints.py transport/test_memory.py transport/test_peer_death.py \
+	transport/test_pool.py transport/test_strangers_tcp.py transport/test_strangers_unix.py transport/test_wire.py)
 
 check: lint
 	@$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "not ray and not slow" $(FAST)
