@@ -51,7 +51,7 @@ def configuration(folder: Path, checkpoint: Path) -> dict[str, object]:
         "model": {"checkpoint": checkpoint, "dtype": "float32"},
         "placement": {"num_hosts": FEWEST_HOSTS, "cpus_per_host": 0.1, "copies": 2},
         "server": {"port": 0, "metrics_port": 0, "admin_token_file": folder / "admin", "drain_timeout_s": 5.0},
-        "balancing": {"enabled": True, "extra_copies": 1.5, "min_copies": 2, "window_s": 3.0, "interval_s": 1.0, "min_gain": 0.1},
+        "balancing": {"enabled": True, "extra_copies": 1.5, "min_copies": 2, "window_s": 9.0, "interval_s": 1.0, "min_gain": 0.1},
     }
 
 

@@ -19,7 +19,7 @@ class BalancingConfig(Table):
     extra_copies: float = Field(default=0.0, ge=0, le=MAX_HOSTS)
     #: copies of every expert at least, on different hosts
     min_copies: Hosts = 1
-    #: requests that are so old weigh 1/e of those that come now
+    #: of the requests that count, 95% are younger than that
     window_s: Annotated[Seconds, Field(gt=0)] = 60.0
     #: between two rounds
     interval_s: Annotated[Seconds, Field(gt=0)] = 30.0

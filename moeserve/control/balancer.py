@@ -95,9 +95,9 @@ class Balancer:
 
     def load(self) -> LayerLoads:
         """What callers ask now, and what that makes of the hosts."""
-        rows = self._demand.rows(time.monotonic())
-        even = layer_balancedness(self._served.state.release.placement, rows, self._planner.placing.pipeline_stages)
-        return LayerLoads([each / self._config.window_s for each in rows], even)
+        rows_per_s = self._demand.rows_per_s(time.monotonic())
+        even = layer_balancedness(self._served.state.release.placement, rows_per_s, self._planner.placing.pipeline_stages)
+        return LayerLoads(rows_per_s, even)
 
     async def _tell_balancedness(self) -> None:
         """To frontends, whose metrics, page and `moeserve top` show it; as nobody looks closer, they hear nothing of small changes."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,9 @@ import numpy.typing as npt
 from moeserve.errors import InvalidRequest
 
 Counts = Sequence[npt.NDArray[np.int64]]
+
+#: e to the power of minus this is a twentieth
+_FADES: Final = 3.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,13 +30,14 @@ class LayerLoads:
 
 
 class Demand:
-    """Rows of each layer and expert in an exponentially weighted window: rows that are `window_s` old weigh 1/e.
+    """Rows of each layer and expert, which fade: 95% of what counts under a steady load is younger than `window_s`.
 
     num_experts: E of each layer
     """
 
     def __init__(self, num_experts: Sequence[int], window_s: float) -> None:
-        self._window_s = window_s
+        #: rows that are so old weigh 1/e
+        self._fade_s = window_s / _FADES
         self._rows = [np.zeros(number) for number in num_experts]
         self._at: float | None = None
         #: of each frontend, its counts when it was heard last
@@ -57,9 +62,13 @@ class Demand:
         self._counted = dict(counted)
 
     def rows(self, now: float) -> list[npt.NDArray[np.float64]]:
-        """[E] of each layer: rows in the window; divided by window_s, rows per second under a steady load."""
+        """[E] of each layer, as they weigh now."""
         return self._aged(now)
 
+    def rows_per_s(self, now: float) -> list[npt.NDArray[np.float64]]:
+        """[E] of each layer; right under a steady load."""
+        return [rows / self._fade_s for rows in self._aged(now)]
+
     def _aged(self, now: float) -> list[npt.NDArray[np.float64]]:
-        weight = 1.0 if self._at is None else math.exp((self._at - now) / self._window_s)
+        weight = 1.0 if self._at is None else math.exp((self._at - now) / self._fade_s)
         return [weight * rows for rows in self._rows]

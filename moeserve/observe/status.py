@@ -52,7 +52,7 @@ class Rebalanced:
 class LayerStatus:
     """One layer, E experts that live on hosts; `placement` names hosts by their numbers.
 
-    copies [E]; demand_rows_per_s [E]: what callers of all frontends ask for, in balancing.window_s
+    copies [E]; demand_rows_per_s [E]: what callers of all frontends ask for
     host_balancedness: mean / max of the rows expected on the hosts, None = nobody has asked
     """
 

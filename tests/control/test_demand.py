@@ -40,14 +40,14 @@ def test_rows_fade(rows: np.ndarray, window_s: float, age_s: float) -> None:
     demand = Demand(SIZES, window_s)
     demand.hear({"a": layers(0 * rows)}, 100.0)
     demand.hear({"a": layers(rows)}, 100.0)
-    assert np.allclose(total(demand, 100.0 + age_s), rows * math.exp(-age_s / window_s))
+    assert np.allclose(total(demand, 100.0 + age_s), rows * math.exp(-3 * age_s / window_s))
 
 
-def test_a_steady_load_is_its_rate_times_the_window() -> None:
-    demand, rate = Demand(SIZES, 10.0), np.array([7, 0, 1, 2, 3])
+def test_the_rate_of_a_steady_load() -> None:
+    demand, rate = Demand(SIZES, 60.0), np.array([7, 0, 1, 2, 3])
     for second in range(200):
         demand.hear({"a": layers(second * rate)}, float(second))
-    assert np.allclose(total(demand, 199.0) / 10.0, rate, rtol=0.1)
+    assert np.allclose(np.concatenate(demand.rows_per_s(199.0)), rate, rtol=0.05)
 
 
 def test_a_frontend_that_leaves_takes_nothing_along_and_begins_anew() -> None:

@@ -40,7 +40,7 @@ def configuration(folder: Path, **balancing: object) -> dict[str, Any]:
         "layers": [LAYER],
         "placement": {"num_hosts": 4},
         "server": {"admin_token_file": folder / "admin"},
-        "balancing": {"extra_copies": 0.5, "window_s": 2.0, "interval_s": 0.3, **balancing},
+        "balancing": {"extra_copies": 0.5, "window_s": 6.0, "interval_s": 0.3, **balancing},
     }
 
 
