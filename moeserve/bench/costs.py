@@ -58,7 +58,7 @@ class Costs:
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
-#: as measured on the machine of benchmarks/RESULTS.md: two cores, float32, hosts with one thread each
+#: roughly a server of two cores, float32, hosts with one thread each: for a first look, `--costs` has those of a machine
 REFERENCE: Final = Costs(
     hidden_size=1024,
     intermediate_size=1024,
