@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -15,6 +16,7 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import torch
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 from moeserve.log_limit import LIMIT
 
@@ -25,11 +27,21 @@ settings.load_profile("moeserve")
 REPOSITORY = Path(__file__).parents[1]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class ByFile(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
     """Where tests run side by side, those with Ray share one process and its Ray, and the tests of a file share what it has started."""
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "ray" if has_ray(file) else file
+
+
+@cache
+def has_ray(file: str) -> bool:
+    return "pytest.mark.ray" in (REPOSITORY / file).read_text()
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

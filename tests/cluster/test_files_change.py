@@ -39,8 +39,8 @@ def test_a_host_that_comes_back_to_other_files(tmp_path: Path, local_ray: None) 
         with pytest.raises(ExpertUnavailable, match=rf"the numbers in {served}/model\.safetensors are others; .*moeserve swap TARGET"):
             client.forward(tokens(0), timeout=60)
         assert not client.ready()
-        status = service._service.controller.status()
-        assert "the numbers in" in status.shortage and [host.is_up for host in status.hosts] == [False, True]
+        status = service._service.controller.status
+        until(lambda: "the numbers in" in status().shortage and [host.is_up for host in status().hosts] == [False, True])
 
         # Here host-0 takes the new weights and host-1 cannot: then neither has them, and with the old files host-0 is as it was.
         tensors = load_file(new / "model.safetensors")
