@@ -21,7 +21,7 @@ from moeserve.bench.costs import REFERENCE
 from moeserve.config import AutoscalingConfig, load_config
 from moeserve.control.autoscale import Bounds, Sizing
 from moeserve.placement import balancedness
-from moeserve.simulate import SimulatedCluster, Played, WhatIf, Workload, balanced, calls_on, changed, possible
+from moeserve.simulate import Played, SimulatedCluster, WhatIf, Workload, balanced, calls_on, changed, possible
 
 Rows = npt.NDArray[np.float64]
 LAYERS, EXPERTS, TOP_K, TOKENS, FRONTENDS, ZIPF, EXTRA_COPIES = 4, 128, 4, 256, 16, 0.8, 0.25
