@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo check test coverage lint protos k8s bench bench-experts fuzz soak clean
+.PHONY: setup demo check test coverage lint protos k8s bench bench-experts bench-peers fuzz soak clean
 
 setup: $(STAMP)
 
@@ -64,6 +64,17 @@ bench: setup
 bench-experts: setup
 	@$(BIN)/python benchmarks/bench_experts.py
 
+# Each peer has an environment of its own; hivemind builds with the setuptools of its time.
+.venv-%/.ready: benchmarks/peers/%.txt constraints.txt
+	@echo "==> environment of a peer in $(@D)"
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/pip install --disable-pip-version-check "setuptools<81" wheel "$$(grep ^torch== constraints.txt)"
+	@$(@D)/bin/pip install --disable-pip-version-check --no-build-isolation -r $<
+	@touch $@
+
+bench-peers: setup .venv-hivemind/.ready .venv-ray/.ready
+	@$(BIN)/python benchmarks/bench_peers.py --hivemind .venv-hivemind/bin/python --ray .venv-ray/bin/python
+
 # A hundred thousand hostile messages; twenty minutes of mixed load.
 fuzz: setup
 	@$(BIN)/python benchmarks/bench_fuzz.py
@@ -72,4 +83,4 @@ soak: setup
 	@$(BIN)/python benchmarks/bench_soak.py
 
 clean:
-	rm -rf $(VENV) build dist moeserve/kernels/*.so *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-* build dist moeserve/kernels/*.so *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

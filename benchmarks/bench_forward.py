@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ import grpc
 import torch
 from bench_experts import ask, made
 from echo_server import METHOD, OPTIONS
+from running import served
 
 import moeserve
 from moeserve.allocator import keep_large_blocks
@@ -146,21 +146,10 @@ def service(dtype: str, hosts: int, intermediate: Sequence[int]) -> Iterator[str
     """`moeserve serve` in a process of its own; yields host:port."""
     layers = "".join(LAYER.format(hidden=HIDDEN, intermediate=size, experts=EXPERTS, top_k=TOP_K) for size in intermediate)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "service.toml"
-        file.write_text(CONFIG.format(dtype=dtype, hosts=hosts, layers=layers))
-        command = [sys.executable, "-c", "from moeserve.cli.app import entry; entry()", "serve", str(file)]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        assert process.stderr is not None
-        try:
-            for line in process.stderr:
-                if ready := re.match(r"ready (\S+)", line):
-                    yield ready[1]
-                    break
-            else:
-                raise SystemExit("the service did not start")
-        finally:
-            process.terminate()
-            process.wait()
+        config = Path(folder) / "service.toml"
+        config.write_text(CONFIG.format(dtype=dtype, hosts=hosts, layers=layers))
+        with served(config) as (target, _, _):
+            yield target
 
 
 @contextmanager

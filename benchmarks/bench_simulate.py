@@ -1,6 +1,6 @@
 """`moeserve simulate` against the real thing: services of 2, 4 and 8 hosts on this machine, and what was said of them.
 
-`python benchmarks/bench_simulate.py --help`. The services run side by side, hosts as threads with one thread of torch each, and are loaded
+`python benchmarks/bench_simulate.py --help`. The services run side by side, their hosts with one thread of torch each, and are loaded
 in turn, round by round; idle ones cost nothing. Before that each has done a round of balancing. Costs are measured on the service with the
 fewest hosts only, once before each round, and the load is what the rounds have recorded. Medians over the rounds are compared. All of
 a service is on one machine, so `simulate` gets its cores.
@@ -12,12 +12,10 @@ import argparse
 import io
 import json
 import os
-import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_precision import cpu_model
+from running import served
 
 from moeserve.cli.app import main as main_of_moeserve
 
@@ -64,6 +63,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cluster", choices=("ray", "threads"), default="ray")
     parser.add_argument("--hosts", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--sizes", nargs="+", default=["512x512", "1024x1024"], help="of experts: hidden x intermediate")
     parser.add_argument("--experts", type=int, default=16)
@@ -82,7 +82,7 @@ def compared(options: argparse.Namespace, layer: dict[str, int]) -> Iterator[str
         (folder / "admin").write_text("of-the-administrator")
         for number in hosts:
             (folder / f"{number}.toml").write_text(CONFIG.format(folder=folder, hosts=number, **layer))
-        targets = {number: stack.enter_context(service(folder, number)) for number in hosts}
+        targets = {number: stack.enter_context(served(folder / f"{number}.toml", options.cluster))[0] for number in hosts}
         for target in targets.values():
             moeserve("bench", target, "--tokens", "64", "--duration-s", "3")
             moeserve("rebalance", target, "--admin-token-file", str(folder / "admin"))
@@ -99,23 +99,6 @@ def compared(options: argparse.Namespace, layer: dict[str, int]) -> Iterator[str
         print(f"costs: {(folder / 'costs').read_text()}", file=sys.stderr)
         for (load, each), runs in found.items():
             yield line(layer, load, each, typical(runs), simulated(folder, each, load))
-
-
-@contextmanager
-def service(folder: Path, hosts: int) -> Iterator[str]:
-    """Its target."""
-    log = folder / f"{hosts}.log"
-    command = [sys.executable, "-m", "moeserve", "serve", str(folder / f"{hosts}.toml"), "--cluster", "threads"]
-    with log.open("w") as stderr, subprocess.Popen(command, stderr=stderr) as process:
-        try:
-            while (ready := re.search(r"^ready (\S+)", log.read_text(), re.MULTILINE)) is None:
-                try:
-                    raise SystemExit(f"the service exited with {process.wait(0.2)}:\n{log.read_text()}")
-                except subprocess.TimeoutExpired:
-                    continue
-            yield ready[1]
-        finally:
-            process.terminate()
 
 
 def bench(target: str, load: str, duration_s: float, trace: Path) -> dict[str, Any]:
@@ -144,8 +127,9 @@ def line(layer: dict[str, int], load: str, hosts: int, real: dict[str, float], s
 
 
 def typical(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The median of each figure, and of each figure of a list."""
-    return {name: np.median([row[name] for row in rows], axis=0).tolist() for name in rows[0]}
+    """The median of each figure, and of each figure of a list; sizes, which all rows share, stay whole."""
+    whole = {name for name, value in rows[0].items() if isinstance(value, int)}
+    return {name: rows[0][name] if name in whole else np.median([row[name] for row in rows], axis=0).tolist() for name in rows[0]}
 
 
 def moeserve(*arguments: str) -> str:

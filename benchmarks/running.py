@@ -1,4 +1,4 @@
-"""What bench_fuzz.py and bench_soak.py share: a service and a correct client in processes of their own, and what Linux says of them."""
+"""What benchmarks share: a service and a correct client in processes of their own, and what Linux says of them."""
 
 from __future__ import annotations
 
@@ -100,8 +100,20 @@ def service(folder: Path, cluster: str) -> Iterator[Running]:
     sizes = {"hidden": HIDDEN, "intermediate": INTERMEDIATE, "experts": EXPERTS}
     layers = "".join(LAYER.format(seed=seed, **sizes) for seed in range(LAYERS))
     (folder / "service.toml").write_text(layers + SERVICE.format(folder=folder))
-    command = [sys.executable, "-m", "moeserve", "serve", str(folder / "service.toml"), "--cluster", cluster]
-    log = folder / "log"
+    with served(folder / "service.toml", cluster) as (target, pid, log):
+        said = log.read_text()
+        metrics = re.search(r"^metrics at (\S+)", said, re.MULTILINE)
+        assert metrics is not None
+        hosts = {name: int(number) for name, number in re.findall(r"^(host-\d+) ready .* pid (\d+) ", said, re.MULTILINE)}
+        of_their_own = {name: number for name, number in hosts.items() if number != pid}
+        yield Running(target, metrics[1], {"service": pid, **of_their_own}, log)
+
+
+@contextmanager
+def served(config: Path, cluster: str = "ray") -> Iterator[tuple[str, int, Path]]:
+    """`moeserve serve CONFIG` in a process of its own: its host:port, its number, and its log, which is beside the file."""
+    log = config.with_suffix(".log")
+    command = [sys.executable, "-m", "moeserve", "serve", str(config), "--cluster", cluster]
     with log.open("w") as stderr, subprocess.Popen(command, stderr=stderr) as process:
         try:
             while (ready := re.search(r"^ready (\S+)", log.read_text(), re.MULTILINE)) is None:
@@ -109,12 +121,7 @@ def service(folder: Path, cluster: str) -> Iterator[Running]:
                     raise SystemExit(f"the service exited with {process.wait(0.2)}:\n{log.read_text()}")
                 except subprocess.TimeoutExpired:
                     continue
-            said = log.read_text()
-            metrics = re.search(r"^metrics at (\S+)", said, re.MULTILINE)
-            assert metrics is not None
-            hosts = {name: int(pid) for name, pid in re.findall(r"^(host-\d+) ready .* pid (\d+) ", said, re.MULTILINE)}
-            of_their_own = {name: pid for name, pid in hosts.items() if pid != process.pid}
-            yield Running(ready[1], metrics[1], {"service": process.pid, **of_their_own}, log)
+            yield ready[1], process.pid, log
         finally:
             process.terminate()
 
