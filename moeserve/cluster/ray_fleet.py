@@ -46,7 +46,6 @@ class RayFleet:
         self._releases: list[Release] = []
         self._members: dict[int, HostActor] = {}
         self._directory: dict[int, HostInfo] = {}
-        self._late: frozenset[int] = frozenset()
         self._on_change: Callable[[Mapping[int, HostInfo]], None] = lambda _: None
         #: None until they are known: until then, hosts keep the keys they know
         self._frontends: frozenset[str] | None = None
@@ -66,8 +65,8 @@ class RayFleet:
 
     @property
     def present(self) -> dict[int, HostInfo]:
-        """The descriptions of live hosts, as last seen by `watch`."""
-        return {number: info for number, info in self._directory.items() if number not in self._late}
+        """The descriptions of the hosts that were up when they were last looked for; one that loads, or rests, is not."""
+        return {number: info for number, info in self._directory.items() if number in self._members and self._members[number].is_up}
 
     @property
     def pass_times(self) -> dict[int, PassTime]:
@@ -171,10 +170,10 @@ class RayFleet:
         try:
             while True:
                 looking |= {number: asyncio.create_task(self._look(number)) for number in self._members if number not in looking}
-                has_one_ended = await self._ends.wait(WATCH_S)
+                ended = await self._ends.wait(WATCH_S)
                 looking = {number: task for number, task in looking.items() if not task.done()}
-                if not has_one_ended:
-                    self._late = frozenset(looking)
+                for number in (ended or looking.keys()) & self._members.keys():
+                    self._members[number].is_up = False
         finally:
             self._ends.close()
             for task in looking.values():
@@ -259,7 +258,7 @@ class RayFleet:
         try:
             info = await member.found(self.find(number), self._sockets)
             if info.node == this_node():
-                self._ends.watch(info.pid)
+                self._ends.watch(info.pid, number)
             await self._spares.renew(number, info)
         except MoEServeError as error:
             if str(error) != before:

@@ -60,6 +60,8 @@ class HostActor:
         self.node, self.group = place.node, place.group
         #: Ray has given it up
         self.is_lost = False
+        #: the latest look has found it with its experts loaded, and it has not been missed since
+        self.is_up = False
         #: as it said when it answered last
         self.pass_time: PassTime | None = None
         self._order, self._place, self._findings = order, place, findings
@@ -197,7 +199,10 @@ class HostActor:
             releases, frontends = in_force()
             try:
                 info: HostInfo | None = await actor.present.remote()
-                return info or await actor.start.remote(releases, frontends)
+                if info is None:
+                    self.is_up = False
+                    info = await actor.start.remote(releases, frontends)
+                return info
             except ActorUnavailableError:
                 await asyncio.sleep(RETRY_S)
             except RayActorError as error:
@@ -215,7 +220,7 @@ class HostActor:
         return None if self._ready is None else self._ready[1]
 
     def _is_ready(self, restarts: int) -> None:
-        now, self._error, self._deaths = time.monotonic(), None, 0
+        now, self._error, self._deaths, self.is_up = time.monotonic(), None, 0, True
         if self._ready is None or self._ready[1] != restarts:
             self._restarts_before, self._ready = restarts + 1, (now, restarts)  # a death after that is not one while it loads
         elif now - self._ready[0] > WELL_S:
@@ -244,7 +249,7 @@ class HostActor:
 
     def _begin_rest(self, error: MoEServeError) -> MoEServeError:
         self._pause_s = min(max(LEAST_REST_S, 2 * self._pause_s), MOST_REST_S)
-        self._error, self._rests_until = error, time.monotonic() + self._pause_s
+        self._error, self._rests_until, self.is_up = error, time.monotonic() + self._pause_s, False
         return error
 
     def _try_again(self) -> None:

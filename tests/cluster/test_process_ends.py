@@ -16,15 +16,15 @@ WAITS = [sys.executable, "-c", "input()"]
 def test_the_end_of_a_process_is_heard_at_once_and_only_once() -> None:
     async def hear(first: subprocess.Popen[bytes], second: subprocess.Popen[bytes]) -> None:
         ends, files = ProcessEnds(), len(os.listdir("/proc/self/fd"))
-        for process in (first, second, first):
-            ends.watch(process.pid)
+        for process, host in ((first, 0), (second, 1), (first, 0)):
+            ends.watch(process.pid, host)
         assert not await ends.wait(0.01)
         first.send_signal(signal.SIGKILL)
-        assert await ends.wait(60)
+        assert await ends.wait(60) == {0}
         assert not await ends.wait(0.01)
         first.wait()
-        ends.watch(first.pid)  # it has ended before anybody asked
-        assert await ends.wait(60)
+        ends.watch(first.pid, 0)  # it has ended before anybody asked
+        assert await ends.wait(60) == {0}
         ends.close()
         assert len(os.listdir("/proc/self/fd")) == files
 
