@@ -134,13 +134,17 @@ class Frontends:
             setup = None
 
     async def offer(self, release: Release) -> None:
-        """Every frontend tries `release`: it reaches every host and gets an answer from every expert. Raises ConfigError if one cannot."""
+        """Every frontend tries `release`: it reaches every host and gets an answer from every expert. Raises ConfigError if one cannot.
+
+        One that does not serve yet is waited for only while none does, so that a change right after the start is tried, too.
+        """
         self._tell(replace(self._order, candidate=release))
         await self._tried(release.epoch)
 
     async def _tried(self, epoch: int) -> None:
         def missing() -> list[FollowingFrontend]:
-            return [member for member in self._members if member.report.epoch and member.report.tried_epoch != epoch]
+            serving = [member for member in self._members if member.report.epoch]
+            return [member for member in serving or self._members if member.report.tried_epoch != epoch]
 
         def refusing() -> list[Report]:
             said = (member.report for member in self._members)

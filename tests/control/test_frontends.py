@@ -92,7 +92,8 @@ async def test_a_second_stream_of_the_same_frontend_ends_the_first() -> None:
 
 async def test_the_slow_are_told_the_latest_only() -> None:
     case = Case()
-    orders = case.frontends.orders(await case.frontends.join(Report("one")))
+    one = await case.frontends.join(Report("one"))
+    orders = case.frontends.orders(one)
     first = await next_of(orders)
     assert first.current is not None and first.current.epoch == 1 and first.candidate is None
     for epoch in (2, 3):
@@ -102,6 +103,7 @@ async def test_the_slow_are_told_the_latest_only() -> None:
     order = await next_of(orders)
     assert order.current is not None and order.candidate is not None
     assert (order.current.epoch, order.candidate.epoch, order.setup) == (3, 4, None)
+    case.frontends.hear(one, replace(SERVES, tried_epoch=4))
     await offering
     case.frontends.withdraw()
     assert (await next_of(orders)).candidate is None
@@ -125,6 +127,19 @@ async def test_who_is_waited_for_when_a_release_is_tried() -> None:
     case.frontends.hear(serving, replace(SERVES, tried_epoch=3, refusal="no gate"))
     with pytest.raises(ConfigError, match="frontend f cannot use epoch 3: no gate"):
         await case.frontends.offer(case.release(3))
+
+
+async def test_a_release_is_tried_although_the_only_frontend_does_not_serve_yet() -> None:
+    case = Case()
+    starting = await case.frontends.join(Report("starting"))
+    trying = asyncio.create_task(case.frontends.offer(case.release(2)))
+    for report in (starting.report, SERVES):
+        case.frontends.hear(starting, report)
+        await asyncio.sleep(0.01)
+        assert not trying.done()
+    case.frontends.hear(starting, replace(SERVES, tried_epoch=2, refusal="it explodes"))
+    with pytest.raises(ConfigError, match="cannot use epoch 2: it explodes"):
+        await trying
 
 
 async def test_who_is_waited_for_when_a_release_is_left() -> None:
