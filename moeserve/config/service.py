@@ -127,11 +127,12 @@ class ObservabilityConfig(Table):
 
 
 class ServedModel(Table):
-    """[model] and [[layers]]: the served model, and all that a host needs to read its experts."""
+    """[model] and [[layers]]: the served model, and all that a host needs to read its experts and to talk to others."""
 
     model: ModelConfig = ModelConfig()
     layers: Annotated[tuple[LayerConfig, ...], Field(strict=False, max_length=MAX_LAYERS)] = ()
     store: StoreConfig = StoreConfig()
+    resilience: ResilienceConfig = ResilienceConfig()
 
     @property
     def model_name(self) -> str:
@@ -173,7 +174,6 @@ class FrontendConfig(ServedModel):
     placement: PlacementConfig = PlacementConfig()
     batching: BatchingConfig = BatchingConfig()
     communication: CommunicationConfig = CommunicationConfig()
-    resilience: ResilienceConfig = ResilienceConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
 
     @model_validator(mode="after")

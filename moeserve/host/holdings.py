@@ -35,8 +35,7 @@ class Holdings:
         self.since_epoch = 0
         #: experts read so far, of whatever release
         self.experts_read = 0
-        self._model = model
-        self.number = number
+        self.model, self.number = model, number
         cache = None if model.store.spill is None or memory_bytes is None else ExpertCache(memory_bytes)
         self.store = ExpertStore(device, cache)
         #: what is loaded now, unless it has been withdrawn
@@ -110,7 +109,7 @@ class Holdings:
         return {source.spec.name: load(layer, source) for layer, source in enumerate(sources)}
 
     def _sources(self, release: Release) -> Sequence[LayerSource]:
-        return release.sources(ServedLayers.read(self._model))
+        return release.sources(ServedLayers.read(self.model))
 
     def _count(self, release: Release) -> None:
         self.experts_read += 1

@@ -47,7 +47,7 @@ class Host:
         own = KeyPair.generate()
         self._keys = HostKeys(own, frozenset(frontends))
         listener = listen(*where.endpoints, keys=self._keys)
-        self.relay = Relay(holdings.number, own)
+        self.relay = Relay(holdings.number, own, holdings.model.resilience.hang_after_ms / 1000)
         self._loop = HostLoop(holdings.bank_table, listener, self.relay, holdings.store.cache)
         self.info = HostInfo(
             name=host_name(holdings.number),

@@ -91,11 +91,14 @@ class RelayLink(NamedTuple):
 
 
 class Relay:
-    """Host `number`'s messages to other hosts. A message never contains an address: hosts are found in the directory."""
+    """Host `number`'s messages to other hosts; one that owes it an answer and is silent for `hang_after_s` is lost.
 
-    def __init__(self, number: int, keys: KeyPair) -> None:
+    A message never contains an address: hosts are found in the directory.
+    """
+
+    def __init__(self, number: int, keys: KeyPair, hang_after_s: float) -> None:
         self.number = number
-        self._keys = keys
+        self._keys, self._hang_after_s = keys, hang_after_s
         self._directory: Mapping[int, HostInfo] = {}
         self._peers: dict[int, RelayLink] = {}
         #: None until the first message is passed on
@@ -189,7 +192,7 @@ class Relay:
         if peer is None or peer.info != info or peer.is_lost:
             endpoint = choose_endpoint(info.endpoints, is_same_node=info.node == here.node)
             keys = FrontendKeys(self._keys, info.public_key) if info.public_key else None
-            known, peer = peer, RelayLink(info, asyncio.create_task(connect(endpoint, keys=keys)))
+            known, peer = peer, RelayLink(info, asyncio.create_task(connect(endpoint, keys=keys, silent_after_s=self._hang_after_s)))
             self._peers[host] = peer
             if known is not None:
                 await known.hang_up()

@@ -15,10 +15,13 @@ from moeserve.experts import ExpertBank
 from moeserve.host import HostLoop, Relay
 from moeserve.observe.stats import HostInfo
 from moeserve.transport import Channel, Destination, KeyPair, Listener, Partial, PassOn, PeerLost, Work, WorkShape, connect, listen
+from moeserve.transport.timing import SILENT_AFTER_S
 from tests.support.closeness import assert_close
 from tests.support.stacked import Stacked, bank_table_of
 
 HIDDEN, ROWS = 8, 3
+#: a peer may be silent for so long: longer than a connection allows that is told nothing
+HANG_AFTER_S = 30.0
 
 
 def bank(number: int) -> ExpertBank:
@@ -45,7 +48,7 @@ class Hosts:
         listeners = [listen(f"unix:{folder}/{number}.sock") for number in range(3)]
         self.infos = [HostInfo(f"host-{n}", listener.endpoints, node="node") for n, listener in enumerate(listeners)]
         self.third: Listener = listeners[2]
-        self.relays = [Relay(number, KeyPair.generate()) for number in range(2)]
+        self.relays = [Relay(number, KeyPair.generate(), HANG_AFTER_S) for number in range(2)]
         self.tables = [bank_table_of({0: bank(number)}) for number in range(2)]
         self._loops = [HostLoop(self.tables[n], listeners[n], self.relays[n]) for n in range(2)]
         self._threads = [threading.Thread(target=loop.run) for loop in self._loops]
@@ -165,6 +168,24 @@ async def test_a_peer_that_goes_is_lost_and_a_new_incarnation_is_found(hosts: Ho
     work.reply_buffer().zero_()
     work.reply()
     assert_close((await again).tensor, expected([0]))
+    await channel.close()
+
+
+async def test_a_peer_may_be_silent_for_as_long_as_the_service_allows(hosts: Hosts) -> None:
+    channel = await connect(hosts.infos[0].endpoints[0])
+    future, resumed = send(channel, [0, 2]), threading.Event()
+    work = await hosts.third_receives()
+    hosts.third.hold(resumed)
+    held = asyncio.create_task(asyncio.to_thread(hosts.third.poll, 0))
+    try:
+        await asyncio.wait([future], timeout=1.5 * SILENT_AFTER_S)
+        assert not future.done()
+    finally:
+        resumed.set()
+        await held
+    work.reply_buffer().zero_()
+    work.reply()
+    assert_close((await future).tensor, expected([0]))
     await channel.close()
 
 
