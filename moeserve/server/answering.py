@@ -48,7 +48,9 @@ def answering(method: str, handler: Handler, transfers: Transfers) -> Behavior:
         return answer
 
     async def answer_many(messages: Any, context: Context) -> Any:
-        return await _answered(inner(parser.each(messages, context), context), context, transfers)
+        async with transfers.arriving.stream(context):
+            read = parser.each(transfers.arriving.noted(messages, context), context)
+            return await _answered(inner(read, context), context, transfers)
 
     if handler.request_streaming:
         return answer_many

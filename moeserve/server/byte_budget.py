@@ -22,7 +22,12 @@ class ByteBudget:
     @property
     def has_room(self) -> bool:
         """Whether anything more may be read."""
-        return self.bytes < self._max_bytes
+        return self.room > 0
+
+    @property
+    def room(self) -> int:
+        """How many bytes more it allows; below zero after large answers."""
+        return self._max_bytes - self.bytes
 
     def require_room(self) -> None:
         """Raises Overloaded when nothing more may be read."""

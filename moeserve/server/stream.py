@@ -79,6 +79,7 @@ class _Stream:
         message, self.reading = self.reading.result(), None
         if message is grpc.aio.EOF:
             return False
+        self._transfers.arriving.took(self._context, len(message))
         try:
             self._transfers.budget.take(len(message))
         except Overloaded as refusal:

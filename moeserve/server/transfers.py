@@ -14,8 +14,9 @@ from typing import Any, Final
 import grpc
 
 from moeserve.config import ServerConfig
-from moeserve.errors import DeadlineExceeded, ExpertUnavailable, InvalidRequest, MoEServeError, Overloaded
+from moeserve.errors import DeadlineExceeded, ExpertUnavailable, InvalidRequest, Overloaded
 from moeserve.log_limit import limited_logger
+from moeserve.server.arriving import Arrival, Arriving
 from moeserve.server.byte_budget import ByteBudget
 from moeserve.server.connections import hang_up
 from moeserve.server.rpc import Context, to_its_end
@@ -27,21 +28,6 @@ _LOOK_AGAIN_S: Final = 0.1
 _strangers: Final = limited_logger(__name__)
 
 
-class _Arrival:
-    """A message that is awaited."""
-
-    __slots__ = ("began", "limit", "refusal")
-
-    def __init__(self) -> None:
-        self.began = time.monotonic()
-        self.limit = asyncio.timeout(None)
-        self.refusal: MoEServeError | None = None
-
-    def refuse(self, refusal: MoEServeError) -> None:
-        self.refusal = refusal
-        self.limit.reschedule(0)
-
-
 class Transfers:
     """Of one server. What `watch` finds to be stuck is given up: a message that does not come, an answer that is not taken."""
 
@@ -49,18 +35,19 @@ class Transfers:
         #: raises what refuses a call whatever its message brings, which is therefore not read
         self.refuse_early: Callable[[Context], None] = lambda context: None
         self.budget = ByteBudget(config.max_queued_bytes)
+        self.arriving = Arriving(config, self.budget)
         #: messages that may be late at the same time: as many as would fill the budget once more
         self._max_late = max(1, config.max_queued_bytes // config.max_message_bytes)
         self._timeout_s = config.transfer_timeout_s
         #: the oldest first
-        self._arriving: dict[_Arrival, None] = {}
+        self._arriving: dict[Arrival, None] = {}
         #: how large it is, and since when it is on its way
         self._leaving: dict[Context, tuple[int, float]] = {}
         self._is_draining = False
 
     async def read(self, context: Context) -> bytes:
         """The one message of a call. Raises InvalidRequest when it brings none, and what refuses a message that is late."""
-        arrival = _Arrival()
+        arrival = Arrival()
         self._arriving[arrival] = None
         try:
             async with arrival.limit:
@@ -72,6 +59,7 @@ class Transfers:
             del self._arriving[arrival]
         if message is grpc.aio.EOF:
             raise InvalidRequest("the call brought no message")
+        self.arriving.took(context, len(message))
         return bytes(message)
 
     def leave(self, context: Context, nbytes: int) -> None:
@@ -97,6 +85,7 @@ class Transfers:
             await asyncio.sleep(_LOOK_AGAIN_S)
             now = time.monotonic()
             self._refuse_late(now)
+            self.arriving.look(now)
             self._hang_up_on_slow(now)
 
     def _refuse_late(self, now: float) -> None:

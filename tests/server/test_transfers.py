@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import grpc
 import pytest
@@ -142,6 +143,52 @@ async def test_who_does_not_take_his_answer_is_hung_up_on(serve: Serve, caplog: 
     await until_async(lambda: running.server.queue_bytes == 0)
     assert (await running.stub.Forward(LARGE)).request_id == "large"
     assert "has not taken an answer of" in caplog.text and "Traceback" not in caplog.text
+
+
+@asynccontextmanager
+async def streams_of_half_a_message(running: Running, count: int) -> AsyncIterator[list[grpc.aio.StreamStreamCall[bytes, bytes]]]:
+    """Each over a connection of its own, of which the rest never arrives."""
+    wire = Wire(running.target, most_bytes=MIB * 3 // 4)
+    own = [("grpc.use_local_subchannel_pool", 1)]
+    async with AsyncExitStack() as stack:
+        stack.callback(wire.close)
+        channels = [await stack.enter_async_context(grpc.aio.insecure_channel(wire.target, options=own)) for _ in range(count)]
+        streams = [channel.stream_stream(STREAM)() for channel in channels]
+        writing = [asyncio.ensure_future(stream.write(LARGE.SerializeToString())) for stream in streams]
+        yield streams
+        await asyncio.gather(*writing, return_exceptions=True)
+
+
+async def test_half_a_message_in_a_stream_is_not_kept_for_ever(serve: Serve) -> None:
+    """A stream whose caller says nothing is left alone, also when it has been busy."""
+    running = await serve(64 * MIB, transfer_timeout_s=0.5)
+    quiet = running.stub.ForwardStream()
+    for _ in range(3):
+        await quiet.write(LARGE)
+        assert (await quiet.read()).request_id == "large"
+    async with streams_of_half_a_message(running, 1) as (half,):
+        async with asyncio.timeout(20):
+            assert await half.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "server.transfer_timeout_s = 0.5 s" in (await half.details() or "")
+    await quiet.write(request(request_id="quiet"))
+    assert (await quiet.read()).request_id == "quiet"
+
+
+async def test_what_comes_in_streams_has_no_more_room_than_anything_else(serve: Serve) -> None:
+    running = await serve(MIB)
+    quiet = running.stub.ForwardStream()
+    async with streams_of_half_a_message(running, 3) as streams:
+        async with asyncio.timeout(20):
+            done, kept = await asyncio.wait([asyncio.ensure_future(stream.code()) for stream in streams], return_when="FIRST_COMPLETED")
+            while len(done) < 2:
+                more, kept = await asyncio.wait(kept, return_when="FIRST_COMPLETED")
+                done |= more
+        assert {each.result() for each in done} == {EXHAUSTED}
+        await quiet.write(request(request_id="quiet"))
+        assert (await quiet.read()).request_id == "quiet"
+        assert len(kept) == 1 and not any(each.done() for each in kept)
+        for stream in streams:
+            stream.cancel()
 
 
 async def test_a_connection_that_nobody_is_at_the_end_of_leaves_nothing(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

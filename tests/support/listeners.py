@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
 from collections.abc import Iterator
@@ -45,13 +46,16 @@ def listener(answer: bytes = b"") -> Iterator[Listener]:
 
 
 class Wire:
-    """Between a client and a server on this machine: passes on what they say until it is `cut`, and then says nothing to either."""
+    """Between a client and a server on this machine: passes on what they say until it is `cut`, and then says nothing to either.
 
-    def __init__(self, target: str) -> None:
+    Of what a connection says to the server, at most `most_bytes` are passed on.
+    """
+
+    def __init__(self, target: str, most_bytes: float = math.inf) -> None:
         host, _, port = target.rpartition(":")
         self._server, self._listening = (host, int(port)), socket.create_server(("127.0.0.1", 0))
         self.target = f"127.0.0.1:{self._listening.getsockname()[1]}"
-        self._sockets = [self._listening]
+        self._sockets, self._most_bytes = [self._listening], most_bytes
         self._is_cut = threading.Event()
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -60,14 +64,15 @@ class Wire:
             while True:
                 ends = self._listening.accept()[0], socket.create_connection(self._server)
                 self._sockets += ends
-                for here, there in (ends, ends[::-1]):
-                    threading.Thread(target=self._pass_on, args=(here, there), daemon=True).start()
+                for here, there, most_bytes in ((*ends, self._most_bytes), (*ends[::-1], math.inf)):
+                    threading.Thread(target=self._pass_on, args=(here, there, most_bytes), daemon=True).start()
 
-    def _pass_on(self, here: socket.socket, there: socket.socket) -> None:
+    def _pass_on(self, here: socket.socket, there: socket.socket, most_bytes: float) -> None:
         with suppress(OSError):
             while said := here.recv(2**16):
-                if not self._is_cut.is_set():
+                if not self._is_cut.is_set() and most_bytes > 0:
                     there.sendall(said)
+                    most_bytes -= len(said)
 
     def cut(self) -> None:
         """As when a machine vanishes: nobody is told."""

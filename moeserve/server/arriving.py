@@ -1,0 +1,154 @@
+"""What has come of the messages of streams that are not there in full yet.
+
+To gRPC a stream that waits for its caller and one whose caller has sent half of a message look the same. But the kernel counts what a
+connection has brought: what is more than the messages that were taken of it has come of others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Final
+
+from moeserve.config import ServerConfig
+from moeserve.errors import DeadlineExceeded, MoEServeError, Overloaded
+from moeserve.server.byte_budget import ByteBudget
+from moeserve.server.connections import Address, address_of, received_bytes
+from moeserve.server.rpc import Context
+
+#: what may come of messages before anybody asks where the rest is
+_LEAST_BYTES: Final = 2**18
+#: what a message may bring besides itself: frames and headers of HTTP/2, TLS; and what a connection may bring in a second beside messages
+_EXTRA_BYTES: Final = 2**14
+_EXTRA_BYTES_PER_S: Final = 100.0
+#: looking takes at most one part in so many of the time
+_LOOK_SHARE: Final = 20
+
+
+class Arrival:
+    """A message that is awaited, or those of a stream: whoever waits is in `limit`, which `refuse` ends."""
+
+    __slots__ = ("began", "limit", "refusal")
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.limit = asyncio.timeout(None)
+        self.refusal: MoEServeError | None = None
+
+    def refuse(self, refusal: MoEServeError) -> None:
+        """Nobody waits for it any more."""
+        if self.refusal is None:
+            self.refusal = refusal
+            self.limit.reschedule(0)
+
+
+class _Connection:
+    """One that has streams."""
+
+    def __init__(self, received: int, now: float) -> None:
+        """It has brought `received` bytes, of which none are left to take."""
+        self.streams: dict[Arrival, None] = {}
+        #: of messages that have not come in full
+        self.bytes = 0
+        #: since when it has had any, and since when nothing was taken of it
+        self.began = self.taken_at = now
+        self._looked_at = now
+        #: how much of what it has brought is not left to take
+        self._settled = float(received)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether more has come than what a few messages under way would explain."""
+        return self.bytes >= _LEAST_BYTES
+
+    def took(self, nbytes: int, now: float) -> None:
+        """A message that it has brought was taken."""
+        self.taken_at = now
+        self._settled += nbytes + _EXTRA_BYTES
+
+    def look(self, received: int, now: float) -> None:
+        """It has brought `received` bytes."""
+        if not self.is_large:
+            self.began = self.taken_at = now
+        settled = self._settled + _EXTRA_BYTES_PER_S * (now - self._looked_at)
+        self._settled, self._looked_at = min(settled, received), now
+        self.bytes = int(received - self._settled)
+
+    def end(self, refusal: Callable[[], MoEServeError]) -> None:
+        """Ends all of its streams; what has come of their messages is dropped."""
+        for stream in self.streams:
+            stream.refuse(refusal())
+
+
+class Arriving:
+    """Of one server. No more is kept than there is room for in `budget`, and nothing for ever."""
+
+    def __init__(self, config: ServerConfig, budget: ByteBudget) -> None:
+        self._budget, self._config = budget, config
+        self._connections: dict[Address, _Connection] = {}
+        self._look_at = 0.0
+
+    @asynccontextmanager
+    async def stream(self, context: Context) -> AsyncIterator[None]:
+        """A stream that reads messages. Raises what ends it when one takes too long to come, or there is no room for what comes."""
+        address, arrival = address_of(context.peer()), Arrival()
+        connection = self._connections.get(address)
+        if connection is None:
+            received = received_bytes([address]).get(address, 0)
+            connection = self._connections[address] = _Connection(received, arrival.began)
+        connection.streams[arrival] = None
+        try:
+            async with arrival.limit:
+                yield
+        except TimeoutError:
+            if arrival.refusal is None:
+                raise
+            raise arrival.refusal from None
+        finally:
+            del connection.streams[arrival]
+            if not connection.streams:
+                del self._connections[address]
+
+    def took(self, context: Context, nbytes: int) -> None:
+        """A message was read in full, of a stream or of another call."""
+        if self._connections and (connection := self._connections.get(address_of(context.peer()))) is not None:
+            connection.took(nbytes, time.monotonic())
+
+    async def noted(self, messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        """`messages` of a stream, which are taken."""
+        async for message in messages:
+            self.took(context, len(message))
+            yield message
+
+    def look(self, now: float) -> None:
+        """Ends streams that have to end; does nothing if that was done a moment ago."""
+        if not self._connections or now < self._look_at:
+            return
+        received = received_bytes(self._connections.keys())
+        self._look_at = now + _LOOK_SHARE * (time.monotonic() - now)
+        for address, connection in self._connections.items():
+            if address in received:
+                connection.look(received[address], now)
+        self._end_late(now)
+        self._end_those_without_room()
+
+    def _end_late(self, now: float) -> None:
+        limit_s = self._config.transfer_timeout_s
+        for connection in self._connections.values():
+            if connection.is_large and now - connection.taken_at > limit_s:
+                connection.end(lambda: DeadlineExceeded(f"a message did not come within server.transfer_timeout_s = {limit_s:g} s"))
+
+    def _end_those_without_room(self) -> None:
+        """The latest first; there is always room for one message."""
+        room = self._budget.room
+        for place, connection in enumerate(sorted(self._connections.values(), key=lambda one: one.began)):
+            room -= connection.bytes
+            is_one_message = place == 0 and connection.bytes <= self._config.max_message_bytes + _LEAST_BYTES
+            if room < 0 and connection.is_large and not is_one_message:
+                connection.end(
+                    lambda: Overloaded(
+                        f"streams bring more than server.max_queued_bytes = {self._config.max_queued_bytes} leaves room for; try again"
+                    )
+                )
