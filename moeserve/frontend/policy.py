@@ -28,7 +28,7 @@ class Owed:
     rows           how many rows the message has
     since          monotonic seconds: when they were sent, or lost
     is_lost        nobody computes them any more
-    has_copy       lost: another copy lives, of some of them; late: of all of them, on hosts with less to do
+    has_copy       lost: another copy lives, of some of them; late: of all of them, on hosts that are not late
     is_hedged      they were sent to a second copy, too
     error          what the host answered instead of sums, None = it was lost
     is_refused     it answered with sums that are not finite

@@ -113,17 +113,18 @@ class Remedy:
         )
 
     def _elsewhere(self, parcel: Parcel) -> list[HostWork]:
-        """The same pairs for other hosts: if it is lost, as many as can be had; if it is late, all or none, on hosts with less to do."""
+        """The same pairs for other hosts: if it is lost, as many as can be had; if it is late, all or none, on hosts that are not late.
+
+        Where all copies are equally busy, all are late. How much each owes says less: a host that stands still is sent nothing more.
+        """
         view, is_lost = parcel.part.view, parcel.state is ParcelState.LOST
-        without = parcel.erred if is_lost else {*parcel.erred, *(work.host for work in parcel.works)}
+        without = parcel.erred if is_lost else {*parcel.erred, *(work.host for work in parcel.works), *view.late_hosts()}
         hosts = view.loads(self._rules.copy_choice, without)
         if hosts is None:
             return []
         works = plan_again(parcel.works, len(parcel.part.hidden_states), view.placement, hosts)
-        if is_lost:
-            return works if any(hosts.is_live[work.host] for work in works) else []
-        load = hosts.load[parcel.host]
-        return works if all(hosts.is_live[work.host] and hosts.load[work.host] < load for work in works) else []
+        is_enough = any if is_lost else all
+        return works if is_enough(hosts.is_live[work.host] for work in works) else []
 
     async def _do(self, action: Action, parcel: Parcel, routed: RoutedBatch, delivery: Delivery) -> None:
         match action:
