@@ -20,6 +20,7 @@ from collections import Counter
 from contextlib import suppress
 from datetime import date
 from importlib.metadata import version
+from typing import Any
 
 import grpc
 import torch
@@ -45,10 +46,11 @@ async def send(target: str, kind: str, count: int, seconds: float) -> Counter[st
         async with grpc.aio.insecure_channel(target, options=OPTIONS) as channel:
             try:
                 if "unary" in kind:
-                    await channel.unary_unary(FORWARD)(message, timeout=seconds)
+                    forward: Any = channel.unary_unary(FORWARD)
+                    await forward(message, timeout=seconds)
                 else:
-                    stream = channel.stream_stream(STREAM)(iter([message]), timeout=seconds)
-                    await stream.read()
+                    stream: Any = channel.stream_stream(STREAM)
+                    await stream(iter([message]), timeout=seconds).read()
             except grpc.aio.AioRpcError as error:
                 return error.code().name
             return "answered"
