@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,23 @@ def test_a_late_host_is_not_waited_for(tmp_path: Path) -> None:
         assert len(held.rows) == 1, "it is asked nothing more before it answers"
         held.let_go()
         until(lambda: client.forward(ROWS) is not None and len(held.rows) > 1)
+
+
+def test_a_copy_that_has_more_to_do_and_is_on_time_is_asked(tmp_path: Path) -> None:
+    """A host that stands still owes little, because it is sent nothing more, while the others do its work, too."""
+    with ServiceHarness(config("auto"), "local", tmp_path) as service, Client(service.target) as client:
+        expected = MoELayer(**LAYER)(ROWS)
+        for _ in range(60):
+            assert_close(client.forward(ROWS).hidden_states, expected)
+        held = Held(service.hosts[0])
+
+        async def owe() -> None:
+            service.frontend._links[1].count_until(asyncio.get_running_loop().create_future(), 2**20)
+
+        service.call(owe())
+        assert_close(client.forward(ROWS, timeout=8).hidden_states, expected)
+        assert held.begun.acquire(timeout=30), "it had less to do, so it was asked first"
+        held.let_go()
 
 
 def test_no_more_than_a_twentieth_is_sent_twice(tmp_path: Path) -> None:
