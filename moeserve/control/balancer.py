@@ -67,6 +67,8 @@ class Balancer:
         self._planner, self._served, self._frontends, self._audit = planner, served, frontends, audit
         self._config = planner.balancing
         self._demand = Demand([spec.num_hosted_experts for spec in planner.layers.specs], self._config.window_s)
+        #: layers that no round has looked at since
+        self._turned = set[int]()
         self._slowdown = Slowdown(self._config.window_s)
         self._one_at_a_time = asyncio.Lock()
 
@@ -77,7 +79,7 @@ class Balancer:
         while True:
             await asyncio.sleep(min(timing.CONTROL_LOOK_S, self._config.interval_s))
             self._hear()
-            is_due = time.monotonic() >= next_at
+            is_due = time.monotonic() >= next_at or self._is_early()
             if is_due and self._config.enabled:
                 await self._round_by_itself()
             # It is told when it is due, and at once for other places, or for layers that were not asked before.
@@ -125,6 +127,14 @@ class Balancer:
             await self._round(self._known(), Begun("balance", "a round", "balancing"))
         except Exception as error:  # any error, of Ray for example; it has been said and counted, and the next round tries again
             log.debug("the next round of balancing tries again after %r", error, exc_info=True)
+
+    def _is_early(self) -> bool:
+        """Whether callers have turned to other experts, and enough of what they ask now is known."""
+        self._turned |= self._demand.turned(time.monotonic())
+        known = {layer for layer, rows in enumerate(self._known()) if rows is not None}
+        is_early = bool(self._turned & known)
+        self._turned -= known
+        return is_early
 
     def _known(self) -> Rows:
         """The rows of the layers that were asked often enough that the gain of a move is not a matter of chance."""

@@ -49,6 +49,12 @@ class Fading:
         for each in increments:
             self._sums = [so_far + new for so_far, new in zip(self._sums, each, strict=True)]
 
+    def replace(self, index: int, sums: npt.NDArray[np.float64], now: float) -> None:
+        """One of the sums, as it weighs now."""
+        self._sums = self.at(now)
+        self._at = now
+        self._sums[index] = sums
+
     def at(self, now: float) -> list[npt.NDArray[np.float64]]:
         """As they weigh then."""
         weight = 1.0 if self._at is None else math.exp((self._at - now) / self.fade_s)

@@ -126,6 +126,19 @@ def test_a_skewed_load_is_balanced_within_two_rounds_and_then_nothing_moves(tmp_
             until(lambda: balancedness(service, ZIPF[::-1]) >= 0.9)
 
 
+def test_when_callers_turn_to_other_experts_nobody_waits_for_the_interval(tmp_path: Path) -> None:
+    config = configuration(tmp_path, enabled=True, interval_s=3600.0, window_s=4.0, min_gain=0.2)
+    with by_harness(config, tmp_path) as (service, admin):
+        with Callers(service.target):
+            until(lambda: admin.rebalance().balancedness and balancedness(service) > 0.75)
+        before = rounds(service, "moved")
+        assert balancedness(service, ZIPF[::-1]) < 0.6
+        with Callers(service.target, ZIPF[::-1]):
+            until(lambda: rounds(service, "moved") > before)
+        assert balancedness(service, ZIPF[::-1]) > 0.7
+        assert [event.why for event in admin.events() if event.kind == "balance"][-1] == "balancing"
+
+
 @contextmanager
 def by_hand(folder: Path, **balancing: object) -> Iterator[tuple[ServiceHarness, AdminClient]]:
     with by_harness(configuration(folder, **balancing), folder) as both:
