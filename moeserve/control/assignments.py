@@ -49,7 +49,11 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Assigned:
-    """The hosts that should run next, by number; `shortage` says in one sentence which part of the desired state does not fit."""
+    """The hosts that should run next, by number; `shortage` says in one sentence which part of the desired state does not fit.
+
+    missing: so many of the desired hosts have no room
+    """
 
     assignments: tuple[Assignment, ...]
     shortage: str | None = None
+    missing: int = 0

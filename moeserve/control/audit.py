@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 #: a change per minute for most of a day
 _MAX_EVENTS: Final = 1000
+#: of them, for the next controller: it reads them with its state, which is saved several times during a change
+_MAX_SAVED: Final = 200
 #: texts may come from callers
 _MAX_CHARS: Final = 500
 
@@ -58,6 +60,13 @@ class AuditLog:
         self._added = Notifier()
         #: by kind
         self._latest: dict[str, AuditEvent] = {}
+        self._save: Callable[[tuple[AuditEvent, ...]], None] = lambda _: None
+
+    def go_on(self, earlier: Sequence[AuditEvent], save: Callable[[tuple[AuditEvent, ...]], None]) -> None:
+        """From the events that an earlier controller saved; `save` receives the latest ones for the next controller."""
+        for event in earlier:
+            self._add(event)
+        self._save = save
 
     async def recorded(self, begun: Begun, change: Callable[[], Awaitable[BroughtIn]]) -> Release:
         """Makes a change, and records how it ended. Raises what it raises."""
@@ -88,10 +97,17 @@ class AuditLog:
         is_same = before is not None and (before.outcome, before.error, before.why) == (event.outcome, event.error, event.why)
         if is_same and error is not None and begun.why != ADMINISTRATOR:
             return
+        self._add(event)
+        log.info("audit: %s", event)
+        try:
+            self._save(tuple(self._events)[-_MAX_SAVED:])
+        except Exception as why:  # any error, of Ray for example: what was changed is in force all the same
+            log.warning("the audit log could not be saved: %r", why)
+
+    def _add(self, event: AuditEvent) -> None:
         self._number = event.number
         self._latest[event.kind] = event
         self._events.append(event)
-        log.info("audit: %s", event)
         self._added.notify()
 
     async def events(self, until: asyncio.Event | None = None) -> AsyncGenerator[AuditEvent]:

@@ -52,6 +52,8 @@ class Autoscaler:
         self._bounds_now: tuple[Bounds, Copies | None] | None = None
         #: until when the request for more nodes stands, unless it is made again
         self._asks_until: float | None = None
+        #: so many of the hosts that the load needs have no room
+        self.missing = 0
         self._said = ""
 
     async def keep(self) -> None:
@@ -80,7 +82,7 @@ class Autoscaler:
                 await self._carry_out(resize)
             elif self._asks_until is not None and now > self._asks_until:
                 await self._ask(hosts)
-                self._asks_until = None
+                self._asks_until, self.missing = None, 0
         except Exception as error:  # any error, of Ray for example: try again when the load still needs it
             self._say_problem(str(error) if isinstance(error, MoEServeError) else repr(error))
 
@@ -88,6 +90,7 @@ class Autoscaler:
         state = self._served.state
         wanted = await in_thread(self._planner.with_copies(state.copies).wanted, resize.wanted)
         assigned = reconcile(await self._nodes.list(), state.assignments, wanted, state.next_number, self._hosts.given_up)
+        self.missing = assigned.missing
         number = resize.wanted if assigned.shortage is None else max(resize.hosts, len(assigned.assignments))
         if number != resize.hosts:
             await self._served.scale(number, f"autoscaling: {resize}")

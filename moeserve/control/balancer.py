@@ -11,6 +11,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Final, Protocol
 
+import numpy as np
+
 from moeserve.control import timing
 from moeserve.control.audit import AuditLog, Begun
 from moeserve.control.demand import Demand, LayerLoads
@@ -18,6 +20,7 @@ from moeserve.control.desired import Planner, Rows
 from moeserve.control.frontends import Frontends
 from moeserve.control.record import read_counts
 from moeserve.control.rounds import Round, RoundStopped, planned_round, stepped
+from moeserve.control.slowdown import Slowdown
 from moeserve.control.stall import unless_stalled
 from moeserve.control.state import State
 from moeserve.errors import InvalidRequest
@@ -64,6 +67,9 @@ class Balancer:
         self._planner, self._served, self._frontends, self._audit = planner, served, frontends, audit
         self._config = planner.balancing
         self._demand = Demand([spec.num_hosted_experts for spec in planner.layers.specs], self._config.window_s)
+        #: layers that no round has looked at since
+        self._turned = set[int]()
+        self._slowdown = Slowdown(self._config.window_s)
         self._one_at_a_time = asyncio.Lock()
 
     async def keep(self) -> None:
@@ -73,7 +79,7 @@ class Balancer:
         while True:
             await asyncio.sleep(min(timing.CONTROL_LOOK_S, self._config.interval_s))
             self._hear()
-            is_due = time.monotonic() >= next_at
+            is_due = time.monotonic() >= next_at or self._is_early()
             if is_due and self._config.enabled:
                 await self._round_by_itself()
             # It is told when it is due, and at once for other places, or for layers that were not asked before.
@@ -85,7 +91,10 @@ class Balancer:
                 next_at = time.monotonic() + self._config.interval_s
 
     async def rebalance(self, *, dry_run: bool) -> Rebalanced:
-        """One round now, or only its plan. Raises ExpertUnavailable while a host is down, or ConfigError when it cannot be made."""
+        """One round now, or only its plan.
+
+        Raises ExpertUnavailable while a host is down, or when calls have become slower, or ConfigError when it cannot be made.
+        """
         self._hear()
         demand = self._demand.rows(time.monotonic())
         if dry_run:
@@ -106,9 +115,10 @@ class Balancer:
             self._frontends.set_balancing(balancedness=even)
 
     def _hear(self) -> None:
-        counted = {report.public_key: read_counts(report.requested) for report in self._frontends.members() if report.requested}
+        reports, now = self._frontends.members(), time.monotonic()
+        self._slowdown.hear({each.public_key: [np.array(each.call_times)] for each in reports if each.call_times}, now)
         try:
-            self._demand.hear(counted, time.monotonic())
+            self._demand.hear({each.public_key: read_counts(each.requested) for each in reports if each.requested}, now)
         except InvalidRequest as error:
             strangers.warning("the demand is not known: %s", error)
 
@@ -117,6 +127,14 @@ class Balancer:
             await self._round(self._known(), Begun("balance", "a round", "balancing"))
         except Exception as error:  # any error, of Ray for example; it has been said and counted, and the next round tries again
             log.debug("the next round of balancing tries again after %r", error, exc_info=True)
+
+    def _is_early(self) -> bool:
+        """Whether callers have turned to other experts, and enough of what they ask now is known."""
+        self._turned |= self._demand.turned(time.monotonic())
+        known = {layer for layer, rows in enumerate(self._known()) if rows is not None}
+        is_early = bool(self._turned & known)
+        self._turned -= known
+        return is_early
 
     def _known(self) -> Rows:
         """The rows of the layers that were asked often enough that the gain of a move is not a matter of chance."""
@@ -132,11 +150,14 @@ class Balancer:
                 self._require_hosts()
                 planned = await self._planned(demand)
                 release = planned.release
-                for placement in planned.steps:
-                    self._require_hosts()
-                    step = partial(stepped, served=release, placement=placement)
-                    release = await self._served.bring_in(step, f"{asked.kind}, step {done + 1} of {len(planned.steps)}")
-                    done += 1
+                self._hear()
+                with self._slowdown.round():
+                    for placement in planned.steps:
+                        self._require_hosts()
+                        self._require_speed()
+                        step = partial(stepped, served=release, placement=placement)
+                        release = await self._served.bring_in(step, f"{asked.kind}, step {done + 1} of {len(planned.steps)}")
+                        done += 1
             except BaseException as error:  # a cancelled round, too
                 self._end(asked, planned, done, error)
                 raise
@@ -154,6 +175,11 @@ class Balancer:
             raise RoundStopped(
                 f"{', '.join(down[:_MAX_NAMES])} {'is' if len(down) == 1 else 'are'} down: nothing moves to balance the load"
             )
+
+    def _require_speed(self) -> None:
+        self._hear()
+        if slower := self._slowdown.sentence(time.monotonic()):
+            raise RoundStopped(f"{slower}: nothing more moves in this round")
 
     def _end(self, asked: Begun, planned: Round | None, done: int, error: BaseException | None = None) -> None:
         """Logs, tells and records how a round ended; one that found nothing to do is recorded if an administrator asked for it."""

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Final
 
 from moeserve.checkpoints import Swap
-from moeserve.config import Copies
 from moeserve.control import timing
-from moeserve.control.assignments import Assigned, Assignment, Node, Wanted
+from moeserve.control.assigner import Assigner
+from moeserve.control.assignments import Assignment, Wanted
 from moeserve.control.audit import AuditLog, Begun, BroughtIn
 from moeserve.control.autoscaler import Autoscaler
 from moeserve.control.balancer import Balancer
@@ -24,7 +24,6 @@ from moeserve.control.desired import Planner
 from moeserve.control.first_state import Nodes, until_assigned
 from moeserve.control.fleet import HostFleet
 from moeserve.control.frontends import Frontends
-from moeserve.control.reconcile import reconcile
 from moeserve.control.restarts import Restarts
 from moeserve.control.rollout import Rollout
 from moeserve.control.room import require_room
@@ -70,9 +69,9 @@ class Controller:
         self._balancer = Balancer(planner, self, frontends, self.audit)
         self._restarts = Restarts(self.audit)
         self._autoscaler = Autoscaler(planner, self, nodes, hosts, frontends)
-        #: and the number of hosts and the copies that it is for
-        self._wanted_now: tuple[Wanted, NumHosts, Copies | None] | None = None
+        self._assigner = Assigner(planner, nodes, hosts, lambda: self.state)
         self._shortage: str | None = None
+        self._missing = 0
         #: why lost hosts have not been replaced
         self._why_as_it_is: str | None = None
 
@@ -182,8 +181,7 @@ class Controller:
 
     async def end(self) -> None:
         """The nodes are not needed any more: an autoscaler may remove the ones it added."""
-        if self._planner.placing.wait_for_nodes_s:
-            self._nodes.ask_for(await self._wanted(), 0)
+        await self._assigner.ask_for_none()
 
     async def keep(self) -> None:
         """Reconcile until cancelled: lost hosts are replaced, or their experts placed on the rest; new nodes are used.
@@ -195,6 +193,7 @@ class Controller:
     async def _keep_telling(self) -> None:
         while True:
             self._frontends.set_failing(self._failing())
+            self._frontends.set_missing(max(self._missing, self._autoscaler.missing))
             self._restarts.look(self._hosts.present, self.state.assignments)
             await asyncio.sleep(timing.CONTROL_LOOK_S)
 
@@ -226,13 +225,15 @@ class Controller:
         wanted = await in_thread(self._planner.with_copies(self.state.copies).wanted, num_hosts)
         try:
             # New nodes may take minutes: meanwhile the present ones are followed.
-            await until_assigned(lambda nodes: self._assigned(nodes, wanted), wanted, self._nodes, self._planner.placing.wait_for_nodes_s)
+            await until_assigned(
+                lambda nodes: self._assigner.assigned(nodes, wanted), wanted, self._nodes, self._planner.placing.wait_for_nodes_s
+            )
             return await self._queue.in_turn(lambda: self._reach(num_hosts, wanted))
         finally:
-            self._ask_for(await self._wanted())
+            self._assigner.ask_for(await self._assigner.wanted())
 
     async def _reach(self, num_hosts: NumHosts, wanted: Wanted) -> BroughtIn:
-        assigned = self._assigned(await self._nodes.list(), wanted)
+        assigned = self._assigner.assigned(await self._nodes.list(), wanted)
         if assigned.shortage is not None:
             raise ConfigError(assigned.shortage)
         return await self._moved(assigned.assignments, num_hosts, "scale")
@@ -247,18 +248,19 @@ class Controller:
         if not left:
             raise ConfigError(f"{host} is the only host; a service needs at least one")
         done = await self._moved(left, len(left), "drain")
-        self._ask_for(await self._wanted())
+        self._assigner.ask_for(await self._assigner.wanted())
         return done
 
     async def _follow(self) -> None:
-        wanted, nodes = await self._wanted(), await self._nodes.list()
-        assigned = self._assigned(nodes, wanted)
+        wanted, nodes = await self._assigner.wanted(), await self._nodes.list()
+        assigned = self._assigner.assigned(nodes, wanted)
+        self._missing = assigned.missing
         is_same = assigned.assignments == self.state.assignments
         asked = cause_of(self.state.assignments, assigned.assignments, nodes, wanted, self._hosts.given_up)
         if assigned.shortage != self._shortage:
             self._shortage = assigned.shortage
             log.warning("%s", assigned.shortage or "all wanted hosts fit again")
-            self._ask_for(wanted)
+            self._assigner.ask_for(wanted)
             if is_same and assigned.shortage is not None:
                 self.audit.end(asked, error=ConfigError(assigned.shortage))
             elif is_same:
@@ -280,17 +282,3 @@ class Controller:
         priced = unless_stalled(in_thread(changed, self.state), lambda: None, self._planner.placing.load_timeout_s, lambda: why)
         after, cost = await priced
         return BroughtIn(await self._rollout.bring_in(after, what), cost)
-
-    async def _wanted(self) -> Wanted:
-        asked = self.state.num_hosts, self.state.copies
-        if self._wanted_now is None or self._wanted_now[1:] != asked:
-            self._wanted_now = await in_thread(self._planner.with_copies(asked[1]).kept, asked[0]), *asked
-        return self._wanted_now[0]
-
-    def _assigned(self, nodes: Sequence[Node], wanted: Wanted) -> Assigned:
-        return reconcile(nodes, self.state.assignments, wanted, self.state.next_number, self._hosts.given_up)
-
-    def _ask_for(self, wanted: Wanted) -> None:
-        """With wait_for_nodes_s there is an autoscaler: ask it for the nodes that are needed, and no more."""
-        if self._planner.placing.wait_for_nodes_s:
-            self._nodes.ask_for(wanted, 0 if wanted.num_hosts == "all" else wanted.num_hosts)

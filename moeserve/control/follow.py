@@ -19,6 +19,7 @@ from moeserve.control.record import (
     require_key,
     require_printable,
     require_short,
+    require_times,
 )
 from moeserve.observe.balancing import Balancing
 from moeserve.observe.stats import HostInfo
@@ -40,7 +41,8 @@ class Report:
     name, target and metrics_target are for status, node is its Ray node, public_key the key it was given earlier;
     new batches use `epoch`, running ones `oldest_epoch` or later (0 = it serves nothing yet); it is ready for the candidate of
     `tried_epoch`, or not: `refusal` says why. is_leaving = it ends for good, and does not come back with its key; is_ready = it accepts
-    requests, and every expert can be reached; requested = what callers have asked of the experts since it started, as `packed_counts`.
+    requests, and every expert can be reached; requested = what callers have asked of the experts since it started, as `packed_counts`;
+    call_times = how long calls took, as `CallTimes` counts them; () = as yet nothing is known.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Report:
     is_leaving: bool = False
     is_ready: bool = False
     requested: tuple[bytes, ...] = ()
+    call_times: tuple[int, ...] = ()
 
     def to_message(self) -> pb.FrontendReport:
         """For `from_message`."""
@@ -69,8 +72,9 @@ class Report:
         require_short(message.refusal, "refusal", _MAX_SENTENCE_CHARS)
         require_key(message.public_key, "public_key")
         require_counts(message.requested, "requested")
+        require_times(message.call_times, "call_times")
         said = {name: getattr(message, name) for name in cls.__dataclass_fields__}
-        return cls(**{**said, "requested": tuple(message.requested)})
+        return cls(**{**said, "requested": tuple(message.requested), "call_times": tuple(message.call_times)})
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class Order:
     """The desired state of a frontend: serve `current` (None = not known yet), try `candidate`, if there is one, on `hosts`.
 
     `failing`: hosts that are down and not restarting, and why. For metrics: `balancing`; `busy`, the share of its time, 0..1,
-    that each host has lately spent in passes.
+    that each host has lately spent in passes; `missing_hosts`, how many of the hosts that should run have no room.
     """
 
     current: Release | None = None
@@ -101,11 +105,12 @@ class Order:
     failing: Mapping[int, str] = field(default_factory=dict)
     balancing: Balancing = field(default_factory=Balancing)
     busy: Mapping[int, float] = field(default_factory=dict)
+    missing_hosts: int = 0
 
     def to_message(self) -> pb.FrontendOrder:
         """For `from_message`."""
         failing = {number: why[:_MAX_SENTENCE_CHARS] for number, why in self.failing.items()}
-        message = pb.FrontendOrder(hosts=hosts_messages(self.hosts), failing=failing, busy=self.busy)
+        message = pb.FrontendOrder(hosts=hosts_messages(self.hosts), failing=failing, busy=self.busy, missing_hosts=self.missing_hosts)
         message.balancing.CopyFrom(pb.Balancing(**vars(self.balancing)))
         for name, release in (("current", self.current), ("candidate", self.candidate)):
             if release is not None:
@@ -131,6 +136,7 @@ class Order:
             failing=read_failing(message.failing),
             balancing=read_balancing(message.balancing),
             busy=read_busy(message.busy),
+            missing_hosts=message.missing_hosts,
             setup=Setup(told.service_id, told.config_json, keys, told.drain_timeout_s) if message.HasField("setup") else None,
         )
 

@@ -16,6 +16,7 @@ from moeserve.control.record import packed_counts
 from moeserve.errors import ConfigError, MoEServeError
 from moeserve.frontend import Frontend, FrontendSettings, HostAccess
 from moeserve.loops import Notifier, in_thread
+from moeserve.observe.call_times import CallTimes
 from moeserve.observe.expert_counts import ExpertCounts
 from moeserve.observe.metrics import Metrics
 from moeserve.release import Release
@@ -88,6 +89,7 @@ class Follower:
             self._frontend.set_failing(order.failing)
             self._frontend.set_balancing(order.balancing)
             self._frontend.set_busy(order.busy)
+            self._frontend.set_missing(order.missing_hosts)
         self._ordered.notify()
 
     def say(self, **changes: object) -> None:
@@ -155,9 +157,10 @@ class Follower:
         self._frontend = await in_thread(Frontend, release, sources, settings, hosts, metrics)
         self._frontend.set_failing(self._order.failing)
         metrics.balancing.said, metrics.busy.said = self._order.balancing, self._order.busy
+        self._frontend.set_missing(self._order.missing_hosts)
         self._stage.enter(self._frontend, metrics)
         self._do("start", self._frontend.start(self.report.node))
-        self._do("demand", self._tell_of_demand(metrics.experts))
+        self._do("demand", self._tell_of_demand(metrics.experts, metrics.call_times))
         self.say(epoch=release.epoch, oldest_epoch=release.epoch)
 
     def _sources(self, release: Release) -> list[LayerSource]:
@@ -186,9 +189,9 @@ class Follower:
         await frontend.drained()
         self.say(oldest_epoch=frontend.oldest_epoch)
 
-    async def _tell_of_demand(self, counts: ExpertCounts) -> None:
+    async def _tell_of_demand(self, counts: ExpertCounts, times: CallTimes) -> None:
         while True:
-            self.say(requested=packed_counts(pairs.numpy() for pairs in counts.requested()))
+            self.say(requested=packed_counts(pairs.numpy() for pairs in counts.requested()), call_times=times.counts())
             await asyncio.sleep(timing.DEMAND_S)
 
     async def _refresh(self) -> None:

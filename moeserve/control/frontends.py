@@ -183,6 +183,11 @@ class Frontends:
         if dict(failing) != dict(self._order.failing):
             self._tell(replace(self._order, failing=dict(failing)))
 
+    def set_missing(self, hosts: int) -> None:
+        """Sets how many of the hosts that should run have no room on the nodes."""
+        if hosts != self._order.missing_hosts:
+            self._tell(replace(self._order, missing_hosts=hosts))
+
     @property
     def balancing(self) -> Balancing:
         """What they have been told of balancing."""

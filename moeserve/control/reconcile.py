@@ -28,11 +28,12 @@ def reconcile(
     room = {key: max(room_on(node, wanted), held[key]) for key, node in places.items()}
     fit = sum(room.values())
     number = _number(wanted, fit)
-    shortage = describe(nodes, room, wanted, number) if fit < number else None
+    missing = max(0, number - fit)
+    shortage = describe(nodes, room, wanted, number) if missing else None
     if fit < min(wanted.least, number):
-        return Assigned(_by_number(assignments), shortage)
+        return Assigned(_by_number(assignments), shortage, missing)
     kept = _without_surplus(kept, number, wanted)
-    return Assigned(_by_number([*kept, *_added(kept, room, min(number, fit), wanted, next_number)]), shortage)
+    return Assigned(_by_number([*kept, *_added(kept, room, min(number, fit), wanted, next_number)]), shortage, missing)
 
 
 def is_place(node: Node, wanted: Wanted) -> bool:

@@ -16,6 +16,7 @@ from moeserve.checkpoints import FileMark, Fingerprint, Swap
 from moeserve.config import MAX_EXPERTS, MAX_HOSTS, MAX_LAYERS, MAX_PHYSICAL
 from moeserve.errors import InvalidRequest
 from moeserve.observe.balancing import Balancing
+from moeserve.observe.call_times import NUM_TIMES
 from moeserve.observe.records import plain, read
 from moeserve.observe.stats import HostInfo
 from moeserve.placement import LayerPlacement, Placement
@@ -158,6 +159,12 @@ def require_counts(layers: Sequence[bytes], field: str) -> None:
     _require(len(layers) <= MAX_LAYERS, field, f"at most {MAX_LAYERS} layers")
     for counts in layers:
         _require(8 <= len(counts) <= 8 * MAX_EXPERTS and len(counts) % 8 == 0, field, f"1..{MAX_EXPERTS} numbers of 8 bytes each")
+
+
+def require_times(counts: Sequence[int], field: str) -> None:
+    """Raises InvalidRequest unless they are as `CallTimes` counts, or none."""
+    _require(len(counts) in (0, NUM_TIMES), field, f"{NUM_TIMES} counts, or none")
+    _require(all(count < 2**48 for count in counts), field, "counts below 2**48")
 
 
 def packed_counts(layers: Iterable[npt.NDArray[np.int64]]) -> tuple[bytes, ...]:

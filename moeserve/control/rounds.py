@@ -13,7 +13,7 @@ from moeserve.release import Release
 
 
 class RoundStopped(ExpertUnavailable):
-    """A round goes no further: a host is down, or another change has been made."""
+    """A round goes no further: a host is down, calls have become slower, or another change has been made."""
 
 
 @dataclass(frozen=True, eq=False)

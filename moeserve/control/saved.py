@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from moeserve.control.assignments import Assignment
 from moeserve.control.record import read_release, release_message
 from moeserve.control.state import State
+from moeserve.observe.audit import AuditEvent
 from moeserve.v1 import control_service_pb2 as pb
 
 
@@ -17,7 +18,8 @@ class Saved:
     """What the next incarnation of a controller must know beside the configuration.
 
     `service_id` names folders of sockets; `frontend_token` is the token of frontends that the controller starts;
-    `frontend_keys` are the public keys that hosts accept; `control_port` is where the controller listens, 0 = nowhere yet.
+    `frontend_keys` are the public keys that hosts accept; `control_port` is where the controller listens, 0 = nowhere yet;
+    `events` are the latest of the audit log.
     """
 
     service_id: str
@@ -25,6 +27,7 @@ class Saved:
     state: State
     frontend_keys: tuple[str, ...] = ()
     control_port: int = 0
+    events: tuple[AuditEvent, ...] = ()
 
     def to_bytes(self) -> bytes:
         """JSON; `from_bytes` reads it."""
@@ -41,6 +44,7 @@ class Saved:
                 "last_epoch": state.last_epoch,
                 "next_number": state.next_number,
                 "copies": state.copies,
+                "events": [vars(event) for event in self.events],
             }
         ).encode()
 
@@ -56,4 +60,5 @@ class Saved:
             read["next_number"],
             read["copies"],
         )
-        return cls(read["service_id"], read["frontend_token"], state, tuple(read["frontend_keys"]), read["control_port"])
+        events = tuple(AuditEvent(**event) for event in read["events"])
+        return cls(read["service_id"], read["frontend_token"], state, tuple(read["frontend_keys"]), read["control_port"], events)

@@ -61,9 +61,12 @@ class LayerBank(ABC):
         self._weighs_inputs = np.full(num_experts, form.scale_inputs)
         self._weighs_inputs[num_experts - form.has_shared :] = False
 
-    def is_ready(self, local_experts: torch.Tensor) -> bool:
-        """Whether `run` can compute for these [N] at once."""
+    def claim(self, local_experts: torch.Tensor) -> bool:
+        """Whether `run` can compute for these [N] at once, and for what was claimed before them; if so, it can until `let_go`."""
         return True
+
+    def let_go(self) -> None:  # noqa: B027 - most banks hold all of their experts all the time
+        """Of all that was claimed."""
 
     @abstractmethod
     def groups(self, counts: Integers) -> Generator[GroupOf]:

@@ -150,6 +150,10 @@ class Frontend:
         """The share of its time that each host has lately spent in passes, by number."""
         self._metrics.busy.said = shares
 
+    def set_missing(self, hosts: int) -> None:
+        """How many of the hosts that should run have no room on the nodes."""
+        self._metrics.hosts_missing.set(hosts)
+
     async def refresh(self) -> None:
         """Update what is known about hosts."""
         await asyncio.gather(*(link.refresh() for link in self._links.values()))

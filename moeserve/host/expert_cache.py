@@ -5,15 +5,20 @@ Where they are read from is for whoever wants them to say: from files, or, where
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from moeserve.experts import Expert, HeldExpert
 from moeserve.transport import Loads
+
+#: of one expert
+_LONGEST_READ_S: Final = 60.0
 
 
 class Loadable(NamedTuple):
@@ -41,7 +46,7 @@ class ExpertCache:
     """At most `limit_bytes` of experts, and beside them the one that is being read, as it is stored; to be used from any thread.
 
     Once an expert has been read, the least recently used make room for it, but for those that a pass computes with. `on_read` is called
-    after each that a pass has waited for.
+    after each that a pass has waited for. Claims are made and let go by one thread.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -53,6 +58,10 @@ class ExpertCache:
         self._slots: OrderedDict[Hashable, _Slot] = OrderedDict()
         #: bytes of those in memory, and of those that passes want, whether they have been read or not
         self._nbytes = self._nbytes_in_use = 0
+        #: what passes wait for that have no room yet, and what has been claimed
+        self._waiting: list[Sequence[Loadable]] = []
+        self._claimed: list[Loadable] = []
+        self._reading_since = math.inf
         self._changed = threading.Condition()
         #: one at a time, so that memory has no more than one beyond the limit
         self._reading = threading.Lock()
@@ -64,7 +73,9 @@ class ExpertCache:
         Whoever waits for room holds nothing meanwhile, so nobody waits forever.
         """
         with self._changed:
+            self._waiting.append(wanted)
             self._changed.wait_for(lambda: self._has_room(wanted))
+            self._waiting.remove(wanted)
             missing = self._enter(wanted)
             self._count(used=len(wanted))
         try:
@@ -90,10 +101,28 @@ class ExpertCache:
             self._leave([one])
         return True
 
-    def has(self, keys: Collection[Hashable]) -> bool:
-        """Whether all of these are in memory at present."""
+    def claim(self, wanted: Sequence[Loadable]) -> bool:
+        """Whether all of these are in memory at present, with room for a pass: they stay until `let_go`. It never waits.
+
+        A pass that waits for room goes first as soon as there is some, so it does not wait forever.
+        """
         with self._changed:
-            return all(key in self._slots and self._slots[key].held is not None for key in keys)
+            is_here = all(one.key in self._slots and self._slots[one.key].held is not None for one in wanted)
+            if not is_here or not self._has_room(wanted) or any(self._has_room(other) for other in self._waiting):
+                return False
+            self._enter(wanted)
+            self._claimed += wanted
+            return True
+
+    def let_go(self) -> None:
+        """Of all that was claimed."""
+        if self._claimed:
+            self._leave(self._claimed)
+            self._claimed = []
+
+    def reads(self, now: float) -> bool:
+        """Whether an expert is being read, for a minute at most: a file system that takes longer may never answer. `now` in seconds."""
+        return 0 <= now - self._reading_since < _LONGEST_READ_S
 
     def keep(self, keys: Collection[Hashable]) -> None:
         """Frees all others at once, but for those that a pass computes with."""
@@ -143,7 +172,11 @@ class ExpertCache:
 
     def _read(self, one: Loadable) -> None:
         with self._reading:
-            expert = one.read()
+            self._reading_since = time.monotonic()
+            try:
+                expert = one.read()
+            finally:
+                self._reading_since = math.inf
             with self._changed:
                 while self._nbytes + one.nbytes > self.limit_bytes:
                     self._drop(next(key for key, slot in self._slots.items() if not slot.users))

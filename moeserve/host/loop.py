@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,6 +19,8 @@ from moeserve.host.relay import Relay, Relayed
 from moeserve.transport import Listener, Loads, Work
 
 _POLL_S = 1.0
+#: between two times that frontends are told that an expert is still being read
+_TELL_S = 0.5
 
 
 class HostLoop:
@@ -40,7 +43,7 @@ class HostLoop:
         self.clock = PassClock()
         self._waiting: OrderedDict[tuple[int, LayerBank | None], list[Work]] = OrderedDict()
         self._lane: Lane[SlowPass] = Lane(listener.wake)
-        self._cache, self._told = cache, Loads()
+        self._cache, self._told, self._told_at = cache, Loads(), 0.0
         if cache is not None:
             cache.on_read = listener.wake
         self._stopping = False
@@ -61,13 +64,15 @@ class HostLoop:
     def _run(self) -> None:
         is_idle = True
         while not self._stopping:
-            for work in self._listener.poll(_POLL_S if is_idle else 0):
+            for work in self._listener.poll(0 if not is_idle else _TELL_S if self._lane.is_busy else _POLL_S):
                 self._waiting.setdefault((work.layer, self._bank_table.bank(work.layer, work.epoch)), []).append(work)
             self._finish_slow()
             turn = self._next()
             if turn is not None:
                 self.clock.begin()
                 self._serve(turn)
+                if turn.bank is not None:
+                    turn.bank.let_go()
                 self.clock.end()
             is_idle = turn is None or not self._waiting
             self._finish_relayed()
@@ -85,7 +90,7 @@ class HostLoop:
     def _next(self) -> NextPass | None:
         """What has waited longest of what can be begun now."""
         for (layer, bank), works in self._waiting.items():
-            ready = [work for work in works if bank is None or bank.is_ready(work.local_experts)]
+            ready = [work for work in works if bank is None or bank.claim(work.local_experts)]
             if ready or not self._lane.is_busy:
                 taken = ready or works
                 rest = [work for work in works if work not in taken] if len(taken) < len(works) else []
@@ -121,9 +126,13 @@ class HostLoop:
                 self._finish(work, failure)
 
     def _tell_loads(self) -> None:
-        if self._cache is not None and self._cache.loads != self._told:
-            self._told = self._cache.loads
-            self._listener.tell(self._told)
+        """At once when experts were read, and now and then while one is: a host that waits for a disk is not stuck."""
+        if self._cache is None:
+            return
+        loads, now = self._cache.loads, time.monotonic()
+        if loads != self._told or (now >= self._told_at + _TELL_S and self._cache.reads(now)):
+            self._told, self._told_at = loads, now
+            self._listener.tell(loads)
 
     def _pass_on(self, work: Work) -> None:
         if not work.destinations:

@@ -22,11 +22,15 @@ class SpilledBank(LayerBank):
         self._wanted, self._cache = wanted, cache
         self._deterministic = form.deterministic
 
-    def is_ready(self, local_experts: torch.Tensor) -> bool:
-        """Whether all of these [N] are in memory. They may not stay there: then `run` waits after all."""
+    def claim(self, local_experts: torch.Tensor) -> bool:
+        """Whether all of these [N] are in memory, with room for a pass: they stay there until `let_go`."""
         experts = np.unique(local_experts.numpy())
         # One that does not exist is refused, without delay.
-        return experts[-1] >= self.num_experts or self._cache.has({self._wanted[expert].key for expert in experts})
+        return bool(experts[-1] >= self.num_experts) or self._cache.claim([self._wanted[expert] for expert in experts])
+
+    def let_go(self) -> None:
+        """Of all that was claimed."""
+        self._cache.let_go()
 
     def groups(self, counts: Integers) -> Generator[GroupOf]:
         """Of as many experts with pairs as fit into memory together; these stay there while they are computed."""

@@ -16,6 +16,10 @@ log = logging.getLogger(__name__)
 KERNELS: Final = ("amx", "avx512_bf16", "avx512", "avx2", "generic")
 
 
+#: as in csrc/pass.c
+INTERFACE_VERSION: Final = 1
+
+
 class Bank(Structure):
     """struct bank of csrc/pass.c."""
 
@@ -71,6 +75,12 @@ def library() -> ctypes.CDLL | None:
     except OSError as error:
         log.warning("the compiled kernels cannot be loaded: %s; experts run on torch, slower", error)
         return None
+    if not _is_ours(loaded):
+        log.warning(
+            "the compiled kernels in %s are of another version of moeserve: install it again; experts run on torch's operators, slower",
+            spec.origin,
+        )
+        return None
     loaded.find_kernel.restype, loaded.find_kernel.argtypes = c_void_p, (c_char_p, c_int32)
     loaded.scratch_bytes.restype, loaded.scratch_bytes.argtypes = c_int64, (POINTER(Bank), POINTER(PassWork))
     loaded.linear_scratch_bytes.restype, loaded.linear_scratch_bytes.argtypes = c_int64, (c_int64, c_int32)
@@ -84,6 +94,11 @@ def find_kernel(name: str, type_number: int) -> int | None:
     """Its address, None where it does not exist or this processor cannot run it."""
     code = library()
     return None if code is None else code.find_kernel(name.encode(), type_number)
+
+
+def _is_ours(loaded: ctypes.CDLL) -> bool:
+    """Whether it was compiled for this version of the structs above: it would read others in silence, and compute something else."""
+    return hasattr(loaded, "interface_version") and loaded.interface_version() == INTERFACE_VERSION
 
 
 def _share_openmp() -> None:

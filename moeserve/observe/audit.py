@@ -15,7 +15,7 @@ ADMINISTRATOR: Final = "administrator"
 class AuditEvent:
     """One change of placement, weights, copies or hosts, once it has ended: recorded by the controller, whoever asked for it.
 
-    number: counts from 1 since the controller started; time_unix_s: when it began
+    number: counts from 1 since the service started; time_unix_s: when it began
     kind: start, scale, drain, swap, copies, balance, hosts (nodes and hosts came or went), restart (of a host where it was)
     what: it did; why: who or what asked for it; outcome: an `Ending`; error: the sentence of one that is not done
     epoch: of the placement in force afterwards

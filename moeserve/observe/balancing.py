@@ -10,8 +10,8 @@ from typing import Final, Literal, get_args
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-#: moved = experts are where the load wants them; unchanged = they were, or a change would not have paid; stopped = a host was down, or
-#: another change came between; failed = for any other reason
+#: moved = experts are where the load wants them; unchanged = they were, or a change would not have paid; stopped = a host was down, calls
+#: became slower, or another change came between; failed = for any other reason
 Outcome = Literal["moved", "unchanged", "stopped", "failed"]
 OUTCOMES: Final[Sequence[Outcome]] = get_args(Outcome)
 

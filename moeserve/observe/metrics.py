@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 from moeserve.config import LayerSpec
 from moeserve.observe.balancing import BalancingMetrics
 from moeserve.observe.busy import BusyMetrics
+from moeserve.observe.call_times import CallTimes
 from moeserve.observe.expert_counts import ExpertCounts, ExpertDetail
 from moeserve.observe.stats import CONDITIONS, CallCount, Condition, Durations, Event
 
@@ -123,6 +124,7 @@ class Metrics:
         self.busy = BusyMetrics()
         self.registry.register(self.busy)
         self.requests = self._counter("moeserve_requests", "Calls answered", "method", "code")
+        self.call_times = CallTimes()
         self.request_duration = self._histogram("moeserve_request_duration_seconds", "Duration of a call", _SECONDS, "method")
         self.stage_duration = self._histogram("moeserve_stage_duration_seconds", "Duration of a stage of a batch", _SECONDS, "stage")
         # Bound once: looking a label up costs more than observing it.
@@ -135,6 +137,7 @@ class Metrics:
         self.registry.register(self.host_states)
         self.host_queue_tokens = self._gauge("moeserve_host_queue_tokens", "Rows sent to a host and not yet answered", "host")
         self.hosts_failing = self._gauge("moeserve_hosts_failing", "Hosts that cannot be started again, or could not if they ended")
+        self.hosts_missing = self._gauge("moeserve_hosts_missing", "Hosts that should run and have no room on the nodes")
         self.host_restarts = self._counter("moeserve_host_restarts", "Times a host came back as a new process")
         self.expert_retries = self._counter("moeserve_expert_retries", "Messages sent to a host again", "reason")
         self.non_finite_outputs = self._counter(
@@ -151,6 +154,7 @@ class Metrics:
         """One gRPC call was answered."""
         self.requests.labels(method, code).inc()
         self.request_duration.labels(method).observe(seconds)
+        self.call_times.observe(method, code, seconds)
         if code not in {"OK", "CANCELLED"}:  # a caller that cancels is no failure
             self.events.add("call_failed", f"{method} {code}")
 

@@ -16,6 +16,7 @@ from moeserve.config import FrontendConfig, ServedModel, ServiceConfig
 from moeserve.control import Controller, Frontends, Planner, Saved, State, first_state, timing
 from moeserve.errors import CheckpointChanged, ConfigError, ExpertUnavailable
 from moeserve.loops import in_thread
+from moeserve.observe.audit import AuditEvent
 from moeserve.observe.stats import HostInfo
 from moeserve.release import Release
 from moeserve.transport import choose_endpoint
@@ -83,6 +84,7 @@ class ControllerProgram:
         )
         frontends.begin(saved.state.release)
         controller = Controller(planner, saved.state, cluster.nodes, cluster.hosts, frontends, self._remember)
+        controller.audit.go_on(saved.events, self._remember_events)
         self._prepared = _Prepared(layers, controller, frontends, saved)
         self._running.push_async_callback(controller.end)
         cluster.open(saved.service_id, is_followed=is_followed)
@@ -162,6 +164,9 @@ class ControllerProgram:
 
     def _remember(self, state: State) -> None:
         self.remember(state=state)
+
+    def _remember_events(self, events: tuple[AuditEvent, ...]) -> None:
+        self.remember(events=events)
 
     @property
     def _known(self) -> _Prepared:

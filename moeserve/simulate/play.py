@@ -32,7 +32,10 @@ class Played:
 
 
 def played(cluster: SimulatedCluster, load: Sequence[TraceLine]) -> Played:
-    """A round every balancing.interval_s of the load's time, and one at its end. Raises ConfigError when experts do not fit."""
+    """A round every balancing.interval_s of the load's time, when callers turn to other experts, and at its end.
+
+    Raises ConfigError when experts do not fit.
+    """
     balancing, counted = cluster.planner.balancing, [np.zeros(len(rows), dtype=np.int64) for rows in load[0].rows]
     demand = Demand([len(rows) for rows in counted], balancing.window_s)
     demand.hear({"": counted}, 0.0)
@@ -40,7 +43,7 @@ def played(cluster: SimulatedCluster, load: Sequence[TraceLine]) -> Played:
     for line in load:
         counted = [so_far + rows.astype(np.int64) for so_far, rows in zip(counted, line.rows, strict=True)]
         demand.hear({"": counted}, line.at_s)
-        if line.at_s >= next_at_s or line is load[-1]:
+        if demand.turned(line.at_s) or line.at_s >= next_at_s or line is load[-1]:
             now = balanced(now, demand.rows(line.at_s))
             next_at_s = line.at_s + balancing.interval_s
     return now

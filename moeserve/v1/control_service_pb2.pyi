@@ -29,7 +29,7 @@ DROP_REASON_HOST_LOST: _moe_service_pb2.DropReason
 DROP_REASON_LATE: _moe_service_pb2.DropReason
 
 class FrontendReport(_message.Message):
-    __slots__ = ("name", "target", "metrics_target", "node", "public_key", "epoch", "oldest_epoch", "tried_epoch", "refusal", "is_leaving", "is_ready", "requested")
+    __slots__ = ("name", "target", "metrics_target", "node", "public_key", "epoch", "oldest_epoch", "tried_epoch", "refusal", "is_leaving", "is_ready", "requested", "call_times")
     NAME_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     METRICS_TARGET_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +42,7 @@ class FrontendReport(_message.Message):
     IS_LEAVING_FIELD_NUMBER: _ClassVar[int]
     IS_READY_FIELD_NUMBER: _ClassVar[int]
     REQUESTED_FIELD_NUMBER: _ClassVar[int]
+    CALL_TIMES_FIELD_NUMBER: _ClassVar[int]
     name: str
     target: str
     metrics_target: str
@@ -54,10 +55,11 @@ class FrontendReport(_message.Message):
     is_leaving: bool
     is_ready: bool
     requested: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, name: _Optional[str] = ..., target: _Optional[str] = ..., metrics_target: _Optional[str] = ..., node: _Optional[str] = ..., public_key: _Optional[str] = ..., epoch: _Optional[int] = ..., oldest_epoch: _Optional[int] = ..., tried_epoch: _Optional[int] = ..., refusal: _Optional[str] = ..., is_leaving: _Optional[bool] = ..., is_ready: _Optional[bool] = ..., requested: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    call_times: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., target: _Optional[str] = ..., metrics_target: _Optional[str] = ..., node: _Optional[str] = ..., public_key: _Optional[str] = ..., epoch: _Optional[int] = ..., oldest_epoch: _Optional[int] = ..., tried_epoch: _Optional[int] = ..., refusal: _Optional[str] = ..., is_leaving: _Optional[bool] = ..., is_ready: _Optional[bool] = ..., requested: _Optional[_Iterable[bytes]] = ..., call_times: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class FrontendOrder(_message.Message):
-    __slots__ = ("setup", "current", "candidate", "hosts", "failing", "balancing", "busy")
+    __slots__ = ("setup", "current", "candidate", "hosts", "failing", "balancing", "busy", "missing_hosts")
     class FailingEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -79,6 +81,7 @@ class FrontendOrder(_message.Message):
     FAILING_FIELD_NUMBER: _ClassVar[int]
     BALANCING_FIELD_NUMBER: _ClassVar[int]
     BUSY_FIELD_NUMBER: _ClassVar[int]
+    MISSING_HOSTS_FIELD_NUMBER: _ClassVar[int]
     setup: Setup
     current: Release
     candidate: Release
@@ -86,7 +89,8 @@ class FrontendOrder(_message.Message):
     failing: _containers.ScalarMap[int, str]
     balancing: Balancing
     busy: _containers.ScalarMap[int, float]
-    def __init__(self, setup: _Optional[_Union[Setup, _Mapping]] = ..., current: _Optional[_Union[Release, _Mapping]] = ..., candidate: _Optional[_Union[Release, _Mapping]] = ..., hosts: _Optional[_Iterable[_Union[_moe_service_pb2.Host, _Mapping]]] = ..., failing: _Optional[_Mapping[int, str]] = ..., balancing: _Optional[_Union[Balancing, _Mapping]] = ..., busy: _Optional[_Mapping[int, float]] = ...) -> None: ...
+    missing_hosts: int
+    def __init__(self, setup: _Optional[_Union[Setup, _Mapping]] = ..., current: _Optional[_Union[Release, _Mapping]] = ..., candidate: _Optional[_Union[Release, _Mapping]] = ..., hosts: _Optional[_Iterable[_Union[_moe_service_pb2.Host, _Mapping]]] = ..., failing: _Optional[_Mapping[int, str]] = ..., balancing: _Optional[_Union[Balancing, _Mapping]] = ..., busy: _Optional[_Mapping[int, float]] = ..., missing_hosts: _Optional[int] = ...) -> None: ...
 
 class Balancing(_message.Message):
     __slots__ = ("rounds", "moved_experts", "moved_bytes", "balancedness", "latest", "changing")

@@ -114,6 +114,33 @@ async def test_a_reader_that_does_not_read_costs_nothing_and_the_log_is_bounded(
     assert max(len(event.what) for event in read) == 500
 
 
+async def test_the_latest_events_are_for_the_next_controller() -> None:
+    saved: list[tuple[AuditEvent, ...]] = []
+    log = AuditLog(lambda: 1)
+    log.go_on((), saved.append)
+    for number in range(300):
+        log.end(Begun("scale", f"number {number}"))
+    log.end(Begun("hosts", "out: host-1", "node n is gone"), error=ConfigError("no room"))
+    successor = AuditLog(lambda: 1)
+    successor.go_on(saved[-1], saved.append)
+    successor.end(Begun("hosts", "out: host-1", "node n is gone"), error=ConfigError("no room"))
+    successor.end(Begun("scale", "the first of the successor"))
+    *known, new = await recorded(successor)
+    assert tuple(known) == saved[-2] and len(known) == 200, "what is still so is not told twice"
+    assert [event.number for event in saved[-1]] == list(range(103, 303)) and saved[-1][-1] == new
+
+
+async def test_what_cannot_be_saved_is_in_force_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    def save(_: object) -> None:
+        raise OSError("the cluster is gone")
+
+    log = AuditLog(lambda: 1)
+    log.go_on((), save)
+    log.end(Begun("scale", "to 3 hosts"))
+    assert [event.what for event in await recorded(log)] == ["to 3 hosts"]
+    assert "the audit log could not be saved" in caplog.text
+
+
 async def test_what_fails_by_itself_again_and_again_is_one_event() -> None:
     log = AuditLog(lambda: 1)
     for error in (ConfigError("no room"), ConfigError("no room"), None, ConfigError("no room"), ConfigError("no memory")):

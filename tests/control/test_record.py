@@ -16,6 +16,7 @@ from moeserve.config import PlacementConfig, load_config, load_json
 from moeserve.control.follow import Order, Report, Setup, followed_config
 from moeserve.control.record import host_message, packed_counts, read_hosts, read_release, release_message
 from moeserve.errors import ConfigError, InvalidRequest
+from moeserve.observe.call_times import NUM_TIMES
 from moeserve.observe.stats import HostInfo
 from moeserve.placement import plan_placement
 from moeserve.release import Release
@@ -99,6 +100,7 @@ def test_an_order_is_read_back(current: Release, candidate: Release | None, host
         Report,
         public_key=st.sampled_from(["", KEYS.public]),
         refusal=TEXT,
+        call_times=st.just(()) | st.lists(st.integers(0, 2**48 - 1), min_size=NUM_TIMES, max_size=NUM_TIMES).map(tuple),
         requested=st.lists(st.lists(st.integers(0, 2**62), min_size=1, max_size=3).map(np.array), max_size=3).map(packed_counts),
         **dict.fromkeys(("name", "target", "node"), TEXT.filter(str.isprintable)),
     )
@@ -118,6 +120,12 @@ def test_a_long_refusal_is_cut_and_a_long_name_refused() -> None:
 def test_counts_that_cannot_be_are_refused(counts: list[bytes]) -> None:
     with pytest.raises(InvalidRequest, match="requested is invalid; allowed: "):
         Report.from_message(pb.FrontendReport(name="a", requested=counts))
+
+
+@pytest.mark.parametrize("counts", [[1], [0] * (NUM_TIMES + 1), [2**63] * NUM_TIMES])
+def test_times_that_cannot_be_are_refused(counts: list[int]) -> None:
+    with pytest.raises(InvalidRequest, match="call_times is invalid; allowed: "):
+        Report.from_message(pb.FrontendReport(name="a", call_times=counts))
 
 
 @pytest.mark.parametrize("field", ["name", "target", "metrics_target", "node"])

@@ -20,6 +20,7 @@ WELL = {
     f"up{{{AT}}}": "1x60",
     f'moeserve_host_up{{{AT}, host="host-0"}}': "1x60",
     f"moeserve_hosts_failing{{{AT}}}": "0x60",
+    f"moeserve_hosts_missing{{{AT}}}": "0x50 2x10",
     f"moeserve_host_restarts_total{{{AT}}}": "0x20 1x40",
     f'moeserve_expert_copies{{{AT}, layer="l", expert="0", state="live"}}': "1x60",
     f'moeserve_expert_tokens_total{{{AT}, layer="l", expert="0"}}': "0+600x60",
@@ -65,6 +66,11 @@ SICK = {
         {f'moeserve_host_up{{{AT}, host="host-0"}}': "1x10 0x50"}, {**HERE, "host": "host-0"}, "a:9464 has lost its connection to host-0"
     ),
     "MoeserveHostFailing": Sick({f"moeserve_hosts_failing{{{AT}}}": "0x10 2x50"}, HERE, "2 hosts cannot be restarted, according to a:9464"),
+    "MoeserveHostsMissing": Sick(
+        {f"moeserve_hosts_missing{{{AT}}}": "0x40 2x20"},
+        {"job": "moeserve"},
+        "moeserve should have 2 hosts more than its nodes have room for",
+    ),
     "MoeserveHostRestarts": Sick(
         {f"moeserve_host_restarts_total{{{AT}}}": "0x45 1+1x14"}, HERE, "hosts restarted 15 times in 15 minutes, according to a:9464"
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from moeserve.config import Bits, Kernel
 from moeserve.errors import ConfigError, InvalidRequest
 from moeserve.experts import ExpertBank, FeedForward, QuantizedFeedForward, quantize
-from moeserve.kernels import library
+from moeserve.kernels import library, native
 from tests.experts.oracle import (
     CASES,
     DTYPES,
@@ -36,6 +37,17 @@ def test_the_compiled_kernels_are_there() -> None:
     """Without them every other test here would pass, on torch's operators."""
     assert library() is not None
     assert "generic" in kernels(torch.float32)
+
+
+def test_kernels_of_another_version_are_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """As of an editable install whose code is newer: they would take what they are given for something else, and say nothing."""
+    monkeypatch.setattr(native, "INTERFACE_VERSION", native.INTERFACE_VERSION + 1)
+    assert library.__wrapped__() is None
+    assert "are of another version of moeserve: install it again" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(native, "find_spec", lambda _: ModuleSpec("_native", None, origin="libc.so.6"))
+    assert library.__wrapped__() is None, "those that know of no version"
+    assert "libc.so.6 are of another version of moeserve" in caplog.text
 
 
 @pytest.mark.parametrize(("device", "dtype", "kernel"), CASES, ids=str)

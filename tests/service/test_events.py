@@ -120,3 +120,20 @@ def test_followed_until_the_service_ends(tmp_path: Path) -> None:
                 next(stranger.events())
         following.result(timeout=30)
     assert [event.kind for event in heard] == ["start", "scale"]
+
+
+def test_a_controller_that_is_started_again_knows_what_was_changed(tmp_path: Path) -> None:
+    with served(tmp_path) as (service, admin):
+        service.call(service.open_control())
+        admin.scale(3)
+        with pytest.raises(ConfigError):
+            admin.scale(4000)
+        before = list(admin.events())
+        service.call(service.close_control())
+        service.call(service.reopen_control())
+        with AdminClient(service.control_target, ADMIN) as successor:
+            successor.scale(2)
+            *known, started, scaled = successor.events()
+        assert known == before and [event.epoch for event in known] == [1, 2, 2]
+        assert told(started) == ("start", "3 hosts", "the controller was started again", "done", 2)
+        assert (started.number, scaled.number, scaled.epoch) == (4, 5, 3)

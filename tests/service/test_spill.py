@@ -23,7 +23,7 @@ from tests.support.checkpoints_on_disk import CONFIG, write_folder
 from tests.support.closeness import assert_close
 from tests.support.harness import ServiceHarness
 from tests.support.seeded_folders import LAYER, replaced
-from tests.support.waiting import until_async
+from tests.support.waiting import until, until_async
 
 HIDDEN, INNER, EXPERTS = 16, 32, 8
 ONE = 3 * HIDDEN * INNER * 4
@@ -137,6 +137,35 @@ def test_what_is_in_memory_does_not_wait_for_what_is_read_and_a_slow_read_is_no_
         client.forward(torch.cat([token(2), token(7, 4)]))
         stats = service.frontend.stats()
         assert stats.hosts[0].restarts == 0 and stats.expert_retries == 0
+
+
+def test_a_disk_that_takes_longer_than_a_host_may_be_silent_is_no_hang(
+    served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is in memory, but has no room beside what is read, waits without holding the host up."""
+    read, reading, slow_reads = HuggingFaceLayer.experts, threading.Event(), [None] * 2
+
+    def experts(self: HuggingFaceLayer, shards: Sequence[ExpertShard]) -> Any:
+        if reading.is_set() and slow_reads:
+            slow_reads.pop()
+            time.sleep(1.5)
+        return read(self, shards)
+
+    monkeypatch.setattr(HuggingFaceLayer, "experts", experts)
+    monkeypatch.setattr(timing, "STUCK_HANGS", 3.0)
+    monkeypatch.setattr(timing, "STUCK_LOOK_S", 0.05)
+    config = configuration(served, 2, resilience={"hang_after_ms": 300})
+    config["placement"]["num_hosts"] = 1
+    with ServiceHarness(config, "shm", tmp_path) as service, Client(service.target, retry=False) as client, ThreadPoolExecutor() as pool:
+        for _ in range(20):
+            held = client.forward(token(0)).hidden_states
+        reading.set()
+        waiting = pool.submit(client.forward, token(2))
+        until(lambda: len(slow_reads) == 1)
+        assert torch.equal(client.forward(token(0)).hidden_states, held)
+        waiting.result(30)
+        stats = service.frontend.stats()
+        assert not slow_reads and stats.hosts[0].restarts == 0 and stats.expert_retries == 0
 
 
 def test_what_cannot_be_read_is_an_error_and_never_a_wrong_answer(served: Path, tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ class ServiceHarness:
     @property
     def is_counting(self) -> bool:
         """Whether the controller knows where the counts of a frontend start: what callers ask from now on is demand."""
-        return bool(self.controller._balancer._demand._counted)
+        return bool(self.controller._balancer._demand._new._counted)
 
     @property
     def present(self) -> Mapping[int, HostInfo]:

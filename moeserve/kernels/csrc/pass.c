@@ -7,6 +7,10 @@
 #include "kernels.h"
 #include <omp.h>
 
+/* To be raised, here and in native.py, with every change of a struct or a function that Python knows: an editable install may have the
+ * code of one version and the kernels of another. */
+int32_t interface_version(void) { return 1; }
+
 /* What is the same for every pass. Arrays have one entry for each expert. */
 struct bank {
     const struct kernel *kernel;
