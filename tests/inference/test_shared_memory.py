@@ -231,6 +231,7 @@ def test_other_users_objects_and_other_users_calls_are_refused(
 OTHER_USER = f"""
 import os, sys
 import grpc
+grpc.insecure_channel(sys.argv[1]).close()  # everything is imported while files of Python can still be read
 os.setgid({NOBODY}), os.setuid({NOBODY})
 channel = grpc.insecure_channel(sys.argv[1])
 for method, message in zip(sys.argv[2::2], sys.argv[3::2]):

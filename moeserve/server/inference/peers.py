@@ -1,52 +1,53 @@
-"""Whose process is at the other end of a connection: Linux knows it of every socket of this machine."""
+"""Whose process is at the other end of a connection: Linux knows it of every socket of this machine (sock_diag(7))."""
 
 from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import Iterator
+import socket
+import struct
 from contextlib import suppress
-from pathlib import Path
 from typing import Final
-from urllib.parse import unquote
 
-from moeserve.addresses import parse_target
-from moeserve.errors import ConfigError
+from moeserve.server.connections import Address, ends_of
 
-_TABLES: Final = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
-_LOCAL_ADDRESS, _STATE, _UID = 1, 3, 7
-_ESTABLISHED: Final = "01"
+# linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h; numbers are the machine's, but for ports and addresses.
+_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST = 4, 20, 1
+_HEADER: Final = struct.Struct("=IHHII")  # length, type, flags, number, sender
+_REQUEST: Final = struct.Struct("=BBBBI")  # family, protocol, extensions, padding, states
+_PORTS: Final = struct.Struct("!HH")
+_REST_OF_ID: Final = struct.pack("=III", 0, 0xFFFFFFFF, 0xFFFFFFFF)  # any interface, no cookie
+_STATE: Final = _HEADER.size + 1
+_ID: Final = _HEADER.size + 4
+_UID: Final = _ID + 48 + 12
+_ESTABLISHED: Final = 1
+_TIMEOUT_S: Final = 1.0
 
 
 def is_same_user(peer: str) -> bool:
     """Whether `peer`, as gRPC calls it (ipv4:127.0.0.1:1234), is a process of this machine that runs as the user of this process.
 
-    Only then a caller gains nothing by what this process may open.
+    Only such a caller gains nothing by what this process may open.
     """
-    with suppress(ConfigError, ValueError):
-        ((host, port),) = parse_target(unquote(peer)).hosts
-        address = ipaddress.ip_address(host)
-        mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-        if (mapped or address).is_loopback:
-            return set(_owners(mapped or address, port)) == {str(os.geteuid())}
-    return False
+    ends = ends_of(peer)
+    if ends is None:
+        return False
+    ours, theirs = ends
+    return ipaddress.ip_address(theirs[0]).is_loopback and _owner(theirs, ours) == os.geteuid()
 
 
-def _owners(address: ipaddress.IPv4Address | ipaddress.IPv6Address, port: int) -> Iterator[str]:
-    """The users of all connections from there; more than one is one too many."""
-    names = {_written(address, port)}
-    if isinstance(address, ipaddress.IPv4Address):  # from a socket of IPv6, too
-        names.add(_written(ipaddress.IPv6Address(f"::ffff:{address}"), port))
-    for table in _TABLES:
-        with suppress(OSError):
-            for line in table.read_text().splitlines()[1:]:
-                columns = line.split()
-                if columns[_LOCAL_ADDRESS] in names and columns[_STATE] == _ESTABLISHED:
-                    yield columns[_UID]
-
-
-def _written(address: ipaddress.IPv4Address | ipaddress.IPv6Address, port: int) -> str:
-    """As the tables have it: words of four bytes, each the wrong way round."""
-    packed = address.packed
-    words = [packed[start : start + 4][::-1] for start in range(0, len(packed), 4)]
-    return f"{b''.join(words).hex().upper()}:{port:04X}"
+def _owner(local: Address, remote: Address) -> int | None:
+    """The user of the socket with these ends; None = nobody can say."""
+    family = socket.AF_INET6 if ":" in local[0] else socket.AF_INET
+    addresses = b"".join(socket.inet_pton(family, host).ljust(16, b"\0") for host, _ in (local, remote))
+    ports = _PORTS.pack(local[1], remote[1])
+    request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, 1 << _ESTABLISHED) + ports + addresses + _REST_OF_ID
+    header = _HEADER.pack(_HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0)
+    with suppress(OSError), socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as kernel:
+        kernel.settimeout(_TIMEOUT_S)
+        kernel.send(header + request)
+        answer = kernel.recv(4096)
+        is_found = _HEADER.unpack_from(answer)[1] == _SOCK_DIAG_BY_FAMILY and len(answer) >= _UID + 4
+        if is_found and answer[_STATE] == _ESTABLISHED and answer[_ID : _ID + _PORTS.size] == ports:
+            return int(struct.unpack_from("=I", answer, _UID)[0])
+    return None
