@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, TypeVar
 
 from moeserve.config import LayerSpec
 from moeserve.errors import UnknownLayer
@@ -11,6 +11,8 @@ from moeserve.server.catalog import Catalog
 from moeserve.server.inference.encoding import VERSION
 from moeserve.server.inference.messages import pb
 from moeserve.server.inference.tensors import INPUTS, OUTPUTS, Tensor, required_inputs
+
+Kind = TypeVar("Kind", pb.ModelInput, pb.ModelOutput)
 
 PLATFORM: Final = "moeserve"
 
@@ -48,15 +50,11 @@ def metadata(name: str, spec: LayerSpec) -> pb.ModelMetadataResponse:
 
 
 def configuration(name: str, spec: LayerSpec) -> pb.ModelConfig:
-    """All that a request may have, and all that an answer may."""
-    required = required_inputs(spec)
-    return pb.ModelConfig(
-        name=name,
-        platform=PLATFORM,
-        backend=PLATFORM,
-        input=[
-            pb.ModelInput(name=each.name, data_type=each.datatype.config, dims=each.shape(spec), optional=each.name not in required)
-            for each in INPUTS.values()
-        ],
-        output=[pb.ModelOutput(name=each.name, data_type=each.datatype.config, dims=each.shape(spec)) for each in OUTPUTS.values()],
-    )
+    """The same; load generators want all tensors of one in the other."""
+
+    def listed(kind: type[Kind], tensors: Iterable[Tensor]) -> list[Kind]:
+        return [kind(name=each.name, data_type=each.datatype.config, dims=each.shape(spec)) for each in tensors]
+
+    inputs = listed(pb.ModelInput, (INPUTS[each] for each in required_inputs(spec)))
+    outputs = listed(pb.ModelOutput, (output for output in OUTPUTS.values() if output.is_default))
+    return pb.ModelConfig(name=name, platform=PLATFORM, backend=PLATFORM, input=inputs, output=outputs)
