@@ -57,7 +57,7 @@ class HostileInference:
         """Another method, and what it is asked."""
         chance, text = self._chance, self._source.text()[:5000]
         size = chance.choice((0, 1, 4096, 2**63, 2**64 - 1))
-        region = {"name": text, "key": chance.choice(_KEYS), "offset": size, "byte_size": size}
+        region: dict[str, Any] = {"name": text, "key": chance.choice(_KEYS), "offset": size, "byte_size": size}
         asked = {
             "ModelReady": pb.ModelReadyRequest(name=text, version=self._source.text()[:300]),
             "ModelMetadata": pb.ModelMetadataRequest(name=text),

@@ -40,7 +40,7 @@ def length_delimited(number: int, *parts: Buffer) -> tuple[Buffer, ...]:
     return tag(number), varint(sum(map(len, parts))), *parts
 
 
-def scan(message: bytes, position: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+def scan(message: Buffer, position: int, end: int) -> Iterator[tuple[int, int, int, int]]:
     """Tag, and start, start of the body and end of each field in `message[position:end]`; a group counts as one field, without a body.
 
     Raises InvalidRequest where there are too many, or none can be.
@@ -68,7 +68,7 @@ def scan(message: bytes, position: int, end: int) -> Iterator[tuple[int, int, in
     raise InvalidRequest(_NOT_A_MESSAGE)
 
 
-def _read_varint(message: bytes, position: int, max_bytes: int) -> tuple[int, int]:
+def _read_varint(message: Buffer, position: int, max_bytes: int) -> tuple[int, int]:
     """The number at `position`, and where it ends."""
     value = shift = 0
     for byte in message[position : position + max_bytes]:

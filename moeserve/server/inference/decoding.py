@@ -181,7 +181,7 @@ def _typed(tensor: Any, datatype: Datatype, floats: Sequence[Buffer]) -> torch.T
         return view(floats[0] if len(floats) == 1 else b"".join(floats), shape, datatype.dtype, name)
     if len(numbers) != prod(shape):
         raise InvalidRequest(f"input {name} has {len(numbers)} numbers; its shape {shape} takes {prod(shape)}", name)
-    array = np.fromiter(numbers, dtype=_NUMPY[datatype.contents], count=len(numbers))
+    array: np.ndarray[Any, Any] = np.fromiter(numbers, dtype=_NUMPY[datatype.contents], count=len(numbers))
     return view(array.tobytes(), shape, datatype.dtype, name)
 
 

@@ -14,6 +14,8 @@ from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.descriptor_pool import Default, DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
 
+__all__ = ["FILE", "SERVICE_NAME", "pb", "pool_with"]
+
 FILE: Final = FileDescriptorSet.FromString(files("moeserve.v1.inference").joinpath("open_inference.binpb").read_bytes()).file[0]
 SERVICE_NAME: Final = f"{FILE.package}.{FILE.service[0].name}"
 

@@ -25,7 +25,7 @@ from moeserve.server.inference.messages import SERVICE_NAME, pb
 from moeserve.server.inference.shared_memory import SharedMemory
 from moeserve.server.inference.statistics import LayerStatistics
 from moeserve.server.intake import Intake, deadline_of
-from moeserve.server.rpc import Context
+from moeserve.server.rpc import Context, Handler
 from moeserve.server.status import as_user_error
 from moeserve.server.stream import InOrder, answer_all
 from moeserve.server.transfers import Transfers
@@ -65,7 +65,7 @@ class InferenceService:
             "RepositoryIndex": (self._repository_index, pb.RepositoryIndexRequest),
             **self._shared_memory.methods(),
         }
-        handlers = {
+        handlers: dict[str, Handler] = {
             name: grpc.unary_unary_rpc_method_handler(method, request.FromString, lambda answer: answer.SerializeToString())
             for name, (method, request) in unary.items()
         }
@@ -112,12 +112,8 @@ class InferenceService:
             request = decode(message)
             deadline = _deadline(context, request.options.timeout_s)
             async with self._shared_memory.tensors(request, context) as shared:
-                wire = WireRequest(
-                    layer=layer,
-                    return_routing=any(wanted.output.is_routing for wanted in request.wanted),
-                    **{**request.tensors, **shared},
-                    **request.options.gating,
-                )
+                given: dict[str, Any] = {**request.tensors, **shared, **request.options.gating}
+                wire = WireRequest(layer=layer, return_routing=any(wanted.output.is_routing for wanted in request.wanted), **given)
                 stages.decoded = time.monotonic_ns()
                 output = await self._intake.run(wire, context, deadline, stages.batch)
             stages.computed = time.monotonic_ns()
