@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -26,6 +28,7 @@ DEFAULTS = ["hidden_states", "requested", "processed", "dropped"]
 ON_REQUEST = ["dropped_tokens", "aux_loss", "z_loss", "model_revision", "topk_ids", "topk_weights", "slots", "drop_reasons"]
 DTYPES = {"FP32": (torch.float32, np.float32), "FP16": (torch.float16, np.float16), "BF16": (torch.bfloat16, ml_dtypes.bfloat16)}
 
+REPOSITORY = Path(__file__).parents[2]
 ROWS = tokens(0)
 
 
@@ -54,6 +57,14 @@ def expected(service: ServiceHarness, value: torch.Tensor = ROWS, **options: Any
 
 def same(result: Any, service: ServiceHarness, value: torch.Tensor = ROWS) -> bool:
     return np.array_equal(result.as_numpy("hidden_states"), expected(service, value).hidden_states.numpy())
+
+
+def test_the_documented_client(service: ServiceHarness, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "open-inference.md").read_text(), re.S)
+    names: dict[str, Any] = {}
+    exec(code.replace("127.0.0.1:50051", service.target), names)
+    names["client"].close()
+    assert capsys.readouterr().out.startswith("(16, 16) [")
 
 
 def test_it_finds_out_what_is_served(service: ServiceHarness, client: triton.InferenceServerClient) -> None:
