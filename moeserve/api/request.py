@@ -45,6 +45,14 @@ class RequestFields:
     seed: int | None = None
 
 
+@dataclass
+class Begun:
+    """When the batch of a request began, on the monotonic clock; 0 = it has not. Of requests that have one, one of a batch is the first."""
+
+    at_s: float = 0.0
+    is_first: bool = False
+
+
 @dataclass(frozen=True)
 class LayerRequest(RequestFields):
     """The fields of one request; with topk_ids, the caller has routed.
@@ -52,6 +60,7 @@ class LayerRequest(RequestFields):
     hidden_states [T, H] float; used_token [T] bool; topk_ids [T, K] int and topk_weights [T, K] float, id -1 = no choice.
     The rows of unused tokens have no meaning, nor has the weight of no choice.
     `deadline` is a time on this machine's monotonic clock, in seconds. Requests of one `caller` share what is fair for one.
+    `begun` is filled in for who wants to know.
     """
 
     hidden_states: torch.Tensor
@@ -61,6 +70,7 @@ class LayerRequest(RequestFields):
     return_routing: bool = False
     deadline: float | None = None
     caller: str = ""
+    begun: Begun | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -75,6 +75,12 @@ class Batch:
         self.sizes = [member.request.num_tokens for member in members]
         self.deadline = max(member.deadline for member in members)
 
+    def begin(self, now: float) -> None:
+        """Tells the requests that want to know."""
+        begun = [member.request.begun for member in self.members if member.request.begun is not None]
+        for each in begun:
+            each.at_s, each.is_first = now, each is begun[0]
+
     @cached_property
     def hidden_states(self) -> torch.Tensor:
         """[T, H]: the members' dtype, float32 where they differ."""

@@ -54,7 +54,9 @@ class Forward:
 
         Requests that still need one when another view is published start anew with that one.
         """
-        self._metrics.observe_stage("queue", time.monotonic() - batch.members[0].admitted_at)
+        now = time.monotonic()
+        batch.begin(now)
+        self._metrics.observe_stage("queue", now - batch.members[0].admitted_at)
         self._metrics.batch_tokens.observe(batch.num_tokens)
         while waiting := batch.unanswered:
             batch = batch if len(waiting) == len(batch.members) else Batch(waiting)

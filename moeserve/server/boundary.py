@@ -30,6 +30,8 @@ _ADMIN: Final = "/moeserve.v1.AdminService/"
 #: of it, the methods that callers may call too
 _PING: Final = "/moeserve.v1.AdminService/Ping"
 _CONTROL: Final = "/moeserve.v1.ControlService/"
+#: answered while draining, too: they say so
+_PROBES: Final = frozenset((_PING, *(f"/inference.GRPCInferenceService/{name}" for name in ("ServerLive", "ServerReady", "ModelReady"))))
 #: when to try a service again that ends, or is not there yet
 RESTART_S: Final = 1.0
 #: endless calls, of all callers together: streams in either direction, watching health and following too
@@ -88,7 +90,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         which, allowed = self._let_in(method)
         if allowed and not any(_carries(metadata, token) for token in allowed):
             return Unauthenticated(f"the {which} token is missing or wrong; send it as metadata: authorization: Bearer TOKEN")
-        if self.draining.is_set() and method != _PING:
+        if self.draining.is_set() and method not in _PROBES:
             return ExpertUnavailable("the service is draining and takes no new requests", RESTART_S)
         return None
 
