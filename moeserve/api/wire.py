@@ -19,6 +19,7 @@ import grpc
 import torch
 from google.protobuf.message import DecodeError, Message
 
+from moeserve.api.call_trace import CallTrace
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest, RequestFields
 from moeserve.api.tensors import WIRE_DTYPES, WIRE_NUMBERS, dtype_name, raw, view
@@ -87,9 +88,9 @@ class WireRequest(RequestFields):
     request_id: str = ""
     model: str = ""
 
-    def for_layer(self, deadline: float | None, caller: str) -> LayerRequest:
+    def for_layer(self, deadline: float | None, caller: str, trace: CallTrace | None = None) -> LayerRequest:
         """The request without its address: the layer and the model."""
-        return LayerRequest(deadline=deadline, caller=caller, **{name: getattr(self, name) for name in _OF_LAYER})
+        return LayerRequest(deadline=deadline, caller=caller, trace=trace, **{name: getattr(self, name) for name in _OF_LAYER})
 
 
 _OF_LAYER: Final = sorted({one.name for one in fields(LayerRequest)} & {one.name for one in fields(WireRequest)})

@@ -22,6 +22,7 @@ from moeserve.server.control import CONTROL_SERVICE_NAME, Control, ControlServic
 from moeserve.server.engine import Engine
 from moeserve.server.grpc_log import leave_out_callers_that_left
 from moeserve.server.health import HEALTH_SERVICE_NAME, Health
+from moeserve.server.otlp import exporting_to
 from moeserve.server.security import FrontendTokens, check_exposure, rotating_tokens
 from moeserve.server.service import SERVICE_NAME, MoEService
 from moeserve.server.transfers import Transfers
@@ -122,6 +123,10 @@ class GrpcServer:
         self._service.serve(engine)
         self._health.set_layers(self._layers)
 
+    def record_spans(self, endpoint: str) -> None:
+        """Sends spans of calls there from now on. Raises ConfigError when OpenTelemetry is not installed."""
+        self._service.tracing.provider = exporting_to(endpoint)
+
     @property
     def queue_bytes(self) -> int:
         """Messages that were read and not answered yet, and answers that were not taken yet."""
@@ -163,6 +168,7 @@ class GrpcServer:
         if self._watching is not None:
             self._watching.cancel()
         await self._server.stop(grace_s)
+        await asyncio.to_thread(self._service.tracing.close)
         if self._probed is not None:
             await self._probed.stop(None)
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 import grpc
 import torch
 
+from moeserve.api.call_trace import CallTrace
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest, validate
 from moeserve.api.wire import WireRequest, decode_forward_request, encode_forward_response, request_id_of
@@ -26,6 +27,7 @@ from moeserve.server.engine import Engine
 from moeserve.server.rpc import Context
 from moeserve.server.status import as_user_error
 from moeserve.server.stream import answer_all
+from moeserve.server.tracing import Tracing
 from moeserve.server.transfers import Transfers
 from moeserve.v1 import moe_service_pb2 as pb
 
@@ -46,6 +48,7 @@ class MoEService:
         self._max_bytes = max_bytes
         self._observe = observe
         self._draining = draining
+        self.tracing = Tracing()
         self._transfers = transfers
         transfers.refuse_early = self._refuse_early
 
@@ -81,8 +84,21 @@ class MoEService:
 
     async def forward(self, message: bytes, context: Context) -> bytes:
         """One `ForwardRequest` -> one `ForwardResponse`."""
+        return await self._respond("Forward", message, context)
+
+    async def _respond(self, method: str, message: bytes, context: Context) -> bytes:
+        traced = self.tracing.begin(method, context)
+        if traced is None:
+            return await self._answered(message, context, None)
+        with traced as trace:
+            return await self._answered(message, context, trace)
+
+    async def _answered(self, message: bytes, context: Context, trace: CallTrace | None) -> bytes:
         request = decode_forward_request(message)
-        return encode_forward_response(request.request_id, await self._run(request, context))
+        answer = encode_forward_response(request.request_id, await self._run(request, context, trace))
+        if trace is not None:
+            trace.mark("encode")
+        return answer
 
     def _refuse_early(self, context: Context) -> None:
         engine, _ = self._served()
@@ -116,8 +132,7 @@ class MoEService:
         try:
             if refusal is not None:
                 raise refusal
-            request = decode_forward_request(message)
-            return encode_forward_response(request.request_id, await self._run(request, context))
+            return await self._respond("ForwardStream", message, context)
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
             raise
@@ -127,14 +142,18 @@ class MoEService:
         finally:
             self._observe("ForwardStream", code.name, time.perf_counter() - start)
 
-    async def _run(self, wire: WireRequest, context: Context) -> ForwardOutput:
+    async def _run(self, wire: WireRequest, context: Context, trace: CallTrace | None) -> ForwardOutput:
         engine, catalog = self._served()
         layer = catalog.resolve(wire.model, wire.layer)
         spec = catalog.layers[layer]
-        request = validate(wire.for_layer(_deadline(context), caller_of(context)), spec, self._max_tokens)
-        if not request.num_tokens:
-            return _empty_output(request, spec)
-        return await engine.forward(layer, request)
+        request = validate(wire.for_layer(_deadline(context), caller_of(context), trace), spec, self._max_tokens)
+        if trace is not None:
+            trace.layer, trace.tokens = spec.name, request.num_tokens
+            trace.mark("decode")
+        output = await engine.forward(layer, request) if request.num_tokens else _empty_output(request, spec)
+        if trace is not None:
+            trace.mark("other")
+        return output
 
 
 def _deadline(context: Context) -> float | None:
