@@ -15,8 +15,6 @@ from moeserve.config import ServiceConfig
 _TABLES = ("server", "model", "placement", "batching", "communication", "resilience", "observability", "controller", "cluster", "ray")
 #: flags and variables whose names differ from their key
 _NAMES = {("cluster", "kind"): "cluster"}
-#: variables of other programs that say the same, after our own
-_OTHERS_SAY = {"otlp_endpoint": ["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"]}
 Overrides = dict[str, dict[str, Any]]
 #: returns its exit code, None = 0
 Command = Callable[..., int | None]
@@ -73,8 +71,7 @@ def _scalar_type(annotation: Any) -> type | None:
 def _option(table: str, key: str, kind: type) -> inspect.Parameter:
     name = _NAMES.get((table, key), key)
     flag = "--" + name.replace("_", "-")
-    variables = [f"MOESERVE_{name.upper()}", *_OTHERS_SAY.get(key, [])]
     option = typer.Option(
-        flag, envvar=variables, help=f"{table}.{key}", show_default=False, rich_help_panel=rf"\[{table}]"
+        flag, envvar=f"MOESERVE_{name.upper()}", help=f"{table}.{key}", show_default=False, rich_help_panel=rf"\[{table}]"
     )
     return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
