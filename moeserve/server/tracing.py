@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from types import TracebackType
+from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
+from types import MappingProxyType, TracebackType
 from typing import Any, Final, NamedTuple
 
 import grpc
@@ -18,7 +20,18 @@ from moeserve.api.call_trace import TIMING_KEY, CallTrace
 from moeserve.errors import MoEServeError
 from moeserve.server.rpc import Context
 
+Metadata = Mapping[str, str | bytes]
 _KEYS: Final = frozenset({TIMING_KEY, "traceparent", "tracestate"})
+#: of those, what the call that this task answers has sent
+_TOLD: Final[ContextVar[Metadata]] = ContextVar("_TOLD", default=MappingProxyType({}))
+
+
+def take_note(metadata: Iterable[tuple[str, str | bytes]]) -> None:
+    """Of a call that begins. gRPC has its metadata at hand only then; later it copies them once more."""
+    for key, _ in metadata:
+        if key in _KEYS:
+            _TOLD.set({key: value for key, value in metadata if key in _KEYS})
+            return
 
 
 class Failure(NamedTuple):
@@ -45,7 +58,7 @@ class Tracing:
 
     def begin(self, method: str, context: Context) -> Traced | None:
         """A call whose message is here; None = nobody wants to know."""
-        told = {key: value for key, value in context.invocation_metadata() or () if key in _KEYS}
+        told = _TOLD.get()
         span = self._span(method, told) if self.provider is not None or "opentelemetry.sdk.trace" in sys.modules else None
         return Traced(context, span, TIMING_KEY in told) if TIMING_KEY in told or span is not None else None
 
@@ -55,7 +68,7 @@ class Tracing:
         if provider is not None:
             provider.shutdown()
 
-    def _span(self, method: str, told: dict[str, Any]) -> Any:
+    def _span(self, method: str, told: Metadata) -> Any:
         from moeserve.server import spans  # noqa: PLC0415 - OpenTelemetry is not installed everywhere
 
         return spans.begin(method, told, self.provider)
