@@ -33,9 +33,10 @@ def trace(
     """Show the median, p99 and mean of every stage of a call, and its floor. The stages of a call add up to the whole, and so do the means.
 
     Floors are measured here, without TLS: medians of what wakes up another process, the best of 20 of all else. gRPC: a bare echo of the
-    same bytes in another process. Encode, write and combine: a copy of the same bytes. Decode: to read them once. Queue: a task on an idle event loop. Route: the gate's product and
-    top-k. Plan: a stable sort of the choices. Doorbell, wake-up and reply: a bare unix socket to a process that sleeps. Kernel: to read
-    the weights of the busiest host's experts, or one dense product of as many operations, whichever is longer.
+    same bytes in another process. Encode, write and combine: a copy of the same bytes. Decode: to read them once. Queue: a task on an idle
+    event loop. Route: the gate's product and top-k. Plan: a stable sort of the choices. Doorbell, wake-up and reply: a bare unix socket to
+    a process that sleeps. Kernel: to read the weights of the busiest host's experts, or one dense product of as many operations, whichever
+    is longer.
 
     A service or host on another machine has another clock: the ways there and back are then shown together, as what is left.
     """

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import grpc
 import pytest
 import torch
 
+from moeserve.api.call_trace import CallTrace, HostTimes
 from moeserve.api.wire import WireRequest
 from moeserve.cli.app import main
 from moeserve.client.answers import encode_request
@@ -96,6 +98,74 @@ def test_a_large_call_that_runs_in_turns(tmp_path: Path) -> None:
     assert said["batch_tokens"] == 3000 and said["messages"] > 2
     assert all(us >= 0 for us in said["stages_us"].values()), said
     assert {"route", "plan", "write", "kernel", "combine"} <= set(said["stages_us"])
+
+
+@contextmanager
+def relayed(target: str, changed: Callable[[str], str | None]) -> Iterator[str]:
+    """A server that passes every call on, and changes what is told of its stages; None = nothing is."""
+    with grpc.insecure_channel(target) as channel, ThreadPoolExecutor(2) as pool:
+
+        class Relay(grpc.GenericRpcHandler):
+            def service(self, details: grpc.HandlerCallDetails) -> Any:
+                def call(message: bytes, context: grpc.ServicerContext) -> bytes:
+                    asked = [pair for pair in details.invocation_metadata if pair[0].startswith("moeserve")]
+                    answer, ended = channel.unary_unary(details.method).with_call(message, metadata=asked, timeout=30)
+                    told = {key: changed(value) for key, value in ended.trailing_metadata() if key == "moeserve-timing"}
+                    context.set_trailing_metadata([(key, value) for key, value in told.items() if value is not None])
+                    return answer
+
+                return grpc.unary_unary_rpc_method_handler(call)
+
+        server = grpc.server(pool)
+        server.add_generic_rpc_handlers((Relay(),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        try:
+            yield f"127.0.0.1:{port}"
+        finally:
+            server.stop(None).wait()
+
+
+def test_a_service_with_another_clock(capsys: pytest.CaptureFixture[str], service: ServiceHarness) -> None:
+    def elsewhere(told: str) -> str:
+        said = json.loads(told)
+        return json.dumps({**said, "received_ns": said["received_ns"] + 10**13})
+
+    with relayed(service.target, elsewhere) as target:
+        code, out, err = trace(capsys, target, "--tokens", "2", "--calls", "3", "--json")
+    assert (code, err) == (0, "")
+    (run,) = json.loads(out)["runs"]
+    assert [row["stage"] for row in run["stages"]] == ["client_encode", "network", *INSIDE, "client_decode", "other"]
+    assert sum(row["mean_us"] for row in run["stages"]) == pytest.approx(run["whole"]["mean_us"], abs=2)
+
+
+@pytest.mark.parametrize(
+    "told", [None, "", "[]", "{}", '{"stages_us":[]}', '{"stages_us":{"route":"x"},"received_ns":1,"rows":1,"messages":1}']
+)
+def test_a_service_that_says_nothing_or_nonsense(capsys: pytest.CaptureFixture[str], service: ServiceHarness, told: str | None) -> None:
+    with relayed(service.target, lambda _: told) as target:
+        code, out, err = trace(capsys, target, "--tokens", "1", "--calls", "1")
+    assert (code, out) == (1, "")
+    assert ("which cannot be read" if told is not None else "it is older than this command") in err
+
+
+@pytest.mark.parametrize("offset_s", [-1e6, 1e6])
+def test_a_host_with_another_clock(offset_s: float) -> None:
+    call = CallTrace()
+    call.began = 10.0
+    call.marks = [("write", 11.0), ("doorbell", 12.0), ("hosts", 20.0), ("combine", 21.0)]
+    call.hosts = [HostTimes(0, 1, 11.5, 13 + offset_s, 15 + offset_s, 19.0), HostTimes(1, 1, 11.6, 13 + offset_s, 16 + offset_s, 19.9)]
+    spent = [(stage.name, stage.end - stage.start) for stage in call.stages()]
+    assert spent == [("write", 1), ("doorbell", 1), ("host_network", 2.5), ("kernel", 3), ("host_network", 2.5), ("combine", 1)]
+
+
+def test_a_host_that_began_while_others_were_told() -> None:
+    call = CallTrace()
+    call.began = 10.0
+    call.marks = [("write", 11.0), ("doorbell", 14.0), ("hosts", 20.0)]
+    call.hosts = [HostTimes(1, 1, 11.2, 12.0, 13.0, 15.0), HostTimes(0, 1, 11.5, 13.0, 18.0, 19.0)]
+    spent = [(stage.name, stage.end - stage.start) for stage in call.stages()]
+    assert spent == [("write", 1), ("doorbell", 2), ("wake_up", 0), ("kernel", 5), ("reply", 2)]
 
 
 @pytest.mark.parametrize(
