@@ -14,6 +14,7 @@ from typing import TypedDict
 
 import torch
 
+from moeserve.api.call_trace import CallTrace
 from moeserve.api.tensors import FLOAT_DTYPES, dtype_name, is_finite, without_unused
 from moeserve.config import BY_TOKEN_ID, GatingOverrides, LayerSpec, override
 from moeserve.errors import InvalidRequest
@@ -60,7 +61,7 @@ class LayerRequest(RequestFields):
     hidden_states [T, H] float; used_token [T] bool; topk_ids [T, K] int and topk_weights [T, K] float, id -1 = no choice.
     The rows of unused tokens have no meaning, nor has the weight of no choice.
     `deadline` is a time on this machine's monotonic clock, in seconds. Requests of one `caller` share what is fair for one.
-    `begun` is filled in for who wants to know.
+    `begun` is filled in, and `trace` records where the time goes, for who wants to know.
     """
 
     hidden_states: torch.Tensor
@@ -71,6 +72,7 @@ class LayerRequest(RequestFields):
     deadline: float | None = None
     caller: str = ""
     begun: Begun | None = None
+    trace: CallTrace | None = None
 
     @property
     def num_tokens(self) -> int:

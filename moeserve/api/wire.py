@@ -19,6 +19,7 @@ import grpc
 import torch
 from google.protobuf.message import DecodeError, Message
 
+from moeserve.api.call_trace import CallTrace
 from moeserve.api.output import ForwardOutput
 from moeserve.api.protobuf import LENGTH, MAX_SMALL_BYTES, scan, tag, varint
 from moeserve.api.request import Begun, LayerRequest, RequestFields
@@ -68,9 +69,10 @@ class WireRequest(RequestFields):
     request_id: str = ""
     model: str = ""
 
-    def for_layer(self, deadline: float | None, caller: str, begun: Begun | None = None) -> LayerRequest:
+    def for_layer(self, deadline: float | None, caller: str, begun: Begun | None = None, trace: CallTrace | None = None) -> LayerRequest:
         """The request without its address: the layer and the model."""
-        return LayerRequest(deadline=deadline, caller=caller, begun=begun, **{name: getattr(self, name) for name in _OF_LAYER})
+        of_layer = {name: getattr(self, name) for name in _OF_LAYER}
+        return LayerRequest(deadline=deadline, caller=caller, begun=begun, trace=trace, **of_layer)
 
 
 _OF_LAYER: Final = sorted({one.name for one in fields(LayerRequest)} & {one.name for one in fields(WireRequest)})

@@ -20,6 +20,7 @@ from moeserve.server.answering import answering, as_stream
 from moeserve.server.rpc import Behavior, Context, Handler
 from moeserve.server.security import Tokens
 from moeserve.server.status import as_user_error, to_status
+from moeserve.server.tracing import take_note
 from moeserve.server.transfers import Transfers
 
 #: method, name of the status code, seconds
@@ -71,11 +72,12 @@ class Boundary(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
         """The handler of the call, guarded; for a refused call, a handler that refuses before anything is read."""
-        method = handler_call_details.method
+        method, metadata = handler_call_details.method, handler_call_details.invocation_metadata
+        take_note(metadata)
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        refusal = None if method.startswith(_HEALTH) else self._refusal(method, handler_call_details.invocation_metadata)
+        refusal = None if method.startswith(_HEALTH) else self._refusal(method, metadata)
         if refusal is not None:
             return grpc.stream_stream_rpc_method_handler(self._guard(method, _refuse(refusal)))
         if method not in self._guarded:

@@ -27,6 +27,7 @@ from moeserve.server.inference.messages import pool_with
 from moeserve.server.inference.service import InferenceService
 from moeserve.server.inference.shared_memory import SharedMemory
 from moeserve.server.intake import Intake
+from moeserve.server.otlp import exporting_to
 from moeserve.server.security import FrontendTokens, check_exposure, rotating_tokens
 from moeserve.server.service import SERVICE_NAME, MoEService
 from moeserve.server.transfers import Transfers
@@ -135,6 +136,10 @@ class GrpcServer:
         self._intake.serve(engine)
         self._health.set_layers(self._layers)
 
+    def record_spans(self, endpoint: str) -> None:
+        """Sends spans of calls there from now on. Raises ConfigError when OpenTelemetry is not installed."""
+        self._service.tracing.provider = exporting_to(endpoint)
+
     @property
     def queue_bytes(self) -> int:
         """Messages that were read and not answered yet, and answers that were not taken yet."""
@@ -176,6 +181,7 @@ class GrpcServer:
         if self._watching is not None:
             self._watching.cancel()
         await self._server.stop(grace_s)
+        await asyncio.to_thread(self._service.tracing.close)
         if self._probed is not None:
             await self._probed.stop(None)
 

@@ -9,6 +9,7 @@ import time
 
 import torch
 
+from moeserve.api.call_trace import CallTrace
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import Begun, LayerRequest, validate
 from moeserve.api.wire import WireRequest
@@ -56,15 +57,26 @@ class Intake:
         if refusal := engine.refusal(caller_of(context), deadline_of(context)):
             raise refusal
 
-    async def run(self, wire: WireRequest, context: Context, deadline: float | None, begun: Begun | None = None) -> ForwardOutput:
-        """The answer. Raises MoEServeError. `begun` is filled in when the batch of the request begins."""
+    async def run(
+        self,
+        wire: WireRequest,
+        context: Context,
+        deadline: float | None,
+        begun: Begun | None = None,
+        trace: CallTrace | None = None,
+    ) -> ForwardOutput:
+        """The answer. Raises MoEServeError. `begun` is filled in when the batch of the request begins, `trace` as it goes."""
         engine, catalog = self.served()
         layer = catalog.resolve(wire.model, wire.layer)
         spec = catalog.layers[layer]
-        request = validate(wire.for_layer(deadline, caller_of(context), begun), spec, self._max_tokens)
-        if not request.num_tokens:
-            return _empty_output(request, spec)
-        return await engine.forward(layer, request)
+        request = validate(wire.for_layer(deadline, caller_of(context), begun, trace), spec, self._max_tokens)
+        if trace is not None:
+            trace.layer, trace.tokens = spec.name, request.num_tokens
+            trace.mark("decode")
+        output = await engine.forward(layer, request) if request.num_tokens else _empty_output(request, spec)
+        if trace is not None:
+            trace.mark("other")
+        return output
 
 
 def deadline_of(context: Context) -> float | None:

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import grpc
 
+from moeserve.api.call_trace import CallTrace
 from moeserve.api.wire import decode_forward_request, encode_forward_response, request_id_of
 from moeserve.errors import ExpertUnavailable, MoEServeError
 from moeserve.observe.records import to_message
@@ -20,6 +21,7 @@ from moeserve.server.intake import Intake, deadline_of
 from moeserve.server.rpc import Context
 from moeserve.server.status import as_user_error
 from moeserve.server.stream import answer_all
+from moeserve.server.tracing import Tracing
 from moeserve.server.transfers import Transfers
 from moeserve.v1 import moe_service_pb2 as pb
 
@@ -36,6 +38,7 @@ class MoEService:
         self._intake = intake
         self._observe = observe
         self._draining = draining
+        self.tracing = Tracing()
         self._transfers = transfers
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -56,8 +59,21 @@ class MoEService:
 
     async def forward(self, message: bytes, context: Context) -> bytes:
         """One `ForwardRequest` -> one `ForwardResponse`."""
+        return await self._respond("Forward", message, context)
+
+    async def _respond(self, method: str, message: bytes, context: Context) -> bytes:
+        traced = self.tracing.begin(method, context)
+        if traced is None:
+            return await self._answered(message, context, None)
+        with traced as trace:
+            return await self._answered(message, context, trace)
+
+    async def _answered(self, message: bytes, context: Context, trace: CallTrace | None) -> bytes:
         request = decode_forward_request(message)
-        return encode_forward_response(request.request_id, await self._intake.run(request, context, deadline_of(context)))
+        answer = encode_forward_response(request.request_id, await self._intake.run(request, context, deadline_of(context), trace=trace))
+        if trace is not None:
+            trace.mark("encode")
+        return answer
 
     async def forward_stream(self, _messages: Any, context: Context) -> None:
         """Requests run side by side, answers leave as they finish; a request that fails is answered by its error.
@@ -87,8 +103,7 @@ class MoEService:
             if refusal is not None:  # not raised: this frame has it, and it would have this frame, with the message
                 code, answer = _told(request_id_of(message), refusal)
                 return answer
-            request = decode_forward_request(message)
-            return encode_forward_response(request.request_id, await self._intake.run(request, context, deadline_of(context)))
+            return await self._respond("ForwardStream", message, context)
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
             raise
