@@ -28,16 +28,20 @@ _LOOK_SHARE: Final = 20
 
 
 class Arrival:
-    """A message that is awaited, or those of a stream: whoever waits is in `limit`, which `refuse` ends."""
+    """A message that is awaited, or those of a stream: whoever waits is in `limit`, which `refuse` ends.
+
+    `refusal` makes the error: one that was kept here would keep the frames that it was raised in, and with them messages, until cycles of
+    references are collected.
+    """
 
     __slots__ = ("began", "limit", "refusal")
 
     def __init__(self) -> None:
         self.began = time.monotonic()
         self.limit = asyncio.timeout(None)
-        self.refusal: MoEServeError | None = None
+        self.refusal: Callable[[], MoEServeError] | None = None
 
-    def refuse(self, refusal: MoEServeError) -> None:
+    def refuse(self, refusal: Callable[[], MoEServeError]) -> None:
         """Nobody waits for it any more."""
         if self.refusal is None:
             self.refusal = refusal
@@ -79,7 +83,7 @@ class _Connection:
     def end(self, refusal: Callable[[], MoEServeError]) -> None:
         """Ends all of its streams; what has come of their messages is dropped."""
         for stream in self.streams:
-            stream.refuse(refusal())
+            stream.refuse(refusal)
 
 
 class Arriving:
@@ -105,7 +109,7 @@ class Arriving:
         except TimeoutError:
             if arrival.refusal is None:
                 raise
-            raise arrival.refusal from None
+            raise arrival.refusal() from None
         finally:
             del connection.streams[arrival]
             if not connection.streams:

@@ -114,8 +114,9 @@ class MoEService:
     async def _answer(self, context: Context, message: bytes, refusal: MoEServeError | None) -> bytes:
         code, start = grpc.StatusCode.OK, time.perf_counter()
         try:
-            if refusal is not None:
-                raise refusal
+            if refusal is not None:  # not raised: this frame has it, and it would have this frame, with the message
+                code, answer = _told(request_id_of(message), refusal)
+                return answer
             request = decode_forward_request(message)
             return encode_forward_response(request.request_id, await self._run(request, context))
         except asyncio.CancelledError:
