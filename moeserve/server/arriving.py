@@ -60,7 +60,7 @@ class _Connection:
         self.began = self.taken_at = now
         self._looked_at = now
         #: how much of what it has brought is not left to take
-        self._taken = float(received)
+        self._accounted = float(received)
 
     @property
     def is_large(self) -> bool:
@@ -70,15 +70,15 @@ class _Connection:
     def took(self, nbytes: int, now: float) -> None:
         """A message that it has brought was taken."""
         self.taken_at = now
-        self._taken += nbytes + _EXTRA_BYTES
+        self._accounted += nbytes + _EXTRA_BYTES
 
     def look(self, received: int, now: float) -> None:
         """It has brought `received` bytes."""
         if not self.is_large:
             self.began = self.taken_at = now
-        taken = self._taken + _EXTRA_BYTES_PER_S * (now - self._looked_at)
-        self._taken, self._looked_at = min(taken, received), now
-        self.bytes = int(received - self._taken)
+        accounted = self._accounted + _EXTRA_BYTES_PER_S * (now - self._looked_at)
+        self._accounted, self._looked_at = min(accounted, received), now
+        self.bytes = int(received - self._accounted)
 
     def end(self, refusal: Callable[[], MoEServeError]) -> None:
         """Ends all of its streams; what has come of their messages is dropped."""
