@@ -47,7 +47,7 @@ class RequestFields:
 
 
 @dataclass
-class Begun:
+class BatchStart:
     """When the batch of a request began, on the monotonic clock; 0 = it has not. Of requests that have one, one of a batch is the first."""
 
     at_s: float = 0.0
@@ -71,7 +71,7 @@ class LayerRequest(RequestFields):
     return_routing: bool = False
     deadline: float | None = None
     caller: str = ""
-    begun: Begun | None = None
+    begun: BatchStart | None = None
     trace: CallTrace | None = None
 
     @property

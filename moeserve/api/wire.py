@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError, Message
 from moeserve.api.call_trace import CallTrace
 from moeserve.api.output import ForwardOutput
 from moeserve.api.protobuf import LENGTH, MAX_SMALL_BYTES, scan, tag, varint
-from moeserve.api.request import Begun, LayerRequest, RequestFields
+from moeserve.api.request import BatchStart, LayerRequest, RequestFields
 from moeserve.api.tensors import WIRE_DTYPES, WIRE_NUMBERS, dtype_name, raw, view
 from moeserve.errors import InvalidRequest, MoEServeError, from_status
 from moeserve.v1 import moe_service_pb2 as pb
@@ -69,7 +69,9 @@ class WireRequest(RequestFields):
     request_id: str = ""
     model: str = ""
 
-    def for_layer(self, deadline: float | None, caller: str, begun: Begun | None = None, trace: CallTrace | None = None) -> LayerRequest:
+    def for_layer(
+        self, deadline: float | None, caller: str, begun: BatchStart | None = None, trace: CallTrace | None = None
+    ) -> LayerRequest:
         """The request without its address: the layer and the model."""
         of_layer = {name: getattr(self, name) for name in _OF_LAYER}
         return LayerRequest(deadline=deadline, caller=caller, begun=begun, trace=trace, **of_layer)

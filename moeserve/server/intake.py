@@ -11,7 +11,7 @@ import torch
 
 from moeserve.api.call_trace import CallTrace
 from moeserve.api.output import ForwardOutput
-from moeserve.api.request import Begun, LayerRequest, validate
+from moeserve.api.request import BatchStart, LayerRequest, validate
 from moeserve.api.wire import WireRequest
 from moeserve.config import LayerSpec
 from moeserve.errors import ExpertUnavailable
@@ -62,7 +62,7 @@ class Intake:
         wire: WireRequest,
         context: Context,
         deadline: float | None,
-        begun: Begun | None = None,
+        begun: BatchStart | None = None,
         trace: CallTrace | None = None,
     ) -> ForwardOutput:
         """The answer. Raises MoEServeError. `begun` is filled in when the batch of the request begins, `trace` as it goes."""

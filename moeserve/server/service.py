@@ -103,12 +103,7 @@ class MoEService:
             if refusal is not None:  # not raised: this frame has it, and it would have this frame, with the message
                 code, answer = _told(request_id_of(message), refusal)
                 return answer
-<<<<<<< HEAD
             return await self._respond("ForwardStream", message, context)
-=======
-            request = decode_forward_request(message)
-            return encode_forward_response(request.request_id, await self._run(request, context))
->>>>>>> faults
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
             raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from moeserve.api.request import Begun, LayerRequest
+from moeserve.api.request import BatchStart, LayerRequest
 from moeserve.frontend.batch import Admitted, Batch
 from moeserve.server.inference.statistics import LayerStatistics
 from tests.support.engine import X
@@ -14,7 +14,7 @@ from tests.support.engine import X
 async def test_requests_that_run_together_are_one_execution() -> None:
     statistics, caller = LayerStatistics(), None
 
-    def admitted(begun: Begun | None) -> Admitted:
+    def admitted(begun: BatchStart | None) -> Admitted:
         unused: Any = caller
         return Admitted(LayerRequest(X, begun=begun), unused, 0.0, asyncio.get_running_loop().create_future())
 

@@ -34,7 +34,7 @@ _FLOATS: Final = pb.InferTensorContents.FP32_CONTENTS_FIELD_NUMBER
 
 
 @dataclass(frozen=True)
-class Message:
+class InferMessage:
     """`raw`: the raw contents. `floats`: by input, the pieces of its FP32 contents that `parsed` does not have."""
 
     parsed: pb.ModelInferRequest
@@ -52,7 +52,7 @@ class InShared:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedOutput:
     """An output, and where it is to be written; None = into the answer."""
 
     output: Output
@@ -65,12 +65,12 @@ class InferRequest:
 
     tensors: Mapping[str, torch.Tensor]
     shared: Mapping[str, InShared]
-    wanted: Sequence[Wanted]
+    wanted: Sequence[WantedOutput]
     options: Options
     is_typed: bool
 
 
-def parse(message: bytes) -> Message:
+def parse(message: bytes) -> InferMessage:
     """The message, if it is one. Raises InvalidRequest."""
     raw: list[Buffer] = []
     floats: dict[int, list[Buffer]] = {}
@@ -81,7 +81,7 @@ def parse(message: bytes) -> Message:
         parsed = pb.ModelInferRequest.FromString(kept)
     except DecodeError:
         raise InvalidRequest(f"{len(message)} bytes are not a protobuf request of ModelInfer") from None
-    return Message(parsed, raw or parsed.raw_input_contents, floats)
+    return InferMessage(parsed, raw or parsed.raw_input_contents, floats)
 
 
 def _cut(message: memoryview, raw: list[Buffer], floats: dict[int, list[Buffer]]) -> Iterator[Buffer]:
@@ -108,7 +108,7 @@ def _without(message: memoryview, start: int, end: int, path: Sequence[int], cut
     return length_delimited(path[0], *kept)
 
 
-def decode(message: Message) -> InferRequest:
+def decode(message: InferMessage) -> InferRequest:
     """What it asks for. Raises InvalidRequest."""
     request = message.parsed
     is_typed = any(each.HasField("contents") for each in request.inputs)
@@ -188,14 +188,14 @@ def _typed(tensor: Any, datatype: Datatype, floats: Sequence[Buffer]) -> torch.T
 _NUMPY: Final = {"fp32_contents": np.float32, "int64_contents": np.int64, "int_contents": np.int32, "bool_contents": np.bool_}
 
 
-def _wanted(request: pb.ModelInferRequest) -> Sequence[Wanted]:
+def _wanted(request: pb.ModelInferRequest) -> Sequence[WantedOutput]:
     if not request.outputs:
-        return [Wanted(output) for output in OUTPUTS.values() if output.is_default]
-    wanted: dict[str, Wanted] = {}
+        return [WantedOutput(output) for output in OUTPUTS.values() if output.is_default]
+    wanted: dict[str, WantedOutput] = {}
     for each in request.outputs:
         if each.name not in OUTPUTS:
             raise InvalidRequest(f"there is no output {each.name[:80]!r}; allowed: {', '.join(OUTPUTS)}", "outputs")
         if each.name in wanted:
             raise InvalidRequest(f"output {each.name} is asked for twice", "outputs")
-        wanted[each.name] = Wanted(OUTPUTS[each.name], shared_of(each.parameters, f"output {each.name}"))
+        wanted[each.name] = WantedOutput(OUTPUTS[each.name], shared_of(each.parameters, f"output {each.name}"))
     return list(wanted.values())

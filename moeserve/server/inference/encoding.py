@@ -10,7 +10,7 @@ import torch
 from moeserve.api.protobuf import Buffer, length_delimited
 from moeserve.api.tensors import raw
 from moeserve.server.inference.datatypes import BY_DTYPE
-from moeserve.server.inference.decoding import Wanted
+from moeserve.server.inference.decoding import WantedOutput
 from moeserve.server.inference.messages import pb
 from moeserve.server.inference.parameters import FINAL_RESPONSE, in_shared
 
@@ -23,7 +23,7 @@ _FLOATS: Final = pb.InferTensorContents.FP32_CONTENTS_FIELD_NUMBER
 _ANSWER: Final = pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER
 
 
-def encode(request: pb.ModelInferRequest, answer: Sequence[tuple[Wanted, torch.Tensor]], *, is_typed: bool) -> list[Buffer]:
+def encode(request: pb.ModelInferRequest, answer: Sequence[tuple[WantedOutput, torch.Tensor]], *, is_typed: bool) -> list[Buffer]:
     """A ModelInferResponse in pieces. Tensors that are wanted in shared memory are only described."""
     head = pb.ModelInferResponse(model_name=request.model_name, model_version=VERSION, id=request.id)
     described: list[Buffer] = []

@@ -19,7 +19,7 @@ from moeserve.errors import ExpertUnavailable, InvalidRequest, MoEServeError
 from moeserve.files.version import running_version
 from moeserve.server.boundary import Observe
 from moeserve.server.inference import models
-from moeserve.server.inference.decoding import InferRequest, Message, Wanted, decode, parse
+from moeserve.server.inference.decoding import InferMessage, InferRequest, WantedOutput, decode, parse
 from moeserve.server.inference.encoding import VERSION, encode, failed_in_stream, in_stream
 from moeserve.server.inference.messages import SERVICE_NAME, pb
 from moeserve.server.inference.shared_memory import SharedMemory
@@ -104,7 +104,7 @@ class InferenceService:
         finally:
             self._observe("ModelStreamInfer", code.name, time.perf_counter() - start)
 
-    async def _infer(self, message: Message, context: Context) -> list[Buffer]:
+    async def _infer(self, message: InferMessage, context: Context) -> list[Buffer]:
         """The response in pieces."""
         named, (_, catalog) = message.parsed, self._intake.served()
         layer = models.find(catalog, named.model_name, named.model_version)
@@ -173,7 +173,7 @@ def _deadline(context: Context, timeout_s: float | None) -> float | None:
     return min((each for each in deadlines if each is not None), default=None)
 
 
-def _selected(request: InferRequest, output: ForwardOutput) -> list[tuple[Wanted, torch.Tensor]]:
+def _selected(request: InferRequest, output: ForwardOutput) -> list[tuple[WantedOutput, torch.Tensor]]:
     found = []
     for wanted in request.wanted:
         tensor = wanted.output.of(output)

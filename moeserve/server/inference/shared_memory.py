@@ -12,7 +12,7 @@ from moeserve.api.tensors import raw, view
 from moeserve.errors import InvalidRequest, PermissionDenied
 from moeserve.loops import in_thread
 from moeserve.server.byte_budget import ByteBudget
-from moeserve.server.inference.decoding import InferRequest, Wanted
+from moeserve.server.inference.decoding import InferRequest, WantedOutput
 from moeserve.server.inference.messages import pb
 from moeserve.server.inference.peers import is_same_user
 from moeserve.server.inference.regions import Regions
@@ -61,7 +61,7 @@ class SharedMemory:
         finally:
             self._budget.add(-nbytes)
 
-    async def write(self, answer: Sequence[tuple[Wanted, torch.Tensor]]) -> None:
+    async def write(self, answer: Sequence[tuple[WantedOutput, torch.Tensor]]) -> None:
         """Writes the tensors that are wanted in shared memory. Raises InvalidRequest when one does not fit."""
         for wanted, tensor in answer:
             if wanted.where is None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from moeserve.api.request import Begun
+from moeserve.api.request import BatchStart
 from moeserve.server.inference.messages import pb
 
 
@@ -35,7 +35,7 @@ class Stages:
     received: int = field(default_factory=time.monotonic_ns)
     decoded: int = 0
     computed: int = 0
-    batch: Begun = field(default_factory=Begun)
+    batch: BatchStart = field(default_factory=BatchStart)
 
 
 class LayerStatistics:
