@@ -45,7 +45,7 @@ def memory() -> Iterator[InMemorySpanExporter]:
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     otel.set_tracer_provider(provider)
     yield exporter
-    provider.shutdown()
+    exporter.shutdown()  # not the provider, which would warn of every call of later tests
 
 
 @pytest.fixture
