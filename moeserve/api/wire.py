@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError, Message
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest, RequestFields
 from moeserve.api.tensors import WIRE_DTYPES, WIRE_NUMBERS, dtype_name, raw, view
-from moeserve.errors import InvalidRequest, MoEServeError, from_status
+from moeserve.errors import FieldViolation, InvalidRequest, MoEServeError, from_status
 from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1 import tensor_pb2
 
@@ -137,7 +137,9 @@ def encode_forward_response(request_id: str, result: ForwardOutput | MoEServeErr
     """A `moeserve.v1.ForwardResponse`."""
     if isinstance(result, MoEServeError):
         retry_after_ms = 0 if result.retry_after_s is None else max(1, round(1000 * result.retry_after_s))
-        error = pb.Error(code=result.code.value[0], message=str(result), retry_after_ms=retry_after_ms)
+        found = result.violations if isinstance(result, InvalidRequest) else ()
+        violations = [pb.FieldViolation(field=one.field, description=one.description) for one in found]
+        error = pb.Error(code=result.code.value[0], message=str(result), retry_after_ms=retry_after_ms, violations=violations)
         return pb.ForwardResponse(request_id=request_id, error=error).SerializeToString()
     return _encode(pb.ForwardResponse, {"request_id": request_id, **vars(result)})
 
@@ -149,6 +151,8 @@ def decode_forward_response(data: bytes) -> WireResponse:
         if small.HasField("error"):
             told = from_status(_STATUS_BY_NUMBER.get(small.error.code, grpc.StatusCode.UNKNOWN), small.error.message)
             told.retry_after_s = small.error.retry_after_ms / 1000 or None
+            if isinstance(told, InvalidRequest):
+                told.violations = tuple(FieldViolation(one.field, one.description) for one in small.error.violations)
             return WireResponse(small.request_id, told)
         missing = {"hidden_states", "requested", "processed", "dropped", "dropped_tokens"} - tensors.keys()
         if missing:

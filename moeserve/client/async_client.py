@@ -14,6 +14,7 @@ from moeserve.client.connection import CALLING, TLS, Reach
 from moeserve.client.line import LoopLines
 from moeserve.client.retries import Retries
 from moeserve.client.stubs import ServiceStubs
+from moeserve.client.together import Together
 from moeserve.errors import DeadlineExceeded, ExpertUnavailable, MoEServeError
 from moeserve.observe.records import read
 from moeserve.observe.stats import LayerInfo, ServiceStats
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 class AsyncClient:
     """A service at `target` ("host:port", or a target of gRPC): one connection per event loop.
 
-    Arguments, methods and errors are those of `Client`. Cancelling a call cancels the work in the service.
+    Arguments, methods and errors are those of `Client`. Cancelling a call cancels the work in the service. Any number of calls may be in
+    progress; small ones that start together travel in one message, and the work of one of them ends early only when all are cancelled.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class AsyncClient:
     ) -> None:
         self._lines = LoopLines(Reach(target, token, tls, timeout, CALLING), ServiceStubs)
         self._retry = retry
+        self._together = Together()
 
     async def forward(
         self,
@@ -55,8 +58,18 @@ class AsyncClient:
         from moeserve.client import answers  # noqa: PLC0415
 
         routing = used_token, topk_ids, topk_weights, return_routing
-        data = await self._forward(answers.encode_call(hidden_states, layer, *routing, model, **options), timeout)
-        return answers.output_of(answers.decode_answer(data, hidden_states.device))
+        message = answers.encode_call(hidden_states, layer, *routing, model, **options)
+        now = time.monotonic()
+        retries = Retries(self._lines.here.timeout_s(timeout), now)
+        while True:
+            try:
+                data = await self._together.call(self._call, message, layer, retries.left_s(now))
+                return answers.output_of(answers.decode_answer(data, hidden_states.device))
+            except MoEServeError as error:
+                if not self._retry or (pause_s := retries.pause_s(error, time.monotonic())) is None:
+                    raise
+            await asyncio.sleep(pause_s)
+            now = time.monotonic()
 
     async def forward_stream(
         self, requests: Iterable[WireRequest] | AsyncIterable[WireRequest], timeout: float | None = None
@@ -96,18 +109,6 @@ class AsyncClient:
         channel = self._lines.here.close()
         if channel is not None:
             await channel.close()
-
-    async def _forward(self, message: bytes, timeout: float | None) -> bytes:
-        now = time.monotonic()
-        retries = Retries(self._lines.here.timeout_s(timeout), now)
-        while True:
-            try:
-                return await self._call("forward", message, retries.left_s(now))  # type: ignore[no-any-return]
-            except MoEServeError as error:
-                if not self._retry or (pause_s := retries.pause_s(error, time.monotonic())) is None:
-                    raise
-            await asyncio.sleep(pause_s)
-            now = time.monotonic()
 
     async def _call(self, method: str, message: Any, timeout: float | None) -> Any:
         with self._lines.here.call(timeout) as call:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from grpc_health.v1 import health_pb2
 
+from moeserve.client.async_client import AsyncClient
 from moeserve.client.connection import CALLING, TLS, Reach
 from moeserve.client.line import Line
 from moeserve.client.retries import Retries
 from moeserve.client.stubs import ServiceStubs
+from moeserve.client.submitting import Submitter
 from moeserve.errors import DeadlineExceeded, ExpertUnavailable, MoEServeError
 from moeserve.observe.records import read
 from moeserve.observe.stats import LayerInfo, ServiceStats
 from moeserve.v1 import moe_service_pb2 as pb
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     import torch
 
     from moeserve.api.output import ForwardOutput
@@ -48,6 +53,7 @@ class Client:
     ) -> None:
         self._line = Line(Reach(target, token, tls, timeout, CALLING), ServiceStubs)
         self._retry = retry
+        self._submitter = Submitter(partial(AsyncClient, target, token, tls, timeout, retry=retry))
 
     def forward(
         self,
@@ -78,6 +84,27 @@ class Client:
         routing = used_token, topk_ids, topk_weights, return_routing
         data = self._forward(answers.encode_call(hidden_states, layer, *routing, model, **options), timeout)
         return answers.output_of(answers.decode_answer(data, hidden_states.device))
+
+    def submit(
+        self,
+        hidden_states: torch.Tensor,
+        layer: int | str = 0,
+        used_token: torch.Tensor | None = None,
+        topk_ids: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        return_routing: bool = False,
+        model: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Future[ForwardOutput]:
+        """`forward`, without waiting for its answer, which is the result of the future; its errors are raised there.
+
+        Several calls are in progress at a time, and their answers come in any order; small ones that are submitted at the same time travel
+        in one message. While 256 are in progress, it waits until one of them is answered. Do not change the tensors before the answer is
+        there. Cancelling the future gives the call up.
+        """
+        routing = used_token, topk_ids, topk_weights, return_routing
+        return self._submitter.submit(hidden_states, layer, *routing, model, timeout, **options)
 
     def forward_stream(self, requests: Iterable[WireRequest], timeout: float | None = None) -> Iterator[WireResponse]:
         """Many requests over one call; answers come as they finish, so give each request a `request_id`.
@@ -115,7 +142,8 @@ class Client:
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def close(self) -> None:
-        """Closes the connection; running calls raise Cancelled."""
+        """Closes the connection; running calls raise Cancelled, and futures are cancelled."""
+        self._submitter.close()
         channel = self._line.close()
         if channel is not None:
             channel.close()

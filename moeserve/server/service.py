@@ -15,6 +15,7 @@ import torch
 
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest, validate
+from moeserve.api.together import join, split_requests
 from moeserve.api.wire import WireRequest, decode_forward_request, encode_forward_response, request_id_of
 from moeserve.config import LayerSpec
 from moeserve.errors import ExpertUnavailable, MoEServeError
@@ -70,6 +71,7 @@ class MoEService:
             {
                 "Forward": grpc.unary_unary_rpc_method_handler(self.forward),
                 "ForwardStream": grpc.stream_stream_rpc_method_handler(self.forward_stream),
+                "ForwardMany": grpc.unary_unary_rpc_method_handler(self.forward_many),
                 "ListLayers": grpc.unary_unary_rpc_method_handler(
                     self.list_layers, pb.ListLayersRequest.FromString, pb.ListLayersResponse.SerializeToString
                 ),
@@ -94,9 +96,23 @@ class MoEService:
 
         When the service drains, requests that were read are still answered, then the stream ends with UNAVAILABLE.
         """
-        answer = partial(self._answer, context)
+        answer = partial(self._answer, "ForwardStream", context)
         if not await answer_all(context, answer, self._draining, self._transfers, self._max_bytes):
             raise ExpertUnavailable("the service is draining; unanswered requests of this stream were not run")
+
+    async def forward_many(self, message: bytes, context: Context) -> bytes:
+        """Requests that came together start together, and their answers leave together."""
+        engine, _ = self._served()
+        parts = split_requests(message)
+        with engine.together():
+            tasks = [asyncio.create_task(self._answer("ForwardMany", context, part, None)) for part in parts]
+            try:
+                await asyncio.sleep(0)  # until each of them has reached the engine
+            except asyncio.CancelledError:
+                for task in tasks:
+                    task.cancel()
+                raise
+        return join(await asyncio.gather(*tasks))
 
     async def list_layers(self, _request: pb.ListLayersRequest, _context: Context) -> pb.ListLayersResponse:
         """The served layers, in model order."""
@@ -111,7 +127,7 @@ class MoEService:
             layer.index = index
         return answer
 
-    async def _answer(self, context: Context, message: bytes, refusal: MoEServeError | None) -> bytes:
+    async def _answer(self, method: str, context: Context, message: bytes, refusal: MoEServeError | None) -> bytes:
         code, start = grpc.StatusCode.OK, time.perf_counter()
         try:
             if refusal is not None:
@@ -122,10 +138,10 @@ class MoEService:
             code = grpc.StatusCode.CANCELLED
             raise
         except Exception as error:
-            code, answer = _told(request_id_of(message), error)
+            code, answer = _told(method, request_id_of(message), error)
             return answer
         finally:
-            self._observe("ForwardStream", code.name, time.perf_counter() - start)
+            self._observe(method, code.name, time.perf_counter() - start)
 
     async def _run(self, wire: WireRequest, context: Context) -> ForwardOutput:
         engine, catalog = self._served()
@@ -143,9 +159,9 @@ def _deadline(context: Context) -> float | None:
     return None if remaining_s is None else time.monotonic() + remaining_s
 
 
-def _told(request_id: str, error: Exception) -> tuple[grpc.StatusCode, bytes]:
+def _told(method: str, request_id: str, error: Exception) -> tuple[grpc.StatusCode, bytes]:
     """Status and sentence for the caller. The error is not kept: it refers to the frame that keeps it, and so to the message."""
-    known = as_user_error(error, "ForwardStream")
+    known = as_user_error(error, method)
     return known.code, encode_forward_response(request_id, known)
 
 
