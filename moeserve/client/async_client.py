@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from types import TracebackType
@@ -12,10 +13,11 @@ from grpc_health.v1 import health_pb2
 
 from moeserve.client.connection import CALLING, TLS, Reach
 from moeserve.client.line import LoopLines
+from moeserve.client.memory import CallerMemory, Lent
 from moeserve.client.retries import Retries
 from moeserve.client.stubs import ServiceStubs
 from moeserve.client.together import Together
-from moeserve.errors import DeadlineExceeded, ExpertUnavailable, MoEServeError
+from moeserve.errors import DeadlineExceeded, ExpertUnavailable, MoEServeError, NotOffered
 from moeserve.observe.records import read
 from moeserve.observe.stats import LayerInfo, ServiceStats
 from moeserve.v1 import moe_service_pb2 as pb
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from moeserve.api.output import ForwardOutput
     from moeserve.api.request import RequestOptions
     from moeserve.api.wire import WireRequest, WireResponse
+
+log = logging.getLogger(__name__)
 
 
 class AsyncClient:
@@ -41,6 +45,7 @@ class AsyncClient:
         self._lines = LoopLines(Reach(target, token, tls, timeout, CALLING), ServiceStubs)
         self._retry = retry
         self._together = Together()
+        self._memory = CallerMemory(self._lines.reach.target)
 
     async def forward(
         self,
@@ -58,13 +63,38 @@ class AsyncClient:
         from moeserve.client import answers  # noqa: PLC0415
 
         routing = used_token, topk_ids, topk_weights, return_routing
-        message = answers.encode_call(hidden_states, layer, *routing, model, **options)
+        request = answers.make_call(hidden_states, layer, *routing, model, **options)
+        if self._memory.is_wanted(hidden_states):
+            await self._open_memory(timeout)
+        lent = self._memory.lend(hidden_states)
+        if lent is not None:
+            try:
+                return await self._answer(request, timeout, lent)
+            except BaseException as error:
+                if not self._memory.settle(lent, error):
+                    raise
+        return await self._answer(request, timeout)
+
+    async def _open_memory(self, timeout: float | None) -> None:
+        try:
+            name = (await self._call("open_memory", pb.OpenMemoryRequest(), timeout)).socket
+        except NotOffered as error:
+            self._memory.refuse(str(error))
+        except MoEServeError as error:
+            log.debug("large tensors travel in messages for now: %s", error)
+        else:
+            await asyncio.to_thread(self._memory.open, name)
+
+    async def _answer(self, request: WireRequest, timeout: float | None, lent: Lent | None = None) -> ForwardOutput:
+        from moeserve.client import answers  # noqa: PLC0415
+
+        message, layer, device = answers.encode_call(request, lent), request.layer, request.hidden_states.device
         now = time.monotonic()
         retries = Retries(self._lines.here.timeout_s(timeout), now)
         while True:
             try:
                 data = await self._together.call(self._call, message, layer, retries.left_s(now))
-                return answers.output_of(answers.decode_answer(data, hidden_states.device))
+                return answers.output_of(answers.decode_answer(data, device, lent))
             except MoEServeError as error:
                 if not self._retry or (pause_s := retries.pause_s(error, time.monotonic())) is None:
                     raise
@@ -106,6 +136,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Closes the connection of the running event loop, and cancels its calls."""
+        self._memory.close()
         channel = self._lines.here.close()
         if channel is not None:
             await channel.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -13,10 +14,11 @@ from grpc_health.v1 import health_pb2
 from moeserve.client.async_client import AsyncClient
 from moeserve.client.connection import CALLING, TLS, Reach
 from moeserve.client.line import Line
+from moeserve.client.memory import CallerMemory, Lent
 from moeserve.client.retries import Retries
 from moeserve.client.stubs import ServiceStubs
 from moeserve.client.submitting import Submitter
-from moeserve.errors import DeadlineExceeded, ExpertUnavailable, MoEServeError
+from moeserve.errors import DeadlineExceeded, ExpertUnavailable, MoEServeError, NotOffered
 from moeserve.observe.records import read
 from moeserve.observe.stats import LayerInfo, ServiceStats
 from moeserve.v1 import moe_service_pb2 as pb
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from moeserve.api.output import ForwardOutput
     from moeserve.api.request import RequestOptions
     from moeserve.api.wire import WireRequest, WireResponse
+
+log = logging.getLogger(__name__)
 
 
 class Client:
@@ -53,6 +57,7 @@ class Client:
     ) -> None:
         self._line = Line(Reach(target, token, tls, timeout, CALLING), ServiceStubs)
         self._retry = retry
+        self._memory = CallerMemory(self._line.reach.target)
         self._submitter = Submitter(partial(AsyncClient, target, token, tls, timeout, retry=retry))
 
     def forward(
@@ -82,8 +87,17 @@ class Client:
         from moeserve.client import answers  # noqa: PLC0415
 
         routing = used_token, topk_ids, topk_weights, return_routing
-        data = self._forward(answers.encode_call(hidden_states, layer, *routing, model, **options), timeout)
-        return answers.output_of(answers.decode_answer(data, hidden_states.device))
+        request = answers.make_call(hidden_states, layer, *routing, model, **options)
+        if self._memory.is_wanted(hidden_states):
+            self._open_memory(timeout)
+        lent = self._memory.lend(hidden_states)
+        if lent is not None:
+            try:
+                return self._answer(request, timeout, lent)
+            except BaseException as error:
+                if not self._memory.settle(lent, error):
+                    raise
+        return self._answer(request, timeout)
 
     def submit(
         self,
@@ -143,10 +157,27 @@ class Client:
 
     def close(self) -> None:
         """Closes the connection; running calls raise Cancelled, and futures are cancelled."""
+        self._memory.close()
         self._submitter.close()
         channel = self._line.close()
         if channel is not None:
             channel.close()
+
+    def _open_memory(self, timeout: float | None) -> None:
+        try:
+            name = self._call("open_memory", pb.OpenMemoryRequest(), timeout).socket
+        except NotOffered as error:
+            self._memory.refuse(str(error))
+        except MoEServeError as error:
+            log.debug("large tensors travel in messages for now: %s", error)
+        else:
+            self._memory.open(name)
+
+    def _answer(self, request: WireRequest, timeout: float | None, lent: Lent | None = None) -> ForwardOutput:
+        from moeserve.client import answers  # noqa: PLC0415
+
+        data = self._forward(answers.encode_call(request, lent), timeout)
+        return answers.output_of(answers.decode_answer(data, request.hidden_states.device, lent))
 
     def _forward(self, message: bytes, timeout: float | None) -> bytes:
         now = time.monotonic()

@@ -11,10 +11,8 @@ import copy
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-import grpc
-
 from moeserve.api.together import MAX_REQUESTS, join, split
-from moeserve.errors import InvalidRequest, MoEServeError
+from moeserve.errors import InvalidRequest, MoEServeError, NotOffered
 
 #: larger requests gain nothing
 _SMALL_BYTES: Final = 64 * 2**10
@@ -86,7 +84,7 @@ class Together:
 
     def _goes_alone(self, error: MoEServeError) -> bool:
         """Whether the message was refused for what it was, as by a service with a smaller limit, or one that does not know it."""
-        self._is_offered = self._is_offered and error.code is not grpc.StatusCode.UNIMPLEMENTED
+        self._is_offered = self._is_offered and not isinstance(error, NotOffered)
         return isinstance(error, InvalidRequest) or not self._is_offered
 
     def __reduce__(self) -> tuple[type[Together], tuple[()]]:

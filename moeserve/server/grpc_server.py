@@ -73,7 +73,7 @@ class GrpcServer:
         leave_out_callers_that_left()
         followers = control or shared
         tokens = rotating_tokens(config, FrontendTokens() if followers is None else followers.tokens)
-        self._config, self._is_joining = config, shared is not None
+        self._config, self._has_engine, self._is_joining = config, has_engine, shared is not None
         self._where = ("server.host", "server.port") if has_engine else ("controller.control_host", "controller.control_port")
         self._layers: list[str] = []
         self._watching: asyncio.Task[None] | None = None
@@ -143,6 +143,8 @@ class GrpcServer:
             await _require_free(self._config.host, self.health_port, "server.host", "server.health_port")
             self.health_port = await _listen(self._probed, self._config.host, self.health_port, None, "server.host", "server.health_port")
         self._watching = asyncio.create_task(self._transfers.watch())
+        if self._has_engine:
+            self._service.memories.open()
         return port
 
     def set_serving(self, layer: int, serving: bool) -> None:
@@ -171,6 +173,7 @@ class GrpcServer:
     async def _stop(self, grace_s: float | None) -> None:
         if self._watching is not None:
             self._watching.cancel()
+        self._service.memories.close()
         await self._server.stop(grace_s)
         if self._probed is not None:
             await self._probed.stop(None)

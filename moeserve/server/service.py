@@ -18,17 +18,19 @@ from moeserve.api.request import LayerRequest, validate
 from moeserve.api.together import join, split_requests
 from moeserve.api.wire import WireRequest, decode_forward_request, encode_forward_response, request_id_of
 from moeserve.config import LayerSpec
-from moeserve.errors import ExpertUnavailable, MoEServeError
+from moeserve.errors import ExpertUnavailable, InvalidRequest, MoEServeError
 from moeserve.observe.records import to_message
 from moeserve.server.boundary import RESTART_S, Observe
 from moeserve.server.callers import caller_of
 from moeserve.server.catalog import Catalog
 from moeserve.server.engine import Engine
+from moeserve.server.memories import Memories
 from moeserve.server.rpc import Context
 from moeserve.server.status import as_user_error
 from moeserve.server.stream import answer_all
 from moeserve.server.transfers import Transfers
 from moeserve.v1 import moe_service_pb2 as pb
+from moeserve.v1 import tensor_pb2
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["MoEService"].full_name
 
@@ -48,6 +50,7 @@ class MoEService:
         self._observe = observe
         self._draining = draining
         self._transfers = transfers
+        self.memories = Memories()
         transfers.refuse_early = self._refuse_early
 
     def serve(self, engine: Engine) -> None:
@@ -72,6 +75,9 @@ class MoEService:
                 "Forward": grpc.unary_unary_rpc_method_handler(self.forward),
                 "ForwardStream": grpc.stream_stream_rpc_method_handler(self.forward_stream),
                 "ForwardMany": grpc.unary_unary_rpc_method_handler(self.forward_many),
+                "OpenMemory": grpc.unary_unary_rpc_method_handler(
+                    self.open_memory, pb.OpenMemoryRequest.FromString, pb.OpenMemoryResponse.SerializeToString
+                ),
                 "ListLayers": grpc.unary_unary_rpc_method_handler(
                     self.list_layers, pb.ListLayersRequest.FromString, pb.ListLayersResponse.SerializeToString
                 ),
@@ -83,8 +89,28 @@ class MoEService:
 
     async def forward(self, message: bytes, context: Context) -> bytes:
         """One `ForwardRequest` -> one `ForwardResponse`."""
-        request = decode_forward_request(message)
-        return encode_forward_response(request.request_id, await self._run(request, context))
+        reply: memoryview | None = None
+
+        def find(shared: pb.SharedBlock, rows: tensor_pb2.Tensor) -> memoryview:
+            nonlocal reply
+            given, reply = self.memories.block(shared, rows)
+            if len(given) > self._max_bytes:
+                raise InvalidRequest(f"hidden_states has {len(given)} bytes; allowed: {self._max_bytes}", "hidden_states")
+            return given
+
+        request = decode_forward_request(message, find)
+        if reply is None:
+            return encode_forward_response(request.request_id, await self._run(request, context))
+        nbytes = len(reply)
+        self._transfers.budget.take(nbytes, own=len(message))
+        try:
+            return encode_forward_response(request.request_id, await self._run(request, context), reply)
+        finally:
+            self._transfers.budget.add(-nbytes)
+
+    async def open_memory(self, _request: pb.OpenMemoryRequest, _context: Context) -> pb.OpenMemoryResponse:
+        """Where callers on this machine share memory."""
+        return pb.OpenMemoryResponse(socket=self.memories.name)
 
     def _refuse_early(self, context: Context) -> None:
         engine, _ = self._served()

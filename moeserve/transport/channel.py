@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from moeserve.errors import ExpertUnavailable, InvalidRequest
-from moeserve.transport.memory import Arena, Block, Limits
+from moeserve.memory import Arena, Block
+from moeserve.transport.memory import Limits
 from moeserve.transport.silence import SilenceWatch
 from moeserve.transport.wire import (
     VERSION,
