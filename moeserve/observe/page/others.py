@@ -9,6 +9,8 @@ from contextlib import suppress
 from typing import Final
 from urllib.parse import urlencode
 
+from prometheus_client.utils import floatToGoString
+
 from moeserve.observe.page.exposition import Exposition
 
 log = logging.getLogger(__name__)
@@ -77,13 +79,13 @@ def _parse(body: bytes) -> _Families:
     families: _Families = {}
     header: list[str] = []
     series: dict[str, float] = {}
-    for line in body.decode().splitlines():
+    for line in body.decode().removesuffix("\n").split("\n"):
         if line.startswith("# HELP"):
             header, series = [line], {}
             families[line.split()[2]] = header, series
         elif line.startswith("#"):
             header.append(line)
-        else:
+        elif line:
             name, _, value = line.rpartition(" ")
             series[name] = float(value)
     families.pop("", None)
@@ -93,4 +95,4 @@ def _parse(body: bytes) -> _Families:
 def _lines(families: _Families) -> Iterator[str]:
     for header, series in families.values():
         yield from (f"{line}\n" for line in header if line != "# EOF")
-        yield from (f"{name} {value!r}\n" for name, value in series.items())
+        yield from (f"{name} {floatToGoString(value)}\n" for name, value in series.items())
