@@ -20,6 +20,9 @@ _FIXED_SIZES: Final = {1: 8, 5: 4, _GROUP_START: 0, _GROUP_END: 0}
 _NOT_A_MESSAGE: Final = "the message is truncated or not a message of this service"
 DATA_KEY: Final = bytes([tensor_pb2.Tensor.DATA_FIELD_NUMBER << 3 | _LENGTH])
 
+#: the field of an InvalidRequest about memory that this process does not know: the request is right otherwise
+SHARED: Final = "shared"
+
 
 def varint(value: int) -> bytes:
     """A number as protobuf writes it."""

@@ -19,7 +19,7 @@ import grpc
 import torch
 from google.protobuf.message import DecodeError, Message
 
-from moeserve.api.fields import DATA_KEY, MAX_SMALL_BYTES, SMALL_TENSOR_BYTES, key_of, split, varint
+from moeserve.api.fields import DATA_KEY, MAX_SMALL_BYTES, SHARED, SMALL_TENSOR_BYTES, key_of, split, varint
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest, RequestFields
 from moeserve.api.tensors import WIRE_DTYPES, WIRE_NUMBERS, dtype_name, raw, view
@@ -34,8 +34,6 @@ _MAX_DIMS: Final = 8
 #: fields that may be absent without being tensors
 _OPTIONAL: Final = [one.name for one in pb.ForwardRequest.DESCRIPTOR.fields if one.has_presence and one.message_type is None]
 _NOTHING: Final = memoryview(b"")
-#: the field of an InvalidRequest about memory that this process does not know: the request is right otherwise
-SHARED: Final = "shared"
 #: where hidden_states are that have this dtype and shape -> their bytes; raises InvalidRequest
 Find = Callable[[pb.SharedBlock, tensor_pb2.Tensor], memoryview]
 _STATUS_BY_NUMBER: Final = {code.value[0]: code for code in grpc.StatusCode}

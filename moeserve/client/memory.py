@@ -16,7 +16,7 @@ import weakref
 from typing import TYPE_CHECKING, Final
 
 from moeserve.addresses import parse_target
-from moeserve.api.wire import SHARED
+from moeserve.api.fields import SHARED
 from moeserve.errors import InvalidRequest, Overloaded, UnknownLayer
 from moeserve.memory import Arena, Block, create_shared, is_same_user
 from moeserve.v1 import moe_service_pb2 as pb

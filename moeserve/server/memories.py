@@ -19,8 +19,8 @@ from contextlib import suppress
 from math import prod
 from typing import Final
 
+from moeserve.api.fields import SHARED
 from moeserve.api.tensors import WIRE_DTYPES
-from moeserve.api.wire import SHARED
 from moeserve.errors import InvalidRequest
 from moeserve.log_limit import limited_logger
 from moeserve.memory import UnsafeMemory, is_same_user, map_shared

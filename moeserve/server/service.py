@@ -95,7 +95,9 @@ class MoEService:
             nonlocal reply
             given, reply = self.memories.block(shared, rows)
             if len(given) > self._max_bytes:
-                raise InvalidRequest(f"hidden_states has {len(given)} bytes; allowed: {self._max_bytes}", "hidden_states")
+                raise InvalidRequest(
+                    f"{len(given)} bytes of hidden_states are larger than max_message_bytes = {self._max_bytes}", "hidden_states"
+                )
             return given
 
         request = decode_forward_request(message, find)

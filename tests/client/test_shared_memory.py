@@ -125,7 +125,7 @@ async def test_errors_are_those_of_other_calls(calls: Calls, engine: FakeEngine)
         await calls.forward(LARGE / 0)
     with pytest.raises(errors.InvalidRequest, match=str(HIDDEN)):
         await calls.forward(LARGE.view(-1, 2 * HIDDEN))
-    with pytest.raises(errors.InvalidRequest, match="bytes; allowed"):
+    with pytest.raises(errors.InvalidRequest, match="larger than max_message_bytes"):
         await calls.forward(torch.zeros(2**17, HIDDEN))
     engine.errors = [errors.Overloaded("full", 0.01)]
     assert torch.equal((await calls.forward(LARGE)).hidden_states, LARGE)
