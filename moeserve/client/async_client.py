@@ -88,12 +88,12 @@ class AsyncClient:
     async def _answer(self, request: WireRequest, timeout: float | None, lent: Lent | None = None) -> ForwardOutput:
         from moeserve.client import answers  # noqa: PLC0415
 
-        message, layer, device = answers.encode_call(request, lent), request.layer, request.hidden_states.device
+        message, device = answers.encode_call(request, lent), request.hidden_states.device
         now = time.monotonic()
         retries = Retries(self._lines.here.timeout_s(timeout), now)
         while True:
             try:
-                data = await self._together.call(self._call, message, layer, retries.left_s(now))
+                data = await self._together.call(self._call, message, request.layer, retries.left_s(now))
                 return answers.output_of(answers.decode_answer(data, device, lent))
             except MoEServeError as error:
                 if not self._retry or (pause_s := retries.pause_s(error, time.monotonic())) is None:

@@ -20,7 +20,7 @@ _FULL_BYTES: Final = 2**20
 
 #: method, message, timeout in seconds -> answer
 Send = Callable[[str, bytes, float | None], Awaitable[bytes]]
-_Key = tuple[asyncio.AbstractEventLoop, int | str, float | None]
+_Key = tuple[asyncio.AbstractEventLoop, int | str | None, float | None]
 
 
 class Together:
@@ -33,7 +33,7 @@ class Together:
         #: false for a service that is older than this
         self._is_offered = True
 
-    async def call(self, send: Send, message: bytes, layer: int | str, timeout_s: float | None) -> bytes:
+    async def call(self, send: Send, message: bytes, layer: int | str | None, timeout_s: float | None) -> bytes:
         """The answer to a `ForwardRequest`: an output, or, if it came with others, its error. Raises what `send` raises."""
         self._running += 1
         try:

@@ -52,7 +52,8 @@ async def _serve(told: Mapping[str, Any]) -> None:
     try:
         program = FrontendProgram(load_server(told["server"]), orders, name=told["name"], node=told["node"], shared=shared)
         starting = asyncio.create_task(program.start())
-        await asyncio.wait({starting, asked}, return_when=asyncio.FIRST_COMPLETED)
+        started: set[asyncio.Future[Any]] = {starting, asked}
+        await asyncio.wait(started, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
             starting.cancel()
             await asyncio.wait({starting})
@@ -62,7 +63,8 @@ async def _serve(told: Mapping[str, Any]) -> None:
         _say(error=str(error))
         return
     _say()
-    await asyncio.wait({asked, program.broken}, return_when=asyncio.FIRST_COMPLETED)
+    ends: set[asyncio.Future[Any]] = {asked, program.broken}
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     if program.broken.done():
         log.error("%s ends: %s", told["name"], program.broken.result())
     await program.stop()

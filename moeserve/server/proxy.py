@@ -12,7 +12,7 @@ import grpc
 from moeserve.errors import ExpertUnavailable
 from moeserve.server.admin import ADMIN_SERVICE_NAME
 from moeserve.server.control import CONTROL_SERVICE_NAME
-from moeserve.server.rpc import Context, Handler
+from moeserve.server.rpc import Context, Handler, to_its_end
 from moeserve.server.security import FrontendTokens
 
 _SERVICES: Final = (f"/{ADMIN_SERVICE_NAME}/", f"/{CONTROL_SERVICE_NAME}/")
@@ -59,16 +59,16 @@ class Proxy(grpc.GenericRpcHandler):
         if self._channel is None:
             self._channel = grpc.aio.insecure_channel(self._target, options=_OPTIONS)
         metadata = [(key, value) for key, value in context.invocation_metadata() or () if key == "authorization"]
-        call = self._channel.stream_stream(method)(timeout=context.time_remaining(), metadata=metadata)
+        call: Any = self._channel.stream_stream(method)(timeout=context.time_remaining(), metadata=metadata)
         asking = asyncio.create_task(_ask(call, context))
         ending = asyncio.create_task(self._draining.wait())
         ending.add_done_callback(lambda done: done.cancelled() or call.cancel())
         try:
             while (answer := await call.read()) is not grpc.aio.EOF:
                 await context.write(answer)
-            status = await call.code(), await call.details(), await call.trailing_metadata()
+            code, details, trailing = await call.code(), await call.details(), await call.trailing_metadata()
         except grpc.aio.AioRpcError as error:
-            status = error.code(), error.details(), error.trailing_metadata()
+            code, details, trailing = error.code(), error.details(), error.trailing_metadata()
         except asyncio.CancelledError:
             if not self._draining.is_set():
                 raise
@@ -77,13 +77,12 @@ class Proxy(grpc.GenericRpcHandler):
             asking.cancel()
             ending.cancel()
             call.cancel()
-        code, details, trailing = status
         if code is not grpc.StatusCode.OK:
             await context.abort(code, details or "", tuple(trailing or ()))
 
 
 async def _ask(call: Any, context: Context) -> None:
     with suppress(grpc.aio.AioRpcError, grpc.aio.InternalError, asyncio.InvalidStateError):  # how it ended is found where answers are read
-        while (message := await context.read()) is not grpc.aio.EOF:
+        while (message := await asyncio.shield(to_its_end(context.read()))) is not grpc.aio.EOF:
             await call.write(message)
         await call.done_writing()

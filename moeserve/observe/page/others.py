@@ -95,4 +95,9 @@ def _parse(body: bytes) -> _Families:
 def _lines(families: _Families) -> Iterator[str]:
     for header, series in families.values():
         yield from (f"{line}\n" for line in header if line != "# EOF")
-        yield from (f"{name} {floatToGoString(value)}\n" for name, value in series.items())
+        yield from (f"{name} {_written(value)}\n" for name, value in series.items())
+
+
+def _written(value: float) -> str:
+    text: str = floatToGoString(value)  # type: ignore[no-untyped-call]
+    return text
