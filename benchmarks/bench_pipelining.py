@@ -9,8 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable
 from unittest.mock import patch
 
 import torch
@@ -22,6 +21,7 @@ from moeserve.client import memory
 
 CALLERS = 64
 _WARM_UP_S = 1.0
+_PATIENCE_S = 300.0
 
 #: asks for so many seconds; returns tokens/s
 Side = Callable[[float], Awaitable[float]]
@@ -41,27 +41,10 @@ async def one_by_one(call: Callable[[], Awaitable[object]], tokens: int, callers
     return answered / (time.perf_counter() - began)
 
 
-async def threads(clients: Sequence[Client], rows: torch.Tensor, layer: int, seconds: float) -> float:
-    """tokens/s of blocking clients, each in a thread of its own."""
-    end, began = time.perf_counter() + seconds, time.perf_counter()
-
-    def caller(client: Client) -> int:
-        answered = 0
-        while time.perf_counter() < end:
-            client.forward(rows, layer=layer)
-            answered += len(rows)
-        return answered
-
-    with ThreadPoolExecutor(len(clients)) as pool:
-        answered = await asyncio.get_running_loop().run_in_executor(None, lambda: sum(pool.map(caller, clients)))
-    return answered / (time.perf_counter() - began)
-
-
 async def measure(target: str, layer: int, intermediate: int, dtype: torch.dtype, options: argparse.Namespace) -> None:
     one, batch = torch.randn(1, HIDDEN).to(dtype), torch.randn(CALLERS, HIDDEN).to(dtype)
-    many = [AsyncClient(target) for _ in range(CALLERS)]
-    blocking = [Client(target) for _ in range(CALLERS)]
-    async with AsyncClient(target) as client, AsyncClient(target) as apart:
+    many = [AsyncClient(target, timeout=_PATIENCE_S) for _ in range(CALLERS)]
+    async with AsyncClient(target, timeout=_PATIENCE_S) as client, AsyncClient(target, timeout=_PATIENCE_S) as apart:
         apart._together._is_offered = False  # as before: a message for each
         turn = iter(range(10**9))
         sides: dict[str, Side] = {
@@ -69,7 +52,6 @@ async def measure(target: str, layer: int, intermediate: int, dtype: torch.dtype
             "64 tasks of one client": lambda s: one_by_one(lambda: client.forward(one, layer=layer), 1, CALLERS, s),
             "the same, a message for each": lambda s: one_by_one(lambda: apart.forward(one, layer=layer), 1, CALLERS, s),
             "64 clients of one loop": lambda s: one_by_one(lambda: many[next(turn) % CALLERS].forward(one, layer=layer), 1, CALLERS, s),
-            "64 clients in threads": lambda s: threads(blocking, one, layer, s),
         }
         taken: dict[str, list[float]] = {name: [] for name in sides}
         for side in sides.values():
@@ -79,16 +61,14 @@ async def measure(target: str, layer: int, intermediate: int, dtype: torch.dtype
                 taken[name].append(await side(options.seconds))
     for other in many:
         await other.close()
-    for caller in blocking:
-        caller.close()
     batched = median(taken["one client, batches of 64"])
     for name, rates in taken.items():
         print(f"| {intermediate} | {name} | {median(rates):,.0f} | {median(rates) / batched:.2f} |", flush=True)
 
 
 def measure_memory(target: str, layer: int, dtype: torch.dtype, options: argparse.Namespace) -> None:
-    shared = Client(target)
-    with patch.object(memory, "_LARGE_BYTES", 2**62), Client(target) as plain:  # the threshold is read at each call
+    shared = Client(target, timeout=_PATIENCE_S)
+    with patch.object(memory, "_LARGE_BYTES", 2**62), Client(target, timeout=_PATIENCE_S) as plain:  # the threshold is read at each call
         for mebibytes in options.mebibytes:
             rows = torch.randn(mebibytes * 2**20 // HIDDEN // dtype.itemsize, HIDDEN).to(dtype)
             times: dict[int, list[float]] = {2**62: [], 2**18: []}
