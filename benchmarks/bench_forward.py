@@ -142,12 +142,12 @@ def p99(times: Sequence[float]) -> float:
 
 
 @contextmanager
-def service(dtype: str, hosts: int, intermediate: Sequence[int]) -> Iterator[str]:
-    """`moeserve serve` in a process of its own; yields host:port."""
+def service(dtype: str, hosts: int, intermediate: Sequence[int], server: str = "") -> Iterator[str]:
+    """`moeserve serve` in a process of its own, with more lines in its [server]; yields host:port."""
     layers = "".join(LAYER.format(hidden=HIDDEN, intermediate=size, experts=EXPERTS, top_k=TOP_K) for size in intermediate)
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "service.toml"
-        config.write_text(CONFIG.format(dtype=dtype, hosts=hosts, layers=layers))
+        config.write_text(CONFIG.format(dtype=dtype, hosts=hosts, layers=layers) + server)
         with served(config) as (target, _, _):
             yield target
 

@@ -129,6 +129,12 @@ class PermissionDenied(MoEServeError):
     code = _Status("PERMISSION_DENIED")
 
 
+class NotOffered(MoEServeError):
+    """The process at the target does not offer this method: it has another role, or is older."""
+
+    code = _Status("UNIMPLEMENTED")
+
+
 _BY_NAME = {
     vars(cls)["code"].name: cls
     for cls in (
@@ -140,6 +146,7 @@ _BY_NAME = {
         DeadlineExceeded,
         Cancelled,
         NonFiniteOutput,
+        NotOffered,
         Unauthenticated,
         PermissionDenied,
     )

@@ -11,7 +11,7 @@ T tokens, H hidden size, K choices per token.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final, TypeVar
 
@@ -20,23 +20,24 @@ import torch
 from google.protobuf.message import DecodeError, Message
 
 from moeserve.api.call_trace import CallTrace
+from moeserve.api.fields import DATA_KEY, SHARED, SMALL_TENSOR_BYTES, split
 from moeserve.api.output import ForwardOutput
-from moeserve.api.protobuf import LENGTH, MAX_SMALL_BYTES, scan, tag, varint
+from moeserve.api.protobuf import MAX_SMALL_BYTES, tag, varint
 from moeserve.api.request import BatchStart, LayerRequest, RequestFields
 from moeserve.api.tensors import WIRE_DTYPES, WIRE_NUMBERS, dtype_name, raw, view
-from moeserve.errors import InvalidRequest, MoEServeError, from_status
+from moeserve.errors import FieldViolation, InvalidRequest, MoEServeError, from_status
 from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1 import tensor_pb2
 
 M = TypeVar("M", bound=Message)
 
 _MAX_DIMS: Final = 8
-# Up to here protobuf's copies cost less than doing without them, and a tensor that is kept does not keep its whole message.
-_SMALL_TENSOR_BYTES: Final = 8 * 1024
 
-_DATA_KEY: Final = tag(tensor_pb2.Tensor.DATA_FIELD_NUMBER)
 #: fields that may be absent without being tensors
 _OPTIONAL: Final = [one.name for one in pb.ForwardRequest.DESCRIPTOR.fields if one.has_presence and one.message_type is None]
+_NOTHING: Final = memoryview(b"")
+#: where hidden_states are that have this dtype and shape -> their bytes; raises InvalidRequest
+Find = Callable[[pb.SharedBlock, tensor_pb2.Tensor], memoryview]
 _STATUS_BY_NUMBER: Final = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -88,8 +89,11 @@ class WireResponse:
     result: ForwardOutput | MoEServeError
 
 
-def encode_forward_request(request: WireRequest) -> bytes:
-    """A `moeserve.v1.ForwardRequest`. Raises InvalidRequest for a dtype or a value the wire does not know, or a negative layer."""
+def encode_forward_request(request: WireRequest, shared: pb.SharedBlock | None = None) -> bytes:
+    """A `moeserve.v1.ForwardRequest`; `shared`: where the bytes of hidden_states have been written.
+
+    Raises InvalidRequest for a dtype or a value the wire does not know, or a negative layer.
+    """
     stated, layer, weights = dict(vars(request)), request.layer, request.topk_weights
     if isinstance(layer, int) and not 0 <= layer < 2**32:
         raise InvalidRequest(f"layer is {layer}; layers count from 0", "layer")
@@ -97,12 +101,22 @@ def encode_forward_request(request: WireRequest) -> bytes:
         stated["layer_name" if isinstance(layer, str) else "layer_index"] = layer
     if weights is not None and weights.is_floating_point():
         stated["topk_weights"] = weights.float()
+    if shared is not None:
+        stated["shared"] = shared
     return _encode(pb.ForwardRequest, stated)
 
 
-def decode_forward_request(data: bytes) -> WireRequest:
-    """The request in `data`; its tensors are read-only views of `data`. Raises InvalidRequest for anything else."""
-    small, tensors = _decode(pb.ForwardRequest, data)
+def decode_forward_request(data: bytes, find: Find | None = None) -> WireRequest:
+    """The request in `data`; its tensors are read-only views of `data`, or of what `find` returns.
+
+    Raises InvalidRequest for anything else.
+    """
+    small, found = _parse(pb.ForwardRequest, data)
+    if small.HasField("shared"):
+        if find is None:
+            raise InvalidRequest("shared memory is not offered here", SHARED)
+        found[pb.ForwardRequest.HIDDEN_STATES_FIELD_NUMBER] = find(small.shared, small.hidden_states)
+    tensors = _tensors(small, found)
     if "hidden_states" not in tensors:
         raise InvalidRequest("hidden_states is missing", "hidden_states")
     optional: dict[str, Any] = {**tensors, **{name: getattr(small, name) for name in _OPTIONAL if small.HasField(name)}}
@@ -118,22 +132,38 @@ def request_id_of(data: bytes) -> str:
         return ""
 
 
-def encode_forward_response(request_id: str, result: ForwardOutput | MoEServeError) -> bytes:
-    """A `moeserve.v1.ForwardResponse`."""
+def encode_forward_response(request_id: str, result: ForwardOutput | MoEServeError, reply: memoryview | None = None) -> bytes:
+    """A `moeserve.v1.ForwardResponse`; with `reply`, the bytes of its hidden_states are written there."""
     if isinstance(result, MoEServeError):
         retry_after_ms = 0 if result.retry_after_s is None else max(1, round(1000 * result.retry_after_s))
-        error = pb.Error(code=result.code.value[0], message=str(result), retry_after_ms=retry_after_ms)
+        found = result.violations if isinstance(result, InvalidRequest) else ()
+        violations = [pb.FieldViolation(field=one.field, description=one.description) for one in found]
+        error = pb.Error(code=result.code.value[0], message=str(result), retry_after_ms=retry_after_ms, violations=violations)
         return pb.ForwardResponse(request_id=request_id, error=error).SerializeToString()
-    return _encode(pb.ForwardResponse, {"request_id": request_id, **vars(result)})
+    if reply is not None:
+        rows = raw(result.hidden_states)
+        assert len(rows) == len(reply), "an answer has the dtype and shape of its request"
+        reply[:] = rows
+    return _encode(pb.ForwardResponse, {"request_id": request_id, **vars(result), "is_shared": reply is not None or None})
 
 
-def decode_forward_response(data: bytes) -> WireResponse:
-    """The answer in `data`; its tensors are views of `data`. Raises MoEServeError when `data` is not an answer."""
+def decode_forward_response(data: bytes, reply: memoryview | None = None) -> WireResponse:
+    """The answer in `data`; its tensors are views of `data`, or of `reply`, where the answer may lie.
+
+    Raises MoEServeError when `data` is not an answer.
+    """
     try:
-        small, tensors = _decode(pb.ForwardResponse, data)
+        small, found = _parse(pb.ForwardResponse, data)
+        if small.is_shared:
+            if reply is None:
+                raise InvalidRequest("it lies in memory that was not offered")
+            found[pb.ForwardResponse.HIDDEN_STATES_FIELD_NUMBER] = reply
+        tensors = _tensors(small, found)
         if small.HasField("error"):
             told = from_status(_STATUS_BY_NUMBER.get(small.error.code, grpc.StatusCode.UNKNOWN), small.error.message)
             told.retry_after_s = small.error.retry_after_ms / 1000 or None
+            if isinstance(told, InvalidRequest):
+                told.violations = tuple(FieldViolation(one.field, one.description) for one in small.error.violations)
             return WireResponse(small.request_id, told)
         missing = {"hidden_states", "requested", "processed", "dropped", "dropped_tokens"} - tensors.keys()
         if missing:
@@ -149,47 +179,50 @@ def _encode(kind: type[Message], stated: Mapping[str, Any]) -> bytes:
     """A message of these fields, by name; None = absent, and names that the message does not have are left out."""
     parts: list[bytes | memoryview] = []
     small = kind()
+    is_elsewhere = stated.get("shared") or stated.get("is_shared")
     for name, key in _KEYS[kind].items():
         value = stated.get(name)
         if value is None:
             continue
         if key is None:
             try:
-                setattr(small, name, value)
+                if isinstance(value, Message):
+                    getattr(small, name).CopyFrom(value)
+                else:
+                    setattr(small, name, value)
             except (TypeError, ValueError):
                 raise InvalidRequest(f"{name} is {value!r}, which cannot be sent", name) from None
             continue
         dtype = WIRE_NUMBERS.get(value.dtype)
         if dtype is None:
             raise InvalidRequest(f"{name} is {dtype_name(value.dtype)}, which cannot be sent", name)
-        data = raw(value)
-        is_large = len(data) > _SMALL_TENSOR_BYTES
+        data = _NOTHING if name == "hidden_states" and is_elsewhere else raw(value)
+        is_large = len(data) > SMALL_TENSOR_BYTES
         tensor = tensor_pb2.Tensor() if is_large else getattr(small, name)
         tensor.dtype = dtype
         tensor.shape.extend(value.shape)
         if not is_large:
             tensor.data = data.tobytes()
             continue
-        head = tensor.SerializeToString() + _DATA_KEY + varint(len(data))
+        head = tensor.SerializeToString() + DATA_KEY + varint(len(data))
         parts += (small.SerializeToString(), key, varint(len(head) + len(data)), head, data)
         small = kind()
     parts.append(small.SerializeToString())
     return b"".join(parts)
 
 
-def _decode(kind: type[M], message: bytes) -> tuple[M, dict[str, torch.Tensor]]:
-    small, data = _parse(kind, message)
+def _tensors(small: Message, data: Mapping[int, memoryview]) -> dict[str, torch.Tensor]:
     tensors = {}
-    for number, name in _TENSOR_FIELDS[kind].items():
+    for number, name in _TENSOR_FIELDS[type(small)].items():
         if small.HasField(name):
             stated = getattr(small, name)
             tensors[name] = _tensor(stated, data.get(number, stated.data), name)
-    return small, tensors
+    return tensors
 
 
 def _parse(kind: type[M], message: bytes) -> tuple[M, dict[int, memoryview]]:
     # A small message is copied sooner than it is split.
-    small_bytes, data = (message, {}) if len(message) <= MAX_SMALL_BYTES else _split(message, _TENSOR_FIELDS[kind])
+    small_bytes, data = (message, {}) if len(message) <= MAX_SMALL_BYTES else split(message, _TENSOR_FIELDS[kind])
     try:
         return kind.FromString(small_bytes), data
     except DecodeError as error:
@@ -203,28 +236,3 @@ def _tensor(stated: tensor_pb2.Tensor, data: bytes | memoryview, name: str) -> t
     if len(shape) > _MAX_DIMS:
         raise InvalidRequest(f"{name} has {len(shape)} dimensions; at most {_MAX_DIMS} are allowed", name)
     return view(data, shape, dtype, name)
-
-
-def _split(message: bytes, tensor_fields: Container[int]) -> tuple[bytes, dict[int, memoryview]]:
-    """The message without the data of its large tensors, and that data by field number (the last one of several)."""
-    whole = memoryview(message)
-    small: list[bytes | memoryview] = []
-    data: dict[int, memoryview] = {}
-    for key, start, body, end in scan(message, 0, len(message)):
-        number = key >> 3
-        if key & 7 != LENGTH or number not in tensor_fields:
-            small.append(whole[start:end])
-            continue
-        rest: list[memoryview] = []
-        for inner_key, inner_start, inner_body, inner_end in scan(message, body, end):
-            is_data = inner_key == _DATA_KEY[0]
-            if is_data and inner_end - inner_body > _SMALL_TENSOR_BYTES:
-                data[number] = whole[inner_body:inner_end]
-                continue
-            if is_data:
-                data.pop(number, None)
-            rest.append(whole[inner_start:inner_end])
-        small += (tag(number), varint(sum(map(len, rest))), *rest)
-    if sum(map(len, small)) > MAX_SMALL_BYTES:
-        raise InvalidRequest(f"the message has more than {MAX_SMALL_BYTES} bytes beside tensor data")
-    return b"".join(small), data

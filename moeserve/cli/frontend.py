@@ -19,7 +19,7 @@ from moeserve.client import TLS
 from moeserve.config import ServerConfig, load_server
 
 
-@with_config_flags(tables=("server",), without=("admin_token_file",))
+@with_config_flags(tables=("server",), without=("admin_token_file", "processes"))
 def frontend(
     controller: Annotated[str, typer.Option(envvar="MOESERVE_CONTROLLER", help="host:port of the controller to follow.")],
     frontend_token_file: Annotated[Path, typer.Option(envvar="MOESERVE_FRONTEND_TOKEN_FILE", help="File holding the frontend token.")],

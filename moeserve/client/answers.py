@@ -7,18 +7,21 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from dataclasses import fields, replace
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import RequestOptions
-from moeserve.api.tensors import FLOAT_DTYPES, dtype_name
+from moeserve.api.tensors import FLOAT_DTYPES, dtype_name, raw
 from moeserve.api.wire import REQUEST_TENSORS, WireRequest, WireResponse, decode_forward_response, encode_forward_request
 from moeserve.errors import InvalidRequest, MoEServeError
 
+if TYPE_CHECKING:
+    from moeserve.client.memory import Lent
 
-def encode_call(
+
+def make_call(
     hidden_states: torch.Tensor,
     layer: int | str,
     used_token: torch.Tensor | None,
@@ -27,15 +30,29 @@ def encode_call(
     return_routing: bool,
     model: str | None,
     **options: Unpack[RequestOptions],
-) -> bytes:
-    """The request of these arguments of `Client.forward`. Raises InvalidRequest."""
-    return encode_request(
-        WireRequest(hidden_states, layer, used_token, topk_ids, topk_weights, return_routing, model=model or "", **options)
-    )
+) -> WireRequest:
+    """The request of these arguments of `Client.forward`. Raises InvalidRequest for values that no service accepts."""
+    request = WireRequest(hidden_states, layer, used_token, topk_ids, topk_weights, return_routing, model=model or "", **options)
+    check_request(request)
+    return request
+
+
+def encode_call(request: WireRequest, lent: Lent | None = None) -> bytes:
+    """The bytes of a request, but for those that are written to `lent`. Raises InvalidRequest."""
+    if lent is None:
+        return encode_forward_request(request)
+    lent.rows[:] = raw(request.hidden_states)
+    return encode_forward_request(request, lent.shared)
 
 
 def encode_request(request: WireRequest) -> bytes:
-    """The bytes of a request. Raises InvalidRequest at once for values that no service accepts: no tensor, not float, an invalid layer."""
+    """The bytes of a request. Raises InvalidRequest as `check_request` does."""
+    check_request(request)
+    return encode_forward_request(request)
+
+
+def check_request(request: WireRequest) -> None:
+    """Raises InvalidRequest at once for values that no service accepts: no tensor, not float, an invalid layer."""
     for name in REQUEST_TENSORS:
         value = getattr(request, name)
         if not isinstance(value, torch.Tensor) and (value is not None or name == "hidden_states"):
@@ -46,7 +63,6 @@ def encode_request(request: WireRequest) -> bytes:
         )
     if not isinstance(request.layer, int | str):
         raise InvalidRequest(f"layer must be a position or a name, got {type(request.layer).__name__}", "layer")
-    return encode_forward_request(request)
 
 
 class SentRequest:
@@ -85,9 +101,12 @@ class SentRequest:
         return data
 
 
-def decode_answer(data: bytes, device: torch.device) -> WireResponse:
+def decode_answer(data: bytes, device: torch.device, lent: Lent | None = None) -> WireResponse:
     """The answer with its tensors on `device`."""
-    answer = decode_forward_response(data)
+    answer = decode_forward_response(data, None if lent is None else lent.reply)
+    if lent is not None and isinstance(answer.result, ForwardOutput):
+        # The memory is soon that of the next call.
+        answer = replace(answer, result=replace(answer.result, hidden_states=answer.result.hidden_states.clone()))
     if device.type == "cpu" or isinstance(answer.result, MoEServeError):
         return answer
     moved: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from types import TracebackType
@@ -12,10 +13,12 @@ from grpc_health.v1 import health_pb2
 
 from moeserve.client.connection import CALLING, TLS, Reach
 from moeserve.client.line import LoopLines
+from moeserve.client.memory import CallerMemory, Lent
 from moeserve.client.retries import Retries
 from moeserve.client.spans import Metadata, call_span, metadata_of
 from moeserve.client.stubs import ServiceStubs
-from moeserve.errors import DeadlineExceeded, ExpertUnavailable, MoEServeError
+from moeserve.client.together import Together
+from moeserve.errors import DeadlineExceeded, ExpertUnavailable, MoEServeError, NotOffered
 from moeserve.observe.records import read
 from moeserve.observe.stats import LayerInfo, ServiceStats
 from moeserve.v1 import moe_service_pb2 as pb
@@ -27,11 +30,14 @@ if TYPE_CHECKING:
     from moeserve.api.request import RequestOptions
     from moeserve.api.wire import WireRequest, WireResponse
 
+log = logging.getLogger(__name__)
+
 
 class AsyncClient:
     """A service at `target` ("host:port", or a target of gRPC): one connection per event loop.
 
-    Arguments, methods and errors are those of `Client`. Cancelling a call cancels the work in the service.
+    Arguments, methods and errors are those of `Client`. Cancelling a call cancels the work in the service. Any number of calls may be in
+    progress; small ones that start together travel in one message, and the work of one of them ends early only when all are cancelled.
     """
 
     def __init__(
@@ -39,6 +45,8 @@ class AsyncClient:
     ) -> None:
         self._lines = LoopLines(Reach(target, token, tls, timeout, CALLING), ServiceStubs)
         self._retry = retry
+        self._together = Together()
+        self._memory = CallerMemory(self._lines.reach.target)
 
     async def forward(
         self,
@@ -56,9 +64,50 @@ class AsyncClient:
         from moeserve.client import answers  # noqa: PLC0415
 
         routing = used_token, topk_ids, topk_weights, return_routing
+        request = answers.make_call(hidden_states, layer, *routing, model, **options)
+        if self._memory.is_wanted(hidden_states):
+            await self._open_memory(timeout)
         with call_span("Forward", self._lines.reach) as metadata:
-            data = await self._forward(answers.encode_call(hidden_states, layer, *routing, model, **options), timeout, metadata)
-            return answers.output_of(answers.decode_answer(data, hidden_states.device))
+            lent = self._memory.lend(hidden_states)
+            if lent is not None:
+                try:
+                    return await self._answer(request, timeout, metadata, lent)
+                except BaseException as error:
+                    if not self._memory.settle(lent, error):
+                        raise
+            return await self._answer(request, timeout, metadata)
+
+    async def _open_memory(self, timeout: float | None) -> None:
+        try:
+            name = (await self._call("open_memory", pb.OpenMemoryRequest(), timeout)).socket
+        except NotOffered as error:
+            self._memory.refuse(str(error))
+        except MoEServeError as error:
+            log.debug("large tensors travel in messages for now: %s", error)
+        else:
+            await asyncio.to_thread(self._memory.open, name)
+
+    async def _answer(self, request: WireRequest, timeout: float | None, metadata: Metadata, lent: Lent | None = None) -> ForwardOutput:
+        from moeserve.client import answers  # noqa: PLC0415
+
+        message, device = answers.encode_call(request, lent), request.hidden_states.device
+        now = time.monotonic()
+        retries = Retries(self._lines.here.timeout_s(timeout), now)
+        while True:
+            try:
+                data = await self._send(message, request.layer, retries.left_s(now), metadata)
+                return answers.output_of(answers.decode_answer(data, device, lent))
+            except MoEServeError as error:
+                if not self._retry or (pause_s := retries.pause_s(error, time.monotonic())) is None:
+                    raise
+            await asyncio.sleep(pause_s)
+            now = time.monotonic()
+
+    async def _send(self, message: bytes, layer: int | str | None, timeout: float | None, metadata: Metadata) -> bytes:
+        """A call that is a span goes alone: several in one message would have only one."""
+        if metadata != self._lines.reach.metadata:
+            return await self._call("forward", message, timeout, metadata)  # type: ignore[no-any-return]
+        return await self._together.call(self._call, message, layer, timeout)
 
     async def forward_stream(
         self, requests: Iterable[WireRequest] | AsyncIterable[WireRequest], timeout: float | None = None
@@ -95,21 +144,10 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Closes the connection of the running event loop, and cancels its calls."""
+        self._memory.close()
         channel = self._lines.here.close()
         if channel is not None:
             await channel.close()
-
-    async def _forward(self, message: bytes, timeout: float | None, metadata: Metadata) -> bytes:
-        now = time.monotonic()
-        retries = Retries(self._lines.here.timeout_s(timeout), now)
-        while True:
-            try:
-                return await self._call("forward", message, retries.left_s(now), metadata)  # type: ignore[no-any-return]
-            except MoEServeError as error:
-                if not self._retry or (pause_s := retries.pause_s(error, time.monotonic())) is None:
-                    raise
-            await asyncio.sleep(pause_s)
-            now = time.monotonic()
 
     async def _call(self, method: str, message: Any, timeout: float | None, metadata: Metadata | None = None) -> Any:
         with self._lines.here.call(timeout) as call:

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from grpc_health.v1 import health_pb2
 
+from moeserve.client.async_client import AsyncClient
 from moeserve.client.connection import CALLING, TLS, Reach
 from moeserve.client.line import Line
+from moeserve.client.memory import CallerMemory, Lent
 from moeserve.client.retries import Retries
 from moeserve.client.spans import Metadata, call_span, metadata_of
 from moeserve.client.stubs import ServiceStubs
-from moeserve.errors import DeadlineExceeded, ExpertUnavailable, MoEServeError
+from moeserve.client.submitting import Submitter
+from moeserve.errors import DeadlineExceeded, ExpertUnavailable, MoEServeError, NotOffered
 from moeserve.observe.records import read
 from moeserve.observe.stats import LayerInfo, ServiceStats
 from moeserve.v1 import moe_service_pb2 as pb
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     import torch
 
     from moeserve.api.output import ForwardOutput
     from moeserve.api.request import RequestOptions
     from moeserve.api.wire import WireRequest, WireResponse
+
+log = logging.getLogger(__name__)
 
 
 class Client:
@@ -49,6 +58,8 @@ class Client:
     ) -> None:
         self._line = Line(Reach(target, token, tls, timeout, CALLING), ServiceStubs)
         self._retry = retry
+        self._memory = CallerMemory(self._line.reach.target)
+        self._submitter = Submitter(partial(AsyncClient, target, token, tls, timeout, retry=retry))
 
     def forward(
         self,
@@ -77,9 +88,39 @@ class Client:
         from moeserve.client import answers  # noqa: PLC0415
 
         routing = used_token, topk_ids, topk_weights, return_routing
+        request = answers.make_call(hidden_states, layer, *routing, model, **options)
+        if self._memory.is_wanted(hidden_states):
+            self._open_memory(timeout)
         with call_span("Forward", self._line.reach) as metadata:
-            data = self._forward(answers.encode_call(hidden_states, layer, *routing, model, **options), timeout, metadata)
-            return answers.output_of(answers.decode_answer(data, hidden_states.device))
+            lent = self._memory.lend(hidden_states)
+            if lent is not None:
+                try:
+                    return self._answer(request, timeout, metadata, lent)
+                except BaseException as error:
+                    if not self._memory.settle(lent, error):
+                        raise
+            return self._answer(request, timeout, metadata)
+
+    def submit(
+        self,
+        hidden_states: torch.Tensor,
+        layer: int | str = 0,
+        used_token: torch.Tensor | None = None,
+        topk_ids: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        return_routing: bool = False,
+        model: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Future[ForwardOutput]:
+        """`forward`, without waiting for its answer, which is the result of the future; its errors are raised there.
+
+        Several calls are in progress at a time, and their answers come in any order; small ones that are submitted at the same time travel
+        in one message. While 256 are in progress, it waits until one of them is answered. Do not change the tensors before the answer is
+        there. Cancelling the future gives the call up.
+        """
+        routing = used_token, topk_ids, topk_weights, return_routing
+        return self._submitter.submit(hidden_states, layer, *routing, model, timeout, **options)
 
     def forward_stream(self, requests: Iterable[WireRequest], timeout: float | None = None) -> Iterator[WireResponse]:
         """Many requests over one call; answers come as they finish, so give each request a `request_id`.
@@ -117,10 +158,28 @@ class Client:
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def close(self) -> None:
-        """Closes the connection; running calls raise Cancelled."""
+        """Closes the connection; running calls raise Cancelled, and futures are cancelled."""
+        self._memory.close()
+        self._submitter.close()
         channel = self._line.close()
         if channel is not None:
             channel.close()
+
+    def _open_memory(self, timeout: float | None) -> None:
+        try:
+            name = self._call("open_memory", pb.OpenMemoryRequest(), timeout).socket
+        except NotOffered as error:
+            self._memory.refuse(str(error))
+        except MoEServeError as error:
+            log.debug("large tensors travel in messages for now: %s", error)
+        else:
+            self._memory.open(name)
+
+    def _answer(self, request: WireRequest, timeout: float | None, metadata: Metadata, lent: Lent | None = None) -> ForwardOutput:
+        from moeserve.client import answers  # noqa: PLC0415
+
+        data = self._forward(answers.encode_call(request, lent), timeout, metadata)
+        return answers.output_of(answers.decode_answer(data, request.hidden_states.device, lent))
 
     def _forward(self, message: bytes, timeout: float | None, metadata: Metadata) -> bytes:
         now = time.monotonic()

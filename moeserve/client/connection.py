@@ -55,6 +55,8 @@ CALLING: Final[Options] = (
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+    # Each client has a connection of its own: where several frontends share a port, they share the clients.
+    ("grpc.use_local_subchannel_pool", 1),
     # Notices a service whose machine vanished while a call waits for it.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),

@@ -15,7 +15,9 @@ class ServiceStubs:
 
     def __init__(self, channel: Any) -> None:
         self.forward = channel.unary_unary(f"/{SERVICE_NAME}/Forward")
+        self.forward_many = channel.unary_unary(f"/{SERVICE_NAME}/ForwardMany")
         self.forward_stream = channel.stream_stream(f"/{SERVICE_NAME}/ForwardStream")
         service: Any = pb_grpc.MoEServiceStub(channel)  # type: ignore[no-untyped-call]
+        self.open_memory = service.OpenMemory
         self.list_layers, self.get_stats = service.ListLayers, service.GetStats
         self.check_health = health_pb2_grpc.HealthStub(channel).Check

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from moeserve.config.table import Table
 from moeserve.config.values import MAX_SIZE, Bytes, File, Host, Port, Seconds, Size
 
+#: more than the cores of a machine are of no use
+_MAX_PROCESSES: Final = 256
 #: gRPC counts milliseconds in 32 bits
 _LONGEST_AGE_S: Final = 2e6
 
@@ -20,6 +22,8 @@ class ServerConfig(Table):
     #: 0 = any free port
     port: Port = 50051
     metrics_port: Port = 9464
+    #: frontends of `serve` that share `port`, each a process of its own: callers' connections are spread over them
+    processes: int = Field(default=1, ge=1, le=_MAX_PROCESSES)
     #: the standard health service only, always in plain text, for probes that cannot use TLS; unset = none
     health_port: Port | None = None
     tls_cert: File | None = None

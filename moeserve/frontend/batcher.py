@@ -38,6 +38,8 @@ class Batcher:
         self._timer: asyncio.TimerHandle | None = None
         #: of the request that has waited longest, or earlier
         self._waiting_since = 0.0
+        #: how many hold back what is submitted
+        self._holders = 0
 
     def submit(self, request: LayerRequest, deadline: float) -> asyncio.Future[ForwardOutput]:
         """Admit a request. Raises Overloaded. Cancelling the future gives the request up: one that waits leaves the queue."""
@@ -52,6 +54,15 @@ class Batcher:
         self._pump()
         return answer
 
+    def hold(self) -> None:
+        """Requests that are submitted from now on wait for `release`, to join one batch."""
+        self._holders += 1
+
+    def release(self) -> None:
+        """Ends one `hold`."""
+        self._holders -= 1
+        self._pump()
+
     def _left(self, admitted: Admitted) -> None:
         if admitted.is_held:
             admitted.is_held = False
@@ -64,7 +75,7 @@ class Batcher:
             admitted.answer.set_exception(error)
 
     def _pump(self) -> None:
-        while self._load.queue and len(self._flights) < _MAX_IN_FLIGHT and not self._should_wait():
+        while self._load.queue and not self._holders and len(self._flights) < _MAX_IN_FLIGHT and not self._should_wait():
             now = time.monotonic()
             taken, late = self._backlog.next_batch(self._load, now)
             if not taken and not late:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -193,6 +194,17 @@ class Frontend:
                 return await self._batchers[layer].submit(request, deadline)
         except TimeoutError:
             raise DeadlineExceeded(f"layer {self.layers[layer].name} did not answer before the deadline") from None
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Requests that reach it meanwhile join one batch of their layer, as far as they fit: do not wait for them inside."""
+        for batcher in self._batchers:
+            batcher.hold()
+        try:
+            yield
+        finally:
+            for batcher in self._batchers:
+                batcher.release()
 
     def refusal(self, caller: str, deadline: float | None) -> Overloaded | None:
         """Why any request of `caller` would be refused now, whatever it asks for; None = it is worth reading."""

@@ -28,6 +28,8 @@ class Deployer:
         """Raises ConfigError for a configuration that cannot be deployed."""
         if config.cluster.kind != "ray":
             raise ConfigError(f"cluster.kind is {config.cluster.kind!r}; allowed with deploy: 'ray'")
+        if config.server.processes != 1:
+            raise ConfigError(f"server.processes is {config.server.processes}; allowed with deploy: 1 (see controller.frontends)")
         if config.ray.address is None:
             raise ConfigError("ray.address is not set; deploy needs a running Ray cluster, for example --address auto")
         if config.server.admin_token_file is None:

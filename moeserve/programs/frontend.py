@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, Final
 
 from moeserve.addresses import called, join
 from moeserve.checkpoints import ServedLayers
@@ -18,12 +18,15 @@ from moeserve.errors import ConfigError, MoEServeError
 from moeserve.frontend import Frontend
 from moeserve.loops import Notifier
 from moeserve.observe.metrics import Metrics
-from moeserve.observe.page import StatusPage
-from moeserve.server import GrpcServer
+from moeserve.observe.page import OtherProcesses, StatusPage
+from moeserve.server import GrpcServer, Shared
 from moeserve.server.admin import Admin
 from moeserve.server.control import Control
 
 log = logging.getLogger(__name__)
+
+#: where the process that has the controller reads the metrics of those that share its port
+_PRIVATE: Final = "127.0.0.1"
 
 
 class FrontendProgram:
@@ -31,7 +34,8 @@ class FrontendProgram:
 
     `server` says where it listens; `orders` say what it serves, and how. `node` is the Ray node of this process, if any: hosts
     there are reached through memory. `admin` and `control` belong to a controller in this process and are served on the same port; `layers`
-    are the ones it has read.
+    are the ones it has read. `shared`: this process is one more on a port that another has opened; it listens when it is ready.
+    `others` has the metrics of such processes.
     """
 
     def __init__(
@@ -44,12 +48,15 @@ class FrontendProgram:
         admin: Admin | None = None,
         control: Control | None = None,
         layers: ServedLayers | None = None,
+        shared: Shared | None = None,
+        others: OtherProcesses | None = None,
         progress: Callable[[str], None] = log.info,
     ) -> None:
         self._server, self._progress = server, progress
         self._controller, self._host = orders.controller, called(server.host, orders.controller)
         self._follower = Follower(server, Report(name or f"{socket.gethostname()}-{os.getpid()}", node=node), self, layers)
-        self._grpc = GrpcServer(server, self._observe, is_starting=True, admin=admin, control=control)
+        self._grpc = GrpcServer(server, self._observe, is_starting=True, admin=admin, control=control, shared=shared)
+        self._is_joining, self._others = shared is not None, others
         self._following = Following(orders, self._follower)
         self._frontend: Frontend | None = None
         self._metrics: Metrics | None = None
@@ -95,7 +102,7 @@ class FrontendProgram:
         Raises ServiceUnreachable when the controller was not reached within `timeout_s`, Unauthenticated or PermissionDenied when it
         refuses this frontend, ConfigError when this frontend cannot serve what it says.
         """
-        self.target = join(self._host, await self._grpc.start())
+        self.target = join(self._host, self._server.port if self._is_joining else await self._grpc.start())
         self._follower.say(target=self.target)
         if self._controller is not None:
             self._progress(f"following {self._controller.text}")
@@ -106,6 +113,8 @@ class FrontendProgram:
     async def ready(self) -> None:
         """Returns when every expert can be reached. Raises ConfigError when this frontend cannot serve what the controller says."""
         await self._until(self._ready)
+        if self._is_joining:
+            await self._grpc.start()
 
     async def ailing(self) -> None:
         """Returns when some expert cannot be reached."""
@@ -132,14 +141,14 @@ class FrontendProgram:
 
     def enter(self, frontend: Frontend, metrics: Metrics, otlp_endpoint: str | None) -> None:
         """The follower calls it when it is known what to serve."""
-        host, port = self._server.host, self._server.metrics_port
+        host, port = (_PRIVATE, 0) if self._is_joining else (self._server.host, self._server.metrics_port)
         if otlp_endpoint is not None:
             self._grpc.record_spans(otlp_endpoint)
         try:
-            self._page = StatusPage(host, port, metrics.registry, frontend.stats)
+            self._page = StatusPage(host, port, metrics.registry, frontend.stats, self._others)
         except OSError as error:
             raise ConfigError(f"server.metrics_port: {join(host, port)} cannot listen: {error.strerror}") from None
-        self.metrics_target = join(self._host, self._page.port)
+        self.metrics_target = join(_PRIVATE if self._is_joining else self._host, self._page.port)
         self._follower.say(metrics_target=self.metrics_target)
         self._frontend, self._metrics, self._healthy = frontend, metrics, [False] * len(frontend.layers)
         metrics.queue_bytes.set_function(lambda: self._grpc.queue_bytes)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
+from moeserve.addresses import parse_target
 from moeserve.cluster.cluster import Cluster
 from moeserve.config import ServiceConfig
 from moeserve.control import Controller
 from moeserve.errors import ExpertUnavailable, MoEServeError
+from moeserve.loops import all_or_none
+from moeserve.observe.page import OtherProcesses
 from moeserve.observe.stats import HostInfo
 from moeserve.programs.clusters import cluster_of
 from moeserve.programs.controller import ControllerProgram
 from moeserve.programs.frontend import FrontendProgram
 from moeserve.programs.in_process_orders import InProcessOrders
+from moeserve.programs.more_frontends import MoreFrontends, metrics_targets
 from moeserve.server import Control, check_exposure, frontend_tokens
 
 log = logging.getLogger(__name__)
@@ -36,6 +41,7 @@ class Service:
         self._program: ControllerProgram | None = None
         self._frontend: FrontendProgram | None = None
         self._orders: InProcessOrders | None = None
+        self._more: MoreFrontends | None = None
         self._tasks: list[asyncio.Task[None]] = []
         #: why it cannot continue
         self.failure: MoEServeError | None = None
@@ -103,8 +109,7 @@ class Service:
         """Refuse new requests, finish the running ones (at most server.drain_timeout_s), then stop everything."""
         if self._program is not None:
             await self._program.abandon_changes()
-        if self._frontend is not None:
-            await self._frontend.stop()
+        await asyncio.gather(*(one.stop() for one in (self._more, self._frontend) if one is not None))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -115,13 +120,16 @@ class Service:
         """While `stop` waits for running requests: cancel them instead."""
         if self._frontend is not None:
             await self._frontend.hurry()
+        if self._more is not None:
+            self._more.hurry()
 
     async def _start(self) -> None:
         config = self._config
         check_exposure(config.server)
         tokens = frontend_tokens(config.controller)
         program = self._program = ControllerProgram(config, self._cluster or cluster_of(config), self._progress)
-        await program.prepare(is_followed=bool(tokens))
+        shares_port = config.server.processes > 1
+        await program.prepare(is_followed=bool(tokens) or shares_port)
         self._orders = InProcessOrders(program.frontends)
         frontend = self._frontend = FrontendProgram(
             config.server,
@@ -131,12 +139,17 @@ class Service:
             admin=program.controller,
             control=Control(program.frontends, tokens) if tokens else None,
             layers=program.layers,
+            others=OtherProcesses(partial(metrics_targets, program.frontends)) if shares_port else None,
             progress=log.info,
         )
         # The ports come before the weights: probes learn that the service is starting.
         await frontend.open()
-        await program.bring_up()
-        await frontend.ready()
+        starting = [program.bring_up(), frontend.ready()]
+        if shares_port:
+            self._more = MoreFrontends(config, program, parse_target(frontend.target).hosts[0][1])
+            self._progress(f"starting {config.server.processes - 1} more processes on the port of {frontend.target}")
+            starting.append(self._more.start())
+        await all_or_none(starting)
         await program.keep()
         for work in (self._end_when_lost(), self._end_when_broken(frontend), self._end_when_failed()):
             self._later(work)

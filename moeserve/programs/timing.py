@@ -12,3 +12,8 @@ GONE_LOOK_S: Final = 2.0
 STOP_TIMEOUT_S: Final = 30.0
 #: for calls of administrators and followers to end, when a controller stops
 CONTROLLER_DRAIN_S: Final = 5.0
+#: before a frontend process that has ended is started again: the first pause, which doubles up to the longest
+PROCESS_RESTART_S: Final = 0.2
+PROCESS_SLOWEST_RESTART_S: Final = 10.0
+#: beyond server.drain_timeout_s, for a frontend process to end
+PROCESS_END_S: Final = 5.0

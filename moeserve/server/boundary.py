@@ -26,6 +26,8 @@ from moeserve.server.transfers import Transfers
 #: method, name of the status code, seconds
 Observe = Callable[[str, str, float], None]
 
+#: its service observes every request that it brings, as those of streams do
+_MANY: Final = "/moeserve.v1.MoEService/ForwardMany"
 _HEALTH: Final = "/grpc.health.v1.Health/"
 _ADMIN: Final = "/moeserve.v1.AdminService/"
 #: of it, the methods that callers may call too
@@ -86,7 +88,7 @@ class Boundary(grpc.aio.ServerInterceptor):
 
     def _protect(self, method: str, handler: Handler) -> Behavior:
         inner, is_stream = answering(method, handler, self._transfers), handler.request_streaming or handler.response_streaming
-        return self._guard(method, self._bound(inner) if is_stream else inner, handler.response_streaming)
+        return self._guard(method, self._bound(inner) if is_stream else inner, handler.response_streaming or method == _MANY)
 
     def _refusal(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> MoEServeError | None:
         which, allowed = self._let_in(method)
@@ -118,7 +120,7 @@ class Boundary(grpc.aio.ServerInterceptor):
 
         return bounded
 
-    def _guard(self, method: str, inner: Behavior, is_stream: bool = False) -> Behavior:
+    def _guard(self, method: str, inner: Behavior, observes_itself: bool = False) -> Behavior:
         is_traffic = not method.startswith(_HEALTH)
 
         async def guarded(request: Any, context: Context) -> Any:
@@ -139,7 +141,7 @@ class Boundary(grpc.aio.ServerInterceptor):
             finally:
                 # Before the status leaves, so a caller with an answer finds it counted.
                 if is_traffic:
-                    self._end(method, None if is_stream and code is grpc.StatusCode.OK else code, time.perf_counter() - start)
+                    self._end(method, None if observes_itself and code is grpc.StatusCode.OK else code, time.perf_counter() - start)
             del request  # gRPC keeps what aborted a call, with this frame, until the cycles of its references are collected
             return await _abort(context, status)
 

@@ -34,9 +34,9 @@ class ByteBudget:
         if not self.has_room:
             raise self._full("so nothing more is read")
 
-    def take(self, nbytes: int) -> None:
-        """Counts a message that was read. Raises Overloaded when it does not fit; alone it always does."""
-        if self.bytes and self.bytes + nbytes > self._max_bytes:
+    def take(self, nbytes: int, own: int = 0) -> None:
+        """Counts a message that was read. Raises Overloaded when it does not fit; alone it always does. `own`: of it, counted already."""
+        if self.bytes > own and self.bytes + nbytes > self._max_bytes:
             raise self._full(f"and a message of {nbytes} more does not fit")
         self.bytes += nbytes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from moeserve.api.output import ForwardOutput
@@ -27,6 +28,10 @@ class Engine(Protocol):
 
     async def forward(self, layer: int, request: LayerRequest) -> ForwardOutput:
         """One batch of at least one token through layer number `layer`; raises MoEServeError; cancelled like any task."""
+        ...
+
+    def together(self) -> AbstractContextManager[None]:
+        """Requests that reach it meanwhile start together at its end: do not wait for them inside."""
         ...
 
     def refusal(self, caller: str, deadline: float | None) -> Overloaded | None:

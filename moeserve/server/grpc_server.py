@@ -7,7 +7,7 @@ import errno
 import resource
 import socket
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import grpc
 from grpc_reflection.v1alpha import reflection
@@ -28,6 +28,7 @@ from moeserve.server.inference.service import InferenceService
 from moeserve.server.inference.shared_memory import SharedMemory
 from moeserve.server.intake import Intake
 from moeserve.server.otlp import exporting_to
+from moeserve.server.proxy import Proxy, Shared
 from moeserve.server.security import FrontendTokens, check_exposure, rotating_tokens
 from moeserve.server.service import SERVICE_NAME, MoEService
 from moeserve.server.transfers import Transfers
@@ -54,7 +55,8 @@ class GrpcServer:
     """Serves an `engine` as `config` says; `admin` to callers with the admin token, `control` to frontends with theirs.
 
     Health is NOT_SERVING until `set_serving` was called for every layer of the engine. `is_starting`: `serve` will bring the engine;
-    until then the answer is UNAVAILABLE. `observe` is called for every call with method, status code and seconds.
+    until then the answer is UNAVAILABLE. `observe` is called for every call with method, status code and seconds. `shared`: another process
+    listens at the port already, and has the controller.
 
     Raises ConfigError for a configuration that it refuses: exposed without protection, unreadable files. Make and use it inside one
     event loop.
@@ -69,13 +71,15 @@ class GrpcServer:
         is_starting: bool = False,
         admin: Admin | None = None,
         control: Control | None = None,
+        shared: Shared | None = None,
     ) -> None:
         has_engine = is_starting or engine is not None
         if has_engine:
             check_exposure(config)
         leave_out_callers_that_left()
-        tokens = rotating_tokens(config, FrontendTokens() if control is None else control.tokens)
-        self._config = config
+        followers = control or shared
+        tokens = rotating_tokens(config, FrontendTokens() if followers is None else followers.tokens)
+        self._config, self._has_engine, self._is_joining = config, has_engine, shared is not None
         self._where = ("server.host", "server.port") if has_engine else ("controller.control_host", "controller.control_port")
         self._layers: list[str] = []
         self._watching: asyncio.Task[None] | None = None
@@ -98,6 +102,8 @@ class GrpcServer:
             self._server.add_generic_rpc_handlers((PingService(self._identity(admin, has_engine)).handlers(),))
         if control is not None and control.tokens:
             services[CONTROL_SERVICE_NAME] = ControlService(control.frontends, self._boundary.draining).handlers()
+        if shared is not None:
+            self._server.add_generic_rpc_handlers((Proxy(shared, self._boundary.draining),))
         self._health = Health(list(services), None if has_engine else ())
         self._server.add_generic_rpc_handlers((*services.values(), self._health.handlers()))
         told = [*services, HEALTH_SERVICE_NAME, reflection.SERVICE_NAME]
@@ -148,11 +154,16 @@ class GrpcServer:
 
     async def start(self) -> int:
         """Listens; returns the port. Raises ConfigError when it cannot listen at the address."""
+        if not self._is_joining:
+            await _require_free(self._config.host, self._config.port, *self._where)
         port = await _listen(self._server, self._config.host, self._config.port, self._credentials, *self._where)
         if self._probed is not None:
             assert self.health_port is not None
+            await _require_free(self._config.host, self.health_port, "server.host", "server.health_port")
             self.health_port = await _listen(self._probed, self._config.host, self.health_port, None, "server.host", "server.health_port")
         self._watching = asyncio.create_task(self._transfers.watch())
+        if self._has_engine:
+            self._service.memories.open()
         return port
 
     def set_serving(self, layer: int, serving: bool) -> None:
@@ -181,6 +192,7 @@ class GrpcServer:
     async def _stop(self, grace_s: float | None) -> None:
         if self._watching is not None:
             self._watching.cancel()
+        self._service.memories.close()
         await self._server.stop(grace_s)
         await asyncio.to_thread(self._service.tracing.close)
         if self._probed is not None:
@@ -192,26 +204,32 @@ async def _listen(
 ) -> int:
     address = join(host, port)
     try:
-        await _require_free(host, port)
         port = server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
-    except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConfigError(f"{host_key}, {port_key}: cannot listen on {address}: {reason}") from None
+    except RuntimeError as error:
+        raise ConfigError(f"{host_key}, {port_key}: cannot listen on {address}: {error}") from None
     await server.start()
     return port
 
 
-async def _require_free(host: str, port: int) -> None:
-    """Checks every address of a name: gRPC accepts any one of them, and gives no reason when all fail."""
-    for family, _, _, _, address in await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(address)
-            except OSError as error:
-                # A name may have an address of a protocol that this machine does not support.
-                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                    raise
+async def _require_free(host: str, port: int, host_key: str, port_key: str) -> None:
+    """Checks every address of a name: gRPC accepts any one of them, and gives no reason when all fail. Raises ConfigError."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        for family, _, _, _, address in found:
+            _bind(family, address)
+    except OSError as error:
+        raise ConfigError(f"{host_key}, {port_key}: cannot listen on {join(host, port)}: {error.strerror}") from None
+
+
+def _bind(family: int, address: Any) -> None:
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            # A name may have an address of a protocol that this machine does not support.
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise
 
 
 def _max_connections() -> int:
@@ -230,8 +248,8 @@ def _options(config: ServerConfig, keepalive_ms: int) -> Options:
         ("grpc.max_allowed_incoming_connections", _max_connections()),
         ("grpc.max_connection_idle_ms", _IDLE_CONNECTION_MS),
         ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
-        # Two servers on one port would share its connections at random; the second one must fail instead.
-        ("grpc.so_reuseport", 0),
+        # Two services on one port would share its connections at random; the second one must fail instead.
+        ("grpc.so_reuseport", int(config.processes > 1)),
         # Notices a client whose machine vanished, and lets clients do the same to us.
         ("grpc.keepalive_time_ms", keepalive_ms),
         ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),

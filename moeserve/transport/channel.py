@@ -16,8 +16,9 @@ import torch
 
 from moeserve.api.call_trace import PassTimes
 from moeserve.errors import ExpertUnavailable, InvalidRequest
+from moeserve.memory import Arena, Block
 from moeserve.transport.loads import Loads
-from moeserve.transport.memory import Arena, Block, Limits
+from moeserve.transport.memory import Limits
 from moeserve.transport.silence import SilenceWatch
 from moeserve.transport.wire import (
     VERSION,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import stat
-import struct
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,7 +14,6 @@ from moeserve.errors import ConfigError
 from moeserve.transport.wire import MAX_PACKET_BYTES, MalformedMessage
 
 _MAX_PATH_BYTES = 107  # sockaddr_un.sun_path less its final NUL
-_UCRED = struct.Struct("iII")
 
 
 class PacketSocket:
@@ -86,12 +84,6 @@ class PacketSocket:
     def close(self) -> None:
         """Drops waiting packets."""
         self._sock.close()
-
-
-def is_same_user(sock: socket.socket) -> bool:
-    """Whether the process at the other end belonged to this process's user when it connected."""
-    _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    return bool(uid == os.getuid())
 
 
 def listen_on(path: Path) -> socket.socket:

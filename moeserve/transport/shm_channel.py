@@ -8,9 +8,10 @@ import socket
 
 import torch
 
+from moeserve.memory import Arena, create_shared, is_same_user
 from moeserve.transport.channel import Channel, ChannelClosed, Pending
-from moeserve.transport.memory import Arena, Limits, create_shared
-from moeserve.transport.packets import PacketSocket, is_same_user
+from moeserve.transport.memory import Limits
+from moeserve.transport.packets import PacketSocket
 from moeserve.transport.timing import DIAL_RETRY_S
 from moeserve.transport.wire import VERSION, Kind, Memory, PacketLayout, pack_note, partial
 

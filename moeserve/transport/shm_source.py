@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from moeserve.log_limit import limited_logger
+from moeserve.memory import UnsafeMemory, is_same_user, map_shared
 from moeserve.transport.listener import Poller
-from moeserve.transport.memory import Limits, map_shared
-from moeserve.transport.packets import PacketSocket, is_same_user, listen_on
+from moeserve.transport.memory import Limits
+from moeserve.transport.packets import PacketSocket, listen_on
 from moeserve.transport.peer import Peer
 from moeserve.transport.wire import BareMessage, Kind, MalformedMessage, Memory, PacketLayout, WorkHeader, pack_note, partial, unpack_note
 from moeserve.transport.work import Work
@@ -186,7 +187,10 @@ class ShmPeer(Peer):
     def _map(self, hello: BareMessage, fd: int) -> mmap.mmap:
         if not 0 < hello.value <= self._limits.max_pool_bytes:
             raise MalformedMessage(f"pool of {hello.value} bytes; at most {self._limits.max_pool_bytes} are allowed")
-        return map_shared(fd, hello.value)
+        try:
+            return map_shared(fd, hello.value)
+        except UnsafeMemory as error:
+            raise MalformedMessage(str(error)) from None
 
     def _place(self, header: WorkHeader, layout: PacketLayout, body: Memory | None) -> tuple[Memory, int]:
         assert self._arena is not None

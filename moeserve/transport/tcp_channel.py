@@ -10,9 +10,10 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from moeserve.errors import ConfigError
+from moeserve.memory import Arena
 from moeserve.transport.channel import Channel, Pending
 from moeserve.transport.keys import FrontendKeys
-from moeserve.transport.memory import Arena, Limits
+from moeserve.transport.memory import Limits
 from moeserve.transport.readiness import has_message
 from moeserve.transport.tcp_line import TcpLine
 from moeserve.transport.timing import FRONTEND_LINGER_MS, HEARTBEAT_S, TCP_CONNECT_MS

@@ -14,9 +14,10 @@ from zmq.utils.monitor import recv_monitor_message
 
 from moeserve.api.tensors import raw
 from moeserve.errors import ConfigError
+from moeserve.memory import Arena
 from moeserve.transport.keys import HostKeys, ZapHandler
 from moeserve.transport.listener import Poller
-from moeserve.transport.memory import Arena, Limits
+from moeserve.transport.memory import Limits
 from moeserve.transport.peer import Peer
 from moeserve.transport.readiness import has_message
 from moeserve.transport.timing import FRONTEND_GONE_MS, HOST_LINGER_MS

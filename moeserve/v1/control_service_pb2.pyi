@@ -6,7 +6,14 @@ from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 from moeserve.v1.moe_service_pb2 import ForwardRequest as ForwardRequest
 from moeserve.v1.moe_service_pb2 import ForwardResponse as ForwardResponse
+from moeserve.v1.moe_service_pb2 import OpenMemoryRequest as OpenMemoryRequest
+from moeserve.v1.moe_service_pb2 import OpenMemoryResponse as OpenMemoryResponse
+from moeserve.v1.moe_service_pb2 import SharedBlock as SharedBlock
+from moeserve.v1.moe_service_pb2 import ForwardManyRequest as ForwardManyRequest
+from moeserve.v1.moe_service_pb2 import ForwardManyResponse as ForwardManyResponse
+from moeserve.v1.moe_service_pb2 import ForwardParts as ForwardParts
 from moeserve.v1.moe_service_pb2 import Error as Error
+from moeserve.v1.moe_service_pb2 import FieldViolation as FieldViolation
 from moeserve.v1.moe_service_pb2 import ListLayersRequest as ListLayersRequest
 from moeserve.v1.moe_service_pb2 import ListLayersResponse as ListLayersResponse
 from moeserve.v1.moe_service_pb2 import LayerInfo as LayerInfo

@@ -20,7 +20,7 @@ DROP_REASON_HOST_LOST: DropReason
 DROP_REASON_LATE: DropReason
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("request_id", "model", "layer_index", "layer_name", "hidden_states", "used_token", "topk_ids", "topk_weights", "return_routing", "token_ids", "capacity_factor", "noise", "seed")
+    __slots__ = ("request_id", "model", "layer_index", "layer_name", "hidden_states", "used_token", "topk_ids", "topk_weights", "return_routing", "token_ids", "capacity_factor", "noise", "seed", "shared")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LAYER_INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -34,6 +34,7 @@ class ForwardRequest(_message.Message):
     CAPACITY_FACTOR_FIELD_NUMBER: _ClassVar[int]
     NOISE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     layer_index: int
@@ -47,10 +48,11 @@ class ForwardRequest(_message.Message):
     capacity_factor: float
     noise: str
     seed: int
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., layer_index: _Optional[int] = ..., layer_name: _Optional[str] = ..., hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., used_token: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., return_routing: _Optional[bool] = ..., token_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., capacity_factor: _Optional[float] = ..., noise: _Optional[str] = ..., seed: _Optional[int] = ...) -> None: ...
+    shared: SharedBlock
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., layer_index: _Optional[int] = ..., layer_name: _Optional[str] = ..., hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., used_token: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., return_routing: _Optional[bool] = ..., token_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., capacity_factor: _Optional[float] = ..., noise: _Optional[str] = ..., seed: _Optional[int] = ..., shared: _Optional[_Union[SharedBlock, _Mapping]] = ...) -> None: ...
 
 class ForwardResponse(_message.Message):
-    __slots__ = ("request_id", "hidden_states", "requested", "processed", "dropped", "aux_loss", "z_loss", "dropped_tokens", "topk_ids", "topk_weights", "error", "slots", "drop_reasons", "model_revision")
+    __slots__ = ("request_id", "hidden_states", "requested", "processed", "dropped", "aux_loss", "z_loss", "dropped_tokens", "topk_ids", "topk_weights", "error", "slots", "drop_reasons", "model_revision", "is_shared")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_STATES_FIELD_NUMBER: _ClassVar[int]
     REQUESTED_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +67,7 @@ class ForwardResponse(_message.Message):
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     DROP_REASONS_FIELD_NUMBER: _ClassVar[int]
     MODEL_REVISION_FIELD_NUMBER: _ClassVar[int]
+    IS_SHARED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     hidden_states: _tensor_pb2.Tensor
     requested: _tensor_pb2.Tensor
@@ -79,17 +82,66 @@ class ForwardResponse(_message.Message):
     slots: _tensor_pb2.Tensor
     drop_reasons: _tensor_pb2.Tensor
     model_revision: int
-    def __init__(self, request_id: _Optional[str] = ..., hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., requested: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., processed: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., dropped: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., aux_loss: _Optional[float] = ..., z_loss: _Optional[float] = ..., dropped_tokens: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., slots: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., drop_reasons: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., model_revision: _Optional[int] = ...) -> None: ...
+    is_shared: bool
+    def __init__(self, request_id: _Optional[str] = ..., hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., requested: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., processed: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., dropped: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., aux_loss: _Optional[float] = ..., z_loss: _Optional[float] = ..., dropped_tokens: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., slots: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., drop_reasons: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., model_revision: _Optional[int] = ..., is_shared: _Optional[bool] = ...) -> None: ...
+
+class OpenMemoryRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class OpenMemoryResponse(_message.Message):
+    __slots__ = ("socket",)
+    SOCKET_FIELD_NUMBER: _ClassVar[int]
+    socket: bytes
+    def __init__(self, socket: _Optional[bytes] = ...) -> None: ...
+
+class SharedBlock(_message.Message):
+    __slots__ = ("memory", "offset", "reply_offset")
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    REPLY_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    memory: bytes
+    offset: int
+    reply_offset: int
+    def __init__(self, memory: _Optional[bytes] = ..., offset: _Optional[int] = ..., reply_offset: _Optional[int] = ...) -> None: ...
+
+class ForwardManyRequest(_message.Message):
+    __slots__ = ("requests",)
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    requests: _containers.RepeatedCompositeFieldContainer[ForwardRequest]
+    def __init__(self, requests: _Optional[_Iterable[_Union[ForwardRequest, _Mapping]]] = ...) -> None: ...
+
+class ForwardManyResponse(_message.Message):
+    __slots__ = ("responses",)
+    RESPONSES_FIELD_NUMBER: _ClassVar[int]
+    responses: _containers.RepeatedCompositeFieldContainer[ForwardResponse]
+    def __init__(self, responses: _Optional[_Iterable[_Union[ForwardResponse, _Mapping]]] = ...) -> None: ...
+
+class ForwardParts(_message.Message):
+    __slots__ = ("parts",)
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    parts: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, parts: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Error(_message.Message):
-    __slots__ = ("code", "message", "retry_after_ms")
+    __slots__ = ("code", "message", "retry_after_ms", "violations")
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
+    VIOLATIONS_FIELD_NUMBER: _ClassVar[int]
     code: int
     message: str
     retry_after_ms: int
-    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
+    violations: _containers.RepeatedCompositeFieldContainer[FieldViolation]
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ..., violations: _Optional[_Iterable[_Union[FieldViolation, _Mapping]]] = ...) -> None: ...
+
+class FieldViolation(_message.Message):
+    __slots__ = ("field", "description")
+    FIELD_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    field: str
+    description: str
+    def __init__(self, field: _Optional[str] = ..., description: _Optional[str] = ...) -> None: ...
 
 class ListLayersRequest(_message.Message):
     __slots__ = ()

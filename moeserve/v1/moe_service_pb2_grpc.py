@@ -46,6 +46,16 @@ class MoEServiceStub:
                 request_serializer=moeserve_dot_v1_dot_moe__service__pb2.ForwardRequest.SerializeToString,
                 response_deserializer=moeserve_dot_v1_dot_moe__service__pb2.ForwardResponse.FromString,
                 _registered_method=True)
+        self.ForwardMany = channel.unary_unary(
+                '/moeserve.v1.MoEService/ForwardMany',
+                request_serializer=moeserve_dot_v1_dot_moe__service__pb2.ForwardManyRequest.SerializeToString,
+                response_deserializer=moeserve_dot_v1_dot_moe__service__pb2.ForwardManyResponse.FromString,
+                _registered_method=True)
+        self.OpenMemory = channel.unary_unary(
+                '/moeserve.v1.MoEService/OpenMemory',
+                request_serializer=moeserve_dot_v1_dot_moe__service__pb2.OpenMemoryRequest.SerializeToString,
+                response_deserializer=moeserve_dot_v1_dot_moe__service__pb2.OpenMemoryResponse.FromString,
+                _registered_method=True)
         self.ListLayers = channel.unary_unary(
                 '/moeserve.v1.MoEService/ListLayers',
                 request_serializer=moeserve_dot_v1_dot_moe__service__pb2.ListLayersRequest.SerializeToString,
@@ -78,6 +88,21 @@ class MoEServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ForwardMany(self, request, context):
+        """Small requests that start together, in one message: one call costs far less than one for each. They share the deadline of the call, and
+        their answers, each an output or an error, leave together, in the order of the requests.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def OpenMemory(self, request, context):
+        """For callers on this machine that belong to the user of the service: large tensors need not pass through the connection.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListLayers(self, request, context):
         """The served MoE layers, in model order.
         """
@@ -104,6 +129,16 @@ def add_MoEServiceServicer_to_server(servicer, server):
                     servicer.ForwardStream,
                     request_deserializer=moeserve_dot_v1_dot_moe__service__pb2.ForwardRequest.FromString,
                     response_serializer=moeserve_dot_v1_dot_moe__service__pb2.ForwardResponse.SerializeToString,
+            ),
+            'ForwardMany': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForwardMany,
+                    request_deserializer=moeserve_dot_v1_dot_moe__service__pb2.ForwardManyRequest.FromString,
+                    response_serializer=moeserve_dot_v1_dot_moe__service__pb2.ForwardManyResponse.SerializeToString,
+            ),
+            'OpenMemory': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenMemory,
+                    request_deserializer=moeserve_dot_v1_dot_moe__service__pb2.OpenMemoryRequest.FromString,
+                    response_serializer=moeserve_dot_v1_dot_moe__service__pb2.OpenMemoryResponse.SerializeToString,
             ),
             'ListLayers': grpc.unary_unary_rpc_method_handler(
                     servicer.ListLayers,
@@ -172,6 +207,60 @@ class MoEService:
             '/moeserve.v1.MoEService/ForwardStream',
             moeserve_dot_v1_dot_moe__service__pb2.ForwardRequest.SerializeToString,
             moeserve_dot_v1_dot_moe__service__pb2.ForwardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForwardMany(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moeserve.v1.MoEService/ForwardMany',
+            moeserve_dot_v1_dot_moe__service__pb2.ForwardManyRequest.SerializeToString,
+            moeserve_dot_v1_dot_moe__service__pb2.ForwardManyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moeserve.v1.MoEService/OpenMemory',
+            moeserve_dot_v1_dot_moe__service__pb2.OpenMemoryRequest.SerializeToString,
+            moeserve_dot_v1_dot_moe__service__pb2.OpenMemoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

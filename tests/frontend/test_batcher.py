@@ -263,3 +263,17 @@ async def test_an_unexpected_error_answers_everybody_and_the_next_batch_runs(cap
         await batches.submit(request(1), FAR)
     fail = False
     assert await batches.submit(request(1), FAR) == 1
+
+
+async def test_requests_that_are_held_join_one_batch() -> None:
+    runs = Runs()
+    batches, _ = batcher(runs)
+    batches.hold()
+    answers = [batches.submit(request(tokens), FAR) for tokens in (1, 2, 3)]
+    await settle()
+    assert runs.sizes == []
+    batches.release()
+    await settle()
+    assert runs.sizes == [[1, 2, 3]]
+    runs.gates[0].set()
+    assert await asyncio.gather(*answers) == [1, 2, 3]

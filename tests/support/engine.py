@@ -6,7 +6,8 @@ T tokens, H hidden size, E experts, K choices per token.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -51,6 +52,8 @@ class FakeEngine:
         self.callers: list[str] = []
         #: how many were cancelled while they waited
         self.cancelled = 0
+        #: how many requests reached it together, each time
+        self.together_sizes: list[int] = []
         self._experts = [experts for _, experts in layers]
         self._stamped = stamped
 
@@ -64,6 +67,12 @@ class FakeEngine:
         if self.errors:
             raise self.errors.pop(0)
         return self.answer(layer, request)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        before = len(self.requests)
+        yield
+        self.together_sizes.append(len(self.requests) - before)
 
     def refusal(self, caller: str, deadline: float | None) -> Overloaded | None:
         self.callers.append(caller)

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeserve.errors import ConfigError, Overloaded
-from moeserve.transport.memory import Arena, Block, Limits, create_shared, give_back_pools, map_shared
-from moeserve.transport.wire import MalformedMessage
+from moeserve.memory import Arena, Block, UnsafeMemory, create_shared, give_back_pools, map_shared
+from moeserve.transport.memory import Limits
 
 KIB = 1024
 
@@ -80,14 +80,14 @@ def test_shared_memory_must_be_sealed_and_of_the_announced_size() -> None:
     fd, _ = create_shared(64 * KIB)
     with pytest.raises(OSError):
         os.ftruncate(fd, 0)
-    with pytest.raises(MalformedMessage):
+    with pytest.raises(UnsafeMemory):
         map_shared(fd, 128 * KIB)
     unsealed = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
     os.ftruncate(unsealed, 64 * KIB)
-    with pytest.raises(MalformedMessage):
+    with pytest.raises(UnsafeMemory):
         map_shared(unsealed, 64 * KIB)
     read, write = os.pipe()
-    with pytest.raises(MalformedMessage):
+    with pytest.raises(UnsafeMemory):
         map_shared(read, mmap.PAGESIZE)
     for open_fd in (fd, unsealed, read, write):
         os.close(open_fd)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from moeserve.errors import Cancelled
+from moeserve.memory import create_shared
 from moeserve.transport import ChannelClosed, Limits, WorkShape, listen
-from moeserve.transport.memory import create_shared
 from moeserve.transport.wire import VERSION, Kind, WorkHeader, kind_of, pack_note, pack_work, unpack_note
 
 from .rig import Rig, random_message

@@ -18,6 +18,7 @@ from moeserve.observe.page.document import load_document
 from moeserve.observe.page.exposition import expose
 from moeserve.observe.page.http_request import Request
 from moeserve.observe.page.http_server import HttpAnswer, HttpServer
+from moeserve.observe.page.others import OtherProcesses
 from moeserve.observe.records import columns
 from moeserve.observe.stats import HostStats, ServiceStats
 from moeserve.observe.summary import as_json
@@ -34,10 +35,20 @@ _GZIP_LEVEL: Final = 1
 
 
 class StatusPage:
-    """Listens from the moment it is made; `stats` is called from its thread. Raises OSError when it cannot listen."""
+    """Listens from the moment it is made; `stats` is called from its thread. Raises OSError when it cannot listen.
 
-    def __init__(self, host: str, port: int, registry: CollectorRegistry, stats: Callable[[], ServiceStats]) -> None:
-        self._registry = registry
+    `others`: processes whose counts /metrics shows, too.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        registry: CollectorRegistry,
+        stats: Callable[[], ServiceStats],
+        others: OtherProcesses | None = None,
+    ) -> None:
+        self._registry, self._others = registry, others
         self._stats = stats
         self._document = load_document()
         self._server = HttpServer(host, port, self._answer, _HEADERS)
@@ -65,7 +76,10 @@ class StatusPage:
         return HttpAnswer(HTTPStatus.NOT_FOUND, b"there are /, /metrics and /stats.json\n")
 
     def _scrape(self, request: Request) -> HttpAnswer:
-        exposition = expose(self._registry, request.headers.get("accept", ""), request.query.get("name[]", ()))
+        accept, names = request.headers.get("accept", ""), request.query.get("name[]", [])
+        exposition = expose(self._registry, accept, names)
+        if self._others is not None:
+            exposition = self._others.add_to(exposition, accept, names)
         if not gzip_accepted(request.headers.get("accept-encoding", "")):
             return HttpAnswer(HTTPStatus.OK, exposition.body, exposition.content_type)
         body = gzip.compress(exposition.body, _GZIP_LEVEL)

@@ -1,0 +1,103 @@
+"""One text of metrics for several processes that share a port: what each counts is added up."""
+
+from __future__ import annotations
+
+import http.client
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from typing import Final
+from urllib.parse import urlencode
+
+from prometheus_client.utils import floatToGoString
+
+from moeserve.observe.page.exposition import Exposition
+
+log = logging.getLogger(__name__)
+
+#: of the other process, on this machine
+_TIMEOUT_S: Final = 2.0
+_ADDED_KINDS: Final = ("counter", "histogram", "summary")
+#: gauges of what each process has; what the others say of hosts and placement, all of them know
+_ADDED_GAUGES: Final = ("moeserve_queue_tokens", "moeserve_queue_bytes", "moeserve_host_queue_tokens")
+
+#: name of a process -> host:port of its metrics
+Targets = Callable[[], Mapping[str, str]]
+#: name of a family -> its header, and its series with their values
+_Families = dict[str, tuple[list[str], dict[str, float]]]
+
+
+class OtherProcesses:
+    """Reads their metrics. A process that does not answer, or has ended, still counts as it did last."""
+
+    def __init__(self, targets: Targets) -> None:
+        self._targets = targets
+        #: by name and target: a process that is started again counts from 0
+        self._last: dict[tuple[str, str], dict[str, float]] = {}
+
+    def add_to(self, own: Exposition, accept: str, names: list[str]) -> Exposition:
+        """`own` with what the others count, asked in the same way."""
+        families = _parse(own.body)
+        for key in self._targets().items():
+            theirs = _parse(self._ask(key[1], accept, names))
+            for name, (header, series) in theirs.items():
+                ours = families.setdefault(name, (header, {}))[1]
+                if _is_added(name, header):
+                    self._last.setdefault(key, {}).update(series)
+                    ours.update({one: 0.0 for one in series if one not in ours})
+                else:
+                    ours.update({one: value for one, value in series.items() if one not in ours})
+        for name, (header, series) in families.items():
+            if _is_added(name, header):
+                for counted in self._last.values():
+                    for one in series.keys() & counted.keys():
+                        if not one.partition("{")[0].endswith("_created"):
+                            series[one] += counted[one]
+        end = b"# EOF\n" if own.body.endswith(b"# EOF\n") else b""
+        return Exposition(own.content_type, "".join(_lines(families)).encode() + end)
+
+    def _ask(self, target: str, accept: str, names: list[str]) -> bytes:
+        connection = http.client.HTTPConnection(target, timeout=_TIMEOUT_S)
+        with suppress(OSError, http.client.HTTPException):
+            connection.request("GET", "/metrics?" + urlencode([("name[]", name) for name in names]), headers={"Accept": accept})
+            answer = connection.getresponse()
+            body = answer.read()
+            connection.close()
+            if answer.status == http.client.OK:
+                return body
+        connection.close()
+        log.debug("no metrics from %s", target)
+        return b""
+
+
+def _is_added(name: str, header: list[str]) -> bool:
+    kind = next((line.split()[3] for line in header if line.startswith("# TYPE")), "")
+    return kind in _ADDED_KINDS or name in _ADDED_GAUGES
+
+
+def _parse(body: bytes) -> _Families:
+    families: _Families = {}
+    header: list[str] = []
+    series: dict[str, float] = {}
+    for line in body.decode().removesuffix("\n").split("\n"):
+        if line.startswith("# HELP"):
+            header, series = [line], {}
+            families[line.split()[2]] = header, series
+        elif line.startswith("#"):
+            header.append(line)
+        elif line:
+            name, _, value = line.rpartition(" ")
+            series[name] = float(value)
+    families.pop("", None)
+    return families
+
+
+def _lines(families: _Families) -> Iterator[str]:
+    for header, series in families.values():
+        yield from (f"{line}\n" for line in header if line != "# EOF")
+        yield from (f"{name} {_written(value)}\n" for name, value in series.items())
+
+
+def _written(value: float) -> str:
+    text: str = floatToGoString(value)  # type: ignore[no-untyped-call]
+    return text

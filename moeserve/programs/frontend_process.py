@@ -1,0 +1,84 @@
+"""One more frontend on the port of a service: `python -m moeserve.programs.frontend_process`, with a line of JSON on stdin.
+
+On stdout it says, in a line of JSON, that it is ready, or why it cannot be. After a line on stdin it drains. When stdin ends, so has the
+process that started it, and this one does at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moeserve.allocator import give_back_when_quiet, keep_large_blocks
+from moeserve.config import load_server
+from moeserve.errors import MoEServeError
+from moeserve.programs.frontend import FrontendProgram
+from moeserve.programs.grpc_orders import GrpcOrders
+from moeserve.server import Shared
+from moeserve.server.security import FrontendTokens
+from moeserve.transport import give_back_pools
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Until it is told to end."""
+    told = json.loads(sys.stdin.buffer.readline() or "null")
+    if told is None:
+        return
+    logging.basicConfig(level=told["log_level"], format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    torch.set_num_threads(1)  # idle threads would spin on the cores of the hosts
+    keep_large_blocks()
+    give_back_when_quiet(give_back_pools)
+    asyncio.run(_serve(told))
+
+
+async def _serve(told: Mapping[str, Any]) -> None:
+    drain = asyncio.Event()
+    threading.Thread(target=_listen, args=(asyncio.get_running_loop(), drain), name="stdin", daemon=True).start()
+    tokens = FrontendTokens(None if told["token_file"] is None else Path(told["token_file"]), frozenset({told["token"].encode()}))
+    orders = GrpcOrders(told["controller"], told["token"])
+    shared = Shared(told["controller"], tokens)
+    asked = asyncio.create_task(drain.wait())
+    try:
+        program = FrontendProgram(load_server(told["server"]), orders, name=told["name"], node=told["node"], shared=shared)
+        starting = asyncio.create_task(program.start())
+        started: set[asyncio.Future[Any]] = {starting, asked}
+        await asyncio.wait(started, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.wait({starting})
+            return
+        starting.result()
+    except MoEServeError as error:
+        _say(error=str(error))
+        return
+    _say()
+    ends: set[asyncio.Future[Any]] = {asked, program.broken}
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    if program.broken.done():
+        log.error("%s ends: %s", told["name"], program.broken.result())
+    await program.stop()
+
+
+def _listen(loop: asyncio.AbstractEventLoop, drain: asyncio.Event) -> None:
+    while sys.stdin.buffer.readline():
+        loop.call_soon_threadsafe(drain.set)
+    os._exit(1)
+
+
+def _say(**what: str) -> None:
+    print(json.dumps(what), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Calls of administrators and followers that reach a process without a controller: passed on, as they are, to the one that has it."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import grpc
+
+from moeserve.errors import ExpertUnavailable
+from moeserve.server.admin import ADMIN_SERVICE_NAME
+from moeserve.server.control import CONTROL_SERVICE_NAME
+from moeserve.server.rpc import Context, Handler, to_its_end
+from moeserve.server.security import FrontendTokens
+
+_SERVICES: Final = (f"/{ADMIN_SERVICE_NAME}/", f"/{CONTROL_SERVICE_NAME}/")
+#: every process answers it for itself
+_PING: Final = f"/{ADMIN_SERVICE_NAME}/Ping"
+#: the other process bounds what it says and hears
+_OPTIONS: Final = (
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The port of this process is also that of another, which listens at `controller`, host:port, for what only it can answer.
+
+    tokens: of the frontends that may follow it.
+    """
+
+    controller: str
+    tokens: FrontendTokens = field(default_factory=FrontendTokens)
+
+
+class Proxy(grpc.GenericRpcHandler):
+    """Handlers for the methods of AdminService and ControlService but Ping. Tokens are checked here, and by the other process again."""
+
+    def __init__(self, shared: Shared, draining: asyncio.Event) -> None:
+        self._target, self._draining = shared.controller, draining
+        self._channel: grpc.aio.Channel | None = None
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler | None:
+        """As gRPC wants it."""
+        method = handler_call_details.method
+        if method == _PING or not method.startswith(_SERVICES):
+            return None
+
+        async def pass_on(_messages: Any, context: Context) -> None:
+            await self._pass_on(method, context)
+
+        return grpc.stream_stream_rpc_method_handler(pass_on)
+
+    async def _pass_on(self, method: str, context: Context) -> None:
+        if self._channel is None:
+            self._channel = grpc.aio.insecure_channel(self._target, options=_OPTIONS)
+        metadata = [(key, value) for key, value in context.invocation_metadata() or () if key == "authorization"]
+        call: Any = self._channel.stream_stream(method)(timeout=context.time_remaining(), metadata=metadata)
+        asking = asyncio.create_task(_ask(call, context))
+        ending = asyncio.create_task(self._draining.wait())
+        ending.add_done_callback(lambda done: done.cancelled() or call.cancel())
+        try:
+            while (answer := await call.read()) is not grpc.aio.EOF:
+                await context.write(answer)
+            code, details, trailing = await call.code(), await call.details(), await call.trailing_metadata()
+        except grpc.aio.AioRpcError as error:
+            code, details, trailing = error.code(), error.details(), error.trailing_metadata()
+        except asyncio.CancelledError:
+            if not self._draining.is_set():
+                raise
+            raise ExpertUnavailable("this process is stopping") from None
+        finally:
+            asking.cancel()
+            ending.cancel()
+            call.cancel()
+        if code is not grpc.StatusCode.OK:
+            await context.abort(code, details or "", tuple(trailing or ()))
+
+
+async def _ask(call: Any, context: Context) -> None:
+    with suppress(grpc.aio.AioRpcError, grpc.aio.InternalError, asyncio.InvalidStateError):  # how it ended is found where answers are read
+        while (message := await asyncio.shield(to_its_end(context.read()))) is not grpc.aio.EOF:
+            await call.write(message)
+        await call.done_writing()

@@ -1,0 +1,73 @@
+"""Several servers on one port: who may join, and what reaches the one with the controller."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from moeserve import ConfigError
+from moeserve.config import ServerConfig
+from moeserve.observe.status import ServiceStatus
+from moeserve.server import GrpcServer, Shared
+from moeserve.v1 import admin_service_pb2 as pb
+from moeserve.v1 import admin_service_pb2_grpc as pb_grpc
+from tests.support.engine import echo_engine
+
+TOKEN = "of-the-administrator"
+
+
+class Refusing:
+    """A controller that knows no host."""
+
+    audit = None
+
+    def status(self) -> ServiceStatus:
+        raise ConfigError("nothing is served yet")
+
+    async def drain(self, host: str) -> None:
+        raise ConfigError(f"there is no host {host}")
+
+
+def server(config: ServerConfig, **more: object) -> GrpcServer:
+    return GrpcServer(config, lambda method, code, seconds: None, **more)
+
+
+@pytest.fixture
+async def port(tmp_path: Path) -> AsyncIterator[int]:
+    """Of a server without an administrator of its own, beside one that has it."""
+    (tmp_path / "token").write_text(TOKEN)
+    one = ServerConfig(port=0, processes=2, admin_token_file=tmp_path / "token")
+    controller = server(one.model_copy(update={"processes": 1}), admin=Refusing())
+    first = server(one, engine=echo_engine())
+    port = await first.start()
+    joining = one.model_copy(update={"port": port})
+    second = server(joining, engine=echo_engine(), shared=Shared(f"127.0.0.1:{await controller.start()}"))
+    assert await second.start() == port
+    await first.stop()  # from here on every connection reaches the other
+    yield port
+    await second.stop()
+    await controller.stop()
+
+
+async def test_a_second_service_is_refused(port: int) -> None:
+    with pytest.raises(ConfigError, match="Address already in use"):
+        await server(ServerConfig(port=port, processes=2), engine=echo_engine()).start()
+    with pytest.raises(ConfigError, match="Address already in use"):
+        await server(ServerConfig(port=port), engine=echo_engine()).start()
+
+
+async def test_what_only_the_controller_knows_is_asked_of_it(port: int) -> None:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = pb_grpc.AdminServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.DrainHost(pb.DrainHostRequest(host="host-7"), metadata=[("authorization", f"Bearer {TOKEN}")])
+        assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.FAILED_PRECONDITION, "there is no host host-7")
+        assert any(key == "grpc-status-details-bin" for key, _ in caught.value.trailing_metadata())
+        for metadata in ([], [("authorization", "Bearer wrong")]):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.DrainHost(pb.DrainHostRequest(host="host-7"), metadata=metadata)
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert (await stub.Ping(pb.PingRequest())).role == "frontend"
