@@ -73,7 +73,7 @@ class AsyncClient:
                 try:
                     return await self._answer(request, timeout, metadata, lent)
                 except BaseException as error:
-                    if not self._memory.settle(lent, error):
+                    if not self._memory.lost(lent, error):
                         raise
             return await self._answer(request, timeout, metadata)
 

@@ -97,7 +97,7 @@ class Client:
                 try:
                     return self._answer(request, timeout, metadata, lent)
                 except BaseException as error:
-                    if not self._memory.settle(lent, error):
+                    if not self._memory.lost(lent, error):
                         raise
             return self._answer(request, timeout, metadata)
 

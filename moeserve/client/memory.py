@@ -36,7 +36,7 @@ _SECONDS: Final = 5.0
 _SIZE: Final = struct.Struct("<Q")
 _ID_BYTES: Final = 16
 #: after these the service reads and writes nothing of the call any more
-_SETTLED: Final = (InvalidRequest, Overloaded, UnknownLayer)
+_REFUSALS: Final = (InvalidRequest, Overloaded, UnknownLayer)
 
 
 class Lent:
@@ -58,7 +58,7 @@ class Lent:
 
 
 class CallerMemory:
-    """Of one client. `ask` it whether to `open` memory first; `lend` it to a call, and `settle` what became of that."""
+    """Of one client. `ask` it whether to `open` memory first; `lend` it to a call, and tell it when the call is `lost`."""
 
     def __init__(self, target: str) -> None:
         self._target = target
@@ -106,13 +106,13 @@ class CallerMemory:
         except Overloaded:
             return None
 
-    def settle(self, lent: Lent, error: BaseException) -> bool:
+    def lost(self, lent: Lent, error: BaseException) -> bool:
         """The call has failed. Returns whether the service does not know the memory, so the call should be made without it.
 
         Where the service may still be at work on the call, the memory is not used again.
         """
         is_unknown = isinstance(error, InvalidRequest) and any(one.field == SHARED for one in error.violations)
-        if is_unknown or not isinstance(error, _SETTLED):
+        if is_unknown or not isinstance(error, _REFUSALS):
             with self._lock:
                 if self._opened is not None and self._opened.name == lent.shared.memory:
                     self._opened, self._try_at = None, time.monotonic() + (_PAUSE_S if is_unknown else 0)

@@ -23,7 +23,7 @@ from moeserve.config import load_server
 from moeserve.errors import MoEServeError
 from moeserve.programs.frontend import FrontendProgram
 from moeserve.programs.grpc_orders import GrpcOrders
-from moeserve.server import Shared
+from moeserve.server import SharedPort
 from moeserve.server.security import FrontendTokens
 from moeserve.transport import give_back_pools
 
@@ -47,7 +47,7 @@ async def _serve(told: Mapping[str, Any]) -> None:
     threading.Thread(target=_listen, args=(asyncio.get_running_loop(), drain), name="stdin", daemon=True).start()
     tokens = FrontendTokens(None if told["token_file"] is None else Path(told["token_file"]), frozenset({told["token"].encode()}))
     orders = GrpcOrders(told["controller"], told["token"])
-    shared = Shared(told["controller"], tokens)
+    shared = SharedPort(told["controller"], tokens)
     asked = asyncio.create_task(drain.wait())
     try:
         program = FrontendProgram(load_server(told["server"]), orders, name=told["name"], node=told["node"], shared=shared)

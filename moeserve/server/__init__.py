@@ -4,7 +4,7 @@ from moeserve.server.boundary import Observe
 from moeserve.server.control import Control
 from moeserve.server.engine import Engine
 from moeserve.server.grpc_server import GrpcServer
-from moeserve.server.proxy import Shared
+from moeserve.server.proxy import SharedPort
 from moeserve.server.security import check_exposure, controller_address, frontend_tokens
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "Engine",
     "GrpcServer",
     "Observe",
-    "Shared",
+    "SharedPort",
     "check_exposure",
     "controller_address",
     "frontend_tokens",

@@ -28,7 +28,7 @@ from moeserve.server.inference.service import InferenceService
 from moeserve.server.inference.shared_memory import SharedMemory
 from moeserve.server.intake import Intake
 from moeserve.server.otlp import exporting_to
-from moeserve.server.proxy import Proxy, Shared
+from moeserve.server.proxy import Proxy, SharedPort
 from moeserve.server.security import FrontendTokens, check_exposure, rotating_tokens
 from moeserve.server.service import SERVICE_NAME, MoEService
 from moeserve.server.transfers import Transfers
@@ -71,7 +71,7 @@ class GrpcServer:
         is_starting: bool = False,
         admin: Admin | None = None,
         control: Control | None = None,
-        shared: Shared | None = None,
+        shared: SharedPort | None = None,
     ) -> None:
         has_engine = is_starting or engine is not None
         if has_engine:
@@ -94,6 +94,7 @@ class GrpcServer:
         self.health_port = config.health_port
         self._intake = Intake(config.max_tokens_per_request, config.max_message_bytes)
         self._transfers.refuse_early = self._intake.refuse_early
+        self._service = MoEService(self._intake, observe, self._boundary.draining, self._transfers)
         services = self._services_of_layers(observe) if has_engine else {}
         if admin is not None and config.admin_token_file is not None:
             draining = self._boundary.draining
@@ -116,7 +117,6 @@ class GrpcServer:
     def _services_of_layers(self, observe: Observe) -> dict[str, grpc.GenericRpcHandler]:
         config, draining = self._config, self._boundary.draining
         shared_memory = SharedMemory(self._transfers.budget, config.max_message_bytes, is_on=config.shared_memory == "local")
-        self._service = MoEService(self._intake, observe, draining, self._transfers)
         inference = InferenceService(self._intake, self._transfers, shared_memory, draining, observe, self._why_not_serving)
         return {
             SERVICE_NAME: self._service.handlers(),

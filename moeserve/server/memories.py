@@ -92,9 +92,9 @@ class Memories:
                     _strangers.warning("a caller may not share memory: it belongs to another user, or %d do already", len(self._guests))
                     sock.close()
                 else:
-                    self._guests.add(_Guest(sock, self._welcome, self._forget))
+                    self._guests.add(_Guest(sock, self._let_in, self._forget))
 
-    def _welcome(self, memory: mmap.mmap) -> bytes:
+    def _let_in(self, memory: mmap.mmap) -> bytes:
         name = secrets.token_bytes(_ID_BYTES)
         self._known[name] = memory
         return name
@@ -107,10 +107,10 @@ class Memories:
 class _Guest:
     """One caller that shares memory, or is about to."""
 
-    def __init__(self, sock: socket.socket, welcome: Callable[[mmap.mmap], bytes], forget: Callable[[_Guest], None]) -> None:
+    def __init__(self, sock: socket.socket, let_in: Callable[[mmap.mmap], bytes], forget: Callable[[_Guest], None]) -> None:
         sock.setblocking(False)
         self.name = b""
-        self._sock, self._welcome, self._forget = sock, welcome, forget
+        self._sock, self._let_in, self._forget = sock, let_in, forget
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(sock.fileno(), self._on_readable)
         self._patience = self._loop.call_later(_GREETING_S, self.leave)
@@ -144,7 +144,7 @@ class _Guest:
             if not 0 < nbytes <= MAX_MEMORY_BYTES:
                 raise UnsafeMemory(f"memory of {nbytes} bytes; at most {MAX_MEMORY_BYTES} may be shared")
             memory = map_shared(fd, nbytes)
-            self.name = self._welcome(memory)
+            self.name = self._let_in(memory)
             self._sock.send(self.name)
         except (UnsafeMemory, OSError) as error:
             _strangers.warning("a caller may not share memory: %s", error)

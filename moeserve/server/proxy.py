@@ -27,7 +27,7 @@ _OPTIONS: Final = (
 
 
 @dataclass(frozen=True)
-class Shared:
+class SharedPort:
     """The port of this process is also that of another, which listens at `controller`, host:port, for what only it can answer.
 
     tokens: of the frontends that may follow it.
@@ -40,7 +40,7 @@ class Shared:
 class Proxy(grpc.GenericRpcHandler):
     """Handlers for the methods of AdminService and ControlService but Ping. Tokens are checked here, and by the other process again."""
 
-    def __init__(self, shared: Shared, draining: asyncio.Event) -> None:
+    def __init__(self, shared: SharedPort, draining: asyncio.Event) -> None:
         self._target, self._draining = shared.controller, draining
         self._channel: grpc.aio.Channel | None = None
 

@@ -88,7 +88,7 @@ async def test_tensors_survive(target: str, dtype: torch.dtype, num_tokens: int)
     [
         ("plain error", errors.UnknownLayer, "^not here$"),
         ("foreign code", errors.MoEServeError, "^oh no$"),
-        ("another service", errors.MoEServeError, r"does not offer this method \(Method not found!\): in a deployed service"),
+        ("another service", errors.NotOffered, r"does not offer this method \(Method not found!\): in a deployed service"),
         ("unavailable", errors.ServiceUnreachable, "is unavailable: closed$"),
         ("empty answer", errors.MoEServeError, "the server's answer cannot be read"),
     ],

@@ -11,7 +11,7 @@ import pytest
 from moeserve import ConfigError
 from moeserve.config import ServerConfig
 from moeserve.observe.status import ServiceStatus
-from moeserve.server import GrpcServer, Shared
+from moeserve.server import GrpcServer, SharedPort
 from moeserve.v1 import admin_service_pb2 as pb
 from moeserve.v1 import admin_service_pb2_grpc as pb_grpc
 from tests.support.engine import echo_engine
@@ -44,7 +44,7 @@ async def port(tmp_path: Path) -> AsyncIterator[int]:
     first = server(one, engine=echo_engine())
     port = await first.start()
     joining = one.model_copy(update={"port": port})
-    second = server(joining, engine=echo_engine(), shared=Shared(f"127.0.0.1:{await controller.start()}"))
+    second = server(joining, engine=echo_engine(), shared=SharedPort(f"127.0.0.1:{await controller.start()}"))
     assert await second.start() == port
     await first.stop()  # from here on every connection reaches the other
     yield port
