@@ -35,7 +35,13 @@ def encode_call(
 
 
 def encode_request(request: WireRequest) -> bytes:
-    """The bytes of a request. Raises InvalidRequest at once for values that no service accepts: no tensor, not float, an invalid layer."""
+    """The bytes of a request. Raises InvalidRequest as `require_sendable`."""
+    require_sendable(request)
+    return encode_forward_request(request)
+
+
+def require_sendable(request: WireRequest) -> None:
+    """Raises InvalidRequest at once for values that no service accepts: no tensor, not float, an invalid layer."""
     for name in REQUEST_TENSORS:
         value = getattr(request, name)
         if not isinstance(value, torch.Tensor) and (value is not None or name == "hidden_states"):
@@ -46,7 +52,6 @@ def encode_request(request: WireRequest) -> bytes:
         )
     if not isinstance(request.layer, int | str):
         raise InvalidRequest(f"layer must be a position or a name, got {type(request.layer).__name__}", "layer")
-    return encode_forward_request(request)
 
 
 class SentRequest:

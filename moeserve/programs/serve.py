@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
+from moeserve.addresses import port_of
 from moeserve.cluster.cluster import Cluster
 from moeserve.config import ServiceConfig
 from moeserve.control import Controller
+from moeserve.control.counted import Elsewhere
 from moeserve.errors import ExpertUnavailable, MoEServeError
 from moeserve.observe.stats import HostInfo
 from moeserve.programs.clusters import cluster_of
 from moeserve.programs.controller import ControllerProgram
 from moeserve.programs.frontend import FrontendProgram
 from moeserve.programs.in_process_orders import InProcessOrders
+from moeserve.programs.same_user import SameUserDoor
 from moeserve.server import Control, check_exposure, frontend_tokens
 
 log = logging.getLogger(__name__)
@@ -36,6 +41,7 @@ class Service:
         self._program: ControllerProgram | None = None
         self._frontend: FrontendProgram | None = None
         self._orders: InProcessOrders | None = None
+        self._door: SameUserDoor | None = None
         self._tasks: list[asyncio.Task[None]] = []
         #: why it cannot continue
         self.failure: MoEServeError | None = None
@@ -103,6 +109,8 @@ class Service:
         """Refuse new requests, finish the running ones (at most server.drain_timeout_s), then stop everything."""
         if self._program is not None:
             await self._program.abandon_changes()
+        if self._door is not None:
+            self._door.close()
         if self._frontend is not None:
             await self._frontend.stop()
         for task in self._tasks:
@@ -119,9 +127,10 @@ class Service:
     async def _start(self) -> None:
         config = self._config
         check_exposure(config.server)
-        tokens = frontend_tokens(config.controller)
+        own = secrets.token_urlsafe(32)
+        tokens = frontend_tokens(config.controller, own)
         program = self._program = ControllerProgram(config, self._cluster or cluster_of(config), self._progress)
-        await program.prepare(is_followed=bool(tokens))
+        await program.prepare(is_followed=tokens.file is not None)
         self._orders = InProcessOrders(program.frontends)
         frontend = self._frontend = FrontendProgram(
             config.server,
@@ -129,12 +138,15 @@ class Service:
             name="serve",
             node=program.cluster.here,
             admin=program.controller,
-            control=Control(program.frontends, tokens) if tokens else None,
+            control=Control(program.frontends, replace(tokens, is_private=tokens.file is None)),
             layers=program.layers,
             progress=log.info,
         )
         # The ports come before the weights: probes learn that the service is starting.
         await frontend.open()
+        program.frontends.on_counted = Elsewhere(frontend.metrics).take
+        self._door = SameUserDoor(own, program.cluster.here)
+        await self._door.open(port_of(frontend.target))
         await program.bring_up()
         await frontend.ready()
         await program.keep()

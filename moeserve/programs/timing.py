@@ -12,3 +12,6 @@ GONE_LOOK_S: Final = 2.0
 STOP_TIMEOUT_S: Final = 30.0
 #: for calls of administrators and followers to end, when a controller stops
 CONTROLLER_DRAIN_S: Final = 5.0
+#: a program's own frontend: for its controller to be reached, before that is an error, and for hosts to be, before its first call
+AWAY_S: Final = 5.0
+HOSTS_S: Final = 5.0
