@@ -140,7 +140,10 @@ class DrivenLoop:
             if self._driver is not self._thread:
                 time.sleep(_LINGER_S)
                 continue
-            self.loop.run_forever()
+            try:
+                self.loop.run_forever()
+            except BaseException:  # Ctrl-C in a thread that drove before, once more: whoever waits for that task gets it
+                self.is_interrupted = True
             with self._lock:
                 self._succeed()
                 seen = self._turns - 1  # whoever has asked for the loop will soon ask again

@@ -20,7 +20,7 @@ from moeserve.config import ServerConfig
 from moeserve.control import Orders
 from moeserve.control.follow import Report
 from moeserve.control.following import unreached
-from moeserve.errors import Cancelled, DeadlineExceeded
+from moeserve.errors import Cancelled, DeadlineExceeded, ExpertUnavailable, MoEServeError
 from moeserve.frontend import Frontend
 from moeserve.loops import DrivenLoop, Waiter
 from moeserve.observe.metrics import Metrics
@@ -69,6 +69,12 @@ class EmbeddedFrontend:
             return True
         return self._followed is not None and self._followed.broken.done()
 
+    def why_over(self) -> MoEServeError:
+        """What calls raise that it does not answer."""
+        if self._driven.is_interrupted or (self._followed is not None and self._followed.broken.done()):
+            return ExpertUnavailable("the frontend in this program had to begin anew; try again")
+        return Cancelled("this client was closed")
+
     @property
     def is_ready(self) -> bool:
         """Whether every expert can be reached."""
@@ -113,7 +119,7 @@ class EmbeddedFrontend:
         except RuntimeError:
             if not self._is_closed:
                 raise
-            raise Cancelled("this client was closed") from None
+            raise self.why_over() from None
         except KeyboardInterrupt:
             self._driven.loop.call_soon_threadsafe(call.give_up)
             raise
@@ -170,7 +176,7 @@ class _Call:
         """On the loop; `waiter` waits for the answer."""
         try:
             if self._frontend.is_over:
-                raise Cancelled("this client was closed")
+                raise self._frontend.why_over()
             self._answer = self._frontend.engine.submit(self._layer, self._request)
         except Exception as error:  # whoever waits gets it
             self._refusal = error.with_traceback(None)
@@ -191,7 +197,7 @@ class _Call:
         try:
             return self._answer.result()
         except asyncio.CancelledError:
-            raise Cancelled("this client was closed") from None
+            raise self._frontend.why_over() from None
 
 
 def _is_plain() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import copy
 import gc
 import subprocess
@@ -171,6 +172,29 @@ def test_calls_end_at_their_deadline_and_when_it_is_closed(tmp_path: Path) -> No
         with pytest.raises(MoEServeError, match="is closed"):
             client.forward(X)
         client.close()
+
+
+def test_ctrl_c_gives_a_call_up_and_the_next_one_works(tmp_path: Path) -> None:
+    with ServiceHarness({**CONFIG, "placement": {"num_hosts": 1}}, "shm", tmp_path) as service, ExitStack() as stack:
+        service.call(service.open_control())
+        client = stack.enter_context(near(service))
+        expected = client.forward(X).hidden_states
+        held = Held(service.hosts[0])
+
+        def interrupt() -> None:
+            assert held.begun.acquire(timeout=30)
+            _thread.interrupt_main()
+
+        for _ in range(3):
+            with ThreadPoolExecutor(1) as pool:
+                interrupting = pool.submit(interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    client.forward(X)
+                interrupting.result()
+            held.leave.release()
+        held.let_go()
+        assert torch.equal(client.forward(X).hidden_states, expected)
+        until(lambda: client.stats().queue_tokens == 0)
 
 
 def test_copies_have_frontends_of_their_own_and_garbage_leaves(tmp_path: Path) -> None:
