@@ -87,7 +87,10 @@ def test_answers_are_those_of_a_client(target: str, embedded: EmbeddedClient, ca
         assert ours == theirs and ours
         return
     for name, value in vars(theirs).items():
-        if isinstance(value, torch.Tensor):
+        if name == "hidden_states":
+            assert_close(ours.hidden_states, value, rounded_to=value.dtype)
+            ours.hidden_states[:] = 0
+        elif isinstance(value, torch.Tensor):
             assert getattr(ours, name).dtype == value.dtype and torch.equal(getattr(ours, name), value), name
             getattr(ours, name)[:] = 0  # it is the caller's own
         else:
@@ -115,10 +118,11 @@ def test_what_the_calling_thread_has_set_changes_no_answer(embedded: EmbeddedCli
     for name, setting in settings.items():
         with setting():
             answer = embedded.forward(X, return_routing=True)
-        assert torch.equal(answer.hidden_states, expected.hidden_states) and torch.equal(answer.topk_ids, expected.topk_ids), name
+        assert torch.equal(answer.topk_ids, expected.topk_ids), name
+        assert_close(answer.hidden_states, expected.hidden_states)
     torch.set_default_dtype(torch.float64)
     try:
-        assert torch.equal(embedded.forward(X).hidden_states, expected.hidden_states)
+        assert_close(embedded.forward(X).hidden_states, expected.hidden_states)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -127,7 +131,7 @@ def test_a_program_with_an_event_loop_may_wait_in_it(embedded: EmbeddedClient) -
     async def ask() -> torch.Tensor:
         return embedded.forward(X).hidden_states
 
-    assert torch.equal(asyncio.run(ask()), embedded.forward(X).hidden_states)
+    assert_close(asyncio.run(ask()), embedded.forward(X).hidden_states)
 
 
 def test_threads_share_it(embedded: EmbeddedClient) -> None:
@@ -162,6 +166,6 @@ def test_a_stream_of_requests(embedded: EmbeddedClient) -> None:
             if len(found) == 2:
                 answered.set()
     assert isinstance(found.pop("bad"), moeserve.UnknownLayer)
-    assert torch.equal(found.pop("good").hidden_states, embedded.forward(X, layer=1).hidden_states)
+    assert_close(found.pop("good").hidden_states, embedded.forward(X, layer=1).hidden_states)
     assert len(found) == 100 and all(answer.hidden_states.shape == (1, HIDDEN) for answer in found.values())
     assert next(iter(embedded.forward_stream(WireRequest(X[:1]) for _ in itertools.count()))).result.processed.sum() == 3
