@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from moeserve.gating import Routing, route
     from moeserve.layer import MoELayer
     from moeserve.programs.background import BackgroundService, serve
+    from moeserve.programs.embedded_client import EmbeddedClient
 
 #: public name -> module; loaded on first use, so a client never pays for the engine
 _HOME = {
@@ -36,6 +37,7 @@ _HOME = {
     "BackgroundService": "moeserve.programs.background",
     "Client": "moeserve.client",
     "AsyncClient": "moeserve.client",
+    "EmbeddedClient": "moeserve.programs.embedded_client",
     "connect_experts": "moeserve.engines.hf",
     "load_model": "moeserve.engines.hf_loader",
     "GatingConfig": "moeserve.config",
@@ -72,6 +74,7 @@ __all__ = [
     "Client",
     "ConfigError",
     "DeadlineExceeded",
+    "EmbeddedClient",
     "ExpertUnavailable",
     "ForwardOutput",
     "GatingConfig",

@@ -67,6 +67,11 @@ def join(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def port_of(target: str) -> int:
+    """The port of host:port, as `join` makes it."""
+    return int(target.rpartition(":")[2])
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine can call it."""
     if host.rstrip(".").lower() == "localhost":

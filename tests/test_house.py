@@ -24,6 +24,7 @@ PUBLIC_NAMES = {
     "Client",
     "ConfigError",
     "DeadlineExceeded",
+    "EmbeddedClient",
     "ExpertUnavailable",
     "ForwardOutput",
     "GatingConfig",

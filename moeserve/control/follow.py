@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from moeserve.config import FrontendConfig
+from moeserve.control.counted import counted_message, read_counted
 from moeserve.control.record import (
     hosts_messages,
     read_balancing,
@@ -22,6 +23,7 @@ from moeserve.control.record import (
     require_times,
 )
 from moeserve.observe.balancing import Balancing
+from moeserve.observe.counted import Counted
 from moeserve.observe.stats import HostInfo
 from moeserve.release import Release
 from moeserve.transport import KeyPair
@@ -42,7 +44,8 @@ class Report:
     new batches use `epoch`, running ones `oldest_epoch` or later (0 = it serves nothing yet); it is ready for the candidate of
     `tried_epoch`, or not: `refusal` says why. is_leaving = it ends for good, and does not come back with its key; is_ready = it accepts
     requests, and every expert can be reached; requested = what callers have asked of the experts since it started, as `packed_counts`;
-    call_times = how long calls took, as `CallTimes` counts them; () = as yet nothing is known.
+    call_times = how long calls took, as `CallTimes` counts them, () = as yet nothing is known; counted = all that it has counted, where it
+    has no page of its own.
     """
 
     name: str
@@ -58,10 +61,12 @@ class Report:
     is_ready: bool = False
     requested: tuple[bytes, ...] = ()
     call_times: tuple[int, ...] = ()
+    counted: Counted | None = None
 
     def to_message(self) -> pb.FrontendReport:
         """For `from_message`."""
-        return pb.FrontendReport(**{**vars(self), "refusal": self.refusal[:_MAX_SENTENCE_CHARS]})
+        counted = None if self.counted is None else counted_message(self.counted)
+        return pb.FrontendReport(**{**vars(self), "refusal": self.refusal[:_MAX_SENTENCE_CHARS], "counted": counted})
 
     @classmethod
     def from_message(cls, message: pb.FrontendReport) -> Report:
@@ -74,7 +79,9 @@ class Report:
         require_counts(message.requested, "requested")
         require_times(message.call_times, "call_times")
         said = {name: getattr(message, name) for name in cls.__dataclass_fields__}
-        return cls(**{**said, "requested": tuple(message.requested), "call_times": tuple(message.call_times)})
+        counted = read_counted(message.counted) if message.HasField("counted") else None
+        lists = {"requested": tuple(message.requested), "call_times": tuple(message.call_times)}
+        return cls(**{**said, **lists, "counted": counted})
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,6 @@ from moeserve.control.record import packed_counts
 from moeserve.errors import ConfigError, MoEServeError
 from moeserve.frontend import Frontend, FrontendSettings, HostAccess
 from moeserve.loops import Notifier, in_thread
-from moeserve.observe.call_times import CallTimes
-from moeserve.observe.expert_counts import ExpertCounts
 from moeserve.observe.metrics import Metrics
 from moeserve.release import Release
 from moeserve.transport import KeyPair
@@ -160,7 +158,7 @@ class Follower:
         self._frontend.set_missing(self._order.missing_hosts)
         self._stage.enter(self._frontend, metrics, self._config.observability.otlp_endpoint)
         self._do("start", self._frontend.start(self.report.node))
-        self._do("demand", self._tell_of_demand(metrics.experts, metrics.call_times))
+        self._do("demand", self._tell_of_demand(metrics))
         self.say(epoch=release.epoch, oldest_epoch=release.epoch)
 
     def _sources(self, release: Release) -> list[LayerSource]:
@@ -189,10 +187,16 @@ class Follower:
         await frontend.drained()
         self.say(oldest_epoch=frontend.oldest_epoch)
 
-    async def _tell_of_demand(self, counts: ExpertCounts, times: CallTimes) -> None:
+    async def _tell_of_demand(self, metrics: Metrics) -> None:
         while True:
-            self.say(requested=packed_counts(pairs.numpy() for pairs in counts.requested()), call_times=times.counts())
+            self.tell_of_demand(metrics)
             await asyncio.sleep(timing.DEMAND_S)
+
+    def tell_of_demand(self, metrics: Metrics) -> None:
+        """Says what callers have asked for, and all else that was counted, unless it can be read elsewhere."""
+        counted = None if self.report.metrics_target else metrics.counted()
+        requested = packed_counts(pairs.numpy() for pairs in metrics.experts.requested())
+        self.say(requested=requested, call_times=metrics.call_times.counts(), counted=counted)
 
     async def _refresh(self) -> None:
         if self._frontend is not None:

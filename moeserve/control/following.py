@@ -25,6 +25,8 @@ class Following:
         self._orders, self._follower = orders, follower
         self._leaving = asyncio.Event()
         self._is_heard = False
+        #: why the latest attempt has failed; None = none has since it was heard
+        self.failure: MoEServeError | None = None
 
     def leave(self) -> None:
         """Ends the stream, and tells the controller that the frontend leaves for good."""
@@ -45,6 +47,7 @@ class Following:
             except CannotFollow:
                 raise
             except MoEServeError as error:
+                self.failure = error.with_traceback(None)
                 if not (was_heard or self._is_heard):
                     _require_patience(error, deadline)
                 elif self._is_heard and not self._leaving.is_set():
@@ -60,7 +63,7 @@ class Following:
             telling = asyncio.create_task(self._tell(stream))
             try:
                 await self._hear(stream, timing.FIRST_ORDER_S)
-                self._is_heard = True
+                self._is_heard, self.failure = True, None
                 log.info("following the controller")
                 while True:
                     await self._hear(stream, None)
@@ -92,4 +95,9 @@ def _require_patience(error: MoEServeError, deadline: float) -> None:
     if isinstance(error, Unauthenticated | PermissionDenied):
         raise error
     if time.monotonic() > deadline:
-        raise ServiceUnreachable(f"no controller was reached: {error}")
+        raise unreached(error)
+
+
+def unreached(error: MoEServeError) -> ServiceUnreachable:
+    """What to say after the last attempt, which has failed with `error`."""
+    return ServiceUnreachable(f"no controller was reached: {error}")

@@ -16,6 +16,7 @@ from moeserve.control.follow import Order, Report, Setup, followed_config
 from moeserve.errors import ConfigError
 from moeserve.loops import Notifier
 from moeserve.observe.balancing import Balancing
+from moeserve.observe.counted import Counted
 from moeserve.observe.stats import HostInfo
 from moeserve.release import Release
 from moeserve.transport import KeyPair
@@ -65,6 +66,8 @@ class Frontends:
         self._busy_told_at = -math.inf
         #: keys of frontends whose stream broke, and until when they stay valid
         self._absent = dict.fromkeys(keys, time.monotonic() + timing.KEEP_KEY_S)
+        #: takes what frontends say that they have counted, by their keys
+        self.on_counted: Callable[[str, Counted], None] = lambda key, counted: None
         self._heard, self._changed = Notifier(), Notifier()
         self._admitting = asyncio.Lock()
 
@@ -103,6 +106,8 @@ class Frontends:
 
     def hear(self, member: FollowingFrontend, report: Report) -> None:
         """Takes a report of a member."""
+        if report.counted is not None:
+            self.on_counted(member.public_key, report.counted)
         member.report = report
         self._heard.notify()
 

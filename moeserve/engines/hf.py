@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,21 +28,25 @@ from moeserve.observe.stats import LayerInfo
 if TYPE_CHECKING:  # this module is imported while transformers is, which is too early for its models
     from transformers import PreTrainedModel
 
+    from moeserve.programs.embedded_client import EmbeddedClient
+
+AnyClient: TypeAlias = "Client | EmbeddedClient"
+
 #: name of the experts implementation in transformers
 IMPLEMENTATION: Final = "moeserve"
 
 # Beside the modules, not on them: a copied or saved model must not drag a connection along.
-_connected: Final[WeakKeyDictionary[nn.Module, tuple[Client, int]]] = WeakKeyDictionary()
+_connected: Final[WeakKeyDictionary[nn.Module, tuple[AnyClient, int]]] = WeakKeyDictionary()
 
 
-def connect_experts(model: PreTrainedModel, target: str | Client) -> Client:
+def connect_experts(model: PreTrainedModel, target: str | AnyClient, *, embedded: bool = False) -> AnyClient:
     """Sends the tokens of every experts module of `model` to the layer of the service that holds these experts.
 
     Modules and served layers are matched by name ("model.layers.1.mlp.experts" and "model.layers.1.mlp"); when no name
-    matches, by order. Returns the client, for the caller to close. Raises ConfigError when the model was loaded without
-    experts_implementation="moeserve", or the served layers are not its layers.
+    matches, by order. embedded: `target` is a controller, which an `EmbeddedClient` follows. Returns the client, for the caller to close.
+    Raises ConfigError when the model was loaded without experts_implementation="moeserve", or the served layers are not its layers.
     """
-    client = target if isinstance(target, Client) else Client(target)
+    client = client_of(target, embedded)
     modules = experts_of(model) if _is_remote(model) else {}
     if not modules:
         raise ConfigError('the model has no remote experts: load it with from_pretrained(..., experts_implementation="moeserve")')
@@ -59,6 +63,17 @@ def connect_experts(model: PreTrainedModel, target: str | Client) -> Client:
         if not _is_dispatched(module):
             module.forward = partial(_CALLS[_arguments(module)], module)
     return client
+
+
+def client_of(target: Any, embedded: bool) -> AnyClient:
+    """A client that was made already, or one of the service at `target`. Raises ConfigError for a target that cannot be one."""
+    if hasattr(target, "forward"):
+        return target  # type: ignore[no-any-return]  # anything else is refused where it is parsed
+    if not embedded:
+        return Client(target)
+    from moeserve.programs.embedded_client import EmbeddedClient  # noqa: PLC0415 - the engine, which other callers do not need
+
+    return EmbeddedClient(target)
 
 
 def experts_of(model: nn.Module) -> dict[str, Any]:
@@ -101,7 +116,7 @@ class _Remote(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, client: Client, layer: int
+        ctx: Any, hidden_states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, client: AnyClient, layer: int
     ) -> torch.Tensor:
         choices = ids.shape[-1]
         output = client.forward(

@@ -10,20 +10,22 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from moeserve.addresses import parse_target
-from moeserve.client.client import Client
-from moeserve.engines.hf import IMPLEMENTATION, connect_experts, experts_of
+from moeserve.engines.hf import IMPLEMENTATION, AnyClient, connect_experts, experts_of
 from moeserve.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 
-def load_model(path: str | Path, target: str | Client, auto_class: Any = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
+def load_model(
+    path: str | Path, target: str | AnyClient, auto_class: Any = AutoModelForCausalLM, *, embedded: bool = False, **options: Any
+) -> PreTrainedModel:
     """The model of a checkpoint folder with its experts in the service at `target`: ready to generate, and without their weights.
 
-    auto_class: which head, as in transformers; options: as for its `from_pretrained` (dtype, …). The experts keep their shapes as
-    tensors without data, so the model cannot be saved or trained. Raises ConfigError when it has no experts, or the service has others.
+    auto_class: which head, as in transformers; embedded: as for `connect_experts`; options: as for its `from_pretrained` (dtype, …). The
+    experts keep their shapes as tensors without data, so the model cannot be saved or trained. Raises ConfigError when it has no experts,
+    or the service has others.
     """
-    if not isinstance(target, Client):
+    if isinstance(target, str):
         parse_target(target)  # an invalid target is refused before weights are read
     config = AutoConfig.from_pretrained(path)
     try:
@@ -33,7 +35,7 @@ def load_model(path: str | Path, target: str | Client, auto_class: Any = AutoMod
     model: PreTrainedModel = _without_experts(original).from_pretrained(path, experts_implementation=IMPLEMENTATION, **options)
     model.__class__ = original
     try:
-        connect_experts(model, target)
+        connect_experts(model, target, embedded=embedded)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     log.info("%s: %d bytes of weights here, the experts at %s", path, sum(each.nbytes for each in model.parameters()), target)

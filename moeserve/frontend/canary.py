@@ -51,7 +51,7 @@ class Canary:
         numbers, rows = torch.arange(count), _rows(count, spec.hidden_size)
         kept = torch.ones(count, 1, dtype=torch.bool)
         part = Part(slice(0, count), rows, view, Planned(numbers[:, None], kept.float(), kept, Dispatch([], numbers), None))
-        work = HostWork(host, numbers, numbers, numbers.int(), torch.ones(count))
+        work = HostWork(host, numbers, numbers, numbers.int(), torch.ones(count, dtype=torch.float32))
         partial = await self._exchange.ask(part, work, channel, timeout_s)
         if not is_finite(partial):
             raise ExpertUnavailable(f"it answers layer {view.head.spec.name} with sums that are not finite")
@@ -132,4 +132,4 @@ def _largest(sums: torch.Tensor) -> torch.Tensor:
 
 def _rows(count: int, hidden_size: int) -> torch.Tensor:
     """[count, H] float32, always the same."""
-    return torch.randn(count, hidden_size, generator=torch.Generator().manual_seed(0))
+    return torch.randn(count, hidden_size, generator=torch.Generator().manual_seed(0), dtype=torch.float32)

@@ -185,15 +185,19 @@ class Frontend:
 
     async def forward(self, layer: int, request: LayerRequest) -> ForwardOutput:
         """One validated request. Raises Overloaded, ExpertUnavailable, DeadlineExceeded; cancelling the task gives it up."""
-        deadline = time.monotonic() + self._timeout_s if request.deadline is None else request.deadline
-        if deadline <= time.monotonic():
+        # Not kept in a variable: an error would refer to this frame, and the frame to the error, with all tensors of the request.
+        return await self.submit(layer, request)
+
+    def submit(self, layer: int, request: LayerRequest) -> asyncio.Future[ForwardOutput]:
+        """As `forward`, without a task; the future fails at the deadline, and cancelling it gives the request up. Raises Overloaded."""
+        now = time.monotonic()
+        deadline = now + self._timeout_s if request.deadline is None else request.deadline
+        if deadline <= now:
             raise DeadlineExceeded("the deadline had passed when the request arrived")
-        try:
-            async with asyncio.timeout_at(deadline):
-                # Not kept in a variable: an error would refer to this frame, and the frame to the error, with all tensors of the request.
-                return await self._batchers[layer].submit(request, deadline)
-        except TimeoutError:
-            raise DeadlineExceeded(f"layer {self.layers[layer].name} did not answer before the deadline") from None
+        answer = self._batchers[layer].submit(request, deadline)
+        timer = answer.get_loop().call_at(deadline, _expire, answer, self.layers[layer].name)
+        answer.add_done_callback(lambda _: timer.cancel())
+        return answer
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -270,6 +274,11 @@ class Frontend:
                 self._on_health(index, healthy)
         for forward in self._forwards:
             forward.hosts_changed()
+
+
+def _expire(answer: asyncio.Future[ForwardOutput], layer: str) -> None:
+    if not answer.done():
+        answer.set_exception(DeadlineExceeded(f"layer {layer} did not answer before the deadline"))
 
 
 def _host_stats(number: int, link: HostLink, queue_tokens: int, busy: float | None) -> HostStats:

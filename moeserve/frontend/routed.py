@@ -68,7 +68,7 @@ class Part:
 
     def so_far(self) -> torch.Tensor:
         """[P, H] float32: the sum of all answers that were added."""
-        return torch.zeros(self.hidden_states.shape) if self.total is None else self.total
+        return torch.zeros(self.hidden_states.shape, dtype=torch.float32) if self.total is None else self.total
 
     def _sum(self, answers: Sequence[Answer]) -> torch.Tensor:
         return combine([(answer.rows, answer.partial) for answer in answers], *self.hidden_states.shape)

@@ -34,9 +34,10 @@ class Mixer:
     def __call__(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """[T, H] -> what multiplies the gate's weights, [T] float32 or None for 1, and the weight of the shared expert, [T] float32."""
         if self.mixing == "average":
-            return torch.full((len(hidden_states),), 0.5), torch.full((len(hidden_states),), 0.5)
+            half = torch.full((len(hidden_states),), 0.5, dtype=torch.float32)
+            return half, half
         if self.weight is None:
-            return None, torch.ones(len(hidden_states))
+            return None, torch.ones(len(hidden_states), dtype=torch.float32)
         logits = self._logits(hidden_states.float())
         if self.mixing == "sigmoid":
             return None, (INVARIANT if self.is_invariant else FAST).sigmoid(logits).squeeze(1)

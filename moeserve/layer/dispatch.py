@@ -206,7 +206,7 @@ def combine(answers: Sequence[tuple[torch.Tensor, torch.Tensor]], num_tokens: in
     """
     if len(answers) == 1 and len(answers[0][0]) == num_tokens:
         return answers[0][1].clone()
-    total = torch.zeros(num_tokens, hidden_size)
+    total = torch.zeros(num_tokens, hidden_size, dtype=torch.float32)
     for rows, partial in answers:
         total.index_add_(0, rows, partial)
     return total

@@ -109,7 +109,7 @@ class LayerHead:
             total = total + hidden_states.float() * (planned.topk_weights * is_identity).sum(dim=1, keepdim=True)
         alone = planned.dispatch.alone
         if planned.shared is not None and len(alone):
-            answer = torch.empty(len(alone), self.spec.hidden_size)
+            answer = torch.empty(len(alone), self.spec.hidden_size, dtype=torch.float32)
             rows, local_experts = torch.arange(len(alone)), torch.zeros(len(alone), dtype=torch.int32)
             self._shared_expert.run(permute(hidden_states, alone), rows, local_experts, planned.shared.weights[alone], out=answer)
             total = total.index_add(0, alone, answer)

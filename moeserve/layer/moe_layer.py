@@ -154,7 +154,7 @@ class MoELayer:
         choices = routing.topk_ids, routing.topk_weights, routing.kept
         planned = self.head.plan(*choices, hidden_states, used_token, self._placement, is_routed=request.is_routed)
         for work in planned.works:
-            partial = torch.empty(len(work.rows), self.spec.hidden_size)
+            partial = torch.empty(len(work.rows), self.spec.hidden_size, dtype=torch.float32)
             self.bank.run(permute(hidden_states, work.rows), work.row_index, work.local_experts, work.weights, out=partial)
             answers.append((work.rows, partial))
         total = self.head.finish(combine(answers, request.num_tokens, self.spec.hidden_size), hidden_states, planned)

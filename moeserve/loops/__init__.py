@@ -2,7 +2,8 @@
 
 from moeserve.loops.all_or_none import all_or_none
 from moeserve.loops.daemon import in_thread, in_threads
+from moeserve.loops.driven_loop import DrivenLoop, Waiter
 from moeserve.loops.loop_thread import LoopThread
 from moeserve.loops.notifier import Notifier
 
-__all__ = ["LoopThread", "Notifier", "all_or_none", "in_thread", "in_threads"]
+__all__ = ["DrivenLoop", "LoopThread", "Notifier", "Waiter", "all_or_none", "in_thread", "in_threads"]

@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from moeserve.config import LayerSpec
+from moeserve.observe.counted import COMPUTED, LayerCounted
 from moeserve.observe.summary import balancedness
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,8 @@ class ExpertCounts(Collector):
         self.processed = [torch.zeros(spec.num_experts, dtype=torch.int64) for spec in specs]
         #: by reason, per layer
         self.dropped_by_reason = [{"capacity": torch.zeros(spec.num_experts, dtype=torch.int64)} for spec in specs]
+        #: [E] per layer: pairs that callers of other frontends asked for, who are counted here, too
+        self._elsewhere = [torch.zeros(spec.num_experts, dtype=torch.int64) for spec in specs]
         #: [E] per layer: copies on reachable hosts
         self.live_copies = [torch.zeros(spec.num_experts, dtype=torch.int64) for spec in specs]
 
@@ -90,13 +93,27 @@ class ExpertCounts(Collector):
             known = self.dropped_by_reason[layer]
             known[reason] = known[reason] + pairs if reason in known else pairs.clone()
 
+    def counted(self) -> tuple[LayerCounted, ...]:
+        """All counts of this frontend, for `add_elsewhere`."""
+        return tuple(
+            LayerCounted(tokens, {reason: pairs.numpy().tobytes() for reason, pairs in ({COMPUTED: processed} | dropped).items()})
+            for tokens, processed, dropped in zip(self.tokens, self.processed, self.dropped_by_reason, strict=True)
+        )
+
+    def add_elsewhere(self, layers: Sequence[LayerCounted]) -> None:
+        """Counts of a frontend elsewhere of the same layers, which are no demand of this one."""
+        for layer, counted in enumerate(layers):
+            dropped = counted.by_reason()
+            self._elsewhere[layer] = self._elsewhere[layer] + sum(dropped.values())
+            self.add(layer, counted.tokens, dropped.pop(COMPUTED), dropped)
+
     def dropped(self, layer: int) -> torch.Tensor:
         """[E] int64: (token, expert) pairs not computed, for whatever reason."""
         return torch.stack(list(self.dropped_by_reason[layer].values())).sum(dim=0)
 
     def requested(self) -> list[torch.Tensor]:
-        """For each layer [E] int64, of the experts that live on hosts: (token, expert) pairs that callers asked for."""
-        both = (processed + self.dropped(layer) for layer, processed in enumerate(self.processed))
+        """For each layer [E] int64, of the experts that live on hosts: (token, expert) pairs that callers asked this frontend for."""
+        both = (processed + self.dropped(layer) - self._elsewhere[layer] for layer, processed in enumerate(self.processed))
         return [pairs[:hosted] for pairs, hosted in zip(both, self._hosted, strict=True)]
 
     def collect(self) -> Iterable[Metric]:

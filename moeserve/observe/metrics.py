@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -15,6 +16,8 @@ from moeserve.config import LayerSpec
 from moeserve.observe.balancing import BalancingMetrics
 from moeserve.observe.busy import BusyMetrics
 from moeserve.observe.call_times import CallTimes
+from moeserve.observe.counted import Counted, add_series, series_of
+from moeserve.observe.counted import Metric as Told
 from moeserve.observe.expert_counts import ExpertCounts, ExpertDetail
 from moeserve.observe.stats import CONDITIONS, CallCount, Condition, Durations, Event
 
@@ -128,6 +131,7 @@ class Metrics:
         self.request_duration = self._histogram("moeserve_request_duration_seconds", "Duration of a call", _SECONDS, "method")
         self.stage_duration = self._histogram("moeserve_stage_duration_seconds", "Duration of a stage of a batch", _SECONDS, "stage")
         # Bound once: looking a label up costs more than observing it.
+        self._calls: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
         self._stages = {stage: self.stage_duration.labels(stage) for stage in get_args(Stage)}
         self.batch_tokens = self._histogram("moeserve_batch_tokens", "Tokens run together", _TOKENS)
         self.queue_tokens = self._gauge("moeserve_queue_tokens", "Tokens admitted and not yet answered")
@@ -150,17 +154,40 @@ class Metrics:
         self.messages = self._counter("moeserve_messages", "Messages sent to hosts by the frontend", "pattern")
         self.aux_loss = self._gauge("moeserve_aux_loss", "Load-balancing loss of the latest request", "layer")
 
+    @cached_property
+    def _told(self) -> dict[str, Told]:
+        """Of other frontends, by name: what else metrics say, each frontend says itself, or the hosts do."""
+        counted = self.requests, self.request_duration, self.stage_duration, self.batch_tokens, self.expert_retries
+        return {one._name: one for one in (*counted, self.non_finite_outputs, self.hedges, self.partial_answers, self.messages)}
+
     def observe_call(self, method: str, code: str, seconds: float) -> None:
         """One gRPC call was answered."""
-        self.requests.labels(method, code).inc()
-        self.request_duration.labels(method).observe(seconds)
+        requests, durations = self._calls.get((method, code)) or self._bind(method, code)
+        requests.inc()
+        durations.observe(seconds)
         self.call_times.observe(method, code, seconds)
         if code not in {"OK", "CANCELLED"}:  # a caller that cancels is no failure
             self.events.add("call_failed", f"{method} {code}")
 
+    def _bind(self, method: str, code: str) -> tuple[Counter, Histogram]:
+        bound = self._calls[method, code] = self.requests.labels(method, code), self.request_duration.labels(method)
+        return bound
+
     def observe_stage(self, stage: Stage, seconds: float) -> None:
         """One stage of one batch took `seconds`."""
         self._stages[stage].observe(seconds)
+
+    def counted(self) -> Counted:
+        """All that this frontend has counted, for `add`."""
+        series = [one for name, metric in self._told.items() for one in series_of(name, metric)]
+        return Counted(dict(series), self.experts.counted())
+
+    def add(self, counted: Counted) -> None:
+        """Counts of another frontend, which tells of its demand itself; those of metrics that are not known here are left out."""
+        for (name, *labels), values in counted.series.items():
+            if (metric := self._told.get(name)) is not None:
+                add_series(metric, labels, values)
+        self.experts.add_elsewhere(counted.layers)
 
     def forget_host(self, host: str) -> None:
         """No series of a host that has left for good."""

@@ -15,6 +15,7 @@ from moeserve.cluster.ray_program import end_this_process
 from moeserve.config import ServedModel, ServiceConfig
 from moeserve.programs.controller import ControllerProgram
 from moeserve.programs.frontend_actors import FrontendActors
+from moeserve.programs.same_user import SameUserDoor
 from moeserve.programs.timing import CONTROLLER_DRAIN_S
 from moeserve.server import Control, GrpcServer, controller_address, frontend_tokens
 
@@ -43,6 +44,7 @@ class DeployedController:
         self._program = ControllerProgram(config, cluster, tell)
         self._server: GrpcServer | None = None
         self._actors: FrontendActors | None = None
+        self._door: SameUserDoor | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._target = ""
         self._is_ending = False
@@ -65,6 +67,8 @@ class DeployedController:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._actors is not None:
             await self._actors.stop()
+        if self._door is not None:
+            self._door.close()
         if self._server is not None:
             await self._server.drain(CONTROLLER_DRAIN_S)
         await self._program.stop()
@@ -95,6 +99,8 @@ class DeployedController:
         self._server = GrpcServer(address, _ignore, admin=program.controller, control=control)
         port = await self._server.start()
         program.remember(control_port=port)
+        self._door = SameUserDoor(program.saved.frontend_token, program.cluster.here)
+        await self._door.open(port)
         self._target = join(called(where.control_host), port)
         return FrontendActors(self._config, port, program.saved.frontend_token, self._tell)
 

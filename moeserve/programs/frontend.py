@@ -6,20 +6,20 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import Callable, Coroutine
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Final
 
 from moeserve.addresses import called, join
 from moeserve.checkpoints import ServedLayers
 from moeserve.config import ServerConfig
-from moeserve.control import Follower, Following, Orders, timing
+from moeserve.control import Orders
 from moeserve.control.follow import Report
-from moeserve.errors import ConfigError, MoEServeError
+from moeserve.errors import ConfigError
 from moeserve.frontend import Frontend
-from moeserve.loops import Notifier
 from moeserve.observe.metrics import Metrics
 from moeserve.observe.page import OtherProcesses, StatusPage
-from moeserve.server import GrpcServer, Shared
+from moeserve.programs.followed import Followed
+from moeserve.server import GrpcServer, SharedPort
 from moeserve.server.admin import Admin
 from moeserve.server.control import Control
 
@@ -48,24 +48,18 @@ class FrontendProgram:
         admin: Admin | None = None,
         control: Control | None = None,
         layers: ServedLayers | None = None,
-        shared: Shared | None = None,
+        shared: SharedPort | None = None,
         others: OtherProcesses | None = None,
         progress: Callable[[str], None] = log.info,
     ) -> None:
         self._server, self._progress = server, progress
         self._controller, self._host = orders.controller, called(server.host, orders.controller)
-        self._follower = Follower(server, Report(name or f"{socket.gethostname()}-{os.getpid()}", node=node), self, layers)
+        report = Report(name or f"{socket.gethostname()}-{os.getpid()}", node=node)
+        self._followed = Followed(server, orders, report, self, layers)
         self._grpc = GrpcServer(server, self._observe, is_starting=True, admin=admin, control=control, shared=shared)
         self._is_joining, self._others = shared is not None, others
-        self._following = Following(orders, self._follower)
-        self._frontend: Frontend | None = None
-        self._metrics: Metrics | None = None
         self._page: StatusPage | None = None
-        self._healthy: list[bool] = []
-        self._known, self._ready = asyncio.Event(), asyncio.Event()
-        self._health = Notifier()
-        self._tasks: list[asyncio.Task[None]] = []
-        self.broken: asyncio.Future[MoEServeError] = asyncio.get_running_loop().create_future()
+        self.broken = self._followed.broken
         #: host:port of the gRPC service, and of the metrics endpoint
         self.target = ""
         self.metrics_target = ""
@@ -73,19 +67,18 @@ class FrontendProgram:
     @property
     def frontend(self) -> Frontend:
         """The engine that answers requests, once it is known what to serve."""
-        assert self._frontend is not None, "a frontend that has been opened"
-        return self._frontend
+        return self._followed.frontend
 
     @property
     def public_key(self) -> str:
         """Its key for hosts on other nodes, Z85; "" until a controller has given it keys."""
-        return self._follower.report.public_key
+        return self._followed.follower.report.public_key
 
     @property
     def metrics(self) -> Metrics:
         """The metrics of this frontend, once it is known what to serve."""
-        assert self._metrics is not None, "a frontend that has been opened"
-        return self._metrics
+        assert self._followed.metrics is not None, "a frontend that has been opened"
+        return self._followed.metrics
 
     async def start(self, timeout_s: float = 60.0) -> None:
         """`open`, and wait until it is `ready`; after a failure everything is stopped again. Raises what these raise."""
@@ -103,35 +96,26 @@ class FrontendProgram:
         refuses this frontend, ConfigError when this frontend cannot serve what it says.
         """
         self.target = join(self._host, self._server.port if self._is_joining else await self._grpc.start())
-        self._follower.say(target=self.target)
+        self._followed.follower.say(target=self.target)
         if self._controller is not None:
             self._progress(f"following {self._controller.text}")
-        work = (self._following.run(timeout_s), self._follower.run())
-        self._tasks = [asyncio.create_task(self._guarded(one)) for one in work]
-        await self._until(self._known)
+        await self._followed.open(timeout_s)
 
     async def ready(self) -> None:
         """Returns when every expert can be reached. Raises ConfigError when this frontend cannot serve what the controller says."""
-        await self._until(self._ready)
+        await self._followed.ready()
         if self._is_joining:
             await self._grpc.start()
 
     async def ailing(self) -> None:
         """Returns when some expert cannot be reached."""
-        await self._health.until(lambda: not all(self._healthy))
+        await self._followed.ailing()
 
     async def stop(self) -> None:
         """Refuse new requests, finish the running ones (at most server.drain_timeout_s), leave the controller, then stop everything."""
-        self._healthy.clear()
-        self._follower.say(is_ready=False)
+        self._followed.decline()
         await self._grpc.drain(self._server.drain_timeout_s)
-        self._following.leave()
-        if self._tasks:
-            await asyncio.wait(self._tasks[:1], timeout=timing.GOODBYE_S)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._follower.close()
+        await self._followed.close()
         if self._page is not None:
             await asyncio.to_thread(self._page.stop)
 
@@ -149,44 +133,15 @@ class FrontendProgram:
         except OSError as error:
             raise ConfigError(f"server.metrics_port: {join(host, port)} cannot listen: {error.strerror}") from None
         self.metrics_target = join(_PRIVATE if self._is_joining else self._host, self._page.port)
-        self._follower.say(metrics_target=self.metrics_target)
-        self._frontend, self._metrics, self._healthy = frontend, metrics, [False] * len(frontend.layers)
+        self._followed.follower.say(metrics_target=self.metrics_target)
         metrics.queue_bytes.set_function(lambda: self._grpc.queue_bytes)
         self._grpc.serve(frontend)
         self._progress(f"serving {len(frontend.layers)} layers of {frontend.model}")
-        self._known.set()
 
     def health_changed(self, layer: int, healthy: bool) -> None:
         """As `Frontend` tells it."""
         self._grpc.set_serving(layer, healthy)
-        if not self._healthy:
-            return  # it is stopping
-        self._healthy[layer] = healthy
-        self._follower.say(is_ready=all(self._healthy))
-        self._health.notify()
-        if all(self._healthy):
-            self._ready.set()
 
     def _observe(self, method: str, code: str, seconds: float) -> None:
-        if self._metrics is not None:
-            self._metrics.observe_call(method, code, seconds)
-
-    async def _until(self, event: asyncio.Event) -> None:
-        """Waits for `work`; raises the error that breaks this frontend meanwhile."""
-        happening = asyncio.create_task(event.wait())
-        ends: set[asyncio.Future[Any]] = {happening, self.broken}
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        happening.cancel()
-        if self.broken.done() and not event.is_set():
-            raise self.broken.result()
-
-    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
-        try:
-            await work
-        except MoEServeError as error:
-            if not self.broken.done():
-                self.broken.set_result(error)
-        except Exception as error:
-            log.exception("this frontend failed")
-            if not self.broken.done():
-                self.broken.set_result(MoEServeError(f"this frontend failed: {type(error).__name__}: {error}"))
+        if (metrics := self._followed.metrics) is not None:
+            metrics.observe_call(method, code, seconds)

@@ -14,7 +14,7 @@ from moeserve.control.follow import Order, Report
 class GrpcOrders:
     """Orders of the controller at "host:port". `token` is a token, or a function called at each attempt. Raises ConfigError."""
 
-    def __init__(self, controller: str, token: str | Callable[[], str], tls: TLS | None = None) -> None:
+    def __init__(self, controller: str, token: str | Callable[[], str], tls: TLS | bool | None = None) -> None:
         self.controller = parse_target(controller, "controller")
         self._client = ControlClient(controller, token, tls)
 

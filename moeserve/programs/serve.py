@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from moeserve.addresses import parse_target
+from moeserve.addresses import port_of
 from moeserve.cluster.cluster import Cluster
 from moeserve.config import ServiceConfig
 from moeserve.control import Controller
+from moeserve.control.counted import Elsewhere
 from moeserve.errors import ExpertUnavailable, MoEServeError
 from moeserve.loops import all_or_none
 from moeserve.observe.page import OtherProcesses
@@ -21,6 +24,7 @@ from moeserve.programs.controller import ControllerProgram
 from moeserve.programs.frontend import FrontendProgram
 from moeserve.programs.in_process_orders import InProcessOrders
 from moeserve.programs.more_frontends import MoreFrontends, metrics_targets
+from moeserve.programs.same_user import SameUserDoor
 from moeserve.server import Control, check_exposure, frontend_tokens
 
 log = logging.getLogger(__name__)
@@ -42,6 +46,7 @@ class Service:
         self._frontend: FrontendProgram | None = None
         self._orders: InProcessOrders | None = None
         self._more: MoreFrontends | None = None
+        self._door: SameUserDoor | None = None
         self._tasks: list[asyncio.Task[None]] = []
         #: why it cannot continue
         self.failure: MoEServeError | None = None
@@ -109,6 +114,8 @@ class Service:
         """Refuse new requests, finish the running ones (at most server.drain_timeout_s), then stop everything."""
         if self._program is not None:
             await self._program.abandon_changes()
+        if self._door is not None:
+            self._door.close()
         await asyncio.gather(*(one.stop() for one in (self._more, self._frontend) if one is not None))
         for task in self._tasks:
             task.cancel()
@@ -126,10 +133,11 @@ class Service:
     async def _start(self) -> None:
         config = self._config
         check_exposure(config.server)
-        tokens = frontend_tokens(config.controller)
+        own = secrets.token_urlsafe(32)
+        tokens = frontend_tokens(config.controller, own)
         program = self._program = ControllerProgram(config, self._cluster or cluster_of(config), self._progress)
         shares_port = config.server.processes > 1
-        await program.prepare(is_followed=bool(tokens) or shares_port)
+        await program.prepare(is_followed=tokens.file is not None or shares_port)
         self._orders = InProcessOrders(program.frontends)
         frontend = self._frontend = FrontendProgram(
             config.server,
@@ -137,16 +145,20 @@ class Service:
             name="serve",
             node=program.cluster.here,
             admin=program.controller,
-            control=Control(program.frontends, tokens) if tokens else None,
+            control=Control(program.frontends, replace(tokens, is_private=tokens.file is None)),
             layers=program.layers,
             others=OtherProcesses(partial(metrics_targets, program.frontends)) if shares_port else None,
             progress=log.info,
         )
         # The ports come before the weights: probes learn that the service is starting.
         await frontend.open()
+        program.frontends.on_counted = Elsewhere(frontend.metrics).take
+        port = port_of(frontend.target)
+        self._door = SameUserDoor(own, program.cluster.here)
+        await self._door.open(port)
         starting = [program.bring_up(), frontend.ready()]
         if shares_port:
-            self._more = MoreFrontends(config, program, parse_target(frontend.target).hosts[0][1])
+            self._more = MoreFrontends(config, program, port)
             self._progress(f"starting {config.server.processes - 1} more processes on the port of {frontend.target}")
             starting.append(self._more.start())
         await all_or_none(starting)

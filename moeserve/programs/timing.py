@@ -17,3 +17,6 @@ PROCESS_RESTART_S: Final = 0.2
 PROCESS_SLOWEST_RESTART_S: Final = 10.0
 #: beyond server.drain_timeout_s, for a frontend process to end
 PROCESS_END_S: Final = 5.0
+#: a program's own frontend: for its controller to be reached, before that is an error, and for hosts to be, before its first call
+AWAY_S: Final = 5.0
+HOSTS_S: Final = 5.0

@@ -14,7 +14,7 @@ from typing import Any, Final, Never
 
 import grpc
 
-from moeserve.errors import ExpertUnavailable, MoEServeError, Overloaded, Unauthenticated
+from moeserve.errors import ExpertUnavailable, MoEServeError, Overloaded, PermissionDenied, Unauthenticated
 from moeserve.files import Rotating
 from moeserve.server.answering import answering, as_stream
 from moeserve.server.rpc import Behavior, Context, Handler
@@ -92,7 +92,12 @@ class Boundary(grpc.aio.ServerInterceptor):
 
     def _refusal(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> MoEServeError | None:
         which, allowed = self._let_in(method)
-        if allowed and not any(_carries(metadata, token) for token in allowed):
+        is_known = any(_carries(metadata, token) for token in allowed)
+        if which == "frontend" and not is_known and not self._tokens.current().lets_any_follow:
+            return PermissionDenied(
+                "this service does not accept frontends of other users or machines: controller.frontend_token_file is not set"
+            )
+        if allowed and not is_known:
             return Unauthenticated(f"the {which} token is missing or wrong; send it as metadata: authorization: Bearer TOKEN")
         if self.draining.is_set() and method not in _PROBES:
             return ExpertUnavailable("the service is draining and takes no new requests", RESTART_S)

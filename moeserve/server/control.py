@@ -75,9 +75,9 @@ class ControlService:
         """Reads reports. Returns whether the frontend said that it leaves; the stream may also just end."""
         while (message := await context.read()) is not grpc.aio.EOF:
             report = _report(message)
+            self._frontends.hear(member, report)
             if report.is_leaving:
                 return True
-            self._frontends.hear(member, report)
         return False
 
 

@@ -73,7 +73,7 @@ class Intake:
         if trace is not None:
             trace.layer, trace.tokens = spec.name, request.num_tokens
             trace.mark("decode")
-        output = await engine.forward(layer, request) if request.num_tokens else _empty_output(request, spec)
+        output = await engine.forward(layer, request) if request.num_tokens else empty_output(request, spec)
         if trace is not None:
             trace.mark("other")
         return output
@@ -85,7 +85,8 @@ def deadline_of(context: Context) -> float | None:
     return None if remaining_s is None else time.monotonic() + remaining_s
 
 
-def _empty_output(request: LayerRequest, spec: LayerSpec) -> ForwardOutput:
+def empty_output(request: LayerRequest, spec: LayerSpec) -> ForwardOutput:
+    """The answer to a batch without tokens."""
     counts = torch.zeros(spec.num_experts, dtype=torch.int64)
     top_k = spec.gating.choices_per_token(spec.num_experts) if request.topk_ids is None else request.topk_ids.shape[1]
     return ForwardOutput(
@@ -97,7 +98,7 @@ def _empty_output(request: LayerRequest, spec: LayerSpec) -> ForwardOutput:
         aux_loss=0.0,
         z_loss=0.0,
         topk_ids=torch.zeros(0, top_k, dtype=torch.int64) if request.return_routing else None,
-        topk_weights=torch.zeros(0, top_k) if request.return_routing else None,
+        topk_weights=torch.zeros(0, top_k, dtype=torch.float32) if request.return_routing else None,
         slots=torch.zeros(0, top_k, dtype=torch.int64) if request.return_routing else None,
         drop_reasons=torch.zeros(0, top_k, dtype=torch.int32) if request.return_routing else None,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -46,10 +46,14 @@ def controller_address(server: ServerConfig, controller: ControllerConfig) -> Se
 
 @dataclass(frozen=True)
 class FrontendTokens:
-    """The tokens of frontends: the one in `file`, if there is one, and `own`. False = there are none."""
+    """The tokens of frontends: the one in `file`, if there is one, and `own`. False = there are none.
+
+    is_private: `own` are given only to programs that need not be told of them.
+    """
 
     file: Path | None = None
     own: frozenset[bytes] = frozenset()
+    is_private: bool = False
 
     def __bool__(self) -> bool:
         return self.file is not None or bool(self.own)
@@ -69,16 +73,24 @@ def frontend_tokens(config: ControllerConfig, *own: str) -> FrontendTokens:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Bearer tokens of callers (None = not needed), of the administrator (None = no administrator) and of frontends."""
+    """Bearer tokens of callers (None = not needed), of the administrator (None = no administrator) and of frontends.
+
+    lets_any_follow: a frontend token was given out; else those of `frontends` are known to this service's own programs only.
+    """
 
     caller: bytes | None = None
     admin: bytes | None = None
     frontends: frozenset[bytes] = frozenset()
+    lets_any_follow: bool = True
 
 
 def rotating_tokens(config: ServerConfig, frontends: FrontendTokens) -> Rotating[Tokens]:
     """As `read_tokens`, and again whenever one of the files is replaced."""
-    return Rotating((config.auth_token_file, config.admin_token_file, frontends.file), lambda: read_tokens(config, frontends.read()))
+
+    def read() -> Tokens:
+        return replace(read_tokens(config, frontends.read()), lets_any_follow=not frontends.is_private)
+
+    return Rotating((config.auth_token_file, config.admin_token_file, frontends.file), read)
 
 
 def read_tokens(config: ServerConfig, frontends: frozenset[bytes] = frozenset()) -> Tokens:

@@ -13,7 +13,7 @@ from moeserve.transport.channel import Channel, ChannelClosed, HostSilent, Lease
 from moeserve.transport.keys import FrontendKeys, HostKeys, KeyPair
 from moeserve.transport.listener import Listener, Poller, Source
 from moeserve.transport.loads import Loads
-from moeserve.transport.local import LocalSource, connect_local
+from moeserve.transport.local import LocalSource, connect_local, is_in_this_process
 from moeserve.transport.memory import Limits
 from moeserve.transport.shm_channel import connect_unix
 from moeserve.transport.shm_source import ShmSource
@@ -81,8 +81,10 @@ def choose_endpoint(endpoints: Sequence[str], *, is_same_node: bool) -> str:
     over_tcp = [endpoint for endpoint in endpoints if endpoint.startswith("tcp://")]
     in_memory = [endpoint for endpoint in endpoints if endpoint not in over_tcp] if is_same_node else []
     for endpoint in (*in_memory, *over_tcp):
-        return endpoint
-    raise ChannelClosed(f"a host that listens only at {', '.join(endpoints)} cannot be reached from another node")
+        if not endpoint.startswith("local:") or is_in_this_process(endpoint):
+            return endpoint
+    where = "process" if is_same_node else "node"
+    raise ChannelClosed(f"a host that listens only at {', '.join(endpoints)} cannot be reached from another {where}")
 
 
 def listen(*endpoints: str, limits: Limits = _DEFAULT_LIMITS, keys: HostKeys | None = None) -> Listener:

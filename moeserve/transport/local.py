@@ -64,6 +64,11 @@ class LocalSource:
             self._peers.add(self._connecting.popleft())
 
 
+def is_in_this_process(endpoint: str) -> bool:
+    """Whether a host listens at `local:name` here."""
+    return endpoint in _sources
+
+
 async def connect_local(endpoint: str, limits: Limits, timeout_s: float, silent_after_s: float) -> ShmChannel:
     """A channel to the host at `local:name`. Raises ChannelClosed when nothing in this process listens there."""
     source = _sources.get(endpoint)

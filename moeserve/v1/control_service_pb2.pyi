@@ -36,7 +36,7 @@ DROP_REASON_HOST_LOST: _moe_service_pb2.DropReason
 DROP_REASON_LATE: _moe_service_pb2.DropReason
 
 class FrontendReport(_message.Message):
-    __slots__ = ("name", "target", "metrics_target", "node", "public_key", "epoch", "oldest_epoch", "tried_epoch", "refusal", "is_leaving", "is_ready", "requested", "call_times")
+    __slots__ = ("name", "target", "metrics_target", "node", "public_key", "epoch", "oldest_epoch", "tried_epoch", "refusal", "is_leaving", "is_ready", "requested", "call_times", "counted")
     NAME_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     METRICS_TARGET_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +50,7 @@ class FrontendReport(_message.Message):
     IS_READY_FIELD_NUMBER: _ClassVar[int]
     REQUESTED_FIELD_NUMBER: _ClassVar[int]
     CALL_TIMES_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_FIELD_NUMBER: _ClassVar[int]
     name: str
     target: str
     metrics_target: str
@@ -63,7 +64,39 @@ class FrontendReport(_message.Message):
     is_ready: bool
     requested: _containers.RepeatedScalarFieldContainer[bytes]
     call_times: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., target: _Optional[str] = ..., metrics_target: _Optional[str] = ..., node: _Optional[str] = ..., public_key: _Optional[str] = ..., epoch: _Optional[int] = ..., oldest_epoch: _Optional[int] = ..., tried_epoch: _Optional[int] = ..., refusal: _Optional[str] = ..., is_leaving: _Optional[bool] = ..., is_ready: _Optional[bool] = ..., requested: _Optional[_Iterable[bytes]] = ..., call_times: _Optional[_Iterable[int]] = ...) -> None: ...
+    counted: Counted
+    def __init__(self, name: _Optional[str] = ..., target: _Optional[str] = ..., metrics_target: _Optional[str] = ..., node: _Optional[str] = ..., public_key: _Optional[str] = ..., epoch: _Optional[int] = ..., oldest_epoch: _Optional[int] = ..., tried_epoch: _Optional[int] = ..., refusal: _Optional[str] = ..., is_leaving: _Optional[bool] = ..., is_ready: _Optional[bool] = ..., requested: _Optional[_Iterable[bytes]] = ..., call_times: _Optional[_Iterable[int]] = ..., counted: _Optional[_Union[Counted, _Mapping]] = ...) -> None: ...
+
+class Counted(_message.Message):
+    __slots__ = ("series", "layers")
+    SERIES_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    series: _containers.RepeatedCompositeFieldContainer[Series]
+    layers: _containers.RepeatedCompositeFieldContainer[LayerCounted]
+    def __init__(self, series: _Optional[_Iterable[_Union[Series, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[LayerCounted, _Mapping]]] = ...) -> None: ...
+
+class Series(_message.Message):
+    __slots__ = ("key", "values")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    key: _containers.RepeatedScalarFieldContainer[str]
+    values: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, key: _Optional[_Iterable[str]] = ..., values: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class LayerCounted(_message.Message):
+    __slots__ = ("tokens", "pairs")
+    class PairsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PAIRS_FIELD_NUMBER: _ClassVar[int]
+    tokens: int
+    pairs: _containers.ScalarMap[str, bytes]
+    def __init__(self, tokens: _Optional[int] = ..., pairs: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
 
 class FrontendOrder(_message.Message):
     __slots__ = ("setup", "current", "candidate", "hosts", "failing", "balancing", "busy", "missing_hosts")

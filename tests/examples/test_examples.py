@@ -41,6 +41,14 @@ def test_a_hugging_face_model(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert asked > 40 * 4 * 2
 
 
+def test_a_frontend_inside_a_program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["embedded.py"])
+    runpy.run_path(str(FOLDER / "embedded.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert printed.startswith("equal answers: True\n")
+    assert len(re.findall(r"^(?:gRPC|embedded): [\d.]+ ms for one token$", printed, re.MULTILINE)) == 2
+
+
 @pytest.mark.ray
 def test_an_expert_of_ones_own() -> None:
     """In a process of its own, as hosts look for modules where Ray was started."""

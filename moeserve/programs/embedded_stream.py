@@ -1,0 +1,67 @@
+"""Many requests side by side, for `EmbeddedClient.forward_stream`."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+from moeserve.api.output import ForwardOutput
+from moeserve.api.wire import WireRequest, WireResponse
+from moeserve.errors import MoEServeError
+
+#: as of one stream over gRPC; further requests are not taken before answers are
+_SIDE_BY_SIDE: Final = 64
+
+
+class AnswerStream:
+    """Answers as they come, errors among them; what `requests` raises is raised after the answers to what came before.
+
+    `requests` is consumed in another thread, so that it may wait for answers itself.
+    """
+
+    def __init__(self, forward: Callable[[WireRequest], ForwardOutput], requests: Iterable[WireRequest]) -> None:
+        self._forward, self._requests = forward, requests
+        self._answers: queue.SimpleQueue[WireResponse | None] = queue.SimpleQueue()
+        self._room = threading.Semaphore(_SIDE_BY_SIDE)
+        self._is_over = False
+        self._failure: BaseException | None = None
+
+    def __iter__(self) -> Iterator[WireResponse]:
+        reader = threading.Thread(target=self._read, name="moeserve-stream", daemon=True)
+        reader.start()
+        try:
+            while (answer := self._answers.get()) is not None:
+                self._room.release()
+                yield answer
+        finally:
+            self._is_over = True
+            self._room.release()
+        if self._failure is not None:
+            raise self._failure
+
+    def _read(self) -> None:
+        with ThreadPoolExecutor(_SIDE_BY_SIDE, "moeserve-stream") as pool:
+            try:
+                for request in self._requests:
+                    self._room.acquire()
+                    if self._is_over:
+                        break
+                    pool.submit(self._answer, request)
+            except BaseException as error:  # whoever reads the answers gets it
+                self._failure = error
+        self._answers.put(None)
+
+    def _answer(self, request: WireRequest) -> None:
+        result: ForwardOutput | MoEServeError
+        try:
+            result = self._forward(request)
+        except MoEServeError as error:
+            result = error.with_traceback(None)
+        except BaseException as error:
+            self._failure = error
+            self._answers.put(None)
+            return
+        self._answers.put(WireResponse(request.request_id, result))
