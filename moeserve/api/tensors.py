@@ -10,6 +10,7 @@ from math import isfinite, prod
 import torch
 
 from moeserve.errors import InvalidRequest
+from moeserve.kernels import all_finite
 
 assert sys.byteorder == "little", "moeserve sends raw little-endian tensors and runs on little-endian machines only"
 
@@ -38,6 +39,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no element is NaN or Inf: one pass, and no mask of the size of the tensor."""
+    known = all_finite(tensor)
+    if known is not None:
+        return known
     # The extremes are NaN if any element is.
     return not tensor.numel() or all(isfinite(extreme.item()) for extreme in torch.aminmax(tensor))
 

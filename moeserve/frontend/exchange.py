@@ -18,7 +18,7 @@ from moeserve.frontend.delivery import Delivery
 from moeserve.frontend.parcel import Parcel, Sent, Way
 from moeserve.frontend.patterns import DIRECT, PATTERNS, Message
 from moeserve.frontend.routed import Part
-from moeserve.layer.dispatch import HostWork, permute
+from moeserve.layer.dispatch import HostWork
 from moeserve.observe.metrics import Metrics
 from moeserve.transport import Channel, Lease, PassOn, WorkShape
 
@@ -88,10 +88,7 @@ class Exchange:
             channel, destinations = channels[message.host], message.destinations
             sizes = len(message.rows), self._spec.hidden_size, len(message.local_experts)
             lease = channel.lease(WorkShape(*sizes, part.hidden_states.dtype, len(destinations)))
-            permute(part.hidden_states, message.rows, out=lease.hidden_states)
-            lease.row_index.copy_(message.row_index)
-            lease.local_experts.copy_(message.local_experts)
-            lease.weights.copy_(message.weights)
+            lease.write(part.hidden_states, message.rows, message.row_index, message.local_experts, message.weights)
             if destinations:
                 lease.address(destinations)
             drafts.append(Draft(message, channel, lease))

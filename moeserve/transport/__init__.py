@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moeserve.errors import ConfigError
-from moeserve.transport.channel import Channel, ChannelClosed, HostSilent, Lease, Partial
+from moeserve.transport.channel import Channel, ChannelClosed, HostSilent, Lease, Partial, PartialFuture
 from moeserve.transport.keys import FrontendKeys, HostKeys, KeyPair
 from moeserve.transport.listener import Listener, Poller, Source
 from moeserve.transport.local import LocalSource, connect_local
@@ -34,6 +34,7 @@ __all__ = [
     "Listener",
     "Loads",
     "Partial",
+    "PartialFuture",
     "PassOn",
     "PeerLost",
     "Work",

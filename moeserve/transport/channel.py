@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moeserve.errors import ExpertUnavailable, InvalidRequest
+from moeserve.kernels import write_message
 from moeserve.transport.memory import Arena, Block, Limits
 from moeserve.transport.silence import SilenceWatch
 from moeserve.transport.wire import (
@@ -27,6 +28,7 @@ from moeserve.transport.wire import (
     Memory,
     PacketLayout,
     PassOn,
+    Sections,
     WorkHeader,
     WorkShape,
     layout_of,
@@ -48,20 +50,38 @@ class HostSilent(ChannelClosed):
 
 
 class Lease:
-    """Memory for one message, to be filled in before `send`: views of the memory that the host reads, so filling is the only copy.
+    """Memory for one message, to be written before `send`: it is what the host reads, so writing is the only copy.
 
-    hidden_states [R, H] of the shape's dtype, row_index [N] int32 in 0..R-1, local_experts [N] int32 ascending, weights [N] float32.
-    A message to several hosts is also addressed. `send` takes the views away. A lease that is not sent gives its memory back when it
-    is dropped.
+    A message to several hosts is also addressed. A lease that is not sent gives its memory back when it is dropped.
     """
 
-    __slots__ = ("block", "hidden_states", "layout", "local_experts", "row_index", "shape", "weights")
+    __slots__ = ("block", "layout", "shape")
 
     def __init__(self, shape: WorkShape, layout: PacketLayout, block: Block) -> None:
         self.shape = shape
         self.layout = layout
         self.block = block
-        self.hidden_states, self.row_index, self.local_experts, self.weights = sections(block.memory, shape, layout)
+
+    def write(
+        self, hidden_states: torch.Tensor, rows: torch.Tensor, row_index: torch.Tensor, local_experts: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        """The `rows` [R] int64 of hidden_states [T, H] in the shape's dtype, and their pairs.
+
+        row_index [N] int32 in 0..R-1, local_experts [N] int32 ascending, weights [N] float32.
+        """
+        pairs, at = (row_index, local_experts, weights), self.layout
+        to = tuple(self.block.address + offset for offset in (0, at.row_index, at.local_experts, at.weights))
+        if write_message(hidden_states, rows, pairs, to):
+            return
+        views = self.views
+        torch.index_select(hidden_states, 0, rows, out=views.hidden_states)
+        for view, values in zip(views[1:], pairs, strict=True):
+            view.copy_(values)
+
+    @property
+    def views(self) -> Sections:
+        """Of the memory that the host reads; to be dropped before `send`."""
+        return sections(self.block.memory, self.shape, self.layout)
 
     def address(self, destinations: Sequence[Destination]) -> None:
         """Sets the destinations, as many as the shape has: the first one is the host at the other end of the channel."""
@@ -71,7 +91,7 @@ class Lease:
     def take(self) -> Block:
         """Empties the lease, so that nothing can write to memory that the host reads."""
         block = self.block
-        del self.block, self.hidden_states, self.row_index, self.local_experts, self.weights
+        del self.block
         return block
 
 
@@ -94,6 +114,28 @@ class PartialFuture(asyncio.Future[Partial]):
         super().__init__(loop=loop)
         self._work_id = work_id
         self._on_cancel = on_cancel
+        self._when_answered: Callable[[], None] | None = None
+
+    def when_answered(self, callback: Callable[[], None]) -> None:
+        """`callback` is called in the turn of the event loop in which the answer or an error comes, not in the next; never if cancelled."""
+        if self.done():
+            self.get_loop().call_soon(callback)
+        else:
+            self._when_answered = callback
+
+    def set_result(self, result: Partial) -> None:
+        """The host has answered."""
+        super().set_result(result)
+        self._tell()
+
+    def set_exception(self, exception: type[BaseException] | BaseException, /) -> None:
+        """It will not answer, or has answered with an error."""
+        super().set_exception(exception)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._when_answered is not None:
+            self._when_answered()
 
     def cancel(self, msg: object = None) -> bool:
         """Also cancels the work on the host, once."""
@@ -151,7 +193,7 @@ class Channel(ABC):
             )
         return Lease(shape, layout, self._arena.lend(self._block_bytes(layout)))
 
-    def send(self, lease: Lease, *, layer: int, epoch: int, timeout_s: float, pass_on: PassOn = PassOn.NOTHING) -> asyncio.Future[Partial]:
+    def send(self, lease: Lease, *, layer: int, epoch: int, timeout_s: float, pass_on: PassOn = PassOn.NOTHING) -> PartialFuture:
         """Sends a filled lease, which is not to be written to afterwards; never blocks.
 
         The future raises ChannelClosed as soon as the host is gone, HostSilent when it sends nothing any more, PeerLost when a host is
@@ -248,13 +290,14 @@ class Channel(ABC):
         future = sent.future
         if note.kind is Kind.ERROR:
             error = note.error()
+            del self._unanswered[note.value]
             if not future.done():
                 future.set_exception(error)
         else:
             tensor = self._partial(sent, body)
+            del self._unanswered[note.value]
             if not future.done():
                 future.set_result(Partial(tensor))
-        del self._unanswered[note.value]
 
     def _cancelled(self, work_id: int) -> None:
         if not self.closed.is_set():

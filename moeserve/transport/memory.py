@@ -17,6 +17,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from moeserve.errors import ConfigError, Overloaded
 from moeserve.transport.wire import MalformedMessage
 
@@ -43,10 +45,11 @@ class Limits:
 
 
 class Block(NamedTuple):
-    """Bytes `offset` to `offset + len(memory)` of an arena; they are lent until nothing refers to `memory` any more."""
+    """Bytes `offset` to `offset + len(memory)` of an arena, at `address`; they are lent until nothing refers to `memory` any more."""
 
     offset: int
     memory: memoryview
+    address: int
 
 
 class Arena:
@@ -60,6 +63,7 @@ class Arena:
         self._mapping = memory
         self._advice = advice
         self._memory = memoryview(memory)
+        self._address: int = np.frombuffer(memory, np.uint8).ctypes.data
         self._lock = threading.Lock()
         self._lent: dict[int, tuple[int, weakref.ref[memoryview]]] = {}
         # A block may die in any thread, even inside `lend` through the garbage collector: append is atomic and takes no lock.
@@ -88,7 +92,7 @@ class Arena:
             memory = self._memory[offset : offset + nbytes]
             returned = self._returned
             self._lent[offset] = order, weakref.ref(memory, lambda _: returned.append(offset))
-        return Block(offset, memory)
+        return Block(offset, memory, self._address + offset)
 
     def give_back(self) -> None:
         """Returns the pages of unlent memory to the kernel, until it is lent again."""
