@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from moeserve.api.output import ForwardOutput
 from moeserve.config import CopyChoice
@@ -27,6 +28,9 @@ from moeserve.log_limit import limited_logger
 from moeserve.observe.metrics import Metrics
 
 strangers = limited_logger(__name__)
+
+#: of the request at a position of its batch
+Output = tuple[int, Routing, ForwardOutput | NonFiniteOutput]
 
 
 class Forward:
@@ -70,9 +74,10 @@ class Forward:
         width, start, end = self.spec.hidden_size, 0, await batch.turn(0)
         routed = await self._compute(batch.num_tokens * width, self._route_and_plan, batch, view, end, self._loads(view))
         parts = list(routed.parts)
-        while await self._bring(routed, parts):
+        while await self._bring(routed, parts, is_last=end == batch.num_tokens):
             if end == batch.num_tokens:
-                await self._finish(routed, range(len(batch.members)))
+                if batch.unanswered:
+                    await self._finish(routed, range(len(batch.members)))
                 return
             batch.end_turn(start)
             start, end = end, await batch.turn(end)
@@ -102,7 +107,7 @@ class Forward:
         routed.parts += parts
         return parts
 
-    async def _bring(self, routed: RoutedBatch, parts: Sequence[Part]) -> bool:
+    async def _bring(self, routed: RoutedBatch, parts: Sequence[Part], *, is_last: bool) -> bool:
         """Parts to the hosts, and their answers back. False: another view is the present one."""
         delivery = Delivery(routed.batch.deadline)
         self._deliveries.add(delivery)
@@ -112,8 +117,10 @@ class Forward:
                 await self.exchange.send(delivery, part)
             sent = time.perf_counter()
             self._metrics.observe_stage("dispatch", sent - started)
+            if is_last and self._compute.is_small(self._num_elements(routed)):
+                delivery.when_whole = partial(self._finish_at_once, routed, delivery)
             # The hosts are at work: counts and losses, which nobody needs before the answer, cost nothing now.
-            await self._compute(routed.batch.num_tokens * self.spec.hidden_size, routed.requests)
+            await self._compute(self._num_elements(routed), routed.requests)
             is_whole = await self._deliver(routed, delivery)
             self._metrics.observe_stage("experts", time.perf_counter() - sent)
             return is_whole
@@ -139,9 +146,20 @@ class Forward:
     async def _add_up(self, routed: RoutedBatch, delivery: Delivery, answers: Mapping[Part, Sequence[Answer]]) -> None:
         """Sums that are not finite are left out, and are to be asked for again."""
         for part, of_part in answers.items():
-            bad = await self._compute(part.num_elements, part.add, of_part)
-            delivery.refuse(bad)
-            self._remedy.learn(routed.view, of_part, bad)
+            self._learn(routed, delivery, of_part, await self._compute(part.num_elements, part.add, of_part))
+
+    def _learn(self, routed: RoutedBatch, delivery: Delivery, answers: Sequence[Answer], bad: Sequence[Answer]) -> None:
+        delivery.refuse(bad)
+        self._remedy.learn(routed.view, answers, bad)
+
+    def _finish_at_once(self, routed: RoutedBatch, delivery: Delivery) -> None:
+        """A small batch, when its last answer comes: its callers do not wait until its task has its turn."""
+        for part, answers in delivery.take_answers().items():
+            self._learn(routed, delivery, answers, part.add(answers))
+        if not delivery.is_under_way:
+            started = time.perf_counter()
+            self._answer(routed.batch, _outputs(routed, range(len(routed.batch.members))))
+            self._metrics.observe_stage("combine", time.perf_counter() - started)
 
     async def _answer_untouched(self, routed: RoutedBatch, delivery: Delivery) -> None:
         """Requests of several that nothing is owed to any more; a single one may have turns to come."""
@@ -154,8 +172,14 @@ class Forward:
             await self._finish(routed, untouched)
 
     async def _finish(self, routed: RoutedBatch, members: Sequence[int]) -> None:
-        started, batch = time.perf_counter(), routed.batch
-        outputs = await self._compute(batch.num_tokens * self.spec.hidden_size, _outputs, routed, members)
+        started = time.perf_counter()
+        self._answer(routed.batch, await self._compute(self._num_elements(routed), _outputs, routed, members))
+        self._metrics.observe_stage("combine", time.perf_counter() - started)
+
+    def _num_elements(self, routed: RoutedBatch) -> int:
+        return routed.batch.num_tokens * self.spec.hidden_size
+
+    def _answer(self, batch: Batch, outputs: Sequence[Output]) -> None:
         for index, routing, output in outputs:
             answer = batch.members[index].answer
             if answer.done():
@@ -170,17 +194,16 @@ class Forward:
             if routing.is_partial:
                 self._metrics.partial_answers.labels(self._policy).inc()
             answer.set_result(output)
-        self._metrics.observe_stage("combine", time.perf_counter() - started)
 
 
-def _outputs(routed: RoutedBatch, members: Sequence[int]) -> list[tuple[int, Routing, ForwardOutput | NonFiniteOutput]]:
+def _outputs(routed: RoutedBatch, members: Sequence[int]) -> list[Output]:
     """Of each of `members`; a request that experts could not compute is at nobody else's expense."""
     head, batch, view = routed.view.head, routed.batch, routed.view
     try:
         rows = routed.finished().split(batch.sizes)
     except CheckpointError as error:  # of the shared expert, which is read when it is needed here for the first time
         raise ExpertUnavailable(str(error)) from None
-    outputs: list[tuple[int, Routing, ForwardOutput | NonFiniteOutput]] = []
+    outputs: list[Output] = []
     routings = routed.requests()
     for index in members:
         request, routing = batch.members[index].request, routings[index]
