@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from ctypes import string_at
 from math import isfinite, prod
 
 import torch
@@ -73,7 +74,15 @@ def view(data: bytes | bytearray | memoryview, shape: Sequence[int], dtype: torc
         )
     if not len(data):
         return torch.empty(list(shape), dtype=dtype)
-    return torch.frombuffer(data, dtype=dtype).view(list(shape))
+    flat = torch.frombuffer(data, dtype=dtype)
+    return flat if len(shape) == 1 else flat.view(list(shape))
+
+
+def small_copy(tensor: torch.Tensor) -> bytes:
+    """A copy of the bytes of `tensor`."""
+    if not (tensor.is_cpu and tensor.is_contiguous()):
+        return raw(tensor).tobytes()
+    return string_at(tensor.data_ptr(), tensor.nbytes) if tensor.numel() else b""
 
 
 def raw(tensor: torch.Tensor) -> memoryview:

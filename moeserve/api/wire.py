@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError, Message
 
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest, RequestFields
-from moeserve.api.tensors import WIRE_DTYPES, WIRE_NUMBERS, dtype_name, raw, view
+from moeserve.api.tensors import WIRE_DTYPES, WIRE_NUMBERS, dtype_name, raw, small_copy, view
 from moeserve.errors import InvalidRequest, MoEServeError, from_status
 from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1 import tensor_pb2
@@ -177,14 +177,14 @@ def _encode(kind: type[Message], stated: Mapping[str, Any]) -> bytes:
         dtype = WIRE_NUMBERS.get(value.dtype)
         if dtype is None:
             raise InvalidRequest(f"{name} is {dtype_name(value.dtype)}, which cannot be sent", name)
-        data = raw(value)
-        is_large = len(data) > _SMALL_TENSOR_BYTES
+        is_large = value.nbytes > _SMALL_TENSOR_BYTES
         tensor = tensor_pb2.Tensor() if is_large else getattr(small, name)
         tensor.dtype = dtype
         tensor.shape.extend(value.shape)
         if not is_large:
-            tensor.data = data.tobytes()
+            tensor.data = small_copy(value)
             continue
+        data = raw(value)
         head = tensor.SerializeToString() + _DATA_KEY + _varint(len(data))
         parts += (small.SerializeToString(), key, _varint(len(head) + len(data)), head, data)
         small = kind()

@@ -69,9 +69,9 @@ class PackedExperts:
         Raises InvalidRequest when a pair names a row or an expert that is not there.
         """
         code = library()
-        assert code is not None and len(row_index) == len(local_experts) == len(weights), "what is read is there"
+        assert code is not None and row_index.numel() == local_experts.numel() == weights.numel(), "what is read is there"
         asked = PassPairs(
-            *(len(row_index), len(hidden_states), len(self.held)),
+            *(row_index.numel(), hidden_states.shape[0], len(self.held)),
             *(hidden_states.data_ptr(), row_index.data_ptr(), local_experts.data_ptr(), weights.data_ptr(), out.data_ptr()),
             torch.get_num_threads(),
         )

@@ -86,7 +86,7 @@ class Exchange:
         drafts = []
         for message in messages():
             channel, destinations = channels[message.host], message.destinations
-            sizes = len(message.rows), self._spec.hidden_size, len(message.local_experts)
+            sizes = message.rows.numel(), self._spec.hidden_size, message.local_experts.numel()  # len() of a tensor is slow
             lease = channel.lease(WorkShape(*sizes, part.hidden_states.dtype, len(destinations)))
             lease.write(part.hidden_states, message.rows, message.row_index, message.local_experts, message.weights)
             if destinations:
@@ -99,5 +99,5 @@ class Exchange:
         timeout_s = max(0.0, delivery.deadline - time.monotonic())
         future = draft.channel.send(draft.lease, layer=self._layer, epoch=view.epoch, timeout_s=timeout_s, pass_on=message.pass_on)
         for work in message.works:
-            view.links[work.host].count_until(future, len(work.rows))
+            view.links[work.host].count_until(future, work.rows.numel())
         return Sent(message.host, message.rows, future)

@@ -200,7 +200,8 @@ def _outputs(routed: RoutedBatch, members: Sequence[int]) -> list[Output]:
     """Of each of `members`; a request that experts could not compute is at nobody else's expense."""
     head, batch, view = routed.view.head, routed.batch, routed.view
     try:
-        rows = routed.finished().split(batch.sizes)
+        total = routed.finished()
+        rows = (total,) if len(batch.sizes) == 1 else total.split(batch.sizes)
     except CheckpointError as error:  # of the shared expert, which is read when it is needed here for the first time
         raise ExpertUnavailable(str(error)) from None
     outputs: list[Output] = []

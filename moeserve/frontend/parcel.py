@@ -104,4 +104,4 @@ class Parcel:
     @property
     def num_rows(self) -> int:
         """Rows of all its works."""
-        return sum(len(work.rows) for work in self.works)
+        return sum(work.rows.numel() for work in self.works)

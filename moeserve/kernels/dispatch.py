@@ -143,7 +143,7 @@ def write_message(
     if code is None or not (hidden_states.is_cpu and hidden_states.is_contiguous() and weights.is_contiguous()):
         return False
     row_index, local_experts = row_index.int().contiguous(), local_experts.int().contiguous()
-    sizes = len(rows), hidden_states.shape[1] * hidden_states.element_size(), len(row_index)
+    sizes = rows.numel(), hidden_states.shape[1] * hidden_states.element_size(), row_index.numel()
     sources = hidden_states, rows, row_index, local_experts, weights
     code.write_message(byref(MessageWork(*sizes, *(source.data_ptr() for source in sources), *to)))
     return True

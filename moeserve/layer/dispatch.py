@@ -224,7 +224,7 @@ def combine(answers: Sequence[tuple[torch.Tensor, torch.Tensor]], num_tokens: in
 
     answers: (rows [R] int64, partial [R, H] float32) per host. Returns [T, H] float32; zeros where nothing was computed.
     """
-    if len(answers) == 1 and len(answers[0][0]) == num_tokens:
+    if len(answers) == 1 and answers[0][0].numel() == num_tokens:
         return answers[0][1].clone()
     added = add_answers(answers, num_tokens, hidden_size)
     if added is not None:

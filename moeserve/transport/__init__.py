@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moeserve.errors import ConfigError
-from moeserve.transport.channel import Channel, ChannelClosed, HostSilent, Lease, Partial, PartialFuture
+from moeserve.transport.channel import Channel, ChannelClosed, HostSilent, Lease
 from moeserve.transport.keys import FrontendKeys, HostKeys, KeyPair
 from moeserve.transport.listener import Listener, Poller, Source
 from moeserve.transport.local import LocalSource, connect_local
 from moeserve.transport.memory import Limits, give_back_pools
+from moeserve.transport.partial_future import Partial, PartialFuture
 from moeserve.transport.shm_channel import connect_unix
 from moeserve.transport.shm_source import ShmSource
 from moeserve.transport.tcp_channel import connect_tcp

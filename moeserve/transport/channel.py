@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from moeserve.errors import ExpertUnavailable, InvalidRequest
 from moeserve.kernels import write_message
 from moeserve.transport.memory import Arena, Block, Limits
+from moeserve.transport.partial_future import Partial, PartialFuture
 from moeserve.transport.silence import SilenceWatch
 from moeserve.transport.wire import (
     VERSION,
@@ -93,56 +94,6 @@ class Lease:
         block = self.block
         del self.block
         return block
-
-
-class Partial:
-    """A host's answer. tensor [R, H] float32: for every row sent, the weighted sum over its experts on the destinations; read only.
-
-    Its memory is used again once no view of it is left.
-    """
-
-    __slots__ = ("tensor",)
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-
-
-class PartialFuture(asyncio.Future[Partial]):
-    """An answer to come. Cancelling it, also by a timeout, tells the host; the memory stays lent until the host has answered."""
-
-    def __init__(self, work_id: int, on_cancel: Callable[[int], None], loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop=loop)
-        self._work_id = work_id
-        self._on_cancel = on_cancel
-        self._when_answered: Callable[[], None] | None = None
-
-    def when_answered(self, callback: Callable[[], None]) -> None:
-        """`callback` is called in the turn of the event loop in which the answer or an error comes, not in the next; never if cancelled."""
-        if self.done():
-            self.get_loop().call_soon(callback)
-        else:
-            self._when_answered = callback
-
-    def set_result(self, result: Partial) -> None:
-        """The host has answered."""
-        super().set_result(result)
-        self._tell()
-
-    def set_exception(self, exception: type[BaseException] | BaseException, /) -> None:
-        """It will not answer, or has answered with an error."""
-        super().set_exception(exception)
-        self._tell()
-
-    def _tell(self) -> None:
-        if self._when_answered is not None:
-            self._when_answered()
-
-    def cancel(self, msg: object = None) -> bool:
-        """Also cancels the work on the host, once."""
-        if not super().cancel(msg):
-            return False
-        self._on_cancel(self._work_id)
-        return True
 
 
 class Pending(NamedTuple):
