@@ -40,7 +40,7 @@ def add_answers(answers: Sequence[tuple[torch.Tensor, torch.Tensor]], num_tokens
     if code is None or not all(partial.is_cpu and partial.is_contiguous() for _, partial in answers):
         return None
     out = torch.empty(num_tokens, hidden_size)
-    of_hosts = (AnswerRows * len(answers))(*((rows.numel(), rows.data_ptr(), partial.data_ptr()) for rows, partial in answers))
+    of_hosts = (AnswerRows * len(answers))(*(AnswerRows(rows.numel(), rows.data_ptr(), partial.data_ptr()) for rows, partial in answers))
     code.add_answers(of_hosts, len(answers), num_tokens, hidden_size, out.data_ptr())
     return out
 

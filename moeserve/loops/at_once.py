@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from types import TracebackType
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -64,9 +63,9 @@ class _Begun(Coroutine[Any, Any, Result]):
         self._is_waiting = True
         return self._awaited
 
-    def throw(self, kind: Any, value: BaseException | None = None, trace: TracebackType | None = None) -> Any:
+    def throw(self, *error: Any) -> Any:
         self._is_waiting = True
-        return self._work.throw(kind) if value is None else self._work.throw(value)
+        return self._work.throw(*error)
 
     def close(self) -> None:
         self._work.close()
