@@ -108,3 +108,10 @@ def test_a_message_is_computed_as_any_work(dtype: torch.dtype) -> None:
     for bad_rows, bad_experts in ((row_index + 70, local_experts), (row_index, local_experts + 4), (row_index, local_experts.flip(0))):
         with pytest.raises(InvalidRequest, match="that is not there"):
             bank.run(rows, bad_rows.int(), bad_experts.int(), shares, out=out)
+
+
+def test_a_gradient_goes_through_torch() -> None:
+    logits = torch.randn(1, 8, requires_grad=True)
+    routing = route(logits, GatingConfig(top_k=2))
+    (gradient,) = torch.autograd.grad(routing.topk_weights[0, 0], logits)
+    assert gradient.count_nonzero() > 0

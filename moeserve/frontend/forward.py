@@ -25,7 +25,7 @@ from moeserve.gating import Routing
 from moeserve.layer.dispatch import HostLoads
 from moeserve.layer.moe_layer import route_batch, to_output
 from moeserve.log_limit import limited_logger
-from moeserve.observe.metrics import Metrics
+from moeserve.observe.metrics import Metrics, Stage
 
 strangers = limited_logger(__name__)
 
@@ -58,23 +58,24 @@ class Forward:
 
         Requests that still need one when another view is published start anew with that one.
         """
-        self._metrics.observe_stage("queue", time.monotonic() - batch.members[0].admitted_at)
-        self._metrics.batch_tokens.observe(batch.num_tokens)
+        spent: dict[Stage, float] = {"queue": time.monotonic() - batch.members[0].admitted_at}
         while waiting := batch.unanswered:
             batch = batch if len(waiting) == len(batch.members) else Batch(waiting)
             with self.views.use() as view:
-                await self._run(batch, view)
+                await self._run(batch, view, spent)
 
     def hosts_changed(self) -> None:
         """A host was lost or is back, or another view was published: what waits for one looks again."""
         for delivery in self._deliveries:
             delivery.wake()
 
-    async def _run(self, batch: Batch, view: LayerView) -> None:
+    async def _run(self, batch: Batch, view: LayerView, spent: dict[Stage, float]) -> None:
+        """spent: seconds of the stages so far, which are not recorded before the hosts are at work."""
         width, start, end = self.spec.hidden_size, 0, await batch.turn(0)
+        started = time.perf_counter()
         routed = await self._compute(batch.num_tokens * width, self._route_and_plan, batch, view, end, self._loads(view))
-        parts = list(routed.parts)
-        while await self._bring(routed, parts, is_last=end == batch.num_tokens):
+        parts, spent["route"] = list(routed.parts), time.perf_counter() - started
+        while await self._bring(routed, parts, spent, is_last=end == batch.num_tokens):
             if end == batch.num_tokens:
                 if batch.unanswered:
                     await self._finish(routed, range(len(batch.members)))
@@ -89,10 +90,8 @@ class Forward:
 
     def _route_and_plan(self, batch: Batch, view: LayerView, end: int, hosts: HostLoads | None) -> RoutedBatch:
         """The gate sees the whole batch, so that its answer does not depend on how the batch is cut. Its tokens up to `end` are planned."""
-        started = time.perf_counter()
         routed = RoutedBatch(batch, view, route_batch(view.head.router, batch), [])
         self._plan(routed, 0, end, hosts)
-        self._metrics.observe_stage("route", time.perf_counter() - started)
         return routed
 
     def _plan(self, routed: RoutedBatch, first: int, last: int, hosts: HostLoads | None) -> list[Part]:
@@ -107,7 +106,7 @@ class Forward:
         routed.parts += parts
         return parts
 
-    async def _bring(self, routed: RoutedBatch, parts: Sequence[Part], *, is_last: bool) -> bool:
+    async def _bring(self, routed: RoutedBatch, parts: Sequence[Part], spent: dict[Stage, float], *, is_last: bool) -> bool:
         """Parts to the hosts, and their answers back. False: another view is the present one."""
         delivery = Delivery(routed.batch.deadline)
         self._deliveries.add(delivery)
@@ -116,7 +115,8 @@ class Forward:
             for part in parts:
                 await self.exchange.send(delivery, part)
             sent = time.perf_counter()
-            self._metrics.observe_stage("dispatch", sent - started)
+            self._record({**spent, "dispatch": sent - started}, routed.batch)
+            spent.clear()
             if is_last and self._compute.is_small(self._num_elements(routed)):
                 delivery.when_whole = partial(self._finish_at_once, routed, delivery)
             # The hosts are at work: counts and losses, which nobody needs before the answer, cost nothing now.
@@ -127,6 +127,12 @@ class Forward:
         finally:
             self._deliveries.discard(delivery)
             delivery.cancel()
+
+    def _record(self, spent: Mapping[Stage, float], batch: Batch) -> None:
+        for stage, seconds in spent.items():
+            self._metrics.observe_stage(stage, seconds)
+        if "queue" in spent:
+            self._metrics.batch_tokens.observe(batch.num_tokens)
 
     async def _deliver(self, routed: RoutedBatch, delivery: Delivery) -> bool:
         """Until hosts owe nothing any more, or, if a host is missing, another view is the present one: then False."""

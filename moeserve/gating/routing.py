@@ -64,7 +64,9 @@ class Routing:
 
     @property
     def dropped_by_reason(self) -> Mapping[str, Tensor]:
-        """reason -> [E] int64, pairs not computed because of it; together they are `dropped`."""
+        """reason -> [E] int64, pairs not computed because of it; together they are `dropped`. No reason where nothing was dropped."""
+        if self.processed is self.requested:
+            return {}
         if self.batch.given_up is None:
             return {"capacity": self.dropped}
         reasons, experts = self.drop_reasons, len(self.dropped)
@@ -159,13 +161,14 @@ class BatchRouting:
         tokens = slice(start, start + self.request_sizes[index])
         of_tokens = self.topk_ids, self.topk_weights, self.kept, self.dropped_tokens
         topk_ids, topk_weights, kept, dropped_tokens = of_tokens if len(self.request_sizes) == 1 else (each[tokens] for each in of_tokens)
+        requested = self.requested[index]
         return Routing(
             topk_ids=topk_ids,
             topk_weights=topk_weights,
             kept=kept,
             dropped_tokens=dropped_tokens,
-            requested=self.requested[index],
-            processed=self.processed[index],
+            requested=requested,
+            processed=requested if self.processed is self.requested else self.processed[index],
             dropped=self.dropped[index],
             capacity=self.capacity[index],
             used_tokens=self.used_tokens[index],

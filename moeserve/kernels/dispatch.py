@@ -43,10 +43,10 @@ class Dispatched(NamedTuple):
 def select_top_k(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor] | None:
     """ids [T, K] int64 and values [T, K] of the K <= E largest scores [T, E] float32, by descending score, then ascending id; no NaN.
 
-    None where there is no compiled code, or the scores are not in this process's memory.
+    None where there is no compiled code, the scores are not in this process's memory, or their gradient is asked for.
     """
     code = library()
-    if code is None or not scores.is_cpu:
+    if code is None or scores.requires_grad or not scores.is_cpu:
         return None
     scores, (tokens, experts) = scores.contiguous(), scores.shape
     ids, values = scores.new_empty(tokens, top_k, dtype=torch.int64), scores.new_empty(tokens, top_k)

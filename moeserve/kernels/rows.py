@@ -46,9 +46,9 @@ def add_answers(answers: Sequence[tuple[torch.Tensor, torch.Tensor]], num_tokens
 
 
 def normalize(scores: torch.Tensor, eps: float) -> torch.Tensor | None:
-    """scores [T, K] / (their sum + eps), bit by bit as torch's operators do it; None where there is no code, or torch adds up otherwise."""
+    """scores [T, K] / (their sum + eps), bit by bit as torch's operators do it; None where these have to."""
     code, (num_tokens, top_k) = library(), scores.shape
-    if code is None or not (scores.is_cpu and scores.is_contiguous() and _adds_up_as_torch(top_k)):
+    if code is None or scores.requires_grad or not (scores.is_cpu and scores.is_contiguous() and _adds_up_as_torch(top_k)):
         return None
     out = torch.empty(num_tokens, top_k)
     code.normalize(scores.data_ptr(), num_tokens, top_k, eps, out.data_ptr())
@@ -58,7 +58,7 @@ def normalize(scores: torch.Tensor, eps: float) -> torch.Tensor | None:
 def weighted_sum(counts: torch.Tensor, numbers: torch.Tensor) -> float | None:
     """The sum of counts [N] int64 * numbers [N] float32 as torch's operators do it; None as for `normalize`."""
     code, count = library(), counts.numel()
-    if code is None or not (counts.is_cpu and numbers.is_cpu and counts.is_contiguous() and numbers.is_contiguous()):
+    if code is None or numbers.requires_grad or not (numbers.is_cpu and counts.is_contiguous() and numbers.is_contiguous()):
         return None
     return _weighted_sum(code, counts, numbers, torch.empty(count)) if _adds_up_as_torch(count) else None
 
