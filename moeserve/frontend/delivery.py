@@ -134,6 +134,7 @@ class Delivery:
 
     def cancel(self) -> None:
         """Nobody waits for anything any longer."""
+        self.when_whole = None
         for parcel in self.owed:
             self.close(parcel, ParcelState.GIVEN_UP)
 

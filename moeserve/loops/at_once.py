@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 Result = TypeVar("Result")
 
@@ -26,28 +26,39 @@ def begin(work: Coroutine[Any, Any, Result]) -> asyncio.Future[Result]:
 
 def to_its_end(work: Coroutine[Any, Any, Result]) -> asyncio.Future[Result]:
     """Runs `work`, which is no task, so nothing can cancel it: whoever cancels what is returned, or sets it, leaves `work` to itself."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Result] = loop.create_future()
-    done.add_done_callback(lambda _: done.cancelled() or done.exception())  # whoever waited for it may have gone
+    through = _ThroughToTheEnd(work, asyncio.get_running_loop())
+    through.step()
+    return through.done
 
-    def step(_: object = None) -> None:
+
+class _ThroughToTheEnd(Generic[Result]):
+    """A coroutine that runs; nothing refers to it any more when it has ended, so what it returned is freed without a search for cycles."""
+
+    def __init__(self, work: Coroutine[Any, Any, Result], loop: asyncio.AbstractEventLoop) -> None:
+        self.done: asyncio.Future[Result] = loop.create_future()
+        self.done.add_done_callback(_look_at_error)  # whoever waited for it may have gone
+        self._work, self._loop = work, loop
+
+    def step(self, _: object = None) -> None:
         try:
-            awaited = work.send(None)
+            awaited = self._work.send(None)
         except StopIteration as end:
-            if not done.done():
-                done.set_result(end.value)
+            if not self.done.done():
+                self.done.set_result(end.value)
         except BaseException as error:  # whoever waits for it gets it
-            if not done.done():
-                done.set_exception(error)
+            if not self.done.done():
+                self.done.set_exception(error)
         else:
             if awaited is None:
-                loop.call_soon(step)
+                self._loop.call_soon(self.step)
                 return
             awaited._asyncio_future_blocking = False  # as a task does with what it waits for
-            awaited.add_done_callback(step)
+            awaited.add_done_callback(self.step)
 
-    step()
-    return done
+
+def _look_at_error(done: asyncio.Future[Any]) -> None:
+    if not done.cancelled():
+        done.exception()
 
 
 class _Begun(Coroutine[Any, Any, Result]):

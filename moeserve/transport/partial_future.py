@@ -50,12 +50,14 @@ class PartialFuture(asyncio.Future[Partial]):
         self._tell()
 
     def _tell(self) -> None:
-        if self._when_answered is not None:
-            self._when_answered()
+        callback, self._when_answered = self._when_answered, None  # it may refer to this future
+        if callback is not None:
+            callback()
 
     def cancel(self, msg: object = None) -> bool:
         """Also cancels the work on the host, once."""
         if not super().cancel(msg):
             return False
+        self._when_answered = None
         self._on_cancel(self._work_id)
         return True
