@@ -47,7 +47,7 @@ class _ThroughToTheEnd(Generic[Result]):
                 self.done.set_result(end.value)
         except BaseException as error:  # whoever waits for it gets it
             if not self.done.done():
-                self.done.set_exception(error)
+                self.done.set_exception(error.with_traceback(None))  # which refers to this frame
         else:
             if awaited is None:
                 self._loop.call_soon(self.step)

@@ -53,7 +53,7 @@ class Transfers:
         try:
             message = await arrival
         finally:
-            del self._arriving[arrival]
+            del self._arriving[arrival], arrival  # an error that it keeps refers to this frame
         if message is grpc.aio.EOF:
             raise InvalidRequest("the call brought no message")
         self.arriving.took(context, len(message))
