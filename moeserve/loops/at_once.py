@@ -72,11 +72,15 @@ class _Begun(Coroutine[Any, Any, Result]):
         if self._is_waiting:
             return self._work.send(value)
         self._is_waiting = True
-        return self._awaited
+        awaited, self._awaited = self._awaited, None
+        return awaited
 
     def throw(self, *error: Any) -> Any:
-        self._is_waiting = True
-        return self._work.throw(*error)
+        self._is_waiting, self._awaited = True, None
+        try:
+            return self._work.throw(*error)
+        finally:
+            del error  # which refers to this frame
 
     def close(self) -> None:
         self._work.close()
