@@ -58,7 +58,9 @@ class Forward:
 
         Requests that still need one when another view is published start anew with that one.
         """
-        spent: dict[Stage, float] = {"queue": time.monotonic() - batch.members[0].admitted_at}
+        now = time.monotonic()
+        batch.begin(now)
+        spent: dict[Stage, float] = {"queue": now - batch.members[0].admitted_at}
         while waiting := batch.unanswered:
             batch = batch if len(waiting) == len(batch.members) else Batch(waiting)
             with self.views.use() as view:
@@ -72,6 +74,9 @@ class Forward:
     async def _run(self, batch: Batch, view: LayerView, spent: dict[Stage, float]) -> None:
         """spent: seconds of the stages so far, which are not recorded before the hosts are at work."""
         width, start, end = self.spec.hidden_size, 0, await batch.turn(0)
+        batch.mark("queue")
+        for trace in batch.traces:
+            trace.epoch, trace.batch_tokens = view.epoch, batch.num_tokens
         started = time.perf_counter()
         routed = await self._compute(batch.num_tokens * width, self._route_and_plan, batch, view, end, self._loads(view))
         parts, spent["route"] = list(routed.parts), time.perf_counter() - started
@@ -82,6 +87,7 @@ class Forward:
                 return
             batch.end_turn(start)
             start, end = end, await batch.turn(end)
+            batch.mark("queue")
             parts = await self._compute((end - start) * width, self._plan, routed, start, end, self._loads(view))
 
     def _loads(self, view: LayerView) -> HostLoads | None:
@@ -91,6 +97,7 @@ class Forward:
     def _route_and_plan(self, batch: Batch, view: LayerView, end: int, hosts: HostLoads | None) -> RoutedBatch:
         """The gate sees the whole batch, so that its answer does not depend on how the batch is cut. Its tokens up to `end` are planned."""
         routed = RoutedBatch(batch, view, route_batch(view.head.router, batch), [])
+        batch.mark("route")
         self._plan(routed, 0, end, hosts)
         return routed
 
@@ -104,11 +111,12 @@ class Forward:
             planned = view.head.plan(ids, weights, kept, rows, used, view.placement, hosts, is_routed=is_routed)
             parts.append(Part(slice(start, end), rows, view, planned))
         routed.parts += parts
+        batch.mark("plan")
         return parts
 
     async def _bring(self, routed: RoutedBatch, parts: Sequence[Part], spent: dict[Stage, float], *, is_last: bool) -> bool:
         """Parts to the hosts, and their answers back. False: another view is the present one."""
-        delivery = Delivery(routed.batch.deadline)
+        delivery = Delivery(routed.batch.deadline, routed.batch.traces)
         self._deliveries.add(delivery)
         try:
             started = time.perf_counter()
@@ -145,6 +153,7 @@ class Forward:
             if delivery.has_lost and self.views.current is not routed.view:
                 return False
             if delivery.needs_remedy(wake_at):
+                routed.batch.mark("remedy")
                 await self._answer_untouched(routed, delivery)
                 wake_at = await self._remedy.apply(routed, delivery)
         return True
@@ -166,6 +175,7 @@ class Forward:
             started = time.perf_counter()
             self._answer(routed.batch, _outputs(routed, range(len(routed.batch.members))))
             self._metrics.observe_stage("combine", time.perf_counter() - started)
+            routed.batch.mark("combine")
 
     async def _answer_untouched(self, routed: RoutedBatch, delivery: Delivery) -> None:
         """Requests of several that nothing is owed to any more; a single one may have turns to come."""
@@ -181,6 +191,7 @@ class Forward:
         started = time.perf_counter()
         self._answer(routed.batch, await self._compute(self._num_elements(routed), _outputs, routed, members))
         self._metrics.observe_stage("combine", time.perf_counter() - started)
+        routed.batch.mark("combine")
 
     def _num_elements(self, routed: RoutedBatch) -> int:
         return routed.batch.num_tokens * self.spec.hidden_size

@@ -16,6 +16,7 @@ import torch
 
 from moeserve.errors import ExpertUnavailable, InvalidRequest
 from moeserve.kernels import write_message
+from moeserve.transport.loads import Loads
 from moeserve.transport.memory import Arena, Block, Limits
 from moeserve.transport.partial_future import Partial, PartialFuture
 from moeserve.transport.silence import SilenceWatch
@@ -24,7 +25,6 @@ from moeserve.transport.wire import (
     BareMessage,
     Destination,
     Kind,
-    Loads,
     MalformedMessage,
     Memory,
     PacketLayout,
@@ -36,7 +36,6 @@ from moeserve.transport.wire import (
     pack_note,
     pack_work,
     sections,
-    unpack_loads,
     unpack_note,
     write_destinations,
 )
@@ -54,14 +53,16 @@ class Lease:
     """Memory for one message, to be written before `send`: it is what the host reads, so writing is the only copy.
 
     A message to several hosts is also addressed. A lease that is not sent gives its memory back when it is dropped.
+    The answer to one that `is_timed` comes with the times of its pass.
     """
 
-    __slots__ = ("block", "layout", "shape")
+    __slots__ = ("block", "is_timed", "layout", "shape")
 
     def __init__(self, shape: WorkShape, layout: PacketLayout, block: Block) -> None:
         self.shape = shape
         self.layout = layout
         self.block = block
+        self.is_timed = False
 
     def write(
         self, hidden_states: torch.Tensor, rows: torch.Tensor, row_index: torch.Tensor, local_experts: torch.Tensor, weights: torch.Tensor
@@ -158,7 +159,7 @@ class Channel(ABC):
             future.set_exception(self._cause(self._reason))
             return future
         sent = Pending(future, lease.shape, lease.layout, lease.take(), time.monotonic())
-        header = WorkHeader(work_id, layer, epoch, max(0, int(timeout_s * 1e6)), sent.shape, sent.block.offset, pass_on)
+        header = WorkHeader(work_id, layer, epoch, max(0, int(timeout_s * 1e6)), sent.shape, sent.block.offset, pass_on, lease.is_timed)
         self._unanswered[work_id] = sent
         self._watch.start(self)
         self._transmit(pack_work(header), sent)
@@ -222,7 +223,7 @@ class Channel(ABC):
             elif note.kind is Kind.HEARTBEAT:
                 return
             elif note.kind is Kind.LOADS:
-                self.loads, self.loaded_at = unpack_loads(note), self._heard_at
+                self.loads, self.loaded_at = Loads.unpacked(note.value), self._heard_at
             elif note.kind is Kind.GOODBYE:
                 self._die(f"the host at {self.endpoint} hung up: {note.sentence}")
             elif note.kind is Kind.ACCEPT and note.code == VERSION and not self._accepted.done():
@@ -248,7 +249,7 @@ class Channel(ABC):
             tensor = self._partial(sent, body)
             del self._unanswered[note.value]
             if not future.done():
-                future.set_result(Partial(tensor))
+                future.set_result(Partial(tensor, note.times))
 
     def _cancelled(self, work_id: int) -> None:
         if not self.closed.is_set():

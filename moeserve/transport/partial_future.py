@@ -10,17 +10,20 @@ from collections.abc import Callable
 
 import torch
 
+from moeserve.api.call_trace import PassTimes
+
 
 class Partial:
     """A host's answer. tensor [R, H] float32: for every row sent, the weighted sum over its experts on the destinations; read only.
 
-    Its memory is used again once no view of it is left.
+    Its memory is used again once no view of it is left. `times` are those of its pass, if the message was timed.
     """
 
-    __slots__ = ("tensor",)
+    __slots__ = ("tensor", "times")
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: torch.Tensor, times: PassTimes | None) -> None:
         self.tensor = tensor
+        self.times = times
 
 
 class PartialFuture(asyncio.Future[Partial]):
