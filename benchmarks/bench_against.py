@@ -1,5 +1,7 @@
 """What a Forward costs here and in another checkout: two services at the same time, asked in turns, after a pause each time.
 
+In milliseconds, and in CPU time of all processes of a side, which says more where others use the machine too.
+
 usage: python benchmarks/bench_against.py OTHER_CHECKOUT [--rounds N] [--intermediate N]
 """
 
@@ -13,13 +15,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
 HERE = Path(__file__).parents[1]
 HIDDEN = 1024
-#: tokens of a request -> requests of a turn
-TURNS = {1: 60, 64: 30, 1024: 6}
+#: tokens of a request, and milliseconds before each -> requests of a turn
+TURNS = {(1, 0): 60, (1, 1): 60, (1, 10): 30, (64, 0): 30, (1024, 0): 6}
+TOKENS = tuple({tokens: None for tokens, _ in TURNS})
 PAUSE_S = 0.3
 SERVICE = """
 [server]
@@ -41,14 +45,16 @@ num_hosts = 2
 CLIENT = f"""
 import sys, time, torch, moeserve
 with moeserve.Client(sys.argv[1], timeout=60) as client:
-    inputs = {{tokens: torch.randn(tokens, {HIDDEN}, dtype=torch.bfloat16) for tokens in {tuple(TURNS)}}}
+    inputs = {{tokens: torch.randn(tokens, {HIDDEN}, dtype=torch.bfloat16) for tokens in {TOKENS}}}
     for hidden_states in list(inputs.values()) * 10:
         client.forward(hidden_states, layer=0)
     print(flush=True)
     for line in sys.stdin:
-        tokens, count = map(int, line.split())
+        tokens, pause_ms, count = map(int, line.split())
         took = []
         for _ in range(count):
+            if pause_ms:
+                time.sleep(pause_ms / 1000)
             start = time.perf_counter()
             client.forward(inputs[tokens], layer=0)
             took.append(1000 * (time.perf_counter() - start))
@@ -60,7 +66,8 @@ class Side:
     """The service of one checkout, and a client of the same."""
 
     def __init__(self, checkout: Path, folder: Path, intermediate: int) -> None:
-        self.took_ms: dict[int, list[list[float]]] = {tokens: [] for tokens in TURNS}
+        self.took_ms: dict[tuple[int, int], list[list[float]]] = {turn: [] for turn in TURNS}
+        self.cpu_ms: dict[tuple[int, int], list[float]] = {turn: [] for turn in TURNS}
         environment = {**os.environ, "PYTHONPATH": str(checkout)}
         config, log = folder / "service.toml", folder / f"{checkout.name}.log"
         config.write_text(SERVICE.format(hidden=HIDDEN, intermediate=intermediate))
@@ -75,11 +82,27 @@ class Side:
         self.client = subprocess.Popen(command, env=environment, cwd=folder, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._line()
 
-    def turn(self, tokens: int) -> None:
+    def turn(self, turn: tuple[int, int]) -> None:
         assert self.client.stdin is not None
-        self.client.stdin.write(f"{tokens} {TURNS[tokens]}\n")
+        before_ms = self._cpu_ms()
+        self.client.stdin.write(f"{turn[0]} {turn[1]} {TURNS[turn]}\n")
         self.client.stdin.flush()
-        self.took_ms[tokens].append([float(one) for one in self._line().split()])
+        self.took_ms[turn].append([float(one) for one in self._line().split()])
+        self.cpu_ms[turn].append((self._cpu_ms() - before_ms) / TURNS[turn])
+
+    def _cpu_ms(self) -> float:
+        """Of the client, the service and all that it has started."""
+        children: dict[int, list[int]] = {}
+        used: dict[int, int] = {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                pid, after_name = int(stat.parent.name), stat.read_text().rpartition(")")[2].split()
+                children.setdefault(int(after_name[1]), []).append(pid)
+                used[pid] = int(after_name[11]) + int(after_name[12])
+        found = [self.client.pid, self.service.pid]
+        for pid in found:
+            found += children.get(pid, [])
+        return 1000 / os.sysconf("SC_CLK_TCK") * sum(used.get(pid, 0) for pid in found)
 
     def _line(self) -> str:
         assert self.client.stdout is not None
@@ -112,11 +135,14 @@ def main() -> None:
         finally:
             for side in sides:
                 side.stop()
-    print("| tokens | other, p50 ms | here, p50 ms | here / other, median of the rounds |\n|--:|--:|--:|--:|")
-    for tokens in TURNS:
-        other, here = (side.took_ms[tokens] for side in sides)
+    print("| tokens | after ms | other, p50 ms | here, p50 ms | here / other, median of the rounds | other, CPU ms | here, CPU ms |")
+    print("|--:|--:|--:|--:|--:|--:|--:|")
+    for tokens, pause_ms in TURNS:
+        other, here = (side.took_ms[tokens, pause_ms] for side in sides)
+        cpu_ms = " | ".join(f"{statistics.mean(side.cpu_ms[tokens, pause_ms]):.2f}" for side in sides)
         ratio = statistics.median(statistics.median(b) / statistics.median(a) for a, b in zip(other, here, strict=True))
-        print(f"| {tokens} | {statistics.median(chain(*other)):.2f} | {statistics.median(chain(*here)):.2f} | {ratio:.3f} |")
+        p50_ms = f"{statistics.median(chain(*other)):.2f} | {statistics.median(chain(*here)):.2f}"
+        print(f"| {tokens} | {pause_ms} | {p50_ms} | {ratio:.3f} | {cpu_ms} |")
 
 
 if __name__ == "__main__":

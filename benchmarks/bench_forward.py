@@ -35,6 +35,8 @@ HIDDEN, EXPERTS, TOP_K = 1024, 8, 2
 _REST_S = 0.02
 _BURST_S = 0.1
 _LEAST_ROUNDS = 5
+#: as between the tokens of a program that does something else, too: caches are cold, and cores sleep
+_PAUSE_S = 0.01
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 CONFIG = """
 [model]
@@ -54,7 +56,10 @@ intermediate_size = {intermediate}
 num_experts = {experts}
 gating.top_k = {top_k}
 """
-HEADER = "| T | transformers tok/s | in process | one client | ratio | two clients | ratio | p50 | p99 | echo p50 | p99 | p50 / echo |"
+HEADER = (
+    "| T | transformers tok/s | in process | one client | ratio | two clients | ratio | p50 | p99 | echo p50 | p99 | p50 / echo "
+    "| without what it takes in process | after 10 ms: p50 | echo p50 |"
+)
 
 Call = Callable[[], object]
 Echo = Callable[[bytes], bytes]
@@ -104,13 +109,14 @@ def measure(client: moeserve.Client, echo: Echo, layer: int, intermediate: int, 
             *(partial(ask, model, block, name, hidden_states[None]) for name in ("eager", "grouped_mm")),
         ]
         one, served, pair, bare, *theirs = interleaved(sides, options.seconds)
-        over_echo = median(served) / median(bare)
+        over_echo, more_over_echo = median(served) / median(bare), (median(served) - median(one)) / median(bare)
+        cold, cold_bare = after_pauses([forward, sides[3]], options.seconds / 4)
         print(
             f"| {tokens} | {tokens / min(map(median, theirs)):,.0f} "
             f"| {tokens / median(one):,.0f} | {tokens / median(served):,.0f} | **{median(one) / median(served):.2f}** "
             f"| {2 * tokens / median(pair):,.0f} | **{2 * median(one) / median(pair):.2f}** "
             f"| {median(served) * 1e3:.2f} ms | {p99(served) * 1e3:.2f} ms | {median(bare) * 1e3:.2f} ms | {p99(bare) * 1e3:.2f} ms "
-            f"| **{over_echo:.2f}** |",
+            f"| **{over_echo:.2f}** | **{more_over_echo:.2f}** | {median(cold) * 1e3:.2f} ms | {median(cold_bare) * 1e3:.2f} ms |",
             flush=True,
         )
 
@@ -130,6 +136,19 @@ def interleaved(sides: Sequence[Call], seconds: float) -> list[list[float]]:
             while (started := time.perf_counter()) < burst_end:
                 side()
                 taken.append(time.perf_counter() - started)
+    return times
+
+
+def after_pauses(sides: Sequence[Call], seconds: float) -> list[list[float]]:
+    """Times of each side in turn, each call after it and everything else has slept, until `seconds` have passed."""
+    times: list[list[float]] = [[] for _ in sides]
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[0]) < _LEAST_ROUNDS:
+        for side, taken in zip(sides, times, strict=True):
+            time.sleep(_PAUSE_S)
+            started = time.perf_counter()
+            side()
+            taken.append(time.perf_counter() - started)
     return times
 
 

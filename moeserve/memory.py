@@ -18,6 +18,8 @@ import weakref
 from collections import deque
 from typing import NamedTuple
 
+import numpy as np
+
 from moeserve.errors import Overloaded
 
 _UCRED = struct.Struct("iII")
@@ -27,10 +29,11 @@ _arenas_lock = threading.Lock()
 
 
 class Block(NamedTuple):
-    """Bytes `offset` to `offset + len(memory)` of an arena; they are lent until nothing refers to `memory` any more."""
+    """Bytes `offset` to `offset + len(memory)` of an arena, at `address`; they are lent until nothing refers to `memory` any more."""
 
     offset: int
     memory: memoryview
+    address: int
 
 
 class Arena:
@@ -44,6 +47,7 @@ class Arena:
         self._mapping = memory
         self._advice = advice
         self._memory = memoryview(memory)
+        self._address: int = np.frombuffer(memory, np.uint8).ctypes.data
         self._lock = threading.Lock()
         self._lent: dict[int, tuple[int, weakref.ref[memoryview]]] = {}
         # A block may die in any thread, even inside `lend` through the garbage collector: append is atomic and takes no lock.
@@ -72,7 +76,7 @@ class Arena:
             memory = self._memory[offset : offset + nbytes]
             returned = self._returned
             self._lent[offset] = order, weakref.ref(memory, lambda _: returned.append(offset))
-        return Block(offset, memory)
+        return Block(offset, memory, self._address + offset)
 
     def give_back(self) -> None:
         """Returns the pages of unlent memory to the kernel, until it is lent again."""

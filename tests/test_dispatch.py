@@ -198,7 +198,7 @@ def test_a_message_holds_each_row_once_and_all_in_order(case: Case) -> None:
         assert sorted(work.row_index.unique().tolist()) == list(range(len(work.rows)))
         assert work.local_experts.diff().ge(0).all()
         assert work.row_index.diff()[work.local_experts.diff() == 0].gt(0).all(), "pairs of one expert keep the order of their tokens"
-        assert (work.rows.dtype, work.row_index.dtype) == (torch.int64, torch.int64)
+        assert (work.rows.dtype, work.row_index.dtype) == (torch.int64, torch.int32)
         assert (work.local_experts.dtype, work.weights.dtype) == (torch.int32, torch.float32)
 
 

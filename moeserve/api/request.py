@@ -115,6 +115,8 @@ def _without_what_does_not_count(request: LayerRequest) -> LayerRequest:
     used, token_ids = request.used_token, request.token_ids
     token_ids = None if token_ids is None else without_unused(token_ids, used)
     if request.topk_ids is None or request.topk_weights is None:
+        if used is None:
+            return request
         return replace(request, hidden_states=without_unused(request.hidden_states, used), token_ids=token_ids)
     topk_ids = without_unused(request.topk_ids, used, NO_CHOICE)
     is_choice = topk_ids != NO_CHOICE

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from ctypes import string_at
 from math import isfinite, prod
 
 import torch
 
 from moeserve.errors import InvalidRequest
+from moeserve.kernels import all_finite
 
 assert sys.byteorder == "little", "moeserve sends raw little-endian tensors and runs on little-endian machines only"
 
@@ -38,6 +40,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no element is NaN or Inf: one pass, and no mask of the size of the tensor."""
+    known = all_finite(tensor)
+    if known is not None:
+        return known
     # The extremes are NaN if any element is.
     return not tensor.numel() or all(isfinite(extreme.item()) for extreme in torch.aminmax(tensor))
 
@@ -69,7 +74,15 @@ def view(data: bytes | bytearray | memoryview, shape: Sequence[int], dtype: torc
         )
     if not len(data):
         return torch.empty(list(shape), dtype=dtype)
-    return torch.frombuffer(data, dtype=dtype).view(list(shape))
+    flat = torch.frombuffer(data, dtype=dtype)
+    return flat if len(shape) == 1 else flat.view(list(shape))
+
+
+def small_copy(tensor: torch.Tensor) -> bytes:
+    """A copy of the bytes of `tensor`."""
+    if not (tensor.is_cpu and tensor.is_contiguous()):
+        return raw(tensor).tobytes()
+    return string_at(tensor.data_ptr(), tensor.nbytes) if tensor.numel() else b""
 
 
 def raw(tensor: torch.Tensor) -> memoryview:

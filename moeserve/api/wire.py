@@ -24,7 +24,7 @@ from moeserve.api.fields import DATA_KEY, SHARED, SMALL_TENSOR_BYTES, split
 from moeserve.api.output import ForwardOutput
 from moeserve.api.protobuf import MAX_SMALL_BYTES, tag, varint
 from moeserve.api.request import BatchStart, LayerRequest, RequestFields
-from moeserve.api.tensors import WIRE_DTYPES, WIRE_NUMBERS, dtype_name, raw, view
+from moeserve.api.tensors import WIRE_DTYPES, WIRE_NUMBERS, dtype_name, raw, small_copy, view
 from moeserve.errors import FieldViolation, InvalidRequest, MoEServeError, from_status
 from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1 import tensor_pb2
@@ -35,7 +35,6 @@ _MAX_DIMS: Final = 8
 
 #: fields that may be absent without being tensors
 _OPTIONAL: Final = [one.name for one in pb.ForwardRequest.DESCRIPTOR.fields if one.has_presence and one.message_type is None]
-_NOTHING: Final = memoryview(b"")
 #: where hidden_states are that have this dtype and shape -> their bytes; raises InvalidRequest
 Find = Callable[[pb.SharedBlock, tensor_pb2.Tensor], memoryview]
 _STATUS_BY_NUMBER: Final = {code.value[0]: code for code in grpc.StatusCode}
@@ -196,14 +195,15 @@ def _encode(kind: type[Message], stated: Mapping[str, Any]) -> bytes:
         dtype = WIRE_NUMBERS.get(value.dtype)
         if dtype is None:
             raise InvalidRequest(f"{name} is {dtype_name(value.dtype)}, which cannot be sent", name)
-        data = _NOTHING if name == "hidden_states" and is_elsewhere else raw(value)
-        is_large = len(data) > SMALL_TENSOR_BYTES
+        is_here = not (name == "hidden_states" and is_elsewhere)
+        is_large = is_here and value.nbytes > SMALL_TENSOR_BYTES
         tensor = tensor_pb2.Tensor() if is_large else getattr(small, name)
         tensor.dtype = dtype
         tensor.shape.extend(value.shape)
         if not is_large:
-            tensor.data = data.tobytes()
+            tensor.data = small_copy(value) if is_here else b""
             continue
+        data = raw(value)
         head = tensor.SerializeToString() + DATA_KEY + varint(len(data))
         parts += (small.SerializeToString(), key, varint(len(head) + len(data)), head, data)
         small = kind()

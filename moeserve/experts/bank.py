@@ -142,6 +142,22 @@ class ExpertBank(LayerBank):
         self._groups = grouped(held, dtype, deterministic)
         ends = np.cumsum([len(group.held) for group in self._groups]).tolist()
         self._placed = [(group, slice(end - len(group.held), end)) for group, end in zip(self._groups, ends, strict=True)]
+        #: what computes all of them, and weighs what comes out
+        self._whole = self._groups[0] if len(self._groups) == 1 and not self._weighs_inputs.any() else None
+
+    def run(
+        self, hidden_states: torch.Tensor, row_index: torch.Tensor, local_experts: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """As for any bank; by a single call where there is one."""
+        whole = self._whole
+        if (
+            isinstance(whole, PackedExperts)
+            and hidden_states.dtype is self.dtype
+            and whole.takes(hidden_states, row_index, local_experts, out)
+        ):
+            whole.run_pairs(hidden_states, row_index, local_experts, weights, out)
+        else:
+            super().run(hidden_states, row_index, local_experts, weights, out)
 
     def groups(self, counts: Integers) -> Generator[GroupOf]:
         """The same in every pass."""

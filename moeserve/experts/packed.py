@@ -18,7 +18,7 @@ from moeserve.errors import InvalidRequest
 from moeserve.experts.activations import is_gated
 from moeserve.experts.packed_expert import PackedExpert
 from moeserve.experts.pairs import Pairs
-from moeserve.kernels import TYPES, Bank, PassWork, find_kernel, library, scratch
+from moeserve.kernels import TYPES, Bank, PassPairs, PassWork, find_kernel, library, scratch
 
 #: the numbers that csrc/kernels.h gives to activations
 FUNCTIONS: Final[Mapping[ActivationName, int]] = {
@@ -31,6 +31,8 @@ FUNCTIONS: Final[Mapping[ActivationName, int]] = {
     "relu": 6,
     "relu2": 7,
 }
+
+_MISSING: Final = {-1: "a row", -2: "an expert", -3: "memory"}
 
 
 class PackedExperts:
@@ -49,6 +51,32 @@ class PackedExperts:
     def kernel(self) -> str:
         """The one that computes."""
         return self._kind.kernel
+
+    def takes(self, hidden_states: torch.Tensor, row_index: torch.Tensor, local_experts: torch.Tensor, out: torch.Tensor) -> bool:
+        """Whether `run_pairs` reads these as they are."""
+        return (
+            hidden_states.dtype is self._kind.rows_dtype
+            and row_index.dtype is local_experts.dtype is torch.int32
+            and hidden_states.is_contiguous()
+            and out.is_contiguous()
+        )
+
+    def run_pairs(
+        self, hidden_states: torch.Tensor, row_index: torch.Tensor, local_experts: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """As `LayerBank.run` with pairs of these experts alone, which are counted on the way: a few rows take no other call.
+
+        Raises InvalidRequest when a pair names a row or an expert that is not there.
+        """
+        code = library()
+        assert code is not None and row_index.numel() == local_experts.numel() == weights.numel(), "what is read is there"
+        asked = PassPairs(
+            *(row_index.numel(), hidden_states.shape[0], len(self.held)),
+            *(hidden_states.data_ptr(), row_index.data_ptr(), local_experts.data_ptr(), weights.data_ptr(), out.data_ptr()),
+            torch.get_num_threads(),
+        )
+        if failure := code.run_pairs(self._bank, asked):
+            raise InvalidRequest(f"a pair names {_MISSING[failure]} that is not there")
 
     def run(self, hidden_states: torch.Tensor, pairs: Pairs, out: torch.Tensor, adds: bool) -> None:
         """Gathers rows, computes them, weighs the answers and sums them into `out`.

@@ -17,6 +17,7 @@ from moeserve.frontend.backlog import Flight
 from moeserve.frontend.batch import Admitted, Batch
 from moeserve.frontend.fair_queue import Turn
 from moeserve.frontend.turns import Turns
+from moeserve.loops import begin
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class Batcher:
         self._backlog = admission.backlog
         self._load = self._backlog.add_layer(config.max_batch_tokens, self._pump, self._push_out)
         self._flights: set[Flight] = set()
-        self._tasks: set[asyncio.Task[bool]] = set()
+        self._running: set[asyncio.Future[bool]] = set()
         self._timer: asyncio.TimerHandle | None = None
         #: of the request that has waited longest, or earlier
         self._waiting_since = 0.0
@@ -118,21 +119,22 @@ class Batcher:
         self._backlog.end(flight, time.monotonic(), is_computed)
 
     def _launch(self, batch: Batch, end: Callable[[bool], None]) -> None:
-        """`end` is called with whether it was computed."""
-        task = asyncio.get_running_loop().create_task(self._guarded(batch))
-        self._tasks.add(task)
+        """Its rows are on their way when this returns, unless that takes long; `end` is called with whether it was computed."""
+        running = begin(self._guarded(batch))
+        self._running.add(running)
 
-        def give_up(_: asyncio.Future[ForwardOutput]) -> None:
-            if batch.is_abandoned:
-                task.cancel()
+        def give_up(answer: asyncio.Future[ForwardOutput]) -> None:
+            # Whoever gets an output gets it from the batch, which then ends by itself.
+            if (answer.cancelled() or answer.exception() is not None) and batch.is_abandoned:
+                running.cancel()
 
-        def finished(_: asyncio.Task[bool]) -> None:
-            self._tasks.discard(task)
-            end(not task.cancelled() and task.result())
+        def finished(_: asyncio.Future[bool]) -> None:
+            self._running.discard(running)
+            end(not running.cancelled() and running.result())
 
         for member in batch.members:
             member.answer.add_done_callback(give_up)
-        task.add_done_callback(finished)
+        running.add_done_callback(finished)
 
     async def _guarded(self, batch: Batch) -> bool:
         """Runs it, whatever comes of it. Returns whether it ended as it should."""

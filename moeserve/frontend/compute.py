@@ -7,8 +7,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, TypeVarTuple
 
-import torch
-
 Args = TypeVarTuple("Args")
 Result = TypeVar("Result")
 
@@ -24,9 +22,9 @@ class Compute:
 
     async def __call__(self, num_elements: int, function: Callable[[*Args], Result], *args: *Args) -> Result:
         """`function(*args)`; always runs to its end: a cancellation that arrives meanwhile is delivered at the next await."""
-        if num_elements <= _SMALL_ELEMENTS:
-            return _in_inference_mode(function, *args)
-        running = asyncio.get_running_loop().run_in_executor(self._pool, _in_inference_mode, function, *args)
+        if self.is_small(num_elements):
+            return function(*args)
+        running = asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
         cancelled = False
         while not running.done():
             try:
@@ -39,11 +37,11 @@ class Compute:
             task.cancel()
         return running.result()
 
+    @staticmethod
+    def is_small(num_elements: int) -> bool:
+        """Whether so little is done at once, and not in a thread."""
+        return num_elements <= _SMALL_ELEMENTS
+
     def close(self) -> None:
         """Wait for what is running."""
         self._pool.shutdown()
-
-
-def _in_inference_mode(function: Callable[[*Args], Result], *args: *Args) -> Result:
-    with torch.inference_mode():
-        return function(*args)

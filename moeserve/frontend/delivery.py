@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from math import inf
 
@@ -13,7 +13,7 @@ from moeserve.errors import DeadlineExceeded, ExpertUnavailable, InvalidRequest,
 from moeserve.frontend.parcel import Answer, Parcel, ParcelState, Sent, Way
 from moeserve.frontend.routed import Part
 from moeserve.layer.dispatch import HostWork
-from moeserve.transport import ChannelClosed, Partial, PeerLost
+from moeserve.transport import ChannelClosed, PeerLost
 
 #: what the request or this process is to blame for: no other host would say otherwise
 _OF_THE_BATCH = (InvalidRequest, Overloaded, DeadlineExceeded)
@@ -33,7 +33,9 @@ class Delivery:
         self._open: dict[Parcel, None] = {}
         self._pending: dict[Part, int] = {}
         self._answers: dict[Part, list[Answer]] = {}
-        self._failure: MoEServeError | None = None
+        self._failure: Exception | None = None
+        #: called when all is answered, in the very turn of the event loop in which the last answer has come
+        self.when_whole: Callable[[], None] | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._has_changed = False
         #: monotonic seconds: when the first parcel was answered
@@ -68,7 +70,7 @@ class Delivery:
         """One more way to answer all of a parcel."""
         parcel.ways.append(way)
         for sent in way.sent:
-            sent.future.add_done_callback(partial(self._returned, parcel, way, sent))
+            sent.future.when_answered(partial(self._returned, parcel, way, sent))
 
     def lose(self, part: Part, work: HostWork, again: Parcel | None = None, *, is_must: bool = False) -> None:
         """`work` is not under way, as its host is down, or not any more; it was of the parcel `again` before."""
@@ -136,6 +138,7 @@ class Delivery:
 
     def cancel(self) -> None:
         """Nobody waits for anything any longer."""
+        self.when_whole = None
         for parcel in self.owed:
             self.close(parcel, ParcelState.GIVEN_UP)
 
@@ -147,10 +150,10 @@ class Delivery:
         self._open[parcel] = None
         return parcel
 
-    def _returned(self, parcel: Parcel, way: Way, sent: Sent, future: asyncio.Future[Partial]) -> None:
-        if future.cancelled() or parcel.state is not ParcelState.PENDING or way.is_lost:
+    def _returned(self, parcel: Parcel, way: Way, sent: Sent) -> None:
+        if sent.future.cancelled() or parcel.state is not ParcelState.PENDING or way.is_lost:
             return
-        error = future.exception()
+        error = sent.future.exception()
         if error is None:
             if way.is_whole:
                 self._answered(parcel, way)
@@ -168,6 +171,11 @@ class Delivery:
         self.close(parcel, ParcelState.ANSWERED)
         for trace in self.traces:
             self._note(trace, parcel, way)
+        if not self._open and self.when_whole is not None:
+            try:
+                self.when_whole()
+            except Exception as error:  # whoever waits for the delivery gets it
+                self._failure = error
         if not self._pending[parcel.part]:
             self.wake()
 

@@ -19,7 +19,7 @@ from moeserve.frontend.delivery import Delivery
 from moeserve.frontend.parcel import Parcel, Sent, Way
 from moeserve.frontend.patterns import DIRECT, PATTERNS, Message
 from moeserve.frontend.routed import Part
-from moeserve.layer.dispatch import HostWork, permute
+from moeserve.layer.dispatch import HostWork
 from moeserve.observe.metrics import Metrics
 from moeserve.transport import Channel, Lease, PassOn, WorkShape
 
@@ -89,12 +89,9 @@ class Exchange:
         drafts = []
         for message in messages():
             channel, destinations = channels[message.host], message.destinations
-            sizes = len(message.rows), self._spec.hidden_size, len(message.local_experts)
+            sizes = message.rows.numel(), self._spec.hidden_size, message.local_experts.numel()  # len() of a tensor is slow
             lease = channel.lease(WorkShape(*sizes, part.hidden_states.dtype, len(destinations)))
-            permute(part.hidden_states, message.rows, out=lease.hidden_states)
-            lease.row_index.copy_(message.row_index)
-            lease.local_experts.copy_(message.local_experts)
-            lease.weights.copy_(message.weights)
+            lease.write(part.hidden_states, message.rows, message.row_index, message.local_experts, message.weights)
             if destinations:
                 lease.address(destinations)
             drafts.append(Draft(message, channel, lease))
@@ -106,5 +103,5 @@ class Exchange:
         draft.lease.is_timed = bool(delivery.traces)
         future = draft.channel.send(draft.lease, layer=self._layer, epoch=view.epoch, timeout_s=timeout_s, pass_on=message.pass_on)
         for work in message.works:
-            view.links[work.host].count_until(future, len(work.rows))
+            view.links[work.host].count_until(future, work.rows.numel())
         return Sent(message.host, message.rows, future, now)

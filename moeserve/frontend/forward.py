@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from moeserve.api.output import ForwardOutput
 from moeserve.config import CopyChoice
@@ -24,9 +25,12 @@ from moeserve.gating import Routing
 from moeserve.layer.dispatch import HostLoads
 from moeserve.layer.moe_layer import route_batch, to_output
 from moeserve.log_limit import limited_logger
-from moeserve.observe.metrics import Metrics
+from moeserve.observe.metrics import Metrics, Stage
 
 strangers = limited_logger(__name__)
+
+#: of the request at a position of its batch
+Output = tuple[int, Routing, ForwardOutput | NonFiniteOutput]
 
 
 class Forward:
@@ -56,28 +60,30 @@ class Forward:
         """
         now = time.monotonic()
         batch.begin(now)
-        self._metrics.observe_stage("queue", now - batch.members[0].admitted_at)
-        self._metrics.batch_tokens.observe(batch.num_tokens)
+        spent: dict[Stage, float] = {"queue": now - batch.members[0].admitted_at}
         while waiting := batch.unanswered:
             batch = batch if len(waiting) == len(batch.members) else Batch(waiting)
             with self.views.use() as view:
-                await self._run(batch, view)
+                await self._run(batch, view, spent)
 
     def hosts_changed(self) -> None:
         """A host was lost or is back, or another view was published: what waits for one looks again."""
         for delivery in self._deliveries:
             delivery.wake()
 
-    async def _run(self, batch: Batch, view: LayerView) -> None:
+    async def _run(self, batch: Batch, view: LayerView, spent: dict[Stage, float]) -> None:
+        """spent: seconds of the stages so far, which are not recorded before the hosts are at work."""
         width, start, end = self.spec.hidden_size, 0, await batch.turn(0)
         batch.mark("queue")
         for trace in batch.traces:
             trace.epoch, trace.batch_tokens = view.epoch, batch.num_tokens
+        started = time.perf_counter()
         routed = await self._compute(batch.num_tokens * width, self._route_and_plan, batch, view, end, self._loads(view))
-        parts = list(routed.parts)
-        while await self._bring(routed, parts):
+        parts, spent["route"] = list(routed.parts), time.perf_counter() - started
+        while await self._bring(routed, parts, spent, is_last=end == batch.num_tokens):
             if end == batch.num_tokens:
-                await self._finish(routed, range(len(batch.members)))
+                if batch.unanswered:
+                    await self._finish(routed, range(len(batch.members)))
                 return
             batch.end_turn(start)
             start, end = end, await batch.turn(end)
@@ -90,11 +96,9 @@ class Forward:
 
     def _route_and_plan(self, batch: Batch, view: LayerView, end: int, hosts: HostLoads | None) -> RoutedBatch:
         """The gate sees the whole batch, so that its answer does not depend on how the batch is cut. Its tokens up to `end` are planned."""
-        started = time.perf_counter()
         routed = RoutedBatch(batch, view, route_batch(view.head.router, batch), [])
         batch.mark("route")
         self._plan(routed, 0, end, hosts)
-        self._metrics.observe_stage("route", time.perf_counter() - started)
         return routed
 
     def _plan(self, routed: RoutedBatch, first: int, last: int, hosts: HostLoads | None) -> list[Part]:
@@ -110,7 +114,7 @@ class Forward:
         batch.mark("plan")
         return parts
 
-    async def _bring(self, routed: RoutedBatch, parts: Sequence[Part]) -> bool:
+    async def _bring(self, routed: RoutedBatch, parts: Sequence[Part], spent: dict[Stage, float], *, is_last: bool) -> bool:
         """Parts to the hosts, and their answers back. False: another view is the present one."""
         delivery = Delivery(routed.batch.deadline, routed.batch.traces)
         self._deliveries.add(delivery)
@@ -119,15 +123,24 @@ class Forward:
             for part in parts:
                 await self.exchange.send(delivery, part)
             sent = time.perf_counter()
-            self._metrics.observe_stage("dispatch", sent - started)
+            self._record({**spent, "dispatch": sent - started}, routed.batch)
+            spent.clear()
+            if is_last and self._compute.is_small(self._num_elements(routed)):
+                delivery.when_whole = partial(self._finish_at_once, routed, delivery)
             # The hosts are at work: counts and losses, which nobody needs before the answer, cost nothing now.
-            await self._compute(routed.batch.num_tokens * self.spec.hidden_size, routed.requests)
+            await self._compute(self._num_elements(routed), routed.requests)
             is_whole = await self._deliver(routed, delivery)
             self._metrics.observe_stage("experts", time.perf_counter() - sent)
             return is_whole
         finally:
             self._deliveries.discard(delivery)
             delivery.cancel()
+
+    def _record(self, spent: Mapping[Stage, float], batch: Batch) -> None:
+        for stage, seconds in spent.items():
+            self._metrics.observe_stage(stage, seconds)
+        if "queue" in spent:
+            self._metrics.batch_tokens.observe(batch.num_tokens)
 
     async def _deliver(self, routed: RoutedBatch, delivery: Delivery) -> bool:
         """Until hosts owe nothing any more, or, if a host is missing, another view is the present one: then False."""
@@ -148,9 +161,21 @@ class Forward:
     async def _add_up(self, routed: RoutedBatch, delivery: Delivery, answers: Mapping[Part, Sequence[Answer]]) -> None:
         """Sums that are not finite are left out, and are to be asked for again."""
         for part, of_part in answers.items():
-            bad = await self._compute(part.num_elements, part.add, of_part)
-            delivery.refuse(bad)
-            self._remedy.learn(routed.view, of_part, bad)
+            self._learn(routed, delivery, of_part, await self._compute(part.num_elements, part.add, of_part))
+
+    def _learn(self, routed: RoutedBatch, delivery: Delivery, answers: Sequence[Answer], bad: Sequence[Answer]) -> None:
+        delivery.refuse(bad)
+        self._remedy.learn(routed.view, answers, bad)
+
+    def _finish_at_once(self, routed: RoutedBatch, delivery: Delivery) -> None:
+        """A small batch, when its last answer comes: its callers do not wait until its task has its turn."""
+        for part, answers in delivery.take_answers().items():
+            self._learn(routed, delivery, answers, part.add(answers))
+        if not delivery.is_under_way:
+            started = time.perf_counter()
+            self._answer(routed.batch, _outputs(routed, range(len(routed.batch.members))))
+            self._metrics.observe_stage("combine", time.perf_counter() - started)
+            routed.batch.mark("combine")
 
     async def _answer_untouched(self, routed: RoutedBatch, delivery: Delivery) -> None:
         """Requests of several that nothing is owed to any more; a single one may have turns to come."""
@@ -163,8 +188,15 @@ class Forward:
             await self._finish(routed, untouched)
 
     async def _finish(self, routed: RoutedBatch, members: Sequence[int]) -> None:
-        started, batch = time.perf_counter(), routed.batch
-        outputs = await self._compute(batch.num_tokens * self.spec.hidden_size, _outputs, routed, members)
+        started = time.perf_counter()
+        self._answer(routed.batch, await self._compute(self._num_elements(routed), _outputs, routed, members))
+        self._metrics.observe_stage("combine", time.perf_counter() - started)
+        routed.batch.mark("combine")
+
+    def _num_elements(self, routed: RoutedBatch) -> int:
+        return routed.batch.num_tokens * self.spec.hidden_size
+
+    def _answer(self, batch: Batch, outputs: Sequence[Output]) -> None:
         for index, routing, output in outputs:
             answer = batch.members[index].answer
             if answer.done():
@@ -179,18 +211,17 @@ class Forward:
             if routing.is_partial:
                 self._metrics.partial_answers.labels(self._policy).inc()
             answer.set_result(output)
-        self._metrics.observe_stage("combine", time.perf_counter() - started)
-        batch.mark("combine")
 
 
-def _outputs(routed: RoutedBatch, members: Sequence[int]) -> list[tuple[int, Routing, ForwardOutput | NonFiniteOutput]]:
+def _outputs(routed: RoutedBatch, members: Sequence[int]) -> list[Output]:
     """Of each of `members`; a request that experts could not compute is at nobody else's expense."""
     head, batch, view = routed.view.head, routed.batch, routed.view
     try:
-        rows = routed.finished().split(batch.sizes)
+        total = routed.finished()
+        rows = (total,) if len(batch.sizes) == 1 else total.split(batch.sizes)
     except CheckpointError as error:  # of the shared expert, which is read when it is needed here for the first time
         raise ExpertUnavailable(str(error)) from None
-    outputs: list[tuple[int, Routing, ForwardOutput | NonFiniteOutput]] = []
+    outputs: list[Output] = []
     routings = routed.requests()
     for index in members:
         request, routing = batch.members[index].request, routings[index]

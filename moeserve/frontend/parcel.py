@@ -5,7 +5,6 @@ R rows of a message, H hidden size.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -15,7 +14,7 @@ import torch
 
 from moeserve.errors import MoEServeError
 from moeserve.layer.dispatch import HostWork
-from moeserve.transport import Partial
+from moeserve.transport import PartialFuture
 
 if TYPE_CHECKING:
     from moeserve.frontend.routed import Part
@@ -35,7 +34,7 @@ class Sent(NamedTuple):
 
     host: int
     rows: torch.Tensor
-    future: asyncio.Future[Partial]
+    future: PartialFuture
     at: float
 
 
@@ -106,4 +105,4 @@ class Parcel:
     @property
     def num_rows(self) -> int:
         """Rows of all its works."""
-        return sum(len(work.rows) for work in self.works)
+        return sum(work.rows.numel() for work in self.works)

@@ -21,7 +21,7 @@ class Message:
     """Works that are sent together to the host of the first one: its own pairs come first, then the pairs it passes on.
 
     rows      [R] int64, ascending: the tokens that are sent, each once
-    row_index [N] int64: which of those rows a pair reads
+    row_index [N] int32: which of those rows a pair reads
     """
 
     works: Sequence[HostWork]
@@ -102,7 +102,9 @@ def _by_expert(work: HostWork) -> list[HostWork]:
     parts = []
     for start, end in zip(starts, [*starts[1:], len(local_experts)], strict=True):
         rows = work.rows[work.row_index[start:end]]
-        parts.append(HostWork(work.host, rows, torch.arange(end - start), work.local_experts[start:end], work.weights[start:end]))
+        parts.append(
+            HostWork(work.host, rows, torch.arange(end - start, dtype=torch.int32), work.local_experts[start:end], work.weights[start:end])
+        )
     return parts
 
 
@@ -113,6 +115,6 @@ def _joined(works: Sequence[HostWork], pass_on: PassOn) -> Message:
     is_sent = np.zeros(1 + max(int(work.rows[-1]) for work in works), dtype=np.bool_)
     for work in works:
         is_sent[work.rows.numpy()] = True
-    position = is_sent.cumsum() - 1
+    position = is_sent.cumsum(dtype=np.int32) - 1
     row_index = np.concatenate([position[work.rows.numpy()[work.row_index.numpy()]] for work in works])
     return Message(tuple(works), pass_on, torch.from_numpy(np.flatnonzero(is_sent)), torch.from_numpy(row_index))

@@ -120,7 +120,9 @@ def route_requests(
     )
     selection = routing_of(gating)(gate)
     admitted = _admit(selection, gating, requests, chance)
-    weights = RENORMALIZE[gating.renormalize](selection.topk_scores, admitted.kept, gating.renormalize_eps)
+    is_whole = admitted.kept is admitted.chosen and selection.chosen is None and requests.used_token is None
+    kept = None if is_whole else admitted.kept
+    weights = RENORMALIZE[gating.renormalize](selection.topk_scores, kept, gating.renormalize_eps)
     return replace(
         admitted,
         topk_weights=_scaled(weights, gating.routed_scaling_factor),
@@ -215,20 +217,27 @@ def _admit(selection: Selection, gating: GatingConfig, requests: Segments, chanc
         processed = requests.count(topk_ids, kept)
     return BatchRouting(
         request_sizes=requests.sizes,
-        used_tokens=requests.used_tokens,
+        used_tokens=requests.sizes if requests.used_token is None else requests.used_tokens.tolist(),
         topk_ids=topk_ids,
-        topk_weights=topk_scores * kept,
+        topk_weights=topk_scores if kept is chosen and is_everything_chosen else topk_scores * kept,
         chosen=chosen,
         kept=kept,
-        dropped_tokens=(kept != chosen).any(dim=1) if selection.chosen is None else _left_out(kept, requests),
+        dropped_tokens=_dropped_tokens(selection, kept, chosen, requests),
         requested=requested,
         processed=processed,
-        dropped=requested - processed,
+        dropped=torch.zeros_like(requested) if processed is requested else requested - processed,
         capacity=(None,) * len(requests.sizes) if limit is None else limit.of_request,
         measure=_no_losses,
         groups=groups,
         is_choice_major=gating.drop_policy == "choice_major" or gating.routing == "mindformers",
     )
+
+
+def _dropped_tokens(selection: Selection, kept: Tensor, chosen: Tensor, requests: Segments) -> Tensor:
+    """[T] bool: tokens that lost a choice; where experts choose, those that none took."""
+    if selection.chosen is not None:
+        return _left_out(kept, requests)
+    return kept.new_zeros(len(kept)) if kept is chosen else (kept != chosen).any(dim=1)
 
 
 def _left_out(kept: Tensor, requests: Segments) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -64,7 +64,9 @@ class Routing:
 
     @property
     def dropped_by_reason(self) -> Mapping[str, Tensor]:
-        """reason -> [E] int64, pairs not computed because of it; together they are `dropped`."""
+        """reason -> [E] int64, pairs not computed because of it; together they are `dropped`. No reason where nothing was dropped."""
+        if self.processed is self.requested:
+            return {}
         if self.batch.given_up is None:
             return {"capacity": self.dropped}
         reasons, experts = self.drop_reasons, len(self.dropped)
@@ -85,7 +87,7 @@ class Routing:
 class BatchRouting:
     """The routing of R requests laid end to end: tensors over tokens as in Routing, counts [R, E], losses [R] float32.
 
-    request_sizes in tokens; used_tokens [R] int64, how many of them are used
+    request_sizes in tokens; used_tokens [R], how many of them are used
     chosen  [T, K] bool, what was asked for: kept plus dropped
     measure computes the losses, when they are asked for: nobody waits for telemetry before the experts have their rows
     groups  the tokens by capacity group; is_choice_major: whether first choices have the first slots
@@ -93,7 +95,7 @@ class BatchRouting:
     """
 
     request_sizes: tuple[int, ...]
-    used_tokens: Tensor
+    used_tokens: Sequence[int]
     topk_ids: Tensor
     topk_weights: Tensor
     chosen: Tensor
@@ -157,18 +159,21 @@ class BatchRouting:
         """The part of request `index`; views, no copies."""
         start = sum(self.request_sizes[:index])
         tokens = slice(start, start + self.request_sizes[index])
+        of_tokens = self.topk_ids, self.topk_weights, self.kept, self.dropped_tokens
+        topk_ids, topk_weights, kept, dropped_tokens = of_tokens if len(self.request_sizes) == 1 else (each[tokens] for each in of_tokens)
+        requested = self.requested[index]
         return Routing(
-            topk_ids=self.topk_ids[tokens],
-            topk_weights=self.topk_weights[tokens],
-            kept=self.kept[tokens],
-            dropped_tokens=self.dropped_tokens[tokens],
-            requested=self.requested[index],
-            processed=self.processed[index],
+            topk_ids=topk_ids,
+            topk_weights=topk_weights,
+            kept=kept,
+            dropped_tokens=dropped_tokens,
+            requested=requested,
+            processed=requested if self.processed is self.requested else self.processed[index],
             dropped=self.dropped[index],
             capacity=self.capacity[index],
-            used_tokens=int(self.used_tokens[index]),
-            aux_loss=self.aux_loss[index].item(),
-            z_loss=self.z_loss[index].item(),
+            used_tokens=self.used_tokens[index],
+            aux_loss=self.aux_loss.tolist()[index],
+            z_loss=self.z_loss.tolist()[index],
             batch=self,
             tokens=tokens,
         )

@@ -14,26 +14,38 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from moeserve.kernels import normalize
+
 EPS = torch.finfo(torch.float32).eps
 PRE_DROP_EPS = 1e-20
 
 
-def none(topk_scores: Tensor, kept: Tensor, eps: float | None) -> Tensor:
-    return topk_scores * kept
+def none(topk_scores: Tensor, kept: Tensor | None, eps: float | None) -> Tensor:
+    return _survivors(topk_scores, kept)
 
 
-def pre_drop(topk_scores: Tensor, kept: Tensor, eps: float | None) -> Tensor:
-    return topk_scores / (topk_scores.sum(dim=1, keepdim=True) + (PRE_DROP_EPS if eps is None else eps)) * kept
+def pre_drop(topk_scores: Tensor, kept: Tensor | None, eps: float | None) -> Tensor:
+    eps = PRE_DROP_EPS if eps is None else eps
+    shares = normalize(topk_scores, eps)
+    return _survivors(topk_scores / (topk_scores.sum(dim=1, keepdim=True) + eps) if shares is None else shares, kept)
 
 
-def post_drop(topk_scores: Tensor, kept: Tensor, eps: float | None) -> Tensor:
-    survivors = topk_scores * kept
+def post_drop(topk_scores: Tensor, kept: Tensor | None, eps: float | None) -> Tensor:
+    survivors = _survivors(topk_scores, kept)
     total = survivors.sum(dim=1, keepdim=True)
     return survivors / (total.clamp(min=EPS) if eps is None else total + eps)
 
 
-#: value of `renormalize` -> (topk_scores [T, K], kept [T, K] bool, renormalize_eps) -> weights [T, K], 0 where not kept
-RENORMALIZE: Mapping[str, Callable[[Tensor, Tensor, float | None], Tensor]] = {"none": none, "pre_drop": pre_drop, "post_drop": post_drop}
+def _survivors(values: Tensor, kept: Tensor | None) -> Tensor:
+    return values if kept is None else values * kept
+
+
+#: value of `renormalize` -> (topk_scores [T, K], kept [T, K] bool or None = all, renormalize_eps) -> weights [T, K], 0 where not kept
+RENORMALIZE: Mapping[str, Callable[[Tensor, Tensor | None, float | None], Tensor]] = {
+    "none": none,
+    "pre_drop": pre_drop,
+    "post_drop": post_drop,
+}
 
 
 def keep_total(topk_weights: Tensor, kept: Tensor) -> Tensor:

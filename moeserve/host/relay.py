@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from moeserve.errors import Cancelled, DeadlineExceeded, MoEServeError
-from moeserve.layer.dispatch import permute
 from moeserve.loops import LoopThread
 from moeserve.observe.stats import HostInfo
 from moeserve.transport import (
@@ -172,10 +171,8 @@ class Relay:
         further = [Destination(host, end - share.start) for host, end in share.destinations] if len(share.destinations) > 1 else []
         shape = WorkShape(len(rows), work.hidden_states.shape[1], len(row_index), work.hidden_states.dtype, len(further))
         lease = channel.lease(shape)
-        permute(work.hidden_states, rows, out=lease.hidden_states)
-        lease.row_index.copy_(torch.from_numpy((is_needed.cumsum() - 1)[row_index]))
-        lease.local_experts.copy_(work.request.local_experts[pairs])
-        lease.weights.copy_(work.request.weights[pairs])
+        positions = torch.from_numpy((is_needed.cumsum(dtype=np.int32) - 1)[row_index])
+        lease.write(work.hidden_states, rows, positions, work.request.local_experts[pairs], work.request.weights[pairs])
         if further:
             lease.address(further)
         timeout_s = max(0.0, work.deadline - time.monotonic())

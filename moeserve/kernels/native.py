@@ -17,11 +17,11 @@ KERNELS: Final = ("amx", "avx512_bf16", "avx512", "avx2", "generic")
 
 
 #: as in csrc/pass.c
-INTERFACE_VERSION: Final = 1
+INTERFACE_VERSION: Final = 2
 
 
 class Bank(Structure):
-    """struct bank of csrc/pass.c."""
+    """struct bank of csrc/pass.h."""
 
     _fields_ = (
         ("kernel", c_void_p),
@@ -41,8 +41,24 @@ class Bank(Structure):
     )
 
 
+class PassPairs(Structure):
+    """struct pairs of csrc/pairs.c."""
+
+    _fields_ = (
+        ("num_pairs", c_int64),
+        ("num_rows", c_int64),
+        ("num_experts", c_int64),
+        ("hidden_states", c_void_p),
+        ("row_index", c_void_p),
+        ("local_experts", c_void_p),
+        ("weights", c_void_p),
+        ("out", c_void_p),
+        ("num_threads", c_int32),
+    )
+
+
 class PassWork(Structure):
-    """struct work of csrc/pass.c."""
+    """struct work of csrc/pass.h."""
 
     _fields_ = (
         ("num_pairs", c_int64),
@@ -81,13 +97,26 @@ def library() -> ctypes.CDLL | None:
             spec.origin,
         )
         return None
+    _declare(loaded)
+    return loaded
+
+
+def _declare(loaded: ctypes.CDLL) -> None:
     loaded.find_kernel.restype, loaded.find_kernel.argtypes = c_void_p, (c_char_p, c_int32)
     loaded.scratch_bytes.restype, loaded.scratch_bytes.argtypes = c_int64, (POINTER(Bank), POINTER(PassWork))
     loaded.linear_scratch_bytes.restype, loaded.linear_scratch_bytes.argtypes = c_int64, (c_int64, c_int32)
     loaded.run_linear.restype = None
     loaded.run_linear.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int32)
     loaded.run_pass.restype, loaded.run_pass.argtypes = c_int32, (POINTER(Bank), POINTER(PassWork))
-    return loaded
+    loaded.select_top_k.restype, loaded.select_top_k.argtypes = None, (c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p)
+    loaded.dispatch_pairs.restype, loaded.dispatch_pairs.argtypes = None, (c_void_p,)
+    loaded.write_message.restype, loaded.write_message.argtypes = None, (c_void_p,)
+    loaded.pairs_of.restype, loaded.pairs_of.argtypes = c_int64, (c_void_p,)
+    loaded.normalize.restype, loaded.normalize.argtypes = None, (c_void_p, c_int64, c_int64, c_float, c_void_p)
+    loaded.weighted_sum.restype, loaded.weighted_sum.argtypes = c_float, (c_void_p, c_void_p, c_int64, c_void_p)
+    loaded.all_finite.restype, loaded.all_finite.argtypes = c_int32, (c_void_p, c_int64, c_int32)
+    loaded.add_answers.restype, loaded.add_answers.argtypes = None, (c_void_p, c_int64, c_int64, c_int64, c_void_p)
+    loaded.run_pairs.restype, loaded.run_pairs.argtypes = c_int32, (POINTER(Bank), POINTER(PassPairs))
 
 
 def find_kernel(name: str, type_number: int) -> int | None:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from moeserve.config import CopyChoice
+from moeserve.kernels import Dispatched, add_answers, dispatch_pairs, pairs_of
 from moeserve.placement import LayerPlacement, choose_copies
 
 Integers = npt.NDArray[np.integer]
@@ -27,7 +28,7 @@ class HostWork:
     """One host's work for one batch.
 
     rows          [R] int64, ascending: the tokens it receives, each once however many of their experts live there
-    row_index     [N] int64: which of those rows a pair reads
+    row_index     [N] int32: which of those rows a pair reads
     local_experts [N] int32, ascending: the host's expert of each pair; the last one may be the layer's shared expert
     weights       [N] float32: the gate's weight of the pair
     """
@@ -80,6 +81,10 @@ def plan(
     topk_ids [T, K] int64, topk_weights [T, K] float32, kept [T, K] bool (false = dropped or not routed at all), all on the CPU. Experts
     that do not live on hosts are left out. Pairs of one expert keep the order of their tokens.
     """
+    if shared is None and placement.copies.shape[1] == placement.tensor_parallel == 1:
+        found = pairs_of(topk_ids, topk_weights, kept, placement.places)
+        if found is not None:
+            return Dispatch(_by_host(*found, len(topk_ids), placement, None, None), torch.empty(0, dtype=torch.int64))
     # NumPy: a call costs a third of what torch's does, and there are some twenty of them, however few the tokens.
     num_tokens, top_k = topk_ids.shape
     experts = topk_ids.numpy().reshape(-1)
@@ -127,7 +132,7 @@ def restrict(work: HostWork, is_wanted: Booleans) -> HostWork | None:
     if not is_wanted.any():
         return None
     pairs = is_wanted[work.row_index.numpy()]
-    row_index = (is_wanted.cumsum() - 1)[work.row_index.numpy()[pairs]]
+    row_index = (is_wanted.cumsum(dtype=np.int32) - 1)[work.row_index.numpy()[pairs]]
     local_experts, weights = work.local_experts.numpy()[pairs], work.weights.numpy()[pairs]
     return HostWork(work.host, *map(torch.from_numpy, (work.rows.numpy()[is_wanted], row_index, local_experts, weights)))
 
@@ -164,6 +169,10 @@ def _by_host(
     shared_host: Integers | None,
     shared: SharedWork | None,
 ) -> list[HostWork]:
+    hosts_and_weights = None if shared is None or shared_host is None else (shared_host, shared.weights.numpy())
+    found = dispatch_pairs((tokens, physical, weights), num_tokens, placement.places, hosts_and_weights)
+    if found is not None:
+        return _works(found)
     # Physical experts are numbered host by host, so one stable sort groups pairs by host and, within it, by expert.
     order = physical.argsort(kind="stable")
     tokens, physical, weights = tokens[order], physical[order], weights[order]
@@ -183,11 +192,22 @@ def _by_host(
     return works
 
 
+def _works(found: Dispatched) -> list[HostWork]:
+    works, first_row, first_pair = [], 0, 0
+    for host, (row_end, pair_end) in enumerate(zip(found.row_ends, found.pair_ends, strict=True)):
+        if pair_end > first_pair:
+            pairs = slice(first_pair, pair_end)
+            arrays = found.rows[first_row:row_end], found.row_index[pairs], found.local_experts[pairs], found.weights[pairs]
+            works.append(HostWork(host, *map(torch.from_numpy, arrays)))
+        first_row, first_pair = row_end, pair_end
+    return works
+
+
 def _host_work(host: int, num_tokens: int, tokens: Integers, local_experts: Integers, weights: Floats) -> HostWork:
     """The pairs of one host; each of their tokens becomes one row."""
     sent = np.zeros(num_tokens, dtype=np.bool_)
     sent[tokens] = True
-    row_index = (sent.cumsum() - 1)[tokens]
+    row_index = (sent.cumsum(dtype=np.int32) - 1)[tokens]
     rows = np.flatnonzero(sent)
     return HostWork(host, *map(torch.from_numpy, (rows, row_index, local_experts, weights)))
 
@@ -204,8 +224,11 @@ def combine(answers: Sequence[tuple[torch.Tensor, torch.Tensor]], num_tokens: in
 
     answers: (rows [R] int64, partial [R, H] float32) per host. Returns [T, H] float32; zeros where nothing was computed.
     """
-    if len(answers) == 1 and len(answers[0][0]) == num_tokens:
+    if len(answers) == 1 and answers[0][0].numel() == num_tokens:
         return answers[0][1].clone()
+    added = add_answers(answers, num_tokens, hidden_size)
+    if added is not None:
+        return added
     total = torch.zeros(num_tokens, hidden_size, dtype=torch.float32)
     for rows, partial in answers:
         total.index_add_(0, rows, partial)

@@ -1,9 +1,10 @@
-"""Event loops and threads: waiting for something to change, things side by side, a loop in a thread, work in threads."""
+"""Event loops and threads: waiting for something to change, things side by side or at once, a loop in a thread, work in threads."""
 
 from moeserve.loops.all_or_none import all_or_none
+from moeserve.loops.at_once import begin, to_its_end
 from moeserve.loops.daemon import in_thread, in_threads
 from moeserve.loops.driven_loop import DrivenLoop, Waiter
 from moeserve.loops.loop_thread import LoopThread
 from moeserve.loops.notifier import Notifier
 
-__all__ = ["DrivenLoop", "LoopThread", "Notifier", "Waiter", "all_or_none", "in_thread", "in_threads"]
+__all__ = ["DrivenLoop", "LoopThread", "Notifier", "Waiter", "all_or_none", "begin", "in_thread", "in_threads", "to_its_end"]

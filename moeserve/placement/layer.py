@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeserve.experts import ExpertShard
+from moeserve.kernels import Places
 
 Integers = npt.NDArray[np.integer]
 Booleans = npt.NDArray[np.bool_]
@@ -64,6 +65,11 @@ class LayerPlacement:
     def first_physical(self) -> Integers:
         """[U], of the narrowest type, because NumPy sorts numbers of up to 16 bits by radix: the first copy of each unit."""
         return self.copies[:, 0].astype(np.min_scalar_type(len(self.unit_of_physical)))
+
+    @cached_property
+    def places(self) -> Places:
+        """The same for compiled code."""
+        return Places(self.first_physical, self.host_of_physical, self.num_hosts)
 
     @cached_property
     def copies(self) -> Integers:

@@ -10,9 +10,10 @@ from typing import Any, Final
 import grpc
 
 from moeserve.errors import ExpertUnavailable
+from moeserve.loops import to_its_end
 from moeserve.server.admin import ADMIN_SERVICE_NAME
 from moeserve.server.control import CONTROL_SERVICE_NAME
-from moeserve.server.rpc import Context, Handler, to_its_end
+from moeserve.server.rpc import Context, Handler
 from moeserve.server.security import FrontendTokens
 
 _SERVICES: Final = (f"/{ADMIN_SERVICE_NAME}/", f"/{CONTROL_SERVICE_NAME}/")
@@ -83,6 +84,6 @@ class Proxy(grpc.GenericRpcHandler):
 
 async def _ask(call: Any, context: Context) -> None:
     with suppress(grpc.aio.AioRpcError, grpc.aio.InternalError, asyncio.InvalidStateError):  # how it ended is found where answers are read
-        while (message := await asyncio.shield(to_its_end(context.read()))) is not grpc.aio.EOF:
+        while (message := await to_its_end(context.read())) is not grpc.aio.EOF:
             await call.write(message)
         await call.done_writing()

@@ -9,7 +9,8 @@ from typing import Any, Final
 import grpc
 
 from moeserve.errors import MoEServeError, Overloaded
-from moeserve.server.rpc import Context, to_its_end
+from moeserve.loops import to_its_end
+from moeserve.server.rpc import Context
 from moeserve.server.transfers import Transfers
 
 #: messages of one stream that are answered side by side; further ones are not read
@@ -80,10 +81,10 @@ class _Stream:
     def __init__(self, context: Context, answer: Answer, transfers: Transfers, max_bytes: int) -> None:
         self._context, self._answer, self._transfers, self._max_bytes = context, answer, transfers, max_bytes
         self._allowed_bytes = FIRST_BYTES
-        self.reading: asyncio.Task[Any] | None = None
+        self.reading: asyncio.Future[Any] | None = None
         self.running: dict[asyncio.Task[bytes], int] = {}
 
-    def awaited(self) -> Sequence[asyncio.Task[Any]]:
+    def awaited(self) -> Sequence[asyncio.Future[Any]]:
         """The reading of the next message, once there is room for one."""
         if self.reading is None and self._has_room():
             self.reading = to_its_end(self._context.read())

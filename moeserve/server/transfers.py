@@ -14,12 +14,13 @@ from typing import Any, Final
 import grpc
 
 from moeserve.config import ServerConfig
-from moeserve.errors import DeadlineExceeded, ExpertUnavailable, InvalidRequest, Overloaded
+from moeserve.errors import DeadlineExceeded, ExpertUnavailable, InvalidRequest, MoEServeError, Overloaded
 from moeserve.log_limit import limited_logger
-from moeserve.server.arriving import Arrival, Arriving
+from moeserve.loops import to_its_end
+from moeserve.server.arriving import Arriving
 from moeserve.server.byte_budget import ByteBudget
 from moeserve.server.connections import hang_up
-from moeserve.server.rpc import Context, to_its_end
+from moeserve.server.rpc import Context
 
 #: what takes longer to arrive is late
 LATE_S: Final = 0.25
@@ -39,24 +40,20 @@ class Transfers:
         #: messages that may be late at the same time: as many as would fill the budget once more
         self._max_late = max(1, config.max_queued_bytes // config.max_message_bytes)
         self._timeout_s = config.transfer_timeout_s
-        #: the oldest first
-        self._arriving: dict[Arrival, None] = {}
+        #: since when each message is awaited, monotonic seconds; the oldest first
+        self._arriving: dict[asyncio.Future[Any], float] = {}
         #: how large it is, and since when it is on its way
         self._leaving: dict[Context, tuple[int, float]] = {}
         self._is_draining = False
 
     async def read(self, context: Context) -> bytes:
         """The one message of a call. Raises InvalidRequest when it brings none, and what refuses a message that is late."""
-        arrival = Arrival()
-        self._arriving[arrival] = None
+        arrival = to_its_end(context.read())  # gRPC never frees what it needs for a read or write that is cancelled
+        self._arriving[arrival] = time.monotonic()
         try:
-            async with arrival.limit:
-                message: Any = await asyncio.shield(to_its_end(context.read()))
-        except TimeoutError:
-            assert arrival.refusal is not None
-            raise arrival.refusal() from None
+            message = await arrival
         finally:
-            del self._arriving[arrival]
+            del self._arriving[arrival], arrival  # an error that it keeps refers to this frame
         if message is grpc.aio.EOF:
             raise InvalidRequest("the call brought no message")
         self.arriving.took(context, len(message))
@@ -71,7 +68,7 @@ class Transfers:
         """One of the answers of a stream."""
         self._begin(context, nbytes)
         try:
-            await asyncio.shield(to_its_end(context.write(message)))
+            await to_its_end(context.write(message))
         finally:
             self._end(context)
 
@@ -89,20 +86,20 @@ class Transfers:
             self._hang_up_on_slow(now)
 
     def _refuse_late(self, now: float) -> None:
-        late = [arrival for arrival in self._arriving if now - arrival.began > LATE_S]
-        for index, arrival in enumerate(late):
-            if now - arrival.began > self._timeout_s:
-                arrival.refuse(self._overdue)
-            elif self._is_draining:
-                arrival.refuse(lambda: ExpertUnavailable("the service is draining and waits for no message any more"))
-            elif index >= self._max_late:
-                arrival.refuse(self._too_many)
+        late = [(arrival, now - began) for arrival, began in self._arriving.items() if now - began > LATE_S and not arrival.done()]
+        for index, (arrival, waited_s) in enumerate(late):
+            if (refusal := self._refusal(index, waited_s)) is not None:
+                arrival.set_exception(refusal)
 
-    def _overdue(self) -> DeadlineExceeded:
-        return DeadlineExceeded(f"the message did not come within server.transfer_timeout_s = {self._timeout_s:g} s")
-
-    def _too_many(self) -> Overloaded:
-        return Overloaded(f"{self._max_late} messages that take longer than {LATE_S:g} s to come are being read; try again")
+    def _refusal(self, index: int, waited_s: float) -> MoEServeError | None:
+        """Of the late message number `index`, the longest awaited first."""
+        if waited_s > self._timeout_s:
+            return DeadlineExceeded(f"the message did not come within server.transfer_timeout_s = {self._timeout_s:g} s")
+        if self._is_draining:
+            return ExpertUnavailable("the service is draining and waits for no message any more")
+        if index >= self._max_late:
+            return Overloaded(f"{self._max_late} messages that take longer than {LATE_S:g} s to come are being read; try again")
+        return None
 
     def _hang_up_on_slow(self, now: float) -> None:
         for context, (nbytes, since) in list(self._leaving.items()):

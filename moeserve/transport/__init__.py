@@ -9,12 +9,13 @@ from collections.abc import Sequence
 
 from moeserve.errors import ConfigError
 from moeserve.memory import give_back_pools
-from moeserve.transport.channel import Channel, ChannelClosed, HostSilent, Lease, Partial
+from moeserve.transport.channel import Channel, ChannelClosed, HostSilent, Lease
 from moeserve.transport.keys import FrontendKeys, HostKeys, KeyPair
 from moeserve.transport.listener import Listener, Poller, Source
 from moeserve.transport.loads import Loads
 from moeserve.transport.local import LocalSource, connect_local, is_in_this_process
 from moeserve.transport.memory import Limits
+from moeserve.transport.partial_future import Partial, PartialFuture
 from moeserve.transport.shm_channel import connect_unix
 from moeserve.transport.shm_source import ShmSource
 from moeserve.transport.tcp_channel import connect_tcp
@@ -36,6 +37,7 @@ __all__ = [
     "Listener",
     "Loads",
     "Partial",
+    "PartialFuture",
     "PassOn",
     "PeerLost",
     "Work",

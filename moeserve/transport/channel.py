@@ -9,16 +9,17 @@ import asyncio
 import itertools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from moeserve.api.call_trace import PassTimes
 from moeserve.errors import ExpertUnavailable, InvalidRequest
+from moeserve.kernels import write_message
 from moeserve.memory import Arena, Block
 from moeserve.transport.loads import Loads
 from moeserve.transport.memory import Limits
+from moeserve.transport.partial_future import Partial, PartialFuture
 from moeserve.transport.silence import SilenceWatch
 from moeserve.transport.wire import (
     VERSION,
@@ -29,6 +30,7 @@ from moeserve.transport.wire import (
     Memory,
     PacketLayout,
     PassOn,
+    Sections,
     WorkHeader,
     WorkShape,
     layout_of,
@@ -49,21 +51,40 @@ class HostSilent(ChannelClosed):
 
 
 class Lease:
-    """Memory for one message, to be filled in before `send`: views of the memory that the host reads, so filling is the only copy.
+    """Memory for one message, to be written before `send`: it is what the host reads, so writing is the only copy.
 
-    hidden_states [R, H] of the shape's dtype, row_index [N] int32 in 0..R-1, local_experts [N] int32 ascending, weights [N] float32.
-    A message to several hosts is also addressed. `send` takes the views away. A lease that is not sent gives its memory back when it
-    is dropped. The answer to one that `is_timed` comes with the times of its pass.
+    A message to several hosts is also addressed. A lease that is not sent gives its memory back when it is dropped.
+    The answer to one that `is_timed` comes with the times of its pass.
     """
 
-    __slots__ = ("block", "hidden_states", "is_timed", "layout", "local_experts", "row_index", "shape", "weights")
+    __slots__ = ("block", "is_timed", "layout", "shape")
 
     def __init__(self, shape: WorkShape, layout: PacketLayout, block: Block) -> None:
         self.shape = shape
         self.layout = layout
         self.block = block
         self.is_timed = False
-        self.hidden_states, self.row_index, self.local_experts, self.weights = sections(block.memory, shape, layout)
+
+    def write(
+        self, hidden_states: torch.Tensor, rows: torch.Tensor, row_index: torch.Tensor, local_experts: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        """The `rows` [R] int64 of hidden_states [T, H] in the shape's dtype, and their pairs.
+
+        row_index [N] int32 in 0..R-1, local_experts [N] int32 ascending, weights [N] float32.
+        """
+        pairs, at = (row_index, local_experts, weights), self.layout
+        to = tuple(self.block.address + offset for offset in (0, at.row_index, at.local_experts, at.weights))
+        if write_message(hidden_states, rows, pairs, to):
+            return
+        views = self.views
+        torch.index_select(hidden_states, 0, rows, out=views.hidden_states)
+        for view, values in zip(views[1:], pairs, strict=True):
+            view.copy_(values)
+
+    @property
+    def views(self) -> Sections:
+        """Of the memory that the host reads; to be dropped before `send`."""
+        return sections(self.block.memory, self.shape, self.layout)
 
     def address(self, destinations: Sequence[Destination]) -> None:
         """Sets the destinations, as many as the shape has: the first one is the host at the other end of the channel."""
@@ -73,37 +94,8 @@ class Lease:
     def take(self) -> Block:
         """Empties the lease, so that nothing can write to memory that the host reads."""
         block = self.block
-        del self.block, self.hidden_states, self.row_index, self.local_experts, self.weights
+        del self.block
         return block
-
-
-class Partial:
-    """A host's answer. tensor [R, H] float32: for every row sent, the weighted sum over its experts on the destinations; read only.
-
-    Its memory is used again once no view of it is left. `times` are those of its pass, if the message was timed.
-    """
-
-    __slots__ = ("tensor", "times")
-
-    def __init__(self, tensor: torch.Tensor, times: PassTimes | None) -> None:
-        self.tensor = tensor
-        self.times = times
-
-
-class PartialFuture(asyncio.Future[Partial]):
-    """An answer to come. Cancelling it, also by a timeout, tells the host; the memory stays lent until the host has answered."""
-
-    def __init__(self, work_id: int, on_cancel: Callable[[int], None], loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop=loop)
-        self._work_id = work_id
-        self._on_cancel = on_cancel
-
-    def cancel(self, msg: object = None) -> bool:
-        """Also cancels the work on the host, once."""
-        if not super().cancel(msg):
-            return False
-        self._on_cancel(self._work_id)
-        return True
 
 
 class Pending(NamedTuple):
@@ -154,7 +146,7 @@ class Channel(ABC):
             )
         return Lease(shape, layout, self._arena.lend(self._block_bytes(layout)))
 
-    def send(self, lease: Lease, *, layer: int, epoch: int, timeout_s: float, pass_on: PassOn = PassOn.NOTHING) -> asyncio.Future[Partial]:
+    def send(self, lease: Lease, *, layer: int, epoch: int, timeout_s: float, pass_on: PassOn = PassOn.NOTHING) -> PartialFuture:
         """Sends a filled lease, which is not to be written to afterwards; never blocks.
 
         The future raises ChannelClosed as soon as the host is gone, HostSilent when it sends nothing any more, PeerLost when a host is
@@ -251,13 +243,14 @@ class Channel(ABC):
         future = sent.future
         if note.kind is Kind.ERROR:
             error = note.error()
+            del self._unanswered[note.value]
             if not future.done():
                 future.set_exception(error)
         else:
             tensor = self._partial(sent, body)
+            del self._unanswered[note.value]
             if not future.done():
                 future.set_result(Partial(tensor, note.times))
-        del self._unanswered[note.value]
 
     def _cancelled(self, work_id: int) -> None:
         if not self.closed.is_set():

@@ -56,8 +56,9 @@ def test_others_have_their_turns_between(tmp_path: Path) -> None:
         held.let_go()
         assert_close(small.result().hidden_states, reference(ROWS[:40]))
         assert_close(large.result().hidden_states, reference(ROWS))
-        (place,) = (index for index, rows in enumerate(held.rows) if rows <= 40)
-        assert place <= 2 and len(held.rows) > TURNS, "two turns of the large one were under way"
+        # Alone, or in one pass with a turn of the large one, if the host had not begun that.
+        place = next(index for index, rows in enumerate(held.rows) if rows <= 40 or rows > len(ROWS) // TURNS)
+        assert place <= 2, "two turns of the large one were under way"
 
 
 @pytest.mark.parametrize("policy", ["retry", "residual"])

@@ -35,8 +35,8 @@ def test_every_choice_is_counted_once(case: Case) -> None:
     used = torch.tensor(case.used, dtype=torch.bool)
     assert torch.equal(got.processed + got.dropped, got.requested)
     assert (got.dropped >= 0).all()
-    assert got.used_tokens.tolist() == [int(part.sum()) for part in torch.split(used, case.sizes)]
-    assert torch.equal(got.requested.sum(dim=1), got.used_tokens * case.gating.top_k)
+    assert list(got.used_tokens) == [int(part.sum()) for part in torch.split(used, case.sizes)]
+    assert torch.equal(got.requested.sum(dim=1), torch.tensor(got.used_tokens) * case.gating.top_k)
     assert got.processed.sum() == got.kept.sum()
     assert not got.kept[~used].any()
     assert not got.topk_weights[~got.kept].any()

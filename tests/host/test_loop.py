@@ -64,10 +64,10 @@ def send(
     channel: Channel, rows: int, local_experts: list[int], layer: int = 5, width: int = HIDDEN, timeout_s: float = 30
 ) -> asyncio.Future[Partial]:
     lease = channel.lease(WorkShape(rows, width, len(local_experts), torch.float32))
-    lease.hidden_states.copy_(torch.arange(rows * width).view(rows, width) / 10)
-    lease.row_index.copy_(torch.arange(len(local_experts)) % rows)
-    lease.local_experts.copy_(torch.tensor(local_experts))
-    lease.weights.fill_(0.5)
+    lease.views.hidden_states.copy_(torch.arange(rows * width).view(rows, width) / 10)
+    lease.views.row_index.copy_(torch.arange(len(local_experts)) % rows)
+    lease.views.local_experts.copy_(torch.tensor(local_experts))
+    lease.views.weights.fill_(0.5)
     return channel.send(lease, layer=layer, epoch=1, timeout_s=timeout_s)
 
 

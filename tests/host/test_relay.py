@@ -87,10 +87,10 @@ def send(
     shares = [(0, place) for place in range(len(destinations))]
     pairs = [(row, slot) for share in shares for row, slot in ((0, 0), (0, 1), (share[1], 1))]
     lease = channel.lease(WorkShape(ROWS, HIDDEN, len(pairs), torch.float32, len(destinations) if len(destinations) > 1 else 0))
-    lease.hidden_states.copy_(torch.arange(ROWS * HIDDEN).view(ROWS, HIDDEN) / 10)
-    lease.row_index.copy_(torch.tensor([row for row, _ in pairs]))
-    lease.local_experts.copy_(torch.tensor([slot for _, slot in pairs]))
-    lease.weights.fill_(0.5)
+    lease.views.hidden_states.copy_(torch.arange(ROWS * HIDDEN).view(ROWS, HIDDEN) / 10)
+    lease.views.row_index.copy_(torch.tensor([row for row, _ in pairs]))
+    lease.views.local_experts.copy_(torch.tensor([slot for _, slot in pairs]))
+    lease.views.weights.fill_(0.5)
     if len(destinations) > 1:
         lease.address([Destination(host, 3 * (place + 1)) for place, host in enumerate(destinations)])
     return channel.send(lease, layer=0, epoch=1, timeout_s=timeout_s, pass_on=pass_on if len(destinations) > 1 else PassOn.NOTHING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import torch
 
@@ -21,10 +22,7 @@ class Held:
         self.error: BaseException | None = None
         #: of each pass
         self.rows: list[int] = []
-        host.host.holdings.bank_table.put(layer, 1, self)  # type: ignore[arg-type]
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._bank, name)
+        host.host.holdings.bank_table.put(layer, 1, _InItsPlace(self.run, bank))  # type: ignore[arg-type]
 
     def let_go(self) -> None:
         """No pass waits from now on."""
@@ -37,3 +35,14 @@ class Held:
         if self.error is not None:
             raise self.error
         self._bank.run(*args, out=out)
+
+
+class _InItsPlace:
+    """A bank that is run in another way."""
+
+    def __init__(self, run: Callable[..., None], bank: ExpertBank) -> None:
+        self.run = run
+        self._bank = bank
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._bank, name)

@@ -32,10 +32,10 @@ class Message:
         return WorkShape(rows, hidden_size, self.row_index.shape[0], self.hidden_states.dtype)
 
     def fill(self, lease: Lease) -> Lease:
-        lease.hidden_states.copy_(self.hidden_states)
-        lease.row_index.copy_(self.row_index)
-        lease.local_experts.copy_(self.local_experts)
-        lease.weights.copy_(self.weights)
+        lease.views.hidden_states.copy_(self.hidden_states)
+        lease.views.row_index.copy_(self.row_index)
+        lease.views.local_experts.copy_(self.local_experts)
+        lease.views.weights.copy_(self.weights)
         return lease
 
     def expected(self) -> torch.Tensor:

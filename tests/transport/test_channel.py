@@ -49,7 +49,7 @@ async def test_a_message_to_several_hosts_shows_the_receiver_its_own_share_first
     destinations = (Destination(5, 2), Destination(9, 5), Destination(2, 6))
     async with rig.frontend() as channel:
         lease = message.fill(channel.lease(message.shape._replace(destinations=3)))
-        lease.local_experts.copy_(local_experts)
+        lease.views.local_experts.copy_(local_experts)
         lease.address(destinations)
         future = channel.send(lease, layer=1, epoch=2, timeout_s=60, pass_on=PassOn.CHAIN)
         (work,) = await rig.receive(1)

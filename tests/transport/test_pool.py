@@ -70,14 +70,14 @@ async def test_a_cancelled_message_keeps_its_memory_until_the_host_has_answered(
 async def test_memory_is_used_again_only_when_no_view_is_left(rig: Rig) -> None:
     async with rig.frontend() as channel:
         lease = channel.lease(PAGE)
-        address = lease.hidden_states.data_ptr()
-        view = lease.hidden_states[0, 3:]
+        address = lease.views.hidden_states.data_ptr()
+        view = lease.views.hidden_states[0, 3:]
         del lease
         other = channel.lease(PAGE)
-        assert other.hidden_states.data_ptr() != address
+        assert other.views.hidden_states.data_ptr() != address
         del view
         again = channel.lease(PAGE)
-        assert again.hidden_states.data_ptr() == address
+        assert again.views.hidden_states.data_ptr() == address
 
 
 async def test_answers_use_warm_memory(rig: Rig) -> None:
@@ -86,7 +86,7 @@ async def test_answers_use_warm_memory(rig: Rig) -> None:
         for _ in range(5):
             message = random_message()
             lease = channel.lease(message.shape)
-            addresses.add(lease.hidden_states.data_ptr())
+            addresses.add(lease.views.hidden_states.data_ptr())
             future = channel.send(message.fill(lease), layer=0, epoch=0, timeout_s=60)
             await rig.serve_until(future.done)
             del lease, future
@@ -111,7 +111,7 @@ async def test_a_sent_lease_cannot_be_written_to(rig: Rig) -> None:
         lease = random_message().fill(channel.lease(random_message().shape))
         future = channel.send(lease, layer=0, epoch=0, timeout_s=60)
         with pytest.raises(AttributeError):
-            lease.hidden_states  # noqa: B018 - the access is the test
+            lease.views.hidden_states  # noqa: B018 - the access is the test
         await rig.serve_until(future.done)
 
 

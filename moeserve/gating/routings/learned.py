@@ -16,16 +16,26 @@ from torch import Tensor
 from moeserve.gating.expert_groups import select_in_groups
 from moeserve.gating.gate_input import GateInput, Selection
 from moeserve.gating.scoring import SCORING
-from moeserve.gating.selection import select_top_k
+from moeserve.gating.selection import largest, select_top_k
 
 
 def learned(gate: GateInput) -> Selection:
     gating = gate.gating
     scores = SCORING[gating.scoring_func](gate.router_logits, gate.elementwise)
+    if _is_by_scores(gate):
+        return Selection(scores, *largest(scores, gating.top_k))
     topk_ids = _with_noise(gate, scores) if gating.noise in {"rsample", "gumbel_second"} else _by_rank(gate, scores)
     if gating.scoring_func == "softmax_topk":
         return Selection(scores, topk_ids, gate.router_logits.gather(1, topk_ids).softmax(dim=1))
     return Selection(scores, topk_ids, scores.gather(1, topk_ids))
+
+
+def _is_by_scores(gate: GateInput) -> bool:
+    """Whether the experts with the largest scores are chosen, whatever else there is."""
+    gating = gate.gating
+    is_ranked_by_logits = gating.rank_by == "logits" or gating.scoring_func == "softmax_topk"
+    is_noisy, has_groups = gating.noise in {"rsample", "gumbel_second"}, gating.num_expert_groups is not None
+    return not (is_noisy or has_groups or is_ranked_by_logits) and gate.score_correction_bias is None
 
 
 def _by_rank(gate: GateInput, scores: Tensor) -> Tensor:

@@ -4,39 +4,12 @@
  * their order in one accumulator, and answers are added in the order of the experts, so an answer depends neither on the number of
  * threads nor on what else is computed: all that threads share is work.
  */
-#include "kernels.h"
+#include "pass.h"
 #include <omp.h>
 
 /* To be raised, here and in native.py, with every change of a struct or a function that Python knows: an editable install may have the
  * code of one version and the kernels of another. */
-int32_t interface_version(void) { return 1; }
-
-/* What is the same for every pass. Arrays have one entry for each expert. */
-struct bank {
-    const struct kernel *kernel;
-    int32_t type, rows_type, is_gated;
-    struct activation activation;
-    int64_t hidden_size;
-    const int64_t *intermediate_size;
-    const void *const *up, *const *down;                  /* panels; up: those of gate and up in turn */
-    const float *const *up_scale, *const *down_scale;     /* padded as the panels; entries may be NULL */
-    const float *const *up_bias, *const *down_bias;
-};
-
-/* N pairs, sorted by expert, of R rows. */
-struct work {
-    int64_t num_pairs, num_rows;
-    const void *hidden_states;  /* [R, H] in rows_type */
-    const int64_t *row_index;   /* [N] */
-    const int64_t *tokens_per_expert; /* [E] */
-    int64_t num_experts;
-    const float *input_weights; /* [N], or NULL: what rows are multiplied by */
-    const float *weights;       /* [N]: what answers are multiplied by */
-    float *out;                 /* [R, H], overwritten, or added to */
-    void *scratch; /* `scratch_bytes` of it, aligned to 64 */
-    int32_t num_threads;
-    int32_t adds; /* whether to what is in `out`, in the order of the experts */
-};
+int32_t interface_version(void) { return 2; }
 
 struct block {
     int64_t expert, first; /* pair */
