@@ -58,7 +58,6 @@ async def test_reflection_names_the_services(running: Running) -> None:
     assert {service.name for service in answer.list_services_response.service} == {
         "inference.GRPCInferenceService",
         "moeserve.v1.MoEService",
-        "inference.GRPCInferenceService",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
     }
