@@ -56,8 +56,8 @@ async def test_reflection_names_the_services(running: Running) -> None:
     call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
     (answer,) = [answer async for answer in call]
     assert {service.name for service in answer.list_services_response.service} == {
-        "moeserve.v1.MoEService",
         "inference.GRPCInferenceService",
+        "moeserve.v1.MoEService",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
     }
