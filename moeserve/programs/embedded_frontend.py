@@ -156,7 +156,7 @@ class EmbeddedFrontend:
         finally:
             self._driven.loop.call_soon(self._driven.stop)  # not before it is known that this has ended
 
-    def enter(self, frontend: Frontend, _: Metrics) -> None:
+    def enter(self, frontend: Frontend, _metrics: Metrics, _otlp_endpoint: str | None) -> None:
         """As `Stage.enter`."""
         self.catalog = Catalog(frontend.model, frontend.layers)
 

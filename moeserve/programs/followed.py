@@ -94,10 +94,10 @@ class Followed:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.follower.close()
 
-    def enter(self, frontend: Frontend, metrics: Metrics) -> None:
+    def enter(self, frontend: Frontend, metrics: Metrics, otlp_endpoint: str | None) -> None:
         """As `Stage.enter`."""
         self._frontend, self._metrics, self._healthy = frontend, metrics, [False] * len(frontend.layers)
-        self._stage.enter(frontend, metrics)
+        self._stage.enter(frontend, metrics, otlp_endpoint)
         self._known.set()
 
     def health_changed(self, layer: int, healthy: bool) -> None:
