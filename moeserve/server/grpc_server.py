@@ -78,6 +78,7 @@ class GrpcServer:
         self._config = config
         self._where = ("server.host", "server.port") if has_engine else ("controller.control_host", "controller.control_port")
         self._layers: list[str] = []
+        self._service: MoEService | None = None
         self._watching: asyncio.Task[None] | None = None
         self._credentials = server_credentials(config)
         self._transfers = Transfers(config)
@@ -110,10 +111,10 @@ class GrpcServer:
     def _services_of_layers(self, observe: Observe) -> dict[str, grpc.GenericRpcHandler]:
         config, draining = self._config, self._boundary.draining
         shared_memory = SharedMemory(self._transfers.budget, config.max_message_bytes, is_on=config.shared_memory == "local")
-        self._service = MoEService(self._intake, observe, draining, self._transfers)
+        service = self._service = MoEService(self._intake, observe, draining, self._transfers)
         inference = InferenceService(self._intake, self._transfers, shared_memory, draining, observe, self._why_not_serving)
         return {
-            SERVICE_NAME: self._service.handlers(),
+            SERVICE_NAME: service.handlers(),
             INFERENCE_SERVICE_NAME: inference.handlers(),
         }
 
@@ -139,6 +140,7 @@ class GrpcServer:
 
     def record_spans(self, endpoint: str) -> None:
         """Sends spans of calls there from now on. Raises ConfigError when OpenTelemetry is not installed."""
+        assert self._service is not None, "a server with an engine"
         self._service.tracing.provider = exporting_to(endpoint)
 
     @property
@@ -182,7 +184,8 @@ class GrpcServer:
         if self._watching is not None:
             self._watching.cancel()
         await self._server.stop(grace_s)
-        await asyncio.to_thread(self._service.tracing.close)
+        if self._service is not None:
+            await asyncio.to_thread(self._service.tracing.close)
         if self._probed is not None:
             await self._probed.stop(None)
 
