@@ -1,7 +1,7 @@
 """One token batch for one layer, and the only place where it is checked.
 
-A new field of requests is added in three places before the one that uses it: the message, `RequestOptions` and `RequestFields` here, and
-`validate`. Clients, wire and server pass on all fields.
+A new field of requests is added in three places before the one that uses it: the message, `options.py`, and `validate`. Clients, wire and
+server pass on all fields.
 
 T tokens, H hidden size, E experts, K choices per token.
 """
@@ -9,40 +9,20 @@ T tokens, H hidden size, E experts, K choices per token.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
-from typing import TypedDict
+from dataclasses import dataclass, fields, replace
+from typing import Final, Self
 
 import torch
 
+from moeserve.api.options import RequestFields
 from moeserve.api.tensors import FLOAT_DTYPES, dtype_name, is_finite, without_unused
+from moeserve.api.wire import WireRequest
 from moeserve.config import BY_TOKEN_ID, GatingOverrides, LayerSpec, override
 from moeserve.errors import InvalidRequest
 
 _FLOATS = FLOAT_DTYPES.values()
 #: in topk_ids: no expert
 NO_CHOICE = -1
-
-
-class RequestOptions(TypedDict, total=False):
-    """`RequestFields` as keyword arguments of every way to send a request."""
-
-    token_ids: torch.Tensor | None
-    capacity_factor: float | None
-    noise: str | None
-    seed: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RequestFields:
-    """The options of a request, beside its tokens and their routing.
-
-    token_ids [T] int, 0..2^32-1, for layers that route by them; capacity_factor, noise and seed instead of the layer's own.
-    """
-
-    token_ids: torch.Tensor | None = None
-    capacity_factor: float | None = None
-    noise: str | None = None
-    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +41,11 @@ class LayerRequest(RequestFields):
     return_routing: bool = False
     deadline: float | None = None
     caller: str = ""
+
+    @classmethod
+    def of(cls, sent: WireRequest, deadline: float | None, caller: str) -> Self:
+        """What a client has sent, without its address: the layer and the model."""
+        return cls(deadline=deadline, caller=caller, **{name: getattr(sent, name) for name in _SENT})
 
     @property
     def num_tokens(self) -> int:
@@ -81,6 +66,9 @@ class LayerRequest(RequestFields):
     def overrides(self) -> GatingOverrides:
         """The request's overrides of the layer's gate."""
         return GatingOverrides(self.capacity_factor, self.noise, self.seed)
+
+
+_SENT: Final = sorted({one.name for one in fields(LayerRequest)} & {one.name for one in fields(WireRequest)})
 
 
 def validate(request: LayerRequest, spec: LayerSpec, max_tokens: int) -> LayerRequest:

@@ -1,0 +1,18 @@
+"""The Python that has vLLM and this moeserve's client."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+PYTHON = Path(os.environ.get("MOESERVE_VLLM_PYTHON", REPOSITORY / ".venv-vllm/bin/python"))
+needs_vllm = pytest.mark.skipif(not PYTHON.exists(), reason="there is no vLLM: make test-vllm")
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a process with vLLM: nothing of ours but what is installed there, and no downloads."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MOESERVE_", "OMP_"))}
+    return {**ours, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **more}
