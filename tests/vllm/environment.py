@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -16,3 +17,9 @@ def environment(**more: str) -> dict[str, str]:
     """Of a process with vLLM: nothing of ours but what is installed there, and no downloads."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MOESERVE_", "OMP_"))}
     return {**ours, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **more}
+
+
+def free_port() -> int:
+    """For a program that does not say which one it took."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])

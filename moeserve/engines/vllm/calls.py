@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 import time
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any, Final
 
 import torch
 
+from moeserve.api.output import ForwardOutput
 from moeserve.client.client import Client
 from moeserve.engines.vllm.failures import FAILED, can_fail_requests
 from moeserve.engines.vllm.settings import Settings
@@ -65,25 +67,24 @@ class ServiceCalls:
         if FAILED.why is not None:
             return torch.zeros_like(hidden_states)
         try:
-            return self._answer(layer, hidden_states, used, topk_ids, topk_weights)
+            ask = partial(self._client.forward, hidden_states, layer.index, used, topk_ids, topk_weights, model=self._settings.model)
+            return self._answered(layer.name, ask)
         except MoEServeError as error:
             if not self._fails_requests:
                 raise
             FAILED.why = f"{layer.name}: {error}"
             return torch.zeros_like(hidden_states)
 
-    def _answer(self, layer: LayerInfo, hidden_states: torch.Tensor, *routing: Any) -> torch.Tensor:
+    def _answered(self, name: str, ask: Callable[..., ForwardOutput]) -> torch.Tensor:
         until = time.monotonic() + self._settings.timeout_s
         while True:
             left_s = until - time.monotonic()
             try:
-                return self._client.forward(
-                    *call, model=self._settings.model, timeout=min(left_s, _ATTEMPT_S)
-                ).hidden_states
+                return ask(timeout=min(left_s, _ATTEMPT_S)).hidden_states
             except _PASSING as error:
                 if left_s < 2 * _PAUSE_S:
                     raise
-                _log.warning("%s: trying again for %.0f s: %s", layer.name, left_s, error)
+                _log.warning("%s: trying again for %.0f s: %s", name, left_s, error)
             time.sleep(_PAUSE_S)
 
 

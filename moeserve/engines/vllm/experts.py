@@ -43,7 +43,8 @@ class RemoteExperts(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is not in
         """[T, H], [T, K], [T, K] -> [T, H]; the runner has computed the shared experts."""
         if layer.apply_router_weight_on_input:  # Llama 4: one choice, which weighs what the expert gets
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
-        return routed_experts(x, topk_weights, topk_ids, layer.layer_name)
+        answer: torch.Tensor = routed_experts(x, topk_weights, topk_ids, layer.layer_name)
+        return answer
 
 
 class _Remote:
@@ -72,4 +73,5 @@ def adopt(module: ModuleType) -> None:
     own = [each for each in vars(module).values() if isinstance(each, type) and each.__module__ == module.__name__]
     for each in own:
         if issubclass(each, RoutedExperts):
-            each.register_oot(type(f"Remote{each.__name__}", (_Remote, each), {}))
+            cls: Any = each
+            cls.register_oot(type(f"Remote{each.__name__}", (_Remote, each), {}))
