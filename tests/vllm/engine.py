@@ -1,69 +1,80 @@
-"""Runs in vLLM's environment: one engine in this process, as the JSON of the first argument says; prints one line of JSON.
+"""Runs in vLLM's environment: engines in this process, one after the other, as the JSON of the first argument says; prints JSON, a line each.
 
-    {"model": FOLDER, "prompts": [[token ids], ...], "new": 40, "options": {of vllm.LLM}, "after_first_token": SHELL}
+    [{"model": FOLDER, "prompts": [[token ids], ...], "new": 40, "options": {of vllm.LLM}}, ...]
 
-Moreover what its memory holds, and which tensors it has read from disk.
+Tokens, what the memory of the model holds, and which tensors it has read from disk.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
 import time
+from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+OPTIONS = {"dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True, "max_model_len": 256, "max_num_batched_tokens": 256, "seed": 0}
 
 
-def main() -> None:
-    import vllm
+def note_reads() -> list[str]:
+    """The names of tensors, as they are read from safetensors files from now on."""
     from vllm.model_executor.model_loader import weight_utils
 
-    asked = json.loads(sys.argv[1])
     read: list[str] = []
     opened = weight_utils.safe_open
 
     class Opened:
-        def __init__(self, *arguments: object, **named: object) -> None:
+        def __init__(self, *arguments: Any, **named: Any) -> None:
             self._file = opened(*arguments, **named)
 
         def __enter__(self) -> Opened:
             self._file.__enter__()
             return self
 
-        def __exit__(self, *error: object) -> None:
+        def __exit__(self, *error: Any) -> None:
             self._file.__exit__(*error)
 
-        def __getattr__(self, name: str) -> object:
+        def __getattr__(self, name: str) -> Any:
             return getattr(self._file, name)
 
-        def get_tensor(self, name: str) -> object:
+        def get_tensor(self, name: str) -> Any:
             read.append(name)
             return self._file.get_tensor(name)
 
     weight_utils.safe_open = Opened
-    options = {"dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True, "max_model_len": 256, "seed": 0} | asked["options"]
-    engine = vllm.LLM(asked["model"], **options)
-    chosen = vllm.SamplingParams(temperature=0, max_tokens=asked["new"], ignore_eos=True, detokenize=False)
-    prompts = [{"prompt_token_ids": ids} for ids in asked["prompts"]]
-    if asked.get("warm"):
+    return read
+
+
+def run(job: dict[str, Any], read: list[str]) -> dict[str, Any]:
+    import vllm
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    read.clear()
+    engine = vllm.LLM(job["model"], **OPTIONS | job["options"])
+    chosen = vllm.SamplingParams(temperature=0, max_tokens=job["new"], ignore_eos=True, detokenize=False)
+    prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+    for _ in range(job.get("warm", 0)):
         engine.generate(prompts, chosen, use_tqdm=False)
     began = time.perf_counter()
     answers = engine.generate(prompts, chosen, use_tqdm=False)
     took_s = time.perf_counter() - began
-    again = engine.generate(prompts, chosen, use_tqdm=False) if asked.get("again") else []
-    parameters = dict(engine.apply_model(lambda model: [(name, each.nbytes) for name, each in model.named_parameters()])[0])
+    (parameters,) = engine.apply_model(lambda model: {name: each.nbytes for name, each in model.named_parameters()})
     found = {
         "tokens": [list(answer.outputs[0].token_ids) for answer in answers],
-        "reasons": [answer.outputs[0].finish_reason for answer in answers],
-        "again": [list(answer.outputs[0].token_ids) for answer in again],
         "seconds": took_s,
         "parameters": parameters,
-        "read": read,
+        "read": list(read),
     }
-    print("\n" + json.dumps(found), flush=True)
+    del engine
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    reads = note_reads()
+    for each in json.loads(sys.argv[1]):
+        print("\nRESULT " + json.dumps(run(each, reads)), flush=True)
