@@ -2,7 +2,7 @@
 
     [{"model": FOLDER, "prompts": [[token ids], ...], "new": 40, "options": {of vllm.LLM}}, ...]
 
-Tokens, what the memory of the model holds, and which tensors it has read from disk.
+Tokens, what the memory of the model holds, and which tensors it has read from disk; or the error.
 """
 
 from __future__ import annotations
@@ -12,11 +12,19 @@ import json
 import os
 import sys
 import time
+import traceback
 from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-OPTIONS = {"dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True, "max_model_len": 256, "max_num_batched_tokens": 256, "seed": 0}
+OPTIONS = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "skip_tokenizer_init": True,
+    "max_model_len": 256,
+    "max_num_batched_tokens": 256,
+    "seed": 0,
+}
 
 
 def note_reads() -> list[str]:
@@ -77,4 +85,9 @@ def run(job: dict[str, Any], read: list[str]) -> dict[str, Any]:
 if __name__ == "__main__":
     reads = note_reads()
     for each in json.loads(sys.argv[1]):
-        print("\nRESULT " + json.dumps(run(each, reads)), flush=True)
+        try:
+            result = run(each, reads)
+        except Exception as error:
+            traceback.print_exc()
+            result = {"error": f"{type(error).__name__}: {error}"}
+        print("\nRESULT " + json.dumps(result), flush=True)

@@ -29,7 +29,9 @@ class Engine:
     def __init__(self, target: str, log: Path) -> None:
         page = (REPOSITORY / "docs" / "vllm.md").read_text()
         (command,) = re.findall(r"^vllm (serve .+?)^```", page, re.M | re.S)
-        arguments = shlex.split(command.replace("\\\n", " ").replace('"target": "127.0.0.1:50051"', f'"target": "{target}", "timeout_s": 2'))
+        arguments = shlex.split(
+            command.replace("\\\n", " ").replace('"target": "127.0.0.1:50051"', f'"target": "{target}", "timeout_s": 2')
+        )
         self.port = free_port()
         self.log = log
         with log.open("wb") as out:
