@@ -18,9 +18,6 @@ from typing import Any
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 OPTIONS = {
-    **{"dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True},
-    **{"max_model_len": 256, "max_num_batched_tokens": 256, "seed": 0},
-}
     "dtype": "float32",
     "enforce_eager": True,
     "skip_tokenizer_init": True,
