@@ -1,7 +1,7 @@
 """One token batch for one layer, and the only place where it is checked.
 
-A new field of requests is added in three places before the one that uses it: the message, `options.py`, and `validate`. Clients, wire and
-server pass on all fields.
+A new field of requests is added in three places before the one that uses it: the message, `RequestOptions` and `RequestFields` here, and
+`validate`. Clients, wire and server pass on all fields.
 
 T tokens, H hidden size, E experts, K choices per token.
 """
@@ -9,20 +9,42 @@ T tokens, H hidden size, E experts, K choices per token.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, fields, replace
-from typing import Final, Self
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 
-from moeserve.api.options import RequestFields
 from moeserve.api.tensors import FLOAT_DTYPES, dtype_name, is_finite, without_unused
-from moeserve.api.wire import WireRequest
-from moeserve.config import BY_TOKEN_ID, GatingOverrides, LayerSpec, override
 from moeserve.errors import InvalidRequest
+
+if TYPE_CHECKING:  # clients do without the configuration and pydantic; services import it when they check
+    from moeserve.config import GatingOverrides, LayerSpec
 
 _FLOATS = FLOAT_DTYPES.values()
 #: in topk_ids: no expert
 NO_CHOICE = -1
+
+
+class RequestOptions(TypedDict, total=False):
+    """`RequestFields` as keyword arguments of every way to send a request."""
+
+    token_ids: torch.Tensor | None
+    capacity_factor: float | None
+    noise: str | None
+    seed: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestFields:
+    """The options of a request, beside its tokens and their routing.
+
+    token_ids [T] int, 0..2^32-1, for layers that route by them; capacity_factor, noise and seed instead of the layer's own.
+    """
+
+    token_ids: torch.Tensor | None = None
+    capacity_factor: float | None = None
+    noise: str | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,11 +64,6 @@ class LayerRequest(RequestFields):
     deadline: float | None = None
     caller: str = ""
 
-    @classmethod
-    def of(cls, sent: WireRequest, deadline: float | None, caller: str) -> Self:
-        """What a client has sent, without its address: the layer and the model."""
-        return cls(deadline=deadline, caller=caller, **{name: getattr(sent, name) for name in _SENT})
-
     @property
     def num_tokens(self) -> int:
         """The number of tokens, used or not: T."""
@@ -65,10 +82,9 @@ class LayerRequest(RequestFields):
     @property
     def overrides(self) -> GatingOverrides:
         """The request's overrides of the layer's gate."""
+        from moeserve.config import GatingOverrides  # noqa: PLC0415
+
         return GatingOverrides(self.capacity_factor, self.noise, self.seed)
-
-
-_SENT: Final = sorted({one.name for one in fields(LayerRequest)} & {one.name for one in fields(WireRequest)})
 
 
 def validate(request: LayerRequest, spec: LayerSpec, max_tokens: int) -> LayerRequest:
@@ -167,6 +183,8 @@ def _validate_choices(request: LayerRequest, spec: LayerSpec) -> None:
 
 
 def _validate_kind_of_token_ids(request: LayerRequest, spec: LayerSpec) -> None:
+    from moeserve.config import BY_TOKEN_ID  # noqa: PLC0415
+
     token_ids = request.token_ids
     if token_ids is None:
         if spec.gating.routing in BY_TOKEN_ID and not request.is_routed:
@@ -188,6 +206,8 @@ def _validate_token_ids(request: LayerRequest) -> None:
 
 
 def _validate_overrides(request: LayerRequest, spec: LayerSpec) -> None:
+    from moeserve.config import override  # noqa: PLC0415
+
     override(spec.gating, request.overrides)
     if request.is_routed and request.noise is not None:
         raise InvalidRequest("noise has no meaning in a request that is routed by its caller (topk_ids is given)", "noise")

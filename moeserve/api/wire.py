@@ -12,15 +12,15 @@ T tokens, H hidden size, K choices per token.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Final, TypeVar
 
 import grpc
 import torch
 from google.protobuf.message import DecodeError, Message
 
-from moeserve.api.options import RequestFields
 from moeserve.api.output import ForwardOutput
+from moeserve.api.request import LayerRequest, RequestFields
 from moeserve.api.tensors import WIRE_DTYPES, WIRE_NUMBERS, dtype_name, raw, view
 from moeserve.errors import InvalidRequest, MoEServeError, from_status
 from moeserve.v1 import moe_service_pb2 as pb
@@ -86,6 +86,13 @@ class WireRequest(RequestFields):
     return_routing: bool = False
     request_id: str = ""
     model: str = ""
+
+    def for_layer(self, deadline: float | None, caller: str) -> LayerRequest:
+        """The request without its address: the layer and the model."""
+        return LayerRequest(deadline=deadline, caller=caller, **{name: getattr(self, name) for name in _OF_LAYER})
+
+
+_OF_LAYER: Final = sorted({one.name for one in fields(LayerRequest)} & {one.name for one in fields(WireRequest)})
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any, Unpack
 
 import torch
 
-from moeserve.api.options import RequestOptions
 from moeserve.api.output import ForwardOutput
+from moeserve.api.request import RequestOptions
 from moeserve.api.tensors import FLOAT_DTYPES, dtype_name
 from moeserve.api.wire import REQUEST_TENSORS, WireRequest, WireResponse, decode_forward_response, encode_forward_request
 from moeserve.errors import InvalidRequest, MoEServeError

@@ -21,8 +21,8 @@ from moeserve.v1 import moe_service_pb2 as pb
 if TYPE_CHECKING:
     import torch
 
-    from moeserve.api.options import RequestOptions
     from moeserve.api.output import ForwardOutput
+    from moeserve.api.request import RequestOptions
     from moeserve.api.wire import WireRequest, WireResponse
 
 

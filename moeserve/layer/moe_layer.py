@@ -13,9 +13,8 @@ from typing import Any, Protocol, Unpack
 import numpy as np
 import torch
 
-from moeserve.api.options import RequestOptions
 from moeserve.api.output import ForwardOutput
-from moeserve.api.request import LayerRequest, validate
+from moeserve.api.request import LayerRequest, RequestOptions, validate
 from moeserve.api.tensors import FLOAT_DTYPES, dtype_name
 from moeserve.checkpoints import LayerSource, SavedLayer, layer_sources, load_bank, save, saved_experts
 from moeserve.config import Activation, GatingConfig, GatingOverrides, Kernel, LayerSpec, Quantization, load_config, override

@@ -131,7 +131,7 @@ class MoEService:
         engine, catalog = self._served()
         layer = catalog.resolve(wire.model, wire.layer)
         spec = catalog.layers[layer]
-        request = validate(LayerRequest.of(wire, _deadline(context), caller_of(context)), spec, self._max_tokens)
+        request = validate(wire.for_layer(_deadline(context), caller_of(context)), spec, self._max_tokens)
         if not request.num_tokens:
             return _empty_output(request, spec)
         return await engine.forward(layer, request)
