@@ -78,11 +78,12 @@ class ServiceCalls:
     def _answered(self, name: str, ask: Callable[..., ForwardOutput]) -> torch.Tensor:
         until = time.monotonic() + self._settings.timeout_s
         while True:
-            left_s = until - time.monotonic()
             try:
+                left_s = max(until - time.monotonic(), _PAUSE_S)
                 return ask(timeout=min(left_s, _ATTEMPT_S)).hidden_states
             except _PASSING as error:
-                if left_s < 2 * _PAUSE_S:
+                left_s = until - time.monotonic() - _PAUSE_S
+                if left_s <= 0:
                     raise
                 _log.warning("%s: trying again for %.0f s: %s", name, left_s, error)
             time.sleep(_PAUSE_S)
