@@ -30,7 +30,7 @@ class Engine:
         page = (REPOSITORY / "docs" / "vllm.md").read_text()
         (command,) = re.findall(r"^vllm (serve .+?)^```", page, re.M | re.S)
         arguments = shlex.split(
-            command.replace("\\\n", " ").replace('"target": "127.0.0.1:50051"', f'"target": "{target}", "timeout_s": 2')
+            command.replace("\\\n", " ").replace('"target": "127.0.0.1:50051"', f'"target": "{target}", "timeout_s": 15')
         )
         self.port = free_port()
         self.log = log
