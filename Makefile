@@ -44,7 +44,7 @@ test: setup
 VLLM := .venv-vllm
 
 test-vllm: setup $(VLLM)/.ready
-	@$(BIN)/python -m pytest tests/vllm
+	@MOESERVE_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest tests/vllm
 
 $(VLLM)/.ready: pyproject.toml tests/vllm/requirements.txt
 	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)

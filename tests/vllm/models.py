@@ -6,10 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
-
 _BASE = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -37,6 +33,10 @@ FAMILIES: Mapping[str, tuple[dict[str, Any], int, int]] = {
 
 def save(family: str, folder: Path) -> None:
     """Writes the model as transformers does."""
+    import torch
+    from torch import nn
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**_BASE, **FAMILIES[family][0]})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
