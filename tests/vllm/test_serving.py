@@ -77,7 +77,7 @@ def test_chats_and_a_service_that_is_away_for_a_while(tiny_moe: Path, tmp_path: 
     with ServiceHarness(config, "shm", tmp_path) as service:
         engine = Engine(service.target, tmp_path / "vllm.log")
         engine_of.append(engine)
-        until(engine.is_up, 300)
+        until(engine.is_up, 900)
         with ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(engine.chat, ["The import statement", "class", "def f(", "The import statement"]))
         assert [status for status, _ in answers] == [200] * 4 and answers[0] == answers[3] != answers[1]
