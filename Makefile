@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo check test test-vllm coverage lint protos k8s bench bench-experts bench-peers fuzz soak clean
+.PHONY: setup demo check test test-vllm coverage lint lint-protos protos k8s bench bench-experts bench-peers fuzz soak clean
 
 setup: $(STAMP)
 
@@ -61,8 +61,15 @@ lint: setup
 	@$(BIN)/lint-imports
 	@$(BIN)/mypy
 
+# Whether protos/ are well written, and whether they break clients of the last release; needs npm.
+lint-protos:
+	@.ci/protos
+
 protos: setup
 	@$(BIN)/python -m grpc_tools.protoc --proto_path=protos --python_out=. --pyi_out=. --grpc_python_out=. protos/moeserve/v1/*.proto
+	@$(BIN)/python -m grpc_tools.protoc --proto_path=protos --pyi_out=moeserve/v1 --descriptor_set_out=moeserve/v1/inference/open_inference.binpb \
+		protos/inference/open_inference.proto
+	@$(BIN)/python -m tests.support.wire_page
 
 # kustomize reads nothing outside its folder, so what deploy/ says of dashboard and alerts is copied.
 k8s:

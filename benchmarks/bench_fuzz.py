@@ -19,7 +19,16 @@ from hostile import Hostile
 from running import Correct, Running, Seen, correct_client, service, table
 
 #: how often each door is knocked at, relative to the others; a knock may be several messages
-WEIGHTS = {"Forward": 40, "ForwardStream": 1, "AdminService": 5, "ControlService": 2, "metrics port": 3, "unix socket of a host": 3}
+WEIGHTS = {
+    "Forward": 40,
+    "ForwardStream": 1,
+    "ModelInfer": 20,
+    "GRPCInferenceService, others": 5,
+    "AdminService": 5,
+    "ControlService": 2,
+    "metrics port": 3,
+    "unix socket of a host": 3,
+}
 AT_ONCE = 32
 #: what is left of caches and of threads that come with the first calls
 ALLOWED_MIB, ALLOWED_FEW = 200, 16

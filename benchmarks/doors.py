@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import grpc
 from hostile import Hostile
+from hostile_inference import HostileInference
 from running import Running
 
 from moeserve.addresses import parse_target
@@ -26,6 +27,7 @@ FOLLOW: Final = (("authorization", "Bearer of-a-frontend"),)
 #: what nobody may be told whatever he sends: these are our mistakes, or others were kept from being served
 MISTAKES: Final = ("INTERNAL", "UNKNOWN", "DEADLINE_EXCEEDED", "UNAVAILABLE")
 _TIMEOUT_S: Final = 30
+_INFERENCE: Final = "inference.GRPCInferenceService"
 _POOL_BYTES: Final = 2**20
 
 #: sends one message, or as many as it says, and tells what came of each
@@ -36,13 +38,16 @@ class Grpc:
     """The services of gRPC, those of administrators and followers with their tokens: the messages are what is wrong."""
 
     def __init__(self, running: Running, hostile: Hostile) -> None:
-        self._hostile = hostile
+        self._hostile, self._inference = hostile, HostileInference(hostile)
         self._channel = grpc.aio.insecure_channel(running.target, options=[("grpc.max_send_message_length", -1)])
 
     def knocks(self) -> dict[str, Knock]:
         return {
             "Forward": lambda: self._one("moeserve.v1.MoEService/Forward", self._hostile.forward()),
             "ForwardStream": self._stream,
+            "ModelInfer": lambda: self._one(f"{_INFERENCE}/ModelInfer", self._inference.infer()),
+            "ModelStreamInfer": self._inferred,
+            "GRPCInferenceService, others": lambda: self._one(*self._inference.asked()),
             "MoEService, others": self._others,
             "AdminService": self._change,
             "ControlService": self._follow,
@@ -81,6 +86,9 @@ class Grpc:
 
     async def _stream(self) -> list[str]:
         return await self._many("moeserve.v1.MoEService/ForwardStream", [self._hostile.forward() for _ in range(20)], answers=20)
+
+    async def _inferred(self) -> list[str]:
+        return await self._many(f"{_INFERENCE}/ModelStreamInfer", [self._inference.infer() for _ in range(20)], answers=20)
 
     async def _others(self) -> list[str]:
         method = self._hostile.chance.choice(("ListLayers", "GetStats"))

@@ -14,8 +14,8 @@ from running import EXPERTS, HIDDEN, LAYERS
 from moeserve.api.wire import WireRequest, encode_forward_request
 from moeserve.v1 import admin_service_pb2, control_service_pb2, moe_service_pb2, tensor_pb2
 
-_EDGES: Final = (0, 1, -1, 2, 3, 8, 63, 64, 65, 2**31 - 1, 2**31, -(2**31), 2**32 - 1, 2**32, 2**40, 2**62, 2**63 - 1, -(2**63))
-_FLOATS: Final = (float("nan"), float("inf"), -float("inf"), 3e38, 1e-45, -1.0, 0.0, 5e-324, 1e308, 1.5)
+EDGES: Final = (0, 1, -1, 2, 3, 8, 63, 64, 65, 2**31 - 1, 2**31, -(2**31), 2**32 - 1, 2**32, 2**40, 2**62, 2**63 - 1, -(2**63))
+FLOATS: Final = (float("nan"), float("inf"), -float("inf"), 3e38, 1e-45, -1.0, 0.0, 5e-324, 1e308, 1.5)
 _SIZES: Final = {1: 4, 2: 2, 3: 2, 4: 8, 5: 4, 6: 1}
 _TEXTS: Final = ("", "a", "layers.0", "../../etc/passwd", "\0", "é" * 300, "x" * 5000, "x" * 200_000, "a\n2026 ERROR forged", "%s%n{0}")
 
@@ -47,15 +47,15 @@ class Hostile:
         kinds: dict[int, Callable[[], bytes]] = {
             0: lambda: self.noise(0, 1, 2, 5, 50, 500, 2000),
             1: lambda: pieces,
-            2: lambda: self._changed(valid),
-            3: lambda: self._changed(valid),
+            2: lambda: self.changed(valid),
+            3: lambda: self.changed(valid),
             4: lambda: self._nested(chance.choice((10, 50, 3000))),
             5: lambda: bytes(valid) + self._structured(),
             6: lambda: valid_and_more,
         }
         return kinds.get(chance.randrange(10), self._structured)()
 
-    def _changed(self, message: bytearray) -> bytes:
+    def changed(self, message: bytearray) -> bytes:
         for _ in range(self.chance.choice((1, 2, 8))):
             message[self.chance.randrange(min(len(message), self.chance.choice((20, len(message)))))] = self.chance.randrange(256)
         return bytes(message)
@@ -75,7 +75,7 @@ class Hostile:
     def _tensor(self, rows: int, columns: int, dtypes: tuple[int, ...]) -> tensor_pb2.Tensor:
         chance = self.chance
         dtype = chance.choice((*dtypes, *dtypes, *dtypes, 0, 7, 99))
-        shape = [rows, columns] if chance.random() < 0.7 else [chance.choice(_EDGES) for _ in range(chance.choice((0, 1, 2, 3, 9, 200)))]
+        shape = [rows, columns] if chance.random() < 0.7 else [chance.choice(EDGES) for _ in range(chance.choice((0, 1, 2, 3, 9, 200)))]
         count = 1
         for size in shape:
             count *= max(0, size)
@@ -85,7 +85,7 @@ class Hostile:
         if chance.random() < 0.3:
             data = chance.randbytes(nbytes)
         elif chance.random() < 0.3:
-            data = struct.pack("<f", chance.choice(_FLOATS[:5])) * (nbytes // 4)
+            data = struct.pack("<f", chance.choice(FLOATS[:5])) * (nbytes // 4)
         else:
             data = bytes(nbytes)
         return tensor_pb2.Tensor(dtype=dtype, shape=shape, data=data)  # type: ignore[arg-type]
@@ -113,7 +113,7 @@ class Hostile:
         if chance.random() < 0.3:
             request.return_routing = True
         if chance.random() < 0.2:
-            request.capacity_factor = chance.choice(_FLOATS)
+            request.capacity_factor = chance.choice(FLOATS)
         if chance.random() < 0.2:
             request.noise = self.text()
         if chance.random() < 0.2:

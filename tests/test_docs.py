@@ -54,12 +54,13 @@ def test_every_metric_and_option_is_documented() -> None:
 
     from moeserve.cli.bench import bench
     from moeserve.cli.top import top
+    from moeserve.cli.trace import trace
     from moeserve.observe.metrics import Metrics
 
     text = (ROOT / "docs" / "observability.md").read_text()
     counters = {family.name + "_total" * (family.type == "counter") for family in Metrics([]).registry.collect()}
     assert counters == set(re.findall(r"^\| `(moeserve_\w+)`", text, re.M))
-    for verb in (bench, top):
+    for verb in (bench, top, trace):
         section = text.split(f"## `moeserve {verb.__name__} TARGET`")[1].split("\n## ")[0]
         for name in set(inspect.signature(verb).parameters) - {"target"}:
             assert f"--{name.removeprefix('as_').replace('_', '-')}" in section, name

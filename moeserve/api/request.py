@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import torch
 
+from moeserve.api.call_trace import CallTrace
 from moeserve.api.tensors import FLOAT_DTYPES, dtype_name, is_finite, without_unused
 from moeserve.errors import InvalidRequest
 
@@ -47,6 +48,14 @@ class RequestFields:
     seed: int | None = None
 
 
+@dataclass
+class BatchStart:
+    """When the batch of a request began, on the monotonic clock; 0 = it has not. Of requests that have one, one of a batch is the first."""
+
+    at_s: float = 0.0
+    is_first: bool = False
+
+
 @dataclass(frozen=True)
 class LayerRequest(RequestFields):
     """The fields of one request; with topk_ids, the caller has routed.
@@ -54,6 +63,7 @@ class LayerRequest(RequestFields):
     hidden_states [T, H] float; used_token [T] bool; topk_ids [T, K] int and topk_weights [T, K] float, id -1 = no choice.
     The rows of unused tokens have no meaning, nor has the weight of no choice.
     `deadline` is a time on this machine's monotonic clock, in seconds. Requests of one `caller` share what is fair for one.
+    `begun` is filled in, and `trace` records where the time goes, for who wants to know.
     """
 
     hidden_states: torch.Tensor
@@ -63,6 +73,8 @@ class LayerRequest(RequestFields):
     return_routing: bool = False
     deadline: float | None = None
     caller: str = ""
+    begun: BatchStart | None = None
+    trace: CallTrace | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -11,7 +11,7 @@ T tokens, H hidden size, K choices per token.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final, TypeVar
 
@@ -19,8 +19,10 @@ import grpc
 import torch
 from google.protobuf.message import DecodeError, Message
 
+from moeserve.api.call_trace import CallTrace
 from moeserve.api.output import ForwardOutput
-from moeserve.api.request import LayerRequest, RequestFields
+from moeserve.api.protobuf import LENGTH, MAX_SMALL_BYTES, scan, tag, varint
+from moeserve.api.request import BatchStart, LayerRequest, RequestFields
 from moeserve.api.tensors import WIRE_DTYPES, WIRE_NUMBERS, dtype_name, raw, view
 from moeserve.errors import InvalidRequest, MoEServeError, from_status
 from moeserve.v1 import moe_service_pb2 as pb
@@ -28,34 +30,14 @@ from moeserve.v1 import tensor_pb2
 
 M = TypeVar("M", bound=Message)
 
-# Bounds on what an untrusted sender may make us parse; our own have at most 13 fields, and 8 small tensors beside large data. Others may
-# send every field in several pieces.
-_MAX_FIELDS: Final = 64
-_MAX_SMALL_BYTES: Final = 128 * 1024
 _MAX_DIMS: Final = 8
 # Up to here protobuf's copies cost less than doing without them, and a tensor that is kept does not keep its whole message.
 _SMALL_TENSOR_BYTES: Final = 8 * 1024
 
-_VARINT, _LENGTH, _GROUP_START, _GROUP_END = 0, 2, 3, 4
-_FIXED_SIZES: Final = {1: 8, 5: 4, _GROUP_START: 0, _GROUP_END: 0}
-_NOT_A_MESSAGE: Final = "the message is truncated or not a message of this service"
-_DATA_KEY: Final = bytes([tensor_pb2.Tensor.DATA_FIELD_NUMBER << 3 | _LENGTH])
+_DATA_KEY: Final = tag(tensor_pb2.Tensor.DATA_FIELD_NUMBER)
 #: fields that may be absent without being tensors
 _OPTIONAL: Final = [one.name for one in pb.ForwardRequest.DESCRIPTOR.fields if one.has_presence and one.message_type is None]
 _STATUS_BY_NUMBER: Final = {code.value[0]: code for code in grpc.StatusCode}
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _key(number: int) -> bytes:
-    return _varint(number << 3 | _LENGTH)
 
 
 _TENSOR_FIELDS: Final[Mapping[type[Message], Mapping[int, str]]] = {
@@ -66,7 +48,7 @@ _TENSOR_FIELDS: Final[Mapping[type[Message], Mapping[int, str]]] = {
 REQUEST_TENSORS: Final = tuple(_TENSOR_FIELDS[pb.ForwardRequest].values())
 # Every field in the order in which it is sent, and the key of those that are tensors.
 _KEYS: Final[Mapping[type[Message], Mapping[str, bytes | None]]] = {
-    kind: {name: _key(number) if number in tensors else None for number, name in sorted((f.number, f.name) for f in kind.DESCRIPTOR.fields)}
+    kind: {name: tag(number) if number in tensors else None for number, name in sorted((f.number, f.name) for f in kind.DESCRIPTOR.fields)}
     for kind, tensors in _TENSOR_FIELDS.items()
 }
 
@@ -87,9 +69,12 @@ class WireRequest(RequestFields):
     request_id: str = ""
     model: str = ""
 
-    def for_layer(self, deadline: float | None, caller: str) -> LayerRequest:
+    def for_layer(
+        self, deadline: float | None, caller: str, begun: BatchStart | None = None, trace: CallTrace | None = None
+    ) -> LayerRequest:
         """The request without its address: the layer and the model."""
-        return LayerRequest(deadline=deadline, caller=caller, **{name: getattr(self, name) for name in _OF_LAYER})
+        of_layer = {name: getattr(self, name) for name in _OF_LAYER}
+        return LayerRequest(deadline=deadline, caller=caller, begun=begun, trace=trace, **of_layer)
 
 
 _OF_LAYER: Final = sorted({one.name for one in fields(LayerRequest)} & {one.name for one in fields(WireRequest)})
@@ -185,8 +170,8 @@ def _encode(kind: type[Message], stated: Mapping[str, Any]) -> bytes:
         if not is_large:
             tensor.data = data.tobytes()
             continue
-        head = tensor.SerializeToString() + _DATA_KEY + _varint(len(data))
-        parts += (small.SerializeToString(), key, _varint(len(head) + len(data)), head, data)
+        head = tensor.SerializeToString() + _DATA_KEY + varint(len(data))
+        parts += (small.SerializeToString(), key, varint(len(head) + len(data)), head, data)
         small = kind()
     parts.append(small.SerializeToString())
     return b"".join(parts)
@@ -204,7 +189,7 @@ def _decode(kind: type[M], message: bytes) -> tuple[M, dict[str, torch.Tensor]]:
 
 def _parse(kind: type[M], message: bytes) -> tuple[M, dict[int, memoryview]]:
     # A small message is copied sooner than it is split.
-    small_bytes, data = (message, {}) if len(message) <= _MAX_SMALL_BYTES else _split(message, _TENSOR_FIELDS[kind])
+    small_bytes, data = (message, {}) if len(message) <= MAX_SMALL_BYTES else _split(message, _TENSOR_FIELDS[kind])
     try:
         return kind.FromString(small_bytes), data
     except DecodeError as error:
@@ -225,13 +210,13 @@ def _split(message: bytes, tensor_fields: Container[int]) -> tuple[bytes, dict[i
     whole = memoryview(message)
     small: list[bytes | memoryview] = []
     data: dict[int, memoryview] = {}
-    for key, start, body, end in _fields(message, 0, len(message)):
+    for key, start, body, end in scan(message, 0, len(message)):
         number = key >> 3
-        if key & 7 != _LENGTH or number not in tensor_fields:
+        if key & 7 != LENGTH or number not in tensor_fields:
             small.append(whole[start:end])
             continue
         rest: list[memoryview] = []
-        for inner_key, inner_start, inner_body, inner_end in _fields(message, body, end):
+        for inner_key, inner_start, inner_body, inner_end in scan(message, body, end):
             is_data = inner_key == _DATA_KEY[0]
             if is_data and inner_end - inner_body > _SMALL_TENSOR_BYTES:
                 data[number] = whole[inner_body:inner_end]
@@ -239,44 +224,7 @@ def _split(message: bytes, tensor_fields: Container[int]) -> tuple[bytes, dict[i
             if is_data:
                 data.pop(number, None)
             rest.append(whole[inner_start:inner_end])
-        small += (_key(number), _varint(sum(map(len, rest))), *rest)
-    if sum(map(len, small)) > _MAX_SMALL_BYTES:
-        raise InvalidRequest(f"the message has more than {_MAX_SMALL_BYTES} bytes beside tensor data")
+        small += (tag(number), varint(sum(map(len, rest))), *rest)
+    if sum(map(len, small)) > MAX_SMALL_BYTES:
+        raise InvalidRequest(f"the message has more than {MAX_SMALL_BYTES} bytes beside tensor data")
     return b"".join(small), data
-
-
-def _fields(message: bytes, position: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """Key, and start, start of the body and end of each field in `message[position:end]`; a group counts as one field, without a body."""
-    depth, start = 0, position
-    for _ in range(_MAX_FIELDS):
-        if position == end and not depth:
-            return
-        key, position = _read_varint(message, position, 5)
-        wire_type = key & 7
-        body = position
-        if wire_type == _LENGTH:
-            size, body = _read_varint(message, position, 5)
-            position = body + size
-        elif wire_type == _VARINT:
-            position = _read_varint(message, position, 10)[1]
-        else:
-            position += _FIXED_SIZES.get(wire_type, len(message))
-            depth += (wire_type == _GROUP_START) - (wire_type == _GROUP_END)
-        if position > end or depth < 0:
-            break
-        if not depth:
-            yield key, start, body, position
-            start = position
-    raise InvalidRequest(_NOT_A_MESSAGE)
-
-
-def _read_varint(message: bytes, position: int, max_bytes: int) -> tuple[int, int]:
-    """The number at `position`, and where it ends."""
-    value = shift = 0
-    for byte in message[position : position + max_bytes]:
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-        shift += 7
-    raise InvalidRequest(_NOT_A_MESSAGE)

@@ -112,13 +112,14 @@ def _loads(tokens: str, concurrency: str | None, rate: str | None, duration_s: f
     _check(requests is None or requests > 0, f"--requests is {requests}; allowed: 1 and more")
     if requests is None and duration_s is None:
         duration_s = _DURATION_S
-    sizes = _numbers("--tokens", tokens, int)
+    sizes = numbers_of("--tokens", tokens, int)
     if rate is not None:
-        return [Load(size, None, each, duration_s, requests) for size in sizes for each in _numbers("--rate", rate, float)]
-    return [Load(size, each, None, duration_s, requests) for size in sizes for each in _numbers("--concurrency", concurrency or "8", int)]
+        return [Load(size, None, each, duration_s, requests) for size in sizes for each in numbers_of("--rate", rate, float)]
+    return [Load(size, each, None, duration_s, requests) for size in sizes for each in numbers_of("--concurrency", concurrency or "8", int)]
 
 
-def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+def numbers_of(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    """The numbers of a list of them as an option takes it. Raises ConfigError."""
     try:
         numbers = [kind(part) for part in text.split(",")]
     except ValueError:

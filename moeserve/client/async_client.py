@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2
 from moeserve.client.connection import CALLING, TLS, Reach
 from moeserve.client.line import LoopLines
 from moeserve.client.retries import Retries
+from moeserve.client.spans import Metadata, call_span, metadata_of
 from moeserve.client.stubs import ServiceStubs
 from moeserve.errors import DeadlineExceeded, ExpertUnavailable, MoEServeError
 from moeserve.observe.records import read
@@ -55,8 +56,9 @@ class AsyncClient:
         from moeserve.client import answers  # noqa: PLC0415
 
         routing = used_token, topk_ids, topk_weights, return_routing
-        data = await self._forward(answers.encode_call(hidden_states, layer, *routing, model, **options), timeout)
-        return answers.output_of(answers.decode_answer(data, hidden_states.device))
+        with call_span("Forward", self._lines.reach) as metadata:
+            data = await self._forward(answers.encode_call(hidden_states, layer, *routing, model, **options), timeout, metadata)
+            return answers.output_of(answers.decode_answer(data, hidden_states.device))
 
     async def forward_stream(
         self, requests: Iterable[WireRequest] | AsyncIterable[WireRequest], timeout: float | None = None
@@ -67,7 +69,7 @@ class AsyncClient:
         sent = SentRequest()
         outgoing = sent.encoded_async(requests) if isinstance(requests, AsyncIterable) else sent.encoded(requests)
         with self._lines.here.call(timeout) as call:
-            answers = call.stubs.forward_stream(outgoing, timeout=call.timeout_s, metadata=self._lines.reach.metadata)
+            answers = call.stubs.forward_stream(outgoing, timeout=call.timeout_s, metadata=metadata_of(self._lines.reach))
             try:
                 async for data in answers:
                     yield decode_answer(data, sent.device)
@@ -97,21 +99,21 @@ class AsyncClient:
         if channel is not None:
             await channel.close()
 
-    async def _forward(self, message: bytes, timeout: float | None) -> bytes:
+    async def _forward(self, message: bytes, timeout: float | None, metadata: Metadata) -> bytes:
         now = time.monotonic()
         retries = Retries(self._lines.here.timeout_s(timeout), now)
         while True:
             try:
-                return await self._call("forward", message, retries.left_s(now))  # type: ignore[no-any-return]
+                return await self._call("forward", message, retries.left_s(now), metadata)  # type: ignore[no-any-return]
             except MoEServeError as error:
                 if not self._retry or (pause_s := retries.pause_s(error, time.monotonic())) is None:
                     raise
             await asyncio.sleep(pause_s)
             now = time.monotonic()
 
-    async def _call(self, method: str, message: Any, timeout: float | None) -> Any:
+    async def _call(self, method: str, message: Any, timeout: float | None, metadata: Metadata | None = None) -> Any:
         with self._lines.here.call(timeout) as call:
-            return await getattr(call.stubs, method)(message, timeout=call.timeout_s, metadata=self._lines.reach.metadata)
+            return await getattr(call.stubs, method)(message, timeout=call.timeout_s, metadata=metadata or self._lines.reach.metadata)
 
     async def __aenter__(self) -> Self:
         return self

@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2
 from moeserve.client.connection import CALLING, TLS, Reach
 from moeserve.client.line import Line
 from moeserve.client.retries import Retries
+from moeserve.client.spans import Metadata, call_span, metadata_of
 from moeserve.client.stubs import ServiceStubs
 from moeserve.errors import DeadlineExceeded, ExpertUnavailable, MoEServeError
 from moeserve.observe.records import read
@@ -76,8 +77,9 @@ class Client:
         from moeserve.client import answers  # noqa: PLC0415
 
         routing = used_token, topk_ids, topk_weights, return_routing
-        data = self._forward(answers.encode_call(hidden_states, layer, *routing, model, **options), timeout)
-        return answers.output_of(answers.decode_answer(data, hidden_states.device))
+        with call_span("Forward", self._line.reach) as metadata:
+            data = self._forward(answers.encode_call(hidden_states, layer, *routing, model, **options), timeout, metadata)
+            return answers.output_of(answers.decode_answer(data, hidden_states.device))
 
     def forward_stream(self, requests: Iterable[WireRequest], timeout: float | None = None) -> Iterator[WireResponse]:
         """Many requests over one call; answers come as they finish, so give each request a `request_id`.
@@ -90,7 +92,7 @@ class Client:
 
         sent = SentRequest()
         with self._line.call(timeout) as call:
-            answers = call.stubs.forward_stream(sent.encoded(requests), timeout=call.timeout_s, metadata=self._line.reach.metadata)
+            answers = call.stubs.forward_stream(sent.encoded(requests), timeout=call.timeout_s, metadata=metadata_of(self._line.reach))
             try:
                 for data in answers:
                     yield decode_answer(data, sent.device)
@@ -120,21 +122,21 @@ class Client:
         if channel is not None:
             channel.close()
 
-    def _forward(self, message: bytes, timeout: float | None) -> bytes:
+    def _forward(self, message: bytes, timeout: float | None, metadata: Metadata) -> bytes:
         now = time.monotonic()
         retries = Retries(self._line.timeout_s(timeout), now)
         while True:
             try:
-                return self._call("forward", message, retries.left_s(now))  # type: ignore[no-any-return]
+                return self._call("forward", message, retries.left_s(now), metadata)  # type: ignore[no-any-return]
             except MoEServeError as error:
                 if not self._retry or (pause_s := retries.pause_s(error, time.monotonic())) is None:
                     raise
             time.sleep(pause_s)
             now = time.monotonic()
 
-    def _call(self, method: str, message: Any, timeout: float | None) -> Any:
+    def _call(self, method: str, message: Any, timeout: float | None, metadata: Metadata | None = None) -> Any:
         with self._line.call(timeout) as call:
-            return getattr(call.stubs, method)(message, timeout=call.timeout_s, metadata=self._line.reach.metadata)
+            return getattr(call.stubs, method)(message, timeout=call.timeout_s, metadata=metadata or self._line.reach.metadata)
 
     def __enter__(self) -> Self:
         return self

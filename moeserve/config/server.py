@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -32,6 +32,8 @@ class ServerConfig(Table):
     admin_token_file: File | None = None
     #: serve a non-loopback address without TLS and token
     insecure: bool = False
+    #: tensors in POSIX shared memory (Open Inference Protocol): of callers on this machine that run as the same user, or of nobody
+    shared_memory: Literal["local", "off"] = "local"
     max_message_bytes: int = Field(default=256 * 2**20, ge=2**16, le=MAX_SIZE)
     max_tokens_per_request: Size = 65536
     #: tokens admitted and not yet answered; further requests are refused at once

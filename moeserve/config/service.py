@@ -124,6 +124,8 @@ class ObservabilityConfig(Table):
 
     #: per-expert series: none, the 32 busiest of each layer, or all; unset = all, or the busiest where all are more than 10,000 series
     expert_detail: Literal["off", "top", "full"] | None = None
+    #: where spans of calls are sent, an OTLP collector's gRPC port; unset = nowhere
+    otlp_endpoint: Annotated[str, Field(pattern=r"^https?://[^\s/?#]+/?$", max_length=1024)] | None = None
 
 
 class ServedModel(Table):

@@ -32,7 +32,7 @@ class CannotFollow(ConfigError):
 class Stage(Protocol):
     """Receives the frontend, when there is one."""
 
-    def enter(self, frontend: Frontend, metrics: Metrics) -> None:
+    def enter(self, frontend: Frontend, metrics: Metrics, otlp_endpoint: str | None) -> None:
         """The frontend accepts requests."""
         ...
 
@@ -158,7 +158,7 @@ class Follower:
         self._frontend.set_failing(self._order.failing)
         metrics.balancing.said, metrics.busy.said = self._order.balancing, self._order.busy
         self._frontend.set_missing(self._order.missing_hosts)
-        self._stage.enter(self._frontend, metrics)
+        self._stage.enter(self._frontend, metrics, self._config.observability.otlp_endpoint)
         self._do("start", self._frontend.start(self.report.node))
         self._do("demand", self._tell_of_demand(metrics.experts, metrics.call_times))
         self.say(epoch=release.epoch, oldest_epoch=release.epoch)

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import torch
 
+from moeserve.api.call_trace import mark_all
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest
 from moeserve.config import GatingOverrides
@@ -74,6 +75,18 @@ class Batch:
         self.members = members
         self.sizes = [member.request.num_tokens for member in members]
         self.deadline = max(member.deadline for member in members)
+        #: of those who want to know where the time goes
+        self.traces = [member.request.trace for member in members if member.request.trace is not None]
+
+    def mark(self, stage: str) -> None:
+        """As `CallTrace.mark`."""
+        mark_all(self.traces, stage)
+
+    def begin(self, now: float) -> None:
+        """Tells the requests that want to know."""
+        begun = [member.request.begun for member in self.members if member.request.begun is not None]
+        for each in begun:
+            each.at_s, each.is_first = now, each is begun[0]
 
     @cached_property
     def hidden_states(self) -> torch.Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from math import inf
 
+from moeserve.api.call_trace import CallTrace, HostTimes
 from moeserve.errors import DeadlineExceeded, ExpertUnavailable, InvalidRequest, MoEServeError, Overloaded
 from moeserve.frontend.parcel import Answer, Parcel, ParcelState, Sent, Way
 from moeserve.frontend.routed import Part
@@ -22,10 +23,13 @@ _CLOCK_S = 0.001
 
 
 class Delivery:
-    """All that hosts owe to one batch until `deadline`, monotonic seconds. To be used on the event loop; only `change` waits."""
+    """All that hosts owe to one batch until `deadline`, monotonic seconds. To be used on the event loop; only `change` waits.
 
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
+    traces: of requests of the batch, by those who want to know where the time goes
+    """
+
+    def __init__(self, deadline: float, traces: Sequence[CallTrace] = ()) -> None:
+        self.deadline, self.traces = deadline, traces
         self._open: dict[Parcel, None] = {}
         self._pending: dict[Part, int] = {}
         self._answers: dict[Part, list[Answer]] = {}
@@ -162,8 +166,19 @@ class Delivery:
         self.first_answer_at = min(self.first_answer_at, time.monotonic())
         parcel.has_hedge_won = way is not parcel.ways[0]
         self.close(parcel, ParcelState.ANSWERED)
+        for trace in self.traces:
+            self._note(trace, parcel, way)
         if not self._pending[parcel.part]:
             self.wake()
+
+    def _note(self, trace: CallTrace, parcel: Parcel, way: Way) -> None:
+        """When hosts have computed a parcel, and that nothing of its part is under way any more."""
+        now = time.monotonic()
+        for sent in way.sent:
+            if (times := sent.future.result().times) is not None:
+                trace.hosts.append(HostTimes(sent.host, len(sent.rows), sent.at, times.began_ns / 1e9, times.ended_ns / 1e9, now))
+        if not self._pending[parcel.part]:
+            trace.mark("hosts")
 
     def _lost(self, parcel: Parcel, way: Way, host: int, error: BaseException) -> None:
         way.is_lost = True

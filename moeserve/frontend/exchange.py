@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from moeserve.api.call_trace import mark_all
 from moeserve.config import CommunicationConfig, LayerSpec
 from moeserve.frontend.compute import Compute
 from moeserve.frontend.delivery import Delivery
@@ -67,8 +68,10 @@ class Exchange:
     async def _send(self, delivery: Delivery, part: Part, works: Sequence[HostWork], pattern: str, again: Parcel | None = None) -> None:
         drafts, lost = await self._drafts(part, works, pattern)
         self._messages[pattern].inc(len(drafts))
+        mark_all(delivery.traces, "write")
         for draft in drafts:
             delivery.send(part, draft.message.works, self._transmit(delivery, part, draft), again)
+        mark_all(delivery.traces, "doorbell")
         for work in lost:
             delivery.lose(part, work, again)
 
@@ -98,9 +101,10 @@ class Exchange:
         return drafts
 
     def _transmit(self, delivery: Delivery, part: Part, draft: Draft) -> Sent:
-        message, view = draft.message, part.view
-        timeout_s = max(0.0, delivery.deadline - time.monotonic())
+        message, view, now = draft.message, part.view, time.monotonic()
+        timeout_s = max(0.0, delivery.deadline - now)
+        draft.lease.is_timed = bool(delivery.traces)
         future = draft.channel.send(draft.lease, layer=self._layer, epoch=view.epoch, timeout_s=timeout_s, pass_on=message.pass_on)
         for work in message.works:
             view.links[work.host].count_until(future, len(work.rows))
-        return Sent(message.host, message.rows, future)
+        return Sent(message.host, message.rows, future, now)

@@ -54,7 +54,9 @@ class Forward:
 
         Requests that still need one when another view is published start anew with that one.
         """
-        self._metrics.observe_stage("queue", time.monotonic() - batch.members[0].admitted_at)
+        now = time.monotonic()
+        batch.begin(now)
+        self._metrics.observe_stage("queue", now - batch.members[0].admitted_at)
         self._metrics.batch_tokens.observe(batch.num_tokens)
         while waiting := batch.unanswered:
             batch = batch if len(waiting) == len(batch.members) else Batch(waiting)
@@ -68,6 +70,9 @@ class Forward:
 
     async def _run(self, batch: Batch, view: LayerView) -> None:
         width, start, end = self.spec.hidden_size, 0, await batch.turn(0)
+        batch.mark("queue")
+        for trace in batch.traces:
+            trace.epoch, trace.batch_tokens = view.epoch, batch.num_tokens
         routed = await self._compute(batch.num_tokens * width, self._route_and_plan, batch, view, end, self._loads(view))
         parts = list(routed.parts)
         while await self._bring(routed, parts):
@@ -76,6 +81,7 @@ class Forward:
                 return
             batch.end_turn(start)
             start, end = end, await batch.turn(end)
+            batch.mark("queue")
             parts = await self._compute((end - start) * width, self._plan, routed, start, end, self._loads(view))
 
     def _loads(self, view: LayerView) -> HostLoads | None:
@@ -86,6 +92,7 @@ class Forward:
         """The gate sees the whole batch, so that its answer does not depend on how the batch is cut. Its tokens up to `end` are planned."""
         started = time.perf_counter()
         routed = RoutedBatch(batch, view, route_batch(view.head.router, batch), [])
+        batch.mark("route")
         self._plan(routed, 0, end, hosts)
         self._metrics.observe_stage("route", time.perf_counter() - started)
         return routed
@@ -100,11 +107,12 @@ class Forward:
             planned = view.head.plan(ids, weights, kept, rows, used, view.placement, hosts, is_routed=is_routed)
             parts.append(Part(slice(start, end), rows, view, planned))
         routed.parts += parts
+        batch.mark("plan")
         return parts
 
     async def _bring(self, routed: RoutedBatch, parts: Sequence[Part]) -> bool:
         """Parts to the hosts, and their answers back. False: another view is the present one."""
-        delivery = Delivery(routed.batch.deadline)
+        delivery = Delivery(routed.batch.deadline, routed.batch.traces)
         self._deliveries.add(delivery)
         try:
             started = time.perf_counter()
@@ -132,6 +140,7 @@ class Forward:
             if delivery.has_lost and self.views.current is not routed.view:
                 return False
             if delivery.needs_remedy(wake_at):
+                routed.batch.mark("remedy")
                 await self._answer_untouched(routed, delivery)
                 wake_at = await self._remedy.apply(routed, delivery)
         return True
@@ -171,6 +180,7 @@ class Forward:
                 self._metrics.partial_answers.labels(self._policy).inc()
             answer.set_result(output)
         self._metrics.observe_stage("combine", time.perf_counter() - started)
+        batch.mark("combine")
 
 
 def _outputs(routed: RoutedBatch, members: Sequence[int]) -> list[tuple[int, Routing, ForwardOutput | NonFiniteOutput]]:

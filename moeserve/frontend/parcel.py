@@ -31,11 +31,12 @@ class ParcelState(Enum):
 
 
 class Sent(NamedTuple):
-    """A message under way: rows [R] int64 of its part, to `host`."""
+    """A message under way: rows [R] int64 of its part, to `host`, since `at`, monotonic seconds."""
 
     host: int
     rows: torch.Tensor
     future: asyncio.Future[Partial]
+    at: float
 
 
 @dataclass(eq=False)

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from moeserve.api.call_trace import PassTimes
 from moeserve.errors import ExpertUnavailable, InvalidRequest, MoEServeError
 from moeserve.experts import LayerBank
 from moeserve.host.bank_table import BankTable
@@ -114,7 +115,11 @@ class HostLoop:
             self.clock.begin()
             self._lane.start(slow_pass(bank, valid))
         elif bank is not None and valid:
-            for work, failure in zip(valid, compute(bank, valid), strict=True):
+            began_ns = time.monotonic_ns()
+            failures = compute(bank, valid)
+            times = PassTimes(began_ns, time.monotonic_ns())
+            for work, failure in zip(valid, failures, strict=True):
+                work.times = times
                 self._finish(work, failure)
 
     def _finish_slow(self) -> None:
@@ -123,6 +128,7 @@ class HostLoop:
             self.clock.end()
             failures = [done.failure] * len(done.works) if done.failure is not None else written(done.works, done.sums)
             for work, failure in zip(done.works, failures, strict=True):
+                work.times = done.times
                 self._finish(work, failure)
 
     def _tell_loads(self) -> None:

@@ -6,6 +6,7 @@ R rows, N (row, expert) pairs, H hidden size.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from moeserve.api.call_trace import PassTimes
 from moeserve.errors import CheckpointError, MoEServeError
 from moeserve.experts import LayerBank
 from moeserve.log_limit import limited_logger
@@ -38,6 +40,7 @@ class SlowPass(NamedTuple):
     works: Sequence[Work]
     sums: Sequence[torch.Tensor]
     failure: MoEServeError | None = None
+    times: PassTimes | None = None
 
 
 def compute(bank: LayerBank, works: Sequence[Work]) -> list[MoEServeError | None]:
@@ -63,8 +66,9 @@ def slow_pass(bank: LayerBank, works: Sequence[Work]) -> Callable[[], SlowPass]:
 
 
 def _compute_slowly(bank: LayerBank, works: Sequence[Work], whole: Merged) -> SlowPass:
+    began_ns = time.monotonic_ns()
     try:
-        return SlowPass(works, _run(bank, whole))
+        return SlowPass(works, _run(bank, whole), times=PassTimes(began_ns, time.monotonic_ns()))
     except Exception as error:  # as above, and what cannot be read
         return SlowPass(works, (), _as_user_error(error, works[0].layer))
 

@@ -130,9 +130,11 @@ class FrontendProgram:
         """While `stop` waits for running requests: cancel them instead."""
         await self._grpc.stop()
 
-    def enter(self, frontend: Frontend, metrics: Metrics) -> None:
+    def enter(self, frontend: Frontend, metrics: Metrics, otlp_endpoint: str | None) -> None:
         """The follower calls it when it is known what to serve."""
         host, port = self._server.host, self._server.metrics_port
+        if otlp_endpoint is not None:
+            self._grpc.record_spans(otlp_endpoint)
         try:
             self._page = StatusPage(host, port, metrics.registry, frontend.stats)
         except OSError as error:

@@ -28,16 +28,20 @@ _LOOK_SHARE: Final = 20
 
 
 class Arrival:
-    """A message that is awaited, or those of a stream: whoever waits is in `limit`, which `refuse` ends."""
+    """A message that is awaited, or those of a stream: whoever waits is in `limit`, which `refuse` ends.
+
+    `refusal` makes the error: one that was kept here would keep the frames that it was raised in, and with them messages, until cycles of
+    references are collected.
+    """
 
     __slots__ = ("began", "limit", "refusal")
 
     def __init__(self) -> None:
         self.began = time.monotonic()
         self.limit = asyncio.timeout(None)
-        self.refusal: MoEServeError | None = None
+        self.refusal: Callable[[], MoEServeError] | None = None
 
-    def refuse(self, refusal: MoEServeError) -> None:
+    def refuse(self, refusal: Callable[[], MoEServeError]) -> None:
         """Nobody waits for it any more."""
         if self.refusal is None:
             self.refusal = refusal
@@ -56,7 +60,7 @@ class _Connection:
         self.began = self.taken_at = now
         self._looked_at = now
         #: how much of what it has brought is not left to take
-        self._settled = float(received)
+        self._accounted = float(received)
 
     @property
     def is_large(self) -> bool:
@@ -66,20 +70,20 @@ class _Connection:
     def took(self, nbytes: int, now: float) -> None:
         """A message that it has brought was taken."""
         self.taken_at = now
-        self._settled += nbytes + _EXTRA_BYTES
+        self._accounted += nbytes + _EXTRA_BYTES
 
     def look(self, received: int, now: float) -> None:
         """It has brought `received` bytes."""
         if not self.is_large:
             self.began = self.taken_at = now
-        settled = self._settled + _EXTRA_BYTES_PER_S * (now - self._looked_at)
-        self._settled, self._looked_at = min(settled, received), now
-        self.bytes = int(received - self._settled)
+        accounted = self._accounted + _EXTRA_BYTES_PER_S * (now - self._looked_at)
+        self._accounted, self._looked_at = min(accounted, received), now
+        self.bytes = int(received - self._accounted)
 
     def end(self, refusal: Callable[[], MoEServeError]) -> None:
         """Ends all of its streams; what has come of their messages is dropped."""
         for stream in self.streams:
-            stream.refuse(refusal())
+            stream.refuse(refusal)
 
 
 class Arriving:
@@ -105,7 +109,7 @@ class Arriving:
         except TimeoutError:
             if arrival.refusal is None:
                 raise
-            raise arrival.refusal from None
+            raise arrival.refusal() from None
         finally:
             del connection.streams[arrival]
             if not connection.streams:

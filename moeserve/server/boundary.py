@@ -20,6 +20,7 @@ from moeserve.server.answering import answering, as_stream
 from moeserve.server.rpc import Behavior, Context, Handler
 from moeserve.server.security import Tokens
 from moeserve.server.status import as_user_error, to_status
+from moeserve.server.tracing import take_note
 from moeserve.server.transfers import Transfers
 
 #: method, name of the status code, seconds
@@ -30,6 +31,8 @@ _ADMIN: Final = "/moeserve.v1.AdminService/"
 #: of it, the methods that callers may call too
 _PING: Final = "/moeserve.v1.AdminService/Ping"
 _CONTROL: Final = "/moeserve.v1.ControlService/"
+#: answered while draining, too: they say so
+_PROBES: Final = frozenset((_PING, *(f"/inference.GRPCInferenceService/{name}" for name in ("ServerLive", "ServerReady", "ModelReady"))))
 #: when to try a service again that ends, or is not there yet
 RESTART_S: Final = 1.0
 #: endless calls, of all callers together: streams in either direction, watching health and following too
@@ -69,11 +72,12 @@ class Boundary(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
         """The handler of the call, guarded; for a refused call, a handler that refuses before anything is read."""
-        method = handler_call_details.method
+        method, metadata = handler_call_details.method, handler_call_details.invocation_metadata
+        take_note(metadata)
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        refusal = None if method.startswith(_HEALTH) else self._refusal(method, handler_call_details.invocation_metadata)
+        refusal = None if method.startswith(_HEALTH) else self._refusal(method, metadata)
         if refusal is not None:
             return grpc.stream_stream_rpc_method_handler(self._guard(method, _refuse(refusal)))
         if method not in self._guarded:
@@ -88,7 +92,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         which, allowed = self._let_in(method)
         if allowed and not any(_carries(metadata, token) for token in allowed):
             return Unauthenticated(f"the {which} token is missing or wrong; send it as metadata: authorization: Bearer TOKEN")
-        if self.draining.is_set() and method != _PING:
+        if self.draining.is_set() and method not in _PROBES:
             return ExpertUnavailable("the service is draining and takes no new requests", RESTART_S)
         return None
 

@@ -1,4 +1,4 @@
-"""Connections that gRPC has accepted: how much they have brought, and ending one. It has no calls for that, but sockets are files."""
+"""Connections that gRPC has accepted: what they have brought, their ends, ending one. It has no calls for that, but sockets are files."""
 
 from __future__ import annotations
 
@@ -62,24 +62,42 @@ def received_bytes(wanted: Collection[Address]) -> dict[Address, int]:
 
 def hang_up(peer: str) -> bool:
     """Ends the TCP connection to `peer`, as gRPC calls it: ipv4:127.0.0.1:1234. Returns whether it was found; only Linux shows it."""
-    with suppress(ConfigError):
-        for host, port in parse_target(unquote(peer)).hosts:
-            if _FILES.exists():
-                return any(_end_if_to(int(name), host, port) for name in os.listdir(_FILES))
+    connection = _connection_to(peer)
+    if connection is None:
+        return False
+    with connection, suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+        return True
     return False
 
 
-def _end_if_to(fd: int, host: str, port: int) -> bool:
+def ends_of(peer: str) -> tuple[Address, Address] | None:
+    """Our address and theirs of the TCP connection to `peer`, without the forms that IPv6 has for addresses of IPv4; None as above."""
+    connection = _connection_to(peer)
+    if connection is None:
+        return None
+    with connection, suppress(OSError):
+        return _plain(*connection.getsockname()[:2]), _plain(*connection.getpeername()[:2])
+    return None
+
+
+def _connection_to(peer: str) -> socket.socket | None:
+    """A copy of it that is to be closed."""
+    address = address_of(peer)
+    names = os.listdir(_FILES) if _FILES.exists() else ()
+    return next(filter(None, (_if_to(int(name), address) for name in names)), None)
+
+
+def _if_to(fd: int, address: Address) -> socket.socket | None:
     with suppress(OSError):
-        own = os.dup(fd)
-        if not stat.S_ISSOCK(os.fstat(own).st_mode):
-            os.close(own)
-            return False
-        with socket.socket(fileno=own) as connection:
-            if connection.family in _INTERNET and _plain(*connection.getpeername()[:2]) == _plain(host, port):
-                connection.shutdown(socket.SHUT_RDWR)
-                return True
-    return False
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            return None
+        connection = socket.socket(fileno=os.dup(fd))
+        with suppress(OSError):
+            if connection.family in _INTERNET and _plain(*connection.getpeername()[:2]) == address:
+                return connection
+        connection.close()
+    return None
 
 
 def _plain(host: str, port: int) -> Address:

@@ -22,6 +22,12 @@ from moeserve.server.control import CONTROL_SERVICE_NAME, Control, ControlServic
 from moeserve.server.engine import Engine
 from moeserve.server.grpc_log import leave_out_callers_that_left
 from moeserve.server.health import HEALTH_SERVICE_NAME, Health
+from moeserve.server.inference.messages import SERVICE_NAME as INFERENCE_SERVICE_NAME
+from moeserve.server.inference.messages import pool_with
+from moeserve.server.inference.service import InferenceService
+from moeserve.server.inference.shared_memory import SharedMemory
+from moeserve.server.intake import Intake
+from moeserve.server.otlp import exporting_to
 from moeserve.server.security import FrontendTokens, check_exposure, rotating_tokens
 from moeserve.server.service import SERVICE_NAME, MoEService
 from moeserve.server.transfers import Transfers
@@ -82,11 +88,9 @@ class GrpcServer:
         self._probed = None if config.health_port is None else self._new_server(_options(config, _KEEPALIVE_MS))
         #: health alone in plain text; None = nowhere
         self.health_port = config.health_port
-        limits = config.max_tokens_per_request, config.max_message_bytes
-        self._service = MoEService(*limits, observe, self._boundary.draining, self._transfers)
-        services: dict[str, grpc.GenericRpcHandler] = {}
-        if has_engine:
-            services[SERVICE_NAME] = self._service.handlers()
+        self._intake = Intake(config.max_tokens_per_request, config.max_message_bytes)
+        self._transfers.refuse_early = self._intake.refuse_early
+        services = self._services_of_layers(observe) if has_engine else {}
         if admin is not None and config.admin_token_file is not None:
             draining = self._boundary.draining
             services[ADMIN_SERVICE_NAME] = AdminService(self._identity(admin, has_engine), admin, draining).handlers()
@@ -96,11 +100,22 @@ class GrpcServer:
             services[CONTROL_SERVICE_NAME] = ControlService(control.frontends, self._boundary.draining).handlers()
         self._health = Health(list(services), None if has_engine else ())
         self._server.add_generic_rpc_handlers((*services.values(), self._health.handlers()))
-        reflection.enable_server_reflection([*services, HEALTH_SERVICE_NAME, reflection.SERVICE_NAME], self._server)
+        told = [*services, HEALTH_SERVICE_NAME, reflection.SERVICE_NAME]
+        reflection.enable_server_reflection(told, self._server, pool_with(*told))
         if self._probed is not None:
             self._probed.add_generic_rpc_handlers((self._health.handlers(),))
         if engine is not None:
             self.serve(engine)
+
+    def _services_of_layers(self, observe: Observe) -> dict[str, grpc.GenericRpcHandler]:
+        config, draining = self._config, self._boundary.draining
+        shared_memory = SharedMemory(self._transfers.budget, config.max_message_bytes, is_on=config.shared_memory == "local")
+        self._service = MoEService(self._intake, observe, draining, self._transfers)
+        inference = InferenceService(self._intake, self._transfers, shared_memory, draining, observe, self._why_not_serving)
+        return {
+            SERVICE_NAME: self._service.handlers(),
+            INFERENCE_SERVICE_NAME: inference.handlers(),
+        }
 
     def _new_server(self, options: Options, ages: Options = ()) -> grpc.aio.Server:
         return grpc.aio.server(interceptors=[self._boundary], options=[*options, *ages], maximum_concurrent_rpcs=_MAX_CALLS)
@@ -111,16 +126,20 @@ class GrpcServer:
         return Identity("controller", lambda: admin.status().epoch, lambda: why_incomplete(admin.status()))
 
     def _epoch(self) -> int:
-        return self._service.epoch
+        return self._intake.epoch
 
-    def _why_not_serving(self) -> str:
-        return self._health.why_not_serving()
+    def _why_not_serving(self, layer: str = "") -> str:
+        return self._health.why_not_serving(layer)
 
     def serve(self, engine: Engine) -> None:
         """Serves `engine` from now on."""
         self._layers = [spec.name for spec in engine.layers]
-        self._service.serve(engine)
+        self._intake.serve(engine)
         self._health.set_layers(self._layers)
+
+    def record_spans(self, endpoint: str) -> None:
+        """Sends spans of calls there from now on. Raises ConfigError when OpenTelemetry is not installed."""
+        self._service.tracing.provider = exporting_to(endpoint)
 
     @property
     def queue_bytes(self) -> int:
@@ -163,6 +182,7 @@ class GrpcServer:
         if self._watching is not None:
             self._watching.cancel()
         await self._server.stop(grace_s)
+        await asyncio.to_thread(self._service.tracing.close)
         if self._probed is not None:
             await self._probed.stop(None)
 

@@ -60,13 +60,13 @@ class Health:
         self._layers[layer] = serving
         self._changed.notify()
 
-    def why_not_serving(self) -> str:
-        """Why the service is not SERVING, in one sentence; "" = it is."""
+    def why_not_serving(self, layer: str = "") -> str:
+        """Why a layer, or the service as a whole, is not SERVING, in one sentence; "" = it is."""
         if self._is_draining:
             return "it is draining"
         if self._layers is None:
             return "it is starting and does not yet know what to serve"
-        missing = [name for name, is_serving in self._layers.items() if not is_serving]
+        missing = [name for name, is_serving in self._layers.items() if not is_serving and layer in ("", name)]
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         return f"experts without a live copy in {missing[0]}{more}" if missing else ""
 

@@ -42,7 +42,7 @@ async def answer_all(context: Context, answer: Answer, stop: asyncio.Event, tran
             inputs = (stopping, *stream.awaited()) if is_listening else ()
             timeout_s = None if transfers.budget.has_room or not is_listening else _LOOK_AGAIN_S
             done, _ = await asyncio.wait((*stream.running, *inputs), return_when=asyncio.FIRST_COMPLETED, timeout=timeout_s)
-            await stream.write(stream.running.keys() & done)
+            await stream.write([answer for answer in stream.running if answer in done])
             if stopping in done:
                 is_listening = False
             elif stream.reading in done and not stream.begin():
@@ -51,6 +51,27 @@ async def answer_all(context: Context, answer: Answer, stop: asyncio.Event, tran
         stopping.cancel()
         await stream.close()
     return ended_by_caller
+
+
+class InOrder:
+    """Answers of one stream that end in the order in which they were begun."""
+
+    def __init__(self) -> None:
+        self._last = asyncio.Event()
+        self._last.set()
+
+    def after(self, answer: Callable[[], Coroutine[None, None, bytes]]) -> Coroutine[None, None, bytes]:
+        """`answer`, as the last one of those that were given so far."""
+        before, self._last = self._last, asyncio.Event()
+        return self._run(answer, before, self._last)
+
+    async def _run(self, answer: Callable[[], Coroutine[None, None, bytes]], before: asyncio.Event, ended: asyncio.Event) -> bytes:
+        try:
+            made = await answer()
+            await before.wait()
+            return made
+        finally:
+            ended.set()
 
 
 class _Stream:

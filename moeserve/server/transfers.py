@@ -54,7 +54,7 @@ class Transfers:
                 message: Any = await asyncio.shield(to_its_end(context.read()))
         except TimeoutError:
             assert arrival.refusal is not None
-            raise arrival.refusal from None
+            raise arrival.refusal() from None
         finally:
             del self._arriving[arrival]
         if message is grpc.aio.EOF:
@@ -92,13 +92,17 @@ class Transfers:
         late = [arrival for arrival in self._arriving if now - arrival.began > LATE_S]
         for index, arrival in enumerate(late):
             if now - arrival.began > self._timeout_s:
-                arrival.refuse(DeadlineExceeded(f"the message did not come within server.transfer_timeout_s = {self._timeout_s:g} s"))
+                arrival.refuse(self._overdue)
             elif self._is_draining:
-                arrival.refuse(ExpertUnavailable("the service is draining and waits for no message any more"))
+                arrival.refuse(lambda: ExpertUnavailable("the service is draining and waits for no message any more"))
             elif index >= self._max_late:
-                arrival.refuse(
-                    Overloaded(f"{self._max_late} messages that take longer than {LATE_S:g} s to come are being read; try again")
-                )
+                arrival.refuse(self._too_many)
+
+    def _overdue(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f"the message did not come within server.transfer_timeout_s = {self._timeout_s:g} s")
+
+    def _too_many(self) -> Overloaded:
+        return Overloaded(f"{self._max_late} messages that take longer than {LATE_S:g} s to come are being read; try again")
 
     def _hang_up_on_slow(self, now: float) -> None:
         for context, (nbytes, since) in list(self._leaving.items()):

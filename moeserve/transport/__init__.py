@@ -11,6 +11,7 @@ from moeserve.errors import ConfigError
 from moeserve.transport.channel import Channel, ChannelClosed, HostSilent, Lease, Partial
 from moeserve.transport.keys import FrontendKeys, HostKeys, KeyPair
 from moeserve.transport.listener import Listener, Poller, Source
+from moeserve.transport.loads import Loads
 from moeserve.transport.local import LocalSource, connect_local
 from moeserve.transport.memory import Limits, give_back_pools
 from moeserve.transport.shm_channel import connect_unix
@@ -18,7 +19,7 @@ from moeserve.transport.shm_source import ShmSource
 from moeserve.transport.tcp_channel import connect_tcp
 from moeserve.transport.tcp_source import TcpSource
 from moeserve.transport.timing import SILENT_AFTER_S
-from moeserve.transport.wire import Destination, Loads, PassOn, PeerLost, WorkShape
+from moeserve.transport.wire import Destination, PassOn, PeerLost, WorkShape
 from moeserve.transport.work import Work
 
 __all__ = [

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from moeserve.api.call_trace import PassTimes
 from moeserve.errors import ExpertUnavailable, InvalidRequest
+from moeserve.transport.loads import Loads
 from moeserve.transport.memory import Arena, Block, Limits
 from moeserve.transport.silence import SilenceWatch
 from moeserve.transport.wire import (
@@ -22,7 +24,6 @@ from moeserve.transport.wire import (
     BareMessage,
     Destination,
     Kind,
-    Loads,
     MalformedMessage,
     Memory,
     PacketLayout,
@@ -33,7 +34,6 @@ from moeserve.transport.wire import (
     pack_note,
     pack_work,
     sections,
-    unpack_loads,
     unpack_note,
     write_destinations,
 )
@@ -52,15 +52,16 @@ class Lease:
 
     hidden_states [R, H] of the shape's dtype, row_index [N] int32 in 0..R-1, local_experts [N] int32 ascending, weights [N] float32.
     A message to several hosts is also addressed. `send` takes the views away. A lease that is not sent gives its memory back when it
-    is dropped.
+    is dropped. The answer to one that `is_timed` comes with the times of its pass.
     """
 
-    __slots__ = ("block", "hidden_states", "layout", "local_experts", "row_index", "shape", "weights")
+    __slots__ = ("block", "hidden_states", "is_timed", "layout", "local_experts", "row_index", "shape", "weights")
 
     def __init__(self, shape: WorkShape, layout: PacketLayout, block: Block) -> None:
         self.shape = shape
         self.layout = layout
         self.block = block
+        self.is_timed = False
         self.hidden_states, self.row_index, self.local_experts, self.weights = sections(block.memory, shape, layout)
 
     def address(self, destinations: Sequence[Destination]) -> None:
@@ -78,13 +79,14 @@ class Lease:
 class Partial:
     """A host's answer. tensor [R, H] float32: for every row sent, the weighted sum over its experts on the destinations; read only.
 
-    Its memory is used again once no view of it is left.
+    Its memory is used again once no view of it is left. `times` are those of its pass, if the message was timed.
     """
 
-    __slots__ = ("tensor",)
+    __slots__ = ("tensor", "times")
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: torch.Tensor, times: PassTimes | None) -> None:
         self.tensor = tensor
+        self.times = times
 
 
 class PartialFuture(asyncio.Future[Partial]):
@@ -165,7 +167,7 @@ class Channel(ABC):
             future.set_exception(self._cause(self._reason))
             return future
         sent = Pending(future, lease.shape, lease.layout, lease.take(), time.monotonic())
-        header = WorkHeader(work_id, layer, epoch, max(0, int(timeout_s * 1e6)), sent.shape, sent.block.offset, pass_on)
+        header = WorkHeader(work_id, layer, epoch, max(0, int(timeout_s * 1e6)), sent.shape, sent.block.offset, pass_on, lease.is_timed)
         self._unanswered[work_id] = sent
         self._watch.start(self)
         self._transmit(pack_work(header), sent)
@@ -229,7 +231,7 @@ class Channel(ABC):
             elif note.kind is Kind.HEARTBEAT:
                 return
             elif note.kind is Kind.LOADS:
-                self.loads, self.loaded_at = unpack_loads(note), self._heard_at
+                self.loads, self.loaded_at = Loads.unpacked(note.value), self._heard_at
             elif note.kind is Kind.GOODBYE:
                 self._die(f"the host at {self.endpoint} hung up: {note.sentence}")
             elif note.kind is Kind.ACCEPT and note.code == VERSION and not self._accepted.done():
@@ -253,7 +255,7 @@ class Channel(ABC):
         else:
             tensor = self._partial(sent, body)
             if not future.done():
-                future.set_result(Partial(tensor))
+                future.set_result(Partial(tensor, note.times))
         del self._unanswered[note.value]
 
     def _cancelled(self, work_id: int) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from moeserve.transport.heartbeat import Beating, HeartbeatThread
-from moeserve.transport.wire import Loads, pack_loads
+from moeserve.transport.loads import Loads
+from moeserve.transport.wire import Kind, pack_note
 from moeserve.transport.work import Work
 
 OnEvents = Callable[[int], object]
@@ -103,7 +104,7 @@ class Listener:
     def tell(self, loads: Loads) -> None:
         """Lets all frontends know: that experts were read, so a pass makes progress."""
         for source in self._sources:
-            source.tell(pack_loads(loads))
+            source.tell(pack_note(Kind.LOADS, value=loads.packed()))
 
     def hold(self, until: threading.Event) -> None:
         """From any thread: after the pass that is running nothing is read, answered or said until the event is set.

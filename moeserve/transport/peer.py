@@ -21,6 +21,7 @@ from moeserve.transport.wire import (
     layout_of,
     pack_error,
     pack_note,
+    pack_reply,
     read_destinations,
     sections,
     unpack_note,
@@ -52,7 +53,7 @@ class Peer(ABC):
 
     def reply(self, work: Work, partial: torch.Tensor) -> None:
         """Sends the answer, unless the frontend is gone."""
-        self._finish(work, pack_note(Kind.REPLY, value=work.id), partial)
+        self._finish(work, pack_reply(work.id, work.times if work.header.is_timed else None), partial)
 
     def fail(self, work: Work, error: MoEServeError) -> None:
         """Sends the error in place of an answer, unless the frontend is gone."""

@@ -8,7 +8,7 @@ Reply area:   partial [R, H] float32
 Every section starts at a multiple of 64 bytes. Offsets follow from the counts on both sides, so none has to be believed.
 A destination is a host's number and where its pairs end; the first is the receiver, which passes the others their share on.
 
-A packet is a WORK header (56 bytes) or a note (16 bytes, some followed by a sentence):
+A packet is a WORK header (56 bytes) or a note (16 bytes, some followed by a sentence; a REPLY to timed WORK by the times of its pass):
 HELLO(version, arena bytes) -> ACCEPT(version, max_message_bytes) · WORK -> REPLY(id) | ERROR(gRPC status, id, sentence) · CANCEL(id)
 · GOODBYE(sentence) · HEARTBEAT: the host is alive · LOADS(uses, reads): how often experts were in memory.
 """
@@ -26,15 +26,18 @@ import grpc
 import numpy as np
 import torch
 
+from moeserve.api.call_trace import PassTimes
 from moeserve.api.tensors import FLOAT_DTYPES, WIRE_NUMBERS
 from moeserve.errors import ExpertUnavailable, MoEServeError, from_status
 
-VERSION = 3
+VERSION = 4
 MAX_SENTENCE_BYTES = 1024
-#: kind, dtype, pass_on, layer, id, epoch, timeout_us, rows, hidden_size, pairs, destinations, offset of the block in the shared arena
-_WORK = struct.Struct("<BBBxIQQQIIIIQ")
+#: kind, dtype, pass_on, is_timed, layer, id, epoch, timeout_us, rows, hidden_size, pairs, destinations, offset in the shared arena
+_WORK = struct.Struct("<BBBBIQQQIIIIQ")
 #: kind, code (protocol version or gRPC status), value (id or bytes)
 _NOTE = struct.Struct("<BxHxxxxQ")
+#: a note, and when the pass began and ended, nanoseconds on the host's clock
+_TIMED_REPLY = struct.Struct("<BxHxxxxQQQ")
 MAX_PACKET_BYTES = _NOTE.size + MAX_SENTENCE_BYTES
 _ALIGNMENT = 64
 _STATUS = {code.value[0]: code for code in grpc.StatusCode}
@@ -58,13 +61,6 @@ class Kind(IntEnum):
     GOODBYE = 7
     HEARTBEAT = 8
     LOADS = 9
-
-
-class Loads(NamedTuple):
-    """How many experts passes have used since a host started, each once in a pass, and how many of them had to be read first."""
-
-    used: int = 0
-    read: int = 0
 
 
 class PassOn(IntEnum):
@@ -137,6 +133,7 @@ class WorkHeader(NamedTuple):
     shape: WorkShape
     offset: int
     pass_on: PassOn = PassOn.NOTHING
+    is_timed: bool = False
 
 
 class BareMessage(NamedTuple):
@@ -146,6 +143,7 @@ class BareMessage(NamedTuple):
     code: int
     value: int
     sentence: str
+    times: PassTimes | None = None
 
     def error(self) -> MoEServeError:
         """The error the host raised, rebuilt from an ERROR note."""
@@ -243,14 +241,15 @@ def pack_work(header: WorkHeader) -> bytes:
     shape = header.shape
     number = WIRE_NUMBERS[shape.dtype]
     sizes = (shape.rows, shape.hidden_size, shape.pairs, shape.destinations)
-    return _WORK.pack(Kind.WORK, number, header.pass_on, header.layer, header.id, header.epoch, header.timeout_us, *sizes, header.offset)
+    kinds = (Kind.WORK, number, header.pass_on, header.is_timed)
+    return _WORK.pack(*kinds, header.layer, header.id, header.epoch, header.timeout_us, *sizes, header.offset)
 
 
 def unpack_work(packet: bytes) -> WorkHeader:
     """Raises MalformedMessage unless sizes are positive, the dtype is one of activations, and what is passed on has somewhere to go."""
     if len(packet) != _WORK.size:
         raise MalformedMessage(f"work header of {len(packet)} bytes")
-    _, number, way, layer, work_id, epoch, timeout_us, rows, hidden_size, pairs, destinations, offset = _WORK.unpack(packet)
+    _, number, way, timed, layer, work_id, epoch, timeout_us, rows, hidden_size, pairs, destinations, offset = _WORK.unpack(packet)
     dtype = _ACTIVATION_DTYPES.get(number)
     if dtype is None:
         raise MalformedMessage(f"dtype number {number} is not one of activations")
@@ -260,7 +259,7 @@ def unpack_work(packet: bytes) -> WorkHeader:
     if pass_on is None or (destinations > 1) != (pass_on is not PassOn.NOTHING) or destinations == 1 or destinations > pairs:
         raise MalformedMessage(f"{pairs} pairs for {destinations} destinations, to be passed on in way {way}")
     shape = WorkShape(rows, hidden_size, pairs, dtype, destinations)
-    return WorkHeader(work_id, layer, epoch, timeout_us, shape, offset, pass_on)
+    return WorkHeader(work_id, layer, epoch, timeout_us, shape, offset, pass_on, timed != 0)
 
 
 def pack_note(kind: Kind, *, code: int = 0, value: int = 0, sentence: str = "") -> bytes:
@@ -268,24 +267,22 @@ def pack_note(kind: Kind, *, code: int = 0, value: int = 0, sentence: str = "") 
     return _NOTE.pack(kind, code, value) + sentence.encode()[:MAX_SENTENCE_BYTES]
 
 
+def pack_reply(work_id: int, times: PassTimes | None) -> bytes:
+    """The REPLY note of a work; `times` if it was timed."""
+    return pack_note(Kind.REPLY, value=work_id) if times is None else _TIMED_REPLY.pack(Kind.REPLY, 0, work_id, *times)
+
+
 def pack_error(work_id: int, error: MoEServeError) -> bytes:
     """The ERROR note that makes the other side raise the same class with the same sentence."""
     return pack_note(Kind.ERROR, code=error.code.value[0], value=work_id, sentence=str(error))
 
 
-def pack_loads(loads: Loads) -> bytes:
-    """A LOADS note; numbers begin again at 2^32, as if the host had."""
-    return pack_note(Kind.LOADS, value=loads.used % 2**32 << 32 | loads.read % 2**32)
-
-
-def unpack_loads(note: BareMessage) -> Loads:
-    """What a LOADS note says."""
-    return Loads(note.value >> 32, note.value % 2**32)
-
-
 def unpack_note(packet: bytes) -> BareMessage:
     """Raises MalformedMessage unless the size fits the kind."""
     kind = kind_of(packet)
+    if kind is Kind.REPLY and len(packet) == _TIMED_REPLY.size:
+        _, code, value, *times = _TIMED_REPLY.unpack(packet)
+        return BareMessage(kind, code, value, "", PassTimes(*times))
     may_talk = kind in (Kind.ERROR, Kind.GOODBYE)
     if kind is Kind.WORK or not _NOTE.size <= len(packet) <= (MAX_PACKET_BYTES if may_talk else _NOTE.size):
         raise MalformedMessage(f"{kind.name} packet of {len(packet)} bytes")

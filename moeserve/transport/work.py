@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from moeserve.api.call_trace import PassTimes
 from moeserve.errors import Cancelled, DeadlineExceeded, MoEServeError
 from moeserve.transport.wire import Destination, PacketLayout, Sections, WorkHeader
 
@@ -59,6 +60,8 @@ class Work:
             self.row_index, self.local_experts, self.weights = (section[: destinations[0].pair_end] for section in request[1:])
         self.deadline = time.monotonic() + header.timeout_us / 1e6
         self.is_cancelled = False
+        #: of the pass that has computed it
+        self.times: PassTimes | None = None
         #: called when the work is cancelled while others help with it
         self.on_cancel: Callable[[], None] | None = None
         self._answerer = answerer

@@ -27,6 +27,7 @@ def test_a_late_host_is_not_waited_for(tmp_path: Path) -> None:
         expected = MoELayer(**LAYER)(ROWS)
         for _ in range(60):
             assert_close(client.forward(ROWS).hidden_states, expected)
+        until(lambda: not any(link.is_late for link in service.frontend._links.values()))
         held = Held(service.hosts[0])
         assert_close(client.forward(ROWS).hidden_states, expected)
         assert held.begun.acquire(timeout=30), "it was asked, too"
@@ -45,6 +46,7 @@ def test_a_copy_that_has_more_to_do_and_is_on_time_is_asked(tmp_path: Path) -> N
         expected = MoELayer(**LAYER)(ROWS)
         for _ in range(60):
             assert_close(client.forward(ROWS).hidden_states, expected)
+        until(lambda: not any(link.is_late for link in service.frontend._links.values()))
         held = Held(service.hosts[0])
 
         async def owe() -> None:

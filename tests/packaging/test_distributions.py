@@ -102,7 +102,9 @@ def test_every_proto_is_beside_the_code_that_was_generated_from_it(tree: Path, b
     with zipfile.ZipFile(wheel) as archive:
         held = {name: archive.read(name) for name in archive.namelist() if name.endswith(".proto")}
     protos = tree / "protos"
-    assert held == {str(path.relative_to(protos)): path.read_bytes() for path in protos.rglob("*.proto")}
+    found = {str(path.relative_to(protos)): path.read_bytes() for path in protos.rglob("*.proto")}
+    # The package of the other protocol has no room of its own.
+    assert held == {name if name.startswith("moeserve/") else f"moeserve/v1/{name}": content for name, content in found.items()}
 
 
 def test_it_is_installed_and_says_which_it_is(bin_folder: Path, tmp_path: Path) -> None:

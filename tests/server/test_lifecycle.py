@@ -57,6 +57,7 @@ async def test_reflection_names_the_services(running: Running) -> None:
     (answer,) = [answer async for answer in call]
     assert {service.name for service in answer.list_services_response.service} == {
         "moeserve.v1.MoEService",
+        "inference.GRPCInferenceService",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
     }

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import resource
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
 import grpc
 import pytest
@@ -189,6 +192,31 @@ async def test_what_comes_in_streams_has_no_more_room_than_anything_else(serve: 
         assert len(kept) == 1 and not any(each.done() for each in kept)
         for stream in streams:
             stream.cancel()
+
+
+async def test_a_message_that_was_refused_in_a_stream_is_not_kept(serve: Serve) -> None:
+    """By nobody, so that it is gone before cycles of references are collected, which an idle process does not do."""
+    running = await serve(MIB * 3 // 2)
+    held = await hold(running)
+    message, codes = bytes(64 * MIB), set()
+    gc.collect()
+    gc.disable()
+    try:
+        before = resident_bytes()
+        for _ in range(4):
+            stream = running.channel.stream_stream(STREAM)(iter([message]))
+            codes.add(pb.ForwardResponse.FromString(await stream.read()).error.code)
+            assert await stream.read() is grpc.aio.EOF
+        await until_async(lambda: resident_bytes() < before + 2 * len(message))
+    finally:
+        gc.enable()
+    assert codes == {EXHAUSTED.value[0]}
+    running.engine.gate.set()
+    await held
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 async def test_a_connection_that_nobody_is_at_the_end_of_leaves_nothing(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

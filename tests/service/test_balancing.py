@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from moeserve import Client, ConfigError, ExpertUnavailable, MoELayer, UnknownLa
 from moeserve.cli.app import main
 from moeserve.client import AdminClient
 from moeserve.control import Saved
-from moeserve.host.expert_store import ExpertStore
 from moeserve.placement import layer_balancedness
 from tests.support.closeness import assert_close
 from tests.support.followers import ThreadedFrontend
@@ -192,44 +191,6 @@ def test_where_there_is_little_room_experts_move_in_steps(tmp_path: Path) -> Non
     with ServiceHarness(config, "local", tmp_path) as service, AdminClient(service.target, ADMIN) as admin, Callers(service.target, share):
         until(lambda: (planned := admin.rebalance(dry_run=True)).moves > 4 and planned.balancedness > 0.8)
         assert admin.rebalance().steps > 1
-
-
-def test_no_host_holds_more_than_it_may_at_any_moment_however_unequal_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Experts of two sizes. While a host changes from one placement to the next, what it holds of both counts."""
-    put, seen = ExpertStore.put, list[int]()
-
-    def put_and_look(store: ExpertStore, *args: Any) -> None:
-        put(store, *args)
-        seen.append(store.nbytes)
-
-    monkeypatch.setattr(ExpertStore, "put", put_and_look)
-    config, large = configuration(tmp_path, window_s=1e6), {**LAYER, "num_experts": 4, "intermediate_size": 32}
-    one, limit = 3 * 16 * 8 * 4, 13 * 3 * 16 * 8 * 4
-    config |= {"layers": [LAYER, large], "placement": {"num_hosts": 4, "memory_per_host_bytes": limit}}
-    rows, layers = torch.randn(1000, 16), [MoELayer(**LAYER), MoELayer(**large)]
-    with by_harness(config, tmp_path) as (service, admin), Client(service.target) as client:
-
-        def ask(shares: tuple[list[float], list[float]]) -> None:
-            for number, share in enumerate(shares):
-                ids = torch.multinomial(torch.tensor(share).expand(1000, -1), 1)
-                routed = {"topk_ids": ids, "topk_weights": torch.ones(1000, 1)}
-                assert_close(client.forward(rows, layer=number, **routed).hidden_states, layers[number].run(rows, **routed).hidden_states)
-
-        until(lambda: service.is_counting)
-        asked = 0
-        for times, small, big in ((1, ZIPF, [8.0, 4, 1, 1]), (3, ZIPF[::-1], [1.0, 1, 1, 9]), (9, ZIPF, [1.0, 9, 1, 1])):
-            for _ in range(times):
-                ask((small.tolist(), big))
-            asked += 1000 * times
-            until(lambda: sum(admin.status().layers[1].demand_rows_per_s) * 1e6 / 3 > 0.99 * asked)  # noqa: B023
-            with suppress(ConfigError):  # hosts may be too full to exchange all that should move
-                admin.rebalance()
-        moved = sum(event.moves + event.new for event in admin.events() if event.kind == "balance")
-        sizes = zip((one, 4 * one), service.controller.state.release.placement.layers, strict=True)
-        held = sum(size * np.bincount(layer.host_of_physical, minlength=4) for size, layer in sizes)
-        assert moved > 5 and len(set(held)) > 1, "hosts do not hold the same"
-        assert max(seen) <= limit, "not even during a move"
-        assert max(seen) > 0.8 * limit, "there was little room"
 
 
 def test_placement_and_demand_as_everybody_shows_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
