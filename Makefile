@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo check test coverage lint lint-protos protos k8s bench bench-experts bench-peers fuzz soak clean
+.PHONY: setup demo check test test-vllm coverage lint lint-protos protos k8s bench bench-experts bench-peers fuzz soak clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,18 @@ check: lint
 
 test: setup
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+
+# vLLM has pins of its own, so it gets an environment of its own, of some 900 MB of wheels.
+VLLM := .venv-vllm
+
+test-vllm: setup $(VLLM)/.ready
+	@MOESERVE_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest tests/vllm
+
+$(VLLM)/.ready: pyproject.toml tests/vllm/requirements.txt
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/pip install --disable-pip-version-check --no-deps --requirement tests/vllm/requirements.txt
+	@$(VLLM)/bin/pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $(VLLM)/.ready
 
 coverage: setup
 	@$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) --cov=moeserve --cov-report=term:skip-covered

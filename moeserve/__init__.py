@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from moeserve.errors import explained
+
 if TYPE_CHECKING:
     from moeserve import compat as compat
     from moeserve.api.output import ForwardOutput
@@ -101,7 +103,10 @@ def __getattr__(name: str) -> Any:
         return import_module("moeserve.compat")
     if name not in _HOME:
         raise AttributeError(f"module 'moeserve' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    try:
+        return getattr(import_module(_HOME[name]), name)
+    except ModuleNotFoundError as error:
+        raise explained(error, f"moeserve.{name}") from None
 
 
 def __dir__() -> list[str]:

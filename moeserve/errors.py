@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     import grpc
+
+
+#: modules that `pip install moeserve` leaves out -> the extra that brings them
+_EXTRAS: Final = {
+    **dict.fromkeys(("grpc_reflection", "prometheus_client", "pydantic", "pydantic_core", "ray", "rich"), "serve"),
+    **dict.fromkeys(("safetensors", "tomli_w", "typer", "yaml", "zmq"), "serve"),
+    **dict.fromkeys(("tokenizers", "transformers"), "hf"),
+}
 
 
 class _Status:
@@ -151,6 +159,14 @@ _BY_NAME = {
         PermissionDenied,
     )
 }
+
+
+def explained(error: Exception, who: str) -> Exception:
+    """The ConfigError that names the extra with the module that `who` lacks; any other `error` as it is."""
+    module = error.name.partition(".")[0] if isinstance(error, ModuleNotFoundError) and error.name else ""
+    if module not in _EXTRAS:
+        return error
+    return ConfigError(f"{who} needs {module}, which is not installed: pip install 'moeserve[{_EXTRAS[module]}]'")
 
 
 def from_status(code: grpc.StatusCode, message: str) -> MoEServeError:

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 
 from moeserve.api.call_trace import CallTrace
 from moeserve.api.tensors import FLOAT_DTYPES, dtype_name, is_finite, without_unused
-from moeserve.config import BY_TOKEN_ID, GatingOverrides, LayerSpec, override
 from moeserve.errors import InvalidRequest
+
+if TYPE_CHECKING:  # clients do without the configuration and pydantic; services import it when they check
+    from moeserve.config import GatingOverrides, LayerSpec
 
 _FLOATS = FLOAT_DTYPES.values()
 #: in topk_ids: no expert
@@ -92,6 +94,8 @@ class LayerRequest(RequestFields):
     @property
     def overrides(self) -> GatingOverrides:
         """The request's overrides of the layer's gate."""
+        from moeserve.config import GatingOverrides  # noqa: PLC0415
+
         return GatingOverrides(self.capacity_factor, self.noise, self.seed)
 
 
@@ -193,6 +197,8 @@ def _validate_choices(request: LayerRequest, spec: LayerSpec) -> None:
 
 
 def _validate_kind_of_token_ids(request: LayerRequest, spec: LayerSpec) -> None:
+    from moeserve.config import BY_TOKEN_ID  # noqa: PLC0415
+
     token_ids = request.token_ids
     if token_ids is None:
         if spec.gating.routing in BY_TOKEN_ID and not request.is_routed:
@@ -214,6 +220,8 @@ def _validate_token_ids(request: LayerRequest) -> None:
 
 
 def _validate_overrides(request: LayerRequest, spec: LayerSpec) -> None:
+    from moeserve.config import override  # noqa: PLC0415
+
     override(spec.gating, request.overrides)
     if request.is_routed and request.noise is not None:
         raise InvalidRequest("noise has no meaning in a request that is routed by its caller (topk_ids is given)", "noise")

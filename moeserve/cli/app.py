@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from moeserve.cli import signals, streams
-from moeserve.errors import ConfigError, MoEServeError, ServiceUnreachable
+from moeserve.errors import ConfigError, MoEServeError, ServiceUnreachable, explained
 
 EXIT_FAILURE, EXIT_CONFIGURATION, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
@@ -45,6 +45,7 @@ def _report(error: Exception) -> int:
     if show is not None:  # click's usage errors print themselves
         show()
         return EXIT_CONFIGURATION
+    error = explained(error, "this command")
     known = isinstance(error, MoEServeError)
     streams.tell(f"error: {error}" if known else f"error: {type(error).__name__}: {error} (--debug shows where)")
     if isinstance(error, ServiceUnreachable):
@@ -56,8 +57,10 @@ def entry() -> None:
     """The console script."""
     streams.make_safe()
     signals.end_at_once()
-    import moeserve.cli.verbs  # noqa: F401
-
+    try:
+        import moeserve.cli.verbs  # noqa: F401
+    except ModuleNotFoundError as error:
+        sys.exit(_report(error))
     try:
         signals.raise_ended()
         code = main()

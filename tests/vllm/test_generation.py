@@ -1,0 +1,132 @@
+"""vLLM with its experts in a service against vLLM with its own: `make test-vllm`, or any Python with vLLM in MOESERVE_VLLM_PYTHON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moeserve import Client
+from tests.support.harness import ServiceHarness
+from tests.support.waiting import until
+from tests.vllm.environment import PYTHON, REPOSITORY, environment, needs_vllm
+from tests.vllm.models import FAMILIES, save
+
+pytestmark = [pytest.mark.slow, needs_vllm]
+HERE = Path(__file__).parent
+NEW = 24
+PROMPTS = [[3 + (7 * start + 5 * place) % 120 for place in range(length)] for start, length in enumerate((3, 17, 40, 9))]
+#: rows that pass a layer: the last token of a sequence is not computed
+ROWS = sum(map(len, PROMPTS)) + len(PROMPTS) * (NEW - 1)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What tests/vllm/engine.py prints of a job."""
+
+    tokens: list[list[int]] = field(default_factory=list)
+    seconds: float = 0.0
+    parameters: dict[str, int] = field(default_factory=dict)
+    read: list[str] = field(default_factory=list)
+    error: str = ""
+
+
+def job(model: Path, target: str | None = None, **options: Any) -> dict[str, Any]:
+    if target is not None:
+        options["additional_config"] = {"moeserve": {"target": target}}
+    return {"model": str(model), "prompts": PROMPTS, "new": NEW, "options": options}
+
+
+def generate(*jobs: dict[str, Any]) -> list[Generated]:
+    """One process for all of them: importing vLLM takes longer than they do."""
+    command = [PYTHON, HERE / "engine.py", json.dumps(jobs)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=1200)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    return [Generated(**json.loads(line.removeprefix("RESULT "))) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+
+
+def served(model: Path, folder: Path, **tables: Any) -> ServiceHarness:
+    config = {"model": {"checkpoint": model, "dtype": "float32"}, "placement": {"num_hosts": 2}, **tables}
+    return ServiceHarness(config, "shm", folder)
+
+
+def of_experts(names: Any) -> list[str]:
+    return [name for name in names if ".experts." in name]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A model with its own experts and with remote ones, and (tokens, pairs) of every layer of the service."""
+
+    local: Generated
+    remote: Generated
+    counts: list[tuple[int, int]]
+
+
+@pytest.fixture(scope="module")
+def compared(tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compared]:
+    folder = tmp_path_factory.mktemp("models")
+    models = {"tiny-moe": tiny_moe, **{family: folder / family for family in FAMILIES}}
+    for family in FAMILIES:
+        save(family, models[family])
+    with ExitStack() as stack:
+        clients, jobs = {}, []
+        for family, model in models.items():
+            service = stack.enter_context(served(model, tmp_path_factory.mktemp("service")))
+            clients[family] = stack.enter_context(Client(service.target))
+            jobs += [job(model), job(model, service.target)]
+        results = generate(*jobs)
+        counts = {
+            family: [(layer.tokens, int(layer.processed.sum())) for layer in client.stats().layers] for family, client in clients.items()
+        }
+    pairs = zip(results[::2], results[1::2], strict=True)
+    return {family: Compared(*pair, counts[family]) for family, pair in zip(models, pairs, strict=True)}
+
+
+@pytest.mark.parametrize("family", ["tiny-moe", *FAMILIES])
+def test_tokens_are_those_of_local_experts(family: str, compared: dict[str, Compared]) -> None:
+    """Several sequences at once; prompts and tokens are counted, and nothing that vLLM measures itself with."""
+    local, remote = compared[family].local, compared[family].remote
+    top_k, num_layers = (2, 4) if family == "tiny-moe" else FAMILIES[family][1:]
+    assert not local.error and not remote.error
+    assert remote.tokens == local.tokens and len({tuple(each) for each in local.tokens}) > 1
+    assert compared[family].counts == [(ROWS, ROWS * top_k)] * num_layers
+    assert of_experts(local.parameters) and of_experts(local.read)
+    assert set(remote.read) == set(local.read) - set(of_experts(local.read))
+    held = {name: size for name, size in local.parameters.items() if name not in of_experts(local.parameters)}
+    assert remote.parameters == held
+
+
+def test_a_compiled_model_and_a_host_that_is_killed_while_it_generates(tiny_moe: Path, tmp_path: Path) -> None:
+    with served(tiny_moe, tmp_path, placement={"num_hosts": 2, "copies": 2}) as service, Client(service.target) as client:
+
+        def kill() -> None:
+            until(lambda: client.stats().layers[3].tokens >= ROWS + ROWS // 2, 1200)
+            service.hosts[0].kill()
+
+        with ThreadPoolExecutor(1) as pool:
+            killed = pool.submit(kill)
+            remote = job(tiny_moe, service.target)
+            local, compiled, disturbed = generate(job(tiny_moe), job(tiny_moe, service.target, enforce_eager=False), remote)
+            killed.result()
+        assert client.stats().layers[3].tokens == 2 * ROWS
+    assert compiled.tokens == local.tokens and disturbed.tokens == local.tokens
+
+
+def test_what_cannot_be_is_said_before_the_engine_starts(tiny_moe: Path) -> None:
+    wrong = {"target": "127.0.0.1:1", "hosts": 2}, {"target": "127.0.0.1:1"}
+    unknown, unreachable = generate(*(job(tiny_moe, additional_config={"moeserve": settings}) for settings in wrong))
+    assert "'hosts' is not a key; allowed: target, model" in unknown.error
+    assert "127.0.0.1:1 is unavailable" in unreachable.error
+
+
+def test_pip_changes_nothing_of_what_is_installed_beside_vllm() -> None:
+    command = [PYTHON, "-m", "pip", "install", "--dry-run", "--no-build-isolation", "--report", "-", "--quiet", REPOSITORY]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    assert [each["metadata"]["name"] for each in json.loads(done.stdout)["install"]] == ["moeserve"]
