@@ -29,7 +29,7 @@ FAST := $(filter-out tests/test_dispatch.py tests/test_rows_that_count.py,$(wild
 	cluster/test_folders.py compat/test_load.py compat/test_tables.py experts/test_activations.py experts/test_choice.py \
 	frontend/test_admission.py frontend/test_batcher.py frontend/test_copies.py frontend/test_health.py frontend/test_hedges.py \
 	frontend/test_policy.py frontend/test_views.py gating/test_capacity.py gating/test_concepts.py gating/test_in_a_layer.py gating/test_losses.py \
-	gating/test_newer_gates.py gating/test_noise.py gating/test_plugin.py gating/test_route.py gating/test_routings.py k8s/test_references.py \
+	gating/test_newer_gates.py gating/test_noise.py gating/test_plugin.py gating/test_route.py gating/test_routings.py inference/test_requests.py inference/test_statistics.py k8s/test_references.py \
 	server/test_forward.py server/test_lifecycle.py server/test_refusals.py server/test_stream.py service/test_admin.py service/test_stats.py \
 	simulate/test_calls.py transport/test_channel.py transport/test_endpoints.py transport/test_memory.py transport/test_peer_death.py \
 	transport/test_pool.py transport/test_strangers_tcp.py transport/test_strangers_unix.py transport/test_wire.py)

@@ -8,6 +8,7 @@ Splitting and merging is Knowlton's buddy system (1965), merging only when nothi
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import mmap
 import os
@@ -17,8 +18,6 @@ import threading
 import weakref
 from collections import deque
 from typing import NamedTuple
-
-import numpy as np
 
 from moeserve.errors import Overloaded
 
@@ -47,7 +46,7 @@ class Arena:
         self._mapping = memory
         self._advice = advice
         self._memory = memoryview(memory)
-        self._address: int = np.frombuffer(memory, np.uint8).ctypes.data
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         self._lock = threading.Lock()
         self._lent: dict[int, tuple[int, weakref.ref[memoryview]]] = {}
         # A block may die in any thread, even inside `lend` through the garbage collector: append is atomic and takes no lock.

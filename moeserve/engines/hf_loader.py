@@ -25,7 +25,7 @@ def load_model(
     experts keep their shapes as tensors without data, so the model cannot be saved or trained. Raises ConfigError when it has no experts,
     or the service has others.
     """
-    if isinstance(target, str):
+    if not hasattr(target, "forward"):
         parse_target(target)  # an invalid target is refused before weights are read
     config = AutoConfig.from_pretrained(path)
     try:

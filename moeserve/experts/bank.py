@@ -87,7 +87,8 @@ class LayerBank(ABC):
         hidden_states = hidden_states.to(self.device, self.dtype)
         # Counted by NumPy: a third of the time of a torch call, and the numbers are needed here, not on the device.
         counts = np.bincount(local_experts.numpy(force=True), minlength=self.num_experts)
-        total = out if out.device == self.device and out.is_contiguous() else torch.empty(out.shape, device=self.device)
+        is_ours = out.device == self.device and out.is_contiguous()
+        total = out if is_ours else torch.empty(out.shape, dtype=torch.float32, device=self.device)
         row_index, weights = row_index.to(self.device, torch.int64), weights.to(self.device)
         first_pair, adds = 0, False
         # Closed in any case: what a turn holds is held by nobody after it.

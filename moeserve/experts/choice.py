@@ -158,7 +158,7 @@ def _one_by_one(experts: Sequence[FeedForward | QuantizedFeedForward]) -> dict[s
 
 
 def _run_one_by_one(experts: Sequence[Expert], rows: torch.Tensor) -> None:
-    index, total = torch.arange(len(rows)), torch.zeros(rows.shape)
+    index, total = torch.arange(len(rows)), torch.zeros(rows.shape, dtype=torch.float32)
     for expert in experts:
         total.index_add_(0, index, expert(rows.index_select(0, index)).mul_(0.5))
 
@@ -176,7 +176,8 @@ def _packed(experts: Sequence[Expert], kernels: tuple[str, ...]) -> dict[str, Ca
 def _run_packed(packed: PackedExperts, rows: torch.Tensor) -> None:
     row_index = torch.arange(len(rows)).repeat(len(packed.held))
     counts = np.full(len(packed.held), len(rows))
-    packed.run(rows, Pairs(row_index, counts, None, torch.full((len(row_index),), 0.5)), torch.empty(rows.shape), False)
+    weights, out = torch.full((len(row_index),), 0.5, dtype=torch.float32), torch.empty(rows.shape, dtype=torch.float32)
+    packed.run(rows, Pairs(row_index, counts, None, weights), out, False)
 
 
 def kernels_for(shape: Shape, kernel: Kernel) -> tuple[str, ...]:

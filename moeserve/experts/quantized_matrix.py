@@ -72,7 +72,7 @@ class QuantizedMatrix:
     def dequantized(self) -> torch.Tensor:
         """[O, C] float32."""
         decoder = decoder_of(self)
-        numbers = torch.empty(self.shape, device=self.codes.device)
+        numbers = torch.empty(self.shape, dtype=torch.float32, device=self.codes.device)
         for first in range(0, len(numbers), _ROWS_AT_ONCE):
             tile = decoder.tile(first, first + _ROWS_AT_ONCE, torch.float32)
             numbers[first : first + len(tile)] = self.code.together(tile, self.columns)

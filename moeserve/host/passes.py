@@ -97,7 +97,7 @@ def _merged(bank: LayerBank, works: Sequence[Work]) -> Merged:
 
 def _run(bank: LayerBank, whole: Merged) -> Sequence[torch.Tensor]:
     """One pass; the answers [R, H] of each work."""
-    out = torch.empty(len(whole.hidden_states), bank.hidden_size)
+    out = torch.empty(len(whole.hidden_states), bank.hidden_size, dtype=torch.float32)
     bank.run(whole.hidden_states, whole.row_index, whole.local_experts, whole.weights, out=out)
     parts: Sequence[torch.Tensor] = out.split(whole.sizes)
     return parts

@@ -43,10 +43,10 @@ class Dispatched(NamedTuple):
 def select_top_k(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor] | None:
     """ids [T, K] int64 and values [T, K] of the K <= E largest scores [T, E] float32, by descending score, then ascending id; no NaN.
 
-    None where there is no compiled code, the scores are not in this process's memory, or their gradient is asked for.
+    None where there is no compiled code, the scores are not in this process's memory or not float32, or their gradient is asked for.
     """
     code = library()
-    if code is None or scores.requires_grad or not scores.is_cpu:
+    if code is None or scores.requires_grad or not scores.is_cpu or scores.dtype != torch.float32:
         return None
     scores, (tokens, experts) = scores.contiguous(), scores.shape
     ids, values = scores.new_empty(tokens, top_k, dtype=torch.int64), scores.new_empty(tokens, top_k)
@@ -142,6 +142,7 @@ def write_message(
     code, (row_index, local_experts, weights) = library(), pairs
     if code is None or not (hidden_states.is_cpu and hidden_states.is_contiguous() and weights.is_contiguous()):
         return False
+    assert rows.dtype == torch.int64 and weights.dtype == torch.float32
     row_index, local_experts = row_index.int().contiguous(), local_experts.int().contiguous()
     sizes = rows.numel(), hidden_states.shape[1] * hidden_states.element_size(), row_index.numel()
     sources = hidden_states, rows, row_index, local_experts, weights
