@@ -39,7 +39,6 @@ _OPTIONAL: Final = [one.name for one in pb.ForwardRequest.DESCRIPTOR.fields if o
 Find = Callable[[pb.SharedBlock, tensor_pb2.Tensor], memoryview]
 _STATUS_BY_NUMBER: Final = {code.value[0]: code for code in grpc.StatusCode}
 
-
 _TENSOR_FIELDS: Final[Mapping[type[Message], Mapping[int, str]]] = {
     kind: {field.number: field.name for field in kind.DESCRIPTOR.fields if field.message_type is tensor_pb2.Tensor.DESCRIPTOR}
     for kind in (pb.ForwardRequest, pb.ForwardResponse)

@@ -24,7 +24,7 @@ _ESTABLISHED: Final = 1
 _TIMEOUT_S: Final = 1.0
 
 
-def is_same_user(peer: str) -> bool:
+def runs_as_this_user(peer: str) -> bool:
     """Whether `peer`, as gRPC calls it (ipv4:127.0.0.1:1234), is a process of this machine that runs as the user of this process.
 
     Only such a caller gains nothing by what this process may open.

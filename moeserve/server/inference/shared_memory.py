@@ -14,7 +14,7 @@ from moeserve.loops import in_thread
 from moeserve.server.byte_budget import ByteBudget
 from moeserve.server.inference.decoding import InferRequest, WantedOutput
 from moeserve.server.inference.messages import pb
-from moeserve.server.inference.peers import is_same_user
+from moeserve.server.inference.peers import runs_as_this_user
 from moeserve.server.inference.regions import Regions
 from moeserve.server.rpc import Context
 
@@ -74,7 +74,7 @@ class SharedMemory:
     def _let_in(self, context: Context) -> None:
         if not self.is_on:
             raise PermissionDenied("shared memory is switched off: server.shared_memory is 'off'")
-        if not is_same_user(context.peer()):
+        if not runs_as_this_user(context.peer()):
             raise PermissionDenied("shared memory is only for callers on the service's machine that run as the same user")
 
     async def _status(self, request: pb.SystemSharedMemoryStatusRequest, context: Context) -> pb.SystemSharedMemoryStatusResponse:
