@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -13,6 +14,9 @@ import pytest
 
 # Threads that spin while they wait make tiny matmuls ten times slower on a busy machine; read when torch is loaded.
 os.environ["OMP_WAIT_POLICY"] = "passive"
+
+# Programs that tests start are to get what a terminal sends, also where the tests themselves run under nohup.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import torch
 from hypothesis import settings

@@ -41,9 +41,9 @@ def counting(target: str) -> Iterator[Counting]:
     counting.stop()
 
 
-def mapped() -> int:
-    """How many stretches of memory of clients this process, the server's, has mapped."""
-    return sum(b"memfd:moeserve" in line for line in Path("/proc/self/maps").read_bytes().splitlines())
+def mapped() -> set[bytes]:
+    """The inodes of the memory of clients that this process, the server's, has mapped."""
+    return {line.split()[4] for line in Path("/proc/self/maps").read_bytes().splitlines() if b"memfd:moeserve" in line}
 
 
 async def test_large_tensors_do_not_pass_through_the_connection(connect: Callable[..., Calls], counting: Counting) -> None:
@@ -115,21 +115,26 @@ async def test_a_service_that_is_started_again_is_shared_with_again(connect: Cal
 
 
 def test_nothing_is_left_of_a_client_that_ends_or_is_killed(target: str, engine: FakeEngine) -> None:
+    def is_gone(memory: set[bytes]) -> bool:
+        engine.requests.clear()  # they are its rows
+        return not memory & mapped()
+
     before = mapped()
     with Client(target) as client:
         client.forward(LARGE)
-        assert mapped() > before
-    engine.requests.clear()  # they are its rows
-    until(lambda: mapped() == before)
+        ended = mapped() - before
+        assert ended
+    until(lambda: is_gone(ended))
     calling = f"moeserve.Client({target!r}).forward(torch.ones({2**14}, {HIDDEN}))"
     code = f"import moeserve, torch, time; client = {calling}; print('done', flush=True); time.sleep(600)"
+    before = mapped()
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"done\n"
-        assert mapped() > before
+        killed = mapped() - before
+        assert killed
         process.send_signal(signal.SIGKILL)
-    engine.requests.clear()
-    until(lambda: mapped() == before)
+    until(lambda: is_gone(killed))
 
 
 def test_copies_share_memory_of_their_own(target: str) -> None:

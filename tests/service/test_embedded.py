@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import _thread
 import copy
 import gc
+import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -183,7 +184,7 @@ def test_ctrl_c_gives_a_call_up_and_the_next_one_works(tmp_path: Path) -> None:
 
         def interrupt() -> None:
             assert held.begun.acquire(timeout=30)
-            _thread.interrupt_main()
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
         with ThreadPoolExecutor(1) as pool:
             interrupting = pool.submit(interrupt)
