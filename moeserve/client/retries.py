@@ -13,6 +13,8 @@ _AWAY_S: Final = 5.0
 _ATTEMPTS: Final = 4
 _FIRST_PAUSE_S: Final = 0.05
 _LONGEST_PAUSE_S: Final = 0.5
+#: for an attempt that begins when the time of its call is over: it ends as one that took too long
+_SHORTEST_ATTEMPT_S: Final = 0.001
 
 
 class Retries:
@@ -31,7 +33,7 @@ class Retries:
 
     def left_s(self, now: float) -> float | None:
         """What an attempt may take; None = without limit."""
-        return None if self._timeout_s is None else self._timeout_s - (now - self._began)
+        return None if self._timeout_s is None else max(self._timeout_s - (now - self._began), _SHORTEST_ATTEMPT_S)
 
     def pause_s(self, error: MoEServeError, now: float) -> float | None:
         """How long to wait before the next attempt; None = `error` is what became of the call."""

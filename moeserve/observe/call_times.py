@@ -13,7 +13,7 @@ NUM_TIMES: Final = 64
 BOUNDS_S: Final = tuple(_SHORTEST_S * _STEP**number for number in range(NUM_TIMES - 1))
 
 #: calls that wait for experts
-_METHODS: Final = frozenset({"Forward", "ForwardStream"})
+_METHODS: Final = frozenset({"Forward", "ForwardMany", "ForwardStream", "ModelInfer", "ModelStreamInfer"})
 #: a refused call is fast, and a caller that leaves says nothing of the service
 _CODES: Final = frozenset({"OK", "DEADLINE_EXCEEDED"})
 

@@ -87,3 +87,5 @@ def test_attempts_end_with_the_time_of_the_call_and_a_service_that_stays_away(
         now += pause_s
         left_s = retries.left_s(now)
         assert (left_s is None) == (timeout_s is None) and (left_s is None or left_s > 0)
+        overslept_s = retries.left_s(now + 1000)  # a busy machine wakes whom it will
+        assert timeout_s is None or 0 < overslept_s <= left_s

@@ -56,8 +56,9 @@ def test_a_program_of_the_same_user_needs_no_token_and_ends_by_itself(tmp_path: 
             try:
                 assert program.stdout is not None and program.stdin is not None
                 assert program.stdout.readline() == "9 ['this-process']\n"
+                until(lambda: all(one.is_ready for one in frontends.members()))
                 (_, member) = frontends.members()
-                assert str(program.pid) in member.name and member.is_ready and member.node == "this-process"
+                assert str(program.pid) in member.name and member.node == "this-process"
                 program.stdin.write("\n")
                 program.stdin.flush()
                 assert program.wait(30) == 0

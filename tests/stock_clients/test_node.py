@@ -41,7 +41,7 @@ def expected(batch: Batch) -> dict[str, Any]:
     dtype, tokens = batch
     data = (torch.arange(tokens * HIDDEN * dtype.itemsize) % 59).to(torch.uint8)
     sent = view(data.numpy().tobytes(), [tokens, HIDDEN], dtype)
-    found: dict[str, Any] = {"request_id": f"{name(dtype)} {tokens}", "error": None}
+    found: dict[str, Any] = {"request_id": f"{name(dtype)} {tokens}", "error": None, "is_shared": False}
     values = dict(vars(echo_engine().answer(0, LayerRequest(sent, return_routing=True))))
     if not tokens:
         values |= dict.fromkeys(("requested", "processed", "dropped"), torch.zeros(EXPERTS, dtype=torch.int64))
