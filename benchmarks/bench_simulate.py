@@ -1,9 +1,9 @@
 """`moeserve simulate` against the real thing: services of 2, 4 and 8 hosts on this machine, and what was said of them.
 
-`python benchmarks/bench_simulate.py --help`. The services run side by side, their hosts with one thread of torch each, and are loaded
-in turn, round by round; idle ones cost nothing. Before that each has done a round of balancing. Costs are measured on the service with the
-fewest hosts only, once before each round, and the load is what the rounds have recorded. Medians over the rounds are compared. All of
-a service is on one machine, so `simulate` gets its cores.
+`python benchmarks/bench_simulate.py --help`. The services run one after the other, their hosts with one thread of torch each. Before it is
+loaded, each has done a round of balancing. Costs are measured on the service with the fewest hosts only, once before each of its rounds, and
+the load is what the rounds have recorded. Medians over the rounds are compared. All of a service is on one machine, so `simulate` gets its
+cores.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, redirect_stdout
+from contextlib import redirect_stdout
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -76,25 +76,25 @@ def parse() -> argparse.Namespace:
 
 def compared(options: argparse.Namespace, layer: dict[str, int]) -> Iterator[str]:
     """A line of the table for each load and number of hosts."""
-    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as name:
         folder, hosts = Path(name), sorted(options.hosts)
         (folder / "admin").touch(0o600)
         (folder / "admin").write_text("of-the-administrator")
         for number in hosts:
             (folder / f"{number}.toml").write_text(CONFIG.format(folder=folder, hosts=number, **layer))
-        targets = {number: stack.enter_context(served(folder / f"{number}.toml", options.cluster))[0] for number in hosts}
-        for target in targets.values():
-            moeserve("bench", target, "--tokens", "64", "--duration-s", "3")
-            moeserve("rebalance", target, "--admin-token-file", str(folder / "admin"))
         found: dict[tuple[str, int], list[dict[str, Any]]] = {}
         costs = []
-        for number in range(options.rounds):
-            moeserve("bench", targets[hosts[0]], "--costs", str(folder / "costs"))
-            costs.append(json.loads((folder / "costs").read_text()))
-            for load in options.loads:
-                for each, target in targets.items():
-                    run = bench(target, load, options.duration_s, folder / f"{each}.{load}.{number}")
-                    found.setdefault((load, each), []).append(run)
+        for each in hosts:
+            with served(folder / f"{each}.toml", options.cluster) as (target, _):
+                moeserve("bench", target, "--tokens", "64", "--duration-s", "3")
+                moeserve("rebalance", target, "--admin-token-file", str(folder / "admin"))
+                for number in range(options.rounds):
+                    if each == hosts[0]:
+                        moeserve("bench", target, "--costs", str(folder / "costs"))
+                        costs.append(json.loads((folder / "costs").read_text()))
+                    for load in options.loads:
+                        run = bench(target, load, options.duration_s, folder / f"{each}.{load}.{number}")
+                        found.setdefault((load, each), []).append(run)
         (folder / "costs").write_text(json.dumps(typical(costs)))
         print(f"costs: {(folder / 'costs').read_text()}", file=sys.stderr)
         for (load, each), runs in found.items():

@@ -15,9 +15,6 @@ import pytest
 # Threads that spin while they wait make tiny matmuls ten times slower on a busy machine; read when torch is loaded.
 os.environ["OMP_WAIT_POLICY"] = "passive"
 
-# Programs that tests start are to get what a terminal sends, also where the tests themselves run under nohup.
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
 import torch
 from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
@@ -27,6 +24,9 @@ from moeserve.log_limit import LIMIT
 # How long something takes is measured in benchmarks/, not here.
 settings.register_profile("moeserve", deadline=None)
 settings.load_profile("moeserve")
+
+# Programs that tests start are to get what a terminal sends, also where the tests themselves run under nohup.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 REPOSITORY = Path(__file__).parents[1]
 

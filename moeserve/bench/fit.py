@@ -13,10 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from moeserve.bench.costs import Costs
+from moeserve.bench.curve import growing
 
 _DRAWS: Final = 200
 #: of the spread
 _VALUES: Final = 100
+#: rows of an expert that differ by less cannot be told apart
+_STEP: Final = 1.2
 _STAGES: Final = ("queue", "route", "dispatch", "experts", "combine")
 
 Floats = npt.NDArray[np.float64]
@@ -78,23 +81,24 @@ class RequestWork:
 
 
 def fitted(sizes: tuple[int, int], found: Sequence[Measurement], work: RequestWork) -> Costs:
-    """The costs with the least relative errors, none below 0; sizes: H and I of the experts."""
-    one, tokens = np.ones(len(found)), np.array([each.tokens for each in found], dtype=np.float64)
+    """sizes: H and I of the experts. What is no curve has the least relative errors; nothing is below 0."""
+    one, tokens = np.ones(len(found)), [each.tokens for each in found]
     messages, sent, experts, rows = np.array([work.expected(each.tokens) for each in found]).T
 
     def stage(name: str, *columns: Floats) -> list[float]:
         return _least_squares(np.stack(columns, axis=1), np.array([each.stage_s(name) for each in found]))
 
-    call_s, call_token_s = _least_squares(np.stack([one, tokens], axis=1), np.array([each.call_s for each in found]))
-    batch_s, token_s = stage("route", one, tokens)
-    queue_s = stage("queue", one)[0]
     hop_s, sent_row_s = stage("dispatch", messages, sent)
-    pass_s, expert_s, row_s = stage("experts", one, experts, rows)
+    pass_s = stage("experts", one, experts, rows)[0]
     combine_s, summed_row_s = stage("combine", one, sent)
-    whole_s = batch_s + queue_s + combine_s
+    queue_s = stage("queue", one)[0] + combine_s
+    of_experts = [max(0.0, each.stage_s("experts") - pass_s) for each in found]
+    call_s = growing(tokens, [max(0.0, each.call_s) for each in found])
+    batch_s = growing(tokens, [each.stage_s("route") + queue_s for each in found])
+    expert_s = growing(rows / experts, of_experts / experts, _STEP)
     spread = np.quantile(np.concatenate([each.spread for each in found]), (np.arange(_VALUES) + 0.5) / _VALUES)
     values = tuple((spread / spread.mean()).tolist())
-    return Costs(*sizes, call_s, call_token_s, whole_s, token_s, hop_s, sent_row_s, summed_row_s, pass_s, expert_s, row_s, values)
+    return Costs(*sizes, call_s, batch_s, hop_s, sent_row_s, summed_row_s, pass_s, expert_s, values)
 
 
 def _least_squares(columns: Floats, seconds: Floats) -> list[float]:

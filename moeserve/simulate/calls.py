@@ -98,6 +98,7 @@ class _Simulation:
         drawn: np.random.Generator,
     ) -> None:
         self._work, self._load, self._cores, self._costs, self._drawn = work, workload, cores, costs, drawn
+        self._whole_call_s = costs.call_s.seconds(workload.tokens)
         self._frontends = [_Frontend() for _ in range(workload.frontends)]
         self._host_s = np.zeros(placement.num_hosts)
         self._busy_s = np.zeros(placement.num_hosts)
@@ -128,7 +129,7 @@ class _Simulation:
         return Calls(measured * self._load.tokens / (ended - began), latencies, self._busy_s / max(ended, float(self._host_s.max())))
 
     def _call_s(self) -> float:
-        return _QUARTER * (self._costs.call_s + self._costs.call_token_s * self._load.tokens)
+        return _QUARTER * self._whole_call_s
 
     def _push(self, at_s: float, what: _Request | list[_Request] | None, post_s: float = 0.0) -> None:
         self._number += 1
@@ -155,7 +156,7 @@ class _Simulation:
             tokens, costs = len(batch) * self._load.tokens, self._costs
             start = max(now, one.loop_s)
             parts = self._work[layer].parts(tokens, np.maximum(self._host_s - start, 0.0), self._drawn)
-            before_s = len(batch) * self._call_s() + costs.batch_s + costs.token_s * tokens
+            before_s = len(batch) * self._call_s() + costs.batch_s.seconds(tokens)
             before_s += costs.hop_s * len(parts.hosts) + costs.sent_row_s * parts.sent_rows
             after_s = costs.summed_row_s * parts.sent_rows + len(batch) * self._call_s()
             by_chance = costs.spread[int(self._drawn.integers(len(costs.spread)))]

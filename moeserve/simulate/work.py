@@ -40,12 +40,12 @@ class LayerWork:
         layer, shards, costs = self.placement, self.placement.tensor_parallel, self.costs
         counts = np.minimum(drawn.multinomial(tokens * self.top_k, self.shares), tokens)
         units = np.repeat(np.arange(len(counts) * shards), np.repeat(counts, shards))
-        outstanding = (backlog_s / max(costs.row_s, 1e-9)).astype(np.int64)
+        outstanding = (backlog_s / max(costs.expert_s.slope, 1e-9)).astype(np.int64)
         is_live = np.ones(layer.num_hosts, dtype=bool)
         physical = choose_copies(units, layer, is_live, outstanding, self.choice)
         rows = np.bincount(physical, minlength=len(layer.unit_of_physical))
         used = np.flatnonzero(rows)
-        seconds = (costs.expert_s + costs.row_s * rows[used]) / shards
+        seconds = costs.expert_s.at(rows[used].astype(np.float64)) / shards
         of_host = np.bincount(layer.host_of_physical[used], weights=seconds, minlength=layer.num_hosts)
         hosts = np.flatnonzero(of_host)
         # A token that chooses several experts of a host travels there once.

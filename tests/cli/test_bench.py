@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -106,9 +107,10 @@ def test_costs_are_told_apart(capsys: pytest.CaptureFixture[str], service: Servi
     assert bench(capsys, service.target, "--costs", str(file)) == (0, "", "")
     costs = read_costs(file)
     assert (costs.hidden_size, costs.intermediate_size) == (16, 8)
-    fixed_s = costs.call_s + costs.batch_s + costs.hop_s + costs.pass_s + costs.expert_s
-    assert 0 < fixed_s < 1 and costs.call_s > 0 and costs.pass_s + costs.expert_s > 0
-    assert 0 < costs.call_token_s + costs.token_s + costs.row_s < 0.01
+    one_s = costs.pass_s + costs.expert_s.seconds(1)
+    assert one_s > 0 and costs.call_s.seconds(1) > 0
+    assert 0 < one_s + costs.call_s.seconds(1) + costs.batch_s.seconds(1) + costs.hop_s < 1
+    assert 0 < costs.call_s.slope + costs.batch_s.slope + costs.expert_s.slope < 0.01
     assert main(["simulate", "--layers", "1", "--experts", "8", "--top-k", "1", "--hosts", "2", "--costs", str(file)]) == 0
 
 
@@ -128,9 +130,13 @@ def test_known_costs_are_found_again() -> None:
         latency = sum(stages.values()) + 1e-3 + 5e-6 * tokens
         found.append(Measurement(tokens, [[latency] * 2] * 3, {name: [seconds] * 3 for name, seconds in stages.items()}))
     costs = fitted((8, 4), found, work)
-    assert [costs.call_s, costs.call_token_s, costs.batch_s, costs.token_s] == pytest.approx([1e-3, 5e-6, 2e-4, 3e-6], rel=1e-3)
+    sizes = np.array([1.0, 10, 100, 2000])
+    assert costs.call_s.at(sizes) == pytest.approx(1e-3 + 5e-6 * sizes, rel=1e-3)
+    assert costs.batch_s.at(sizes) == pytest.approx(2e-4 + 3e-6 * sizes, rel=1e-3)
     assert [costs.hop_s, costs.sent_row_s, costs.summed_row_s] == pytest.approx([1e-4, 2e-6, 1e-6], rel=1e-3)
-    assert [costs.pass_s, costs.expert_s, costs.row_s] == pytest.approx([5e-4, 3e-4, 4e-5], rel=1e-3)
+    assert costs.pass_s == pytest.approx(5e-4, rel=1e-3)
+    rows = np.array([1.2, 5, 50, 500])
+    assert costs.expert_s.at(rows) == pytest.approx(3e-4 + 4e-5 * rows, rel=1e-2)
     assert set(costs.spread) == {1.0}
 
 

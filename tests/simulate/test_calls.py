@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moeserve.bench.costs import Costs
+from moeserve.bench.curve import Curve, growing
 from moeserve.placement import LayerPlacement, Placement
 from moeserve.simulate import Calls, Workload, simulated_calls
 from moeserve.simulate.cores import Cores
@@ -16,19 +17,18 @@ from moeserve.simulate.work import LayerWork
 COSTS = Costs(
     hidden_size=8,
     intermediate_size=8,
-    call_s=1e-3,
-    call_token_s=1e-5,
-    batch_s=5e-4,
-    token_s=1e-5,
+    call_s=Curve.line(1e-3, 1e-5),
+    batch_s=Curve.line(5e-4, 1e-5),
     hop_s=1e-4,
     sent_row_s=1e-5,
     summed_row_s=1e-5,
     pass_s=1e-3,
-    expert_s=2e-3,
-    row_s=1e-4,
+    expert_s=Curve.line(2e-3, 1e-4),
 )
+SIZES = np.array([0.0, 1, 7, 1000])
 #: nothing but rows of experts costs anything that counts
-ROWS_ONLY = Costs(8, 8, *([1e-9] * 9), row_s=1e-3)
+FREE = Curve.line(1e-9, 0)
+ROWS_ONLY = Costs(8, 8, FREE, FREE, *([1e-9] * 4), Curve.line(0, 1e-3))
 
 
 def calls(hosts: int, experts: int, workload: Workload, costs: Costs, shares: list[float] | None = None, cores: int | None = None) -> Calls:
@@ -69,7 +69,7 @@ def test_hosts_beyond_the_cores_of_their_node_add_nothing() -> None:
 
 
 def test_what_a_frontend_does_is_missing_to_the_hosts_on_its_core() -> None:
-    costs = replace(ROWS_ONLY, batch_s=32e-3)
+    costs = replace(ROWS_ONLY, batch_s=Curve.line(32e-3, 0))
     alone, shared = (calls(1, 8, Workload(64, 1, 1), costs, cores=cores) for cores in (None, 1))
     assert shared.tokens_per_s == pytest.approx(alone.tokens_per_s, rel=0.01), "one caller: it is the one or the other's turn"
     alone, shared = (calls(1, 8, Workload(64, 2, 1, 64), costs, cores=cores) for cores in (None, 1))
@@ -86,7 +86,7 @@ def test_the_busiest_host_decides() -> None:
 
 def test_waiting_requests_are_joined() -> None:
     """Experts are read once for a batch, not once for a request."""
-    costs = replace(ROWS_ONLY, expert_s=10e-3, row_s=1e-9)
+    costs = replace(ROWS_ONLY, expert_s=Curve.line(10e-3, 1e-9))
     single, joined = (calls(1, 1, Workload(16, 8, 1, most), costs) for most in (16, 8192))
     assert single.tokens_per_s == pytest.approx(16 / 10e-3, rel=0.01)
     assert joined.tokens_per_s > 2.5 * single.tokens_per_s
@@ -94,5 +94,13 @@ def test_waiting_requests_are_joined() -> None:
 
 def test_costs_follow_the_sizes_of_experts() -> None:
     wide = COSTS.scaled(16, 24)
-    assert wide.row_s == pytest.approx(6 * COSTS.row_s) and wide.expert_s == pytest.approx(6 * COSTS.expert_s)
+    assert wide.expert_s.at(SIZES) == pytest.approx(6 * COSTS.expert_s.at(SIZES))
+    assert wide.call_s.at(SIZES) == pytest.approx(1e-3 + 2e-5 * SIZES)
     assert wide.sent_row_s == pytest.approx(2 * COSTS.sent_row_s) and wide.hop_s == COSTS.hop_s
+
+
+def test_a_curve_goes_through_what_was_measured_and_on() -> None:
+    curve = growing([1, 1.1, 4, 8, 16], [2e-3, 4e-3, 5e-3, 4.5e-3, 21e-3], least_step=1.2)
+    assert curve.at(np.array([0, 1.05, 4, 6, 8, 12, 16, 32])) == pytest.approx([3e-3, 3e-3, 5e-3, 5e-3, 5e-3, 13e-3, 21e-3, 53e-3])
+    assert Curve(((4, 8e-3),)).seconds(2) == pytest.approx(8e-3), "one point: no less below it, and in proportion beyond"
+    assert Curve(((4, 8e-3),)).seconds(8) == pytest.approx(16e-3)

@@ -124,7 +124,7 @@ def test_a_recorded_load_is_played(capsys: pytest.CaptureFixture[str], tmp_path:
         (("--seed", "-1"), "--seed is -1"),
         (("--tokens", "0"), "--tokens is 0"),
         (("--costs", "{folder}/none"), "is not a readable file of costs"),
-        (("--costs", "{folder}/costs"), "row_s is -1; allowed: seconds from 0"),
+        (("--costs", "{folder}/costs"), "hop_s is -1; allowed: seconds from 0"),
         (("{folder}/service.toml", "--experts", "8"), "--experts has no meaning with SOURCE"),
         (("{folder}/none.toml",), "does not exist"),
         (("--layers", "1", "--experts", "8", "--hosts", "2", "--plot", "{folder}/no/a.png"), "cannot be written"),
@@ -139,7 +139,7 @@ def test_nonsense_is_refused_in_one_sentence(
 
     source(tmp_path)
     (tmp_path / "trace").write_text('{"layers": {"one": 8}}\n{"at_s": 1, "rows": [[1, 2, 3, 4, 5, 6, 7, 8]]}\n')
-    (tmp_path / "costs").write_text(replace(REFERENCE, row_s=-1).to_json())
+    (tmp_path / "costs").write_text(replace(REFERENCE, hop_s=-1).to_json())
     if "--plot" in argv:
         pytest.importorskip("matplotlib", reason="the optional dependency `plot` is not installed")
     assert main(["simulate", *(each.format(folder=tmp_path) for each in argv)]) == 2
