@@ -1,9 +1,8 @@
 """`moeserve simulate` against the real thing: services of 2, 4 and 8 hosts on this machine, and what was said of them.
 
 `python benchmarks/bench_simulate.py --help`. The services run one after the other, their hosts with one thread of torch each. Before it is
-loaded, each has done a round of balancing. Costs are measured on the service with the fewest hosts only, once before each of its rounds, and
-the load is what the rounds have recorded. Medians over the rounds are compared. All of a service is on one machine, so `simulate` gets its
-cores.
+loaded, each has done a round of balancing. Costs are measured on the service with the fewest hosts only, and the load is what the rounds
+have recorded. Medians over the rounds are compared. All of a service is on one machine, so `simulate` gets its cores.
 """
 
 from __future__ import annotations
@@ -83,19 +82,16 @@ def compared(options: argparse.Namespace, layer: dict[str, int]) -> Iterator[str
         for number in hosts:
             (folder / f"{number}.toml").write_text(CONFIG.format(folder=folder, hosts=number, **layer))
         found: dict[tuple[str, int], list[dict[str, Any]]] = {}
-        costs = []
         for each in hosts:
-            with served(folder / f"{each}.toml", options.cluster) as (target, _):
+            with served(folder / f"{each}.toml", options.cluster) as (target, _, _):
                 moeserve("bench", target, "--tokens", "64", "--duration-s", "3")
                 moeserve("rebalance", target, "--admin-token-file", str(folder / "admin"))
+                if each == hosts[0]:
+                    moeserve("bench", target, "--costs", str(folder / "costs"))
                 for number in range(options.rounds):
-                    if each == hosts[0]:
-                        moeserve("bench", target, "--costs", str(folder / "costs"))
-                        costs.append(json.loads((folder / "costs").read_text()))
                     for load in options.loads:
                         run = bench(target, load, options.duration_s, folder / f"{each}.{load}.{number}")
                         found.setdefault((load, each), []).append(run)
-        (folder / "costs").write_text(json.dumps(typical(costs)))
         print(f"costs: {(folder / 'costs').read_text()}", file=sys.stderr)
         for (load, each), runs in found.items():
             yield line(layer, load, each, typical(runs), simulated(folder, each, load))
@@ -127,9 +123,8 @@ def line(layer: dict[str, int], load: str, hosts: int, real: dict[str, float], s
 
 
 def typical(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The median of each figure, and of each figure of a list; sizes, which all rows share, stay whole."""
-    whole = {name for name, value in rows[0].items() if isinstance(value, int)}
-    return {name: rows[0][name] if name in whole else np.median([row[name] for row in rows], axis=0).tolist() for name in rows[0]}
+    """The median of each figure."""
+    return {name: float(np.median([row[name] for row in rows])) for name in rows[0]}
 
 
 def moeserve(*arguments: str) -> str:

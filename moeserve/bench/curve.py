@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 
@@ -55,4 +56,14 @@ def growing(sizes: Sequence[float], seconds: Sequence[float], least_step: float 
         else:
             groups.append([point])
     known, means = np.array([np.mean(group, axis=0) for group in groups]).T
-    return Curve(tuple(zip(known.tolist(), np.maximum.accumulate(means).tolist(), strict=True)))
+    return Curve(tuple(zip(known.tolist(), _never_less(means.tolist()), strict=True)))
+
+
+def _never_less(values: Sequence[float]) -> list[float]:
+    """The closest values that do not fall: neighbors that do are replaced by their mean (pool adjacent violators, Ayer et al. 1955)."""
+    pools: list[list[float]] = []
+    for value in values:
+        pools.append([value])
+        while len(pools) > 1 and fmean(pools[-2]) > fmean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    return [fmean(pool) for pool in pools for _ in pool]

@@ -101,6 +101,8 @@ def test_costs_follow_the_sizes_of_experts() -> None:
 
 def test_a_curve_goes_through_what_was_measured_and_on() -> None:
     curve = growing([1, 1.1, 4, 8, 16], [2e-3, 4e-3, 5e-3, 4.5e-3, 21e-3], least_step=1.2)
-    assert curve.at(np.array([0, 1.05, 4, 6, 8, 12, 16, 32])) == pytest.approx([3e-3, 3e-3, 5e-3, 5e-3, 5e-3, 13e-3, 21e-3, 53e-3])
+    assert curve.at(np.array([0, 1.05, 4, 6, 8, 12, 16, 32])) == pytest.approx(
+        [3e-3, 3e-3, 4.75e-3, 4.75e-3, 4.75e-3, 12.875e-3, 21e-3, 53.5e-3]
+    )
     assert Curve(((4, 8e-3),)).seconds(2) == pytest.approx(8e-3), "one point: no less below it, and in proportion beyond"
     assert Curve(((4, 8e-3),)).seconds(8) == pytest.approx(16e-3)
