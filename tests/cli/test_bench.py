@@ -110,7 +110,7 @@ def test_costs_are_told_apart(capsys: pytest.CaptureFixture[str], service: Servi
     one_s = costs.pass_s + costs.expert_s.seconds(1)
     assert one_s > 0 and costs.call_s.seconds(1) > 0
     assert 0 < one_s + costs.call_s.seconds(1) + costs.batch_s.seconds(1) + costs.hop_s < 1
-    assert 0 < costs.call_s.slope + costs.batch_s.slope + costs.expert_s.slope < 0.01
+    assert 0 <= costs.call_s.slope + costs.batch_s.slope + costs.expert_s.slope < 0.01
     assert main(["simulate", "--layers", "1", "--experts", "8", "--top-k", "1", "--hosts", "2", "--costs", str(file)]) == 0
 
 
