@@ -29,7 +29,7 @@ async def test_token_and_mutual_tls(tmp_path: Path, engine: FakeEngine, connect:
                 await connect(target, token=token, tls=known).forward(X)
         for tls in (None, True, TLS(ca=ours.certificate), TLS(ca=ours.certificate, cert=their_cert, key=their_key)):
             with pytest.raises(errors.ExpertUnavailable, match=f"{target} is unavailable"):
-                await connect(target, token="secret", tls=tls).forward(X)
+                await connect(target, token="secret", tls=tls, retry=False).forward(X)
 
 
 def test_tls_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
