@@ -61,7 +61,7 @@ def _used_of(given: Mapping[str, Any]) -> torch.Tensor | None:
     past = given.get("past_key_values")
     shape = len(tokens), tokens.shape[1] + (0 if past is None else past.get_seq_length())
     if not isinstance(mask, torch.Tensor) or mask.shape != shape:
-        _say_ignored(f"{list(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__)
+        _say_ignored(f"{mask.dim()} dimensions" if isinstance(mask, torch.Tensor) else type(mask).__name__)
         return None
     used = mask[:, -tokens.shape[1] :].reshape(-1) != 0
     return None if used.all() else used
@@ -69,7 +69,7 @@ def _used_of(given: Mapping[str, Any]) -> torch.Tensor | None:
 
 @cache
 def _say_ignored(what: str) -> None:
-    log.info("an attention mask is not [B, P + S] but %s: it does not say which rows are padding, and experts compute them all", what)
+    log.info("an attention mask of %s is not [B, P + S]: it does not say which rows are padding, and experts compute all rows", what)
 
 
 def _around(model: nn.Module, name: str) -> nn.Module | None:

@@ -130,6 +130,20 @@ def test_padding_takes_no_room_from_others(local: PreTrainedModel, batch: dict[s
     assert_close(ours, theirs, SUMMED)
 
 
+def test_other_ways_to_generate_have_the_tokens_of_transformers(
+    local: PreTrainedModel, remote: PreTrainedModel, batch: dict[str, Tensor]
+) -> None:
+    """A static cache comes with masks of four dimensions, beams repeat prompts, and looked-up tokens come several at a time."""
+    longest = padded(TEXTS[2:3])
+    for prompts, options in (
+        (batch, {"cache_implementation": "static"}),
+        (batch, {"num_beams": 3}),
+        (batch, {"use_cache": False}),
+        (longest, {"prompt_lookup_num_tokens": 3}),
+    ):
+        assert torch.equal(remote.generate(**prompts, **GREEDY, **options), local.generate(**prompts, **GREEDY, **options)), options
+
+
 def four_dimensional(mask: Tensor) -> Tensor:
     """[B, S] -> [B, 1, S, S] bool, causal; rows of padding see themselves."""
     size = mask.shape[1]
@@ -147,7 +161,7 @@ def test_a_mask_that_does_not_say_which_rows_are_padding_is_ignored_and_said_onc
             assert_close(remote(ids, attention_mask=mask).logits, local(ids, attention_mask=mask).logits, SUMMED)
     assert recorder.processed == 2 * LAYERS * TOP_K * ids.numel()
     (line,) = [record.getMessage() for record in caplog.records if record.name == hf_padding.__name__]
-    assert "is not [B, P + S] but [4, 1, 14, 14]" in line
+    assert "an attention mask of 4 dimensions is not [B, P + S]" in line
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
