@@ -57,7 +57,7 @@ def write(experts: Any, changed: list[int], folder: Path) -> Path:
     folder.mkdir()
     for name in ("config.json", "model.safetensors"):
         (folder / name).symlink_to(TINY / name)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for expert in changed:
         gate, up = experts.gate_up_proj[expert].detach().chunk(2)
         matrices = {"w1": gate, "w3": up, "w2": experts.down_proj[expert].detach()}

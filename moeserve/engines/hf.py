@@ -22,7 +22,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moeserve.client.client import Client
-from moeserve.engines.hf_padding import forget_padding, used_rows, watch_padding
+from moeserve.engines.hf_padding import forget_padding, uncompiled, used_rows, watch_padding
 from moeserve.errors import ConfigError, MoEServeError
 from moeserve.observe.stats import LayerInfo
 
@@ -87,7 +87,7 @@ def experts_of(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in modules.items() if _is_dispatched(module) or _arguments(module) in _CALLS}
 
 
-@torch.compiler.disable
+@uncompiled
 def remote_experts(experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
     """What is called instead of the module's own forward: [T, H] or [B, S, H], [.., K], [.., K] -> like hidden_states.
 
@@ -96,7 +96,7 @@ def remote_experts(experts: nn.Module, hidden_states: torch.Tensor, top_k_index:
     return _ask(experts, hidden_states, top_k_index, top_k_weights, used_rows(hidden_states.shape[:-1].numel()))
 
 
-@torch.compiler.disable
+@uncompiled
 def _remote_rows(experts: Any, routed_in: torch.Tensor) -> torch.Tensor:
     """As Llama 4 calls its experts: [E * T, H], every token for every expert, weighed, zero for those not chosen -> [E * T, H]."""
     by_expert = routed_in.view(experts.num_experts, -1, routed_in.shape[-1])

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -18,9 +18,18 @@ from torch import nn
 
 log = logging.getLogger(__name__)
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+_disable: Final[Any] = torch.compiler.disable
+
 #: [T] bool of the pass that this thread is in; None = every row is used
 _used: Final[ContextVar[torch.Tensor | None]] = ContextVar("used rows", default=None)
 _watched: Final[WeakSet[nn.Module]] = WeakSet()
+
+
+def uncompiled(function: Function) -> Function:
+    """It runs as it is where `torch.compile` compiles its caller."""
+    same: Function = _disable(function)
+    return same
 
 
 def watch_padding(model: nn.Module, experts: Iterable[str]) -> None:
@@ -42,12 +51,12 @@ def forget_padding() -> None:
     _used.set(None)
 
 
-@torch.compiler.disable
+@uncompiled
 def _note(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    _used.set(_used_of(dict(zip(_parameters(type(model)), args, strict=False)) | kwargs))
+    _used.set(_used_of(dict(zip(_parameters(type(model).forward), args, strict=False)) | kwargs))
 
 
-@torch.compiler.disable
+@uncompiled
 def _leave(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     forget_padding()
 
@@ -77,12 +86,12 @@ def _around(model: nn.Module, name: str) -> nn.Module | None:
     while name:
         name = name.rpartition(".")[0]
         around = model.get_submodule(name)
-        parameters = _parameters(type(around))
+        parameters = _parameters(type(around).forward)
         if "attention_mask" in parameters and not {"input_ids", "inputs_embeds"}.isdisjoint(parameters):
             return around
     return None
 
 
 @cache
-def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
