@@ -22,6 +22,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moeserve.client.client import Client
+from moeserve.engines.hf_padding import forget_padding, uncompiled, used_rows, watch_padding
 from moeserve.errors import ConfigError, MoEServeError
 from moeserve.observe.stats import LayerInfo
 
@@ -62,6 +63,7 @@ def connect_experts(model: PreTrainedModel, target: str | AnyClient, *, embedded
     for module in modules.values():
         if not _is_dispatched(module):
             module.forward = partial(_CALLS[_arguments(module)], module)
+    watch_padding(model, modules)
     return client
 
 
@@ -85,23 +87,40 @@ def experts_of(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in modules.items() if _is_dispatched(module) or _arguments(module) in _CALLS}
 
 
+@uncompiled
 def remote_experts(experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-    """What is called instead of the module's own forward: [T, H] or [B, S, H], [.., K], [.., K] -> like hidden_states."""
-    if experts not in _connected:
-        raise ConfigError("the experts of this model are not connected to a service: call moeserve.connect_experts(model, target) first")
-    client, layer = _connected[experts]
-    output: torch.Tensor = _Remote.apply(hidden_states, top_k_index, top_k_weights, client, layer)  # type: ignore[no-untyped-call]
-    return output
+    """What is called instead of the module's own forward: [T, H] or [B, S, H], [.., K], [.., K] -> like hidden_states.
+
+    Rows that are padding by the attention mask are not computed: zeros.
+    """
+    return _ask(experts, hidden_states, top_k_index, top_k_weights, used_rows(hidden_states.shape[:-1].numel()))
 
 
+@uncompiled
 def _remote_rows(experts: Any, routed_in: torch.Tensor) -> torch.Tensor:
     """As Llama 4 calls its experts: [E * T, H], every token for every expert, weighed, zero for those not chosen -> [E * T, H]."""
     by_expert = routed_in.view(experts.num_experts, -1, routed_in.shape[-1])
-    expert, token = by_expert.any(dim=-1).nonzero(as_tuple=True)
+    chosen, used = by_expert.any(dim=-1), used_rows(by_expert.shape[1])
+    expert, token = (chosen if used is None else chosen & used.to(chosen.device)).nonzero(as_tuple=True)
     rows = by_expert[expert, token]
     answer = torch.zeros_like(by_expert)
-    answer[expert, token] = remote_experts(experts, rows, expert[:, None], torch.ones(len(rows), 1))
+    answer[expert, token] = _ask(experts, rows, expert[:, None], torch.ones(len(rows), 1), None)
     return answer.view(routed_in.shape)
+
+
+def _ask(
+    experts: nn.Module, hidden_states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, used: torch.Tensor | None
+) -> torch.Tensor:
+    """used [T] bool, None = all."""
+    if experts not in _connected:
+        raise ConfigError("the experts of this model are not connected to a service: call moeserve.connect_experts(model, target) first")
+    client, layer = _connected[experts]
+    try:
+        output: torch.Tensor = _Remote.apply(hidden_states, ids, weights, used, client, layer)  # type: ignore[no-untyped-call]
+    except BaseException:
+        forget_padding()
+        raise
+    return output
 
 
 #: arguments of an experts module's forward -> what to call instead
@@ -116,12 +135,19 @@ class _Remote(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, client: AnyClient, layer: int
+        ctx: Any,
+        hidden_states: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        used: torch.Tensor | None,
+        client: AnyClient,
+        layer: int,
     ) -> torch.Tensor:
         choices = ids.shape[-1]
         output = client.forward(
             hidden_states.reshape(-1, hidden_states.shape[-1]),
             layer=layer,
+            used_token=used,
             topk_ids=ids.reshape(-1, choices),
             topk_weights=weights.reshape(-1, choices),
         )

@@ -49,6 +49,18 @@ def test_a_frontend_inside_a_program(capsys: pytest.CaptureFixture[str], monkeyp
     assert len(re.findall(r"^(?:gRPC|embedded): [\d.]+ ms for one token$", printed, re.MULTILINE)) == 2
 
 
+def test_rollouts_are_replayed_and_steps_swapped_in(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example itself compares routing and answers, bit by bit."""
+    monkeypatch.setattr(sys, "argv", ["rl.py"])
+    runpy.run_path(str(FOLDER / "rl.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert re.findall(r"^step (\d): .* (\d) experts swapped in, revision (\d)$", printed, re.MULTILINE) == [
+        (str(step), "8", str(step + 2)) for step in range(3)
+    ]
+    differences = [float(number) for number in re.findall(r"trainer and service: ([\d.e+-]+)$", printed, re.MULTILINE)]
+    assert len(differences) == 3 and all(number < 1e-4 for number in differences)
+
+
 @pytest.mark.ray
 def test_an_expert_of_ones_own() -> None:
     """In a process of its own, as hosts look for modules where Ray was started."""

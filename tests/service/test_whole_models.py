@@ -46,6 +46,28 @@ def test_the_same_32_tokens_and_logits(family: str, tmp_path: Path) -> None:
     assert type(remote) is type(local)
 
 
+@pytest.mark.parametrize("family", SETTINGS)
+def test_padding_is_neither_computed_nor_counted(family: str, tmp_path: Path) -> None:
+    local, folder = tiny_model(family), saved(family)
+    prompt = torch.randint(3, 16, (2, 9), generator=torch.Generator().manual_seed(1))
+    used = torch.arange(9) >= torch.tensor([[4], [0]])
+    prompt, mask = prompt * used, used.long()
+    #: Llama 4 sends a row for each choice
+    each = 2 if family.startswith("llama4") else 1
+    config = {"model": {"checkpoint": folder}, "placement": {"num_hosts": 2}}
+    with ServiceHarness(config, "local", tmp_path) as service, Client(service.target) as client, torch.no_grad():
+        remote = load_model(folder, client, auto_class(family), dtype=torch.float32)
+        ours, theirs = (model(input_ids=prompt, attention_mask=mask).logits[used] for model in (remote, local))
+        assert_close(ours, theirs, SUMMED)
+        assert {layer.tokens for layer in client.stats().layers} == {14 * each}
+        if not local.can_generate():
+            return
+        options = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+        tokens = [model.generate(input_ids=prompt, **options) for model in (remote, local)]
+        assert torch.equal(*tokens)
+        assert {layer.tokens for layer in client.stats().layers} == {(14 + 14 + 2 * 7) * each}
+
+
 HOLDS = """
 import sys
 from pathlib import Path
