@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from types import TracebackType
+from typing import NamedTuple, Self
 
 from moeserve import Client, ConfigError, ExpertUnavailable
 from moeserve.client import AdminClient
@@ -39,6 +40,18 @@ class Storm:
         self.done, self.refused = Counter[str](), Counter[str]()
         self._paths, self._weights, self._chance = paths, weights, random.Random(seed)
         self._kinds: list[Callable[[], Verb]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """After an error, what has happened is printed."""
+        print(f"done {dict(self.done)}, refused {dict(self.refused)}")
+        if error is not None:
+            for event in self.admin.events(timeout=10.0):
+                print(event)
+        self.admin.close()
+        self._client.close()
 
     def blow(self) -> None:
         """One or two changes, and perhaps a host dies meanwhile. Raises what is no refusal; a change that does not end is none."""
