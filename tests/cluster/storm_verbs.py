@@ -40,6 +40,7 @@ class Storm:
         self.done, self.refused = Counter[str](), Counter[str]()
         self._paths, self._weights, self._chance = paths, weights, random.Random(seed)
         self._kinds: list[Callable[[], Verb]] = []
+        self._killed = set[int]()
 
     def __enter__(self) -> Self:
         return self
@@ -65,10 +66,11 @@ class Storm:
             each.result()
 
     def whole(self) -> Sequence[HostStatus]:
-        """The hosts, if the controller and the frontend find all of them up."""
+        """The hosts, if the controller and the frontend find all of them up, and know of those that were killed."""
         hosts = self.admin.status().hosts
         up = {host.number for host in self._client.stats().hosts if host.state in {"up", "slow"}}
-        return hosts if all(host.is_up for host in hosts) and up == {host.number for host in hosts} else []
+        is_whole = all(host.is_up and host.pid not in self._killed for host in hosts) and up == {host.number for host in hosts}
+        return hosts if is_whole else []
 
     def _next(self) -> Verb:
         """Every kind has its turn, in any order."""
@@ -92,6 +94,7 @@ class Storm:
         victim = self._chance.choice(until(self.whole))
         print(f"{time.monotonic():.1f}: kill {victim.name}")
         os.kill(victim.pid, signal.SIGKILL)
+        self._killed.add(victim.pid)
         self.done["kill"] += 1
 
     def _scale(self) -> Verb:
