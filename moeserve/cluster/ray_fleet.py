@@ -13,6 +13,7 @@ from ray.util.placement_group import PlacementGroup
 
 from moeserve.cluster.folders import SocketFolder, remove_abandoned
 from moeserve.cluster.loading import Loading
+from moeserve.cluster.looks import Looks
 from moeserve.cluster.process_ends import ProcessEnds
 from moeserve.cluster.ray_ending import end_hosts
 from moeserve.cluster.ray_expert_host import HostOrder
@@ -163,21 +164,22 @@ class RayFleet:
         return info
 
     async def watch(self, on_change: Callable[[Mapping[int, HostInfo]], None]) -> None:
-        """Runs until cancelled: looks for each host about once a second, and reports every change of the hosts and where they are."""
-        looking: dict[int, asyncio.Task[None]] = {}
+        """Runs until cancelled: looks for each host about once a second, and reports every change of the hosts and where they are.
+
+        A host counts as down as soon as its process is seen to end, or when it has not answered for MISSED_S.
+        """
+        looks = Looks(self._look)
         self._on_change = on_change
         self._announce()
         try:
             while True:
-                looking |= {number: asyncio.create_task(self._look(number)) for number in self._members if number not in looking}
+                looks.begin(self._members)
                 ended = await self._ends.wait(WATCH_S)
-                looking = {number: task for number, task in looking.items() if not task.done()}
-                for number in (ended or looking.keys()) & self._members.keys():
+                for number in (ended | looks.missed()) & self._members.keys():
                     self._members[number].is_up = False
         finally:
             self._ends.close()
-            for task in looking.values():
-                task.cancel()
+            looks.end()
 
     async def withdraw(self, epoch: int) -> None:
         """Hosts forget the withdrawn release of `epoch`, and all after it."""

@@ -30,6 +30,8 @@ PROGRAM_RETRY_S: Final = 0.2
 START_TIMEOUT_S: Final = 120.0
 #: a host a host's process lives and does not answer: it hangs, and is killed; a healthy one always answers sooner
 HANG_S: Final = 60.0
+#: a host counts as down that nobody has seen end, on another node for example
+MISSED_S: Final = 4.0
 #: hosts get the directory of all hosts; a late one gets it again when it is found
 MEET_TIMEOUT_S: Final = 5.0
 #: hosts are told at the end which releases to forget, and Ray forgets ended hosts; busy hosts are not waited for
