@@ -18,6 +18,9 @@ _OTHER_PROTOCOLS: Final = ("http1.x server", "Failed parsing HTTP/2")
 #: what gRPC says where nobody listens, or whoever did has hung up
 _GONE: Final = ("Connection refused", "Connection reset", "Socket closed", "connection closed", "Broken pipe", "GOAWAY", "recvmsg")
 
+#: what gRPC says of calls that this program has cancelled; a service cancels calls when it ends before they do
+_OURS: Final = ("Locally cancelled", "Channel closed", "Channel is closed")
+
 
 def to_error(failure: grpc.RpcError, target: str, timeout_s: float | None) -> MoEServeError:
     """The MoEServeError to raise for `failure` of a call to `target`."""
@@ -34,7 +37,9 @@ def to_error(failure: grpc.RpcError, target: str, timeout_s: float | None) -> Mo
         within = "its deadline" if timeout_s is None else f"{timeout_s:g} s"
         return DeadlineExceeded(f"no answer from {target} within {within}")
     if code is grpc.StatusCode.CANCELLED:
-        return Cancelled(f"the call to {target} was cancelled")
+        if any(sign in sentence for sign in _OURS):
+            return Cancelled(f"the call to {target} was cancelled")
+        return ServiceUnreachable(f"{target} has ended the call: {sentence}", may_return=True)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in sentence:
         return InvalidRequest(f"the message is too large: {sentence}")
     return from_status(

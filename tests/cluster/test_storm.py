@@ -1,12 +1,11 @@
 """A storm on a real Ray: administrators, accidents and balancing, at once and at random, under load. Callers notice nothing.
 
-MOESERVE_STORM_SEED: of a storm that is to come again.
+MOESERVE_STORM_SEED, MOESERVE_STORM_S: another storm than the one of the test suite, or a longer one.
 """
 
 from __future__ import annotations
 
 import os
-import random
 import time
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from tests.support.waiting import until
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 #: of changes
-STORM_S = 30.0 if os.environ.get("CI") else 60.0
+STORM_S = float(os.environ.get("MOESERVE_STORM_S", "20"))
 CLIENTS = 4
 #: rounds of balancing in a row that move nothing after a storm, and within how many: some gains are certain only after more rows
 STILL_ROUNDS, MOST_ROUNDS = 3, 20
@@ -33,8 +32,7 @@ TOKEN = "of the administrator"
 @pytest.mark.timeout(240)
 def test_callers_notice_nothing_of_a_storm(tiny_moe: Path, tmp_path: Path, local_ray: None) -> None:
     """No call fails, though none is made twice; every answer has weights that were served meanwhile; afterwards, nothing moves."""
-    seed = int(os.environ.get("MOESERVE_STORM_SEED") or random.SystemRandom().randrange(10**6))
-    print(f"MOESERVE_STORM_SEED={seed}")
+    seed = int(os.environ.get("MOESERVE_STORM_SEED", "1"))
     (tmp_path / "admin").touch(mode=0o600)
     (tmp_path / "admin").write_text(TOKEN)
     config = {
