@@ -18,7 +18,7 @@ from tests.support.waiting import until
 from tests.vllm.environment import PYTHON, REPOSITORY, environment, needs_vllm
 from tests.vllm.models import FAMILIES, save
 
-pytestmark = [pytest.mark.slow, needs_vllm]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), needs_vllm]
 HERE = Path(__file__).parent
 NEW = 24
 PROMPTS = [[3 + (7 * start + 5 * place) % 120 for place in range(length)] for start, length in enumerate((3, 17, 40, 9))]

@@ -18,7 +18,7 @@ from tests.support.harness import ServiceHarness
 from tests.support.waiting import until
 from tests.vllm.environment import PYTHON, REPOSITORY, environment, free_port, needs_vllm
 
-pytestmark = [pytest.mark.slow, needs_vllm]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), needs_vllm]
 #: longer than a block of vLLM's cache of prefixes
 LONG = "The import statement and the class statement. " * 16
 
