@@ -1,4 +1,4 @@
-"""`vllm serve` as docs/vllm.md says, and what its users see when the service is away."""
+"""vLLM's API server as docs/vllm.md starts it, and what its users see when the service is away."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ LONG = "The import statement and the class statement. " * 16
 
 
 class Engine:
-    """`vllm serve` with the arguments of the page, but for the ports."""
+    """The server with the arguments of the page, but for the ports."""
 
     def __init__(self, target: str, log: Path) -> None:
         page = (REPOSITORY / "docs" / "vllm.md").read_text()
-        (command,) = re.findall(r"^vllm (serve .+?)^```", page, re.M | re.S)
+        (command,) = re.findall(r"^python (-m vllm.+?)^```", page, re.M | re.S)
         arguments = shlex.split(
             command.replace("\\\n", " ").replace('"target": "127.0.0.1:50051"', f'"target": "{target}", "timeout_s": 15')
         )
@@ -36,7 +36,7 @@ class Engine:
         self.log = log
         with log.open("wb") as out:
             self.process = subprocess.Popen(
-                [PYTHON, "-m", "vllm.entrypoints.cli.main", *arguments, "--host", "127.0.0.1", "--port", str(self.port), "--enforce-eager"],
+                [PYTHON, *arguments, "--host", "127.0.0.1", "--port", str(self.port)],
                 cwd=REPOSITORY,
                 env=environment(),
                 stdout=out,
