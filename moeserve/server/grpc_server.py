@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import grpc
-from grpc_reflection.v1alpha import reflection
 
 from moeserve.addresses import join
 from moeserve.config import ServerConfig
@@ -107,6 +106,8 @@ class GrpcServer:
             self._server.add_generic_rpc_handlers((Proxy(shared, self._boundary.draining),))
         self._health = Health(list(services), None if has_engine else ())
         self._server.add_generic_rpc_handlers((*services.values(), self._health.handlers()))
+        from grpc_reflection.v1alpha import reflection  # noqa: PLC0415  # an embedded client, which serves nobody, lives without it
+
         told = [*services, HEALTH_SERVICE_NAME, reflection.SERVICE_NAME]
         reflection.enable_server_reflection(told, self._server, pool_with(*told))
         if self._probed is not None:
