@@ -92,10 +92,10 @@ def row(engines: dict[str, Engine], sequences: int, rounds: int) -> str:
         assert all(tokens == found["own"][1] for _, tokens in found.values()), "other tokens"
         for name, (took_s, _) in found.items():
             seconds[name] += [took_s] if round_ else []
-    took_s = {name: median(times) for name, times in seconds.items()}
-    rates = " | ".join(f"{sequences * NEW / each:.1f}" for each in took_s.values())
-    shares = " | ".join(f"**{took_s['own'] / took_s[name]:.2f}**" for name in ("embedded", "grpc"))
-    calls = " | ".join(f"{1000 * (took_s[name] - took_s['own']) / NEW / CALLS_OF_A_STEP:.2f}" for name in ("embedded", "grpc"))
+    middle = {name: median(times) for name, times in seconds.items()}
+    rates = " | ".join(f"{sequences * NEW / each:.1f}" for each in middle.values())
+    shares = " | ".join(f"**{middle['own'] / middle[name]:.2f}**" for name in ("embedded", "grpc"))
+    calls = " | ".join(f"{1000 * (middle[name] - middle['own']) / NEW / CALLS_OF_A_STEP:.2f}" for name in ("embedded", "grpc"))
     return f"| {sequences} | {rates} | {shares} | {calls} |"
 
 
