@@ -37,9 +37,9 @@ def to_error(failure: grpc.RpcError, target: str, timeout_s: float | None) -> Mo
         within = "its deadline" if timeout_s is None else f"{timeout_s:g} s"
         return DeadlineExceeded(f"no answer from {target} within {within}")
     if code is grpc.StatusCode.CANCELLED:
-        if any(sign in sentence for sign in _OURS):
-            return Cancelled(f"the call to {target} was cancelled")
-        return ServiceUnreachable(f"{target} has ended the call: {sentence}", may_return=True)
+        is_ours = any(sign in sentence for sign in _OURS)
+        ended = ServiceUnreachable(f"{target} has ended the call: {sentence}", may_return=True)
+        return Cancelled(f"the call to {target} was cancelled") if is_ours else ended
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in sentence:
         return InvalidRequest(f"the message is too large: {sentence}")
     return from_status(

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import grpc
-from grpc_reflection.v1alpha import reflection
 
 from moeserve.addresses import join
 from moeserve.config import ServerConfig
@@ -107,8 +106,7 @@ class GrpcServer:
             self._server.add_generic_rpc_handlers((Proxy(shared, self._boundary.draining),))
         self._health = Health(list(services), None if has_engine else ())
         self._server.add_generic_rpc_handlers((*services.values(), self._health.handlers()))
-        told = [*services, HEALTH_SERVICE_NAME, reflection.SERVICE_NAME]
-        reflection.enable_server_reflection(told, self._server, pool_with(*told))
+        _reflect(self._server, [*services, HEALTH_SERVICE_NAME])
         if self._probed is not None:
             self._probed.add_generic_rpc_handlers((self._health.handlers(),))
         if engine is not None:
@@ -197,6 +195,14 @@ class GrpcServer:
         await asyncio.to_thread(self._service.tracing.close)
         if self._probed is not None:
             await self._probed.stop(None)
+
+
+def _reflect(server: grpc.aio.Server, services: Sequence[str]) -> None:
+    """Callers may ask the server what its services are."""
+    from grpc_reflection.v1alpha import reflection  # noqa: PLC0415  # an embedded client, which serves nobody, lives without it
+
+    told = [*services, reflection.SERVICE_NAME]
+    reflection.enable_server_reflection(told, server, pool_with(*told))
 
 
 async def _listen(

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.engine import FakeEngine, identity, spec
+from tests.support.harness import ServiceHarness
 from tests.support.servers import served
+from tests.support.two_layers import CONFIG
 
 REPOSITORY = Path(__file__).parents[2]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -38,6 +40,19 @@ asyncio.run(ask())
 moeserve.engines.vllm.register()
 print(all(hasattr(moeserve.client, name) for name in moeserve.client.__all__))
 """
+
+CONNECT = """
+import logging, sys
+from moeserve.engines.vllm.connection import connect
+from moeserve.engines.vllm.settings import Settings
+logging.basicConfig(format="%(message)s", stream=sys.stdout)
+logging.getLogger("vllm").setLevel(logging.INFO)
+with connect(Settings(target=sys.argv[1])) as client: print(len(client.layers()))
+try: connect(Settings(target=sys.argv[1], embedded=True)).close()
+except Exception as error: print(error)
+"""
+#: modules of the extra `serve` that vLLM needs itself
+OF_VLLM = {"prometheus_client", "pydantic", "pydantic_core", "safetensors", "yaml", "zmq"}
 
 
 def distribution(requirement: str) -> str:
@@ -66,6 +81,16 @@ def test_clients_and_engines_need_none_of_the_extras() -> None:
     with served(FakeEngine([(spec("mlp", 8, 2), identity)])) as (target, _, _):
         done = python(CALLS, target)
     assert done.stdout.split() == ["True", "mlp", "True", "True"], done.stderr
+
+
+def test_vllm_calls_over_grpc_where_less_is_installed_than_a_frontend_needs(tmp_path: Path) -> None:
+    with ServiceHarness(CONFIG, "shm", tmp_path) as service:
+        small, beside_vllm = (python(CONNECT, service.target, hidden=left_out() - kept) for kept in (set(), OF_VLLM))
+        where = f"experts of {service.target}: called "
+    needs = "moeserve.embedded needs pydantic, which is not installed: pip install 'moeserve[serve]'"
+    assert small.stdout.splitlines() == [f"{where}over gRPC ({needs})", str(len(CONFIG["layers"])), needs], small.stderr
+    inside = f"{where}by a frontend in this process"
+    assert beside_vllm.stdout.splitlines() == [inside, str(len(CONFIG["layers"])), inside], beside_vllm.stderr
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,17 @@ _BASE = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
-_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32, "head_dim": 32}
-_DEEPSEEK = {**_LATENT, "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
+#: the sizes of the published models: vLLM's latent attention has no others
+_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "head_dim": 64}
+_SHARED = {"moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1}
+#: as published: one group; four of two experts, with a bias for their selection
+_GREEDY = {"topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5}
+_GROUPED = {"topk_method": "noaux_tc", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
 #: model type -> what its configuration is told besides; the choices of a token, and the MoE layers
 FAMILIES: Mapping[str, tuple[dict[str, Any], int, int]] = {
     "qwen3_moe": ({"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True}, 3, 2),
-    "deepseek_v2": ({**_DEEPSEEK, "n_shared_experts": 1, "topk_method": "greedy", "routed_scaling_factor": 1.5}, 2, 1),
-    "deepseek_v3": ({**_DEEPSEEK, "n_group": 4, "topk_group": 2, "n_shared_experts": 1, "routed_scaling_factor": 2.5}, 2, 1),
+    "deepseek_v2": ({**_LATENT, **_SHARED, **_GREEDY}, 2, 1),
+    "deepseek_v3": ({**_LATENT, **_SHARED, **_GROUPED}, 2, 1),
     "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32, "intermediate_size": 64}, 2, 2),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -13,12 +14,12 @@ from typing import Any
 import pytest
 
 from moeserve import Client
-from tests.support.harness import ServiceHarness
+from tests.support.harness import ServiceHarness, received
 from tests.support.waiting import until
 from tests.vllm.environment import PYTHON, REPOSITORY, environment, needs_vllm
 from tests.vllm.models import FAMILIES, save
 
-pytestmark = [pytest.mark.slow, needs_vllm]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), needs_vllm]
 HERE = Path(__file__).parent
 NEW = 24
 PROMPTS = [[3 + (7 * start + 5 * place) % 120 for place in range(length)] for start, length in enumerate((3, 17, 40, 9))]
@@ -37,9 +38,9 @@ class Generated:
     error: str = ""
 
 
-def job(model: Path, target: str | None = None, **options: Any) -> dict[str, Any]:
+def job(model: Path, target: str | None = None, embedded: bool | str = "auto", **options: Any) -> dict[str, Any]:
     if target is not None:
-        options["additional_config"] = {"moeserve": {"target": target}}
+        options["additional_config"] = {"moeserve": {"target": target, "embedded": embedded}}
     return {"model": str(model), "prompts": PROMPTS, "new": NEW, "options": options}
 
 
@@ -62,61 +63,70 @@ def of_experts(names: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class Compared:
-    """A model with its own experts and with remote ones, and (tokens, pairs) of every layer of the service."""
+    """A model with its own experts, and with those of a service, over gRPC and by a frontend in vLLM's process; a client of the service."""
 
     local: Generated
-    remote: Generated
-    counts: list[tuple[int, int]]
+    far: Generated
+    near: Generated
+    client: Client
 
 
 @pytest.fixture(scope="module")
-def compared(tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compared]:
+def compared(tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Compared]]:
     folder = tmp_path_factory.mktemp("models")
     models = {"tiny-moe": tiny_moe, **{family: folder / family for family in FAMILIES}}
     for family in FAMILIES:
         save(family, models[family])
     with ExitStack() as stack:
-        clients, jobs = {}, []
-        for family, model in models.items():
+        clients, jobs = [], []
+        for model in models.values():
             service = stack.enter_context(served(model, tmp_path_factory.mktemp("service")))
-            clients[family] = stack.enter_context(Client(service.target))
-            jobs += [job(model), job(model, service.target)]
+            clients.append(stack.enter_context(Client(service.target)))
+            jobs += [job(model), job(model, service.target, embedded=False), job(model, service.target)]
         results = generate(*jobs)
-        counts = {
-            family: [(layer.tokens, int(layer.processed.sum())) for layer in client.stats().layers] for family, client in clients.items()
-        }
-    pairs = zip(results[::2], results[1::2], strict=True)
-    return {family: Compared(*pair, counts[family]) for family, pair in zip(models, pairs, strict=True)}
+        sides = zip(results[::3], results[1::3], results[2::3], clients, strict=True)
+        yield {family: Compared(*each) for family, each in zip(models, sides, strict=True)}
 
 
 @pytest.mark.parametrize("family", ["tiny-moe", *FAMILIES])
 def test_tokens_are_those_of_local_experts(family: str, compared: dict[str, Compared]) -> None:
     """Several sequences at once; prompts and tokens are counted, and nothing that vLLM measures itself with."""
-    local, remote = compared[family].local, compared[family].remote
+    local, client = compared[family].local, compared[family].client
     top_k, num_layers = (2, 4) if family == "tiny-moe" else FAMILIES[family][1:]
-    assert not local.error and not remote.error
-    assert remote.tokens == local.tokens and len({tuple(each) for each in local.tokens}) > 1
-    assert compared[family].counts == [(ROWS, ROWS * top_k)] * num_layers
+    assert not local.error and len({tuple(each) for each in local.tokens}) > 1
     assert of_experts(local.parameters) and of_experts(local.read)
-    assert set(remote.read) == set(local.read) - set(of_experts(local.read))
-    held = {name: size for name, size in local.parameters.items() if name not in of_experts(local.parameters)}
-    assert remote.parameters == held
+    for remote in (compared[family].far, compared[family].near):
+        assert not remote.error and remote.tokens == local.tokens
+        assert set(remote.read) == set(local.read) - set(of_experts(local.read))
+        assert remote.parameters == {name: size for name, size in local.parameters.items() if name not in of_experts(local.parameters)}
+    until(lambda: client.stats().layers[-1].tokens >= 2 * ROWS)
+    counts = [(layer.tokens, int(layer.processed.sum())) for layer in client.stats().layers]
+    assert counts == [(2 * ROWS, 2 * ROWS * top_k)] * num_layers
 
 
-def test_a_compiled_model_and_a_host_that_is_killed_while_it_generates(tiny_moe: Path, tmp_path: Path) -> None:
+def test_a_compiled_model_and_hosts_that_are_killed_while_it_generates(tiny_moe: Path, tmp_path: Path) -> None:
     with served(tiny_moe, tmp_path, placement={"num_hosts": 2, "copies": 2}) as service, Client(service.target) as client:
 
+        def tokens() -> int:
+            return client.stats().layers[3].tokens
+
         def kill() -> None:
-            until(lambda: client.stats().layers[3].tokens >= ROWS + ROWS // 2, 1200)
+            until(lambda: tokens() >= ROWS + ROWS // 2, 1200)
             service.hosts[0].kill()
+            until(lambda: tokens() == 2 * ROWS, 1200)
+            before = received(service.hosts[1])
+            until(lambda: received(service.hosts[1]) >= before + NEW, 1200)
+            service.hosts[1].kill()
 
         with ThreadPoolExecutor(1) as pool:
             killed = pool.submit(kill)
-            remote = job(tiny_moe, service.target)
-            local, compiled, disturbed = generate(job(tiny_moe), job(tiny_moe, service.target, enforce_eager=False), remote)
+            compiled = job(tiny_moe, service.target, enforce_eager=False)
+            far, near = job(tiny_moe, service.target, embedded=False), job(tiny_moe, service.target)
+            local, *remote = generate(job(tiny_moe), compiled, far, near)
             killed.result()
-        assert client.stats().layers[3].tokens == 2 * ROWS
-    assert compiled.tokens == local.tokens and disturbed.tokens == local.tokens
+        until(lambda: tokens() >= 3 * ROWS)
+        assert tokens() == 3 * ROWS
+    assert [each.tokens for each in remote] == [local.tokens] * 3
 
 
 def test_what_cannot_be_is_said_before_the_engine_starts(tiny_moe: Path) -> None:

@@ -1,4 +1,4 @@
-"""`vllm serve` as docs/vllm.md says, and what its users see when the service is away."""
+"""vLLM's API server as docs/vllm.md starts it, and what its users see when the service is away."""
 
 from __future__ import annotations
 
@@ -18,25 +18,24 @@ from tests.support.harness import ServiceHarness
 from tests.support.waiting import until
 from tests.vllm.environment import PYTHON, REPOSITORY, environment, free_port, needs_vllm
 
-pytestmark = [pytest.mark.slow, needs_vllm]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), needs_vllm]
 #: longer than a block of vLLM's cache of prefixes
 LONG = "The import statement and the class statement. " * 16
 
 
 class Engine:
-    """`vllm serve` with the arguments of the page, but for the ports."""
+    """The server with the arguments of the page, but for the ports."""
 
-    def __init__(self, target: str, log: Path) -> None:
+    def __init__(self, target: str, embedded: str, log: Path) -> None:
         page = (REPOSITORY / "docs" / "vllm.md").read_text()
-        (command,) = re.findall(r"^vllm (serve .+?)^```", page, re.M | re.S)
-        arguments = shlex.split(
-            command.replace("\\\n", " ").replace('"target": "127.0.0.1:50051"', f'"target": "{target}", "timeout_s": 15')
-        )
+        (command,) = re.findall(r"^python (-m vllm.+?)^```", page, re.M | re.S)
+        settings = f'"target": "{target}", "timeout_s": 15, "embedded": {embedded}'
+        arguments = shlex.split(command.replace("\\\n", " ").replace('"target": "127.0.0.1:50051"', settings))
         self.port = free_port()
         self.log = log
         with log.open("wb") as out:
             self.process = subprocess.Popen(
-                [PYTHON, "-m", "vllm.entrypoints.cli.main", *arguments, "--host", "127.0.0.1", "--port", str(self.port), "--enforce-eager"],
+                [PYTHON, *arguments, "--host", "127.0.0.1", "--port", str(self.port)],
                 cwd=REPOSITORY,
                 env=environment(),
                 stdout=out,
@@ -72,14 +71,17 @@ def engine_of(tmp_path: Path) -> Iterator[list[Engine]]:
         each.process.wait(60)
 
 
-def test_chats_and_a_service_that_is_away_for_a_while(tiny_moe: Path, tmp_path: Path, engine_of: list[Engine]) -> None:
+@pytest.mark.parametrize("embedded", ['"auto"', "false"])
+def test_chats_and_a_service_that_is_away_for_a_while(embedded: str, tiny_moe: Path, tmp_path: Path, engine_of: list[Engine]) -> None:
     config = {"model": {"checkpoint": tiny_moe, "dtype": "float32"}, "placement": {"num_hosts": 2}, "server": {"port": free_port()}}
     with ServiceHarness(config, "shm", tmp_path) as service:
-        engine = Engine(service.target, tmp_path / "vllm.log")
+        engine = Engine(service.target, embedded, tmp_path / "vllm.log")
         engine_of.append(engine)
         until(engine.is_up, 900)
         with ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(engine.chat, ["The import statement", "class", "def f(", "The import statement"]))
+        inside = [member.name for member in service.frontends.members() if member.name.endswith("(vLLM)")]
+        assert len(inside) == (embedded != "false")
         assert [status for status, _ in answers] == [200] * 4 and answers[0] == answers[3] != answers[1]
     status, told = engine.chat(LONG)
     assert status == 500 and engine.is_up(), told

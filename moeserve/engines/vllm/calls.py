@@ -1,4 +1,4 @@
-"""The connection of a process of vLLM to the service, and how long it tries.
+"""The calls of a process of vLLM to the service, and how long it tries.
 
 T tokens, H hidden size, K choices per token.
 """
@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 
 from moeserve.api.output import ForwardOutput
-from moeserve.client.client import Client
+from moeserve.engines.vllm.connection import connect
 from moeserve.engines.vllm.failures import FAILED, can_fail_requests
 from moeserve.engines.vllm.settings import Settings
 from moeserve.errors import ConfigError, DeadlineExceeded, ExpertUnavailable, MoEServeError, Overloaded
@@ -26,11 +26,6 @@ _log: Final = limited_logger(__name__)
 _PASSING: Final = (DeadlineExceeded, ExpertUnavailable, Overloaded)
 _ATTEMPT_S: Final = 60.0
 _PAUSE_S: Final = 0.5
-
-
-def connect(settings: Settings) -> Client:
-    """The client of this process."""
-    return Client(settings.target, settings.token, settings.tls, timeout=settings.timeout_s)
 
 
 class ServiceCalls:

@@ -15,6 +15,8 @@ from moeserve.files import read_secret
 
 #: the key in vLLM's additional configuration
 _KEY: Final = "moeserve"
+#: of `embedded`
+IF_POSSIBLE: Final = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,9 @@ class Settings:
     model       which of its models, where it serves several
     token_file  holds the bearer token
     tls_ca      verifies the service, and turns on TLS; tls_cert and tls_key are vLLM's own, for mutual TLS
-    timeout_s   how long the answer of one layer may take, with all attempts: an error after it ends vLLM's engine
+    timeout_s   how long the answer of one layer may take, with all attempts
+    embedded    whether a frontend in vLLM's process calls the hosts: "auto" = where the target is a controller of the same user on this
+                machine. True elsewhere: token_file is that of the controller's frontend token
     """
 
     target: str
@@ -35,6 +39,7 @@ class Settings:
     tls_cert: str | None = None
     tls_key: str | None = None
     timeout_s: float = 600.0
+    embedded: bool | str = IF_POSSIBLE
 
     @property
     def token(self) -> str | None:
@@ -79,6 +84,10 @@ def _read(name: str, value: Any) -> Any:
             return parse_seconds(float(value), name) or Settings.timeout_s
         except (TypeError, ValueError):
             raise ConfigError(f"moeserve.{name} is {value!r}; allowed: seconds, more than 0") from None
+    if name == "embedded":
+        if not isinstance(value, bool) and value != IF_POSSIBLE:
+            raise ConfigError(f'moeserve.{name} is {value!r}; allowed: true, false, "{IF_POSSIBLE}"')
+        return value
     if not isinstance(value, str):
         raise ConfigError(f"moeserve.{name} is {value!r}; allowed: text")
     return value
