@@ -33,7 +33,9 @@ class Retries:
 
     def left_s(self, now: float) -> float | None:
         """What an attempt may take; None = without limit."""
-        return None if self._timeout_s is None else max(self._timeout_s - (now - self._began), _SHORTEST_ATTEMPT_S)
+        if self._timeout_s is None:
+            return None
+        return max(self._timeout_s - (now - self._began), min(self._timeout_s, _SHORTEST_ATTEMPT_S))
 
     def pause_s(self, error: MoEServeError, now: float) -> float | None:
         """How long to wait before the next attempt; None = `error` is what became of the call."""
