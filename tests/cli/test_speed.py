@@ -20,6 +20,7 @@ from tests.support.harness import ServiceHarness
 HEAVY = {"torch", "ray", "numpy", "transformers"}
 DEAD = "127.0.0.1:1"
 ADMIN = "of the administrator"
+MOST_ROUNDS = 5
 
 
 def python(*arguments: str, **environment: str) -> tuple[float, subprocess.CompletedProcess[str]]:
@@ -120,24 +121,30 @@ print("torch" in sys.modules, layers[0].dtype, stats.layers[0].processed.dtype, 
 
 
 def test_how_long_it_takes(tmp_path: Path, admin_token: Path) -> None:
-    """Interleaved, the best of several: other work on this machine makes all of them slower alike."""
+    """Interleaved, the best of several rounds: other work on this machine disturbs the one or the other."""
     (tmp_path / "service.toml").write_text("[[layers]]\nhidden_size = 16\nintermediate_size = 8\nnum_experts = 4\n")
-    quick = {
+    commands = {
         "typer": ("-c", "import typer"),
         "grpc": ("-c", "import grpc"),
         "help": ("-m", "moeserve", "--help"),
         "version": ("-m", "moeserve", "--version"),
         "serve": ("-m", "moeserve", "serve", str(tmp_path / "none.toml")),
         "status": ("-m", "moeserve", "status", DEAD, "--admin-token-file", str(admin_token)),
+        "torch": ("-c", "import torch"),
+        "check": ("-m", "moeserve", "config", "check", str(tmp_path / "service.toml")),
     }
-    slow = {"torch": ("-c", "import torch"), "check": ("-m", "moeserve", "config", "check", str(tmp_path / "service.toml"))}
-    took = best(quick, 3) | best(slow, 1)
-    assert max(took["help"], took["version"]) < 4 * took["typer"], took
-    assert max(took["serve"], took["status"]) < took["typer"] + 4 * took["grpc"], took
-    assert took["check"] < 1.7 * took["torch"], took
+    took = dict.fromkeys(commands, float("inf"))
+    for _ in range(MOST_ROUNDS):
+        took = {name: min(took[name], python(*command)[0]) for name, command in commands.items()}
+        if all(quickness(took).values()):
+            return
+    raise AssertionError((quickness(took), took))
 
 
-def best(commands: dict[str, tuple[str, ...]], times: int) -> dict[str, float]:
-    """Seconds of processor time of each."""
-    rounds = [[python(*command)[0] for command in commands.values()] for _ in range(times)]
-    return dict(zip(commands, map(min, zip(*rounds, strict=True)), strict=True))
+def quickness(took: dict[str, float]) -> dict[str, bool]:
+    """What answers at once, by seconds of processor time."""
+    return {
+        "help": max(took["help"], took["version"]) < 4 * took["typer"],
+        "status": max(took["serve"], took["status"]) < took["typer"] + 4 * took["grpc"],
+        "check": took["check"] < 1.7 * took["torch"],
+    }

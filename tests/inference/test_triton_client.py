@@ -181,6 +181,9 @@ def test_statistics_grow_by_what_was_asked(service: ServiceHarness, client: trit
     parts = sum(getattr(whole, stage).ns for stage in stages[2:])
     assert abs(whole.success.ns - parts) < 4 * whole.success.count  # rounded
     assert [each.name for each in client.get_inference_statistics().model_stats] == [name_of(service), model]
+    number = f"{service.frontend.model}/1"
+    (by_number,) = client.get_inference_statistics(number).model_stats
+    assert (by_number.name, by_number.inference_count) == (number, after.inference_count)
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {

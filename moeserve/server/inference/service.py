@@ -149,8 +149,10 @@ class InferenceService:
 
     async def _model_statistics(self, request: pb.ModelStatisticsRequest, _context: Context) -> pb.ModelStatisticsResponse:
         _, catalog = self._intake.served()
-        layers = [models.find(catalog, request.name, request.version)] if request.name else range(len(catalog.layers))
-        stats = [self._statistics[layer].message(models.name_of(catalog, layer), VERSION) for layer in layers]
+        layers = {models.name_of(catalog, layer): layer for layer in range(len(catalog.layers))}
+        if request.name:  # callers look for the name that they have asked for, which may be one with the layer's number
+            layers = {request.name: models.find(catalog, request.name, request.version)}
+        stats = [self._statistics[layer].message(name, VERSION) for name, layer in layers.items()]
         return pb.ModelStatisticsResponse(model_stats=stats)
 
     async def _repository_index(self, request: pb.RepositoryIndexRequest, _context: Context) -> pb.RepositoryIndexResponse:
