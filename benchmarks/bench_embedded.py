@@ -29,6 +29,7 @@ PROMPT = "The import statement"
 CONFIG = """
 [model]
 checkpoint = "{checkpoint}"
+dtype = "float32"
 [placement]
 num_hosts = 2
 [server]
@@ -61,7 +62,7 @@ def in_turns(sides: dict[str, Callable[[], object]], rounds: int, times: int, pa
 
 def calls(near: Any, far: Any, rounds: int) -> Sequence[str]:
     """Rows of the table of calls."""
-    layer = moeserve.MoELayer.from_checkpoint(TINY, layer=0)
+    layer = moeserve.MoELayer.from_checkpoint(TINY, layer=0, dtype=torch.float32)
     lines = []
     for num_tokens in TOKENS:
         rows = torch.randn(num_tokens, layer.spec.hidden_size)
@@ -82,9 +83,9 @@ def calls(near: Any, far: Any, rounds: int) -> Sequence[str]:
 def generation(target: str, near: Any, far: Any, rounds: int, new_tokens: int) -> str:
     """A row: tokens/s of a greedy generation with the experts here, and there by both ways."""
     models: dict[str, Any] = {
-        "one process": AutoModelForCausalLM.from_pretrained(TINY),
-        "embedded": moeserve.load_model(TINY, near),
-        "grpc": moeserve.load_model(TINY, far),
+        "one process": AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32),
+        "embedded": moeserve.load_model(TINY, near, dtype=torch.float32),
+        "grpc": moeserve.load_model(TINY, far, dtype=torch.float32),
     }
     prompt = AutoTokenizer.from_pretrained(TINY)(PROMPT, return_tensors="pt")
     texts: dict[str, torch.Tensor] = {}

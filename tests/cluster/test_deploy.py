@@ -12,6 +12,7 @@ import pytest
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.timeout(600)
 def test_from_deployment_to_shutdown(tmp_path: Path, tiny_moe: Path) -> None:
     script = [sys.executable, "-m", "tests.cluster.deployed", str(tmp_path), str(tiny_moe)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

@@ -182,6 +182,7 @@ def test_ctrl_c_gives_a_call_up_and_the_next_one_works(tmp_path: Path) -> None:
         client = stack.enter_context(near(service))
         expected = client.forward(X).hidden_states
         held = Held(service.hosts[0])
+        stack.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))  # not a verb's
 
         def interrupt() -> None:
             assert held.begun.acquire(timeout=30)
