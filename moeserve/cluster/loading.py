@@ -17,12 +17,12 @@ class Loading:
         #: what each has said, of those that are waited for
         self.experts: dict[int, int] = {}
 
-    async def wait(self, number: int, work: Coroutine[Any, Any, None]) -> None:
+    async def wait(self, number: int, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Until `work`, which is for a host to load, is done. Raises what it raises."""
         self.experts[number] = 0
         looking = asyncio.create_task(self._look(number))
         try:
-            await work
+            await work()
         finally:
             looking.cancel()
             await asyncio.gather(looking, return_exceptions=True)

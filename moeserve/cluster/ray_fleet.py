@@ -113,9 +113,9 @@ class RayFleet:
         for member in self._members.values():
             member.wake()
         await self._add(new)
-        await all_or_none(self._loading.wait(each.number, self._come_up(each.number, on_ready)) for each in new)
-        taking = [(number, self._tell(number, lambda actor: actor.take.remote(release))) for number in release.placement.hosts]
-        await all_or_none(self._loading.wait(number, work) for number, work in taking)
+        await all_or_none(self._loading.wait(each.number, partial(self._come_up, each.number, on_ready)) for each in new)
+        take = partial(self._tell, call=lambda actor: actor.take.remote(release))
+        await all_or_none(self._loading.wait(number, partial(take, number)) for number in release.placement.hosts)
 
     async def adopt(self, release: Release, assignments: Sequence[Assignment]) -> None:
         """Take over the detached hosts of an earlier process: those of `assignments` serve `release`, all others end.

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 
 from moeserve.cluster.loading import Loading
 from moeserve.cluster.thread_host import ThreadHost
@@ -75,10 +76,10 @@ class ThreadFleet:
         self._rests.clear()  # there is a new release to load
         new = [self._add(each.number) for each in assignments if each.number not in self.members]
         for member in new:
-            await self._loading.wait(member.number, self._until_up(member))
+            await self._loading.wait(member.number, partial(self._until_up, member))
             on_ready(member.host.info)
         for number in release.placement.hosts:
-            await self._loading.wait(number, self._have_take(self.members[number], release))
+            await self._loading.wait(number, partial(self._have_take, self.members[number], release))
 
     async def adopt(self, release: Release, assignments: Sequence[Assignment]) -> None:
         """The hosts of `assignments` serve `release` only; all others end."""
