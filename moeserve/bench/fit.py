@@ -81,7 +81,7 @@ class RequestWork:
 
 
 def fitted(sizes: tuple[int, int], found: Sequence[Measurement], work: RequestWork) -> Costs:
-    """sizes: H and I of the experts. What is no curve has the least relative errors; nothing is below 0."""
+    """Curves through what was measured, and the other costs with the least relative errors; none below 0. sizes: H and I of the experts."""
     one, tokens = np.ones(len(found)), [each.tokens for each in found]
     messages, sent, experts, rows = np.array([work.expected(each.tokens) for each in found]).T
 

@@ -17,7 +17,6 @@ _NOT_HERE: Final = "in a deployed service, send requests to a frontend, and stat
 _OTHER_PROTOCOLS: Final = ("http1.x server", "Failed parsing HTTP/2")
 #: what gRPC says where nobody listens, or whoever did has hung up
 _GONE: Final = ("Connection refused", "Connection reset", "Socket closed", "connection closed", "Broken pipe", "GOAWAY", "recvmsg")
-
 #: what gRPC says of calls that this program has cancelled; a service cancels calls when it ends before they do
 _OURS: Final = ("Locally cancelled", "Channel closed", "Channel is closed")
 

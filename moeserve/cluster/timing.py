@@ -30,7 +30,7 @@ PROGRAM_RETRY_S: Final = 0.2
 START_TIMEOUT_S: Final = 120.0
 #: a host a host's process lives and does not answer: it hangs, and is killed; a healthy one always answers sooner
 HANG_S: Final = 60.0
-#: a host counts as down that nobody has seen end, on another node for example
+#: a host that has not answered for so long counts as down, though nobody has seen its process end
 MISSED_S: Final = 4.0
 #: hosts get the directory of all hosts; a late one gets it again when it is found
 MEET_TIMEOUT_S: Final = 5.0

@@ -153,7 +153,7 @@ def test_memory_is_bounded_and_falls_back(served: Served, tmp_path: Path) -> Non
     message = encode_forward_request(WireRequest(torch.zeros(6 * 2**16, 64)))
     with Client(served.target) as client, caller(served, tmp_path, "messages", message) as said:
         assert set(said.split()) <= {"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "called"}
-        assert served.status("VmHWM") // 1024 < idle + 12 * 96 + ALLOWED_MIB  # gRPC assembles all eight before it can refuse one
+        assert served.status("VmHWM") // 1024 < idle + 6 * 96 + ALLOWED_MIB
 
         def has_fallen() -> bool:
             client.forward(torch.ones(8, 64))

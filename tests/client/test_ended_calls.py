@@ -1,0 +1,34 @@
+"""A service that ends cancels the calls that it has not answered: not what the caller wanted, so they are made again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import pytest
+
+from moeserve import Client, errors
+from moeserve.v1 import moe_service_pb2_grpc as pb_grpc
+
+
+class Ending(pb_grpc.MoEServiceServicer):
+    def ListLayers(self, request: Any, context: grpc.ServicerContext) -> Any:
+        context.abort(grpc.StatusCode.CANCELLED, "CANCELLED")
+
+
+@pytest.fixture
+def target() -> Iterator[str]:
+    server = grpc.server(ThreadPoolExecutor(1))
+    pb_grpc.add_MoEServiceServicer_to_server(Ending(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None).wait()
+
+
+def test_it_is_the_service_that_has_ended_the_call(target: str) -> None:
+    with Client(target) as client, pytest.raises(errors.ServiceUnreachable, match=f"{target} has ended the call") as caught:
+        client.layers()
+    assert caught.value.may_return
