@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
 Result = TypeVar("Result")
@@ -24,9 +24,16 @@ def begin(work: Coroutine[Any, Any, Result]) -> asyncio.Future[Result]:
     return loop.create_task(_Begun(work, awaited))
 
 
-def to_its_end(work: Coroutine[Any, Any, Result]) -> asyncio.Future[Result]:
-    """Runs `work`, which is no task, so nothing can cancel it: whoever cancels what is returned, or sets it, leaves `work` to itself."""
-    through = _ThroughToTheEnd(work, asyncio.get_running_loop())
+#: calls what it is given, now or later
+Soon = Callable[[Callable[[], None]], None]
+
+
+def to_its_end(work: Coroutine[Any, Any, Result], go_on: Soon | None = None) -> asyncio.Future[Result]:
+    """Runs `work`, which is no task, so nothing can cancel it: whoever cancels what is returned, or sets it, leaves `work` to itself.
+
+    `go_on` decides when it goes on after what it has waited for; None = at once.
+    """
+    through = _ThroughToTheEnd(work, asyncio.get_running_loop(), go_on)
     through.step()
     return through.done
 
@@ -34,12 +41,12 @@ def to_its_end(work: Coroutine[Any, Any, Result]) -> asyncio.Future[Result]:
 class _ThroughToTheEnd(Generic[Result]):
     """A coroutine that runs; nothing refers to it any more when it has ended, so what it returned is freed without a search for cycles."""
 
-    def __init__(self, work: Coroutine[Any, Any, Result], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, work: Coroutine[Any, Any, Result], loop: asyncio.AbstractEventLoop, go_on: Soon | None) -> None:
         self.done: asyncio.Future[Result] = loop.create_future()
         self.done.add_done_callback(_look_at_error)  # whoever waited for it may have gone
-        self._work, self._loop = work, loop
+        self._work, self._loop, self._go_on = work, loop, go_on
 
-    def step(self, _: object = None) -> None:
+    def step(self) -> None:
         try:
             awaited = self._work.send(None)
         except StopIteration as end:
@@ -53,7 +60,13 @@ class _ThroughToTheEnd(Generic[Result]):
                 self._loop.call_soon(self.step)
                 return
             awaited._asyncio_future_blocking = False  # as a task does with what it waits for
-            awaited.add_done_callback(self.step)
+            awaited.add_done_callback(self._woken)
+
+    def _woken(self, _: object) -> None:
+        if self._go_on is None:
+            self.step()
+        else:
+            self._go_on(self.step)
 
 
 def _look_at_error(done: asyncio.Future[Any]) -> None:

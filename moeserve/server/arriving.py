@@ -1,6 +1,6 @@
-"""What has come of the messages of streams that are not there in full yet.
+"""What has come of messages that are not there in full yet: of streams, and of other calls that have waited for theirs.
 
-To gRPC a stream that waits for its caller and one whose caller has sent half of a message look the same. But the kernel counts what a
+To gRPC a call that waits for its caller and one whose caller has sent half of a message look the same. But the kernel counts what a
 connection has brought: what is more than the messages that were taken of it has come of others.
 """
 
@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Any, Final
 
 from moeserve.config import ServerConfig
 from moeserve.errors import DeadlineExceeded, MoEServeError, Overloaded
@@ -25,10 +25,30 @@ _EXTRA_BYTES: Final = 2**14
 _EXTRA_BYTES_PER_S: Final = 100.0
 #: looking takes at most one part in so many of the time
 _LOOK_SHARE: Final = 20
+#: how much will come, as a multiple of what has come of something of unknown size: as much again (Lindy's law)
+_EXPECTED: Final = 2
 
 
-class Arrival:
-    """A message that is awaited, or those of a stream: whoever waits is in `limit`, which `refuse` ends.
+class SingleMessage:
+    """The one message of a call: `read` is its future, awaited since `began`, monotonic seconds, by `context`."""
+
+    __slots__ = ("began", "context", "read")
+
+    def __init__(self, read: asyncio.Future[Any], context: Context) -> None:
+        self.read, self.context, self.began = read, context, time.monotonic()
+
+    def refuse(self, refusal: Callable[[], MoEServeError]) -> None:
+        """Nobody waits for it any more."""
+        self.fail(refusal())
+
+    def fail(self, refusal: MoEServeError) -> None:
+        """As above."""
+        if not self.read.done():
+            self.read.set_exception(refusal)
+
+
+class MessageStream:
+    """Messages of a stream: whoever waits for them is in `limit`, which `refuse` ends.
 
     `refusal` makes the error: one that was kept here would keep the frames that it was raised in, and with them messages, until cycles of
     references are collected.
@@ -42,25 +62,25 @@ class Arrival:
         self.refusal: Callable[[], MoEServeError] | None = None
 
     def refuse(self, refusal: Callable[[], MoEServeError]) -> None:
-        """Nobody waits for it any more."""
+        """Nobody waits for them any more."""
         if self.refusal is None:
             self.refusal = refusal
             self.limit.reschedule(0)
 
 
 class _Connection:
-    """One that has streams."""
+    """One that has calls whose messages are awaited."""
 
-    def __init__(self, received: int, now: float) -> None:
-        """It has brought `received` bytes, of which none are left to take."""
-        self.streams: dict[Arrival, None] = {}
+    def __init__(self, now: float, received: int | None = None) -> None:
+        """It has brought `received` bytes, of which none are left to take; None: what it has when it is looked at first."""
+        self.awaited: dict[SingleMessage | MessageStream, None] = {}
         #: of messages that have not come in full
         self.bytes = 0
         #: since when it has had any, and since when nothing was taken of it
         self.began = self.taken_at = now
         self._looked_at = now
         #: how much of what it has brought is not left to take
-        self._accounted = float(received)
+        self._accounted = None if received is None else float(received)
 
     @property
     def is_large(self) -> bool:
@@ -70,20 +90,21 @@ class _Connection:
     def took(self, nbytes: int, now: float) -> None:
         """A message that it has brought was taken."""
         self.taken_at = now
-        self._accounted += nbytes + _EXTRA_BYTES
+        if self._accounted is not None:
+            self._accounted += nbytes + _EXTRA_BYTES
 
     def look(self, received: int, now: float) -> None:
         """It has brought `received` bytes."""
         if not self.is_large:
             self.began = self.taken_at = now
-        accounted = self._accounted + _EXTRA_BYTES_PER_S * (now - self._looked_at)
+        accounted = received if self._accounted is None else self._accounted + _EXTRA_BYTES_PER_S * (now - self._looked_at)
         self._accounted, self._looked_at = min(accounted, received), now
         self.bytes = int(received - self._accounted)
 
     def end(self, refusal: Callable[[], MoEServeError]) -> None:
-        """Ends all of its streams; what has come of their messages is dropped."""
-        for stream in self.streams:
-            stream.refuse(refusal)
+        """Ends all calls that wait; what has come of their messages is dropped."""
+        for one in self.awaited:
+            one.refuse(refusal)
 
 
 class Arriving:
@@ -97,23 +118,35 @@ class Arriving:
     @asynccontextmanager
     async def stream(self, context: Context) -> AsyncIterator[None]:
         """A stream that reads messages. Raises what ends it when one takes too long to come, or there is no room for what comes."""
-        address, arrival = address_of(context.peer()), Arrival()
-        connection = self._connections.get(address)
-        if connection is None:
-            received = received_bytes([address]).get(address, 0)
-            connection = self._connections[address] = _Connection(received, arrival.began)
-        connection.streams[arrival] = None
+        stream = MessageStream()
+        connection = self._connection_of(context, lambda address: received_bytes([address]).get(address, 0))
+        connection.awaited[stream] = None
         try:
-            async with arrival.limit:
+            async with stream.limit:
                 yield
         except TimeoutError:
-            if arrival.refusal is None:
+            if stream.refusal is None:
                 raise
-            raise arrival.refusal() from None
+            raise stream.refusal() from None
         finally:
-            del connection.streams[arrival]
-            if not connection.streams:
+            self.forget(stream, context)
+
+    def notice(self, message: SingleMessage) -> None:
+        """A message that is still awaited is looked at from now on."""
+        self._connection_of(message.context, lambda _: None).awaited[message] = None
+
+    def forget(self, awaited: SingleMessage | MessageStream, context: Context) -> None:
+        """It is not awaited any more; nothing if it never was."""
+        if self._connections and (connection := self._connections.get(address := address_of(context.peer()))) is not None:
+            connection.awaited.pop(awaited, None)
+            if not connection.awaited:
                 del self._connections[address]
+
+    def _connection_of(self, context: Context, received: Callable[[Address], int | None]) -> _Connection:
+        address = address_of(context.peer())
+        if address not in self._connections:
+            self._connections[address] = _Connection(time.monotonic(), received(address))
+        return self._connections[address]
 
     def took(self, context: Context, nbytes: int) -> None:
         """A message was read in full, of a stream or of another call."""
@@ -127,11 +160,12 @@ class Arriving:
             yield message
 
     def look(self, now: float) -> None:
-        """Ends streams that have to end; does nothing if that was done a moment ago."""
+        """Ends calls that have to end; does nothing if that was done a moment ago."""
         if not self._connections or now < self._look_at:
             return
+        began_s = time.thread_time()  # on a busy machine looking takes long, but not much of the time of this thread
         received = received_bytes(self._connections.keys())
-        self._look_at = now + _LOOK_SHARE * (time.monotonic() - now)
+        self._look_at = now + _LOOK_SHARE * (time.thread_time() - began_s)
         for address, connection in self._connections.items():
             if address in received:
                 connection.look(received[address], now)
@@ -148,11 +182,11 @@ class Arriving:
         """The latest first; there is always room for one message."""
         room = self._budget.room
         for place, connection in enumerate(sorted(self._connections.values(), key=lambda one: one.began)):
-            room -= connection.bytes
+            room -= _EXPECTED * connection.bytes
             is_one_message = place == 0 and connection.bytes <= self._config.max_message_bytes + _LEAST_BYTES
             if room < 0 and connection.is_large and not is_one_message:
                 connection.end(
                     lambda: Overloaded(
-                        f"streams bring more than server.max_queued_bytes = {self._config.max_queued_bytes} leaves room for; try again"
+                        f"messages bring more than server.max_queued_bytes = {self._config.max_queued_bytes} leaves room for; try again"
                     )
                 )

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import resource
-import socket
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import grpc
 
@@ -27,6 +25,7 @@ from moeserve.server.inference.service import InferenceService
 from moeserve.server.inference.shared_memory import SharedMemory
 from moeserve.server.intake import Intake
 from moeserve.server.otlp import exporting_to
+from moeserve.server.ports import free_port
 from moeserve.server.proxy import Proxy, SharedPort
 from moeserve.server.security import FrontendTokens, check_exposure, rotating_tokens
 from moeserve.server.service import SERVICE_NAME, MoEService
@@ -152,13 +151,14 @@ class GrpcServer:
 
     async def start(self) -> int:
         """Listens; returns the port. Raises ConfigError when it cannot listen at the address."""
+        host, port = self._config.host, self._config.port
         if not self._is_joining:
-            await _require_free(self._config.host, self._config.port, *self._where)
-        port = await _listen(self._server, self._config.host, self._config.port, self._credentials, *self._where)
+            port = await free_port(host, port, *self._where)
+        port = await _listen(self._server, host, port, self._credentials, *self._where)
         if self._probed is not None:
             assert self.health_port is not None
-            await _require_free(self._config.host, self.health_port, "server.host", "server.health_port")
-            self.health_port = await _listen(self._probed, self._config.host, self.health_port, None, "server.host", "server.health_port")
+            health_port = await free_port(host, self.health_port, "server.host", "server.health_port")
+            self.health_port = await _listen(self._probed, host, health_port, None, "server.host", "server.health_port")
         self._watching = asyncio.create_task(self._transfers.watch())
         if self._has_engine:
             self._service.memories.open()
@@ -215,27 +215,6 @@ async def _listen(
         raise ConfigError(f"{host_key}, {port_key}: cannot listen on {address}: {error}") from None
     await server.start()
     return port
-
-
-async def _require_free(host: str, port: int, host_key: str, port_key: str) -> None:
-    """Checks every address of a name: gRPC accepts any one of them, and gives no reason when all fail. Raises ConfigError."""
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        for family, _, _, _, address in found:
-            _bind(family, address)
-    except OSError as error:
-        raise ConfigError(f"{host_key}, {port_key}: cannot listen on {join(host, port)}: {error.strerror}") from None
-
-
-def _bind(family: int, address: Any) -> None:
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(address)
-        except OSError as error:
-            # A name may have an address of a protocol that this machine does not support.
-            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                raise
 
 
 def _max_connections() -> int:

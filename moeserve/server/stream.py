@@ -9,7 +9,6 @@ from typing import Any, Final
 import grpc
 
 from moeserve.errors import MoEServeError, Overloaded
-from moeserve.loops import to_its_end
 from moeserve.server.rpc import Context
 from moeserve.server.transfers import Transfers
 
@@ -87,7 +86,7 @@ class _Stream:
     def awaited(self) -> Sequence[asyncio.Future[Any]]:
         """The reading of the next message, once there is room for one."""
         if self.reading is None and self._has_room():
-            self.reading = to_its_end(self._context.read())
+            self.reading = self._transfers.begin_read(self._context)
         return () if self.reading is None else (self.reading,)
 
     def _has_room(self) -> bool:

@@ -1,7 +1,7 @@
 """Messages on their way in, answers on their way out: bytes that depend on how fast a stranger sends or reads.
 
-gRPC tells neither how long a message will be nor how much of it has come. A message that is small, or comes fast, is there soon, and what
-comes soon is bounded by the network; so the few that may take longer are what bounds the memory of those that have not come in full yet.
+gRPC tells neither how long a message will be nor how much of it has come. A small one is there at once. Of others, the kernel tells how
+much has come, and those that there is no room for are refused; of those that take long only a few are waited for.
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ import grpc
 from moeserve.config import ServerConfig
 from moeserve.errors import DeadlineExceeded, ExpertUnavailable, InvalidRequest, MoEServeError, Overloaded
 from moeserve.log_limit import limited_logger
-from moeserve.loops import to_its_end
-from moeserve.server.arriving import Arriving
+from moeserve.loops import SingleFile, to_its_end
+from moeserve.server.arriving import Arriving, SingleMessage
 from moeserve.server.byte_budget import ByteBudget
 from moeserve.server.connections import hang_up
 from moeserve.server.rpc import Context
 
 #: what takes longer to arrive is late
 LATE_S: Final = 0.25
-_LOOK_AGAIN_S: Final = 0.1
+#: what has not arrived so soon may be large: gRPC makes one piece of its many, which holds up the event loop for 1.5 ms per megabyte
+_PROMPT_S: Final = 0.005
+#: a fast network brings some tens of megabytes in this time
+_LOOK_AGAIN_S: Final = 0.02
 
 _strangers: Final = limited_logger(__name__)
 
@@ -40,24 +43,40 @@ class Transfers:
         #: messages that may be late at the same time: as many as would fill the budget once more
         self._max_late = max(1, config.max_queued_bytes // config.max_message_bytes)
         self._timeout_s = config.transfer_timeout_s
-        #: since when each message is awaited, monotonic seconds; the oldest first
-        self._arriving: dict[asyncio.Future[Any], float] = {}
+        #: what is awaited, the oldest first
+        self._messages: dict[SingleMessage, None] = {}
         #: how large it is, and since when it is on its way
         self._leaving: dict[Context, tuple[int, float]] = {}
         self._is_draining = False
+        self._putting_together = SingleFile()
 
     async def read(self, context: Context) -> bytes:
         """The one message of a call. Raises InvalidRequest when it brings none, and what refuses a message that is late."""
-        arrival = to_its_end(context.read())  # gRPC never frees what it needs for a read or write that is cancelled
-        self._arriving[arrival] = time.monotonic()
+        awaited = SingleMessage(self.begin_read(context), context)
+        self._messages[awaited] = None
         try:
-            message = await arrival
+            message = await awaited.read
         finally:
-            del self._arriving[arrival], arrival  # an error that it keeps refers to this frame
+            del self._messages[awaited]
+            self.arriving.forget(awaited, context)
+            del awaited  # an error that its future keeps refers to this frame
         if message is grpc.aio.EOF:
             raise InvalidRequest("the call brought no message")
         self.arriving.took(context, len(message))
         return bytes(message)
+
+    def begin_read(self, context: Context) -> asyncio.Future[Any]:
+        """The next message of a call. Large ones are put together in turns: between them, others that there is no room for are refused."""
+        began = time.monotonic()
+
+        def go_on(put_together: Callable[[], None]) -> None:
+            if time.monotonic() - began < _PROMPT_S:
+                put_together()
+            else:
+                self._putting_together.take(put_together)
+
+        # gRPC never frees what it needs for a read or write that is cancelled.
+        return to_its_end(context.read(), go_on)
 
     def leave(self, context: Context, nbytes: int) -> None:
         """An answer of a call that has nothing else to do is counted until the call has ended."""
@@ -82,14 +101,16 @@ class Transfers:
             await asyncio.sleep(_LOOK_AGAIN_S)
             now = time.monotonic()
             self._refuse_late(now)
+            for message in self._messages:
+                self.arriving.notice(message)
             self.arriving.look(now)
             self._hang_up_on_slow(now)
 
     def _refuse_late(self, now: float) -> None:
-        late = [(arrival, now - began) for arrival, began in self._arriving.items() if now - began > LATE_S and not arrival.done()]
-        for index, (arrival, waited_s) in enumerate(late):
-            if (refusal := self._refusal(index, waited_s)) is not None:
-                arrival.set_exception(refusal)
+        late = [message for message in self._messages if now - message.began > LATE_S]
+        for index, message in enumerate(late):
+            if (refusal := self._refusal(index, now - message.began)) is not None:
+                message.fail(refusal)
 
     def _refusal(self, index: int, waited_s: float) -> MoEServeError | None:
         """Of the late message number `index`, the longest awaited first."""
