@@ -180,11 +180,12 @@ class Arriving:
 
     def _end_those_without_room(self) -> None:
         """The latest first; there is always room for one message."""
-        room = self._budget.room
-        for place, connection in enumerate(sorted(self._connections.values(), key=lambda one: one.began)):
+        room = self._budget.room - _EXPECTED * sum(one.bytes for one in self._connections.values() if not one.is_large)
+        large = sorted((one for one in self._connections.values() if one.is_large), key=lambda one: one.began)
+        for place, connection in enumerate(large):
             room -= _EXPECTED * connection.bytes
             is_one_message = place == 0 and connection.bytes <= self._config.max_message_bytes + _LEAST_BYTES
-            if room < 0 and connection.is_large and not is_one_message:
+            if room < 0 and not is_one_message:
                 connection.end(
                     lambda: Overloaded(
                         f"messages bring more than server.max_queued_bytes = {self._config.max_queued_bytes} leaves room for; try again"
