@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -131,9 +131,10 @@ class Arriving:
         finally:
             self.forget(stream, context)
 
-    def notice(self, message: SingleMessage) -> None:
-        """A message that is still awaited is looked at from now on."""
-        self._connection_of(message.context, lambda _: None).awaited[message] = None
+    def notice(self, messages: Iterable[SingleMessage]) -> None:
+        """Messages that are still awaited are looked at from now on."""
+        for message in messages:
+            self._connection_of(message.context, lambda _: None).awaited[message] = None
 
     def forget(self, awaited: SingleMessage | MessageStream, context: Context) -> None:
         """It is not awaited any more; nothing if it never was."""

@@ -101,8 +101,7 @@ class Transfers:
             await asyncio.sleep(_LOOK_AGAIN_S)
             now = time.monotonic()
             self._refuse_late(now)
-            for message in self._messages:
-                self.arriving.notice(message)
+            self.arriving.notice(self._messages)
             self.arriving.look(now)
             self._hang_up_on_slow(now)
 
