@@ -56,6 +56,11 @@ def note_reads() -> list[str]:
     return read
 
 
+def sizes(model: Any) -> dict[str, int]:
+    """Bytes of each parameter; ranks in other processes are sent this function by its name."""
+    return {name: each.nbytes for name, each in model.named_parameters()}
+
+
 def run(job: dict[str, Any], read: list[str]) -> dict[str, Any]:
     import vllm
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -69,11 +74,12 @@ def run(job: dict[str, Any], read: list[str]) -> dict[str, Any]:
     began = time.perf_counter()
     answers = engine.generate(prompts, chosen, use_tqdm=False)
     took_s = time.perf_counter() - began
-    (parameters,) = engine.apply_model(lambda model: {name: each.nbytes for name, each in model.named_parameters()})
+    of_ranks = engine.apply_model(sizes)
+    assert all(each == of_ranks[0] for each in of_ranks)
     found = {
         "tokens": [list(answer.outputs[0].token_ids) for answer in answers],
         "seconds": took_s,
-        "parameters": parameters,
+        "parameters": of_ranks[0],
         "read": list(read),
     }
     del engine

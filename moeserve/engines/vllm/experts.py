@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -23,11 +24,13 @@ class RemoteExperts(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is not in
     #: without it, the tokens of all ranks would be gathered first: a rank calls for its own
     supports_internal_mk = True
 
-    def __init__(self, moe: Any, calls: ServiceCalls, layer_name: str) -> None:
+    def __init__(self, moe: Any, calls_to_service: Callable[[], ServiceCalls], layer_name: str) -> None:
         super().__init__(moe)
-        # The input of tensor-parallel ranks is the same, and their outputs are summed, unless each has rows of its own.
-        is_caller = moe.is_sequence_parallel or get_tensor_model_parallel_rank() == 0
-        self.remote = CalledLayer(calls, calls.place(layer_name, moe.num_experts, moe.hidden_dim), is_caller)
+        #: None: this rank does not call. Tensor-parallel ranks have the same input, and their outputs are summed, unless each has its rows.
+        self.remote: CalledLayer | None = None
+        if moe.is_sequence_parallel or get_tensor_model_parallel_rank() == 0:
+            calls = calls_to_service()
+            self.remote = CalledLayer(calls, calls.place(layer_name, moe.num_experts, moe.hidden_dim))
 
     def create_weights(self, layer: Any, *sizes: Any, **more: Any) -> None:
         """None are here."""
@@ -56,7 +59,7 @@ class _Remote:
         if settings is None:
             return super()._get_quant_method(prefix, quant_config, moe_config)  # type: ignore[misc]
         require_possible(vllm_config, moe_config)
-        return RemoteExperts(moe_config, calls_to(settings, vllm_config), prefix)
+        return RemoteExperts(moe_config, partial(calls_to, settings, vllm_config), prefix)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
         if not isinstance(self.quant_method, RemoteExperts):  # type: ignore[attr-defined]

@@ -20,17 +20,16 @@ _NO_CHOICE: Final = -1
 
 @dataclass(frozen=True)
 class CalledLayer:
-    """A layer of the service; ranks that do not call answer zeros."""
+    """A layer of the service."""
 
     calls: ServiceCalls
     served: LayerInfo
-    is_caller: bool
 
     def forward(self, hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """Zeros, without a call, for what is no request: dummy batches, padding, the batches that vLLM measures its memory with."""
         context = get_forward_context()
         used = None if context.is_padding is None else ~context.is_padding[: len(hidden_states)]
-        if not self.is_caller or context.attn_metadata is None or not len(hidden_states) or (used is not None and not used.any()):
+        if context.attn_metadata is None or not len(hidden_states) or (used is not None and not used.any()):
             return torch.zeros_like(hidden_states)
         # Routers give experts that do not compute an id of another and no weight.
         topk_ids = topk_ids.masked_fill(topk_weights == 0, _NO_CHOICE)
@@ -43,10 +42,13 @@ class CalledLayer:
     schema="(Tensor hidden_states, Tensor topk_weights, Tensor topk_ids, str layer_name) -> Tensor",
 )
 def routed_experts(hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str) -> torch.Tensor:
-    """[T, H], [T, K], [T, K] through the experts of the layer that vLLM calls `layer_name` -> [T, H], a new tensor."""
+    """[T, H], [T, K], [T, K] through the experts of the layer that vLLM calls `layer_name` -> [T, H], a new tensor.
+
+    Ranks that do not call answer zeros.
+    """
     layers: Mapping[str, Any] = get_forward_context().no_compile_layers
-    remote: CalledLayer = layers[layer_name].routed_experts.quant_method.remote
-    return remote.forward(hidden_states, topk_weights, topk_ids)
+    remote: CalledLayer | None = layers[layer_name].routed_experts.quant_method.remote
+    return torch.zeros_like(hidden_states) if remote is None else remote.forward(hidden_states, topk_weights, topk_ids)
 
 
 @routed_experts.register_fake
