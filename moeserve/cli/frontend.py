@@ -45,7 +45,7 @@ async def _serve(controller: str, token: Callable[[], str], server: ServerConfig
         from moeserve.programs.frontend import FrontendProgram
         from moeserve.programs.grpc_orders import GrpcOrders
 
-    program = FrontendProgram(server, GrpcOrders(controller, token, tls), name=name, progress=tell)
+        program = FrontendProgram(server, GrpcOrders(controller, token, tls), name=name, progress=tell)
 
     async def over() -> None:
         raise await program.broken

@@ -30,5 +30,5 @@ async def _serve(config: ServiceConfig) -> None:
     with importing():
         from moeserve.programs.serve import Service
 
-    service = Service(config, progress=tell)
+        service = Service(config, progress=tell)
     await serve_until_told(service, service.start(), service.over)

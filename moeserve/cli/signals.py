@@ -76,7 +76,10 @@ def raise_ended() -> None:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """For imports that take seconds: a signal ends the process at once and leaves no module half imported."""
+    """For imports that take seconds: a signal ends the process at once and leaves no module half imported.
+
+    Threads that start meanwhile never get a signal; elsewhere they would, and Python's handlers would miss what `heard` is for.
+    """
     if not _watch.is_running:  # a program calls the verb and handles its own signals
         yield
         return

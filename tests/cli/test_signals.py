@@ -17,11 +17,12 @@ from moeserve import Client, MoEServeError
 from tests.support.followers import TOKEN, FrontendProcess
 from tests.support.harness import ServiceHarness
 from tests.support.held import Held
-from tests.support.processes import blocks, descendants, moeserve, running, signal_all
+from tests.support.processes import blocks, descendants, moeserve, open_threads, running, signal_all
 from tests.support.waiting import until
 
 LAYERS = [{"hidden_size": 16, "intermediate_size": 24, "num_experts": 4}]
 CONFIG = {"layers": LAYERS, "placement": {"num_hosts": 2}, "resilience": {"request_timeout_s": 60.0}}
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: hosts are busy with it for minutes
 LARGE = "[[layers]]\nhidden_size = 2048\nintermediate_size = 8192\nnum_experts = 64\n[placement]\nnum_hosts = 2\n"
 
@@ -40,7 +41,7 @@ def frontend(service: ServiceHarness, tmp_path: Path) -> Iterator[FrontendProces
         yield frontend
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_while_modules_are_imported(number: signal.Signals, tiny_moe: Path) -> None:
     with moeserve("serve", str(tiny_moe)) as process:
         assert process.stderr is not None and next(process.stderr).startswith("starting moeserve ")
@@ -108,6 +109,16 @@ def test_a_second_signal_ends_the_drain(service: ServiceHarness, frontend: Front
             waiting.result(timeout=30)
         for one in held:
             one.leave.release()
+
+
+def test_no_thread_but_one_gets_the_signals(frontend: FrontendProcess, tiny_moe: Path) -> None:
+    """Another one would pass them to Python's handlers, past the drain."""
+    flags = ("--port", "0", "--metrics-port", "0", "--num-hosts", "2", "--cluster", "threads")
+    with moeserve("serve", str(tiny_moe), *flags) as serving:
+        assert serving.stderr is not None and any(line.startswith("ready") for line in serving.stderr)
+        assert frontend.target
+        for process in (frontend.process, serving):
+            assert {number: open_threads(process.pid, number) for number in SIGNALS} == dict.fromkeys(SIGNALS, 1)
 
 
 def test_verbs_that_wait_for_an_answer(service: ServiceHarness, tmp_path: Path) -> None:

@@ -52,8 +52,17 @@ def signal_all(pids: Iterable[int], number: signal.Signals) -> None:
 
 
 def blocks(pid: int, number: signal.Signals) -> bool:
-    """The process blocks this signal, as `moeserve` does from its start."""
-    mask = next((line.split()[1] for line in _read(Path(f"/proc/{pid}/status")).splitlines() if line.startswith("SigBlk")), "0")
+    """The main thread of the process blocks this signal, as `moeserve` does from its start."""
+    return _blocks(Path(f"/proc/{pid}/status"), number)
+
+
+def open_threads(pid: int, number: signal.Signals) -> int:
+    """How many threads of the process may get this signal."""
+    return sum(not _blocks(path, number) for path in Path(f"/proc/{pid}/task").glob("*/status"))
+
+
+def _blocks(path: Path, number: signal.Signals) -> bool:
+    mask = next((line.split()[1] for line in _read(path).splitlines() if line.startswith("SigBlk")), "0")
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
