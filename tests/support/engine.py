@@ -6,6 +6,7 @@ T tokens, H hidden size, E experts, K choices per token.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +25,8 @@ X = torch.arange(3.0 * HIDDEN).view(3, HIDDEN)
 
 #: hidden_states [T, H], topk_ids [T, K], topk_weights [T, K] -> [T, H]
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+#: the requests of the message that a task belongs to
+_REACHED: contextvars.ContextVar[list[LayerRequest]] = contextvars.ContextVar("reached")
 
 
 def spec(name: str, hidden_size: int = HIDDEN, num_experts: int = EXPERTS, **gating: Any) -> LayerSpec:
@@ -59,6 +62,7 @@ class FakeEngine:
 
     async def forward(self, layer: int, request: LayerRequest) -> ForwardOutput:
         self.requests.append((layer, request))
+        _REACHED.get([]).append(request)
         try:
             await self.gate.wait()
         except asyncio.CancelledError:
@@ -70,9 +74,11 @@ class FakeEngine:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        before = len(self.requests)
+        reached: list[LayerRequest] = []
+        token = _REACHED.set(reached)
         yield
-        self.together_sizes.append(len(self.requests) - before)
+        _REACHED.reset(token)
+        self.together_sizes.append(len(reached))
 
     def refusal(self, caller: str, deadline: float | None) -> Overloaded | None:
         self.callers.append(caller)
