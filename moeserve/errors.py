@@ -18,6 +18,15 @@ _EXTRAS: Final = {
 }
 
 
+def number_of(number: int, noun: str) -> str:
+    """How sentences for users say a number of things: 1 host, 2 hosts."""
+    if number == 1:
+        return f"1 {noun}"
+    if noun.endswith("y"):
+        return f"{number} {noun[:-1]}ies"
+    return f"{number} {noun}es" if noun.endswith("s") else f"{number} {noun}s"
+
+
 class _Status:
     """A gRPC status code by its name. Imports gRPC on first use: the command line must answer at once."""
 

@@ -10,7 +10,7 @@ import numpy as np
 from moeserve.checkpoints.memory_group import MemoryGroup
 from moeserve.checkpoints.source import LayerSource, bank_bytes
 from moeserve.config import PlacementConfig, StoreConfig
-from moeserve.errors import ConfigError
+from moeserve.errors import ConfigError, number_of
 from moeserve.experts import ExpertShard
 from moeserve.observe.stats import host_name
 from moeserve.placement import LayerSize, Placement
@@ -69,7 +69,7 @@ def check_memory(nbytes: Sequence[int], placing: PlacementConfig, machine_bytes:
         )
     if machine_bytes is not None and not placing.gpus_per_host and sum(nbytes) > machine_bytes:
         raise ConfigError(
-            f"{len(nbytes)} hosts would hold {_gib(sum(nbytes))} of weights, "
+            f"{number_of(len(nbytes), 'host')} would hold {_gib(sum(nbytes))} of weights, "
             f"but this machine has {_gib(machine_bytes)} of memory, or its container has: "
             "join a cluster with ray.address, serve fewer model.layers, or use a smaller model.dtype or model.quantization"
         )
@@ -87,7 +87,7 @@ def check_change(nbytes: Mapping[int, int], placing: PlacementConfig, machine_by
         )
     if machine_bytes is not None and not placing.gpus_per_host and sum(nbytes.values()) > machine_bytes:
         raise ConfigError(
-            f"{len(nbytes)} hosts would hold {_gib(sum(nbytes.values()))} of weights while this change happens, "
+            f"{number_of(len(nbytes), 'host')} would hold {_gib(sum(nbytes.values()))} of weights while this change happens, "
             f"but this machine has {_gib(machine_bytes)} of memory, or its container has: change fewer layers at a time"
         )
 

@@ -18,7 +18,7 @@ from moeserve.checkpoints.native import MODEL_TYPE, NativeLayer, native_layers
 from moeserve.checkpoints.seeded import SeededLayer
 from moeserve.checkpoints.source import LayerSource
 from moeserve.config import GatingConfig, LayerConfig, LayerSpec, ServedModel
-from moeserve.errors import CheckpointError, ConfigError
+from moeserve.errors import CheckpointError, ConfigError, number_of
 from moeserve.files import require_folder
 from moeserve.gating.expert_groups import check_groups
 
@@ -38,7 +38,8 @@ def layer_sources(served: ServedModel) -> list[LayerSource]:
     for source in sources:
         if source.spec.gating.top_k > source.spec.num_experts:
             raise ConfigError(
-                f"layer {source.spec.name}: gating.top_k is {source.spec.gating.top_k}, but it has {source.spec.num_experts} experts"
+                f"layer {source.spec.name}: gating.top_k is {source.spec.gating.top_k}, "
+                f"but it has {number_of(source.spec.num_experts, 'expert')}"
             )
         check_groups(source.spec.num_experts, source.spec.gating)
         if (source.spec.module or source.spec.shared_module) and source.spec.quantized_to is not None:

@@ -9,6 +9,7 @@ import typer
 
 from moeserve.cli.signals import importing
 from moeserve.cli.streams import say
+from moeserve.errors import number_of
 
 config = typer.Typer(help="Look at a configuration, or import another system's.", no_args_is_help=True)
 
@@ -30,8 +31,8 @@ def check(file: Annotated[Path, typer.Argument(help="A TOML configuration or a c
     wanted = planner.wanted(planner.first_num_hosts())
     if loaded.autoscaling.enabled:
         planner.bounds()
-    hosts = f"{wanted.least} hosts or more" if wanted.num_hosts == "all" else f"{wanted.num_hosts} hosts"
-    say(f"{file}: ok, {len(layers.sources)} MoE layers on {hosts}")
+    hosts = f"{number_of(wanted.least, 'host')} or more" if wanted.num_hosts == "all" else number_of(wanted.num_hosts, "host")
+    say(f"{file}: ok, {number_of(len(layers.sources), 'MoE layer')} on {hosts}")
 
 
 @config.command(name="import")

@@ -8,6 +8,7 @@ from typing import Any
 from moeserve.checkpoints import in_memory, layer_size
 from moeserve.cli.columns import bytes_text
 from moeserve.control import Assignment, Planner
+from moeserve.errors import number_of
 from moeserve.placement import Transition, transition
 
 
@@ -37,6 +38,6 @@ def as_text(change: Transition, before: int, after: int) -> str:
     """Two sentences."""
     more = f", {change.new} further copies are made" if change.new else ""
     return (
-        f"From {before} hosts to {after}: {change.moves} experts move{more}, {change.kept} stay. "
+        f"From {number_of(before, 'host')} to {after}: {change.moves} experts move{more}, {change.kept} stay. "
         f"{bytes_text(change.moved_bytes)} are read, and no host holds more than {bytes_text(max(change.peak_bytes.values()))} meanwhile."
     )

@@ -12,6 +12,7 @@ from moeserve.cli.columns import bytes_text
 from moeserve.cli.gates import gates
 from moeserve.cli.kernels import kernels
 from moeserve.config import GatingConfig, PlacementConfig
+from moeserve.errors import number_of
 from moeserve.experts import ExpertShard
 from moeserve.observe.stats import host_name
 from moeserve.placement import LayerPlacement, Placement
@@ -55,7 +56,7 @@ def _layers(sources: Sequence[LayerSource]) -> Table:
 
 
 def _hosts(placement: Placement, config: PlacementConfig, nbytes: Sequence[int]) -> Table:
-    title = "1 host" if placement.num_hosts == 1 else f"{placement.num_hosts} hosts"
+    title = number_of(placement.num_hosts, "host")
     table = Table("host", title=title, title_justify="left", box=SIMPLE_HEAD)
     for column in ("GPUs", "CPUs", "experts", "expected load", "weights", "of layer 0"):
         table.add_column(column, justify="right")

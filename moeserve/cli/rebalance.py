@@ -9,6 +9,7 @@ import typer
 
 from moeserve.cli.streams import say
 from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of
+from moeserve.errors import number_of
 from moeserve.observe.records import plain
 from moeserve.observe.status import Rebalanced
 
@@ -38,5 +39,5 @@ def _sentence(done: Rebalanced, moved: str) -> str:
         return f"epoch {done.epoch}: nothing {moved}; {even}"
     return (
         f"epoch {done.epoch}: {done.moves} experts {moved}, {done.new} copies more, {done.kept} stay; {done.moved_bytes / 2**20:.1f} MiB "
-        f"in {done.steps} steps; {even} -> {done.balancedness:.3f}"
+        f"in {number_of(done.steps, 'step')}; {even} -> {done.balancedness:.3f}"
     )

@@ -10,7 +10,7 @@ import typer
 
 from moeserve.cli.signals import importing
 from moeserve.config import MAX_EXPERTS, MAX_HOSTS, MAX_LAYERS, MAX_PHYSICAL, ServiceConfig, load_config
-from moeserve.errors import ConfigError
+from moeserve.errors import ConfigError, number_of
 
 if TYPE_CHECKING:
     from moeserve.bench.costs import Costs
@@ -120,7 +120,7 @@ def _show(forecast: Forecast, what_if: WhatIf, as_json: bool, plot: Path | None)
 def _sentences(forecast: Forecast, what_if: WhatIf) -> str:
     now, load = forecast.now, what_if.workload
     told = [
-        f"Balancedness of {len(now.cluster.state.assignments)} hosts: {forecast.balancedness:.3f}; "
+        f"Balancedness of {number_of(len(now.cluster.state.assignments), 'host')}: {forecast.balancedness:.3f}; "
         f"with one copy of each expert, as dealt, {forecast.balancedness_before:.3f}."
     ]
     what = f"{now.moves} experts move, {now.new} copies are added"
@@ -131,7 +131,7 @@ def _sentences(forecast: Forecast, what_if: WhatIf) -> str:
             f"After the loss, {forecast.lost_experts} experts have no live copy; {what}, {now.moved_bytes / 2**30:.1f} GiB are read; "
             f"a plan takes {now.plan_seconds:.2f} s."
         )
-    frontends = "1 frontend" if load.frontends == 1 else f"{load.frontends} frontends"
+    frontends = number_of(load.frontends, "frontend")
     told.append(
         f"{frontends} with {load.concurrency} requests of {load.tokens} tokens in progress at each: "
         f"{forecast.calls.tokens_per_s:,.0f} tokens/s of one layer, p99 {forecast.calls.p99_ms:.1f} ms."

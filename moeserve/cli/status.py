@@ -13,6 +13,7 @@ from rich.table import Column, Table
 
 from moeserve.cli.columns import add_columns, cells, ratio_text, span_text
 from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of
+from moeserve.errors import number_of
 from moeserve.observe.records import plain
 from moeserve.observe.status import HostStatus, ServiceStatus
 
@@ -38,7 +39,7 @@ def status(
 def _show(status: ServiceStatus, console: Console) -> None:
     up = sum(host.is_up for host in status.hosts)
     changing = f", changing: {status.changing}" if status.is_changing else ""
-    console.print(f"epoch {status.epoch}{changing}: {up} of {len(status.hosts)} hosts up, {status.wanted_hosts} wanted")
+    console.print(f"epoch {status.epoch}{changing}: {up} of {number_of(len(status.hosts), 'host')} up, {status.wanted_hosts} wanted")
     if status.shortage:
         console.print(f"[yellow]short: {status.shortage}[/]", soft_wrap=True)
     console.print(_hosts(status))

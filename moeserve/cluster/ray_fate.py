@@ -17,7 +17,7 @@ from moeserve.cluster.ray_internals import exit_detail, find_actor, log_dir
 from moeserve.cluster.timing import ASK_TIMEOUT_S
 from moeserve.config import ServedModel
 from moeserve.control import Assignment
-from moeserve.errors import MoEServeError
+from moeserve.errors import MoEServeError, number_of
 from moeserve.release import Release
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def _found_here(worker_id: str, kills_before: int) -> list[str]:
     kills, limit_bytes = group.oom_kills - kills_before, group.limit_bytes
     if kills > 0:
         limit = "" if limit_bytes is None else f", which may use {limit_bytes / 2**20:.0f} MiB,"
-        found.append(f"The kernel has killed {kills} processes of its memory control group{limit} for want of memory.")
+        found.append(f"The kernel has killed {number_of(kills, 'process')} of its memory control group{limit} for want of memory.")
     if lines := _log_end(worker_id):
         found.append(f"Its log ends: {_sentence(lines)}")
     return found

@@ -23,7 +23,7 @@ from moeserve.control.rounds import Round, RoundStopped, planned_round, stepped
 from moeserve.control.slowdown import Slowdown
 from moeserve.control.stall import unless_stalled
 from moeserve.control.state import State
-from moeserve.errors import InvalidRequest
+from moeserve.errors import InvalidRequest, number_of
 from moeserve.log_limit import limited_logger
 from moeserve.loops import in_thread
 from moeserve.observe.audit import ADMINISTRATOR
@@ -191,7 +191,7 @@ class Balancer:
             log.info("a round of balancing: %s: %s", outcome, planned)
         self._say(outcome, planned, done)
         if outcome != "unchanged" or asked.why == ADMINISTRATOR:
-            what = asked.what if planned is None else f"{done} of {len(planned.steps)} steps of a round; {planned.gain}"
+            what = asked.what if planned is None else f"{done} of {number_of(len(planned.steps), 'step')} of a round; {planned.gain}"
             self._audit.end(replace(asked, what=what), None if planned is None else planned.cost_of(done), error)
 
     def _say(self, outcome: Outcome, planned: Round | None, done: int) -> None:
@@ -204,7 +204,7 @@ class Balancer:
         is_whole = planned is not None and done == len(planned.steps)
         self._frontends.set_balancing(
             rounds={**said.rounds, outcome: said.rounds.get(outcome, 0) + 1},
-            latest=str(planned) if is_whole else f"round {outcome} after {done} steps; moeserve events says why",
+            latest=str(planned) if is_whole else f"round {outcome} after {number_of(done, 'step')}; moeserve events says why",
             moved_experts=moved_experts,
             moved_bytes=moved_bytes,
         )

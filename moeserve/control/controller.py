@@ -30,7 +30,7 @@ from moeserve.control.room import require_room
 from moeserve.control.stall import unless_stalled
 from moeserve.control.state import NumHosts, State
 from moeserve.control.status import layers_of, status_of
-from moeserve.errors import ConfigError, MoEServeError
+from moeserve.errors import ConfigError, MoEServeError, number_of
 from moeserve.loops import in_thread
 from moeserve.observe.audit import ADMINISTRATOR
 from moeserve.observe.stats import host_name
@@ -128,7 +128,7 @@ class Controller:
                 raise ConfigError(refusal)
             return await self._scale(num_hosts)
 
-        asked = Begun("scale", f"to {'as many hosts as fit' if num_hosts == 'all' else f'{num_hosts} hosts'}", why)
+        asked = Begun("scale", f"to {'as many hosts as fit' if num_hosts == 'all' else number_of(num_hosts, 'host')}", why)
         return await self._queue.to_its_end(self.audit.recorded(asked, change))
 
     async def drain(self, host: str) -> Release:
@@ -172,7 +172,7 @@ class Controller:
             self._restarts.look(self._hosts.present, self.state.assignments)
             return BroughtIn(self.state.release)
 
-        asked = Begun("start", f"{len(self.state.assignments)} hosts", why)
+        asked = Begun("start", number_of(len(self.state.assignments), "host"), why)
         await self._queue.in_turn(lambda: self.audit.recorded(asked, brought_up))
 
     async def abandon(self) -> None:

@@ -15,7 +15,7 @@ from moeserve.config import AutoscalingConfig, BalancingConfig, Copies, Placemen
 from moeserve.control.assignments import Assignment, Wanted
 from moeserve.control.autoscale import Bounds
 from moeserve.control.state import NumHosts
-from moeserve.errors import ConfigError
+from moeserve.errors import ConfigError, number_of
 from moeserve.placement import (
     Constraints,
     HostLimits,
@@ -105,7 +105,9 @@ class Planner:
             upper = most = most_hosts(specs, placing)
             if fewest > most:
                 self._on(fewest)  # raises the reason
-                raise ConfigError(f"placement needs {fewest} hosts, and some of them would hold no expert; allowed: at most {most}")
+                raise ConfigError(
+                    f"placement needs {number_of(fewest, 'host')}, and some of them would hold no expert; allowed: at most {most}"
+                )
         else:
             upper, most = max(fewest, num_hosts), None
         return Wanted(
@@ -126,7 +128,7 @@ class Planner:
         if least > most:
             raise ConfigError(
                 f"autoscaling.min_hosts is {config.min_hosts} and autoscaling.max_hosts {config.max_hosts or 'unset'}, but "
-                f"the experts need at least {wanted.least} hosts, and at most {wanted.most} can hold one each"
+                f"the experts need at least {number_of(wanted.least, 'host')}, and at most {wanted.most} can hold one each"
             )
         return Bounds(least, most)
 

@@ -13,7 +13,7 @@ from moeserve.control import timing
 from moeserve.control.directory import Directory
 from moeserve.control.follow import Order, Report, Setup
 from moeserve.control.record import packed_counts
-from moeserve.errors import ConfigError, MoEServeError
+from moeserve.errors import ConfigError, MoEServeError, number_of
 from moeserve.frontend import Frontend, FrontendSettings, HostAccess
 from moeserve.loops import Notifier, in_thread
 from moeserve.observe.metrics import Metrics
@@ -166,7 +166,9 @@ class Follower:
         self._layers = self._layers or ServedLayers.read(self._config)
         sources: list[LayerSource] = [*release.sources(self._layers)]
         if len(sources) != len(release.placement.layers):
-            raise ConfigError(f"the controller serves {len(release.placement.layers)} layers, but the checkpoint here has {len(sources)}")
+            raise ConfigError(
+                f"the controller serves {number_of(len(release.placement.layers), 'layer')}, but the checkpoint here has {len(sources)}"
+            )
         return sources
 
     async def _move_to(self, release: Release, frontend: Frontend) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from moeserve.control.changes import placed
 from moeserve.control.desired import Planner, Rows
 from moeserve.control.state import State
-from moeserve.errors import ExpertUnavailable
+from moeserve.errors import ExpertUnavailable, number_of
 from moeserve.placement import LayerSize, Placement, Transition, layer_balancedness, mean_balancedness, steps, transition
 from moeserve.release import Release
 
@@ -44,7 +44,8 @@ class Round:
 
     def __str__(self) -> str:
         cost = self.cost
-        return f"{cost.moves} moves and {cost.new} further copies, {cost.moved_bytes} bytes in {len(self.steps)} steps; {self.gain}"
+        moves = f"{number_of(cost.moves, 'move')} and {number_of(cost.new, 'further copy')}"
+        return f"{moves}, {cost.moved_bytes} bytes in {number_of(len(self.steps), 'step')}; {self.gain}"
 
 
 def planned_round(state: State, demand: Rows, planner: Planner) -> Round:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from moeserve.control.assignments import Node, Wanted
+from moeserve.errors import number_of
 
 _MAX_NODES = 8
 
 
 def describe(nodes: Sequence[Node], room: Mapping[str, int], wanted: Wanted, number: int) -> str:
     """`room`: how many hosts fit on each allowed node, by its id; `number`: how many there should be."""
-    asked = f"placement.num_hosts is {wanted.num_hosts!r}, and the experts need {number} hosts"
+    asked = f"placement.num_hosts is {wanted.num_hosts!r}, and the experts need {number_of(number, 'host')}"
     asked = asked if wanted.num_hosts == "all" else f"placement.num_hosts is {number}"
     each = " and ".join(f"placement.{key} = {amount:g}" for key, _, amount in _resources(wanted))
     each = f" and each takes {each}" if each else ""

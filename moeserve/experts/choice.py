@@ -17,7 +17,7 @@ import torch
 
 from moeserve.api.tensors import dtype_name
 from moeserve.config import Activation, Bits, Kernel
-from moeserve.errors import ConfigError
+from moeserve.errors import ConfigError, number_of
 from moeserve.experts.activations import is_gated
 from moeserve.experts.expert import Expert
 from moeserve.experts.feed_forward import LINEAR, ROWS, FeedForward, Form
@@ -69,7 +69,7 @@ class Shape:
         return f"{dtype_name(self.dtype)}{rows} {self.activation}"
 
     def __str__(self) -> str:
-        return f"{self.kind}, {self.hidden_size} x {self.intermediate_size}, {self.num_threads} threads"
+        return f"{self.kind}, {self.hidden_size} x {self.intermediate_size}, {number_of(self.num_threads, 'thread')}"
 
 
 @dataclass(frozen=True)

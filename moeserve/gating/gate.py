@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moeserve.api.tensors import is_finite, without_unused
 from moeserve.config import GatingConfig
-from moeserve.errors import ConfigError, InvalidRequest
+from moeserve.errors import ConfigError, InvalidRequest, number_of
 from moeserve.gating.aux_loss import AUX_LOSSES
 from moeserve.gating.capacity import CAPACITY_SCOPES, capacity
 from moeserve.gating.chance import Chance
@@ -100,7 +100,7 @@ def route_requests(
     """Routes several requests laid end to end; `request_sizes` [R] in tokens, some may be 0. Everything else as in `route`."""
     num_experts = router_logits.shape[1]
     if gating.top_k > num_experts:
-        raise ConfigError(f"top_k is {gating.top_k} but the layer has {num_experts} experts")
+        raise ConfigError(f"top_k is {gating.top_k} but the layer has {number_of(num_experts, 'expert')}")
     requests = Segments(request_sizes, used_token, num_experts, router_logits.device)
     assert requests.num_tokens == router_logits.shape[0]
     router_logits = _finite(router_logits.float(), requests)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeserve.config import MAX_PHYSICAL, LayerSpec, PlacementConfig, Strategy
-from moeserve.errors import ConfigError
+from moeserve.errors import ConfigError, number_of
 from moeserve.placement.layer import Booleans, Integers, LayerPlacement, Placement
 
 
@@ -66,7 +66,7 @@ def _num_hosts(specs: Sequence[LayerSpec], config: PlacementConfig) -> int:
     if config.num_hosts < needed:
         raise ConfigError(
             f"placement.num_hosts is {config.num_hosts}, but placement.experts_per_host = {config.experts_per_host} "
-            f"needs {needed} hosts for {largest} physical experts of a layer"
+            f"needs {number_of(needed, 'host')} for {largest} physical experts of a layer"
         )
     return config.num_hosts
 
@@ -132,7 +132,9 @@ def check_apart(layer: str, copies: int, shards: int, num_hosts: int) -> None:
     """Raises ConfigError if copies of an expert, or shards of a copy, could not stand on different hosts."""
     for key, number in (("copies", copies), ("tensor_parallel", shards)):
         if number > num_hosts:
-            raise ConfigError(f"placement.{key} is {number} for layer {layer}, which has {num_hosts} hosts; allowed: at most one per host")
+            raise ConfigError(
+                f"placement.{key} is {number} for layer {layer}, which has {number_of(num_hosts, 'host')}; allowed: at most one per host"
+            )
 
 
 @dataclass(frozen=True)

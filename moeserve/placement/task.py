@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeserve.errors import ConfigError
+from moeserve.errors import ConfigError, number_of
 from moeserve.placement.constraints import Floats, LayerSize
 from moeserve.placement.draft import LayerDraft
 from moeserve.placement.exchange import improve
@@ -147,7 +147,7 @@ class LayerTask:
         expert = int(lacking[0])
         nbytes, full = int(draft.size.unit_bytes[expert * self.shards]), int((draft.count >= draft.most_held).sum())
         raise ConfigError(
-            f"expert {expert} of layer {self.size.name}, {int(self.least[expert])} copies on different hosts, cannot be placed: {full} of "
-            f"{len(draft.room)} hosts hold as many experts of the layer as placement.experts_per_host allows, and no other host without it "
-            f"has room for {nbytes} bytes within its memory"
+            f"expert {expert} of layer {self.size.name} cannot be placed in {number_of(int(self.least[expert]), 'copy')}: {full} of "
+            f"{number_of(len(draft.room), 'host')} hold as many experts of the layer as placement.experts_per_host allows, "
+            f"and no other host without it has room for {nbytes} bytes within its memory"
         )

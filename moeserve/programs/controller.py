@@ -14,7 +14,7 @@ from moeserve.checkpoints import ServedLayers, host_bytes, in_memory, memory_war
 from moeserve.cluster.cluster import Cluster, Loss
 from moeserve.config import FrontendConfig, ServedModel, ServiceConfig
 from moeserve.control import Controller, Frontends, Planner, Saved, State, first_state, timing
-from moeserve.errors import CheckpointChanged, ConfigError, ExpertUnavailable
+from moeserve.errors import CheckpointChanged, ConfigError, ExpertUnavailable, number_of
 from moeserve.loops import in_thread
 from moeserve.observe.audit import AuditEvent
 from moeserve.observe.stats import HostInfo
@@ -96,8 +96,8 @@ class ControllerProgram:
         await hosts.admit(self.saved.frontend_keys)
         if self._is_first:
             self._warn_of_memory(state.release)
-            num_experts = sum(spec.num_experts for spec in self.layers.specs)
-            self._tell(f"loading {num_experts} experts of {len(self.layers.specs)} layers on {len(state.assignments)} hosts")
+            experts = number_of(sum(spec.num_experts for spec in self.layers.specs), "expert")
+            self._tell(f"loading {experts} of {number_of(len(self.layers.specs), 'layer')} on {number_of(len(state.assignments), 'host')}")
             work = hosts.take(state.release, state.assignments, self._host_ready)
         else:
             work = hosts.adopt(state.release, state.assignments)
@@ -183,9 +183,10 @@ class ControllerProgram:
         self.hosts.append(info)
         gpus = f", CUDA_VISIBLE_DEVICES={info.cuda_visible_devices}" if info.cuda_visible_devices else ""
         channel = choose_endpoint(info.endpoints, is_same_node=info.node == self.cluster.here).partition(":")[0]
+        threads, number = number_of(info.num_threads, "thread"), f"{len(self.hosts)} of {len(self.saved.state.assignments)}"
         self._tell(
             f"{info.name} ready on {info.device}{gpus} of node {info.node[:12]}: {info.weights_bytes / 2**20:.1f} MiB, "
-            f"{info.num_threads} threads, reached over {channel}, pid {info.pid} ({len(self.hosts)} of {len(self.saved.state.assignments)})"
+            f"{threads}, reached over {channel}, pid {info.pid} ({number})"
         )
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
@@ -224,7 +225,8 @@ def _say_what_changed(release: Release, layers: ServedLayers) -> None:
     Raises CheckpointChanged when the number of layers differs.
     """
     if len(layers.sources) != len(release.placement.layers):
-        raise CheckpointChanged(f"the service has {len(release.placement.layers)} layers, and the checkpoint has {len(layers.sources)} now")
+        served = number_of(len(release.placement.layers), "layer")
+        raise CheckpointChanged(f"the service has {served}, and the checkpoint has {len(layers.sources)} now")
     try:
         for source in release.sources(layers):
             source.check()

@@ -14,7 +14,7 @@ from moeserve.checkpoints import ServedLayers
 from moeserve.config import ServerConfig
 from moeserve.control import Orders
 from moeserve.control.follow import Report
-from moeserve.errors import ConfigError
+from moeserve.errors import ConfigError, number_of
 from moeserve.frontend import Frontend
 from moeserve.observe.metrics import Metrics
 from moeserve.observe.page import OtherProcesses, StatusPage
@@ -136,7 +136,7 @@ class FrontendProgram:
         self._followed.follower.say(metrics_target=self.metrics_target)
         metrics.queue_bytes.set_function(lambda: self._grpc.queue_bytes)
         self._grpc.serve(frontend)
-        self._progress(f"serving {len(frontend.layers)} layers of {frontend.model}")
+        self._progress(f"serving {number_of(len(frontend.layers), 'layer')} of {frontend.model}")
 
     def health_changed(self, layer: int, healthy: bool) -> None:
         """As `Frontend` tells it."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from moeserve.bench.trace import Rows, Trace, TraceLine, read_trace
 from moeserve.config import LayerSpec
-from moeserve.errors import ConfigError
+from moeserve.errors import ConfigError, number_of
 
 _LAWS: Final = ("zipf", "lognormal")
 _MOST: Final = 20.0
@@ -86,5 +86,5 @@ def _check_layers(path: Path, trace: Trace, specs: Sequence[LayerSpec]) -> None:
 
 def _told(layers: Sequence[tuple[str, int]]) -> str:
     numbers = sorted({number for _, number in layers})
-    of_each = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
-    return f"{len(layers)} layers of {of_each} experts"
+    of_each = number_of(numbers[0], "expert") if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]} experts"
+    return f"{number_of(len(layers), 'layer')} of {of_each}"

@@ -45,7 +45,7 @@ def test_every_fault_on_hosts_that_are_threads(source: str) -> None:
     assert found["longest_stall_ms"].keys() == set(FAULT_KINDS)
     assert found["longest_stall_ms"]["stop"] > 250, "someone waits until it is known that the host hangs"
     assert list(found["tokens_per_s"]) == ["before", "during", "after"] and all(found["tokens_per_s"].values())
-    assert "loading 8 experts of 1 layers on 4 hosts" in err
+    assert "loading 8 experts of 1 layer on 4 hosts" in err
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_python_m_finds_experts_in_the_working_folder(tmp_path: Path) -> None:
         ends[how[0]] = subprocess.run(
             [sys.executable, *how, "config", "check", "service.toml"], cwd=tmp_path, capture_output=True, text=True, check=False
         )
-    assert (ends["-m"].returncode, ends["-m"].stdout) == (0, "service.toml: ok, 1 MoE layers on 1 hosts\n")
+    assert (ends["-m"].returncode, ends["-m"].stdout) == (0, "service.toml: ok, 1 MoE layer on 1 host\n")
     assert ends["-c"].returncode == 2 and "its module must be installed or on PYTHONPATH" in ends["-c"].stderr
 
 
@@ -146,9 +146,9 @@ def test_a_cluster_that_does_not_answer_leaves_no_folder(tmp_path: Path) -> None
 def test_config_check(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "service.toml"
     file.write_text(LAYER)
-    assert run(capsys, "config", "check", str(file))[:2] == (0, f"{file}: ok, 1 MoE layers on 1 hosts\n")
+    assert run(capsys, "config", "check", str(file))[:2] == (0, f"{file}: ok, 1 MoE layer on 1 host\n")
     file.write_text(LAYER + '[placement]\nnum_hosts = "all"\n')
-    assert run(capsys, "config", "check", str(file))[:2] == (0, f"{file}: ok, 1 MoE layers on 1 hosts or more\n")
+    assert run(capsys, "config", "check", str(file))[:2] == (0, f"{file}: ok, 1 MoE layer on 1 host or more\n")
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def test_the_experts_limit_the_number_too() -> None:
         bounds({"max_hosts": 2}, memory_per_host_bytes=2 * expert_bytes)
 
 
-@pytest.mark.parametrize(("most", "code", "said"), [(2, 2, "the experts need at least 3 hosts"), (3, 0, "ok, 1 MoE layers on 3 hosts")])
+@pytest.mark.parametrize(("most", "code", "said"), [(2, 2, "the experts need at least 3 hosts"), (3, 0, "ok, 1 MoE layer on 3 hosts")])
 def test_a_check_finds_bounds_that_leave_no_number(
     most: int, code: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
