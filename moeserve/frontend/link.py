@@ -97,9 +97,7 @@ class HostLink:
     def is_late(self) -> bool:
         """Whether it has not answered something that it would have answered by now, as a rule, even if others have meanwhile."""
         channel = self.channel
-        if channel is not None and self._owing.gave_up_late_at > channel.last_answered():
-            return True
-        return self._owing.is_late(time.monotonic())
+        return self._owing.is_late(time.monotonic(), channel.owed_to_nobody() if channel is not None else ())
 
     @property
     def node(self) -> str:

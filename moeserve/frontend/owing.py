@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterable
 from math import inf
 from typing import NamedTuple, Protocol
 
@@ -36,8 +37,6 @@ class Owing:
         #: the oldest first
         self._debts: dict[asyncio.Future[Partial], Debt] = {}
         self._answered_at = 0.0
-        #: monotonic seconds: when nobody waited any longer for what was late
-        self.gave_up_late_at = 0.0
 
     def add(self, answered: asyncio.Future[Partial], rows: int) -> None:
         """The host owes answers to `rows` more, until it has given them or nobody waits any longer."""
@@ -45,9 +44,12 @@ class Owing:
         self._count(rows)
         answered.add_done_callback(self._done)
 
-    def is_late(self, now: float) -> bool:
-        """Whether it has not answered something that it would have answered by now, as a rule."""
-        return any(now > debt.sent_at + self.durations.late_after_s(debt.rows) for debt in self._debts.values())
+    def is_late(self, now: float, given_up: Iterable[tuple[int, float]]) -> bool:
+        """Whether it has not answered something that it would have answered by now, as a rule.
+
+        `given_up`: what nobody waits for any more and it has not answered either, rows and when they were sent.
+        """
+        return any(now > sent_at + self.durations.late_after_s(rows) for rows, sent_at in (*self._debts.values(), *given_up))
 
     def silent_since(self) -> float:
         """Since when it owes something and has answered nothing, monotonic seconds; inf while it owes nothing."""
@@ -57,10 +59,7 @@ class Owing:
     def _done(self, answered: asyncio.Future[Partial]) -> None:
         debt, now = self._debts.pop(answered), time.monotonic()
         self._count(-debt.rows)
-        if answered.cancelled():
-            if now > debt.sent_at + self.durations.late_after_s(debt.rows):
-                self.gave_up_late_at = now
-        elif answered.exception() is None:
+        if not answered.cancelled() and answered.exception() is None:
             self._answered_at = now
             self.durations.record(debt.rows, now - debt.sent_at)
 

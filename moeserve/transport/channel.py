@@ -125,7 +125,6 @@ class Channel(ABC):
         #: what the host has said of them, and when it did last, monotonic seconds
         self.loads, self.loaded_at = Loads(), 0.0
         self._heard_at = 0.0
-        self._answered_at = time.monotonic()
 
     @property
     def is_silent(self) -> bool:
@@ -190,9 +189,9 @@ class Channel(ABC):
         """When the host sent something, on the monotonic clock in seconds."""
         return self._heard_at
 
-    def last_answered(self) -> float:
-        """When the host answered a message, also one that nobody waits for any more, on the monotonic clock in seconds."""
-        return self._answered_at
+    def owed_to_nobody(self) -> list[tuple[int, float]]:
+        """Messages that were given up and that the host has not answered yet: their rows, and when they were sent, monotonic seconds."""
+        return [(sent.shape.rows, sent.sent_at) for sent in self._unanswered.values() if sent.future.cancelled()]
 
     def fall_silent(self, silent_s: float) -> None:
         """Closes as if the host had disconnected."""
@@ -239,7 +238,6 @@ class Channel(ABC):
         sent = self._unanswered.get(note.value)
         if sent is None:
             raise MalformedMessage(f"answer to unknown id {note.value}")
-        self._answered_at = self._heard_at
         future = sent.future
         if note.kind is Kind.ERROR:
             error = note.error()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import select
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moeserve import Client, MoELayer
+from moeserve.transport.shm_channel import ShmChannel
 from tests.support.closeness import assert_close
 from tests.support.harness import ServiceHarness
 from tests.support.held import Held
@@ -22,12 +26,18 @@ def config(hedge: str) -> dict[str, Any]:
     return {"layers": [LAYER], "placement": {"num_hosts": 2, "copies": 2}, "resilience": {"hedge": hedge}}
 
 
+def until_usual(service: ServiceHarness, client: Client) -> None:
+    """It is known how long hosts take, and all are on time."""
+    expected = MoELayer(**LAYER)(ROWS)
+    for _ in range(60):
+        assert_close(client.forward(ROWS).hidden_states, expected)
+    until(lambda: not any(link.is_late for link in service.frontend._links.values()))
+
+
 def test_a_late_host_is_not_waited_for(tmp_path: Path) -> None:
     with ServiceHarness(config("auto"), "local", tmp_path) as service, Client(service.target) as client:
         expected = MoELayer(**LAYER)(ROWS)
-        for _ in range(60):
-            assert_close(client.forward(ROWS).hidden_states, expected)
-        until(lambda: not any(link.is_late for link in service.frontend._links.values()))
+        until_usual(service, client)
         held = Held(service.hosts[0])
         assert_close(client.forward(ROWS).hidden_states, expected)
         assert held.begun.acquire(timeout=30), "it was asked, too"
@@ -44,9 +54,7 @@ def test_a_copy_that_has_more_to_do_and_is_on_time_is_asked(tmp_path: Path) -> N
     """A host that stands still owes little, because it is sent nothing more, while the others do its work, too."""
     with ServiceHarness(config("auto"), "local", tmp_path) as service, Client(service.target) as client:
         expected = MoELayer(**LAYER)(ROWS)
-        for _ in range(60):
-            assert_close(client.forward(ROWS).hidden_states, expected)
-        until(lambda: not any(link.is_late for link in service.frontend._links.values()))
+        until_usual(service, client)
         held = Held(service.hosts[0])
 
         async def owe() -> None:
@@ -56,6 +64,38 @@ def test_a_copy_that_has_more_to_do_and_is_on_time_is_asked(tmp_path: Path) -> N
         assert_close(client.forward(ROWS, timeout=8).hidden_states, expected)
         assert held.begun.acquire(timeout=30), "it had less to do, so it was asked first"
         held.let_go()
+
+
+def test_a_host_whose_answer_comes_as_it_is_given_up_is_asked_again(tmp_path: Path) -> None:
+    """Both copies' answers are read in one turn of the event loop: the second is of a message that the first has made needless."""
+    with ServiceHarness(config("auto"), "local", tmp_path) as service, Client(service.target) as client, ThreadPoolExecutor() as pool:
+        until_usual(service, client)
+        links = service.frontend._links
+
+        async def owe() -> None:
+            links[1].count_until(asyncio.get_running_loop().create_future(), 2**20)
+
+        service.call(owe())
+        late, quick = Held(service.hosts[0]), Held(service.hosts[1])
+        answer = pool.submit(client.forward, ROWS)
+        for held in (late, quick):
+            assert held.begun.acquire(timeout=30)
+        at_leisure = threading.Event()
+        standing = pool.submit(service.call, stand(at_leisure))
+        for number, held in ((1, quick), (0, late)):
+            held.leave.release()
+            channel = links[number].channel
+            assert isinstance(channel, ShmChannel)
+            assert select.select([channel._packets], [], [], 30)[0], "it has answered"
+        at_leisure.set()
+        standing.result(30)
+        assert_close(answer.result(30).hidden_states, MoELayer(**LAYER)(ROWS))
+        until(lambda: not links[0].is_late)
+
+
+async def stand(until_set: threading.Event) -> None:
+    """The event loop does nothing else."""
+    assert until_set.wait(30)
 
 
 def test_no_more_than_a_twentieth_is_sent_twice(tmp_path: Path) -> None:
