@@ -36,7 +36,7 @@ def infer(
     with importing():
         import torch
         from safetensors import SafetensorError
-        from safetensors.torch import load_file, save_file
+        from safetensors.torch import load_file
 
         from moeserve.api.wire import REQUEST_TENSORS
 
@@ -59,5 +59,19 @@ def infer(
         )
         elapsed_ms = (time.perf_counter() - started) * 1000
     answer = {name: value for name, value in vars(out).items() if isinstance(value, torch.Tensor)}
-    save_file(answer, output)
+    _write(answer, output)
     say(f"{len(out.hidden_states)} tokens in {elapsed_ms:.1f} ms, {int(out.dropped.sum())} choices dropped -> {output}")
+
+
+def _write(answer: dict[str, Any], output: Path) -> None:
+    """A file is replaced as a whole, where a link leads; a device or a pipe stays what it is. Raises ConfigError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save, save_file
+
+    try:
+        if output.exists() and not output.is_file():
+            output.write_bytes(save(answer))
+        else:
+            save_file(answer, output.resolve())
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"--output {output} cannot be written: {error}") from None

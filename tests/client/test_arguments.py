@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -155,6 +156,45 @@ def test_a_file_without_a_token_is_refused(
     command += [] if "--admin-token-file" in command else ["--token-file", str(tmp_path / "empty")]
     assert main(command) == 2
     assert capsys.readouterr().err.startswith(f"error: token file {tmp_path / 'empty'} {fault}")
+
+
+def infer_to(output: Path, engine: FakeEngine, folder: Path) -> int:
+    with served(engine) as (target, _, _):
+        argv("infer", target, folder)
+        return main(["infer", target, "--layer", "0", "--input", str(folder / "x"), "--output", str(output)])
+
+
+def test_infer_leaves_a_pipe_a_pipe(engine: FakeEngine, tmp_path: Path) -> None:
+    """Nor does it put a file where a device was, which root could."""
+    from safetensors.torch import load
+
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert infer_to(pipe, engine, tmp_path) == 0
+        assert pipe.is_fifo()
+        assert load(os.read(reader, 1 << 16))["hidden_states"].shape == X.shape
+    finally:
+        os.close(reader)
+
+
+def test_infer_writes_where_a_link_leads(engine: FakeEngine, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    link, file = tmp_path / "link", tmp_path / "file"
+    link.symlink_to(file)
+    assert infer_to(link, engine, tmp_path) == 0
+    assert link.is_symlink()
+    assert load_file(file)["hidden_states"].shape == X.shape
+
+
+@pytest.mark.parametrize("where", ["missing/y", "."])
+def test_infer_says_that_its_output_cannot_be_written(
+    where: str, engine: FakeEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert infer_to(tmp_path / where, engine, tmp_path) == 2
+    assert capsys.readouterr().err.startswith(f"error: --output {tmp_path / where} cannot be written: ")
 
 
 @pytest.mark.parametrize("timeout", [math.inf, 1e300, 10**400, 1e9 + 1, 2**63, np.float32(30), 30, None])
