@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from moeserve.control.changes import placed
 from moeserve.control.desired import Planner, Rows
+from moeserve.control.room import require_room
 from moeserve.control.state import State
-from moeserve.errors import ExpertUnavailable, number_of
-from moeserve.placement import LayerSize, Placement, Transition, layer_balancedness, mean_balancedness, steps, transition
+from moeserve.errors import ConfigError, ExpertUnavailable, number_of
+from moeserve.placement import LayerSize, Placement, Transition, balancedness, layer_balancedness, mean_balancedness, steps, transition
 from moeserve.release import Release
 
 
@@ -18,9 +19,10 @@ class RoundStopped(ExpertUnavailable):
 
 @dataclass(frozen=True, eq=False)
 class Round:
-    """From `release` in `steps` to the balanced placement; no steps = nothing moves.
+    """From `release` in `steps` to the balanced placement, or as far towards it as hosts have room meanwhile; no steps = nothing moves.
 
     cost: of all steps; before, after: balancedness of the hosts for each layer, None = nobody asks for it
+    is_cut: hosts have no room for the rest
     """
 
     release: Release
@@ -29,6 +31,7 @@ class Round:
     cost: Transition
     before: list[float | None]
     after: list[float | None]
+    is_cut: bool = False
 
     def cost_of(self, done: int) -> Transition:
         """Of the first `done` steps."""
@@ -40,7 +43,8 @@ class Round:
     @property
     def gain(self) -> str:
         """What it is for, in words."""
-        return f"balancedness of the hosts {mean_balancedness(self.before):.3f} -> {mean_balancedness(self.after):.3f}"
+        gain = f"balancedness of the hosts {mean_balancedness(self.before):.3f} -> {mean_balancedness(self.after):.3f}"
+        return f"{gain}; placement.memory_per_host_bytes has no room for more moves" if self.is_cut else gain
 
     def __str__(self) -> str:
         cost = self.cost
@@ -60,14 +64,36 @@ def planned_round(state: State, demand: Rows, planner: Planner) -> Round:
         for source in sources:
             source.check()  # before any host reads it
     sizes, stages = planner.sizes(sources), planner.placing.pipeline_stages
+    wanted = steps(sizes, before, after, planner.balancing.max_moved_bytes, planner.limit_bytes)
+    made = _with_room(wanted, state, demand, planner)
+    after = made[-1] if made else before
     return Round(
         state.release,
         sizes,
-        steps(sizes, before, after, planner.balancing.max_moved_bytes, planner.limit_bytes),
+        made,
         transition(sizes, before, after),
         layer_balancedness(before, demand, stages),
         layer_balancedness(after, demand, stages),
+        is_cut=len(made) < len(wanted),
     )
+
+
+def _with_room(wanted: list[Placement], state: State, demand: Rows, planner: Planner) -> list[Placement]:
+    """The first of the steps, as many as hosts have room for; if not all, no further than to the best balanced one, if that is worth it."""
+    if planner.limit_bytes is None:
+        return wanted
+    states = [state]
+    for placement in wanted:
+        following = placed(states[-1], placement)
+        try:
+            require_room(states[-1], following, planner)
+        except ConfigError:
+            break
+        states.append(following)
+    else:
+        return wanted
+    even = [balancedness(each.release.placement, demand, planner.placing.pipeline_stages) for each in states]
+    return wanted[: even.index(max(even))] if max(even) >= (1 + planner.balancing.min_gain) * even[0] else []
 
 
 def stepped(before: State, served: Release, placement: Placement) -> State:

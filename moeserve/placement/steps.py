@@ -10,7 +10,7 @@ import numpy as np
 
 from moeserve.placement.constraints import LayerSize
 from moeserve.placement.layer import Integers, LayerPlacement, Placement
-from moeserve.placement.transition import Change
+from moeserve.placement.transition import Change, bytes_on
 
 #: of units and hosts; None stands for the source of a further copy
 _Pairs = set[tuple[int, int | None]]
@@ -34,17 +34,18 @@ def steps(
 
     For each one, hosts read at most max_moved_bytes, or one expert if that is larger. Copies that only leave, leave in the first. Layer
     by layer, and in turn host by host, so that no host gets many experts before it gives some away. A host that would hold more than
-    max_host_bytes gets an expert later, when it has given others away; if that can never be, it gets it all the same. In every step each
-    expert has at least as many copies as before or after, whichever are fewer. What is on hosts that are gone moves step by step as well:
-    if they are dead rather than drained, take one step.
+    max_host_bytes, with the shared experts that come along, gets an expert later, when it has given others away; if that can never be, it
+    gets it all the same. In every step each expert has at least as many copies as before or after, whichever are fewer. What is on hosts
+    that are gone moves step by step as well: if they are dead rather than drained, take one step.
     """
     changes = [Change.of(old, new) for old, new in zip(before.layers, after.layers, strict=True)]
     if not any(change.arrivals.size or change.departures.size for change in changes):
         return []
     moves = [move for number, change in enumerate(changes) for move in _moves(number, sizes[number], change)]
     num_hosts = max(before.num_hosts, after.num_hosts)
-    rounds = list(_rounds(moves, max_moved_bytes, max_host_bytes, _bytes_of_hosts(sizes, before, num_hosts)))
-    held = [_without_surplus(layer, change) for layer, change in zip(before.layers, changes, strict=True)]
+    surplus = [_surplus(change) for change in changes]
+    rounds = list(_rounds(moves, max_moved_bytes, _Filled(sizes, before, num_hosts, max_host_bytes), surplus))
+    held = [_pairs(layer) - more for layer, more in zip(before.layers, surplus, strict=True)]
     layers = [_layer(pairs, num_hosts, layer.tensor_parallel) for pairs, layer in zip(held, before.layers, strict=True)]
     made = []
     for number, moved in enumerate(rounds[:-1], 1):
@@ -69,13 +70,16 @@ def _moves(layer: int, size: LayerSize, change: Change) -> list[Move]:
     return [move for _, move in sorted(moves, key=lambda each: each[0])]
 
 
-def _without_surplus(layer: LayerPlacement, change: Change) -> _Pairs:
-    """Pairs of units and hosts as before, but for copies that leave without another in their place."""
+def _surplus(change: Change) -> _Pairs:
+    """Copies that leave without another in their place."""
     left = _by_unit(change.departures)
     for unit in change.arrivals[0].tolist():
         del left[unit][:1]
-    surplus = {(unit, host) for unit, hosts in left.items() for host in hosts}
-    return set(zip(layer.unit_of_physical.tolist(), layer.host_of_physical.tolist(), strict=True)) - surplus
+    return {(unit, host) for unit, hosts in left.items() for host in hosts}
+
+
+def _pairs(layer: LayerPlacement) -> _Pairs:
+    return set(zip(layer.unit_of_physical.tolist(), layer.host_of_physical.tolist(), strict=True))
 
 
 def _by_unit(pairs: Integers) -> dict[int, list[int]]:
@@ -85,45 +89,72 @@ def _by_unit(pairs: Integers) -> dict[int, list[int]]:
     return hosts
 
 
-def _rounds(moves: Sequence[Move], max_moved_bytes: int | None, max_host_bytes: int | None, host_bytes: Integers) -> Iterator[list[Move]]:
-    """`host_bytes`: of each host, what it holds before; surplus copies are not taken from it."""
+class _Filled:
+    """What hosts hold while a step is made: nbytes [D]; of each layer, physical experts [D] and bytes of units [U]."""
+
+    def __init__(self, sizes: Sequence[LayerSize], placement: Placement, num_hosts: int, most: int | None) -> None:
+        self._sizes, self._most = sizes, most
+        self._count = [np.bincount(layer.host_of_physical, minlength=num_hosts) for layer in placement.layers]
+        self._nbytes = sum(
+            (
+                bytes_on(size, layer.unit_of_physical, layer.host_of_physical, num_hosts)
+                for size, layer in zip(sizes, placement.layers, strict=True)
+            ),
+            start=np.zeros(num_hosts, dtype=np.int64),
+        )
+
+    def has_room(self, move: Move) -> bool:
+        """Beside all that is there, for the expert, and for the shared one if it is the first of its layer there."""
+        return self._most is None or bool(self._nbytes[move.target] + move.nbytes + self._shared(move.layer, move.target) <= self._most)
+
+    def get(self, move: Move) -> None:
+        """The target holds it, too."""
+        self._nbytes[move.target] += move.nbytes + self._shared(move.layer, move.target)
+        self._count[move.layer][move.target] += 1
+
+    def give(self, layer: int, unit: int, host: int) -> None:
+        """It is not there any more."""
+        self._count[layer][host] -= 1
+        self._nbytes[host] -= int(self._sizes[layer].unit_bytes[unit]) + self._shared(layer, host)
+
+    def _shared(self, layer: int, host: int) -> int:
+        return 0 if self._count[layer][host] else self._sizes[layer].shared_bytes
+
+
+def _rounds(moves: Sequence[Move], max_moved_bytes: int | None, filled: _Filled, surplus: Sequence[_Pairs]) -> Iterator[list[Move]]:
+    """`surplus` of each layer leaves in the first one, alone if nothing has room before it is gone."""
     left = list(moves)
+    leaving = [(layer, unit, host) for layer, pairs in enumerate(surplus) for unit, host in pairs]
     while True:
-        begun, left = _round(left, max_moved_bytes, max_host_bytes, host_bytes.copy())
+        begun, left = _round(left, max_moved_bytes, filled)
+        if not begun and left and not leaving:
+            begun, left = left[:1], left[1:]
+            filled.get(begun[0])
         yield begun
         if not left:
             return
-        for move in begun:
-            host_bytes[move.target] += move.nbytes
-            if move.source is not None:
-                host_bytes[move.source] -= move.nbytes
+        leaving += [(move.layer, move.unit, move.source) for move in begun]
+        for layer, unit, host in leaving:
+            if host is not None:
+                filled.give(layer, unit, host)
+        leaving.clear()
 
 
-def _round(
-    moves: Sequence[Move], max_moved_bytes: int | None, max_host_bytes: int | None, host_bytes: Integers
-) -> tuple[list[Move], list[Move]]:
-    """What can be moved at once, and what is left."""
+def _round(moves: Sequence[Move], max_moved_bytes: int | None, filled: _Filled) -> tuple[list[Move], list[Move]]:
+    """What can be moved at once, nothing if no host has room, and what is left."""
     begun: list[Move] = []
     later: list[Move] = []
     nbytes = 0
     for number, move in enumerate(moves):
         if begun and max_moved_bytes is not None and nbytes + move.nbytes > max_moved_bytes:
             return begun, [*later, *moves[number:]]
-        if max_host_bytes is not None and host_bytes[move.target] + move.nbytes > max_host_bytes:
+        if not filled.has_room(move):
             later.append(move)
             continue
         begun.append(move)
         nbytes += move.nbytes
-        host_bytes[move.target] += move.nbytes
-    return (begun, later) if begun else (later[:1], later[1:])
-
-
-def _bytes_of_hosts(sizes: Sequence[LayerSize], placement: Placement, num_hosts: int) -> Integers:
-    """[num_hosts]: of all experts; shared ones are there in any case."""
-    nbytes = np.zeros(num_hosts, dtype=np.int64)
-    for size, layer in zip(sizes, placement.layers, strict=True):
-        np.add.at(nbytes, layer.host_of_physical, size.unit_bytes[layer.unit_of_physical])
-    return nbytes
+        filled.get(move)
+    return begun, later
 
 
 def _layer(pairs: _Pairs, num_hosts: int, shards: int) -> LayerPlacement:

@@ -48,7 +48,7 @@ def transition(sizes: Sequence[LayerSize], before: Placement, after: Placement) 
         moved_bytes += int(size.unit_bytes[change.arrivals[0]].sum())
         units = np.concatenate([old.unit_of_physical, change.arrivals[0]])
         hosts = np.concatenate([old.host_of_physical, change.arrivals[1]])
-        peak += _bytes_on(size, units, hosts, num_hosts)
+        peak += bytes_on(size, units, hosts, num_hosts)
     return Transition(moves, new, kept, moved_bytes, {host: int(peak[host]) for host in sorted({*before.hosts, *after.hosts})})
 
 
@@ -61,7 +61,7 @@ def peak_bytes(sizes: Sequence[LayerSize], placements: Sequence[Placement]) -> d
     return peak
 
 
-def _bytes_on(size: LayerSize, units: Integers, hosts: Integers, num_hosts: int) -> Integers:
+def bytes_on(size: LayerSize, units: Integers, hosts: Integers, num_hosts: int) -> Integers:
     """[D]: of these physical experts, and of the shared expert where there is any."""
     nbytes = np.bincount(hosts, weights=size.unit_bytes[units], minlength=num_hosts).astype(np.int64)
     nbytes[np.unique(hosts)] += size.shared_bytes

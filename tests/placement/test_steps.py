@@ -69,3 +69,24 @@ def test_a_host_without_room_gives_away_before_it_gets() -> None:
     assert max(peak_bytes(sizes, [before, *steps(sizes, before, after, None, 30)]).values()) == 30
     assert max(peak_bytes(sizes, [before, *steps(sizes, before, after, None)]).values()) == 40
     assert steps(sizes, before, after, None, 20)[-1] is after, "where there is no room at all, the caller has to see that"
+
+
+def test_a_shared_expert_comes_with_the_first_expert_of_its_layer_and_leaves_with_the_last() -> None:
+    """Host 1 gives its expert of a layer away, and with it the shared one, before it has room for those of another layer."""
+    sizes = [LayerSize("layer 0", np.full(2, 10), shared_bytes=20), LayerSize("layer 1", np.full(2, 10), shared_bytes=20)]
+    before, after = (
+        Placement(1, 3, tuple(LayerPlacement.of(3, np.arange(2), np.array(hosts)) for hosts in layers))
+        for layers in (([0, 1], [0, 0]), ([0, 2], [0, 1]))
+    )
+    made = steps(sizes, before, after, None, 60)
+    assert (len(made), peak_bytes(sizes, [before, *made])[1]) == (1, 60)
+    made = steps(sizes, before, after, None, 59)
+    assert (len(made), peak_bytes(sizes, [before, *made])[1]) == (2, 30)
+
+
+def test_copies_that_only_leave_make_room() -> None:
+    sizes = [LayerSize("layer 0", np.full(3, 10))]
+    before, after = placed([0, 1], [1], [2]), placed([0], [1], [1])
+    made = steps(sizes, before, after, None, 20)
+    assert [pairs(each) for each in made] == [pairs(placed([0], [1], [2])), pairs(after)]
+    assert max(peak_bytes(sizes, [before, *made]).values()) == 20

@@ -1,0 +1,92 @@
+"""Rounds of balancing on hosts with little memory, without hosts."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moeserve import load_config
+from moeserve.checkpoints import host_bytes
+from moeserve.control import Assignment, Planner, State
+from moeserve.control.changes import placed
+from moeserve.control.desired import Rows
+from moeserve.control.room import require_room
+from moeserve.control.rounds import Round, planned_round
+from moeserve.placement import balancedness
+from moeserve.release import Release
+from tests.support.planning import planner_of
+
+LAYER = {"hidden_size": 8, "intermediate_size": 4, "seed": 0}
+ONE = 3 * 8 * 4 * 4
+
+
+def planner(layers: list[int], hosts: int, room: float, shared: int = 0, extra_copies: float = 0.5) -> Planner:
+    """`room`: of hosts, as a multiple of the most that any holds at first."""
+    more = {"shared_expert": {"intermediate_size": shared}} if shared else {}
+    config = {"layers": [{**LAYER, **more, "num_experts": number} for number in layers], "placement": {"num_hosts": hosts}}
+    plain = planner_of(load_config(config))
+    config["placement"]["memory_per_host_bytes"] = int(room * max(host_bytes(plain.layers.sources, plain.plan(hosts))))
+    return planner_of(load_config({**config, "balancing": {"extra_copies": extra_copies, "max_moved_bytes": 10 * ONE}}))
+
+
+def first(planner: Planner, hosts: int) -> State:
+    placement = planner.plan(hosts)
+    return State(
+        Release.first(placement, planner.layers.sources), tuple(Assignment(number, "") for number in range(hosts)), hosts, 1, hosts
+    )
+
+
+def made(state: State, planned: Round, planner: Planner) -> State:
+    """After all steps, for each of which there is room."""
+    for placement in planned.steps:
+        following = placed(state, placement)
+        require_room(state, following, planner)
+        state = following
+    return state
+
+
+@given(
+    layers=st.lists(st.integers(5, 16), min_size=1, max_size=3),
+    hosts=st.integers(2, 5),
+    room=st.sampled_from([1.0, 1.1, 1.3, 1.6]),
+    shared=st.sampled_from([0, 8]),
+    extra_copies=st.sampled_from([0.0, 0.5]),
+    seed=st.integers(0, 2**32),
+)
+@settings(deadline=None, max_examples=40)
+def test_every_step_of_a_round_has_room_and_rounds_come_to_an_end(
+    layers: list[int], hosts: int, room: float, shared: int, extra_copies: float, seed: int
+) -> None:
+    plan, drawn = planner(layers, hosts, room, shared, extra_copies), np.random.default_rng(seed)
+    state = first(plan, hosts)
+    for _ in range(2):
+        demand: Rows = [1000 * drawn.permutation(np.arange(1, number + 1) ** -1.2) for number in layers]
+        for _ in range(10):
+            planned = planned_round(state, demand, plan)
+            if not planned.steps:
+                break
+            before, state = state, made(state, planned, plan)
+            assert balancedness(state.release.placement, demand) > balancedness(before.release.placement, demand)
+        assert not planned.steps
+
+
+def test_two_hosts_that_are_full_exchange_nothing_and_a_round_says_why() -> None:
+    """A round that would need more room is no failure; it goes as far as there is room, here nowhere."""
+    plan = planner([4], 2, 1.0, extra_copies=0.0)
+    state, demand = first(plan, 2), [np.array([9.0, 9.0, 1.0, 1.0])]
+    planned = planned_round(state, demand, plan)
+    assert (planned.steps, planned.cost.moves, planned.is_cut) == ([], 0, True)
+    assert planned.before == planned.after
+    assert "placement.memory_per_host_bytes has no room for more moves" in str(planned)
+
+
+def test_of_a_round_that_does_not_fit_what_fits_is_made() -> None:
+    """Each host has room for one expert more: it gets a copy, and then is full."""
+    plan = planner([16], 4, 1.25)
+    state, demand = first(plan, 4), [1000 * np.random.default_rng(0).permutation(np.arange(1, 17) ** -1.2)]
+    planned = planned_round(state, demand, plan)
+    assert planned.is_cut and planned.cost.new == 4
+    after = made(state, planned, plan)
+    assert balancedness(after.release.placement, demand) == planned.after[0] > 1.5 * balancedness(state.release.placement, demand)
+    assert not planned_round(after, demand, plan).steps
