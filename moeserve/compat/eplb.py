@@ -34,6 +34,10 @@ def rebalance_experts(
     replicas on one node, and every node has as many groups. Where numbers do not divide, any replica may be on any GPU. A GPU is never more
     loaded than the busiest one of EPLB's result would be. Raises ConfigError for numbers that cannot be.
     """
+    numbers = {"num_replicas": num_replicas, "num_groups": num_groups, "num_nodes": num_nodes, "num_gpus": num_gpus}
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int | np.integer):
+            raise ConfigError(f"{name} is {number!r}; allowed: whole numbers")
     loads = _checked(weight, num_replicas, num_gpus)
     nodes = _Nodes.of(loads.shape[1], num_replicas, num_groups, num_nodes, num_gpus)
     physical = np.stack([np.concatenate([*nodes.packed(each)]) for each in loads])
@@ -68,7 +72,10 @@ class _Nodes:
 
 
 def _checked(weight: Tensor | npt.ArrayLike, num_replicas: int, num_gpus: int) -> _Floats:
-    values = weight.detach().to("cpu", torch.float64).numpy() if isinstance(weight, Tensor) else np.asarray(weight)
+    try:
+        values = weight.detach().to("cpu", torch.float64).numpy() if isinstance(weight, Tensor) else np.asarray(weight)
+    except ValueError:  # rows of different lengths
+        raise ConfigError("weight has rows of different lengths; allowed: numbers, [layers, logical experts]") from None
     if values.ndim != 2 or not values.size or values.dtype.kind not in "iufb":
         raise ConfigError(f"weight has shape {list(values.shape)} and type {values.dtype}; allowed: numbers, [layers, logical experts]")
     loads = values.astype(np.float64)

@@ -5,6 +5,8 @@ L layers, E logical experts, R replicas, G GPUs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -84,9 +86,12 @@ def test_numbers_need_not_divide() -> None:
         ([[1.0, 2.0]], 2, 0, r"num_gpus is 0; allowed: at least 1"),
         ([[1.0, 2.0]], 2, 3, r"num_gpus is 3; allowed: at most the number of replicas, 2"),
         ([[1.0, float("nan")]], 2, 1, r"weight has negative numbers, NaN or Inf"),
+        ([[1.0, 2.0]], 2.5, 1, r"num_replicas is 2\.5; allowed: whole numbers"),
+        ([[1.0, 2.0]], 2, "1", r"num_gpus is '1'; allowed: whole numbers"),
+        ([[1.0, 2.0], [3.0]], 2, 1, r"weight has rows of different lengths"),
         ([1.0, 2.0], 2, 1, r"weight has shape \[2\] and type float64; allowed: numbers, \[layers, logical experts\]"),
     ],
 )
-def test_what_cannot_be_is_refused(weight: list[list[float]], replicas: int, gpus: int, message: str) -> None:
+def test_what_cannot_be_is_refused(weight: list[list[float]], replicas: Any, gpus: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         rebalance_experts(weight, replicas, 1, 1, gpus)
