@@ -17,6 +17,8 @@ from moeserve.placement import LayerSize, Placement
 
 #: beside weights, what a process with torch takes
 _BYTES_BESIDE = 2**28
+#: less reads as none in GiB
+_LEAST_GIB = 2**30 // 100
 
 
 def host_bytes(sources: Sequence[LayerSource], placement: Placement) -> list[int]:
@@ -119,4 +121,4 @@ def _free_bytes() -> int:
 
 
 def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.2f} GiB"
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= _LEAST_GIB else f"{nbytes} bytes"

@@ -66,5 +66,5 @@ def test_memory_and_experts_per_host_ask_for_more_hosts() -> None:
     assert limits([LAYER], {"memory_per_host_bytes": whole}) == (1, 6)
     assert limits([LAYER], {"memory_per_host_bytes": whole - 1}) == (2, 6)
     assert limits([LAYER], {"experts_per_host": 2}) == (3, 6)
-    with pytest.raises(ConfigError, match="memory_per_host_bytes"):
+    with pytest.raises(ConfigError, match=r"would hold \d+ bytes of weights, but placement\.memory_per_host_bytes allows 1 bytes"):
         limits([LAYER], {"memory_per_host_bytes": 1})
