@@ -24,7 +24,10 @@ _ANSWER: Final = pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER
 
 
 def encode(request: pb.ModelInferRequest, answer: Sequence[tuple[WantedOutput, torch.Tensor]], *, is_typed: bool) -> list[Buffer]:
-    """A ModelInferResponse in pieces. Tensors that are wanted in shared memory are only described."""
+    """A ModelInferResponse in pieces. Tensors that are wanted in shared memory are only described.
+
+    Clients find the raw contents of an output by its position among all outputs, so one in shared memory has empty ones.
+    """
     head = pb.ModelInferResponse(model_name=request.model_name, model_version=VERSION, id=request.id)
     described: list[Buffer] = []
     data: list[Buffer] = []
@@ -33,10 +36,10 @@ def encode(request: pb.ModelInferRequest, answer: Sequence[tuple[WantedOutput, t
         contents: tuple[Buffer, ...] = ()
         if wanted.where is not None:
             in_shared(output.parameters, wanted.where)
-        elif is_typed:
+        if not is_typed:
+            data += length_delimited(_RAW, b"" if wanted.where else raw(tensor))
+        elif wanted.where is None:
             contents = length_delimited(_CONTENTS, *_numbers(tensor))
-        else:
-            data += length_delimited(_RAW, raw(tensor))
         described += length_delimited(_OUTPUTS, output.SerializeToString(), *contents)
     return [head.SerializeToString(), *described, *data]
 
