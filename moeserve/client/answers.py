@@ -52,11 +52,14 @@ def encode_request(request: WireRequest) -> bytes:
 
 
 def check_request(request: WireRequest) -> None:
-    """Raises InvalidRequest at once for values that no service accepts: no tensor, not float, an invalid layer."""
+    """Raises InvalidRequest at once for values that no service accepts: no dense tensor, not float, an invalid layer."""
     for name in REQUEST_TENSORS:
         value = getattr(request, name)
         if not isinstance(value, torch.Tensor) and (value is not None or name == "hidden_states"):
             raise InvalidRequest(f"{name} must be a torch.Tensor, got {type(value).__name__}", name)
+        if value is not None and (value.layout is not torch.strided or value.is_meta):
+            kind = str(value.layout).removeprefix("torch.")
+            raise InvalidRequest(f"{name} is a {kind} tensor on {value.device}; allowed: dense tensors that have data", name)
     if request.hidden_states.dtype not in FLOAT_DTYPES.values():
         raise InvalidRequest(
             f"hidden_states is {dtype_name(request.hidden_states.dtype)}; allowed: {', '.join(FLOAT_DTYPES)}", "hidden_states"

@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -27,6 +28,7 @@ from moeserve.errors import DeadlineExceeded, ExpertUnavailable, InvalidRequest,
 from moeserve.observe.stats import LayerInfo, ServiceStats
 from moeserve.programs.embedded_frontend import SERVER, EmbeddedFrontend
 from moeserve.programs.embedded_stream import AnswerStream
+from moeserve.programs.embedded_submit import SubmittedCalls
 from moeserve.programs.grpc_orders import GrpcOrders
 from moeserve.programs.same_user import ask
 from moeserve.programs.timing import AWAY_S
@@ -62,6 +64,7 @@ class EmbeddedClient:
         self._timeout_s = parse_seconds(timeout, "timeout")
         # Nothing that a frontend keeps may refer to its client, which would never be garbage.
         self._orders = GrpcOrders(controller, partial(_find_token, parse_token(token), self._controller), tls)
+        self._submitted = SubmittedCalls()
         self._retry = retry
         self._lock = threading.Lock()
         self._is_closed = False
@@ -84,6 +87,23 @@ class EmbeddedClient:
         routing = used_token, topk_ids, topk_weights, return_routing
         request = WireRequest(hidden_states, layer, *routing, model=model or "", **options)
         return self._forward(request, self._seconds(timeout))
+
+    def submit(
+        self,
+        hidden_states: torch.Tensor,
+        layer: int | str = 0,
+        used_token: torch.Tensor | None = None,
+        topk_ids: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        return_routing: bool = False,
+        model: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Future[ForwardOutput]:
+        """As `Client.submit`; 64 are in progress at a time, and one that has begun is not given up by cancelling its future."""
+        routing = used_token, topk_ids, topk_weights, return_routing
+        request = WireRequest(hidden_states, layer, *routing, model=model or "", **options)
+        return self._submitted.submit(partial(self._forward, request, self._seconds(timeout)))
 
     def forward_stream(self, requests: Iterable[WireRequest], timeout: float | None = None) -> Iterator[WireResponse]:
         """As `Client.forward_stream`: up to 64 run side by side, and join batches."""
@@ -117,6 +137,7 @@ class EmbeddedClient:
         """Leaves the controller; running calls raise Cancelled."""
         with self._lock:
             self._is_closed, frontend, self._frontend = True, self._frontend, None
+        self._submitted.close()
         if frontend is not None:
             frontend.close()
 

@@ -102,6 +102,11 @@ async def test_unknown_layers_and_invalid_requests(calls: Calls) -> None:
         ({"hidden_states": None}, "hidden_states must be a torch.Tensor, got NoneType"),
         ({"hidden_states": torch.zeros(1, 4, dtype=torch.float64)}, "hidden_states is float64; allowed: float32, float16, bfloat16"),
         ({"hidden_states": torch.zeros(1, 4, dtype=torch.int64)}, "hidden_states is int64"),
+        (
+            {"hidden_states": torch.zeros(1, 4, device="meta")},
+            "hidden_states is a strided tensor on meta; allowed: dense tensors that have data",
+        ),
+        ({"hidden_states": torch.zeros(1, 4).to_sparse()}, "hidden_states is a sparse_coo tensor on cpu; allowed: dense"),
         ({"used_token": [True]}, "used_token must be a torch.Tensor, got list"),
         ({"topk_ids": torch.zeros(3, 2, dtype=torch.int16)}, "topk_ids is int16, which cannot be sent"),
         ({"token_ids": [1, 2, 3]}, "token_ids must be a torch.Tensor, got list"),

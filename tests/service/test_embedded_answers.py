@@ -18,6 +18,7 @@ from moeserve.api.output import ForwardOutput
 from moeserve.api.wire import WireRequest
 from tests.support.closeness import assert_close
 from tests.support.two_layers import CONFIG, LAYERS, tokens
+from tests.support.waiting import until
 
 HIDDEN, EXPERTS = 16, 8
 X = tokens(0)
@@ -50,6 +51,8 @@ REFUSED: dict[str, Call] = {
     "width": lambda client: client.forward(X[:, :3]),
     "dimensions": lambda client: client.forward(X[0]),
     "no tensor": lambda client: client.forward(X.tolist()),
+    "no data": lambda client: client.forward(X.to("meta")),
+    "sparse": lambda client: client.forward(X, topk_ids=IDS.to_sparse(), topk_weights=WEIGHTS),
     "integers": lambda client: client.forward(X.int()),
     "infinite": lambda client: client.forward(X / 0),
     "mask": lambda client: client.forward(X, used_token=torch.ones(3, dtype=torch.bool)),
@@ -169,3 +172,18 @@ def test_a_stream_of_requests(embedded: EmbeddedClient) -> None:
     assert_close(found.pop("good").hidden_states, embedded.forward(X, layer=1).hidden_states)
     assert len(found) == 100 and all(answer.hidden_states.shape == (1, HIDDEN) for answer in found.values())
     assert next(iter(embedded.forward_stream(WireRequest(X[:1]) for _ in itertools.count()))).result.processed.sum() == 3
+
+
+def test_calls_that_nobody_waits_for_yet(target: str) -> None:
+    with EmbeddedClient(target) as client:
+        many = [client.submit(X[:1], layer=number % 2, return_routing=True) for number in range(150)]
+        bad = client.submit(X, layer=9)
+        assert all(future.result(30).topk_ids.shape == (1, 3) for future in many)
+        assert_close(many[1].result().hidden_states, client.forward(X[:1], layer=1).hidden_states)
+        with pytest.raises(moeserve.UnknownLayer):
+            bad.result(30)
+        with pytest.raises(moeserve.InvalidRequest, match="timeout is 0"):
+            client.submit(X, timeout=0)
+    with pytest.raises(MoEServeError, match="closed"):
+        client.submit(X)
+    until(lambda: not any(thread.name.startswith("moeserve-submit") for thread in threading.enumerate()), 10)
