@@ -113,7 +113,7 @@ class GrpcServer:
 
     def _services_of_layers(self, observe: Observe) -> dict[str, grpc.GenericRpcHandler]:
         config, draining = self._config, self._boundary.draining
-        shared_memory = SharedMemory(self._transfers.budget, config.max_message_bytes, is_on=config.shared_memory == "local")
+        shared_memory = SharedMemory(self._transfers.budget, config)
         inference = InferenceService(self._intake, self._transfers, shared_memory, draining, observe, self._why_not_serving)
         return {
             SERVICE_NAME: self._service.handlers(),

@@ -196,11 +196,16 @@ def test_what_cannot_be_registered(client: triton.InferenceServerClient, region:
     assert (code, "256 regions" in said) == ("RESOURCE_EXHAUSTED", True)
 
 
-def test_it_can_be_switched_off(key: str) -> None:
+@pytest.mark.parametrize(
+    ("server", "why"), [({"shared_memory": "off"}, "server.shared_memory is 'off'"), ({"processes": 2}, "server.processes is 2")]
+)
+def test_it_can_be_switched_off(key: str, server: dict[str, Any], why: str) -> None:
+    """And is, where the next connection of a client may reach a process that does not know its regions."""
     (FOLDER / key[1:]).write_bytes(bytes(SIZE))
-    with served(echo_engine(), shared_memory="off") as (target, _, _), triton.InferenceServerClient(target) as client:
+    with served(echo_engine(), **server) as (target, _, _), triton.InferenceServerClient(target) as client:
         assert "system_shared_memory" not in client.get_server_metadata().extensions
-        assert refused(client.register_system_shared_memory, "r", key, SIZE)[0] == "PERMISSION_DENIED"
+        code, said = refused(client.register_system_shared_memory, "r", key, SIZE)
+        assert (code, why in said) == ("PERMISSION_DENIED", True)
         assert refused(client.infer, MODEL, taken())[0] == "PERMISSION_DENIED"
         assert refused(client.get_system_shared_memory_status)[0] == "PERMISSION_DENIED"
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moeserve.api.tensors import raw, view
+from moeserve.config import ServerConfig
 from moeserve.errors import InvalidRequest, PermissionDenied
 from moeserve.loops import in_thread
 from moeserve.server.byte_budget import ByteBudget
@@ -20,12 +21,17 @@ from moeserve.server.rpc import Context
 
 
 class SharedMemory:
-    """Of one server. What is read counts among the bytes of messages, in `budget` and against `max_bytes` of a request."""
+    """Of one server. What is read counts among the bytes of messages, in `budget` and against server.max_message_bytes."""
 
-    def __init__(self, budget: ByteBudget, max_bytes: int, *, is_on: bool) -> None:
-        self.is_on = is_on
-        self._budget, self._max_bytes = budget, max_bytes
+    def __init__(self, budget: ByteBudget, config: ServerConfig) -> None:
+        self._why_off = _why_off(config)
+        self._budget, self._max_bytes = budget, config.max_message_bytes
         self._regions = Regions()
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anybody may use it."""
+        return not self._why_off
 
     def methods(self) -> dict[str, tuple[Any, Any]]:
         """The methods of the extension, with the classes of their requests."""
@@ -72,8 +78,8 @@ class SharedMemory:
             await in_thread(self._regions.find(wanted.where.region).write, wanted.where.offset, data)
 
     def _let_in(self, context: Context) -> None:
-        if not self.is_on:
-            raise PermissionDenied("shared memory is switched off: server.shared_memory is 'off'")
+        if self._why_off:
+            raise PermissionDenied(f"shared memory is switched off: {self._why_off}")
         if not runs_as_this_user(context.peer()):
             raise PermissionDenied("shared memory is only for callers on the service's machine that run as the same user")
 
@@ -95,3 +101,13 @@ class SharedMemory:
         self._let_in(context)
         self._regions.unregister(request.name)
         return pb.SystemSharedMemoryUnregisterResponse()
+
+
+def _why_off(config: ServerConfig) -> str:
+    """Empty when it is not."""
+    if config.shared_memory != "local":
+        return f"server.shared_memory is {config.shared_memory!r}"
+    if config.processes > 1:
+        # The client's next connection may reach another process, which does not know what was registered with this one.
+        return f"server.processes is {config.processes}, and regions are known to one process; allowed: 1, or tensors in messages"
+    return ""
