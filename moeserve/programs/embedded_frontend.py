@@ -141,14 +141,19 @@ class EmbeddedFrontend:
 
     async def _open(self) -> None:
         self._followed = Followed(SERVER, self._orders, Report(self._name, node=self._node), self)
+        # Calls that wait for hosts of a deployment that is gone are made again by the next frontend.
+        self._followed.broken.add_done_callback(lambda _: self._give_up_all())
         await self._followed.open(self._patience_s)
         with suppress(TimeoutError):
             async with asyncio.timeout(HOSTS_S):
                 await self._followed.ready()
 
-    async def _close(self) -> None:
+    def _give_up_all(self) -> None:
         for call in tuple(self._running):
             call.give_up()
+
+    async def _close(self) -> None:
+        self._give_up_all()
         try:
             if self._followed is not None:
                 self._followed.decline()

@@ -134,6 +134,22 @@ def test_without_its_controller_it_serves_on(tmp_path: Path) -> None:
             assert client.ready()
 
 
+def test_a_running_call_goes_on_with_the_next_deployment(tmp_path: Path) -> None:
+    """It does not wait until its deadline for hosts of the one that is gone."""
+    with ServiceHarness({**CONFIG, "placement": {"num_hosts": 1}}, "shm", tmp_path) as service, ThreadPoolExecutor(1) as pool:
+        service.call(service.open_control())
+        with near(service) as client:
+            expected = client.forward(X).hidden_states
+            held, first = Held(service.hosts[0]), client._frontend
+            running = pool.submit(client.forward, X)
+            assert held.begun.acquire(timeout=30)
+            service.call(service.close_control())
+            service.call(service.reopen_control(service_id="another"))
+            until(lambda: client._frontend is not first)
+            held.let_go()
+            assert_close(running.result(30).hidden_states, expected)
+
+
 def test_who_is_not_there_or_does_not_let_it_in(tmp_path: Path) -> None:
     with ServiceHarness(CONFIG, "shm", tmp_path) as service:
         service.call(service.open_control())
