@@ -11,7 +11,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
@@ -70,6 +72,10 @@ class Floors:
 
     def of(self, layer: LayerInfo, tokens: int, sent: CallTraffic, busiest: HostPart, threads: int) -> dict[str, float | None]:
         """Seconds by stage; None = cannot be told: the layer's experts are modules, or in few bits."""
+        with _threads(1):  # as a frontend has: on busy cores, two wait for each other
+            return self._of(layer, tokens, sent, _kernel_s(layer, busiest, threads))
+
+    def _of(self, layer: LayerInfo, tokens: int, sent: CallTraffic, kernel_s: float | None) -> dict[str, float | None]:
         grpc_in, grpc_out = self._echo(sent)
         doorbell, wake_up, reply = self._ping()
         rows_bytes = sent.rows * layer.hidden_size * 4
@@ -84,7 +90,7 @@ class Floors:
             "write": _copy_s(sent.rows * sent.request_bytes // tokens),
             "doorbell": doorbell * sent.messages,
             "wake_up": wake_up,
-            "kernel": _kernel_s(layer, busiest, threads),
+            "kernel": kernel_s,
             "reply": reply,
             "combine": _copy_s(rows_bytes),
             "encode": _copy_s(sent.reply_bytes),
@@ -169,18 +175,30 @@ def _sort_s(pairs: int) -> float:
 
 
 def _kernel_s(layer: LayerInfo, part: HostPart, threads: int) -> float | None:
-    """The longer of: to read the weights of its experts, and one dense product of as many operations, on as many threads."""
+    """The longer of: to read the weights of its experts, and one dense product of as many operations, on as many threads.
+
+    The product is in the type of the weights or in float32, whichever is faster: many CPUs multiply no 16-bit numbers.
+    """
     dtype, matrices = _WEIGHT_TYPES.get(layer.dtype), 3 if is_gated(layer.activation) else 2
     if dtype is None or not layer.intermediate_size:
         return None
     if not part.rows:
         return 0.0
     wide = matrices * layer.intermediate_size
+    with _threads(max(1, threads)):
+        rows, weight = torch.randn(part.rows, layer.hidden_size), torch.randn(layer.hidden_size, wide)
+        products = [(rows.to(kind), weight.to(kind)) for kind in {dtype, torch.float32}]
+        product_s = min(_least_s(partial(torch.matmul, *product)) for product in products)
+        return max(_read_s(part.experts * layer.hidden_size * wide * dtype.itemsize), product_s)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Torch computes on so many meanwhile."""
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads))
+    torch.set_num_threads(count)
     try:
-        rows, weight = torch.randn(part.rows, layer.hidden_size).to(dtype), torch.randn(layer.hidden_size, wide).to(dtype)
-        return max(_read_s(part.experts * layer.hidden_size * wide * dtype.itemsize), _least_s(lambda: rows @ weight))
+        yield
     finally:
         torch.set_num_threads(before)
 

@@ -16,7 +16,9 @@ import torch
 
 from moeserve.api.call_trace import CallTrace, HostTimes
 from moeserve.api.wire import WireRequest
+from moeserve.bench import floors
 from moeserve.cli.app import main
+from moeserve.client import LayerInfo
 from moeserve.client.answers import encode_request
 from tests.support.harness import ServiceHarness
 
@@ -62,6 +64,23 @@ def test_stages_of_every_size_add_up_to_the_whole(capsys: pytest.CaptureFixture[
             assert row["median_us"] >= 0, row
         needed = {row["stage"]: row["floor_us"] for row in run["stages"]}
         assert all(needed[name] > 0 for name in ("grpc_in", "grpc_out", "route", "doorbell", "kernel", "reply"))
+
+
+def test_the_floor_of_the_kernel_is_that_of_the_faster_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU that multiplies no 16-bit numbers, a product of them takes far longer than the service."""
+    layer = LayerInfo(
+        0, "", hidden_size=16, intermediate_size=8, num_experts=4, top_k=2, activation="swiglu", dtype="bfloat16", capacity_factor=None
+    )
+    before = torch.get_num_threads()
+    took: list[torch.dtype] = []
+
+    def seconds(function: Callable[[], torch.Tensor]) -> float:
+        took.append(function().dtype)
+        return 9.0 if took[-1] is torch.bfloat16 else 0.5
+
+    monkeypatch.setattr(floors, "_least_s", seconds)
+    assert floors._kernel_s(layer, floors.HostPart(2, 3), 1) == 0.5
+    assert torch.bfloat16 in took and torch.get_num_threads() == before
 
 
 def test_a_table_for_people(capsys: pytest.CaptureFixture[str], service: ServiceHarness) -> None:
