@@ -7,10 +7,10 @@ process that started it, and this one does at once.
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 import os
-import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,19 +32,21 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     """Until it is told to end."""
-    told = json.loads(sys.stdin.buffer.readline() or "null")
+    # Unbuffered: a thread that waits in a buffered read when Python ends is a fatal error.
+    stdin = io.FileIO(0, closefd=False)
+    told = json.loads(stdin.readline() or "null")
     if told is None:
         return
     logging.basicConfig(level=told["log_level"], format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     torch.set_num_threads(1)  # idle threads would spin on the cores of the hosts
     keep_large_blocks()
     give_back_when_quiet(give_back_pools)
-    asyncio.run(_serve(told))
+    asyncio.run(_serve(told, stdin))
 
 
-async def _serve(told: Mapping[str, Any]) -> None:
+async def _serve(told: Mapping[str, Any], stdin: io.FileIO) -> None:
     drain = asyncio.Event()
-    threading.Thread(target=_listen, args=(asyncio.get_running_loop(), drain), name="stdin", daemon=True).start()
+    threading.Thread(target=_listen, args=(stdin, asyncio.get_running_loop(), drain), name="stdin", daemon=True).start()
     tokens = FrontendTokens(None if told["token_file"] is None else Path(told["token_file"]), frozenset({told["token"].encode()}))
     orders = GrpcOrders(told["controller"], told["token"])
     shared = SharedPort(told["controller"], tokens)
@@ -70,8 +72,8 @@ async def _serve(told: Mapping[str, Any]) -> None:
     await program.stop()
 
 
-def _listen(loop: asyncio.AbstractEventLoop, drain: asyncio.Event) -> None:
-    while sys.stdin.buffer.readline():
+def _listen(stdin: io.FileIO, loop: asyncio.AbstractEventLoop, drain: asyncio.Event) -> None:
+    while stdin.readline():
         loop.call_soon_threadsafe(drain.set)
     os._exit(1)
 
