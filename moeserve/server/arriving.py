@@ -48,16 +48,17 @@ class SingleMessage:
 
 
 class MessageStream:
-    """Messages of a stream: whoever waits for them is in `limit`, which `refuse` ends.
+    """Messages of a stream, the next of which is `read`: whoever waits for them is in `limit`, which `refuse` ends.
 
     `refusal` makes the error: one that was kept here would keep the frames that it was raised in, and with them messages, until cycles of
     references are collected.
     """
 
-    __slots__ = ("began", "limit", "refusal")
+    __slots__ = ("began", "limit", "read", "refusal")
 
     def __init__(self) -> None:
         self.began = time.monotonic()
+        self.read: asyncio.Future[Any] | None = None
         self.limit = asyncio.timeout(None)
         self.refusal: Callable[[], MoEServeError] | None = None
 
@@ -87,6 +88,11 @@ class _Connection:
         """Whether more has come than what a few messages under way would explain."""
         return self.bytes >= _LEAST_BYTES
 
+    @property
+    def read(self) -> list[SingleMessage | MessageStream]:
+        """Those whose callers are waited for. The others wait for room, or until an answer was taken: what comes meanwhile is not late."""
+        return [one for one in self.awaited if one.read is not None and not one.read.done()]
+
     def took(self, nbytes: int, now: float) -> None:
         """A message that it has brought was taken."""
         self.taken_at = now
@@ -96,15 +102,18 @@ class _Connection:
     def look(self, received: int, now: float) -> None:
         """It has brought `received` bytes."""
         if not self.is_large:
-            self.began = self.taken_at = now
+            self.began = now
+        if not self.is_large or not self.read:
+            self.taken_at = now
         accounted = received if self._accounted is None else self._accounted + _EXTRA_BYTES_PER_S * (now - self._looked_at)
         self._accounted, self._looked_at = min(accounted, received), now
         self.bytes = int(received - self._accounted)
 
-    def end(self, refusal: Callable[[], MoEServeError]) -> None:
-        """Ends all calls that wait; what has come of their messages is dropped."""
-        for one in self.awaited:
-            one.refuse(refusal)
+
+def _end(calls: Iterable[SingleMessage | MessageStream], refusal: Callable[[], MoEServeError]) -> None:
+    """What has come of their messages is dropped."""
+    for one in calls:
+        one.refuse(refusal)
 
 
 class Arriving:
@@ -113,12 +122,13 @@ class Arriving:
     def __init__(self, config: ServerConfig, budget: ByteBudget) -> None:
         self._budget, self._config = budget, config
         self._connections: dict[Address, _Connection] = {}
+        self._streams: dict[Context, MessageStream] = {}
         self._look_at = 0.0
 
     @asynccontextmanager
     async def stream(self, context: Context) -> AsyncIterator[None]:
         """A stream that reads messages. Raises what ends it when one takes too long to come, or there is no room for what comes."""
-        stream = MessageStream()
+        stream = self._streams[context] = MessageStream()
         connection = self._connection_of(context, lambda address: received_bytes([address]).get(address, 0))
         connection.awaited[stream] = None
         try:
@@ -129,7 +139,13 @@ class Arriving:
                 raise
             raise stream.refusal() from None
         finally:
+            del self._streams[context]
             self.forget(stream, context)
+
+    def begin_read(self, context: Context, read: asyncio.Future[Any]) -> None:
+        """`read` is the next message of a stream, or that of another call."""
+        if (stream := self._streams.get(context)) is not None:
+            stream.read = read
 
     def notice(self, messages: Iterable[SingleMessage]) -> None:
         """Messages that are still awaited are looked at from now on."""
@@ -155,7 +171,8 @@ class Arriving:
             connection.took(nbytes, time.monotonic())
 
     async def noted(self, messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
-        """`messages` of a stream, which are taken."""
+        """`messages` of a stream, which are taken as they come."""
+        self.begin_read(context, asyncio.get_running_loop().create_future())
         async for message in messages:
             self.took(context, len(message))
             yield message
@@ -177,7 +194,7 @@ class Arriving:
         limit_s = self._config.transfer_timeout_s
         for connection in self._connections.values():
             if connection.is_large and now - connection.taken_at > limit_s:
-                connection.end(lambda: DeadlineExceeded(f"a message did not come within server.transfer_timeout_s = {limit_s:g} s"))
+                _end(connection.read, lambda: DeadlineExceeded(f"a message did not come within server.transfer_timeout_s = {limit_s:g} s"))
 
     def _end_those_without_room(self) -> None:
         """The latest first; there is always room for one message."""
@@ -187,8 +204,9 @@ class Arriving:
             room -= _EXPECTED * connection.bytes
             is_one_message = place == 0 and connection.bytes <= self._config.max_message_bytes + _LEAST_BYTES
             if room < 0 and not is_one_message:
-                connection.end(
+                _end(
+                    connection.awaited,
                     lambda: Overloaded(
                         f"messages bring more than server.max_queued_bytes = {self._config.max_queued_bytes} leaves room for; try again"
-                    )
+                    ),
                 )

@@ -76,7 +76,9 @@ class Transfers:
                 self._putting_together.take(put_together)
 
         # gRPC never frees what it needs for a read or write that is cancelled.
-        return to_its_end(context.read(), go_on)
+        read = to_its_end(context.read(), go_on)
+        self.arriving.begin_read(context, read)
+        return read
 
     def leave(self, context: Context, nbytes: int) -> None:
         """An answer of a call that has nothing else to do is counted until the call has ended."""
@@ -84,10 +86,13 @@ class Transfers:
         context.add_done_callback(lambda _: self._end(context))  # type: ignore[arg-type]  # the stubs want a class
 
     async def write(self, context: Context, message: Any, nbytes: int) -> None:
-        """One of the answers of a stream."""
+        """One of the answers of a stream. It is counted until it was taken, also when the call has ended before."""
         self._begin(context, nbytes)
+        await to_its_end(self._write(context, message))
+
+    async def _write(self, context: Context, message: Any) -> None:
         try:
-            await to_its_end(context.write(message))
+            await context.write(message)
         finally:
             self._end(context)
 

@@ -16,6 +16,8 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
+from moeserve.errors import Overloaded
+from moeserve.server.arriving import MessageStream, _Connection
 from moeserve.v1 import moe_service_pb2 as pb
 from tests.support.engine import HIDDEN
 from tests.support.http2 import call_that_takes_nothing
@@ -147,6 +149,38 @@ async def test_who_does_not_take_his_answer_is_hung_up_on(serve: Serve, caplog: 
     await until_async(lambda: running.server.queue_bytes == 0)
     assert (await running.stub.Forward(LARGE)).request_id == "large"
     assert "has not taken an answer of" in caplog.text and "Traceback" not in caplog.text
+
+
+async def test_what_a_stream_does_not_read_yet_is_not_late() -> None:
+    """It has no room for more, or waits until an answer was taken; what has come meanwhile is late once it is waited for."""
+    connection, stream = _Connection(0.0, received=0), MessageStream()
+    connection.awaited[stream] = None
+    for now in (1.0, 100.0):
+        connection.look(MIB, now)
+    assert connection.is_large and connection.taken_at == 100.0
+    stream.read = asyncio.get_running_loop().create_future()
+    connection.look(MIB, 200.0)
+    assert connection.taken_at == 100.0 and connection.read == [stream]
+    stream.read.set_result(b"")
+    connection.look(MIB, 300.0)
+    assert connection.taken_at == 300.0 and not connection.read
+
+
+async def test_an_answer_is_counted_until_it_was_taken_also_when_its_stream_has_ended(serve: Serve) -> None:
+    """Its caller is hung up on in the end, as if the stream had gone on."""
+    running = await serve(64 * MIB, transfer_timeout_s=1)
+    transfers = running.server._transfers
+    own = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0)]
+    async with grpc.aio.insecure_channel(running.target, options=own) as channel:
+        stream = channel.stream_stream(STREAM)(iter([LARGE.SerializeToString()]))
+        await until_async(lambda: transfers._leaving)
+        (reading,) = transfers.arriving._streams.values()
+        reading.refuse(lambda: Overloaded("no room"))
+        await until_async(lambda: not transfers.arriving._streams)
+        assert running.server.queue_bytes > MIB
+        async with asyncio.timeout(20):
+            assert await stream.code() is grpc.StatusCode.UNAVAILABLE
+    await until_async(lambda: running.server.queue_bytes == 0)
 
 
 @asynccontextmanager
