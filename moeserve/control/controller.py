@@ -13,7 +13,7 @@ from moeserve.checkpoints import Swap
 from moeserve.control import timing
 from moeserve.control.assigner import Assigner
 from moeserve.control.assignments import Assignment, Wanted
-from moeserve.control.audit import AuditLog, Begun, BroughtIn
+from moeserve.control.audit import AuditLog, Begun, BroughtIn, ChangeWithdrawn
 from moeserve.control.autoscaler import Autoscaler
 from moeserve.control.balancer import Balancer
 from moeserve.control.causes import cause_of
@@ -210,6 +210,8 @@ class Controller:
             try:
                 await self.follow()
                 pause_s, self._why_as_it_is = timing.CONTROL_LOOK_S, self._shortage
+            except ChangeWithdrawn:  # the service is ending
+                return
             except Exception as error:  # any error, of Ray for example: try again
                 pause_s, self._why_as_it_is = min(2 * pause_s, timing.LONGEST_PAUSE_S), str(error)
                 is_known = isinstance(error, MoEServeError)
