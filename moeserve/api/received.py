@@ -33,6 +33,6 @@ def received(request: WireRequest) -> WireRequest:
 def _is_plain(request: WireRequest) -> bool:
     """Whether it has only defaults beside its tensors, and a layer that can be sent."""
     layer = request.layer
-    has_layer = isinstance(layer, str) or (isinstance(layer, int) and 0 <= layer < 2**32)
+    has_layer = isinstance(layer, str) or (type(layer) is int and 0 <= layer < 2**32)
     is_default = not request.model and request.return_routing is False
     return has_layer and is_default and request.capacity_factor is None and request.noise is None and request.seed is None

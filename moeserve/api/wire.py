@@ -21,6 +21,7 @@ from google.protobuf.message import DecodeError, Message
 
 from moeserve.api.call_trace import CallTrace
 from moeserve.api.fields import DATA_KEY, SHARED, SMALL_TENSOR_BYTES, split
+from moeserve.api.find_layer import check_layer
 from moeserve.api.output import ForwardOutput
 from moeserve.api.protobuf import MAX_SMALL_BYTES, tag, varint
 from moeserve.api.request import BatchStart, LayerRequest, RequestFields
@@ -93,9 +94,8 @@ def encode_forward_request(request: WireRequest, shared: pb.SharedBlock | None =
     Raises InvalidRequest for a dtype or a value the wire does not know, or a negative layer.
     """
     stated, layer, weights = dict(vars(request)), request.layer, request.topk_weights
-    if isinstance(layer, int) and not 0 <= layer < 2**32:
-        raise InvalidRequest(f"layer is {layer}; layers count from 0", "layer")
     if layer is not None:
+        check_layer(layer)
         stated["layer_name" if isinstance(layer, str) else "layer_index"] = layer
     if weights is not None and weights.is_floating_point():
         stated["topk_weights"] = weights.float()

@@ -11,12 +11,12 @@ from typing import Final
 
 import torch
 
+from moeserve.api.find_layer import find_layer as position_in
 from moeserve.api.output import ForwardOutput
 from moeserve.bench.load import Load, Measured, Send, check_answer, run
 from moeserve.bench.report import progress_bar
 from moeserve.bench.stream_sender import StreamSender
 from moeserve.client import AsyncClient, LayerInfo, WireRequest
-from moeserve.errors import UnknownLayer
 
 #: different inputs, sent in turn, so that requests need different experts
 _NUM_INPUTS: Final = 16
@@ -64,10 +64,7 @@ async def run_all(
 
 def find_layer(layers: list[LayerInfo], wanted: int | str) -> LayerInfo:
     """By position or name. Raises UnknownLayer."""
-    for layer in layers:
-        if wanted in (layer.index, layer.name):
-            return layer
-    raise UnknownLayer(f"there is no layer {wanted}; served: {', '.join(layer.name for layer in layers[:8])}")
+    return layers[position_in([layer.name for layer in layers], wanted)]
 
 
 def _sender(client: AsyncClient, stream: StreamSender | None, layer: int, requests: list[WireRequest]) -> Send:

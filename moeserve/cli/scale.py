@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from moeserve.cli.streams import say
-from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of, number_in
+from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of, layer_of, number_in
 
 
 def scale(
@@ -15,7 +15,7 @@ def scale(
     admin_token_file: AdminTokenFile,
     hosts: Annotated[str | None, typer.Option(help="Number of expert hosts, or all = as many as fit on the nodes.")] = None,
     copies: Annotated[int | None, typer.Option(min=1, help="Number of copies of each expert, instead of placement.copies.")] = None,
-    layer: Annotated[str, typer.Option(help="With --copies: only of this layer, by name.")] = "",
+    layer: Annotated[str, typer.Option(help="With --copies: only of this layer: its position (0 = the first MoE layer) or name.")] = "",
     expert: Annotated[int | None, typer.Option(min=0, help="With --copies and --layer: only of this expert.")] = None,
     tls_ca: TlsCa = None,
 ) -> None:
@@ -29,7 +29,7 @@ def scale(
             done = client.scale(_number_or_all(hosts))
         else:
             assert copies is not None
-            done = client.scale_copies(copies, layer, expert)
+            done = client.scale_copies(copies, layer_of(layer), expert)
         say(str(done))
 
 

@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 
 from moeserve.cli.streams import say
-from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of, number_in
+from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of, layer_of, number_in
 
 
 def swap(
     target: Target,
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder of the same model, at this path for the service and its hosts.")],
     admin_token_file: AdminTokenFile,
-    layer: Annotated[str, typer.Option(help="Name of a served layer; all layers if none is named.")] = "",
+    layer: Annotated[str, typer.Option(help="Position of the layer (0 = the first MoE layer) or its name; without it: all layers.")] = "",
     experts: Annotated[str, typer.Option(help="Only these, for example 0,5,7; all of the layer and its gate if none are named.")] = "",
     tls_ca: TlsCa = None,
 ) -> None:
@@ -25,7 +25,7 @@ def swap(
     """
     ids = [_expert(part) for part in experts.split(",") if part.strip()]
     with admin_of(target, admin_token_file, tls_ca) as client:
-        done = client.swap(layer, checkpoint.resolve(), ids)
+        done = client.swap(layer_of(layer), checkpoint.resolve(), ids)
     what = f"layer {layer} has revision {done.model_revision}" if layer else "all layers have new weights"
     say(f"{what} since epoch {done.epoch}")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, TypeVar
 
+from moeserve.api.find_layer import check_layer
 from moeserve.client.connection import ADMINISTERING, TLS, Reach
 from moeserve.client.line import Line
 from moeserve.errors import InvalidRequest
@@ -72,12 +73,12 @@ class AdminClient:
         """Hosts, frontends and layers, now."""
         return self._ask(ServiceStatus, "GetPlacement", timeout)
 
-    def swap(self, layer: str, checkpoint: str | Path, experts: Iterable[int] = (), timeout: float = 3600.0) -> Swapped:
-        """Serve `layer` ("" = every layer), or only these `experts` of it, with the weights of another folder of the same model.
+    def swap(self, layer: int | str, checkpoint: str | Path, experts: Iterable[int] = (), timeout: float = 3600.0) -> Swapped:
+        """Serve `layer` (position or name; "" = all), or only these `experts` of it, with the weights of another folder of the model.
 
         `checkpoint` is an absolute path where the service and its hosts run. Returns when no request gets the old weights any more.
         """
-        return self._ask(Swapped, "SwapExperts", timeout, layer=layer, checkpoint=str(checkpoint), experts=list(experts))
+        return self._ask(Swapped, "SwapExperts", timeout, **_which(layer), checkpoint=str(checkpoint), experts=list(experts))
 
     def scale(self, hosts: int | Literal["all"], timeout: float = 3600.0) -> Placed:
         """Change the number of hosts; "all" = as many as fit on the nodes.
@@ -86,13 +87,13 @@ class AdminClient:
         """
         return self._ask(Placed, "Scale", timeout, **({"all": True} if hosts == "all" else {"hosts": hosts}))
 
-    def scale_copies(self, copies: int, layer: str = "", expert: int | None = None, timeout: float = 3600.0) -> Placed:
-        """So many copies of `expert` of `layer`, each on another host; None = of every expert of the layer, "" = of every layer.
+    def scale_copies(self, copies: int, layer: int | str = "", expert: int | None = None, timeout: float = 3600.0) -> Placed:
+        """So many copies of `expert` of `layer` (its position or name), each on another host; None = of every expert, "" = of every layer.
 
         They take the place of placement.copies. Returns when they are in force.
         """
         which = {} if expert is None else {"expert": expert}
-        return self._ask(Placed, "ScaleCopies", timeout, layer=layer, copies=copies, **which)
+        return self._ask(Placed, "ScaleCopies", timeout, **_which(layer), copies=copies, **which)
 
     def rebalance(self, *, dry_run: bool = False, timeout: float = 3600.0) -> Rebalanced:
         """One round of balancing now, or only what it would move."""
@@ -140,3 +141,10 @@ class AdminClient:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _which(layer: int | str) -> dict[str, object]:
+    """The fields of a request that say which layer. Raises InvalidRequest."""
+    check_layer(layer)
+    # A service that does not know layer_index must not take a layer without a name for all of them.
+    return {"layer": str(layer)} if isinstance(layer, str) else {"layer": str(layer), "layer_index": layer}

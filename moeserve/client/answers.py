@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
+from moeserve.api.find_layer import check_layer
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import RequestOptions
 from moeserve.api.tensors import FLOAT_DTYPES, dtype_name, raw
@@ -64,8 +65,7 @@ def check_request(request: WireRequest) -> None:
         raise InvalidRequest(
             f"hidden_states is {dtype_name(request.hidden_states.dtype)}; allowed: {', '.join(FLOAT_DTYPES)}", "hidden_states"
         )
-    if not isinstance(request.layer, int | str):
-        raise InvalidRequest(f"layer must be a position or a name, got {type(request.layer).__name__}", "layer")
+    check_layer(request.layer)
 
 
 class SentRequest:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from moeserve.api.find_layer import find_layer
 from moeserve.checkpoints import Swap
 from moeserve.control import timing
 from moeserve.control.assigner import Assigner
@@ -97,6 +98,11 @@ class Controller:
     def ask_to_stop(self) -> None:
         """Sets `stop_requested`, which the process of the service watches."""
         self.stop_requested.set()
+
+    def layer_name(self, layer: int | str) -> str:
+        """The name of a served layer, by its position or name. Raises UnknownLayer."""
+        names = [spec.name for spec in self._planner.layers.specs]
+        return names[find_layer(names, layer)]
 
     async def swap(self, layer: str, checkpoint: Path, experts: Sequence[int] | None = None) -> Release:
         """Serve a layer ("" = every layer), or some of its experts, with the weights of another folder of the same model.

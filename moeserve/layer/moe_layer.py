@@ -13,6 +13,7 @@ from typing import Any, Protocol, Unpack
 import numpy as np
 import torch
 
+from moeserve.api.find_layer import find_layer
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest, RequestOptions, validate
 from moeserve.api.tensors import FLOAT_DTYPES, dtype_name
@@ -99,10 +100,11 @@ class MoELayer:
             "family": family,
         }
         sources = layer_sources(load_config({"model": model, "layers": [{"gating": gating}] if gating else []}))
-        by_key = {key: source for index, source in enumerate(sources) for key in (index, source.spec.name)}
-        if layer not in by_key:
-            raise UnknownLayer(f"{path} has no MoE layer {layer!r}; it has 0..{len(sources) - 1}: {[s.spec.name for s in sources]}")
-        return cls.from_source(by_key[layer])
+        names = [source.spec.name for source in sources]
+        try:
+            return cls.from_source(sources[find_layer(names, layer)])
+        except UnknownLayer:
+            raise UnknownLayer(f"{path} has no MoE layer {layer!r}; it has 0..{len(sources) - 1}: {names}") from None
 
     @classmethod
     def from_source(cls, source: LayerSource) -> MoELayer:

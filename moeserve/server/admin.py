@@ -68,6 +68,10 @@ class Admin(Protocol):
         """What is deployed and where, now."""
         ...
 
+    def layer_name(self, layer: int | str) -> str:
+        """The name of the layer at a position, or of that name. Raises UnknownLayer."""
+        ...
+
     async def swap(self, layer: str, checkpoint: Path, experts: Sequence[int] | None) -> Served:
         """New weights for a layer ("" = every layer) or some of its experts. Raises MoEServeError; then nothing has changed."""
         ...
@@ -141,8 +145,9 @@ class AdminService(PingService):
         """One `SwapExpertsRequest`; returns when no request gets the old weights any more."""
         if not Path(request.checkpoint).is_absolute():
             raise InvalidRequest(f"checkpoint is {request.checkpoint!r}; allowed: the absolute path of a folder", "checkpoint")
-        served = await self._admin.swap(request.layer, Path(request.checkpoint), list(request.experts) or None)
-        return pb.SwapExpertsResponse(epoch=served.epoch, model_revision=served.revision(request.layer))
+        layer = self._layer(request)
+        served = await self._admin.swap(layer, Path(request.checkpoint), list(request.experts) or None)
+        return pb.SwapExpertsResponse(epoch=served.epoch, model_revision=served.revision(layer))
 
     async def scale(self, request: pb.ScaleRequest, _context: Context) -> pb.ScaleResponse:
         """One `ScaleRequest`; returns when the service has that many hosts."""
@@ -152,7 +157,7 @@ class AdminService(PingService):
     async def scale_copies(self, request: pb.ScaleCopiesRequest, _context: Context) -> pb.ScaleCopiesResponse:
         """One `ScaleCopiesRequest`; returns when the copies are in force."""
         expert = request.expert if request.HasField("expert") else None
-        served = await self._admin.scale_copies(request.layer, expert, request.copies)
+        served = await self._admin.scale_copies(self._layer(request), expert, request.copies)
         return pb.ScaleCopiesResponse(epoch=served.epoch, hosts=served.host_names)
 
     async def rebalance(self, request: pb.RebalanceRequest, _context: Context) -> pb.RebalanceResponse:
@@ -174,6 +179,12 @@ class AdminService(PingService):
         """Answers at once; the service then ends as after SIGTERM."""
         self._admin.ask_to_stop()
         return pb.ShutdownResponse()
+
+    def _layer(self, request: pb.SwapExpertsRequest | pb.ScaleCopiesRequest) -> str:
+        """The name of the layer that is meant; "" = every layer."""
+        if request.HasField("layer_index"):
+            return self._admin.layer_name(request.layer_index)
+        return self._admin.layer_name(request.layer) if request.layer else ""
 
 
 def why_incomplete(status: ServiceStatus) -> str:

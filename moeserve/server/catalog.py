@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
+from moeserve.api.find_layer import find_layer
 from moeserve.config import LayerSpec
 from moeserve.errors import InvalidRequest, UnknownLayer
 from moeserve.observe.stats import LayerInfo
-
-_MAX_NAMES: Final = 8
 
 
 class Catalog:
@@ -18,7 +16,7 @@ class Catalog:
     def __init__(self, model: str, layers: Sequence[LayerSpec]) -> None:
         self.model = model
         self.layers = layers
-        self._index = {spec.name: index for index, spec in enumerate(layers)}
+        self._names = [spec.name for spec in layers]
 
     def resolve(self, model: str, layer: int | str | None) -> int:
         """The position of the layer. Raises InvalidRequest when none is named, UnknownLayer when it is not served."""
@@ -26,22 +24,11 @@ class Catalog:
             raise UnknownLayer(f"model {model[:80]!r} is not served; this service serves {self.model!r}")
         if layer is None:
             raise InvalidRequest("no layer is named: set layer_index or layer_name", "layer")
-        if isinstance(layer, str):
-            if layer not in self._index:
-                raise UnknownLayer(f"there is no layer {layer[:80]!r}; served: {self._names()}")
-            return self._index[layer]
-        if not 0 <= layer < len(self.layers):
-            raise UnknownLayer(f"there is no layer {layer}; served: 0..{len(self.layers) - 1} ({self._names()})")
-        return layer
+        return find_layer(self._names, layer)
 
     def describe(self) -> list[LayerInfo]:
         """Every layer, for a client."""
         return [_describe(index, spec) for index, spec in enumerate(self.layers)]
-
-    def _names(self) -> str:
-        names = [spec.name for spec in self.layers]
-        more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-        return ", ".join(names[:_MAX_NAMES]) + more
 
 
 def _describe(index: int, spec: LayerSpec) -> LayerInfo:

@@ -36,14 +36,16 @@ DROP_REASON_HOST_LOST: _moe_service_pb2.DropReason
 DROP_REASON_LATE: _moe_service_pb2.DropReason
 
 class SwapExpertsRequest(_message.Message):
-    __slots__ = ("layer", "checkpoint", "experts")
+    __slots__ = ("layer", "checkpoint", "experts", "layer_index")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    LAYER_INDEX_FIELD_NUMBER: _ClassVar[int]
     layer: str
     checkpoint: str
     experts: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, layer: _Optional[str] = ..., checkpoint: _Optional[str] = ..., experts: _Optional[_Iterable[int]] = ...) -> None: ...
+    layer_index: int
+    def __init__(self, layer: _Optional[str] = ..., checkpoint: _Optional[str] = ..., experts: _Optional[_Iterable[int]] = ..., layer_index: _Optional[int] = ...) -> None: ...
 
 class SwapExpertsResponse(_message.Message):
     __slots__ = ("epoch", "model_revision")
@@ -70,14 +72,16 @@ class ScaleResponse(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., hosts: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ScaleCopiesRequest(_message.Message):
-    __slots__ = ("layer", "expert", "copies")
+    __slots__ = ("layer", "expert", "copies", "layer_index")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     EXPERT_FIELD_NUMBER: _ClassVar[int]
     COPIES_FIELD_NUMBER: _ClassVar[int]
+    LAYER_INDEX_FIELD_NUMBER: _ClassVar[int]
     layer: str
     expert: int
     copies: int
-    def __init__(self, layer: _Optional[str] = ..., expert: _Optional[int] = ..., copies: _Optional[int] = ...) -> None: ...
+    layer_index: int
+    def __init__(self, layer: _Optional[str] = ..., expert: _Optional[int] = ..., copies: _Optional[int] = ..., layer_index: _Optional[int] = ...) -> None: ...
 
 class ScaleCopiesResponse(_message.Message):
     __slots__ = ("epoch", "hosts")

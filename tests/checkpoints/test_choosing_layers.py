@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from moeserve import CheckpointError, ConfigError, GatingConfig, MoELayer, UnknownLayer, load_config
+from moeserve import CheckpointError, ConfigError, GatingConfig, InvalidRequest, MoELayer, UnknownLayer, load_config
 from moeserve.checkpoints import layer_sources
 from tests.support.checkpoints_on_disk import CONFIG, layer_tensors, write_folder
 
@@ -34,6 +34,11 @@ def test_a_layer_that_is_not_there_is_refused_with_those_that_are(tiny_moe: Path
         names(tiny_moe, layers=[layer])
     with pytest.raises(UnknownLayer, match=r"has no MoE layer .*; it has 0\.\.3"):
         MoELayer.from_checkpoint(tiny_moe, layer)
+
+
+def test_true_is_no_position(tiny_moe: Path) -> None:
+    with pytest.raises(InvalidRequest, match="layer must be a position or a name, got bool"):
+        MoELayer.from_checkpoint(tiny_moe, True)
 
 
 def test_what_is_written_down_wins_over_the_checkpoint(tiny_moe: Path) -> None:

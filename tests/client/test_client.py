@@ -114,6 +114,7 @@ async def test_unknown_layers_and_invalid_requests(calls: Calls) -> None:
         ({"noise": 3}, "noise is 3, which cannot be sent"),
         ({"seed": -1}, "seed is -1, which cannot be sent"),
         ({"layer": -1}, "layer is -1; layers count from 0"),
+        ({"layer": True}, "layer must be a position or a name, got bool"),
         ({"layer": 1.5}, "layer must be a position or a name, got float"),
     ],
 )

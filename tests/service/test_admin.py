@@ -51,7 +51,7 @@ def test_nobody_else_does(service: ServiceHarness, folders: tuple[Path, Path], w
 
 def test_what_the_service_refuses_is_raised_by_the_client(service: ServiceHarness, folders: tuple[Path, Path]) -> None:
     with AdminClient(service.target, ADMIN) as admin:
-        with pytest.raises(UnknownLayer, match=r"layer a is not served; served: model\.layers\.0\.mlp"):
+        with pytest.raises(UnknownLayer, match=r"there is no layer 'a'; served: model\.layers\.0\.mlp"):
             admin.swap("a", folders[1])
         with pytest.raises(InvalidRequest, match="allowed: the absolute path of a folder"):
             admin.swap(LAYER, "new")
@@ -102,3 +102,15 @@ def test_shutdown(service: ServiceHarness, tmp_path: Path, capsys: pytest.Captur
     assert main(["shutdown", service.target, "--admin-token-file", str(tmp_path / "admin")]) == 0
     assert service.controller.stop_requested.is_set()
     assert capsys.readouterr().out == f"{service.target} is draining\n"
+
+
+def test_a_layer_is_named_by_its_position_too(service: ServiceHarness, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    with AdminClient(service.target, ADMIN) as admin:
+        assert admin.swap(0, folders[1]).model_revision == 2
+        command = ["swap", service.target, "--checkpoint", str(folders[1]), "--admin-token-file", str(tmp_path / "admin")]
+        assert main([*command, "--layer", "0", "--experts", "1"]) == 0
+        assert admin.swap(LAYER, folders[0]).model_revision == 4
+        with pytest.raises(UnknownLayer, match=r"there is no layer 1; served: 0\.\.0"):
+            admin.swap(1, folders[1])
+        with pytest.raises(InvalidRequest, match="layer must be a position or a name, got bool"):
+            admin.swap(False, folders[1])

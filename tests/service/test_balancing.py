@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from moeserve import Client, ConfigError, ExpertUnavailable, MoELayer, UnknownLayer
+from moeserve import Client, ConfigError, ExpertUnavailable, InvalidRequest, MoELayer, UnknownLayer
 from moeserve.cli.app import main
 from moeserve.client import AdminClient
 from moeserve.control import Saved
@@ -243,7 +243,7 @@ def test_copies_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     with by_hand(tmp_path) as (service, admin), Client(service.target) as client:
         assert admin.scale_copies(3, "layers.0", 5).epoch == 2
         assert copies(service) == [1] * 5 + [3] + [1] * 10
-        assert main(["scale", service.target, *shell, "--layer", "layers.0", "--expert", "6", "--copies", "2"]) == 0
+        assert main(["scale", service.target, *shell, "--layer", "0", "--expert", "6", "--copies", "2"]) == 0
         assert "epoch 3" in capsys.readouterr().out
         assert copies(service) == [1] * 5 + [3, 2] + [1] * 9, "what was asked before stays"
         saved = Saved.from_bytes(service.cluster.store.load() or b"")
@@ -254,7 +254,9 @@ def test_copies_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
             ((4, "layers.0", 5), ConfigError, "placement.copies is 4 for layer layers.0, which has 3 hosts"),
             ((2, "layers.0", 16), ConfigError, "expert is 16; allowed: 0..15"),
             ((0, "layers.0", 5), ConfigError, "copies is 0; allowed: 1.."),
-            ((2, "layers.7", None), UnknownLayer, "layer layers.7 is not served"),
+            ((2, "layers.7", None), UnknownLayer, "there is no layer 'layers.7'; served: layers.0"),
+            ((2, 1, None), UnknownLayer, "there is no layer 1; served: 0..0"),
+            ((2, True, None), InvalidRequest, "layer must be a position or a name, got bool"),
             ((2, "", 5), ConfigError, "an expert needs a layer"),
         ):
             with pytest.raises(error, match=sentence):
