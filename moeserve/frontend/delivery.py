@@ -86,6 +86,8 @@ class Delivery:
         del self._open[parcel]
         for way in parcel.ways:
             way.cancel()
+        if parcel.part in self._answers and not self._pending.get(parcel.part):
+            self.wake()
 
     def refuse(self, answers: Iterable[Answer]) -> None:
         """These sums are not finite: what they were to answer is lost, until another copy has said whether it must be so."""

@@ -35,6 +35,7 @@ class Owed:
     not_before     monotonic seconds, until when it is no use to ask the same host again
     is_optional    an answer without them has resilience.k_min choices of every token, for one request at least
     others_at      monotonic seconds, when the first of the other hosts answered, inf = none has
+    is_passed_on   late: other hosts compute some of them, and answer through this one
     """
 
     host: int
@@ -48,6 +49,7 @@ class Owed:
     not_before: float = 0.0
     is_optional: bool = False
     others_at: float = inf
+    is_passed_on: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class Resend:
 @dataclass(frozen=True)
 class Hedge:
     """To other copies, too: who answers first counts."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """To each of their hosts by itself: then it shows who is late."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class Fail:
     error: MoEServeError | None = None
 
 
-Action = Resend | Hedge | Accept | GiveUp | Fail
+Action = Resend | Hedge | Split | Accept | GiveUp | Fail
 
 
 @dataclass
@@ -144,6 +151,9 @@ def _late(one: Owed, host: HostHealth, rules: ResilienceConfig, spare_rows: int,
         if now >= at and one.has_copy and one.rows <= spare_rows:
             return Hedge()
         at = at if now < at else now + max(host.late_after_s, _SHORTEST_PAUSE_S)
+    if rules.on_expert_failure in PARTIAL and one.is_passed_on:
+        due = one.since + rules.partial_after_ms / 1000
+        return Split() if now >= due else min(at, due)
     if rules.on_expert_failure in PARTIAL and one.is_optional:
         due = max(one.since, one.others_at) + rules.partial_after_ms / 1000
         if now >= due:

@@ -17,7 +17,7 @@ from moeserve.frontend.exchange import Exchange
 from moeserve.frontend.giving_up import GivingUp, missing_choices
 from moeserve.frontend.hedges import Hedges
 from moeserve.frontend.parcel import Answer, Parcel, ParcelState
-from moeserve.frontend.policy import Accept, Action, Decision, Fail, GiveUp, Hedge, Owed, Resend
+from moeserve.frontend.policy import Accept, Action, Decision, Fail, GiveUp, Hedge, Owed, Resend, Split
 from moeserve.frontend.routed import RoutedBatch
 from moeserve.frontend.view import LayerView
 from moeserve.layer.dispatch import HostWork, experts_of, plan_again
@@ -47,14 +47,17 @@ class Remedy:
 
     def first_look_at(self, routed: RoutedBatch, delivery: Delivery) -> float:
         """When something of a batch that has just been sent may be late, monotonic seconds; inf = that makes no difference."""
-        rules, now = self._rules.resilience, time.monotonic()
+        rules = self._rules.resilience
         if rules.hedge == "off" and rules.on_expert_failure not in policy.PARTIAL:
             return float("inf")
         self._hedges.sent(sum(parcel.num_rows for parcel in delivery.owed))
-        return min(
-            (policy.late_at(routed.view.health(parcel.host, parcel.num_rows), rules, now) for parcel in delivery.owed),
-            default=float("inf"),
-        )
+        return self._late_at(routed, delivery.owed)
+
+    def _late_at(self, routed: RoutedBatch, parcels: Sequence[Parcel]) -> float:
+        """When the first of these that are sent now may be late."""
+        rules, now = self._rules.resilience, time.monotonic()
+        healths = (routed.view.health(parcel.host, parcel.num_rows) for parcel in parcels)
+        return min((policy.late_at(health, rules, now) for health in healths), default=float("inf"))
 
     def learn(self, view: LayerView, answers: Sequence[Answer], bad: Sequence[Answer]) -> None:
         """Answers have come, the `bad` of them with sums that are not finite: which hosts err, and who was faster."""
@@ -67,9 +70,7 @@ class Remedy:
 
     async def apply(self, routed: RoutedBatch, delivery: Delivery) -> float:
         """Does what is to be done now; says when to ask again, monotonic seconds, unless something changes before."""
-        for parcel in delivery.owed:
-            if not routed.waiting(parcel):
-                delivery.close(parcel, ParcelState.GIVEN_UP)
+        _close_unwanted(routed, delivery)
         parcels = delivery.owed
         decision = self._decide(parcels, routed, delivery)
         giving_up = GivingUp(routed, self._rules.resilience)
@@ -87,7 +88,10 @@ class Remedy:
                 routed.wait_for(parcel, f"{host}: {parcel.behind}" if parcel.behind else self._sentence(parcel, why))
         for part in giving_up.carry_out(delivery, self._rules.copy_choice):
             await self._exchange.resend(delivery, part, part.planned.works)
-        return decision.wake_at
+        # A shared expert that travels alone: its tokens are computed again elsewhere, and nothing else would end it.
+        _close_unwanted(routed, delivery)
+        # What was sent just now may be late as well.
+        return min(decision.wake_at, self._late_at(routed, [parcel for parcel in delivery.owed if parcel not in parcels]))
 
     def _decide(self, parcels: Sequence[Parcel], routed: RoutedBatch, delivery: Delivery) -> Decision:
         health = {parcel.host: routed.view.health(parcel.host, parcel.num_rows) for parcel in parcels}
@@ -110,6 +114,7 @@ class Remedy:
             and not parcel.is_must
             and bool(missing_choices(routed, [parcel]).can_lack(self._rules.resilience.k_min).any()),
             others_at=delivery.first_answer_at,
+            is_passed_on=len(parcel.works) > 1,
         )
 
     def _elsewhere(self, parcel: Parcel) -> list[HostWork]:
@@ -137,6 +142,9 @@ class Remedy:
                 if (way := await self._exchange.second_way(delivery, parcel.part, self._elsewhere(parcel))) is not None:
                     self._hedges.hedged(parcel.num_rows)
                     delivery.hedge(parcel, way)
+            case Split():
+                delivery.close(parcel, ParcelState.GIVEN_UP)
+                await self._exchange.resend(delivery, parcel.part, parcel.works, parcel)
             case Accept():
                 delivery.accept(parcel)
             case Fail(why, error):
@@ -149,3 +157,9 @@ class Remedy:
         more = f" and {len(experts) - _NAMED_EXPERTS} more" if len(experts) > _NAMED_EXPERTS else ""
         named = ", ".join(map(str, experts[:_NAMED_EXPERTS]))
         return f"experts {named}{more} of layer {self._rules.layer} {why}"
+
+
+def _close_unwanted(routed: RoutedBatch, delivery: Delivery) -> None:
+    for parcel in delivery.owed:
+        if not routed.waiting(parcel):
+            delivery.close(parcel, ParcelState.GIVEN_UP)

@@ -73,6 +73,32 @@ def test_a_host_that_is_late(policy: str, tmp_path: Path) -> None:
         held.let_go()
 
 
+@pytest.mark.parametrize("late", [0, 1, 3], ids=["passes on", "in between", "last"])
+@pytest.mark.parametrize("pattern", ["ring", "hierarchical"])
+def test_a_host_that_is_late_behind_others(pattern: str, late: int, tmp_path: Path) -> None:
+    """Rows that hosts pass on to each other are sent to each of them, so that it shows who is late."""
+    settings = config("residual", partial_after_ms=50, k_min=0) | {"communication": {"pattern": pattern}}
+    with ServiceHarness(settings, "local", tmp_path) as service, Client(service.target) as client:
+        held = Held(service.hosts[late])
+        out = client.forward(ROWS, return_routing=True, timeout=10)
+        assert out.drops and {drop.reason for drop in out.drops} == {"late"}
+        assert out.dropped.nonzero().flatten().tolist() == [2 * late, 2 * late + 1], "its experts, and no others"
+        again = MoELayer(**LAYER).run(ROWS, topk_ids=out.topk_ids, topk_weights=out.topk_weights)
+        assert_close(out.hidden_states, again.hidden_states)
+        held.let_go()
+
+
+def test_a_shared_expert_that_travels_alone(tmp_path: Path) -> None:
+    layer = LAYER | {"shared_expert": {"intermediate_size": 8}}
+    settings = config("residual", partial_after_ms=50, k_min=0, layer=layer) | {"communication": {"pattern": "point_to_point"}}
+    with ServiceHarness(settings, "local", tmp_path) as service, Client(service.target) as client:
+        for number in (0, 1):
+            held = Held(service.hosts[number])
+            out = client.forward(ROWS, timeout=10)
+            assert out.dropped.nonzero().flatten().tolist() == [2 * number, 2 * number + 1]
+            held.let_go()
+
+
 def test_a_host_that_errs(tmp_path: Path) -> None:
     with ServiceHarness(config("residual"), "local", tmp_path) as service, Client(service.target) as client:
         held = Held(service.hosts[1])

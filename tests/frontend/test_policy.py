@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moeserve.config import ResilienceConfig
 from moeserve.errors import MoEServeError
 from moeserve.frontend.health import HostHealth
-from moeserve.frontend.policy import PARTIAL, Accept, Decision, Fail, GiveUp, Hedge, Owed, Resend, decide, late_at
+from moeserve.frontend.policy import PARTIAL, Accept, Decision, Fail, GiveUp, Hedge, Owed, Resend, Split, decide, late_at
 
 NOW = 100.0
 seconds = st.floats(0, 200, allow_nan=False)
@@ -51,6 +51,7 @@ parcels = st.builds(
     not_before=seconds,
     is_optional=st.booleans(),
     others_at=seconds | st.just(inf),
+    is_passed_on=st.booleans(),
 )
 policies = st.builds(
     rules,
@@ -150,6 +151,8 @@ def test_a_late_host() -> None:
     assert only(asked(late(has_copy=False, **others), **partial)) == GiveUp("late")
     assert only(asked(late(is_hedged=True, **others), **partial)) == GiveUp("late")
     assert asked(late(has_copy=False, **{**others, "others_at": inf}), **partial).actions == {}, "one long pass is not late by itself"
+    passed_on = asked(late(is_passed_on=True, has_copy=False), **partial)
+    assert only(passed_on) == Split(), "nobody knows who is late"
 
 
 def test_when_to_look_first() -> None:
