@@ -108,7 +108,7 @@ def decide(owed: Sequence[Owed], hosts: Mapping[int, HostHealth], rules: Resilie
             decision.wake_at = min(decision.wake_at, found)
             continue
         decision.actions[index] = found
-        if isinstance(found, Hedge):
+        if isinstance(found, Hedge | Split):
             spare_rows -= one.rows
     return decision
 
@@ -148,8 +148,8 @@ def _late(one: Owed, host: HostHealth, rules: ResilienceConfig, spare_rows: int,
     at = inf
     if rules.hedge == "auto" and not one.is_hedged:
         at = one.since + host.late_after_s
-        if now >= at and one.has_copy and one.rows <= spare_rows:
-            return Hedge()
+        if now >= at and one.rows <= spare_rows and (one.has_copy or one.is_passed_on):
+            return Hedge() if one.has_copy else Split()
         at = at if now < at else now + max(host.late_after_s, _SHORTEST_PAUSE_S)
     if rules.on_expert_failure in PARTIAL and one.is_passed_on:
         due = one.since + rules.partial_after_ms / 1000

@@ -143,6 +143,7 @@ class Remedy:
                     self._hedges.hedged(parcel.num_rows)
                     delivery.hedge(parcel, way)
             case Split():
+                self._hedges.hedged(parcel.num_rows)
                 delivery.close(parcel, ParcelState.GIVEN_UP)
                 await self._exchange.resend(delivery, parcel.part, parcel.works, parcel)
             case Accept():

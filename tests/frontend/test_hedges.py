@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from moeserve import Client, MoELayer
@@ -48,6 +49,18 @@ def test_a_late_host_is_not_waited_for(tmp_path: Path) -> None:
         assert len(held.rows) == 1, "it is asked nothing more before it answers"
         held.let_go()
         until(lambda: client.forward(ROWS) is not None and len(held.rows) > 1)
+
+
+@pytest.mark.parametrize("pattern", ["ring", "hierarchical"])
+def test_a_late_host_behind_others_is_not_waited_for(pattern: str, tmp_path: Path) -> None:
+    settings = {**config("auto"), "placement": {"num_hosts": 4, "copies": 2}, "communication": {"pattern": pattern}}
+    with ServiceHarness(settings, "local", tmp_path) as service, Client(service.target) as client:
+        expected = MoELayer(**LAYER)(ROWS)
+        until_usual(service, client)
+        held = Held(service.hosts[1])
+        until(lambda: client.forward(ROWS) is not None and len(held.rows) > 0)
+        assert_close(client.forward(ROWS).hidden_states, expected)
+        held.let_go()
 
 
 def test_a_copy_that_has_more_to_do_and_is_on_time_is_asked(tmp_path: Path) -> None:

@@ -145,14 +145,17 @@ def test_a_late_host() -> None:
         assert not_now.actions == {} and NOW < not_now.wake_at <= NOW + 0.011
     assert asked(late(is_hedged=True), hedge="auto") == Decision({}, inf)
 
+    passed_on = {"is_passed_on": True, "has_copy": False}
+    assert only(asked(late(**passed_on), hedge="auto")) == Split(), "to copies of the late one alone, when it shows"
+    assert asked(late(**passed_on), hedge="off").actions == {}
+
     partial = {"on_expert_failure": "renormalize", "partial_after_ms": 10}
     others = {"is_optional": True, "others_at": NOW - 0.015}
     assert only(asked(late(**others), **partial)) == Hedge(), "a copy that lives is better than an answer without"
     assert only(asked(late(has_copy=False, **others), **partial)) == GiveUp("late")
     assert only(asked(late(is_hedged=True, **others), **partial)) == GiveUp("late")
     assert asked(late(has_copy=False, **{**others, "others_at": inf}), **partial).actions == {}, "one long pass is not late by itself"
-    passed_on = asked(late(is_passed_on=True, has_copy=False), **partial)
-    assert only(passed_on) == Split(), "nobody knows who is late"
+    assert only(asked(late(**passed_on), **partial)) == Split(), "nobody knows who is late"
 
 
 def test_when_to_look_first() -> None:
