@@ -32,8 +32,11 @@ class Resized(Protocol):
         """What is served, and the desired number of hosts."""
         ...
 
-    async def scale(self, num_hosts: NumHosts, why: str) -> Release:
-        """Hosts start or leave; it is recorded `why`. Raises MoEServeError; then nothing has changed."""
+    async def scale(self, num_hosts: NumHosts, why: str, instead_of: int) -> Release:
+        """Hosts start or leave, if `instead_of` is still the desired number; it is recorded `why`.
+
+        Raises MoEServeError; then nothing has changed.
+        """
         ...
 
 
@@ -93,7 +96,7 @@ class Autoscaler:
         self.missing = assigned.missing
         number = resize.wanted if assigned.shortage is None else max(resize.hosts, len(assigned.assignments))
         if number != resize.hosts:
-            await self._served.scale(number, f"autoscaling: {resize}")
+            await self._served.scale(number, f"autoscaling: {resize}", resize.hosts)
             self._said = ""
         if assigned.shortage is not None:
             await self._ask(resize.wanted)

@@ -155,7 +155,7 @@ class Balancer:
                     for placement in planned.steps:
                         self._require_hosts()
                         self._require_speed()
-                        step = partial(stepped, served=release, placement=placement)
+                        step = partial(stepped, served=release, copies=planned.copies, placement=placement)
                         release = await self._served.bring_in(step, f"{asked.kind}, step {done + 1} of {len(planned.steps)}")
                         done += 1
             except BaseException as error:  # a cancelled round, too

@@ -123,16 +123,17 @@ class Controller:
         asked = Begun("swap", f"{which}{f'layer {layer}' if layer else 'every layer'} from {checkpoint}")
         return await self._asked(asked, lambda: self._brought_in(change, asked.kind, why))
 
-    async def scale(self, num_hosts: NumHosts, why: str = ADMINISTRATOR) -> Release:
+    async def scale(self, num_hosts: NumHosts, why: str = ADMINISTRATOR, instead_of: int | None = None) -> Release:
         """Change the number of hosts; "all" = as many as fit on the nodes. `why`: who or what asks for it. Autoscaling goes on from there.
 
-        Hosts start or leave. Raises ConfigError when they do not fit, or autoscaling does not allow it; then nothing has changed.
+        `instead_of`: only if that is the desired number when its turn comes. Hosts start or leave. Raises ConfigError when they do not fit,
+        autoscaling does not allow it, or it is no longer `instead_of`; then nothing has changed.
         """
 
         async def change() -> BroughtIn:
             if why == ADMINISTRATOR and (refusal := self._planner.autoscaling.refusal(num_hosts)) is not None:
                 raise ConfigError(refusal)
-            return await self._scale(num_hosts)
+            return await self._scale(num_hosts, instead_of)
 
         asked = Begun("scale", f"to {'as many hosts as fit' if num_hosts == 'all' else number_of(num_hosts, 'host')}", why)
         return await self._queue.to_its_end(self.audit.recorded(asked, change))
@@ -227,7 +228,7 @@ class Controller:
         """A change in its turn; recorded, however it ends."""
         return await self._queue.to_its_end(self.audit.recorded(begun, lambda: self._queue.in_turn(change)))
 
-    async def _scale(self, num_hosts: NumHosts) -> BroughtIn:
+    async def _scale(self, num_hosts: NumHosts, instead_of: int | None) -> BroughtIn:
         if num_hosts != "all" and num_hosts < 1:
             raise ConfigError(f"placement.num_hosts is {num_hosts}; allowed: at least 1, or 'all'")
         wanted = await in_thread(self._planner.with_copies(self.state.copies).wanted, num_hosts)
@@ -236,11 +237,13 @@ class Controller:
             await until_assigned(
                 lambda nodes: self._assigner.assigned(nodes, wanted), wanted, self._nodes, self._planner.placing.wait_for_nodes_s
             )
-            return await self._queue.in_turn(lambda: self._reach(num_hosts, wanted))
+            return await self._queue.in_turn(lambda: self._reach(num_hosts, wanted, instead_of))
         finally:
             self._assigner.ask_for(await self._assigner.wanted())
 
-    async def _reach(self, num_hosts: NumHosts, wanted: Wanted) -> BroughtIn:
+    async def _reach(self, num_hosts: NumHosts, wanted: Wanted, instead_of: int | None) -> BroughtIn:
+        if instead_of is not None and instead_of != self.state.num_hosts:
+            raise ConfigError(f"another number of hosts has been asked for meanwhile: {self.state.num_hosts} in place of {instead_of}")
         assigned = self._assigner.assigned(await self._nodes.list(), wanted)
         if assigned.shortage is not None:
             raise ConfigError(assigned.shortage)

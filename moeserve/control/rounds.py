@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moeserve.config import Copies
 from moeserve.control.changes import placed
 from moeserve.control.desired import Planner, Rows
 from moeserve.control.room import require_room
@@ -21,11 +22,13 @@ class RoundStopped(ExpertUnavailable):
 class Round:
     """From `release` in `steps` to the balanced placement, or as far towards it as hosts have room meanwhile; no steps = nothing moves.
 
+    copies: as the state has them that it was planned for
     cost: of all steps; before, after: balancedness of the hosts for each layer, None = nobody asks for it
     is_cut: hosts have no room for the rest
     """
 
     release: Release
+    copies: Copies | None
     sizes: list[LayerSize]
     steps: list[Placement]
     cost: Transition
@@ -69,6 +72,7 @@ def planned_round(state: State, demand: Rows, planner: Planner) -> Round:
     after = made[-1] if made else before
     return Round(
         state.release,
+        state.copies,
         sizes,
         made,
         transition(sizes, before, after),
@@ -96,8 +100,8 @@ def _with_room(wanted: list[Placement], state: State, demand: Rows, planner: Pla
     return wanted[: even.index(max(even))] if max(even) >= (1 + planner.balancing.min_gain) * even[0] else []
 
 
-def stepped(before: State, served: Release, placement: Placement) -> State:
-    """One step of a round, from `served`. Raises RoundStopped when something else is served meanwhile."""
-    if before.release is not served:
+def stepped(before: State, served: Release, copies: Copies | None, placement: Placement) -> State:
+    """One step of a round, from `served`. Raises RoundStopped when something else is served, or other `copies` are wanted, meanwhile."""
+    if before.release is not served or before.copies != copies:
         raise RoundStopped("a round of balancing goes no further, because another change has been made meanwhile")
     return placed(before, placement)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeserve import load_config
 from moeserve.checkpoints import host_bytes
 from moeserve.control import Assignment, Planner, State
-from moeserve.control.changes import placed
+from moeserve.control.changes import placed, with_copies
+from moeserve.control.copies import changed_copies
 from moeserve.control.desired import Rows
 from moeserve.control.room import require_room
-from moeserve.control.rounds import Round, planned_round
+from moeserve.control.rounds import Round, RoundStopped, planned_round, stepped
 from moeserve.placement import balancedness
 from moeserve.release import Release
 from tests.support.planning import planner_of
@@ -90,3 +92,18 @@ def test_of_a_round_that_does_not_fit_what_fits_is_made() -> None:
     after = made(state, planned, plan)
     assert balancedness(after.release.placement, demand) == planned.after[0] > 1.5 * balancedness(state.release.placement, demand)
     assert not planned_round(after, demand, plan).steps
+
+
+def test_a_round_stops_when_other_copies_are_wanted_meanwhile_even_if_these_are_there_already() -> None:
+    plan = planner([8], 4, 2.0)
+    state = first(plan, 4)
+    state = made(state, planned_round(state, [np.array([90.0, *[1.0] * 7])], plan), plan)
+    planned = planned_round(state, [np.array([*[1.0] * 7, 90.0])], plan)
+    had, left = (int(each.layers[0].num_copies[0]) for each in (state.release.placement, planned.steps[-1]))
+    assert had > left == 1, "the round would take copies away"
+    copies = changed_copies(plan, plan.layers.specs[0].name, 0, had)
+    asked = with_copies(state, copies, plan)
+    assert asked.release is state.release
+    assert stepped(state, planned.release, planned.copies, planned.steps[0]).release is not state.release
+    with pytest.raises(RoundStopped, match="another change has been made meanwhile"):
+        stepped(asked, planned.release, planned.copies, planned.steps[0])

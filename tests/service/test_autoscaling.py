@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +145,28 @@ def test_hosts_leave_when_fewer_are_enough(tmp_path: Path) -> None:
         until(lambda: busy(service, left.number) is not None)
         left.stop()
         until(lambda: busy(service, left.number) is None)
+
+
+def test_a_step_that_waited_does_not_undo_what_was_asked_by_hand_meanwhile(tmp_path: Path) -> None:
+    config = configuration(tmp_path, num_hosts=1, up_s=0.3, down_s=3600.0)
+    with (
+        ServiceHarness(config, "local", tmp_path) as service,
+        AdminClient(service.target, ADMIN) as admin,
+        ThreadPoolExecutor() as pool,
+    ):
+        queue, first = service.controller._queue, asyncio.Event()
+        blocking = pool.submit(service.call, queue.to_its_end(queue.in_turn(first.wait)))
+        scaling = pool.submit(admin.scale, 4)
+        until(lambda: len(queue._changes) == 2)
+        with Callers(service.target, 8):
+            until(lambda: len(queue._changes) == 3)
+            service.call(_set(first))
+            assert blocking.result() and scaling.result().epoch == 2
+            until(lambda: decided(admin))
+        assert num_hosts(service) == 4
+        (step,) = [each for each in admin.events() if each.why.startswith("autoscaling")]
+        assert step.outcome == "failed" and "another number of hosts has been asked for meanwhile" in step.error
+
+
+async def _set(event: asyncio.Event) -> None:
+    event.set()
