@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from moeserve.config import AutoscalingConfig
+from moeserve.errors import number_of
 
 #: hosts leave only if those that stay could take so much more: a load that falls by a fifth and comes back moves nothing
 _HEADROOM: Final = 1.25
@@ -46,7 +47,8 @@ class Resize:
     after_s: float
 
     def __str__(self) -> str:
-        return f"{self.hosts} hosts were {self.busy:.0%} busy, and {self.wanted} have been wanted for {self.after_s:.1f} s"
+        were = "was" if self.hosts == 1 else "were"
+        return f"{number_of(self.hosts, 'host')} {were} {self.busy:.0%} busy, and {self.wanted} have been wanted for {self.after_s:.1f} s"
 
 
 class Sizing:

@@ -43,6 +43,11 @@ def placed(before: State, placement: Placement) -> State:
     return replace(before, release=replace(before.release, placement=replace(placement, epoch=epoch)), last_epoch=epoch)
 
 
+def arrived(before: State, after: State) -> State:
+    """`after`, which was made of an earlier state of the same weights, as the one that follows `before`."""
+    return replace(placed(before, after.release.placement), assignments=after.assignments, num_hosts=after.num_hosts)
+
+
 def with_copies(before: State, copies: Copies, planner: Planner) -> State:
     """So many copies, as placement.copies says it, from now on; nothing else moves.
 

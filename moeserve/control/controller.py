@@ -31,6 +31,7 @@ from moeserve.control.room import require_room
 from moeserve.control.stall import unless_stalled
 from moeserve.control.state import NumHosts, State
 from moeserve.control.status import layers_of, status_of
+from moeserve.control.thinning import in_steps
 from moeserve.errors import ConfigError, MoEServeError, number_of
 from moeserve.loops import in_thread
 from moeserve.observe.audit import ADMINISTRATOR
@@ -40,7 +41,6 @@ from moeserve.placement import Transition
 from moeserve.release import Release
 
 log = logging.getLogger(__name__)
-
 
 _UNREADABLE: Final = "files that are served could not be read"
 
@@ -280,7 +280,12 @@ class Controller:
             await self.audit.recorded(asked, lambda: self._moved(assigned.assignments, self.state.num_hosts, asked.kind))
 
     async def _moved(self, assignments: tuple[Assignment, ...], num_hosts: NumHosts, what: str) -> BroughtIn:
-        return await self._brought_in(lambda state: moved(state, assignments, num_hosts, self._planner), what)
+        def change(state: State) -> State:
+            return moved(state, assignments, num_hosts, self._planner)
+
+        if self.down:
+            return await self._brought_in(change, what)  # in one step: nobody waits longer than needed for what dead hosts held
+        return await in_steps(self.state, change, self._planner, lambda each, step: self._brought_in(each, f"{what}{step}"))
 
     async def _brought_in(self, change: Callable[[State], State], what: str, why: str = _UNREADABLE) -> BroughtIn:
         """Raises ConfigError when hosts have no room for it, or saying `why` when files cannot be read that it takes to work it out."""

@@ -6,7 +6,7 @@ import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -272,3 +272,17 @@ def test_copies_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert main(["scale", service.target, *shell, "--expert", "6"]) == 2
         assert main(["scale", service.target, *shell, "--hosts", "2", "--copies", "2"]) == 2
         assert_close(client.forward(rows).hidden_states, MoELayer(**LAYER)(rows))
+
+
+@pytest.mark.parametrize("leave", [lambda admin: admin.scale(2), lambda admin: admin.drain("host-1")], ids=["scale", "drain"])
+def test_hosts_full_of_copies_let_others_leave(tmp_path: Path, leave: Callable[[AdminClient], object]) -> None:
+    """Those that stay give copies away before they get what the others held."""
+    config = configuration(tmp_path)
+    config["placement"] = {"num_hosts": 3, "memory_per_host_bytes": 9 * 3 * 16 * 8 * 4}
+    with ServiceHarness(config, "local", tmp_path) as service, AdminClient(service.target, ADMIN) as admin:
+        with Callers(service.target):
+            until(lambda: admin.rebalance().epoch > 1 and sum(copies(service)) > 18)
+            leave(admin)
+            assert len(service.hosts) == 2 and min(copies(service)) == 1
+        (left,) = (event for event in admin.events() if event.kind in {"scale", "drain"})
+        assert left.outcome == "done" and left.moves > 0
