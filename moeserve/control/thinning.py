@@ -28,6 +28,8 @@ async def in_steps(before: State, change: Change, planner: Planner, bring_in: Br
         after = change(before)
         return after, _between(before, after, planner)
 
+    if planner.limit_bytes is None:
+        return await bring_in(change, "")
     why = "files that are served could not be read"
     after, between = await unless_stalled(in_thread(planned), lambda: None, planner.placing.load_timeout_s, lambda: why)
     if not between:
@@ -44,7 +46,7 @@ def _between(before: State, after: State, planner: Planner) -> list[Placement]:
 
     Empty where one step has room, where hosts join, or where no steps lead there.
     """
-    if planner.limit_bytes is None or not set(after.assignments) < set(before.assignments) or _has_room(before, after, planner):
+    if not set(after.assignments) < set(before.assignments) or _has_room(before, after, planner):
         return []
     sizes = planner.sizes(before.release.sources(planner.layers))
     between = steps(sizes, before.release.placement, after.release.placement, None, planner.limit_bytes)[:-1]
