@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 
+from moeserve.api.find_layer import find_layer
 from moeserve.checkpoints.deepspeed import TOLD, is_deepspeed
 from moeserve.checkpoints.fingerprint import Fingerprint, fingerprint_of
 from moeserve.checkpoints.resolve import layer_sources
 from moeserve.checkpoints.source import LayerSource
 from moeserve.config import LayerConfig, LayerSpec, ServedModel
-from moeserve.errors import CheckpointChanged, CheckpointError, ConfigError, UnknownLayer
+from moeserve.errors import CheckpointChanged, CheckpointError, ConfigError
 from moeserve.experts import Expert, ExpertShard
 from moeserve.gating import Mixer, Router
 
@@ -100,8 +101,7 @@ class ServedLayers:
         layers = {source.spec.name: ReleasedLayer(Origin(source, (deployed or {}).get(source.spec.name))) for source in self.sources}
         newer: dict[tuple[str, Path], LayerSource] = {}
         for swap in compacted(swaps):
-            if swap.layer not in layers:
-                raise UnknownLayer(f"layer {swap.layer} is not served; served: {', '.join(layers)}")
+            find_layer([*layers], swap.layer)
             layer, where = layers[swap.layer], (swap.layer, swap.checkpoint)
             if where not in newer:
                 newer[where] = self._newer(swap, layer.spec)

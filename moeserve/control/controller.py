@@ -99,8 +99,8 @@ class Controller:
         """Sets `stop_requested`, which the process of the service watches."""
         self.stop_requested.set()
 
-    def layer_name(self, layer: int | str) -> str:
-        """The name of a served layer, by its position or name. Raises UnknownLayer."""
+    def layer_name(self, layer: int) -> str:
+        """The name of a served layer, by its position. Raises UnknownLayer."""
         names = [spec.name for spec in self._planner.layers.specs]
         return names[find_layer(names, layer)]
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from moeserve.api.find_layer import find_layer
 from moeserve.config import MAX_HOSTS, Copies
 from moeserve.control.desired import Planner
-from moeserve.errors import ConfigError, UnknownLayer
+from moeserve.errors import ConfigError
 
 
 def changed_copies(planner: Planner, layer: str, expert: int | None, copies: int) -> Copies:
@@ -19,8 +20,7 @@ def changed_copies(planner: Planner, layer: str, expert: int | None, copies: int
         if expert is not None:
             raise ConfigError("an expert needs a layer: name the layer of this expert")
         return copies
-    if layer not in sizes:
-        raise UnknownLayer(f"layer {layer} is not served; served: {', '.join(sizes)}")
+    find_layer([*sizes], layer)
     if expert is not None and expert >= sizes[layer]:
         raise ConfigError(f"expert is {expert}; allowed: 0..{sizes[layer] - 1}, the experts of layer {layer} that live on hosts")
     now = planner.placing.copies

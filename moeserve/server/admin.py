@@ -68,8 +68,8 @@ class Admin(Protocol):
         """What is deployed and where, now."""
         ...
 
-    def layer_name(self, layer: int | str) -> str:
-        """The name of the layer at a position, or of that name. Raises UnknownLayer."""
+    def layer_name(self, layer: int) -> str:
+        """The name of the layer at a position. Raises UnknownLayer."""
         ...
 
     async def swap(self, layer: str, checkpoint: Path, experts: Sequence[int] | None) -> Served:
@@ -181,10 +181,8 @@ class AdminService(PingService):
         return pb.ShutdownResponse()
 
     def _layer(self, request: pb.SwapExpertsRequest | pb.ScaleCopiesRequest) -> str:
-        """The name of the layer that is meant; "" = every layer."""
-        if request.HasField("layer_index"):
-            return self._admin.layer_name(request.layer_index)
-        return self._admin.layer_name(request.layer) if request.layer else ""
+        """The name of the layer that is meant, which may be none of those that are served; "" = every layer."""
+        return self._admin.layer_name(request.layer_index) if request.HasField("layer_index") else request.layer
 
 
 def why_incomplete(status: ServiceStatus) -> str:

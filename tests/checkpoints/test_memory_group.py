@@ -96,7 +96,7 @@ def test_a_plan_is_refused_that_does_not_fit_into_the_group(limited: Path, tmp_p
     (tmp_path / "large.toml").write_text(layer)
     told = run_in(limited, "-c", "from moeserve.cli.app import entry; entry()", "plan", str(tmp_path / "large.toml"))
     assert told.returncode == 2
-    assert "hosts would hold 0.75 GiB of weights, but this machine has 0.50 GiB of memory, or its container has" in told.stderr
+    assert "1 host would hold 0.75 GiB of weights, but this machine has 0.50 GiB of memory, or its container has" in told.stderr
 
 
 def test_processes_that_the_kernel_has_killed_are_counted(limited: Path) -> None:

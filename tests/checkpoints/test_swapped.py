@@ -61,7 +61,7 @@ def test_the_operators_changes_to_the_gate_stay(folders: tuple[Path, Path]) -> N
 
 def test_what_does_not_fit_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
     old, new = folders
-    with pytest.raises(UnknownLayer, match=r"layer nowhere is not served; served: model\.layers\.0\.mlp"):
+    with pytest.raises(UnknownLayer, match=r"there is no layer 'nowhere'; served: model\.layers\.0\.mlp"):
         swapped(old, [Swap("nowhere", new)])
     with pytest.raises(ConfigError, match=r"has no expert 4; it has 0\.\.3"):
         swapped(old, [Swap(LAYER, new, frozenset({0, 4}))])

@@ -177,7 +177,7 @@ def test_no_service_and_no_layer(capsys: pytest.CaptureFixture[str], service: Se
     code, _, err = bench(capsys, "127.0.0.1:1")
     assert code == 3 and err.startswith("error: 127.0.0.1:1 is unavailable")
     code, _, err = bench(capsys, service.target, "--layer", "7")
-    assert code == 1 and "there is no layer 7; served: layers.0, layers.1" in err
+    assert code == 1 and "there is no layer 7; served: 0..1 (layers.0, layers.1)" in err
 
 
 def test_a_service_that_always_refuses(capsys: pytest.CaptureFixture[str]) -> None:

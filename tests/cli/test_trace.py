@@ -209,4 +209,4 @@ def test_no_service(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_no_such_layer(capsys: pytest.CaptureFixture[str], service: ServiceHarness) -> None:
     code, _, err = trace(capsys, service.target, "--layer", "third")
-    assert code == 1 and "there is no layer third" in err
+    assert code == 1 and "there is no layer 'third'; served: " in err
