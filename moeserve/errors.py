@@ -1,4 +1,7 @@
-"""What can go wrong for a user; each class owns its gRPC status, and client and server raise the same class."""
+"""What can go wrong for a user, and how sentences say numbers.
+
+Each class owns its gRPC status, and client and server raise the same class.
+"""
 
 from __future__ import annotations
 

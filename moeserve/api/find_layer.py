@@ -21,9 +21,10 @@ def find_layer(names: Sequence[str], layer: int | str) -> int:
     """The position of a layer among those of these names, in model order. Raises InvalidRequest, or UnknownLayer when it is not there."""
     _require_kind(layer)
     if isinstance(layer, str):
-        if layer in names:
+        try:
             return names.index(layer)
-        raise UnknownLayer(f"there is no layer {layer[:80]!r}; served: {_listed(names)}")
+        except ValueError:
+            raise UnknownLayer(f"there is no layer {layer[:80]!r}; served: {_listed(names)}") from None
     if not 0 <= layer < len(names):
         raise UnknownLayer(f"there is no layer {layer}; served: 0..{len(names) - 1} ({_listed(names)})")
     return layer

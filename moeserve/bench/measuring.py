@@ -10,7 +10,7 @@ from moeserve.api.wire import WireRequest
 from moeserve.bench.costs import Costs
 from moeserve.bench.fit import Measurement, RequestWork, fitted
 from moeserve.bench.load import check_answer
-from moeserve.bench.runs import Inputs, find_layer
+from moeserve.bench.runs import Inputs, served_layer
 from moeserve.client import AsyncClient, LayerInfo
 from moeserve.errors import ConfigError, InvalidRequest
 from moeserve.observe.stats import LayerStats
@@ -26,7 +26,7 @@ _REQUESTS, _WARM_UP = 6, 2
 async def measured_costs(client: AsyncClient, wanted: int | str, inputs: Inputs) -> Costs:
     """Of one layer; nobody else should call meanwhile. Raises ConfigError when its costs cannot be told, or the service's error."""
     async with client:
-        layer = find_layer(await client.layers(), wanted)
+        layer = served_layer(await client.layers(), wanted)
         before = await _counts(client, layer)
         _check(layer, before)
         sizes = {tokens: Measurement(tokens) for tokens in _TOKENS}

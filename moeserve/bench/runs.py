@@ -11,7 +11,7 @@ from typing import Final
 
 import torch
 
-from moeserve.api.find_layer import find_layer as position_in
+from moeserve.api.find_layer import find_layer
 from moeserve.api.output import ForwardOutput
 from moeserve.bench.load import Load, Measured, Send, check_answer, run
 from moeserve.bench.report import progress_bar
@@ -52,7 +52,7 @@ async def run_all(
 ) -> None:
     """Runs each load on the layer `wanted`; appends the results of complete runs to `measured`."""
     async with client, sender or contextlib.nullcontext():
-        layer = find_layer(await client.layers(), wanted)
+        layer = served_layer(await client.layers(), wanted)
         with progress_bar(len(loads)) as show:
             for number, load in enumerate(loads):
                 requests = inputs.make(layer, load.tokens)
@@ -62,9 +62,9 @@ async def run_all(
                 measured.append(await run(load, send, check, partial(show, number)))
 
 
-def find_layer(layers: list[LayerInfo], wanted: int | str) -> LayerInfo:
+def served_layer(layers: list[LayerInfo], wanted: int | str) -> LayerInfo:
     """By position or name. Raises UnknownLayer."""
-    return layers[position_in([layer.name for layer in layers], wanted)]
+    return layers[find_layer([layer.name for layer in layers], wanted)]
 
 
 def _sender(client: AsyncClient, stream: StreamSender | None, layer: int, requests: list[WireRequest]) -> Send:

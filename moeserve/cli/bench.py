@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TextIO
 
 import typer
 
-from moeserve.cli.signals import importing, until_signal
+from moeserve.cli.signals import preparing, until_signal
 from moeserve.cli.target import Target, TlsCa, TokenFile, layer_of, timeout_of, tls_of, token_of
 from moeserve.errors import ConfigError
 
@@ -48,7 +48,7 @@ def bench(
 
     With --rate, latency counts from the time when a request should have started, so a service that falls behind cannot hide it.
     """
-    with importing():
+    with preparing():
         from moeserve.api.tensors import FLOAT_DTYPES
         from moeserve.bench.measuring import measured_costs
         from moeserve.bench.report import print_json, print_table

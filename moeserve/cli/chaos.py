@@ -12,7 +12,7 @@ import typer
 
 from moeserve.cli.flags import Overrides, with_config_flags
 from moeserve.cli.serving import prepare_process, tell_start
-from moeserve.cli.signals import importing, until_signal
+from moeserve.cli.signals import preparing, until_signal
 from moeserve.config import ServiceConfig, load_config
 from moeserve.errors import ConfigError
 
@@ -51,7 +51,7 @@ def chaos(
     if hosts is not None:
         overrides.setdefault("placement", {})["num_hosts"] = hosts
     config = _config(source, overrides)
-    with importing():
+    with preparing():
         from moeserve.bench.chaos_view import print_findings
         from moeserve.bench.report import print_json
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moeserve.cli.signals import importing
+from moeserve.cli.signals import preparing
 from moeserve.cli.streams import say
 from moeserve.errors import number_of
 
@@ -20,7 +20,7 @@ def check(file: Annotated[Path, typer.Argument(help="A TOML configuration or a c
     from moeserve.config import load_config
 
     loaded = load_config(file)
-    with importing():
+    with preparing():
         from moeserve.checkpoints import ServedLayers
         from moeserve.control import Planner
         from moeserve.server import check_exposure
@@ -41,7 +41,7 @@ def import_(
     system: Annotated[str, typer.Option("--from", help="deepspeed, colossalai, mindformers or trustformers.")],
 ) -> None:
     """Convert another system's configuration to TOML on the standard output; what cannot be converted becomes comments."""
-    with importing():
+    with preparing():
         from moeserve.cli.import_file import read_mapping, to_toml
         from moeserve.compat import load
 

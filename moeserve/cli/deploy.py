@@ -9,7 +9,7 @@ import typer
 
 from moeserve.cli.flags import Overrides, with_config_flags
 from moeserve.cli.serving import tell_start
-from moeserve.cli.signals import importing, until_signal
+from moeserve.cli.signals import preparing, until_signal
 from moeserve.cli.streams import tell
 from moeserve.config import load_config
 
@@ -28,7 +28,7 @@ def deploy(
     """Start a service on the Ray cluster at --address, and return when it is ready. `status`, `scale`, `drain` and `shutdown` act on it."""
     tell_start(f"reading {source}")
     config = load_config(source, overrides)
-    with importing():
+    with preparing():
         from moeserve.programs.deploy import Deployer
 
     asyncio.run(until_signal(_deploy(Deployer(config), keep)))

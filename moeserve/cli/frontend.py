@@ -11,7 +11,7 @@ import typer
 
 from moeserve.cli.flags import Overrides, with_config_flags
 from moeserve.cli.serving import prepare_process, serve_until_told, tell_start
-from moeserve.cli.signals import importing
+from moeserve.cli.signals import preparing
 from moeserve.cli.streams import tell
 from moeserve.cli.target import TlsCa
 from moeserve.cli.token import rotating_token
@@ -41,7 +41,7 @@ def frontend(
 
 
 async def _serve(controller: str, token: Callable[[], str], server: ServerConfig, tls: TLS | None, name: str, timeout_s: float) -> None:
-    with importing():
+    with preparing():
         from moeserve.programs.frontend import FrontendProgram
         from moeserve.programs.grpc_orders import GrpcOrders
 

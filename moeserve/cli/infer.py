@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moeserve.cli.signals import importing
+from moeserve.cli.signals import preparing
 from moeserve.cli.streams import say
 from moeserve.cli.target import Target, TlsCa, TokenFile, layer_of, timeout_of, tls_of, token_of
 from moeserve.client import Client
@@ -33,7 +33,7 @@ def infer(
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 30.0,
 ) -> None:
     """Send one token batch from a file through one layer and write the answer to a file."""
-    with importing():
+    with preparing():
         import torch
         from safetensors import SafetensorError
         from safetensors.torch import load_file

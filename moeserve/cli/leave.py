@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moeserve.cli.signals import importing
+from moeserve.cli.signals import preparing
 from moeserve.cli.streams import say
 
 
@@ -17,7 +17,7 @@ def leave(
     node: Annotated[str | None, typer.Option(help="Ray's id of the node; default: the node on this machine.")] = None,
 ) -> None:
     """Tell Ray that this node drains, and wait until no expert host of a deployed service is left on it."""
-    with importing():
+    with preparing():
         from moeserve.cluster.ray_leave import leave as leave_node
 
     leave_node(address, namespace, timeout_s, node)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moeserve.cli.flags import Overrides, with_config_flags
-from moeserve.cli.signals import importing
+from moeserve.cli.signals import preparing
 from moeserve.config import ServedModel, load_config
 
 
@@ -22,7 +22,7 @@ def plan(
 ) -> None:
     """Show the layers, their gates, the experts of each host and their memory; fail when they do not fit."""
     config = load_config(source, overrides)
-    with importing():
+    with preparing():
         from rich.console import Console
 
         from moeserve.checkpoints import ServedLayers, check_memory, host_bytes, in_memory, layer_sources, memory_bytes

@@ -9,7 +9,7 @@ import typer
 
 from moeserve.cli.flags import Overrides, with_config_flags
 from moeserve.cli.serving import prepare_process, serve_until_told, tell_start
-from moeserve.cli.signals import importing
+from moeserve.cli.signals import preparing
 from moeserve.cli.streams import tell
 from moeserve.config import ServiceConfig, load_config
 
@@ -27,7 +27,7 @@ def serve(
 
 
 async def _serve(config: ServiceConfig) -> None:
-    with importing():
+    with preparing():
         from moeserve.programs.serve import Service
 
         service = Service(config, progress=tell)

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
-from moeserve.cli.signals import Ended, heard, importing
+from moeserve.cli.signals import Ended, heard, preparing
 from moeserve.cli.streams import tell
 from moeserve.files.version import running_version
 
@@ -19,7 +19,7 @@ def tell_start(what: str) -> None:
 
 def prepare_process() -> None:
     """For a process that serves: threads and memory. The hosts do the heavy work."""
-    with importing():  # also for the threads that start here: a signal must never be theirs
+    with preparing():  # also for the threads that start here: a signal must never be theirs
         import torch
 
         from moeserve.allocator import give_back_when_quiet, keep_large_blocks

@@ -75,8 +75,8 @@ def raise_ended() -> None:
 
 
 @contextmanager
-def importing() -> Iterator[None]:
-    """For imports that take seconds: a signal ends the process at once and leaves no module half imported.
+def preparing() -> Iterator[None]:
+    """For imports and what else takes seconds before a verb begins: a signal ends the process at once, and leaves no module half imported.
 
     Threads that start meanwhile never get a signal; elsewhere they would, and Python's handlers would miss what `heard` is for.
     """

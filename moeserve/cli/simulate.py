@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from moeserve.cli.signals import importing
+from moeserve.cli.signals import preparing
 from moeserve.config import MAX_EXPERTS, MAX_HOSTS, MAX_LAYERS, MAX_PHYSICAL, ServiceConfig, load_config
 from moeserve.errors import ConfigError, number_of
 
@@ -59,7 +59,7 @@ def simulate(
     """
     numbers = {"layers": layers, "experts": experts, "top_k": top_k, "hosts": hosts, "nodes": nodes, "tokens": tokens}
     _check_numbers({**numbers, "concurrency": concurrency, "frontends": frontends, "cores": cores}, seed)
-    with importing():
+    with preparing():
         from moeserve.bench.costs import REFERENCE, read_costs
         from moeserve.simulate import SimulatedCluster, WhatIf, Workload, load_of, simulated
 

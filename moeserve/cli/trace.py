@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moeserve.cli.bench import numbers_of
-from moeserve.cli.signals import importing
+from moeserve.cli.signals import preparing
 from moeserve.cli.target import Target, TlsCa, TokenFile, layer_of, timeout_of, tls_of, token_of
 from moeserve.errors import ConfigError
 
@@ -40,10 +40,10 @@ def trace(
 
     A service or host on another machine has another clock: the ways there and back are then shown together, as what is left.
     """
-    with importing():
+    with preparing():
         from moeserve.api.tensors import FLOAT_DTYPES
         from moeserve.bench.report import print_json
-        from moeserve.bench.runs import Inputs, find_layer
+        from moeserve.bench.runs import Inputs, served_layer
         from moeserve.bench.stages_report import print_runs
         from moeserve.client import Client
         from moeserve.client.connection import CALLING, Reach
@@ -56,7 +56,7 @@ def trace(
     token, tls, timeout_s = token_of(token_file), tls_of(tls_ca), timeout_of(timeout)
     reach = Reach(target, token, tls, timeout_s, CALLING)
     with Client(target, token=token, tls=tls, timeout=timeout_s) as client:
-        asked = find_layer(client.layers(), layer_of(layer))
+        asked = served_layer(client.layers(), layer_of(layer))
         inputs = Inputs(FLOAT_DTYPES[dtype], token_ids, seed)
         runs = _runs(client, reach, asked, {size: inputs.make(asked, size) for size in sizes}, calls)
     if as_json:

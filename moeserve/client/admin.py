@@ -147,4 +147,4 @@ def _which(layer: int | str) -> dict[str, object]:
     """The fields of a request that say which layer. Raises InvalidRequest."""
     check_layer(layer)
     # A service that does not know layer_index must not take a layer without a name for all of them.
-    return {"layer": str(layer)} if isinstance(layer, str) else {"layer": str(layer), "layer_index": layer}
+    return {"layer": layer} if isinstance(layer, str) else {"layer": str(layer), "layer_index": layer}

@@ -21,7 +21,7 @@ from moeserve.control.frontends import Frontends
 from moeserve.control.record import read_counts
 from moeserve.control.rounds import Round, RoundStopped, planned_round, stepped
 from moeserve.control.slowdown import Slowdown
-from moeserve.control.stall import unless_stalled
+from moeserve.control.stall import UNREADABLE, unless_stalled
 from moeserve.control.state import State
 from moeserve.errors import InvalidRequest, number_of
 from moeserve.log_limit import limited_logger
@@ -167,8 +167,7 @@ class Balancer:
     async def _planned(self, demand: Rows) -> Round:
         """Raises ConfigError when files cannot be read within placement.load_timeout_s, too."""
         planning = in_thread(planned_round, self._served.state, demand, self._planner)
-        why = "files that are served could not be read"
-        return await unless_stalled(planning, lambda: None, self._planner.placing.load_timeout_s, lambda: why)
+        return await unless_stalled(planning, lambda: None, self._planner.placing.load_timeout_s, lambda: UNREADABLE)
 
     def _require_hosts(self) -> None:
         if down := self._served.down:

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
 
 from moeserve.api.find_layer import find_layer
 from moeserve.checkpoints import Swap
@@ -28,7 +27,7 @@ from moeserve.control.frontends import Frontends
 from moeserve.control.restarts import Restarts
 from moeserve.control.rollout import Rollout
 from moeserve.control.room import require_room
-from moeserve.control.stall import unless_stalled
+from moeserve.control.stall import UNREADABLE, unless_stalled
 from moeserve.control.state import NumHosts, State
 from moeserve.control.status import layers_of, status_of
 from moeserve.control.thinning import in_steps
@@ -41,8 +40,6 @@ from moeserve.placement import Transition
 from moeserve.release import Release
 
 log = logging.getLogger(__name__)
-
-_UNREADABLE: Final = "files that are served could not be read"
 
 
 class Controller:
@@ -287,7 +284,7 @@ class Controller:
             return await self._brought_in(change, what)  # in one step: nobody waits longer than needed for what dead hosts held
         return await in_steps(self.state, change, self._planner, lambda each, step: self._brought_in(each, f"{what}{step}"))
 
-    async def _brought_in(self, change: Callable[[State], State], what: str, why: str = _UNREADABLE) -> BroughtIn:
+    async def _brought_in(self, change: Callable[[State], State], what: str, why: str = UNREADABLE) -> BroughtIn:
         """Raises ConfigError when hosts have no room for it, or saying `why` when files cannot be read that it takes to work it out."""
 
         def changed(before: State) -> tuple[State, Transition | None]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from moeserve.control.timing import STALL_LOOK_S
 from moeserve.errors import ConfigError
 
 T = TypeVar("T")
+
+#: why planning a change took too long, as a rule
+UNREADABLE: Final = "files that are served could not be read"
 
 
 async def unless_stalled(work: Coroutine[Any, Any, T], progress: Callable[[], object], timeout_s: float, why: Callable[[], str]) -> T:

@@ -10,7 +10,7 @@ from moeserve.control.audit import BroughtIn
 from moeserve.control.changes import arrived, cost_of, placed
 from moeserve.control.desired import Planner
 from moeserve.control.room import require_room
-from moeserve.control.stall import unless_stalled
+from moeserve.control.stall import UNREADABLE, unless_stalled
 from moeserve.control.state import State
 from moeserve.errors import ConfigError
 from moeserve.loops import in_thread
@@ -30,8 +30,7 @@ async def in_steps(before: State, change: Change, planner: Planner, bring_in: Br
 
     if planner.limit_bytes is None:
         return await bring_in(change, "")
-    why = "files that are served could not be read"
-    after, between = await unless_stalled(in_thread(planned), lambda: None, planner.placing.load_timeout_s, lambda: why)
+    after, between = await unless_stalled(in_thread(planned), lambda: None, planner.placing.load_timeout_s, lambda: UNREADABLE)
     if not between:
         return await bring_in(change, "")
     number = len(between) + 1

@@ -89,7 +89,7 @@ class _Connection:
         return self.bytes >= _LEAST_BYTES
 
     @property
-    def read(self) -> list[SingleMessage | MessageStream]:
+    def being_read(self) -> list[SingleMessage | MessageStream]:
         """Those whose callers are waited for. The others wait for room, or until an answer was taken: what comes meanwhile is not late."""
         return [one for one in self.awaited if one.read is not None and not one.read.done()]
 
@@ -103,7 +103,7 @@ class _Connection:
         """It has brought `received` bytes."""
         if not self.is_large:
             self.began = now
-        if not self.is_large or not self.read:
+        if not self.is_large or not self.being_read:
             self.taken_at = now
         accounted = received if self._accounted is None else self._accounted + _EXTRA_BYTES_PER_S * (now - self._looked_at)
         self._accounted, self._looked_at = min(accounted, received), now
@@ -142,7 +142,7 @@ class Arriving:
             del self._streams[context]
             self.forget(stream, context)
 
-    def begin_read(self, context: Context, read: asyncio.Future[Any]) -> None:
+    def note_read(self, context: Context, read: asyncio.Future[Any]) -> None:
         """`read` is the next message of a stream, or that of another call."""
         if (stream := self._streams.get(context)) is not None:
             stream.read = read
@@ -172,7 +172,7 @@ class Arriving:
 
     async def noted(self, messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         """`messages` of a stream, which are taken as they come."""
-        self.begin_read(context, asyncio.get_running_loop().create_future())
+        self.note_read(context, asyncio.get_running_loop().create_future())
         async for message in messages:
             self.took(context, len(message))
             yield message
@@ -194,7 +194,10 @@ class Arriving:
         limit_s = self._config.transfer_timeout_s
         for connection in self._connections.values():
             if connection.is_large and now - connection.taken_at > limit_s:
-                _end(connection.read, lambda: DeadlineExceeded(f"a message did not come within server.transfer_timeout_s = {limit_s:g} s"))
+                _end(
+                    connection.being_read,
+                    lambda: DeadlineExceeded(f"a message did not come within server.transfer_timeout_s = {limit_s:g} s"),
+                )
 
     def _end_those_without_room(self) -> None:
         """The latest first; there is always room for one message."""

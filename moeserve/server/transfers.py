@@ -77,7 +77,7 @@ class Transfers:
 
         # gRPC never frees what it needs for a read or write that is cancelled.
         read = to_its_end(context.read(), go_on)
-        self.arriving.begin_read(context, read)
+        self.arriving.note_read(context, read)
         return read
 
     def leave(self, context: Context, nbytes: int) -> None:

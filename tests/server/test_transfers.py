@@ -160,10 +160,10 @@ async def test_what_a_stream_does_not_read_yet_is_not_late() -> None:
     assert connection.is_large and connection.taken_at == 100.0
     stream.read = asyncio.get_running_loop().create_future()
     connection.look(MIB, 200.0)
-    assert connection.taken_at == 100.0 and connection.read == [stream]
+    assert connection.taken_at == 100.0 and connection.being_read == [stream]
     stream.read.set_result(b"")
     connection.look(MIB, 300.0)
-    assert connection.taken_at == 300.0 and not connection.read
+    assert connection.taken_at == 300.0 and not connection.being_read
 
 
 async def test_an_answer_is_counted_until_it_was_taken_also_when_its_stream_has_ended(serve: Serve) -> None:

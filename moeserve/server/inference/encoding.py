@@ -37,7 +37,7 @@ def encode(request: pb.ModelInferRequest, answer: Sequence[tuple[WantedOutput, t
         if wanted.where is not None:
             in_shared(output.parameters, wanted.where)
         if not is_typed:
-            data += length_delimited(_RAW, b"" if wanted.where else raw(tensor))
+            data += length_delimited(_RAW, raw(tensor) if wanted.where is None else b"")
         elif wanted.where is None:
             contents = length_delimited(_CONTENTS, *_numbers(tensor))
         described += length_delimited(_OUTPUTS, output.SerializeToString(), *contents)
