@@ -6,7 +6,6 @@ import asyncio
 import re
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,10 @@ import torch
 
 from moeserve import Client, ConfigError, MoELayer
 from moeserve.client import AdminClient
-from moeserve.control import Wanted, timing
+from moeserve.control import NumHosts, Wanted, timing
 from moeserve.experts import ExpertBank
+from moeserve.observe.audit import ADMINISTRATOR
+from moeserve.release import Release
 from tests.support.closeness import assert_close
 from tests.support.harness import ServiceHarness
 from tests.support.waiting import until
@@ -152,19 +153,20 @@ def test_hosts_leave_when_fewer_are_enough(tmp_path: Path) -> None:
 
 def test_a_step_that_waited_does_not_undo_what_was_asked_by_hand_meanwhile(tmp_path: Path) -> None:
     config = configuration(tmp_path, num_hosts=1, up_s=0.3, down_s=3600.0)
-    with (
-        ServiceHarness(config, "local", tmp_path) as service,
-        AdminClient(service.target, ADMIN) as admin,
-        ThreadPoolExecutor() as pool,
-    ):
-        queue, first = service.controller._queue, asyncio.Event()
-        blocking = pool.submit(service.call, queue.to_its_end(queue.in_turn(first.wait)))
-        scaling = pool.submit(admin.scale, 4)
-        until(lambda: len(queue._changes) == 2)
+    with ServiceHarness(config, "local", tmp_path) as service, AdminClient(service.target, ADMIN) as admin:
+        scale, decisions, turn = service.controller.scale, list[str](), asyncio.Event()
+
+        async def in_its_turn(num_hosts: NumHosts, why: str = ADMINISTRATOR, instead_of: int | None = None) -> Release:
+            if why != ADMINISTRATOR:
+                decisions.append(why)
+                await turn.wait()
+            return await scale(num_hosts, why, instead_of)
+
+        service.controller.scale = in_its_turn  # type: ignore[method-assign]
         with Callers(service.target, 8):
-            until(lambda: len(queue._changes) == 3)
-            service.call(_set(first))
-            assert blocking.result() and scaling.result().epoch == 2
+            until(lambda: decisions)
+            assert admin.scale(4).epoch == 2
+            service.call(_set(turn))
             until(lambda: decided(admin))
         assert num_hosts(service) == 4
         (step,) = [each for each in admin.events() if each.why.startswith("autoscaling")]
