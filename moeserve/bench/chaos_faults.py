@@ -11,7 +11,7 @@ from typing import Final
 from moeserve.bench.chaos_schedule import FaultKind
 from moeserve.cluster.fault_injector import FaultInjector
 from moeserve.config.values import NumHosts
-from moeserve.control import Controller
+from moeserve.control.controller import Controller
 from moeserve.observe.stats import host_name
 
 #: a slow host stands still for so long, again and again: a fifth of its time

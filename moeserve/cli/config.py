@@ -23,7 +23,7 @@ def check(file: Annotated[Path, typer.Argument(help="A TOML configuration or a c
     with preparing():
         from moeserve.checkpoints import ServedLayers
         from moeserve.control import Planner
-        from moeserve.server import check_exposure
+        from moeserve.server.security import check_exposure
 
     check_exposure(loaded.server)
     layers = ServedLayers.read(loaded)

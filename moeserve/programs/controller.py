@@ -13,7 +13,11 @@ from typing import Any
 from moeserve.checkpoints import ServedLayers, host_bytes, in_memory, memory_warning
 from moeserve.cluster.cluster import Cluster, Loss
 from moeserve.config import FrontendConfig, ServedModel, ServiceConfig
-from moeserve.control import Controller, Frontends, Planner, Saved, State, first_state, timing
+from moeserve.control import Planner, State, timing
+from moeserve.control.controller import Controller
+from moeserve.control.first_state import first_state
+from moeserve.control.frontends import Frontends
+from moeserve.control.saved import Saved
 from moeserve.errors import CheckpointChanged, ConfigError, ExpertUnavailable, number_of
 from moeserve.loops import in_thread
 from moeserve.observe.audit import AuditEvent

@@ -14,7 +14,7 @@ from moeserve.config import ServiceConfig
 from moeserve.errors import ConfigError
 from moeserve.programs.deployed import Deployed, DeployedController, Tell
 from moeserve.programs.timing import GONE_LOOK_S, STOP_TIMEOUT_S
-from moeserve.server import controller_address
+from moeserve.server.security import controller_address
 
 log = logging.getLogger(__name__)
 

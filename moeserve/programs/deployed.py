@@ -17,7 +17,9 @@ from moeserve.programs.controller import ControllerProgram
 from moeserve.programs.frontend_actors import FrontendActors
 from moeserve.programs.same_user import SameUserDoor
 from moeserve.programs.timing import CONTROLLER_DRAIN_S
-from moeserve.server import Control, GrpcServer, controller_address, frontend_tokens
+from moeserve.server.control import Control
+from moeserve.server.grpc_server import GrpcServer
+from moeserve.server.security import controller_address, frontend_tokens
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ import torch
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest
 from moeserve.config import ServerConfig
-from moeserve.control import Orders
 from moeserve.control.follow import Report
 from moeserve.control.following import unreached
+from moeserve.control.orders import Orders
 from moeserve.errors import Cancelled, DeadlineExceeded, ExpertUnavailable, MoEServeError
 from moeserve.frontend import Frontend
 from moeserve.loops import DrivenLoop, Waiter

@@ -9,9 +9,11 @@ from typing import Any
 
 from moeserve.checkpoints import ServedLayers
 from moeserve.config import ServerConfig
-from moeserve.control import Follower, Following, Orders, timing
+from moeserve.control import timing
 from moeserve.control.follow import Report
-from moeserve.control.follower import Stage
+from moeserve.control.follower import Follower, Stage
+from moeserve.control.following import Following
+from moeserve.control.orders import Orders
 from moeserve.errors import MoEServeError
 from moeserve.frontend import Frontend
 from moeserve.loops import Notifier

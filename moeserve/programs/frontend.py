@@ -12,16 +12,17 @@ from typing import Final
 from moeserve.addresses import called, join
 from moeserve.checkpoints import ServedLayers
 from moeserve.config import ServerConfig
-from moeserve.control import Orders
 from moeserve.control.follow import Report
+from moeserve.control.orders import Orders
 from moeserve.errors import ConfigError, number_of
 from moeserve.frontend import Frontend
 from moeserve.observe.metrics import Metrics
 from moeserve.observe.page import OtherProcesses, StatusPage
 from moeserve.programs.followed import Followed
-from moeserve.server import GrpcServer, SharedPort
 from moeserve.server.admin import Admin
 from moeserve.server.control import Control
+from moeserve.server.grpc_server import GrpcServer
+from moeserve.server.proxy import SharedPort
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from moeserve.config import load_server
 from moeserve.errors import MoEServeError
 from moeserve.programs.frontend import FrontendProgram
 from moeserve.programs.grpc_orders import GrpcOrders
-from moeserve.server import SharedPort
+from moeserve.server.proxy import SharedPort
 from moeserve.server.security import FrontendTokens
 from moeserve.transport import give_back_pools
 

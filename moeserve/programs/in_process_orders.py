@@ -6,9 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from moeserve.control import Frontends
 from moeserve.control.follow import Order, Report
-from moeserve.control.frontends import FollowingFrontend
+from moeserve.control.frontends import FollowingFrontend, Frontends
 from moeserve.errors import ServiceUnreachable
 
 

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 
 from moeserve.addresses import join
 from moeserve.config import ServerConfig, ServiceConfig
-from moeserve.control import Frontends
+from moeserve.control.frontends import Frontends
 from moeserve.programs.controller import ControllerProgram
 from moeserve.programs.frontend_processes import FrontendProcesses
-from moeserve.server import Control, GrpcServer, frontend_tokens
+from moeserve.server.control import Control
+from moeserve.server.grpc_server import GrpcServer
+from moeserve.server.security import frontend_tokens
 
 _LOOPBACK = "127.0.0.1"
 #: the placement of the largest models takes some hundred KB

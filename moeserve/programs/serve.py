@@ -13,7 +13,7 @@ from typing import Any
 from moeserve.addresses import port_of
 from moeserve.cluster.cluster import Cluster
 from moeserve.config import ServiceConfig
-from moeserve.control import Controller
+from moeserve.control.controller import Controller
 from moeserve.control.counted import Elsewhere
 from moeserve.errors import ExpertUnavailable, MoEServeError
 from moeserve.loops import all_or_none
@@ -25,7 +25,8 @@ from moeserve.programs.frontend import FrontendProgram
 from moeserve.programs.in_process_orders import InProcessOrders
 from moeserve.programs.more_frontends import MoreFrontends, metrics_targets
 from moeserve.programs.same_user import SameUserDoor
-from moeserve.server import Control, check_exposure, frontend_tokens
+from moeserve.server.control import Control
+from moeserve.server.security import check_exposure, frontend_tokens
 
 log = logging.getLogger(__name__)
 

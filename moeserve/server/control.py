@@ -10,9 +10,8 @@ from typing import Any, Final
 import grpc
 from google.protobuf.message import DecodeError
 
-from moeserve.control import Frontends
 from moeserve.control.follow import Report
-from moeserve.control.frontends import FollowingFrontend
+from moeserve.control.frontends import FollowingFrontend, Frontends
 from moeserve.errors import ExpertUnavailable, InvalidRequest
 from moeserve.server.rpc import Context, Handler
 from moeserve.server.security import FrontendTokens

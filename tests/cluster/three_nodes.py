@@ -30,7 +30,8 @@ from moeserve.cluster.ray_nodes import RayNodes
 from moeserve.cluster.ray_reservation import find_hosts, find_reservations
 from moeserve.cluster.ray_runtime import RayRuntime
 from moeserve.config import ServedModel, ServiceConfig, load_config
-from moeserve.control import Assignment, first_state, reconcile
+from moeserve.control import Assignment, reconcile
+from moeserve.control.first_state import first_state
 from moeserve.frontend import Frontend, FrontendSettings, HostAccess
 from moeserve.observe.metrics import Metrics
 from moeserve.observe.stats import HostInfo

@@ -7,8 +7,10 @@ import asyncio
 import pytest
 
 from moeserve import ConfigError, load_config
-from moeserve.control import Controller, Frontends, first_state
 from moeserve.control.audit import AuditLog, Begun, ChangeWithdrawn
+from moeserve.control.controller import Controller
+from moeserve.control.first_state import first_state
+from moeserve.control.frontends import Frontends
 from moeserve.observe.audit import AuditEvent
 from tests.support.planning import planner_of
 from tests.support.simulated import SimulatedHosts, SimulatedNodes

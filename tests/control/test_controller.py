@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 
 from moeserve import ConfigError, load_config
-from moeserve.control import Controller, Frontends, Node, Wanted, first_state
+from moeserve.control import Node, Wanted
+from moeserve.control.controller import Controller
+from moeserve.control.first_state import first_state
+from moeserve.control.frontends import Frontends
 from tests.support.planning import planner_of
 
 LAYER = {"hidden_size": 8, "intermediate_size": 4, "num_experts": 6}

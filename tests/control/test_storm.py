@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from moeserve import ConfigError, ExpertUnavailable, load_config
-from moeserve.control import Controller, Frontends, State, first_state
+from moeserve.control import State
+from moeserve.control.controller import Controller
+from moeserve.control.first_state import first_state
+from moeserve.control.frontends import Frontends
 from moeserve.errors import MoEServeError
 from moeserve.observe.audit import AuditEvent
 from moeserve.placement import Placement

@@ -14,7 +14,7 @@ from moeserve import ConfigError, load_config
 from moeserve.cli.verbs import app
 from moeserve.config import ServerConfig
 from moeserve.observe.page import StatusPage
-from moeserve.server import check_exposure
+from moeserve.server.security import check_exposure
 from tests.deploy.containers import COMPOSE, SERVICE, filled
 from tests.deploy.files import DEPLOY, dashboard, read_yaml
 from tests.support.harness import ServiceHarness

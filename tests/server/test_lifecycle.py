@@ -11,7 +11,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from moeserve.config import ServerConfig
 from moeserve.errors import ConfigError
-from moeserve.server import GrpcServer
+from moeserve.server.grpc_server import GrpcServer
 from moeserve.v1 import moe_service_pb2 as pb
 from tests.support.engine import echo_engine
 from tests.support.messages import request

@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from moeserve.config import ServerConfig
 from moeserve.errors import ConfigError
-from moeserve.server import GrpcServer
+from moeserve.server.grpc_server import GrpcServer
 from moeserve.server.health import LIVENESS
 from tests.support.certificates import Authority
 from tests.support.engine import echo_engine

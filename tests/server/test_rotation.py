@@ -14,7 +14,7 @@ import pytest
 
 from moeserve.config import ServerConfig
 from moeserve.errors import ConfigError
-from moeserve.server import GrpcServer
+from moeserve.server.grpc_server import GrpcServer
 from moeserve.v1 import moe_service_pb2_grpc as pb_grpc
 from tests.support.certificates import Authority
 from tests.support.engine import echo_engine

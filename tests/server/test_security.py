@@ -13,8 +13,8 @@ from grpc_reflection.v1alpha import reflection_pb2_grpc
 
 from moeserve.config import ServerConfig
 from moeserve.errors import ConfigError
-from moeserve.server import GrpcServer, check_exposure
-from moeserve.server.security import read_tokens
+from moeserve.server.grpc_server import GrpcServer
+from moeserve.server.security import check_exposure, read_tokens
 from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1 import moe_service_pb2_grpc as pb_grpc
 from tests.support.certificates import Authority

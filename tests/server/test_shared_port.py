@@ -11,7 +11,8 @@ import pytest
 from moeserve import ConfigError
 from moeserve.config import ServerConfig
 from moeserve.observe.status import ServiceStatus
-from moeserve.server import GrpcServer, SharedPort
+from moeserve.server.grpc_server import GrpcServer
+from moeserve.server.proxy import SharedPort
 from moeserve.v1 import admin_service_pb2 as pb
 from moeserve.v1 import admin_service_pb2_grpc as pb_grpc
 from tests.support.engine import echo_engine

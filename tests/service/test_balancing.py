@@ -19,7 +19,7 @@ import torch
 from moeserve import Client, ConfigError, ExpertUnavailable, InvalidRequest, MoELayer, UnknownLayer
 from moeserve.cli.app import main
 from moeserve.client import AdminClient
-from moeserve.control import Saved
+from moeserve.control.saved import Saved
 from moeserve.placement import layer_balancedness
 from tests.support.closeness import assert_close
 from tests.support.followers import ThreadedFrontend

@@ -11,7 +11,9 @@ import pytest
 from moeserve import Client
 from moeserve.cli.app import main
 from moeserve.client import AdminClient
-from moeserve.server import Control, GrpcServer, frontend_tokens
+from moeserve.server.control import Control
+from moeserve.server.grpc_server import GrpcServer
+from moeserve.server.security import frontend_tokens
 from tests.support.followers import TOKEN, ThreadedFrontend
 from tests.support.harness import ServiceHarness
 from tests.support.seen import epochs

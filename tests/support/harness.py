@@ -16,7 +16,9 @@ from moeserve.cluster.thread_fleet import ThreadFleet
 from moeserve.cluster.thread_host import ThreadHost
 from moeserve.cluster.threads import ThreadCluster
 from moeserve.config import ServedModel, ServiceConfig, load_config
-from moeserve.control import Controller, Frontends, Saved
+from moeserve.control.controller import Controller
+from moeserve.control.frontends import Frontends
+from moeserve.control.saved import Saved
 from moeserve.experts import ExpertBank
 from moeserve.frontend import Frontend
 from moeserve.host import Holdings, Where
@@ -26,7 +28,9 @@ from moeserve.observe.stats import HostInfo, host_name
 from moeserve.placement import Placement
 from moeserve.programs.controller import ControllerProgram
 from moeserve.programs.serve import Service
-from moeserve.server import Control, GrpcServer, controller_address, frontend_tokens
+from moeserve.server.control import Control
+from moeserve.server.grpc_server import GrpcServer
+from moeserve.server.security import controller_address, frontend_tokens
 
 Result = TypeVar("Result")
 Kind = Literal["local", "shm", "tcp"]

@@ -12,7 +12,7 @@ import grpc
 from moeserve.addresses import join
 from moeserve.config import ServerConfig
 from moeserve.loops import LoopThread
-from moeserve.server import GrpcServer
+from moeserve.server.grpc_server import GrpcServer
 from moeserve.v1 import moe_service_pb2_grpc as pb_grpc
 from tests.support.engine import FakeEngine, echo_engine
 

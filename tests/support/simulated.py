@@ -7,8 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from moeserve.control import Assignment, Frontends, Node, Wanted
+from moeserve.control import Assignment, Node, Wanted
 from moeserve.control.follow import Report
+from moeserve.control.frontends import Frontends
 from moeserve.control.record import packed_counts
 from moeserve.errors import ConfigError
 from moeserve.observe.stats import HostInfo, PassTime, host_name
