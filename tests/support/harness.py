@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
@@ -129,6 +130,7 @@ class ServiceHarness:
             if self.control_server is not None:
                 self.call(self.control_server.stop())
             self.call(self.service.stop())
+            self.call(self.program.stop())  # it may be a later one than that of the service
         finally:
             self._thread.stop()
 
@@ -219,6 +221,7 @@ class ServiceHarness:
         saved = Saved.from_bytes(store.load() or b"")
         store.save(replace(saved, service_id=service_id or saved.service_id).to_bytes())
         killed, self.program = self.program, ControllerProgram(self.config, self.cluster, lambda _: None)
+        await asyncio.gather(*killed._stop_tasks(), return_exceptions=True)
         await self.program.prepare(is_followed=True)
         self.service.orders.frontends = self.program.frontends
         for member in list(killed.frontends._members):
