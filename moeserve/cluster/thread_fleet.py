@@ -13,7 +13,7 @@ from moeserve.cluster.loading import Loading
 from moeserve.cluster.thread_host import ThreadHost
 from moeserve.cluster.timing import LEAST_REST_S, MOST_REST_S, WATCH_S
 from moeserve.control.assignments import Assignment
-from moeserve.errors import MoEServeError
+from moeserve.errors import ExpertUnavailable, MoEServeError
 from moeserve.host import Holdings, Host, Where
 from moeserve.loops import Notifier, in_thread
 from moeserve.observe.stats import HostInfo, PassTime, host_name
@@ -48,7 +48,7 @@ class ThreadFleet:
     @property
     def present(self) -> dict[int, HostInfo]:
         """The descriptions of live hosts."""
-        return {number: member.host.info for number, member in self.members.items() if member.is_up}
+        return {number: host.info for number, member in self.members.items() if (host := member.running) is not None}
 
     @property
     def pass_times(self) -> dict[int, PassTime]:
@@ -76,8 +76,7 @@ class ThreadFleet:
         self._rests.clear()  # there is a new release to load
         new = [self._add(each.number) for each in assignments if each.number not in self.members]
         for member in new:
-            await self._loading.wait(member.number, partial(self._until_up, member))
-            on_ready(member.host.info)
+            await self._loading.wait(member.number, partial(self._come_up, member, on_ready))
         for number in release.placement.hosts:
             await self._loading.wait(number, partial(self._have_take, self.members[number], release))
 
@@ -88,27 +87,29 @@ class ThreadFleet:
         await self.remove([number for number in self.members if number not in numbers])
         for number in sorted(numbers):
             member = self.members.get(number) or self._add(number)
-            await self._until_up(member)
-            await in_thread(member.host.adopt, release)
+            host = await self._until_up(member)
+            await in_thread(host.adopt, release)
 
     async def withdraw(self, epoch: int) -> None:
         """Hosts forget the withdrawn release of `epoch`, and all after it."""
         self._releases = [release for release in self._releases if release.epoch < epoch]
-        for member in self._up():
-            await in_thread(member.host.withdraw, epoch)
+        for host in self._up():
+            await in_thread(host.withdraw, epoch)
 
     async def retire(self, epoch: int) -> None:
         """Hosts forget the releases before `epoch`."""
         self._releases = [release for release in self._releases if release.epoch >= epoch]
-        for member in self._up():
-            await in_thread(member.host.retire, epoch)
+        for host in self._up():
+            await in_thread(host.retire, epoch)
         self._introduce()
 
     async def remove(self, numbers: Sequence[int]) -> None:
-        """End these hosts for good."""
+        """End these hosts for good, and free what they hold; one that loads ends when it has read the next expert."""
         leaving = [self.members.pop(number) for number in numbers if number in self.members]
         for member in leaving:
             await in_thread(member.stop)
+            if (holdings := self._holdings.pop(member.number, None)) is not None:
+                await in_thread(holdings.withdraw, 0)
         self._introduce()
 
     def admit(self, public_keys: Collection[str]) -> asyncio.Future[None]:
@@ -155,12 +156,18 @@ class ThreadFleet:
         self._incarnations += 1
         where = self._where(number, self._incarnations)
         holdings = self._holdings[number] = self._hold(number, where)
+        if number not in self.members:
+            del self._holdings[number]
+            raise ExpertUnavailable(f"{host_name(number)} has left")
         holdings.begin(self._releases)
         return Host(holdings, where, self._frontends, on_crash)
 
+    async def _come_up(self, member: ThreadHost, on_ready: OnReady) -> None:
+        on_ready((await self._until_up(member)).info)
+
     async def _have_take(self, member: ThreadHost, release: Release) -> None:
-        await self._until_up(member)
-        await in_thread(member.host.take, release)
+        host = await self._until_up(member)
+        await in_thread(host.take, release)
 
     async def _experts_read(self, number: int) -> int:
         return self._holdings[number].experts_read if number in self._holdings else 0
@@ -171,26 +178,28 @@ class ThreadFleet:
 
     def _directory(self) -> dict[int, HostInfo]:
         """The latest incarnation of each host; a caller that cannot reach one looks again for the next."""
-        known = ((number, member.host.info if member.is_up else member.info) for number, member in self.members.items())
+        hosts = ((number, member, member.running) for number, member in self.members.items())
+        known = ((number, member.info if host is None else host.info) for number, member, host in hosts)
         return {number: info for number, info in known if info is not None}
 
     def _introduce(self) -> None:
         """Every host gets the directory of all hosts, and the keys to accept."""
         directory = self._directory()
-        for member in self._up():
-            member.host.meet(directory, self._frontends)
+        for host in self._up():
+            host.meet(directory, self._frontends)
         self._changed.notify()
 
-    def _up(self) -> list[ThreadHost]:
-        return [member for member in self.members.values() if member.is_up]
+    def _up(self) -> list[Host]:
+        return [host for member in self.members.values() if (host := member.running) is not None]
 
-    async def _until_up(self, member: ThreadHost) -> None:
+    async def _until_up(self, member: ThreadHost) -> Host:
         """Waits for a host that was stopped on purpose. Raises the error of its start."""
-        while not member.is_up:
+        while (host := member.running) is None:
             if member.is_stopped:
                 await self._changed.wait()
             else:
                 await in_thread(member.start)
+        return host
 
     def _may_try(self, member: ThreadHost) -> bool:
         if member.is_up or member.is_stopped or self._lost is not None or member.number in self._trying:

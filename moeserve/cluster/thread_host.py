@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from moeserve.errors import MoEServeError
+from moeserve.errors import ExpertUnavailable, MoEServeError
 from moeserve.host import Host
-from moeserve.observe.stats import HostInfo, PassTime
+from moeserve.observe.stats import HostInfo, PassTime, host_name
 
 #: makes a host that loads the releases in force and listens; its argument is called if the host's thread fails
 Make = Callable[[Callable[[], None]], Host]
@@ -33,24 +33,30 @@ class ThreadHost:
         self._stops = 0
 
     @property
+    def running(self) -> Host | None:
+        """The running host, None while it is down. It may end in another thread at any time: ask once, and use what you got."""
+        return self._host
+
+    @property
     def is_up(self) -> bool:
         """Whether it answers."""
         return self._host is not None
 
     @property
     def host(self) -> Host:
-        """The running host."""
-        assert self._host is not None, "a host that is up"
-        return self._host
+        """The running host, where nothing ends it meanwhile."""
+        host = self._host
+        assert host is not None, "a host that is up"
+        return host
 
     @property
     def pass_time(self) -> PassTime | None:
         """How busy it has been; None while it is down."""
-        host = self._host  # which may end in another thread meanwhile
+        host = self._host
         return None if host is None else host.pass_time
 
     def start(self) -> None:
-        """Load and listen, unless it is up. Raises ConfigError or CheckpointError, which is its `error` then.
+        """Load and listen, unless it is up. Raises a MoEServeError, which is its `error` then.
 
         One that is stopped while it loads ends as soon as it has loaded.
         """
@@ -64,6 +70,10 @@ class ThreadHost:
             except MoEServeError as error:
                 self.error = error
                 raise
+            except Exception as error:  # any error, as of too little memory
+                why = f"{host_name(self.number)} cannot load its experts: {type(error).__name__}: {error}"
+                self.error = ExpertUnavailable(why)
+                raise self.error from error
             finally:
                 self._on_change()
 
@@ -95,5 +105,8 @@ class ThreadHost:
         host.stop()
 
     def _crashed(self) -> None:
-        self._host = None
+        """In the thread of an incarnation that has failed, perhaps while it ended; the next one may be up by then."""
+        with self._changing:
+            if self._host is not None and self._host.has_failed:
+                self._host = None
         self._on_change()

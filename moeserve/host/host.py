@@ -43,6 +43,8 @@ class Host:
 
     def __init__(self, holdings: Holdings, where: Where, frontends: Collection[str], on_crash: Callable[[], None]) -> None:
         self.holdings = holdings
+        #: its thread has failed
+        self.has_failed = False
         self._frontends, self._on_crash = frontends, on_crash
         own = KeyPair.generate()
         self._keys = HostKeys(own, frozenset(frontends))
@@ -121,4 +123,5 @@ class Host:
             self._loop.run()
         except BaseException:
             log.exception("%s has failed", self.info.name)
+            self.has_failed = True
             self._on_crash()

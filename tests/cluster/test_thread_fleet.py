@@ -1,0 +1,150 @@
+"""Hosts that are threads end, fail and leave at any moment: what their fleet makes of that."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from moeserve import ExpertUnavailable, ServiceConfig, load_config
+from moeserve.cluster.thread_fleet import ThreadFleet
+from moeserve.cluster.thread_host import ThreadHost
+from moeserve.cluster.threads import ThreadCluster
+from moeserve.config import ServedModel
+from moeserve.control import Assignment
+from moeserve.host import Holdings, Host, Where
+from moeserve.loops import in_thread
+from moeserve.release import Release
+from tests.support.planning import planner_of
+
+LAYER = {"hidden_size": 16, "intermediate_size": 32, "num_experts": 8}
+CONFIG = load_config({"layers": [LAYER], "placement": {"num_hosts": 2}})
+ASSIGNMENTS = [Assignment(number, "this-process") for number in range(2)]
+
+
+def release_of(config: ServiceConfig) -> Release:
+    planner = planner_of(config)
+    return Release.first(planner.plan(2), planner.layers.sources)
+
+
+class TestHoldings(Holdings):
+    """`before` is called, with what begins, before a method that a test disturbs."""
+
+    __test__ = False
+    before: Callable[[str], None] = staticmethod(lambda what: None)
+
+    def retire(self, epoch: int) -> None:
+        self.before("retire")
+        super().retire(epoch)
+
+    def withdraw(self, epoch: int) -> None:
+        self.before("withdraw")
+        super().withdraw(epoch)
+
+    def _count(self, release: Release) -> None:
+        super()._count(release)
+        self.before("read")
+
+
+Hold = Callable[[int, Where], TestHoldings]
+
+
+def hold(number: int, where: Where) -> TestHoldings:
+    return TestHoldings(CONFIG.only(ServedModel), number, where.device)
+
+
+def where(number: int, incarnation: int) -> Where:
+    return ThreadCluster(CONFIG.only(ServedModel), CONFIG.placement, CONFIG.ray).where(number, incarnation)
+
+
+@asynccontextmanager
+async def fleet_of(hold: Hold) -> AsyncIterator[ThreadFleet]:
+    fleet = ThreadFleet(where, hold)
+    yield fleet
+    await fleet.stop()
+
+
+async def test_a_host_that_leaves_keeps_no_weights() -> None:
+    async with fleet_of(hold) as fleet:
+        await fleet.take(release_of(CONFIG), ASSIGNMENTS)
+        left, stays = (weakref.ref(fleet.members[number].host.holdings) for number in (1, 0))
+        await fleet.remove([1])
+        gc.collect()
+        assert left() is None and stays() is not None
+
+
+async def test_a_host_that_leaves_while_it_loads_reads_no_further() -> None:
+    """Its thread would be in compiled code at the end of the process, which aborts Python."""
+    reading, goes_on = threading.Event(), threading.Event()
+    made: list[TestHoldings] = []
+
+    def slow(number: int, where: Where) -> TestHoldings:
+        made.append(hold(number, where))
+        made[-1].before = lambda what: (reading.set(), goes_on.wait(30)) if what == "read" else None  # type: ignore[assignment,method-assign]
+        return made[-1]
+
+    async with fleet_of(slow) as fleet:
+        taking = asyncio.create_task(fleet.take(release_of(CONFIG), ASSIGNMENTS))
+        await in_thread(reading.wait, 30)
+        taking.cancel()
+        await asyncio.wait([taking])
+        working = [thread for thread in threading.enumerate() if thread.name == "moeserve-work"]
+        await fleet.stop()
+    goes_on.set()
+    for thread in working:
+        await asyncio.to_thread(thread.join, 30)
+    assert [holdings.experts_read for holdings in made] == [2], "the one that was read, and the one that was begun"
+
+
+@pytest.mark.parametrize("what", ["retire", "withdraw"])
+async def test_a_host_that_is_killed_while_others_forget(what: str) -> None:
+    forgetting, goes_on = threading.Event(), threading.Event()
+
+    def slow(number: int, where: Where) -> TestHoldings:
+        made = hold(number, where)
+        if number == 0:
+            made.before = lambda begun: (forgetting.set(), goes_on.wait(30)) if begun == what else None  # type: ignore[assignment,method-assign]
+        return made
+
+    async with fleet_of(slow) as fleet:
+        await fleet.take(release_of(CONFIG), ASSIGNMENTS)
+        work = fleet.retire(1) if what == "retire" else fleet.withdraw(2)
+        telling = asyncio.create_task(work)
+        await in_thread(forgetting.wait, 30)
+        fleet.members[1].kill()
+        goes_on.set()
+        await telling
+        assert fleet.present.keys() == {0}
+
+
+async def test_any_error_of_a_start_is_said_and_is_no_reason_to_try_at_once() -> None:
+    def full(number: int, where: Where) -> TestHoldings:
+        raise RuntimeError("not enough memory")
+
+    async with fleet_of(full) as fleet:
+        with pytest.raises(ExpertUnavailable, match=r"^host-0 cannot load its experts: RuntimeError: not enough memory$"):
+            await fleet.take(release_of(CONFIG), ASSIGNMENTS)
+        assert fleet.failing == {0: "host-0 cannot load its experts: RuntimeError: not enough memory"}
+
+
+def test_an_incarnation_that_fails_while_it_ends_does_not_take_the_next_one_with_it() -> None:
+    crashes: list[Callable[[], None]] = []
+
+    def make(on_crash: Callable[[], None]) -> Host:
+        crashes.append(on_crash)
+        holdings = hold(0, where(0, len(crashes)))
+        holdings.begin([release_of(CONFIG)])
+        return Host(holdings, where(0, len(crashes)), (), on_crash)
+
+    member = ThreadHost(0, make, lambda: None)
+    member.start()
+    member.kill()
+    member.start()
+    crashes[0]()
+    assert member.is_up
+    member.stop()
