@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from moeserve.cli import signals, streams
 from moeserve.errors import ConfigError, MoEServeError, ServiceUnreachable, explained
@@ -67,4 +69,13 @@ def entry() -> None:
     except signals.Ended as ended:
         code = ended.exit_code
     signals.ignore()
-    sys.exit(code)
+    _end(code)
+
+
+def _end(code: int) -> NoReturn:
+    """All that belongs to the end of a program, but Python is not taken apart under threads that are still in compiled code.
+
+    These would abort the process: of a host that loads, as its kernels do, and of gRPC.
+    """
+    atexit._run_exitfuncs()
+    os._exit(code)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
@@ -15,6 +17,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _NAME: Final = "moeserve-work"
+#: for work that nobody waits for any more, at the end of the process
+_PATIENCE_S: Final = 2.0
 
 
 async def in_thread(function: Callable[[*Args], Result], *args: *Args) -> Result:
@@ -73,3 +77,12 @@ def _pass_on(future: Future[Result], done: asyncio.Future[Result]) -> None:
         done.set_exception(error)
     else:
         done.set_result(future.result())
+
+
+@atexit.register
+def _leave_none_behind() -> None:
+    """A thread that is in compiled code while Python ends would abort the process; one that hangs in a file system does not."""
+    deadline = time.monotonic() + _PATIENCE_S
+    for thread in threading.enumerate():
+        if thread.name == _NAME:
+            thread.join(max(0.0, deadline - time.monotonic()))

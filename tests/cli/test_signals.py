@@ -26,6 +26,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: hosts are busy with it for minutes
 LARGE = "[[layers]]\nhidden_size = 2048\nintermediate_size = 8192\nnum_experts = 64\n[placement]\nnum_hosts = 2\n"
 
+#: as large, in small experts
+MANY = "[[layers]]\nhidden_size = 64\nintermediate_size = 64\nnum_experts = 256\n" * 64 + "[placement]\nnum_hosts = 2\n"
+
 
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[ServiceHarness]:
@@ -67,6 +70,19 @@ def test_before_it_is_ready(moment: str, number: signal.Signals, tmp_path: Path)
     assert (process.returncode, err) == (128 + number, f"{number.name} before it was ready: stopping what was started\n")
     assert running(pids) == {}
     assert folder is None or not folder.exists()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_while_hosts_that_are_threads_load(number: signal.Signals, tmp_path: Path) -> None:
+    """Nobody waits for what they read, and their threads, in the middle of compiled code, do not abort the process at its end."""
+    (tmp_path / "service.toml").write_text(MANY + "[server]\nport = 0\nmetrics_port = 0\n")
+    with moeserve("serve", str(tmp_path / "service.toml"), "--cluster", "threads") as process:
+        assert process.stderr is not None
+        while not next(process.stderr).startswith("loading"):
+            pass
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (128 + number, f"{number.name} before it was ready: stopping what was started\n")
 
 
 @pytest.mark.ray

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,25 @@ def test_in_a_program_it_needs_no_ray() -> None:
         [sys.executable, "-c", IN_A_PROGRAM.format(config=config)], capture_output=True, text=True, timeout=120, check=False
     )
     assert run.stdout == "['host-1', 'host-2'] False\n", run.stderr
+
+
+INTERRUPTED = """
+import moeserve
+moeserve.serve({config!r}, lambda line: print(line, flush=True), cluster="threads")
+"""
+
+
+def test_a_program_that_is_interrupted_while_hosts_load() -> None:
+    """Their threads are in compiled code, and do not abort the program at its end."""
+    layers = [{**LAYER, "hidden_size": 64, "intermediate_size": 64, "num_experts": 256}] * 64
+    program = INTERRUPTED.format(config={**CONFIG, "layers": layers})
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while not next(process.stdout).startswith("loading"):
+            pass
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT and err.endswith("KeyboardInterrupt\n"), err
 
 
 def test_the_verb(tmp_path: Path) -> None:
