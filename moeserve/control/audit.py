@@ -31,6 +31,14 @@ class ChangeWithdrawn(ExpertUnavailable):
     """The service is ending: a change is not made, or not to its end."""
 
 
+class ChangeStopped(ExpertUnavailable):
+    """A change that is made in steps goes no further; what the first ones have moved stays. cost: what that was."""
+
+    def __init__(self, why: str, cost: Transition | None) -> None:
+        super().__init__(why)
+        self.cost = cost
+
+
 @dataclass(frozen=True, eq=False)
 class BroughtIn:
     """A change that is in force. cost: what it moved; None = nothing."""
@@ -73,13 +81,16 @@ class AuditLog:
         try:
             done = await change()
         except BaseException as error:  # a cancelled one, too
-            self.end(begun, error=error)
+            self.end(begun, error.cost if isinstance(error, ChangeStopped) else None, error)
             raise
         self.end(begun, done.cost)
         return done.release
 
     def end(self, begun: Begun, cost: Transition | None = None, error: BaseException | None = None) -> None:
-        """Records that it has ended: well, or with `error`. What fails by itself again and again, for the same reason, is one event."""
+        """Records that it has ended: well, or with `error`.
+
+        What fails by itself again and again for the same reason, and moves nothing, is one event.
+        """
         ending = _ending(error)
         event = AuditEvent(
             number=self._number + 1,
@@ -95,7 +106,8 @@ class AuditLog:
         )
         before = self._latest.get(event.kind)
         is_same = before is not None and (before.outcome, before.error, before.why) == (event.outcome, event.error, event.why)
-        if is_same and error is not None and begun.why != ADMINISTRATOR:
+        has_moved = cost is not None and cost.moves + cost.new > 0
+        if is_same and error is not None and begun.why != ADMINISTRATOR and not has_moved:
             return
         self._add(event)
         log.info("audit: %s", event)
@@ -137,7 +149,7 @@ def _ending(error: BaseException | None) -> Ending:
         return "done"
     if isinstance(error, ChangeWithdrawn | asyncio.CancelledError):
         return "withdrawn"
-    return "stopped" if isinstance(error, RoundStopped) else "failed"
+    return "stopped" if isinstance(error, RoundStopped | ChangeStopped) else "failed"
 
 
 def _sentence(ending: Ending, error: BaseException | None) -> str:

@@ -124,7 +124,8 @@ class Controller:
         """Change the number of hosts; "all" = as many as fit on the nodes. `why`: who or what asks for it. Autoscaling goes on from there.
 
         `instead_of`: only if that is the desired number when its turn comes. Hosts start or leave. Raises ConfigError when they do not fit,
-        autoscaling does not allow it, or it is no longer `instead_of`; then nothing has changed.
+        autoscaling does not allow it, or it is no longer `instead_of`; then nothing has changed. Raises ChangeStopped when hosts that leave
+        make it in steps, and a later one cannot be made.
         """
 
         async def change() -> BroughtIn:
@@ -138,7 +139,7 @@ class Controller:
     async def drain(self, host: str) -> Release:
         """Move the experts of a host to the others, then remove it; the desired number of hosts is one fewer from now on.
 
-        Raises ConfigError when there is no such host, or no room.
+        Raises ConfigError when there is no such host, or no room, and ChangeStopped as `scale`.
         """
         return await self._asked(Begun("drain", host), lambda: self._drain(host))
 

@@ -93,10 +93,12 @@ class Rollout:
             self._save(replace(after, last_epoch=release.epoch))
             self._frontends.publish(release)
         except BaseException:  # any error: a release that hosts have and frontends do not would be mistaken for the served one
-            self._save(self.state)
             self._frontends.withdraw()
-            await self._hosts.withdraw(release.epoch)
-            await self._hosts.remove(_more(after, before))
+            try:
+                self._save(self.state)
+            finally:
+                await self._hosts.withdraw(release.epoch)
+                await self._hosts.remove(_more(after, before))
             raise
         self.state = replace(after, last_epoch=release.epoch)
 

@@ -6,13 +6,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 
-from moeserve.control.audit import BroughtIn
+from moeserve.control.audit import BroughtIn, ChangeStopped
 from moeserve.control.changes import arrived, cost_of, placed
 from moeserve.control.desired import Planner
 from moeserve.control.room import require_room
 from moeserve.control.stall import UNREADABLE, unless_stalled
 from moeserve.control.state import State
-from moeserve.errors import ConfigError
+from moeserve.errors import ConfigError, MoEServeError
 from moeserve.loops import in_thread
 from moeserve.placement import Placement, steps
 
@@ -22,7 +22,10 @@ BringIn = Callable[[Change, str], Awaitable[BroughtIn]]
 
 
 async def in_steps(before: State, change: Change, planner: Planner, bring_in: BringIn) -> BroughtIn:
-    """Brings in what `change` makes of `before`, in as many steps as it takes. Raises what `bring_in` raises; what has moved then stays."""
+    """Brings in what `change` makes of `before`, in as many steps as it takes.
+
+    Raises what `bring_in` raises for the first step, and ChangeStopped when a later one cannot be made.
+    """
 
     def planned() -> tuple[State, list[Placement]]:
         after = change(before)
@@ -33,11 +36,17 @@ async def in_steps(before: State, change: Change, planner: Planner, bring_in: Br
     after, between = await unless_stalled(in_thread(planned), lambda: None, planner.placing.load_timeout_s, lambda: UNREADABLE)
     if not between:
         return await bring_in(change, "")
-    number = len(between) + 1
-    for done, placement in enumerate(between, 1):
-        await bring_in(partial(placed, placement=placement), f", step {done} of {number}")
-    last = await bring_in(partial(arrived, after=after), f", step {number} of {number}")
-    return replace(last, cost=await in_thread(cost_of, before, after, planner))
+    steps_there = [*(partial(placed, placement=placement) for placement in between), partial(arrived, after=after)]
+    made: list[BroughtIn] = []
+    for number, step in enumerate(steps_there, 1):
+        try:
+            made.append(await bring_in(step, f", step {number} of {len(steps_there)}"))
+        except MoEServeError as error:
+            if not made:
+                raise
+            why = f"step {number} of {len(steps_there)} cannot be made, and what has moved until then stays: {error}"
+            raise ChangeStopped(why, await in_thread(cost_of, before, replace(before, release=made[-1].release), planner)) from error
+    return replace(made[-1], cost=await in_thread(cost_of, before, after, planner))
 
 
 def _between(before: State, after: State, planner: Planner) -> list[Placement]:

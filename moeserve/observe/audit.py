@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-#: done = it is in force, or nothing had to change; stopped = a round of balancing ended early; withdrawn = the service was ending
+#: done = it is in force, or nothing had to change; stopped = a round of balancing, or a change in steps, ended early, and what has moved
+#: stays; withdrawn = the service was ending
 Ending = Literal["done", "stopped", "failed", "withdrawn"]
 #: what an administrator asked for is always recorded
 ADMINISTRATOR: Final = "administrator"

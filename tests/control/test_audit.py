@@ -11,7 +11,9 @@ from moeserve.control.audit import AuditLog, Begun, ChangeWithdrawn
 from moeserve.control.controller import Controller
 from moeserve.control.first_state import first_state
 from moeserve.control.frontends import Frontends
+from moeserve.control.rounds import RoundStopped
 from moeserve.observe.audit import AuditEvent
+from moeserve.placement import Transition
 from tests.support.planning import planner_of
 from tests.support.simulated import SimulatedHosts, SimulatedNodes
 
@@ -141,6 +143,13 @@ async def test_what_cannot_be_saved_is_in_force_all_the_same(caplog: pytest.LogC
     log.end(Begun("scale", "to 3 hosts"))
     assert [event.what for event in await recorded(log)] == ["to 3 hosts"]
     assert "the audit log could not be saved" in caplog.text
+
+
+async def test_a_round_that_has_moved_something_is_an_event_however_it_ended() -> None:
+    log = AuditLog(lambda: 1)
+    for moves in (1, 2, 0):
+        log.end(Begun("balance", f"{moves} moved", "balancing"), Transition(moves, 0, 4, 512, {}), RoundStopped("host-2 is down"))
+    assert [(event.what, event.outcome) for event in await recorded(log)] == [("1 moved", "stopped"), ("2 moved", "stopped")]
 
 
 async def test_what_fails_by_itself_again_and_again_is_one_event() -> None:
