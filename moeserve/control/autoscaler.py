@@ -95,12 +95,15 @@ class Autoscaler:
         assigned = reconcile(await self._nodes.list(), state.assignments, wanted, state.next_number, self._hosts.given_up)
         self.missing = assigned.missing
         number = resize.wanted if assigned.shortage is None else max(resize.hosts, len(assigned.assignments))
-        if number != resize.hosts:
-            await self._served.scale(number, f"autoscaling: {resize}", resize.hosts)
-            self._said = ""
+        try:
+            if number != resize.hosts:
+                await self._served.scale(number, f"autoscaling: {resize}", resize.hosts)
+                self._said = ""
+        finally:  # however that ends, nothing is missing for longer than the load says so
+            if assigned.shortage is not None:
+                self._asks_until = time.monotonic() + 2 * self._config.scale_up_after_s
         if assigned.shortage is not None:
             await self._ask(resize.wanted)
-            self._asks_until = time.monotonic() + 2 * self._config.scale_up_after_s
             self._say_problem(assigned.shortage)
 
     async def _ask(self, num_hosts: int) -> None:

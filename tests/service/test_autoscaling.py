@@ -138,6 +138,22 @@ def test_a_load_gets_hosts_up_to_the_room_and_asks_for_nodes(tmp_path: Path, cap
         assert [hosts for hosts, _ in decided(admin)].count(1) == 2, "it goes on from there"
 
 
+def test_what_the_load_needed_once_is_not_missing_for_ever(tmp_path: Path) -> None:
+    """Even where the hosts that had room could not join."""
+    config = configuration(tmp_path, num_hosts=2, up_s=0.3, down_s=3600.0)
+    config["autoscaling"]["target_busy"] = 0.4
+    with ServiceHarness(config, "local", tmp_path) as service:
+
+        async def refuse(*_: object) -> Release:
+            raise ConfigError("no host can be started")
+
+        service.cluster.nodes.cpus = 3
+        service.controller.scale = refuse  # type: ignore[method-assign,assignment]
+        with Callers(service.target, 8):
+            until(lambda: missing(service) == 1)
+        until(lambda: missing(service) == 0)
+
+
 def test_hosts_leave_when_fewer_are_enough(tmp_path: Path) -> None:
     config = configuration(tmp_path, num_hosts=4, up_s=3600.0, down_s=0.5)
     with ServiceHarness(config, "local", tmp_path) as service, AdminClient(service.target, ADMIN) as admin:
