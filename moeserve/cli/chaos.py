@@ -72,8 +72,8 @@ async def _run(config: ServiceConfig, plan: ChaosPlan) -> Findings:
 
 
 def _config(source: str, overrides: Overrides) -> ServiceConfig:
-    """As SOURCE says, but for its own clients only, and with hosts that can be spared."""
-    overrides.update(server=dict(_SERVER), controller={"frontend_token_file": None})
+    """As SOURCE says, but for its own clients only, with hosts that can be spared, and always as many."""
+    overrides.update(server=dict(_SERVER), controller={"frontend_token_file": None}, autoscaling={"enabled": False})
     config = load_config(source, overrides)
     _check(config.ray.address is None, f"ray.address is {config.ray.address!r}; allowed: unset, to break hosts of this machine only")
     given = config.placement.model_fields_set

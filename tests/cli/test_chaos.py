@@ -26,10 +26,11 @@ LAYER = "[[layers]]\nhidden_size = 16\nintermediate_size = 8\nnum_experts = 8\ng
 
 @pytest.fixture
 def source(tmp_path: Path) -> str:
-    """Its own ports and tokens must not matter: it is not that service which is broken."""
+    """Its own ports and tokens, and hosts that follow the load, must not matter: it is not that service which is broken."""
     file = tmp_path / "service.toml"
     access = '[server]\nport = 1\nmetrics_port = 1\ntls_cert = "none.pem"\ntls_key = "none.pem"\nauth_token_file = "none"\n'
-    file.write_text(f"{LAYER}{access}[resilience]\nhang_after_ms = 300\n")
+    autoscaling = "[autoscaling]\nenabled = true\ntarget_busy = 0.001\nscale_up_after_s = 0.1\n"
+    file.write_text(f"{LAYER}{access}{autoscaling}[ray]\nnum_cpus = 8\n[resilience]\nhang_after_ms = 300\n")
     return str(file)
 
 
