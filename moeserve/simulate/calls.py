@@ -13,6 +13,7 @@ import heapq
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Final
 
 import numpy as np
@@ -105,6 +106,8 @@ class _Simulation:
         #: when, a number that no other has, what arrives or is done, and what is left to do then in the frontend
         self._events: list[tuple[float, int, _Request | list[_Request] | None, float]] = []
         self._number = 0
+        #: the frontends that requests by the clock go to, in turn
+        self._next_frontend = cycle(range(workload.frontends))
         self._answers: list[tuple[float, float]] = []
 
     def run(self) -> Calls:
@@ -118,7 +121,7 @@ class _Simulation:
         while len(self._answers) < warm_up + measured:
             now, _, what, post_s = heapq.heappop(self._events)
             if what is None:
-                self._send(now, self._number % self._load.frontends, int(self._drawn.integers(len(self._work))))
+                self._send(now, next(self._next_frontend), int(self._drawn.integers(len(self._work))))
                 self._push(now + float(self._drawn.exponential(1 / (self._load.rate or 1.0))), None)
             elif isinstance(what, _Request):
                 self._arrive(now, what)

@@ -92,6 +92,13 @@ def test_waiting_requests_are_joined() -> None:
     assert joined.tokens_per_s > 2.5 * single.tokens_per_s
 
 
+def test_requests_by_the_clock_go_to_all_frontends() -> None:
+    """As many to each: nobody waits longer than at one frontend with its share of the requests."""
+    costs = replace(ROWS_ONLY, call_s=Curve.line(10e-3, 0))
+    one, four = (calls(1, 1, Workload(1, 1, frontends, 1, rate=190 * frontends), costs) for frontends in (1, 4))
+    assert four.latencies_s.mean() < one.latencies_s.mean()
+
+
 def test_costs_follow_the_sizes_of_experts() -> None:
     wide = COSTS.scaled(16, 24)
     assert wide.expert_s.at(SIZES) == pytest.approx(6 * COSTS.expert_s.at(SIZES))
