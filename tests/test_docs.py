@@ -78,3 +78,28 @@ def test_every_option_of_simulate_and_every_key_of_its_answer_is_documented(caps
         assert f"`--{name.removeprefix('as_').replace('_', '-')}`" in section, name
     assert main(["simulate", "--layers", "1", "--experts", "4", "--top-k", "1", "--hosts", "2", "--fail", "1", "--json"]) == 0
     assert all(f"`{key}`" in section for key in json.loads(capsys.readouterr().out))
+
+
+def test_every_verb_is_documented() -> None:
+    verbs = [match[1] for path in (ROOT / "moeserve" / "cli").glob("*.py") if (match := re.match(r'"""`moeserve (\w+)`', path.read_text()))]
+    text = "\n".join(page.read_text() for page in ROOT.glob("docs/*.md"))
+    assert {"serve", "top"} < set(verbs)
+    assert not [verb for verb in verbs if not re.search(rf"\bmoeserve {verb}\b", text)]
+
+
+def test_the_tables_are_named_whose_keys_are_flags() -> None:
+    """As the options of `serve` are, each of which says of which key it is."""
+    import inspect
+
+    from moeserve.cli.serve import serve
+
+    helps = [parameter.annotation.__metadata__[0].help for parameter in inspect.signature(serve).parameters.values()]
+    tables = {text.partition(".")[0] for text in helps if re.fullmatch(r"[a-z]+\.[a-z_]+", text)}
+    (named,) = re.findall(r"Every scalar key of (.*?) is also a flag", (ROOT / "docs" / "configuration.md").read_text(), re.S)
+    assert set(re.findall(r"`\[(\w+)\]`", named)) == tables
+
+
+def test_every_method_of_the_open_inference_protocol_is_documented() -> None:
+    (methods,) = [re.findall(r"rpc (\w+)\(", path.read_text()) for path in (ROOT / "protos" / "inference").glob("*.proto")]
+    text = (ROOT / "docs" / "open-inference.md").read_text()
+    assert methods and not [method for method in methods if f"`{method}`" not in text]

@@ -46,7 +46,10 @@ def chaos(
     seed: Annotated[int, typer.Option(help="Of the faults, of their victims and of the requests.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> int:
-    """Exit code 1: a call failed, an answer was wrong, or a host did not come back."""
+    """Start a service of its own, load it, break its hosts on a schedule, and say what callers noticed.
+
+    Exit code 1: a call failed, an answer was wrong, or a host did not come back.
+    """
     tell_start(f"reading {source}")
     if hosts is not None:
         overrides.setdefault("placement", {})["num_hosts"] = hosts

@@ -1,4 +1,4 @@
-"""`moeserve frontend`: add a frontend to a deployed service, until Ctrl-C or SIGTERM."""
+"""`moeserve frontend`: add a frontend to a running service, until Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def simulate(
     frontends: Annotated[int | None, typer.Option(help="Frontends.  [default: one for 8 hosts, at most 64]")] = None,
     cores: Annotated[int | None, typer.Option(help="Cores of each node, for all on it.  [default: one for each host and frontend]")] = None,
     costs: Annotated[Path | None, typer.Option(help="What bench --costs has measured.  [default: two cores of a server]")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the loads of the hosts to this PNG file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the loads of the hosts and the latencies to this PNG file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Play a load to the planner and to balancing on an imagined cluster, and simulate callers on what comes of it.

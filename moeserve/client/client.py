@@ -78,7 +78,7 @@ class Client:
         layer        position among the served MoE layers, or name
         used_token   [T] bool; false = not routed, its output is zeros, and its rows in the other tensors may hold anything
         topk_ids     [T, K] int and topk_weights [T, K] float: the caller's routing, instead of the gate; id -1 = no choice
-        token_ids    [T] int, 0..2^32-1; layers with routing = "hash" need them
+        token_ids    [T] int, 0..2^32-1; layers with routing = "hash" or "token_table" need them
 
         These replace the layer's gating for this request, if its `request_overrides` allow it:
         capacity_factor  more than 0; math.inf = no limit

@@ -37,7 +37,7 @@ class RayConfig(Table):
     address: str | None = None
     #: namespace of a deployed service's actors: one service in each
     namespace: str = "moeserve"
-    #: logical resources of a local Ray; unset = as many as the hosts need
+    #: logical resources of a local Ray; unset = those of this machine, or as many CPUs as the first hosts need if that is more
     num_cpus: int | None = Field(default=None, ge=1, le=MAX_HOSTS)
     num_gpus: int | None = Field(default=None, ge=0, le=MAX_HOSTS)
     #: parent of private folders of a local Ray and of hosts' sockets, whose paths must be short; unset = TMPDIR, or /tmp and the like

@@ -133,7 +133,7 @@ class CallCount:
 
 @dataclass(frozen=True)
 class Event:
-    """kind is host_up, host_lost, host_back, host_left, host_failing, call_failed, or rebalance_ and an outcome.
+    """kind is host_up, host_lost, host_back, host_left, host_slow, host_out, host_failing, call_failed, or rebalance_ and an outcome.
 
     subject is the host's name, method and code, or what a round of balancing did.
 

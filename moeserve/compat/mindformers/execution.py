@@ -40,8 +40,8 @@ _EXPERT_PARAMS = [
             when=When("with cold_token_percent below 1", lambda v: v["cold_token_percent"] < 1, {"cold_token_percent": 0.5}),
         ),
         note(
-            "not supported: MindFormers measures in training which experts are hot; `placement.copies` takes them by number; "
-            "answers are the same",
+            "not imported: MindFormers measures in training which experts are hot; here `[balancing]` does while serving, and "
+            "`placement.copies` takes them by number; answers are the same",
             when=OTHERWISE,
         ),
     ),

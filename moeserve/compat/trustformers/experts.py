@@ -50,7 +50,10 @@ EXPERT_PARAMS = [
             "every expert takes its best max(1, floor(capacity_factor * T / E)) tokens",
             on=LoadBalancingStrategy.ExpertChoiceBased,
         ),
-        note("not supported: copies of experts do not follow the measured load; answers are the same", on=LoadBalancingStrategy.Dynamic),
+        note(
+            "not imported: with `[balancing]`, experts and their copies follow the load; answers are the same",
+            on=LoadBalancingStrategy.Dynamic,
+        ),
         effect(
             {"placement.copy_choice": "round_robin"},
             "the copies of an expert, dp_size of them, are taken in turn",

@@ -24,7 +24,7 @@ class Settings:
     """`--additional-config '{"moeserve": {"target": "HOST:PORT"}}'`; or MOESERVE_TARGET, MOESERVE_TOKEN_FILE and MOESERVE_TLS_CA.
 
     target      the service
-    model       which of its models, where it serves several
+    model       the name of its model
     token_file  holds the bearer token
     tls_ca      verifies the service, and turns on TLS; tls_cert and tls_key are vLLM's own, for mutual TLS
     timeout_s   how long the answer of one layer may take, with all attempts
