@@ -39,6 +39,20 @@ def test_links_between_documents_lead_somewhere() -> None:
                 assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
+def anchors(page: Path) -> set[str]:
+    """Of the headings of a page, as forges make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_to_parts_of_documents_lead_to_a_heading() -> None:
+    pages = [page for name in ("*.md", "docs/*.md", "benchmarks/*.md", "benchmarks/results/*.md") for page in ROOT.glob(name)]
+    for page in pages:
+        for link, part in re.findall(r"\]\(([^):#]*)#([^)]+)\)", page.read_text()):
+            target = page.parent / link if link else page
+            assert target.suffix != ".md" or part in anchors(target), f"{page.name}: {link}#{part}"
+
+
 def test_files_that_documents_name_exist() -> None:
     """Those inside the project's folders; a reader makes `k8s/mine`."""
     folders = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
