@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from moeserve import ConfigError, ExpertUnavailable, load_config
-from moeserve.control import Assignment, Controller, Frontends, State, first_state
+from moeserve.control import Assignment, State
+from moeserve.control.controller import Controller
+from moeserve.control.first_state import first_state
+from moeserve.control.frontends import Frontends
 from moeserve.observe.audit import AuditEvent
 from moeserve.release import Release
 from tests.support.planning import planner_of
