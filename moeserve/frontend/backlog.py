@@ -39,6 +39,8 @@ class LayerLoad:
     #: to be called for a waiting request that makes room for another caller's; it is no longer held then
     push_out: Callable[[Any, Overloaded], None]
     last_began: float = 0.0
+    #: how long it has lately taken until the rows of a batch were on their way
+    send_s: float = 0.0
 
     @property
     def max_turn_tokens(self) -> int:
@@ -90,6 +92,17 @@ class Backlog:
         found = [(load, request) for load in self._loads for request in load.queue.untaken(caller)]
         return sorted(found, key=lambda one: -one[1].deadline)
 
+    def ready_at(self, load: LayerLoad, now: float) -> float:
+        """When the next batch of `load` should be sent: `now`, or later while the hosts have a larger one of it to compute.
+
+        Behind that one it would wait on the hosts; here it may become as large meanwhile. So requests that come one by one end up in two
+        batches of the same size that take turns, rather than in one large batch and many small ones.
+        """
+        largest = max([flight.tokens for flight in self._flights if flight.load is load], default=0)
+        if load.queue.tokens >= min(largest, load.max_batch_tokens):
+            return now
+        return now + max(0.0, self._busy_s(now) - load.send_s)
+
     def next_batch(self, load: LayerLoad, now: float) -> tuple[list[Turn[Any]], list[Any]]:
         """Taken from the queue: what runs next, and the requests that are due before they could be answered.
 
@@ -127,6 +140,10 @@ class Backlog:
         self._flights.add(flight)
         self._in_flight_s += flight.cost_s
         return flight
+
+    def sent(self, load: LayerLoad, seconds: float) -> None:
+        """It took so long until the rows of a batch of `load` were on their way."""
+        load.send_s += _NEWEST * (seconds - load.send_s)
 
     def end(self, flight: Flight, now: float, is_answered: bool) -> None:
         """It is over; one that failed says nothing of what batches cost."""

@@ -88,17 +88,16 @@ class Batcher:
 
     def _should_wait(self) -> bool:
         """While the hosts are busy, a batch that is not full may wait for more requests."""
-        wait_s = self._config.max_batch_wait_ms / 1000
-        if not wait_s or not self._flights:
+        if not self._flights or self._load.queue.tokens >= self._config.max_batch_tokens:
             return False
-        if self._load.queue.tokens >= self._config.max_batch_tokens:
+        now = time.monotonic()
+        ready_at = max(self._backlog.ready_at(self._load, now), self._waiting_since + self._config.max_batch_wait_ms / 1000)
+        if ready_at <= now:
             return False
-        loop = asyncio.get_running_loop()
-        ready_at = self._waiting_since + wait_s
-        if loop.time() >= ready_at:
-            return False
-        if self._timer is None or self._timer.cancelled() or self._timer.when() <= loop.time():
-            self._timer = loop.call_at(ready_at, self._pump)
+        if self._timer is None or not now < self._timer.when() <= ready_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = asyncio.get_running_loop().call_at(ready_at, self._pump)
         return True
 
     def _begin(self, turns: Sequence[Turn[Admitted]], now: float) -> None:
@@ -120,7 +119,9 @@ class Batcher:
 
     def _launch(self, batch: Batch, end: Callable[[bool], None]) -> None:
         """Its rows are on their way when this returns, unless that takes long; `end` is called with whether it was computed."""
+        began = time.monotonic()
         running = begin(self._guarded(batch))
+        self._backlog.sent(self._load, time.monotonic() - began)
         self._running.add(running)
 
         def give_up(answer: asyncio.Future[ForwardOutput]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,6 +75,30 @@ def test_one_caller_alone_gets_full_batches() -> None:
     hosts.run(2)
     sizes = [sum(turn.tokens for turn in batch) for batch in hosts.batches[-20:]]
     assert max(sizes) == 4096 and sum(sizes) / len(sizes) > 2048
+
+
+@pytest.mark.parametrize("callers", [2, 3, 8, 33])
+def test_requests_that_come_back_one_by_one_end_up_in_two_batches_of_the_same_size(callers: int) -> None:
+    hosts = FakeHosts(fixed_s=5e-3)
+    for number in range(callers):
+        hosts.at(1e-4 * number, partial(hosts.keep_asking, f"caller-{number}", 64, 1))
+    hosts.run(2)
+    sizes = [len(batch) for batch in hosts.batches[-20:]]
+    assert min(sizes) >= callers // 2 and max(sizes) <= callers - callers // 2
+
+
+def test_a_small_batch_behind_a_large_one_is_sent_when_the_hosts_are_about_to_have_nothing_to_do() -> None:
+    hosts = FakeHosts(fixed_s=0.0, token_s=1e-3)
+    for _ in range(3):  # what batches cost has to be learned
+        hosts.submit("caller", 1000)
+        hosts.run(hosts.now + 2)
+    load = hosts.loads[0]
+    load.send_s, began = 0.1, hosts.now
+    hosts.submit("caller", 1000)
+    hosts.submit("caller", 1)
+    assert len(hosts.batches) == 4 and hosts.backlog.ready_at(load, began) == pytest.approx(began + 0.9, abs=0.01)
+    hosts.run(began + 0.95)
+    assert [sum(turn.tokens for turn in batch) for batch in hosts.batches[3:]] == [1000, 1]
 
 
 def test_what_is_due_first_runs_first() -> None:

@@ -98,6 +98,9 @@ class FakeHosts:
     def _pump(self, layer: int) -> None:
         load = self.loads[layer]
         while load.queue and self._on_its_way[layer] < 2:
+            if (ready_at := self.backlog.ready_at(load, self.now)) > self.now:
+                self.at(ready_at, partial(self._pump, layer))
+                break
             turns, late = self.backlog.next_batch(load, self.now)
             for request in late:
                 self._drop(request, "late")
