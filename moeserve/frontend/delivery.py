@@ -46,6 +46,10 @@ class Delivery:
         """What is neither answered nor given up."""
         return list(self._open)
 
+    def is_owed(self, parcel: Parcel) -> bool:
+        """Whether it is neither answered nor given up."""
+        return parcel in self._open
+
     @property
     def is_under_way(self) -> bool:
         """Whether something is owed, or has come and was not taken."""
@@ -67,7 +71,10 @@ class Delivery:
         self.hedge(parcel, Way((sent,)))
 
     def hedge(self, parcel: Parcel, way: Way) -> None:
-        """One more way to answer all of a parcel."""
+        """One more way to answer all of a parcel; nobody waits for it if the parcel is owed no longer."""
+        if not self.is_owed(parcel):
+            way.cancel()
+            return
         parcel.ways.append(way)
         for sent in way.sent:
             sent.future.when_answered(partial(self._returned, parcel, way, sent))

@@ -64,18 +64,19 @@ class GivingUp:
 
     def carry_out(self, delivery: Delivery, copy_choice: CopyChoice) -> list[Part]:
         """Changes the routing; returns parts of the tokens that lack choices now, to be computed again: their weights are others."""
-        if not self._reasons:
+        given_up = [(parcel, reason) for parcel, reason in self._reasons if delivery.is_owed(parcel)]  # others were answered meanwhile
+        if not given_up:
             return []
         routed = self._routed
-        missing = missing_choices(routed, [parcel for parcel, _ in self._reasons])
+        missing = missing_choices(routed, [parcel for parcel, _ in given_up])
         is_answered = missing.can_lack(self._k_min)[routed.batch.request_of_token]
         reasons = torch.zeros(missing.choices.shape, dtype=torch.int32)
-        for parcel, reason in self._reasons:
+        for parcel, reason in given_up:
             reasons[missing_choices(routed, [parcel]).choices & is_answered[:, None]] = reason
             delivery.close(parcel, ParcelState.GIVEN_UP)
             for work in self._musts(parcel, is_answered):
                 delivery.lose(parcel.part, work, parcel, is_must=True)
-        parts = [self._anew(part, reasons, copy_choice) for part in dict.fromkeys(parcel.part for parcel, _ in self._reasons)]
+        parts = [self._anew(part, reasons, copy_choice) for part in dict.fromkeys(parcel.part for parcel, _ in given_up)]
         routed.lack(reasons, keeps_total=self._keeps_total)
         found = [part for part in parts if part is not None]
         routed.parts += found

@@ -76,6 +76,8 @@ class Remedy:
         giving_up = GivingUp(routed, self._rules.resilience)
         for index, parcel in enumerate(parcels):
             action = decision.actions.get(index)
+            if not delivery.is_owed(parcel):
+                continue  # it was answered while those before it were seen to
             if action is not None and parcel.error is not None:
                 routed.view.links[parcel.host].erred()
             if isinstance(action, GiveUp):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,12 @@ import torch
 
 from moeserve import Client, DeadlineExceeded, ExpertUnavailable, MoELayer
 from moeserve.api.output import ForwardOutput
+from moeserve.api.request import LayerRequest
 from tests.support.closeness import assert_close
 from tests.support.harness import ServiceHarness
 from tests.support.held import Held
 from tests.support.seen import gone
+from tests.support.waiting import until
 
 LAYER: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8, "gating": {"top_k": 3}}
 ROWS = torch.randn(40, 16, generator=torch.Generator().manual_seed(3))
@@ -86,6 +91,26 @@ def test_a_host_that_is_late_behind_others(pattern: str, late: int, tmp_path: Pa
         again = MoELayer(**LAYER).run(ROWS, topk_ids=out.topk_ids, topk_weights=out.topk_weights)
         assert_close(out.hidden_states, again.hidden_states)
         held.let_go()
+
+
+def test_an_answer_that_comes_while_others_are_sent_again(tmp_path: Path) -> None:
+    """Both messages are late; the second one is answered while the rows of the first are written once more, which takes a thread."""
+    layer = LAYER | {"hidden_size": 64}
+    rows = torch.randn(2100, 64, generator=torch.Generator().manual_seed(4))
+    settings = config("residual", partial_after_ms=500, k_min=3, layer=layer) | {"communication": {"pattern": "hierarchical"}}
+    with ServiceHarness(settings, "local", tmp_path, ["a", "a", "b", "b"]) as service, ThreadPoolExecutor() as callers:
+        first, second, written = Held(service.hosts[0]), Held(service.hosts[2]), threading.Event()
+        answer = callers.submit(lambda: service.call(service.frontend.forward(0, LayerRequest(rows))))
+        assert first.begun.acquire(timeout=30) and second.begun.acquire(timeout=30)
+        service.call(asyncio.sleep(0))
+        writer = service.frontend._compute._pool
+        writer.submit(written.wait)
+        until(lambda: writer._work_queue.qsize() and service.frontend._links[1].queue_tokens == 0)  # given up, and about to be sent again
+        second.let_go()
+        until(lambda: service.frontend._links[2].queue_tokens == 0)
+        first.let_go()
+        written.set()
+        assert_close(answer.result(30).hidden_states, MoELayer(**layer)(rows))
 
 
 def test_a_shared_expert_that_travels_alone(tmp_path: Path) -> None:
