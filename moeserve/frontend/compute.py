@@ -34,6 +34,7 @@ class Compute:
         if cancelled:
             task = asyncio.current_task()
             assert task is not None
+            task.uncancel()  # it is the same cancellation: a time-out that finds a second one takes it for its caller's
             task.cancel()
         return running.result()
 
