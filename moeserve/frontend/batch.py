@@ -46,7 +46,8 @@ class Admitted:
         """Unless it is answered before, the caller is told what was waited for last, just in time for its deadline."""
         if not self._last_words:
             margin_s = min(timing.LAST_WORD_S, (self.deadline - time.monotonic()) / 10)
-            self.answer.get_loop().call_at(self.deadline - margin_s, self._say)
+            timer = self.answer.get_loop().call_at(self.deadline - margin_s, self._say)
+            self.answer.add_done_callback(lambda _: timer.cancel())  # which would keep the request until then
         self._last_words = sentence
 
     def _say(self) -> None:

@@ -217,6 +217,20 @@ async def test_a_request_given_up_leaves_the_queue_at_once() -> None:
     assert await stays == 5
 
 
+async def test_a_request_that_had_to_wait_is_not_kept_until_its_deadline() -> None:
+    runs = Runs()
+    batches, _ = batcher(runs)
+    rows = torch.zeros(4, 4)
+    held, answer = weakref.ref(rows), batches.submit(LayerRequest(rows), FAR)
+    del rows
+    runs.batches[0].members[0].waits_for("host-0 did not come back before the deadline")
+    runs.gates[0].set()
+    assert await answer == 4
+    runs.batches.clear()
+    await settle()
+    assert held() is None
+
+
 async def test_a_batch_nobody_waits_for_is_cancelled() -> None:
     runs = Runs()
     cancelled = asyncio.Event()
