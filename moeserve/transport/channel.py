@@ -21,6 +21,7 @@ from moeserve.transport.loads import Loads
 from moeserve.transport.memory import Limits
 from moeserve.transport.partial_future import Partial, PartialFuture
 from moeserve.transport.silence import SilenceWatch
+from moeserve.transport.timing import LONGEST_S
 from moeserve.transport.wire import (
     VERSION,
     BareMessage,
@@ -159,7 +160,8 @@ class Channel(ABC):
             future.set_exception(self._cause(self._reason))
             return future
         sent = Pending(future, lease.shape, lease.layout, lease.take(), time.monotonic())
-        header = WorkHeader(work_id, layer, epoch, max(0, int(timeout_s * 1e6)), sent.shape, sent.block.offset, pass_on, lease.is_timed)
+        timeout_us = int(1e6 * min(max(0.0, timeout_s), LONGEST_S))
+        header = WorkHeader(work_id, layer, epoch, timeout_us, sent.shape, sent.block.offset, pass_on, lease.is_timed)
         self._unanswered[work_id] = sent
         self._watch.start(self)
         self._transmit(pack_work(header), sent)

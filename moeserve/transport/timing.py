@@ -12,6 +12,8 @@ SILENT_AFTER_S: Final = 1.0
 FRONTEND_GONE_MS: Final = 10_000
 #: for TCP to connect, which the host's kernel does at once, also while the host computes; a lost packet is sent again after 1 s
 TCP_CONNECT_MS: Final = 2_000
+#: a message says no more than this of the time that its host has: some thirty years, for deadlines that are none
+LONGEST_S: Final = 1e9
 #: between two attempts to connect to a unix socket whose queue of connections is full
 DIAL_RETRY_S: Final = 0.005
 #: for the last messages to leave a TCP socket that is closed: a frontend's, a host's

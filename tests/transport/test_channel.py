@@ -43,6 +43,17 @@ async def test_every_field_arrives(rig: Rig) -> None:
         await until_async(future.done)
 
 
+@pytest.mark.parametrize("timeout_s", [2**64 / 1e6, 1e300, float("inf")])
+async def test_a_deadline_beyond_all_clocks_is_none(rig: Rig, timeout_s: float) -> None:
+    message = random_message()
+    async with rig.frontend() as channel:
+        future = send(channel, message, timeout_s=timeout_s)
+        (work,) = await rig.receive(1)
+        assert work.deadline > time.monotonic() + 1e8
+        answer(work)
+        assert_close((await future).tensor, message.expected())
+
+
 async def test_a_message_to_several_hosts_shows_the_receiver_its_own_share_first(rig: Rig) -> None:
     message = random_message(rows=4, pairs=6)
     local_experts = torch.tensor([1, 3, 0, 0, 2, 1], dtype=torch.int32)
