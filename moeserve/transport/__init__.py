@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from zmq import ZMQError
+
 from moeserve.errors import ConfigError
 from moeserve.memory import give_back_pools
 from moeserve.transport.channel import Channel, ChannelClosed, HostSilent, Lease
@@ -64,14 +66,18 @@ async def connect(
     It closes with HostSilent when the host owes answers and sends neither these nor heartbeats for `silent_after_s`, however long it
     computes. Time in which this process was stopped itself does not count.
 
-    Raises ChannelClosed when no host agrees to talk within `timeout_s`, ConfigError when `endpoint` is not an endpoint.
+    Raises ChannelClosed when no host agrees to talk within `timeout_s`, or this process can open no connection now, as for want of file
+    descriptors; ConfigError when `endpoint` is not an endpoint.
     """
-    if endpoint.startswith("unix:"):
-        return await connect_unix(endpoint, limits, timeout_s, silent_after_s)
-    if endpoint.startswith("local:"):
-        return await connect_local(endpoint, limits, timeout_s, silent_after_s)
-    if endpoint.startswith("tcp://"):
-        return await connect_tcp(endpoint, limits, timeout_s, keys, silent_after_s)
+    try:
+        if endpoint.startswith("unix:"):
+            return await connect_unix(endpoint, limits, timeout_s, silent_after_s)
+        if endpoint.startswith("local:"):
+            return await connect_local(endpoint, limits, timeout_s, silent_after_s)
+        if endpoint.startswith("tcp://"):
+            return await connect_tcp(endpoint, limits, timeout_s, keys, silent_after_s)
+    except (OSError, ZMQError) as error:
+        raise ChannelClosed(f"no connection to {endpoint} can be opened: {error.strerror}") from None
     raise _unknown(endpoint)
 
 

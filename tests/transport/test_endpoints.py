@@ -11,6 +11,7 @@ import pytest
 
 from moeserve.errors import ConfigError
 from moeserve.transport import ChannelClosed, choose_endpoint, connect, listen
+from tests.support.descriptors import no_free_descriptors
 
 
 def test_the_socket_is_private_and_goes_with_the_listener(tmp_path: Path) -> None:
@@ -56,6 +57,13 @@ async def test_a_channel_to_an_address_that_makes_no_sense_is_refused() -> None:
     for endpoint in ("udp://127.0.0.1:1", "tcp://127.0.0.1:port"):
         with pytest.raises(ConfigError, match=endpoint):
             await connect(endpoint)
+
+
+@pytest.mark.parametrize("endpoint", ["local:host", "unix:{}/host.sock"])
+async def test_a_process_without_free_descriptors_may_try_again(endpoint: str, tmp_path: Path) -> None:
+    where = endpoint.format(tmp_path)
+    with closing(listen(where)), no_free_descriptors(), pytest.raises(ChannelClosed, match="Too many open files"):
+        await connect(where)
 
 
 def test_memory_within_a_node_and_tcp_between_nodes() -> None:
