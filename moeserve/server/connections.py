@@ -41,7 +41,7 @@ def received_bytes(wanted: Collection[Address]) -> dict[Address, int]:
     """How many bytes each of the TCP connections of this process to `wanted` has brought, as far as the system says it."""
     found: dict[Address, int] = {}
     # The latest connections, which are asked for most often, have the highest numbers as a rule.
-    for fd in sorted(map(int, os.listdir(_FILES)), reverse=True) if _FILES.exists() else ():
+    for fd in sorted(_descriptors(), reverse=True):
         if len(found) == len(wanted):
             break
         connection = None
@@ -84,8 +84,15 @@ def ends_of(peer: str) -> tuple[Address, Address] | None:
 def _connection_to(peer: str) -> socket.socket | None:
     """A copy of it that is to be closed."""
     address = address_of(peer)
-    names = os.listdir(_FILES) if _FILES.exists() else ()
-    return next(filter(None, (_if_to(int(name), address) for name in names)), None)
+    return next(filter(None, (_if_to(fd, address) for fd in _descriptors())), None)
+
+
+def _descriptors() -> list[int]:
+    """Those that are open; none where the system does not say it, or has none left to look with."""
+    try:
+        return [int(name) for name in os.listdir(_FILES)]
+    except OSError:
+        return []
 
 
 def _if_to(fd: int, address: Address) -> socket.socket | None:

@@ -18,7 +18,9 @@ from grpc_status import rpc_status
 
 from moeserve.errors import Overloaded
 from moeserve.server.arriving import MessageStream, _Connection
+from moeserve.server.inference.messages import pb as inference
 from moeserve.v1 import moe_service_pb2 as pb
+from tests.support.descriptors import no_free_descriptors
 from tests.support.engine import HIDDEN
 from tests.support.http2 import call_that_takes_nothing
 from tests.support.listeners import Wire
@@ -110,6 +112,19 @@ async def test_only_so_many_messages_may_be_late(serve: Serve) -> None:
     assert (await running.stub.Forward(request())).HasField("hidden_states")
     error = await refused(first.read())
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and "server.transfer_timeout_s = 1 s" in (error.details() or "")
+
+
+async def test_a_message_that_does_not_come_is_given_up_although_no_descriptor_was_free(serve: Serve) -> None:
+    """Connections are files: what cannot be looked at for a while is looked at later."""
+    running = await serve(MIB, transfer_timeout_s=1)
+    await running.stub.ListLayers(pb.ListLayersRequest())
+    call = silent(running)
+    reading = asyncio.ensure_future(call.read())
+    await until_async(lambda: running.server._transfers.arriving._connections)
+    with no_free_descriptors():
+        looked_at = running.server._transfers.arriving._look_at
+        await until_async(lambda: running.server._transfers.arriving._look_at != looked_at or running.server._watching.done())
+    assert (await refused(asyncio.wait_for(reading, 20))).code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 async def test_a_message_that_does_not_come_holds_up_no_drain(serve: Serve) -> None:
@@ -229,23 +244,31 @@ async def test_what_comes_in_streams_has_no_more_room_than_anything_else(serve: 
             stream.cancel()
 
 
-async def test_a_message_that_was_refused_in_a_stream_is_not_kept(serve: Serve) -> None:
+#: method -> the sentence of an answer that says RESOURCE_EXHAUSTED as far as it says a code
+STREAMS: dict[str, Callable[[bytes], str]] = {
+    STREAM: lambda answer: (error := pb.ForwardResponse.FromString(answer).error).message * (error.code == EXHAUSTED.value[0]),
+    "/inference.GRPCInferenceService/ModelStreamInfer": lambda answer: inference.ModelStreamInferResponse.FromString(answer).error_message,
+}
+
+
+@pytest.mark.parametrize("method", STREAMS)
+async def test_a_message_that_was_refused_in_a_stream_is_not_kept(serve: Serve, method: str) -> None:
     """By nobody, so that it is gone before cycles of references are collected, which an idle process does not do."""
     running = await serve(MIB * 3 // 2)
     held = await hold(running)
-    message, codes = bytes(64 * MIB), set()
+    message, told = bytes(64 * MIB), []
     gc.collect()
     gc.disable()
     try:
         before = resident_bytes()
         for _ in range(4):
-            stream = running.channel.stream_stream(STREAM)(iter([message]))
-            codes.add(pb.ForwardResponse.FromString(await stream.read()).error.code)
+            stream = running.channel.stream_stream(method)(iter([message]))
+            told.append(STREAMS[method](await stream.read()))
             assert await stream.read() is grpc.aio.EOF
         await until_async(lambda: resident_bytes() < before + 2 * len(message))
     finally:
         gc.enable()
-    assert codes == {EXHAUSTED.value[0]}
+    assert all("does not fit" in sentence for sentence in told)
     running.engine.gate.set()
     await held
 
