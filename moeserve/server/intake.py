@@ -14,7 +14,7 @@ from moeserve.api.output import ForwardOutput
 from moeserve.api.request import BatchStart, LayerRequest, validate
 from moeserve.api.wire import WireRequest
 from moeserve.config import LayerSpec
-from moeserve.errors import ExpertUnavailable
+from moeserve.errors import ExpertUnavailable, InvalidRequest
 from moeserve.server.boundary import RESTART_S
 from moeserve.server.callers import caller_of
 from moeserve.server.catalog import Catalog
@@ -77,6 +77,12 @@ class Intake:
         if trace is not None:
             trace.mark("other")
         return output
+
+    def sendable(self, answer: bytes) -> bytes:
+        """`answer`, unless it is larger than gRPC sends, which would end the whole stream. Raises InvalidRequest."""
+        if len(answer) > self.max_bytes:
+            raise InvalidRequest(f"the answer has {len(answer)} bytes; server.max_message_bytes is {self.max_bytes}")
+        return answer
 
 
 def deadline_of(context: Context) -> float | None:

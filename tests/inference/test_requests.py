@@ -18,8 +18,9 @@ from moeserve.api.protobuf import length_delimited
 from moeserve.errors import MoEServeError
 from moeserve.server.inference.decoding import decode, parse
 from moeserve.server.inference.messages import pb
-from tests.inference.requests import MODEL, Caller, answered, declared, outputs, parameters, raw_request, typed, typed_request
+from tests.inference.requests import METHOD, MODEL, Caller, answered, declared, outputs, parameters, raw_request, typed, typed_request
 from tests.support.engine import EXPERTS, HIDDEN, X
+from tests.support.servers import run
 
 LARGE = torch.arange(8192.0 * HIDDEN).view(-1, HIDDEN)  # 512 KiB
 ROUTED = {"topk_ids": torch.tensor([[0, 1], [2, 3], [3, 0]]), "topk_weights": torch.full((3, 2), 0.25)}
@@ -99,6 +100,11 @@ def of(*inputs: Any, raws: int = 0) -> Callable[[], Any]:
     return lambda: pb.ModelInferRequest(model_name=MODEL, inputs=inputs, raw_input_contents=[X.numpy().tobytes()] * raws)
 
 
+def with_another(name: str, dtype: torch.dtype) -> Callable[[], Any]:
+    """A request with a second input, of this type."""
+    return lambda: raw_request(**{"hidden_states": X, name: torch.zeros(3, dtype=dtype)})
+
+
 def wrong_numbers() -> Any:
     wrong = typed("hidden_states", X)
     wrong.contents.int64_contents.append(1)
@@ -143,7 +149,12 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "an input twice": (of(declared("hidden_states", X), declared("hidden_states", X), raws=2), "given twice"),
     "an unknown datatype": (changed(datatype="FP8"), "datatype 'FP8'"),
     "no datatype": (changed(datatype=""), "datatype ''"),
-    "a datatype that is not for this input": (changed(datatype="INT32"), "hidden_states is int32"),
+    "a datatype that is not for this input": (changed(datatype="INT32"), "datatype 'INT32'; allowed: FP32, FP16, BF16"),
+    "FP64": (changed(datatype="FP64"), "datatype 'FP64'; allowed: FP32, FP16, BF16"),
+    "a mask of numbers": (with_another("used_token", torch.int64), "datatype 'INT64'; allowed: BOOL"),
+    "ids that are no whole numbers": (with_another("topk_ids", torch.float32), "datatype 'FP32'; allowed: INT64, INT32"),
+    "weights that are whole numbers": (with_another("topk_weights", torch.int64), "datatype 'INT64'; allowed: FP32, FP16, BF16"),
+    "token ids that are no whole numbers": (with_another("token_ids", torch.float32), "datatype 'FP32'; allowed: INT64, INT32"),
     "a negative size": (changed(shape=[-3, 16]), "none of them negative"),
     "negative sizes": (changed(shape=[-3, -16]), "none of them negative"),
     "a huge size": (changed(shape=[2**62, 16]), "does not take exactly that many"),
@@ -198,6 +209,23 @@ def test_bad_requests_are_refused_with_a_sentence(caller: Caller, what: str) -> 
     code, sentence = caller.refused(make())
     assert (code, said in sentence) == ("INVALID_ARGUMENT", True), sentence
     assert len(sentence) < 600
+
+
+async def test_a_stream_tells_which_request_there_was_no_room_for() -> None:
+    running = await run(max_message_bytes=2**20, max_queued_bytes=2**20)
+    running.engine.gate.clear()
+    call = running.channel.stream_stream(f"{METHOD}ModelStreamInfer")()
+    for name in ("first", "second"):
+        request = raw_request(hidden_states=torch.zeros(10_000, HIDDEN))
+        request.id = name
+        await call.write(request.SerializeToString())
+    await call.done_writing()
+    assert await running.observed.until(1) == [("ModelStreamInfer", "RESOURCE_EXHAUSTED")]
+    running.engine.gate.set()
+    first, second = [pb.ModelStreamInferResponse.FromString(answer) async for answer in call]
+    assert (first.infer_response.id, first.error_message) == ("first", "")
+    assert (second.infer_response.id, "does not fit" in second.error_message) == ("second", True)
+    await running.stop()
 
 
 def test_a_stream_tells_of_every_failure_which_request_it_was(caller: Caller) -> None:

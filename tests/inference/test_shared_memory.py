@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import grpc
 import numpy as np
 import pytest
+import torch
 import tritonclient.grpc as triton
 import tritonclient.utils.shared_memory as shm
 from tritonclient.utils import InferenceServerException
 
 from moeserve.server.inference.messages import pb
 from moeserve.server.inference.peers import runs_as_this_user
-from tests.inference.requests import METHOD, parameters
+from tests.inference.requests import METHOD, Caller, answered, declared, parameters, typed
 from tests.support.engine import HIDDEN, X, echo_engine
 from tests.support.servers import served
 
@@ -108,6 +110,17 @@ def test_rows_come_from_there_and_go_there(client: triton.InferenceServerClient,
     # What was unlinked is there for those who have it.
     (FOLDER / key[1:]).unlink()
     assert np.array_equal(client.infer(MODEL, taken()).as_numpy("hidden_states"), X.numpy() + 1)
+
+
+def test_rows_without_numbers_beside_inputs_of_numbers(client: triton.InferenceServerClient, region: Any, target: str) -> None:
+    """FP16 can only be sent raw, so that is how the answer comes, even if the mask was sent as numbers."""
+    shm.set_shared_memory_region(region, [X.numpy().astype(np.float16)])
+    rows = declared("hidden_states", X.half(), shared_memory_region="r", shared_memory_byte_size=SIZE // 2)
+    request = pb.ModelInferRequest(model_name=MODEL, inputs=[rows, typed("used_token", torch.ones(3, dtype=torch.bool))])
+    with grpc.insecure_channel(target) as channel:
+        found = answered(Caller(channel).infer(request))
+    assert torch.equal(found["hidden_states"], X.half() + 1)
+    assert found["requested"].tolist() == [1, 2, 3, 4]
 
 
 def test_regions_are_listed_and_forgotten(client: triton.InferenceServerClient, region: Any, key: str) -> None:

@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from moeserve.api.protobuf import MAX_SMALL_BYTES, Buffer, length_delimited, scan, tag
 from moeserve.api.tensors import nbytes, view
 from moeserve.errors import InvalidRequest
-from moeserve.server.inference.datatypes import DATATYPES, Datatype
+from moeserve.server.inference.datatypes import Datatype
 from moeserve.server.inference.messages import pb
 from moeserve.server.inference.parameters import Options, Shared, options_of, shared_of
 from moeserve.server.inference.tensors import INPUTS, OUTPUTS, Output
@@ -84,6 +84,14 @@ def parse(message: bytes) -> InferMessage:
     return InferMessage(parsed, raw or parsed.raw_input_contents, floats)
 
 
+def id_of(message: bytes) -> str:
+    """The id of a request that may be wrong in every other way; "" when it is unreadable."""
+    try:
+        return parse(message).parsed.id
+    except InvalidRequest:
+        return ""
+
+
 def _cut(message: memoryview, raw: list[Buffer], floats: dict[int, list[Buffer]]) -> Iterator[Buffer]:
     """What is left of `message`."""
     for key, start, body, end in scan(message, 0, len(message)):
@@ -137,9 +145,10 @@ def _datatype_of(tensor: Any, earlier: Any) -> Datatype:
         raise InvalidRequest(f"there is no input {name[:80]!r}; allowed: {', '.join(INPUTS)}", "inputs")
     if name in earlier:
         raise InvalidRequest(f"input {name} is given twice", name)
-    datatype = DATATYPES.get(tensor.datatype)
+    allowed = {each.name: each for each in INPUTS[name].allowed}
+    datatype = allowed.get(tensor.datatype)
     if datatype is None:
-        raise InvalidRequest(f"input {name} has datatype {tensor.datatype[:80]!r}; allowed: {', '.join(DATATYPES)}", name)
+        raise InvalidRequest(f"input {name} has datatype {tensor.datatype[:80]!r}; allowed: {', '.join(allowed)}", name)
     if len(tensor.shape) > _MAX_DIMS or any(size < 0 for size in tensor.shape):
         raise InvalidRequest(
             f"input {name} has shape {list(tensor.shape[:_MAX_DIMS])}; allowed: at most {_MAX_DIMS} sizes, none of them negative", name

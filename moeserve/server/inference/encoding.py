@@ -26,8 +26,10 @@ _ANSWER: Final = pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER
 def encode(request: pb.ModelInferRequest, answer: Sequence[tuple[WantedOutput, torch.Tensor]], *, is_typed: bool) -> list[Buffer]:
     """A ModelInferResponse in pieces. Tensors that are wanted in shared memory are only described.
 
-    Clients find the raw contents of an output by its position among all outputs, so one in shared memory has empty ones.
+    Clients find the raw contents of an output by its position among all outputs, so one in shared memory has empty ones. `is_typed`: as
+    numbers, unless one of the outputs has a datatype without numbers: it may have come by shared memory beside inputs of numbers.
     """
+    is_typed = is_typed and all(BY_DTYPE[tensor.dtype].contents for wanted, tensor in answer if wanted.where is None)
     head = pb.ModelInferResponse(model_name=request.model_name, model_version=VERSION, id=request.id)
     described: list[Buffer] = []
     data: list[Buffer] = []
@@ -48,7 +50,7 @@ def _numbers(tensor: torch.Tensor) -> tuple[Buffer, ...]:
     if tensor.dtype is torch.float32:
         return length_delimited(_FLOATS, raw(tensor))
     contents = BY_DTYPE[tensor.dtype].contents
-    assert contents is not None, "a request of numbers is answered by tensors that have some"
+    assert contents is not None, "an answer of numbers has none that are only sent raw"
     return (pb.InferTensorContents(**{contents: tensor.flatten().tolist()}).SerializeToString(),)
 
 

@@ -19,7 +19,7 @@ from moeserve.errors import ExpertUnavailable, InvalidRequest, MoEServeError
 from moeserve.files.version import running_version
 from moeserve.server.boundary import Observe
 from moeserve.server.inference import models
-from moeserve.server.inference.decoding import InferMessage, InferRequest, WantedOutput, decode, parse
+from moeserve.server.inference.decoding import InferMessage, InferRequest, WantedOutput, decode, id_of, parse
 from moeserve.server.inference.encoding import VERSION, encode, failed_in_stream, in_stream
 from moeserve.server.inference.messages import SERVICE_NAME, pb
 from moeserve.server.inference.shared_memory import SharedMemory
@@ -75,7 +75,7 @@ class InferenceService:
         return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
 
     async def _model_infer(self, message: bytes, context: Context) -> bytes:
-        return b"".join(await self._infer(parse(message), context))
+        return self._intake.sendable(b"".join(await self._infer(parse(message), context)))
 
     async def _model_stream_infer(self, _messages: Any, context: Context) -> None:
         """Requests run side by side; a request that fails is answered by its error."""
@@ -90,11 +90,12 @@ class InferenceService:
     async def _answer(self, context: Context, message: bytes, refusal: MoEServeError | None) -> bytes:
         code, start, request_id = grpc.StatusCode.OK, time.perf_counter(), ""
         try:
-            if refusal is not None:
-                raise refusal
+            if refusal is not None:  # not raised: this frame has it, and it would have this frame, with the message
+                code, answer = _told(id_of(message), refusal)
+                return answer
             parsed = parse(message)
             request_id = parsed.parsed.id
-            return b"".join(in_stream(await self._infer(parsed, context)))
+            return self._intake.sendable(b"".join(in_stream(await self._infer(parsed, context))))
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
             raise

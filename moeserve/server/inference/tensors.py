@@ -20,7 +20,7 @@ Size = Literal["T", "H", "E", "K", "1"]
 
 @dataclass(frozen=True)
 class Tensor:
-    """`datatype`: of hidden_states one of several."""
+    """`datatype`: as metadata say; the hidden_states of an answer have that of its request."""
 
     name: str
     datatype: Datatype
@@ -30,6 +30,13 @@ class Tensor:
         """-1 = any size."""
         known = {"H": spec.hidden_size, "E": spec.num_experts, "1": 1}
         return [known.get(size, -1) for size in self.sizes]
+
+
+@dataclass(frozen=True)
+class Input(Tensor):
+    """`allowed`: the datatypes that it may have, of which `datatype` is the first."""
+
+    allowed: Sequence[Datatype]
 
 
 @dataclass(frozen=True)
@@ -49,14 +56,22 @@ def _named(name: str, datatype: str, *sizes: Size, is_default: bool = False, is_
     return Output(name, DATATYPES[datatype], sizes, of, is_default, is_routing)
 
 
-INPUTS: Final[Mapping[str, Tensor]] = {
+def _given(name: str, datatypes: Sequence[str], *sizes: Size) -> Input:
+    allowed = [DATATYPES[each] for each in datatypes]
+    return Input(name, allowed[0], sizes, allowed)
+
+
+_FLOATS: Final = ("FP32", "FP16", "BF16")
+_INTEGERS: Final = ("INT64", "INT32")
+
+INPUTS: Final[Mapping[str, Input]] = {
     tensor.name: tensor
     for tensor in (
-        Tensor("hidden_states", DATATYPES["FP32"], ("T", "H")),
-        Tensor("used_token", DATATYPES["BOOL"], ("T",)),
-        Tensor("topk_ids", DATATYPES["INT64"], ("T", "K")),
-        Tensor("topk_weights", DATATYPES["FP32"], ("T", "K")),
-        Tensor("token_ids", DATATYPES["INT64"], ("T",)),
+        _given("hidden_states", _FLOATS, "T", "H"),
+        _given("used_token", ("BOOL",), "T"),
+        _given("topk_ids", _INTEGERS, "T", "K"),
+        _given("topk_weights", _FLOATS, "T", "K"),
+        _given("token_ids", _INTEGERS, "T"),
     )
 }
 OUTPUTS: Final[Mapping[str, Output]] = {
