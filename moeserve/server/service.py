@@ -104,7 +104,7 @@ class MoEService:
 
     async def _run(self, request: WireRequest, context: Context, trace: CallTrace | None, reply: memoryview | None) -> bytes:
         output = await self._intake.run(request, context, deadline_of(context), trace=trace)
-        answer = encode_forward_response(request.request_id, output, reply)
+        answer = self._intake.sendable(encode_forward_response(request.request_id, output, reply))
         if trace is not None:
             trace.mark("encode")
         return answer

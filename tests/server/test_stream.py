@@ -85,6 +85,18 @@ async def test_errors_of_the_engine_are_answers(running: Running, raised: Except
     assert (answer.request_id, answer.error.message) == ("1", sentence)
 
 
+async def test_an_answer_that_is_too_large_to_be_sent_is_an_error_of_its_request() -> None:
+    running = await run(max_message_bytes=2**16)
+    large = request(tokens(1000), request_id="large", return_routing=True)
+    assert large.ByteSize() < 2**16
+    call = running.stub.ForwardStream(iter([large, request(request_id="small")]))
+    answers = {answer.request_id: answer async for answer in call}
+    assert answers["large"].error.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    assert "server.max_message_bytes is 65536" in answers["large"].error.message
+    assert torch.equal(value(answers["small"].hidden_states), tokens())
+    await running.stop()
+
+
 async def test_only_so_many_run_at_once(running: Running) -> None:
     running.engine.gate.clear()
     messages = [request(tokens(1), request_id=str(number)) for number in range(MAX_STREAM_REQUESTS * 2)]
