@@ -47,7 +47,8 @@ def main() -> None:
 async def _serve(told: Mapping[str, Any], stdin: io.FileIO) -> None:
     drain = asyncio.Event()
     threading.Thread(target=_listen, args=(stdin, asyncio.get_running_loop(), drain), name="stdin", daemon=True).start()
-    tokens = FrontendTokens(None if told["token_file"] is None else Path(told["token_file"]), frozenset({told["token"].encode()}))
+    file = None if told["token_file"] is None else Path(told["token_file"])
+    tokens = FrontendTokens(file, frozenset({told["token"].encode()}), is_private=file is None)
     orders = GrpcOrders(told["controller"], told["token"])
     shared = SharedPort(told["controller"], tokens)
     asked = asyncio.create_task(drain.wait())

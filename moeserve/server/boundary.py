@@ -114,12 +114,12 @@ class Boundary(grpc.aio.ServerInterceptor):
         return which, () if token is None else (token,)
 
     def _bound(self, inner: Behavior) -> Behavior:
-        async def bounded(request: Any, context: Context) -> None:
+        async def bounded(request: Any, context: Context) -> Any:
             if self._streams >= self._max_streams:
                 raise Overloaded(f"{self._streams} streams are open; allowed: {self._max_streams} of all callers together")
             self._streams += 1
             try:
-                await inner(request, context)
+                return await inner(request, context)
             finally:
                 self._streams -= 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -11,14 +12,14 @@ import grpc
 
 from moeserve.errors import ExpertUnavailable
 from moeserve.loops import to_its_end
-from moeserve.server.admin import ADMIN_SERVICE_NAME
-from moeserve.server.control import CONTROL_SERVICE_NAME
 from moeserve.server.rpc import Context, Handler
 from moeserve.server.security import FrontendTokens
+from moeserve.v1 import admin_service_pb2 as admin_pb
+from moeserve.v1 import control_service_pb2 as control_pb
 
-_SERVICES: Final = (f"/{ADMIN_SERVICE_NAME}/", f"/{CONTROL_SERVICE_NAME}/")
-#: every process answers it for itself
-_PING: Final = f"/{ADMIN_SERVICE_NAME}/Ping"
+_SERVICES: Final = (admin_pb.DESCRIPTOR.services_by_name["AdminService"], control_pb.DESCRIPTOR.services_by_name["ControlService"])
+#: every process answers Ping for itself. Other names are made up by callers, and whatever is kept or counted by method would grow
+_METHODS: Final = {f"/{one.full_name}/{method.name}": method for one in _SERVICES for method in one.methods if method.name != "Ping"}
 #: the other process bounds what it says and hears
 _OPTIONS: Final = (
     ("grpc.enable_http_proxy", 0),
@@ -48,15 +49,27 @@ class Proxy(grpc.GenericRpcHandler):
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler | None:
         """As gRPC wants it."""
         method = handler_call_details.method
-        if method == _PING or not method.startswith(_SERVICES):
+        if method not in _METHODS:
             return None
 
         async def pass_on(_messages: Any, context: Context) -> None:
-            await self._pass_on(method, context)
+            await self._pass_on(method, context, context.write)
 
-        return grpc.stream_stream_rpc_method_handler(pass_on)
+        async def pass_one_on(_messages: Any, context: Context) -> bytes:
+            answers: list[bytes] = []
 
-    async def _pass_on(self, method: str, context: Context) -> None:
+            async def keep(answer: bytes) -> None:
+                answers.append(answer)
+
+            await self._pass_on(method, context, keep)
+            return answers[0]
+
+        if _METHODS[method].server_streaming:
+            return grpc.stream_stream_rpc_method_handler(pass_on)
+        return grpc.stream_unary_rpc_method_handler(pass_one_on)
+
+    async def _pass_on(self, method: str, context: Context, write: Callable[[bytes], Awaitable[None]]) -> None:
+        """The messages of the call; its answers, each to be written by `write`; and how it ended, where that is an error."""
         if self._channel is None:
             self._channel = grpc.aio.insecure_channel(self._target, options=_OPTIONS)
         metadata = [(key, value) for key, value in context.invocation_metadata() or () if key == "authorization"]
@@ -66,7 +79,7 @@ class Proxy(grpc.GenericRpcHandler):
         ending.add_done_callback(lambda done: done.cancelled() or call.cancel())
         try:
             while (answer := await call.read()) is not grpc.aio.EOF:
-                await context.write(answer)
+                await write(answer)
             code, details, trailing = await call.code(), await call.details(), await call.trailing_metadata()
         except grpc.aio.AioRpcError as error:
             code, details, trailing = error.code(), error.details(), error.trailing_metadata()

@@ -139,6 +139,9 @@ def tokens_are_asked_for(target: str) -> None:
                 with pytest.raises(grpc.RpcError) as caught:
                     channel.unary_unary(f"/moeserve.v1.{method}")(b"", timeout=10)
                 assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            with pytest.raises(grpc.RpcError) as caught:
+                next(channel.stream_stream("/moeserve.v1.ControlService/Follow")(iter([b""]), timeout=10))
+            assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED  # no token would be the right one
             drain = channel.unary_unary("/moeserve.v1.AdminService/DrainHost")
             with pytest.raises(grpc.RpcError) as caught:
                 drain(b"\xff", timeout=10, metadata=[("authorization", f"Bearer {ADMIN}")])
