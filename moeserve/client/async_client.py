@@ -64,22 +64,25 @@ class AsyncClient:
         from moeserve.client import answers  # noqa: PLC0415
 
         routing = used_token, topk_ids, topk_weights, return_routing
-        request = answers.make_call(hidden_states, layer, *routing, model, **options)
+        request, now = answers.make_call(hidden_states, layer, *routing, model, **options), time.monotonic()
+        retries = Retries(self._lines.here.timeout_s(timeout), now)
         if self._memory.is_wanted(hidden_states):
-            await self._open_memory(timeout)
+            await self._open_memory(retries.left_s(now))
+            now = time.monotonic()
         with call_span("Forward", self._lines.reach) as metadata:
             lent = self._memory.lend(hidden_states)
             if lent is not None:
                 try:
-                    return await self._answer(request, timeout, metadata, lent)
+                    return await self._answer(request, retries, now, metadata, lent)
                 except BaseException as error:
                     if not self._memory.lost(lent, error):
                         raise
-            return await self._answer(request, timeout, metadata)
+                now = time.monotonic()
+            return await self._answer(request, retries, now, metadata)
 
-    async def _open_memory(self, timeout: float | None) -> None:
+    async def _open_memory(self, timeout_s: float | None) -> None:
         try:
-            name = (await self._call("open_memory", pb.OpenMemoryRequest(), timeout)).socket
+            name = (await self._within("open_memory", pb.OpenMemoryRequest(), timeout_s)).socket
         except NotOffered as error:
             self._memory.refuse(str(error))
         except MoEServeError as error:
@@ -87,12 +90,13 @@ class AsyncClient:
         else:
             await asyncio.to_thread(self._memory.open, name)
 
-    async def _answer(self, request: WireRequest, timeout: float | None, metadata: Metadata, lent: Lent | None = None) -> ForwardOutput:
+    async def _answer(
+        self, request: WireRequest, retries: Retries, now: float, metadata: Metadata, lent: Lent | None = None
+    ) -> ForwardOutput:
+        """now: when its time has begun, or later: calls that begin together have the same time left, and travel together."""
         from moeserve.client import answers  # noqa: PLC0415
 
         message, device = answers.encode_call(request, lent), request.hidden_states.device
-        now = time.monotonic()
-        retries = Retries(self._lines.here.timeout_s(timeout), now)
         while True:
             try:
                 data = await self._send(message, request.layer, retries.left_s(now), metadata)
@@ -103,11 +107,11 @@ class AsyncClient:
             await asyncio.sleep(pause_s)
             now = time.monotonic()
 
-    async def _send(self, message: bytes, layer: int | str | None, timeout: float | None, metadata: Metadata) -> bytes:
+    async def _send(self, message: bytes, layer: int | str | None, timeout_s: float | None, metadata: Metadata) -> bytes:
         """A call that is a span goes alone: several in one message would have only one."""
         if metadata != self._lines.reach.metadata:
-            return await self._call("forward", message, timeout, metadata)  # type: ignore[no-any-return]
-        return await self._together.call(self._call, message, layer, timeout)
+            return await self._within("forward", message, timeout_s, metadata)  # type: ignore[no-any-return]
+        return await self._together.call(self._within, message, layer, timeout_s)
 
     async def forward_stream(
         self, requests: Iterable[WireRequest] | AsyncIterable[WireRequest], timeout: float | None = None
@@ -149,8 +153,12 @@ class AsyncClient:
         if channel is not None:
             await channel.close()
 
-    async def _call(self, method: str, message: Any, timeout: float | None, metadata: Metadata | None = None) -> Any:
-        with self._lines.here.call(timeout) as call:
+    async def _call(self, method: str, message: Any, timeout: float | None) -> Any:
+        return await self._within(method, message, self._lines.here.timeout_s(timeout))
+
+    async def _within(self, method: str, message: Any, timeout_s: float | None, metadata: Metadata | None = None) -> Any:
+        """timeout_s: None = without limit."""
+        with self._lines.here.within(timeout_s) as call:
             return await getattr(call.stubs, method)(message, timeout=call.timeout_s, metadata=metadata or self._lines.reach.metadata)
 
     async def __aenter__(self) -> Self:

@@ -88,18 +88,21 @@ class Client:
         from moeserve.client import answers  # noqa: PLC0415
 
         routing = used_token, topk_ids, topk_weights, return_routing
-        request = answers.make_call(hidden_states, layer, *routing, model, **options)
+        request, now = answers.make_call(hidden_states, layer, *routing, model, **options), time.monotonic()
+        retries = Retries(self._line.timeout_s(timeout), now)
         if self._memory.is_wanted(hidden_states):
-            self._open_memory(timeout)
+            self._open_memory(retries.left_s(now))
+            now = time.monotonic()
         with call_span("Forward", self._line.reach) as metadata:
             lent = self._memory.lend(hidden_states)
             if lent is not None:
                 try:
-                    return self._answer(request, timeout, metadata, lent)
+                    return self._answer(request, retries, now, metadata, lent)
                 except BaseException as error:
                     if not self._memory.lost(lent, error):
                         raise
-            return self._answer(request, timeout, metadata)
+                now = time.monotonic()
+            return self._answer(request, retries, now, metadata)
 
     def submit(
         self,
@@ -165,9 +168,9 @@ class Client:
         if channel is not None:
             channel.close()
 
-    def _open_memory(self, timeout: float | None) -> None:
+    def _open_memory(self, timeout_s: float | None) -> None:
         try:
-            name = self._call("open_memory", pb.OpenMemoryRequest(), timeout).socket
+            name = self._within("open_memory", pb.OpenMemoryRequest(), timeout_s).socket
         except NotOffered as error:
             self._memory.refuse(str(error))
         except MoEServeError as error:
@@ -175,26 +178,28 @@ class Client:
         else:
             self._memory.open(name)
 
-    def _answer(self, request: WireRequest, timeout: float | None, metadata: Metadata, lent: Lent | None = None) -> ForwardOutput:
+    def _answer(self, request: WireRequest, retries: Retries, now: float, metadata: Metadata, lent: Lent | None = None) -> ForwardOutput:
         from moeserve.client import answers  # noqa: PLC0415
 
-        data = self._forward(answers.encode_call(request, lent), timeout, metadata)
+        data = self._forward(answers.encode_call(request, lent), retries, now, metadata)
         return answers.output_of(answers.decode_answer(data, request.hidden_states.device, lent))
 
-    def _forward(self, message: bytes, timeout: float | None, metadata: Metadata) -> bytes:
-        now = time.monotonic()
-        retries = Retries(self._line.timeout_s(timeout), now)
+    def _forward(self, message: bytes, retries: Retries, now: float, metadata: Metadata) -> bytes:
         while True:
             try:
-                return self._call("forward", message, retries.left_s(now), metadata)  # type: ignore[no-any-return]
+                return self._within("forward", message, retries.left_s(now), metadata)  # type: ignore[no-any-return]
             except MoEServeError as error:
                 if not self._retry or (pause_s := retries.pause_s(error, time.monotonic())) is None:
                     raise
             time.sleep(pause_s)
             now = time.monotonic()
 
-    def _call(self, method: str, message: Any, timeout: float | None, metadata: Metadata | None = None) -> Any:
-        with self._line.call(timeout) as call:
+    def _call(self, method: str, message: Any, timeout: float | None) -> Any:
+        return self._within(method, message, self._line.timeout_s(timeout))
+
+    def _within(self, method: str, message: Any, timeout_s: float | None, metadata: Metadata | None = None) -> Any:
+        """timeout_s: None = without limit."""
+        with self._line.within(timeout_s) as call:
             return getattr(call.stubs, method)(message, timeout=call.timeout_s, metadata=metadata or self._line.reach.metadata)
 
     def __enter__(self) -> Self:

@@ -108,7 +108,10 @@ class Line:
 
         Raises InvalidRequest for an invalid timeout, MoEServeError when this client is closed or cannot work in this process.
         """
-        timeout_s = self.timeout_s(timeout)
+        return self.within(self.timeout_s(timeout))
+
+    def within(self, timeout_s: float | None) -> Call:
+        """A call of so many seconds; None = without limit. Raises as `call`."""
         FORKS.check()
         opened = self._opened
         while opened is None or opened.is_useless or not opened.begin():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
+import grpc
 import pytest
 import torch
 from hypothesis import given
@@ -14,8 +17,10 @@ from hypothesis import strategies as st
 
 from moeserve import errors
 from moeserve.client.retries import Retries
+from moeserve.v1 import moe_service_pb2 as pb
+from moeserve.v1 import moe_service_pb2_grpc as pb_grpc
 from tests.client.calls import Calls
-from tests.support.engine import FakeEngine, X
+from tests.support.engine import HIDDEN, FakeEngine, X
 from tests.support.servers import served
 from tests.support.waiting import until_async
 
@@ -33,6 +38,34 @@ async def test_a_call_refused_before_it_was_read_is_made_again(calls: Calls, eng
     await until_async(lambda: len(engine.callers) >= 3)
     engine.refusing = None
     assert torch.equal((await call).hidden_states, X)
+
+
+async def test_all_steps_of_a_call_share_its_time(connect: Callable[..., Calls]) -> None:
+    """Memory for large tensors is asked for first, which takes a while here."""
+    left_s: list[float] = []
+
+    class Slow(pb_grpc.MoEServiceServicer):
+        async def OpenMemory(self, request: pb.OpenMemoryRequest, context: Any) -> pb.OpenMemoryResponse:
+            await asyncio.sleep(1)
+            return pb.OpenMemoryResponse()
+
+        async def Forward(self, request: pb.ForwardRequest, context: Any) -> None:
+            left_s.append(context.time_remaining())
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "it was seen")
+
+    server = grpc.aio.server()
+    pb_grpc.add_MoEServiceServicer_to_server(Slow(), server)
+    target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    with pytest.raises(errors.InvalidRequest, match="it was seen"):
+        await connect(target).forward(torch.zeros(2**14, HIDDEN), timeout=5)
+    await server.stop(None)
+    assert left_s[0] < 4.5
+
+
+async def test_a_call_without_limit_has_none_although_its_client_has_one(calls: Calls, engine: FakeEngine) -> None:
+    await calls.forward(X, timeout=math.inf)
+    assert engine.requests[-1][1].deadline is None
 
 
 @pytest.mark.parametrize("raised", [errors.Overloaded("in a minute", 60), errors.Overloaded("never fits", None)])
