@@ -37,7 +37,8 @@ class Submitter:
                 raise MoEServeError("this client is closed")
             if self._work is None or not self._work.thread.is_running:
                 self._work = _Work(self._make())
-        return self._work.submit(*arguments, **named)
+            work = self._work
+        return work.submit(*arguments, **named)
 
     def close(self) -> None:
         """Idempotent."""
@@ -57,19 +58,22 @@ class _Work:
         self._client = client
         self._room = threading.Semaphore(MAX_SUBMITTED)
         self._running: set[Future[ForwardOutput]] = set()
+        #: held where a call begins, and where no further one may
+        self._lock = threading.Lock()
+        self._is_closed = False
         self.thread = LoopThread("moeserve-client")
         self.thread.start()
 
     def submit(self, *arguments: Any, **named: Any) -> Future[ForwardOutput]:
         work = self._client.forward(*arguments, **named)
         self._room.acquire()
-        try:
+        with self._lock:
+            if self._is_closed:  # while this call waited for room
+                work.close()
+                self._room.release()
+                raise MoEServeError("this client is closed")
             future = self.thread.submit(work)
-        except RuntimeError:  # its loop has ended while this call waited for room
-            work.close()
-            self._room.release()
-            raise MoEServeError("this client is closed") from None
-        self._running.add(future)
+            self._running.add(future)
         future.add_done_callback(self._done)
         return future
 
@@ -78,6 +82,8 @@ class _Work:
         self._room.release()
 
     def close(self) -> None:
+        with self._lock:
+            self._is_closed = True
         for future in list(self._running):
             future.cancel()
         with suppress(TimeoutError):

@@ -7,6 +7,7 @@ import copy
 import pickle
 import threading
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
@@ -196,6 +197,20 @@ def test_only_so_many_are_in_progress(target: str, engine: FakeEngine) -> None:
         waiting.join(30)
     assert late == [7]
     assert len(engine.requests) == MAX_SUBMITTED + 1
+
+
+def test_calls_that_wait_for_room_end_when_the_client_is_closed(target: str, engine: FakeEngine) -> None:
+    engine.gate.clear()
+    client = Client(target)
+    for number in range(MAX_SUBMITTED):
+        client.submit(rows(number))
+    with ThreadPoolExecutor() as pool:
+        waiting = [pool.submit(client.submit, X) for _ in range(4)]
+        until(lambda: all(each.running() for each in waiting) and len(engine.requests) == MAX_SUBMITTED)
+        client.close()
+        for each in waiting:
+            with pytest.raises(errors.MoEServeError, match="this client is closed"):
+                each.result(30)
 
 
 def test_closing_cancels_what_was_submitted(target: str, engine: FakeEngine) -> None:
