@@ -148,7 +148,7 @@ class EmbeddedClient:
         while True:
             frontend = self._reached(retries.left_s(now))
             try:
-                return _as_own(_answer(frontend, as_read, retries.left_s(now)), request.hidden_states.device)
+                return _as_own(_answer(frontend, as_read, retries.left_s(time.monotonic())), request.hidden_states.device)
             except MoEServeError as error:
                 if not self._retry or (pause_s := retries.pause_s(error, time.monotonic())) is None:
                     raise

@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 import weakref
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from typing import Final
 
@@ -65,7 +65,7 @@ class EmbeddedFrontend:
         opening = self._opening
         if self._is_closed or self._driven.is_interrupted:
             return True
-        if opening is not None and opening.done() and opening.exception() is not None:
+        if opening is not None and opening.done() and (opening.cancelled() or opening.exception() is not None):
             return True
         return self._followed is not None and self._followed.broken.done()
 
@@ -95,7 +95,7 @@ class EmbeddedFrontend:
     def reach(self, timeout_s: float | None) -> None:
         """Returns when it is known what to serve, and hosts have had a moment to be reached.
 
-        Raises DeadlineExceeded, and what `Followed.open` raises.
+        Raises DeadlineExceeded, Cancelled when it is closed meanwhile, and what `Followed.open` raises.
         """
         with self._lock:
             if self._opening is None:
@@ -104,6 +104,8 @@ class EmbeddedFrontend:
                 self._opening = asyncio.run_coroutine_threadsafe(self._open(), self._driven.loop)
         try:
             self._opening.result(timeout_s)
+        except CancelledError:
+            raise self.why_over() from None
         except TimeoutError:
             if self._followed is not None and self._followed.failure is not None:
                 raise unreached(self._followed.failure) from None
@@ -153,6 +155,8 @@ class EmbeddedFrontend:
             call.give_up()
 
     async def _close(self) -> None:
+        if self._opening is not None:
+            self._opening.cancel()  # whoever waits for it does not hear from the controller any more
         self._give_up_all()
         try:
             if self._followed is not None:

@@ -117,8 +117,10 @@ class Followed:
         """Waits for `event`; raises the error that breaks this frontend meanwhile."""
         happening = asyncio.create_task(event.wait())
         ends: set[asyncio.Future[Any]] = {happening, self.broken}
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        happening.cancel()
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            happening.cancel()
         if self.broken.done() and not event.is_set():
             raise self.broken.result()
 

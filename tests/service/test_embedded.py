@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -190,6 +191,35 @@ def test_calls_end_at_their_deadline_and_when_it_is_closed(tmp_path: Path) -> No
         with pytest.raises(MoEServeError, match="is closed"):
             client.forward(X)
         client.close()
+
+
+def test_a_call_that_waits_for_the_controller_ends_when_it_is_closed(tmp_path: Path) -> None:
+    with ServiceHarness(CONFIG, "shm", tmp_path) as service, ThreadPoolExecutor(1) as pool:
+        service.call(service.open_control())
+        client, goes_on = near(service), threading.Event()
+        service._thread.soon(goes_on.wait)  # the controller stands still
+        try:
+            running = pool.submit(client.forward, X, timeout=60)
+            until(lambda: client._frontend is not None and client._frontend._followed is not None)
+            client.close()
+            with pytest.raises(moeserve.Cancelled, match="closed"):
+                running.result(30)
+        finally:
+            goes_on.set()
+
+
+@pytest.mark.slow
+def test_the_time_until_the_controller_answers_is_part_of_that_of_a_call(tmp_path: Path) -> None:
+    with ServiceHarness({**CONFIG, "placement": {"num_hosts": 1}}, "shm", tmp_path) as service:
+        service.call(service.open_control())
+        held = Held(service.hosts[0])
+        with near(service) as client:
+            service._thread.soon(time.sleep, 3)  # so long the controller stands still
+            began = time.monotonic()
+            with pytest.raises(moeserve.DeadlineExceeded):
+                client.forward(X, timeout=4)
+            assert time.monotonic() - began < 6
+        held.let_go()
 
 
 def test_ctrl_c_gives_a_call_up_and_the_next_one_works(tmp_path: Path) -> None:
