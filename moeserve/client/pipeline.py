@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from itertools import islice
 
 import torch
 
 from moeserve.api.wire import WireRequest
 from moeserve.client.async_client import AsyncClient
-from moeserve.errors import MoEServeError
+from moeserve.errors import InvalidRequest, MoEServeError
 
 #: a function of a layer's answer (and its position among `layers`): the input of the next layer
 Between = Callable[[int, torch.Tensor], torch.Tensor]
@@ -31,8 +32,11 @@ async def through_layers(
     """Every batch [T, H] through `layers` in order, over one ForwardStream; answers [T, H] in the order of the batches.
 
     Up to `in_flight` batches are in progress, so all pipeline stages of the service have work (GPipe, Huang et al. 2019,
-    arXiv 1811.06965). A failed batch ends everything with its error. `timeout`, in seconds, is for all batches.
+    arXiv 1811.06965); those count that wait for the answer of an earlier one. A failed batch ends everything with its error. `timeout`, in
+    seconds, is for all batches. Raises InvalidRequest for an `in_flight` below 1.
     """
+    if in_flight < 1:
+        raise InvalidRequest(f"in_flight is {in_flight}; allowed: at least 1", "in_flight")
     waiting: asyncio.Queue[WireRequest | None] = asyncio.Queue()
     source = enumerate(batches)
     done: dict[int, torch.Tensor] = {}
@@ -43,11 +47,9 @@ async def through_layers(
 
     def start() -> None:
         nonlocal started
-        for number, hidden_states in source:
+        for number, hidden_states in islice(source, in_flight - (started - next_out)):
             started = number + 1
             send(number, 0, hidden_states)
-            if started - next_out >= in_flight:
-                break
 
     start()
     if not started:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
+import torch
 
 from moeserve import errors
-from moeserve.client import AsyncClient, Client, WireRequest, WireResponse
+from moeserve.api.output import ForwardOutput
+from moeserve.api.request import LayerRequest
+from moeserve.client import AsyncClient, Client, WireRequest, WireResponse, through_layers
 from tests.client.calls import Calls
-from tests.support.engine import FakeEngine, X
+from tests.support.engine import FakeEngine, X, identity, spec
+from tests.support.servers import served
 from tests.support.waiting import until, until_async
 
 
@@ -49,6 +54,44 @@ async def test_requests_of_a_stream_may_be_asynchronous(target: str) -> None:
 
     async with AsyncClient(target) as client:
         assert {answer.request_id async for answer in client.forward_stream(requests())} == {"0", "1", "2"}
+
+
+class SlowFirst(FakeEngine):
+    """Its gate holds up batches of zeros only."""
+
+    async def forward(self, layer: int, request: LayerRequest) -> ForwardOutput:
+        return await super().forward(layer, request) if not request.hidden_states.any() else self.answer(layer, request)
+
+
+async def test_batches_behind_a_slow_one_are_not_taken_without_end() -> None:
+    """Their answers would have to be kept until it has its own."""
+    ahead: list[int] = []
+    outputs: list[torch.Tensor] = []
+
+    def batches() -> Iterator[torch.Tensor]:
+        for number in range(20):
+            ahead.append(number - len(outputs))
+            yield number * X
+
+    engine = SlowFirst([(spec("layer"), identity)])
+    with served(engine) as (target, _, thread):
+        thread.soon(engine.gate.clear)
+        async with AsyncClient(target) as client:
+
+            async def collect() -> None:
+                async for output in through_layers(client, batches(), ["layer"], in_flight=3):
+                    outputs.append(output)
+
+            running = asyncio.create_task(collect())
+            await until_async(lambda: len(ahead) >= 3 and engine.requests)
+            for _ in range(10):  # round trips, in which others could be answered
+                await client.layers()
+            thread.soon(engine.gate.set)
+            await running
+            with pytest.raises(errors.InvalidRequest, match="in_flight is 0; allowed: at least 1"):
+                await anext(through_layers(client, [X], [0], in_flight=0))
+    assert [output[0, 1].item() for output in outputs] == list(range(20))
+    assert max(ahead) < 3
 
 
 def test_leaving_a_stream_cancels_the_rest(target: str, engine: FakeEngine) -> None:
