@@ -68,6 +68,7 @@ class InOrder:
     async def _run(self, answer: Callable[[], Coroutine[None, None, bytes]], before: asyncio.Event, ended: asyncio.Event) -> bytes:
         try:
             made = await answer()
+            del answer  # which has the message
             await before.wait()
             return made
         finally:
