@@ -103,7 +103,9 @@ class TcpChannel(Channel):
 
 
 def _dealer(limits: Limits, keys: FrontendKeys | None) -> zmq.Socket[Any]:
-    dealer: zmq.Socket[Any] = zmq.Context.instance().socket(zmq.DEALER)
+    context = zmq.Context.instance()
+    context.max_sockets = context.get(zmq.SOCKET_LIMIT)  # a channel has three; the rule is 1023, for all channels of a process
+    dealer: zmq.Socket[Any] = context.socket(zmq.DEALER)
     dealer.reconnect_ivl = -1
     dealer.connect_timeout = TCP_CONNECT_MS
     dealer.heartbeat_ivl = int(HEARTBEAT_S * 1000)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 import stat
-from contextlib import closing
+from contextlib import AsyncExitStack, closing
 from pathlib import Path
 
 import pytest
 
 from moeserve.errors import ConfigError
-from moeserve.transport import ChannelClosed, choose_endpoint, connect, listen
+from moeserve.transport import ChannelClosed, Limits, choose_endpoint, connect, listen
 from tests.support.descriptors import no_free_descriptors
+
+from .rig import Rig
 
 
 def test_the_socket_is_private_and_goes_with_the_listener(tmp_path: Path) -> None:
@@ -64,6 +67,16 @@ async def test_a_process_without_free_descriptors_may_try_again(endpoint: str, t
     where = endpoint.format(tmp_path)
     with closing(listen(where)), no_free_descriptors(), pytest.raises(ChannelClosed, match="Too many open files"):
         await connect(where)
+
+
+@pytest.mark.skipif(resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 2**12, reason="as many files may not be open here")
+async def test_a_frontend_reaches_hundreds_of_hosts_over_tcp() -> None:
+    """Each channel has three sockets, and by itself libzmq has room for 1023."""
+    limits = Limits(2**16, 2**16)
+    with closing(listen("tcp://127.0.0.1:0", limits=limits)) as listener:
+        async with AsyncExitStack() as channels:
+            for _ in range(350):
+                await channels.enter_async_context(Rig(listener, limits, None).frontend())
 
 
 def test_memory_within_a_node_and_tcp_between_nodes() -> None:
