@@ -103,7 +103,7 @@ class TcpChannel(Channel):
 
 
 def _dealer(limits: Limits, keys: FrontendKeys | None) -> zmq.Socket[Any]:
-    context = zmq.Context.instance()
+    context: zmq.Context[zmq.Socket[Any]] = zmq.Context.instance()
     context.max_sockets = context.get(zmq.SOCKET_LIMIT)  # a channel has three; the rule is 1023, for all channels of a process
     dealer: zmq.Socket[Any] = context.socket(zmq.DEALER)
     dealer.reconnect_ivl = -1

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-import resource
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
 
 import grpc
 import pytest
@@ -18,7 +15,6 @@ from grpc_status import rpc_status
 
 from moeserve.errors import Overloaded
 from moeserve.server.arriving import MessageStream, _Connection
-from moeserve.server.inference.messages import pb as inference
 from moeserve.v1 import moe_service_pb2 as pb
 from tests.support.descriptors import no_free_descriptors
 from tests.support.engine import HIDDEN
@@ -29,7 +25,6 @@ from tests.support.servers import Running, run
 from tests.support.waiting import until_async
 
 FORWARD, STREAM = "/moeserve.v1.MoEService/Forward", "/moeserve.v1.MoEService/ForwardStream"
-INFER_STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
 MIB = 2**20
 #: a message of 1 MiB and some bytes, as is its answer
 LARGE = request(torch.zeros(2**14, HIDDEN), request_id="large")
@@ -244,58 +239,6 @@ async def test_what_comes_in_streams_has_no_more_room_than_anything_else(serve: 
         assert len(kept) == 1 and not any(each.done() for each in kept)
         for stream in streams:
             stream.cancel()
-
-
-#: method -> the sentence of an answer that says RESOURCE_EXHAUSTED as far as it says a code
-STREAMS: dict[str, Callable[[bytes], str]] = {
-    STREAM: lambda answer: (error := pb.ForwardResponse.FromString(answer).error).message * (error.code == EXHAUSTED.value[0]),
-    INFER_STREAM: lambda answer: inference.ModelStreamInferResponse.FromString(answer).error_message,
-}
-
-
-@pytest.mark.parametrize("method", STREAMS)
-async def test_a_message_that_was_refused_in_a_stream_is_not_kept(serve: Serve, method: str) -> None:
-    """By nobody, so that it is gone before cycles of references are collected, which an idle process does not do."""
-    running = await serve(MIB * 3 // 2)
-    held = await hold(running)
-    message, told = bytes(64 * MIB), []
-    gc.collect()
-    gc.disable()
-    try:
-        before = resident_bytes()
-        for _ in range(4):
-            stream = running.channel.stream_stream(method)(iter([message]))
-            told.append(STREAMS[method](await stream.read()))
-            assert await stream.read() is grpc.aio.EOF
-        await until_async(lambda: resident_bytes() < before + 2 * len(message))
-    finally:
-        gc.enable()
-    assert all("does not fit" in sentence for sentence in told)
-    running.engine.gate.set()
-    await held
-
-
-async def test_a_refused_message_is_not_kept_until_an_earlier_one_of_its_stream_is_answered(serve: Serve) -> None:
-    """Answers by this protocol keep the order of their requests."""
-    running = await serve(MIB * 3 // 2)
-    held = await hold(running)
-    rows = inference.ModelInferRequest.InferInputTensor(name="hidden_states", datatype="FP32", shape=[3, HIDDEN])
-    small = inference.ModelInferRequest(model_name="tiny/model.layers.3.mlp", inputs=[rows], raw_input_contents=[bytes(12 * HIDDEN)])
-    stream = running.channel.stream_stream(INFER_STREAM)()
-    await stream.write(small.SerializeToString())
-    await until_async(lambda: len(running.engine.requests) == 2)
-    large, before = bytes(64 * MIB), resident_bytes()
-    for _ in range(4):
-        await stream.write(large)
-    assert await running.observed.until(4) == [("ModelStreamInfer", "RESOURCE_EXHAUSTED")] * 4
-    await until_async(lambda: resident_bytes() < before + 2 * len(large))
-    running.engine.gate.set()
-    await held
-    assert not inference.ModelStreamInferResponse.FromString(await stream.read()).error_message
-
-
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 async def test_a_connection_that_nobody_is_at_the_end_of_leaves_nothing(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
