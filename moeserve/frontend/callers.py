@@ -80,11 +80,15 @@ class Callers:
         return own_tokens + sum(min(other.waiting_tokens, same) for other in self.waiting if other is not caller)
 
     def greedy_from(self, now: float) -> float:
-        """A caller that holds more tokens than this is greedy: many times as many as the smallest caller that is about usually does."""
+        """A caller that holds more tokens than this is greedy: many times as many as the smallest caller that is about usually does.
+
+        A caller that has never held any, as its first request is being read or was refused, says nothing of that.
+        """
         if len(self._present) < 2:
             return float("inf")
         self._forget(now)
-        return _GREEDY * min([caller.usual_tokens for caller in self._present.values()]) if len(self._present) > 1 else float("inf")
+        usual = [caller.usual_tokens for caller in self._present.values() if caller.usual_tokens]
+        return _GREEDY * min(usual) if len(usual) > 1 else float("inf")
 
     def _forget(self, now: float) -> None:
         while self._present:

@@ -60,6 +60,16 @@ def test_a_small_caller_hardly_notices_a_greedy_one(tokens: int, greedy_layers: 
     assert hosts.ends["greedy", "answered"] > 100
 
 
+def test_who_has_only_been_refused_makes_nobody_greedy() -> None:
+    hosts = FakeHosts(max_batch_tokens=4096)
+    hosts.keep_asking("only", 512, 64)
+    for when in range(1, 20):
+        hosts.at(0.1 * when, lambda: hosts.submit("too late", 1, deadline_s=1e-4))
+    hosts.run(2)
+    sizes = [sum(turn.tokens for turn in batch) for batch in hosts.batches[-20:]]
+    assert hosts.ends["too late", "refused"] == 19 and max(sizes) == 4096 and sum(sizes) / len(sizes) > 2048
+
+
 def test_two_callers_who_both_want_more_get_the_same() -> None:
     hosts = FakeHosts(max_batch_tokens=1024)
     hosts.keep_asking("a few large", 512, 8)
