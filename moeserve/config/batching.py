@@ -14,7 +14,7 @@ class BatchingConfig(Table):
     """[batching]: how concurrent requests are joined."""
 
     max_batch_tokens: Size = 8192
-    #: while the hosts are busy, how long a batch that is not full may wait for more requests
+    #: while the hosts are busy, how long a batch that is not full waits for more requests in any case
     max_batch_wait_ms: float = Field(default=0, ge=0, le=MAX_SIZE)
     #: into how many chunks of tokens a large batch is cut, so that hosts compute one while the frontend gathers and adds up others
     micro_batches: Size = 1
