@@ -92,7 +92,8 @@ bench-experts: setup
 	@touch $@
 
 bench-peers: setup .venv-hivemind/.ready .venv-ray/.ready
-	@$(BIN)/python benchmarks/bench_peers.py --hivemind .venv-hivemind/bin/python --ray .venv-ray/bin/python
+	@$(BIN)/python benchmarks/bench_peers.py --hivemind .venv-hivemind/bin/python --ray .venv-ray/bin/python \
+		--plot docs/images/peers.png
 
 # A hundred thousand hostile messages; twenty minutes of mixed load.
 fuzz: setup

@@ -2,7 +2,8 @@
 
 `make bench-peers`, which makes the peers' environments, or `python benchmarks/bench_peers.py --help`. Every peer is a process of its own,
 with the versions of `peers/*.txt`; all are up all the time, and one side runs at a time, for a moment, in turn. 8 experts of 512 x 2048,
-float32, 2 for each token, random weights. Two tables, for two kinds of experts: hivemind's have no gate (gelu), transformers' do (swiglu).
+float32, 2 for each token, random weights. Two tables, for two kinds of experts: hivemind's have no gate (gelu), transformers' do (swiglu);
+--plot draws both.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from statistics import median
 from typing import Any
 
 from bench_precision import cpu_model
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from running import served
 
 PEERS = Path(__file__).with_name("peers")
@@ -77,13 +80,17 @@ def main() -> None:
         config = folder / "service.toml"
         config.write_text("".join(LAYER.format(activation=activation) for activation in ("gelu", "swiglu")) + CONFIG)
         target, _, _ = stack.enter_context(served(config))
+        tables: dict[str, dict[str, dict[int, float]]] = {}
         for activation, others in (("gelu", [("of_hivemind.py", options.hivemind)]), ("swiglu", [("of_ray.py", options.ray)])):
             with ExitStack() as table:
                 peers = [table.enter_context(peer(sys.executable, "of_moeserve.py", target, activation))]
                 peers += [table.enter_context(peer(python, script)) for script, python in others if python]
                 print(f"\n### {activation}\n\n" + "; ".join(each.versions for each in peers) + "\n")
-                for line in rows(measured(peers, options), options.tokens):
+                tables[activation] = measured(peers, options)
+                for line in rows(tables[activation], options.tokens):
                     print(line, flush=True)
+    if options.plot:
+        draw(tables, options.tokens, options.plot)
 
 
 def measured(peers: Sequence[Peer], options: argparse.Namespace) -> dict[str, dict[int, float]]:
@@ -109,6 +116,26 @@ def rows(found: dict[str, dict[int, float]], sizes: Sequence[int]) -> Iterator[s
     for side, by_tokens in found.items():
         cells = [f"{by_tokens[size]:.2f} | {by_tokens[size] / first[size]:.2f}" if size in by_tokens else "– | –" for size in sizes]
         yield f"| {side} | " + " | ".join(cells) + " |"
+
+
+def draw(tables: dict[str, dict[str, dict[int, float]]], sizes: Sequence[int], path: Path) -> None:
+    """A PNG: how many times as long as the service over gRPC each side takes for a call."""
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    for axes, (activation, found) in zip(figure.subplots(1, len(tables)), tables.items(), strict=True):
+        first, sides = next(iter(found.values())), list(found)
+        for number, size in enumerate(sizes):
+            places = [row + 0.25 * number for row, side in enumerate(sides) if size in found[side]]
+            ratios = [found[side][size] / first[size] for side in sides if size in found[side]]
+            axes.bar_label(axes.barh(places, ratios, height=0.22, label=f"T = {size}"), fmt=" %.2f", fontsize=7)
+        axes.set(xscale="log", xlabel="time of a call / moeserve over gRPC", title=f"{activation} experts")
+        axes.set_yticks([row + 0.25 for row in range(len(sides))], sides)
+        axes.axvline(1, color="gray", linewidth=0.8)
+        axes.invert_yaxis()
+        axes.margins(x=0.15)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(sizes))
+    figure.savefig(path, dpi=120)
 
 
 @contextmanager
@@ -140,6 +167,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 64, 1024])
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side")
     parser.add_argument("--turn-s", type=float, default=0.5, help="seconds of a turn")
+    parser.add_argument("--plot", type=Path, metavar="PNG")
     return parser.parse_args()
 
 
