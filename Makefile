@@ -14,6 +14,7 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard moeserve/kernels/csrc/*)
 	@echo "==> pinned dependencies (CPU torch; some minutes the first time)"
 	@$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt "setuptools>=77" wheel torch
 	@$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	@$(BIN)/python -m compileall -q moeserve tests
 	@touch $(STAMP)
 	@echo "==> ready"
 
