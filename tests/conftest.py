@@ -15,6 +15,10 @@ import pytest
 # Threads that spin while they wait make tiny matmuls ten times slower on a busy machine; read when torch is loaded.
 os.environ["OMP_WAIT_POLICY"] = "passive"
 
+# Tests start hundreds of processes: what these import, and what pytest rewrites, is compiled once, also where images ask for the contrary.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 import torch
 from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
