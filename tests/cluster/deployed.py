@@ -32,7 +32,7 @@ from tests.support.waiting import until
 allow_clusters(False)  # every port on 127.0.0.1
 CALLERS = 4
 #: of a caller between two questions: whoever starts meanwhile needs the processors, too
-PAUSE_S = 0.02
+PAUSE_S = 0.05
 
 
 def say(*words: object) -> None:

@@ -21,10 +21,10 @@ pytestmark = pytest.mark.ray
 
 CALLERS = 8
 #: of a caller between two questions: hosts that start meanwhile need the processors, too
-PAUSE_S = 0.02
+PAUSE_S = 0.05
 
 
-def test_two_six_two_and_every_host_replaced_under_load(tiny_moe: Path, tmp_path: Path, local_ray: None) -> None:
+def test_two_four_two_and_every_host_replaced_under_load(tiny_moe: Path, tmp_path: Path, local_ray: None) -> None:
     config = {
         "model": {"checkpoint": tiny_moe, "dtype": "float32"},
         "placement": {"num_hosts": 2, "cpus_per_host": 0.1},
@@ -55,7 +55,7 @@ def test_two_six_two_and_every_host_replaced_under_load(tiny_moe: Path, tmp_path
             running = [pool.submit(caller, number) for number in range(CALLERS)]
             try:
                 goes_on()
-                assert service.scale(6) == 2
+                assert service.scale(4) == 2
                 goes_on()
                 assert service.scale(2) == 3
                 for old in ("host-0", "host-1"):
@@ -66,15 +66,15 @@ def test_two_six_two_and_every_host_replaced_under_load(tiny_moe: Path, tmp_path
                     service.drain_host("host-0")
                 with Client(service.target) as client:
                     (survivor, other) = client.stats().hosts
-                assert (survivor.name, other.name) == ("host-6", "host-7")
+                assert (survivor.name, other.name) == ("host-4", "host-5")
                 whole = sum(each.bank.nbytes for each in references)
                 assert survivor.weights_bytes + other.weights_bytes == whole
                 assert len(processes()["ray::ExpertHost"]) <= before + 2, "those that left are gone"
                 goes_on()
-                os.kill(pid_of(service, "host-7"), signal.SIGKILL)
+                os.kill(pid_of(service, "host-5"), signal.SIGKILL)
                 goes_on()
-                os.kill(pid_of(service, "host-6"), signal.SIGSTOP)
-                assert service.drain_host("host-6") == 8, "a host that hangs is left, and nobody waits for it for long"
+                os.kill(pid_of(service, "host-4"), signal.SIGSTOP)
+                assert service.drain_host("host-4") == 8, "a host that hangs is left, and nobody waits for it for long"
                 goes_on()
             finally:
                 stop.set()
