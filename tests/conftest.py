@@ -95,11 +95,11 @@ def tiny_moe() -> Path:
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    """One Ray for the whole session, with twelve logical GPUs; a service started meanwhile uses it."""
+    """One Ray for the whole session, with eight logical GPUs; a service started meanwhile uses it."""
     from moeserve.cluster.ray_runtime import RayRuntime
     from moeserve.config import PlacementConfig, RayConfig
 
-    runtime = RayRuntime(RayConfig(num_cpus=8, num_gpus=12), PlacementConfig())
+    runtime = RayRuntime(RayConfig(num_cpus=8, num_gpus=8), PlacementConfig())
     runtime.start()
     yield
     runtime.stop()

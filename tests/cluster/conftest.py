@@ -13,7 +13,7 @@ from tests.support.ray_service import NUM_HOSTS
 
 @pytest.fixture(scope="package")
 def service(local_ray: None, tiny_moe: Path) -> Iterator[BackgroundService]:
-    """All four layers of the tiny checkpoint on eight hosts, one logical GPU each."""
+    """All four layers of the tiny checkpoint on four hosts, one logical GPU each."""
     config = {
         "model": {"checkpoint": tiny_moe, "dtype": "float32"},
         "placement": {"num_hosts": NUM_HOSTS, "gpus_per_host": 1, "cpus_per_host": 0.5},

@@ -128,7 +128,7 @@ def _(probe: Any) -> None:
 @check_of(internals.total_resources)
 def _(probe: Any) -> None:
     total = internals.total_resources()[this_node()]
-    assert (total["CPU"], total["GPU"]) == (8, 12)
+    assert (total["CPU"], total["GPU"]) == (8, 8)
     assert total[f"CPU_group_{ray.util.get_placement_group(GROUP).id.hex()}"] == 0.25, "what a placement group has"
 
 

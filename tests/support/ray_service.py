@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from moeserve import BackgroundService
 
 #: of the service that the tests of tests/cluster share
-NUM_HOSTS = 8
+NUM_HOSTS = 4
 
 
 def processes() -> dict[str, list[int]]:
