@@ -15,15 +15,15 @@ import pytest
 # Threads that spin while they wait make tiny matmuls ten times slower on a busy machine; read when torch is loaded.
 os.environ["OMP_WAIT_POLICY"] = "passive"
 
-# Tests start hundreds of processes: what these import, and what pytest rewrites, is compiled once, also where images ask for the contrary.
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-sys.dont_write_bytecode = False
-
 import torch
 from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
 from moeserve.log_limit import LIMIT
+
+# Tests start hundreds of processes. What these import, and what pytest rewrites, is compiled once, also where images ask for the contrary.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # How long something takes is measured in benchmarks/, not here.
 settings.register_profile("moeserve", deadline=None)
