@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import resource
 from collections.abc import AsyncIterator, Callable
@@ -31,9 +32,12 @@ async def running() -> AsyncIterator[Running]:
     started.engine.gate.clear()
     held = asyncio.ensure_future(started.stub.Forward(request(torch.zeros(2**14, HIDDEN))))
     await until_async(lambda: len(started.engine.requests) == 1)
-    yield started
-    await held
-    await started.stop()
+    try:
+        yield started
+    finally:
+        started.engine.gate.set()
+        await held
+        await started.stop()
 
 
 #: method -> the sentence of an answer that says RESOURCE_EXHAUSTED as far as it says a code
@@ -79,4 +83,6 @@ async def test_a_refused_message_is_not_kept_until_an_earlier_one_of_its_stream_
 
 
 def resident_bytes() -> int:
+    """Without what is free, which a process that has served once keeps for a while."""
+    ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
