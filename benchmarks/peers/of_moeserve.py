@@ -1,4 +1,7 @@
-"""The service over gRPC, a frontend in this process, and the layer in this process: `of_moeserve.py TARGET LAYER ACTIVATION`."""
+"""The service over gRPC, a frontend in this process, and the layer in this process: `of_moeserve.py TARGET ACTIVATION`.
+
+A layer has the name of its activation.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from moeserve.allocator import keep_large_blocks
 
 
 def main() -> None:
-    target, layer, activation = sys.argv[1:]
+    target, activation = sys.argv[1:]
     keep_large_blocks()
     torch.set_num_threads(2)
     local = moeserve.MoELayer(
@@ -25,8 +28,8 @@ def main() -> None:
     )
     with moeserve.Client(target, timeout=120) as client, moeserve.EmbeddedClient(target) as near:
         sides: dict[str, Side] = {
-            "moeserve, gRPC": lambda rows: client.forward(rows, layer=layer).hidden_states,
-            "moeserve, embedded": lambda rows: near.forward(rows, layer=layer).hidden_states,
+            "moeserve, gRPC": lambda rows: client.forward(rows, layer=activation).hidden_states,
+            "moeserve, embedded": lambda rows: near.forward(rows, layer=activation).hidden_states,
             "MoELayer, in process": local,
         }
         take_turns(sides, f"moeserve {version('moeserve')}, torch {version('torch')}, grpcio {version('grpcio')}")
