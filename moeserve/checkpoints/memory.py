@@ -85,12 +85,12 @@ def check_change(nbytes: Mapping[int, int], placing: PlacementConfig, machine_by
     if limit is not None and nbytes[largest] > limit:
         raise ConfigError(
             f"{host_name(largest)} would hold {_gib(nbytes[largest])} of weights while this change happens, "
-            f"but placement.memory_per_host_bytes allows {_gib(limit)}: change less at a time, fewer layers or hosts, or use more hosts"
+            f"but placement.memory_per_host_bytes allows {_gib(limit)}: change fewer layers or hosts at a time, or use more hosts"
         )
     if machine_bytes is not None and not placing.gpus_per_host and sum(nbytes.values()) > machine_bytes:
         raise ConfigError(
             f"{number_of(len(nbytes), 'host')} would hold {_gib(sum(nbytes.values()))} of weights while this change happens, "
-            f"but this machine has {_gib(machine_bytes)} of memory, or its container has: change less at a time, fewer layers or hosts"
+            f"but this machine has {_gib(machine_bytes)} of memory, or its container has: change fewer layers or hosts at a time"
         )
 
 

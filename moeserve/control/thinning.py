@@ -36,15 +36,15 @@ async def in_steps(before: State, change: Change, planner: Planner, bring_in: Br
     after, between = await unless_stalled(in_thread(planned), lambda: None, planner.placing.load_timeout_s, lambda: UNREADABLE)
     if not between:
         return await bring_in(change, "")
-    steps_there = [*(partial(placed, placement=placement) for placement in between), partial(arrived, after=after)]
+    changes = [*(partial(placed, placement=placement) for placement in between), partial(arrived, after=after)]
     made: list[BroughtIn] = []
-    for number, step in enumerate(steps_there, 1):
+    for number, each in enumerate(changes, 1):
         try:
-            made.append(await bring_in(step, f", step {number} of {len(steps_there)}"))
+            made.append(await bring_in(each, f", step {number} of {len(changes)}"))
         except MoEServeError as error:
             if not made:
                 raise
-            why = f"step {number} of {len(steps_there)} cannot be made, and what has moved until then stays: {error}"
+            why = f"step {number} of {len(changes)} cannot be made, and what has moved until then stays: {error}"
             raise ChangeStopped(why, await in_thread(cost_of, before, replace(before, release=made[-1].release), planner)) from error
     return replace(made[-1], cost=await in_thread(cost_of, before, after, planner))
 
