@@ -23,15 +23,19 @@ from moeserve.cluster.timing import END_LOOK_S, STOP_TIMEOUT_S
 
 
 async def end_hosts(actors: Sequence[ActorHandle[ExpertHost]], sockets: SocketFolder) -> None:
-    """Each finishes the pass that is running; a host that does not answer is killed on its node, because Ray gets no answer, either."""
+    """Each finishes the pass that is running; a host that does not answer is killed on its node, because Ray gets no answer, either.
+
+    Returns when those on this node have ended, not only when Ray has been told.
+    """
     stops: list[Any] = [actor.stop.remote() for actor in actors]
     if stops:
         stopped, _ = await asyncio.to_thread(ray.wait, stops, num_returns=len(stops), timeout=STOP_TIMEOUT_S)
         hanging = [actor for actor, stop in zip(actors, stops, strict=True) if stop not in stopped]
-        processes = await asyncio.to_thread(_processes_of, hanging)
+        processes, hung = await asyncio.to_thread(_processes_of, actors), await asyncio.to_thread(_processes_of, hanging)
         for actor in actors:
             ray.kill(actor)
-        await asyncio.to_thread(_end_processes, processes, sockets)
+        await asyncio.to_thread(_end_processes, hung, sockets)
+        await asyncio.to_thread(_await_ends, [pid for node, pid in processes if node == this_node()])
 
 
 async def kill_processes(actors: Sequence[ActorHandle[ExpertHost]], sockets: SocketFolder) -> None:
@@ -74,11 +78,13 @@ def _kill(pid: int) -> None:
     with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
         if b"ExpertHost" in command.read_bytes():
             os.kill(pid, signal.SIGKILL)
-            _await_end(command)
+            _await_ends([pid])
 
 
-def _await_end(command: Path) -> None:
-    """Waits until the process has closed its files; then its command line is empty, or gone."""
+def _await_ends(pids: Sequence[int]) -> None:
+    """Waits until these hosts have closed their files; then their command lines are empty, gone, or another program's."""
     deadline = time.monotonic() + STOP_TIMEOUT_S
-    while command.read_bytes() and time.monotonic() < deadline:
-        time.sleep(END_LOOK_S)
+    for pid in pids:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            while b"ExpertHost" in Path(f"/proc/{pid}/cmdline").read_bytes() and time.monotonic() < deadline:
+                time.sleep(END_LOOK_S)
