@@ -6,7 +6,8 @@ H hidden size, I intermediate size.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from math import prod
@@ -38,6 +39,8 @@ _FORMS: Final[tuple[Form, ...]] = ("linear", "transposed")
 _EXPERT_BYTES, _ALL_BYTES = 2**22, 2**23
 #: times that differ by less than this factor are the same
 _ALIKE = 1.05
+#: On a machine that is busy, threads that compute together wait for each other. Then fewer numbers of rows are measured.
+_LONGEST_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ class Shape:
 class Choice:
     """kernel: the compiled one, None = torch's operators, called in the form of `forms` for each of ROWS.
 
-    microseconds: what one expert took, by candidate and number of rows; empty where there was nothing to choose.
+    microseconds: what one expert took, by candidate and number of rows, as many of ROWS as there was time for; empty where there was
+    nothing to choose.
     """
 
     kernel: str | None
@@ -104,7 +108,10 @@ def measured(shape: Shape, kernel: Kernel, deterministic: bool) -> Choice:
     choice = _measure(shape, kernels, deterministic)
     taken = choice.kernel or f"torch ({', '.join(f'{rows}: {form}' for rows, form in zip(ROWS, choice.forms, strict=True))})"
     times = "; ".join(f"{name} {' '.join(f'{each:.0f}' for each in row)}" for name, row in choice.microseconds.items())
-    log.info("kernel for experts of %s: %s (us per expert for %s rows: %s)", shape, taken, ", ".join(map(str, ROWS)), times)
+    rows = ROWS[: min(map(len, choice.microseconds.values()))]
+    log.info("kernel for experts of %s: %s (us per expert for %s rows: %s)", shape, taken, ", ".join(map(str, rows)), times)
+    if len(rows) < len(ROWS):
+        log.warning("this machine is busy: kernels were tried for %g s, with up to %s", _LONGEST_S, number_of(rows[-1], "row"))
     return choice
 
 
@@ -113,21 +120,28 @@ def _measure(shape: Shape, kernels: tuple[str, ...], deterministic: bool) -> Cho
     experts = _some_experts(shape)
     of_torch: dict[str, Callable[[torch.Tensor], object]] = _one_by_one(experts)
     runs = {**of_torch, **_packed(experts, kernels)}
-    seconds = [_seconds(runs, torch.ones(rows, shape.hidden_size, dtype=shape.rows_dtype)) for rows in ROWS]
+    seconds = list(_seconds(runs, shape))
     best = tuple(min(of_torch, key=taken.__getitem__) for taken in seconds)
     torch_total = prod(taken[form] for form, taken in zip(best, seconds, strict=True))
     totals = {name: prod(taken[name] for taken in seconds) for name in kernels}
     # Of those that differ by less than measuring does, the widest.
-    enough = min(totals.values(), default=0.0) * _ALIKE ** len(ROWS)
+    enough = min(totals.values(), default=0.0) * _ALIKE ** len(seconds)
     fastest = next((name for name in kernels if totals[name] <= enough), None)
     if fastest is not None and not deterministic and torch_total < totals[fastest]:
         fastest = None
+    best += best[-1:] * (len(ROWS) - len(best))
     forms: tuple[Form, ...] = best if shape.is_plain else LINEAR  # type: ignore[assignment]
     return Choice(fastest, forms, {name: tuple(taken[name] / len(experts) * 1e6 for taken in seconds) for name in runs})
 
 
-def _seconds(runs: Mapping[str, Callable[[torch.Tensor], object]], rows: torch.Tensor) -> dict[str, float]:
-    return fastest_of({name: partial(run, rows) for name, run in runs.items()})
+def _seconds(runs: Mapping[str, Callable[[torch.Tensor], object]], shape: Shape) -> Iterator[dict[str, float]]:
+    """Of each candidate, for as many of ROWS as there is time for."""
+    ends_at = time.monotonic() + _LONGEST_S
+    for number in ROWS:
+        if number > ROWS[0] and time.monotonic() > ends_at:
+            return
+        rows = torch.ones(number, shape.hidden_size, dtype=shape.rows_dtype)
+        yield fastest_of({name: partial(run, rows) for name, run in runs.items()}, ends_at=ends_at)
 
 
 def _some_experts(shape: Shape) -> list[FeedForward | QuantizedFeedForward]:

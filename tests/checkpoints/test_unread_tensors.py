@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 
 import pytest
 import torch
@@ -156,6 +156,6 @@ def test_sixty_layers_of_256_experts_are_checked_in_no_time(tmp_path: Path) -> N
     (tmp_path / "config.json").write_text(json.dumps(config))
     weight_map = dict.fromkeys(names, "model-1.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    started = perf_counter()
+    started = process_time()
     assert len(layer_sources(load_config(tmp_path))) == 60
-    assert perf_counter() - started < 5, "0.3 s on an idle machine; by the square of the names it would be minutes"
+    assert process_time() - started < 5, "0.3 s of a processor; by the square of the names it would be minutes"

@@ -20,6 +20,7 @@ SHAPE = Shape(torch.float32, torch.float32, "swiglu", 64, 96, 2)
 def as_it_is_chosen_in_a_service(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Measured as long as it takes, and not before."""
     monkeypatch.setattr("moeserve.experts.choice._ALL_BYTES", 2**23)
+    monkeypatch.setattr("moeserve.experts.choice._LONGEST_S", float("inf"))
     measured.cache_clear()
     yield
     measured.cache_clear()
@@ -49,6 +50,14 @@ def test_torch_is_measured_alone_when_it_is_asked_for() -> None:
     assert choice.kernel is None
     assert choice.microseconds.keys() == {"linear", "transposed"}
     assert all(len(row) == len(ROWS) for row in choice.microseconds.values())
+
+
+def test_on_a_busy_machine_less_is_measured(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("moeserve.experts.choice._LONGEST_S", 0.0)
+    choice = measured(SHAPE, "auto", False)
+    assert {len(row) for row in choice.microseconds.values()} == {1}
+    assert len(choice.forms) == len(ROWS)
+    assert caplog.messages[-1] == "this machine is busy: kernels were tried for 0 s, with up to 1 row"
 
 
 def test_what_is_configured_is_not_measured() -> None:

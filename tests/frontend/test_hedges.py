@@ -93,8 +93,9 @@ def test_a_host_whose_answer_comes_as_it_is_given_up_is_asked_again(tmp_path: Pa
         answer = pool.submit(client.forward, ROWS)
         for held in (late, quick):
             assert held.begun.acquire(timeout=30)
-        at_leisure = threading.Event()
-        standing = pool.submit(service.call, stand(at_leisure))
+        stands, at_leisure = threading.Event(), threading.Event()
+        standing = pool.submit(service.call, stand(stands, at_leisure))
+        assert stands.wait(30)
         for number, held in ((1, quick), (0, late)):
             held.leave.release()
             channel = links[number].channel
@@ -106,8 +107,9 @@ def test_a_host_whose_answer_comes_as_it_is_given_up_is_asked_again(tmp_path: Pa
         until(lambda: not links[0].is_late)
 
 
-async def stand(until_set: threading.Event) -> None:
-    """The event loop does nothing else."""
+async def stand(begun: threading.Event, until_set: threading.Event) -> None:
+    """From when `begun` is set the event loop does nothing else."""
+    begun.set()
     assert until_set.wait(30)
 
 
