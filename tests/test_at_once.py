@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import weakref
 
 import pytest
 
@@ -99,3 +100,24 @@ async def test_an_error_that_nobody_waits_for_is_no_news(caplog: pytest.LogCaptu
     del running
     gc.collect()
     assert not caplog.records
+
+
+@pytest.mark.parametrize("is_awaited", [True, False])
+async def test_an_error_keeps_nothing_of_what_failed(is_awaited: bool) -> None:
+    """Whoever raises it may keep it: gRPC does, in a future that the frame of its own traceback refers to."""
+    error, gate = ZeroDivisionError(), asyncio.get_running_loop().create_future()
+
+    async def fail(held: Work) -> None:
+        await gate
+        raise error
+
+    work = Work()
+    seen = weakref.ref(work)
+    running = to_its_end(fail(work))
+    del work
+    if not is_awaited:
+        running.cancel()
+    gate.set_result(None)
+    await asyncio.wait([running])
+    await asyncio.sleep(0)
+    assert seen() is None

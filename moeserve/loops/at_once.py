@@ -53,8 +53,9 @@ class _ThroughToTheEnd(Generic[Result]):
             if not self.done.done():
                 self.done.set_result(end.value)
         except BaseException as error:  # whoever waits for it gets it
+            error.__traceback__ = None  # whose frames refer to the error, here and in gRPC
             if not self.done.done():
-                self.done.set_exception(error.with_traceback(None))  # which refers to this frame
+                self.done.set_exception(error)
         else:
             if awaited is None:
                 self._loop.call_soon(self.step)
