@@ -33,6 +33,7 @@ class ThreadFleet:
         self._holdings: dict[int, Holdings] = {}
         self._loading = Loading(self._experts_read)
         self._trying: dict[int, asyncio.Task[None]] = {}
+        #: in force; one list, so that a host that begins sees what it is then
         self._releases: list[Release] = []
         self.members: dict[int, ThreadHost] = {}
         self._frontends: frozenset[str] = frozenset()
@@ -72,7 +73,7 @@ class ThreadFleet:
 
         Raises ConfigError or CheckpointError; then the caller withdraws the release.
         """
-        self._releases = [*self._releases, release]
+        self._releases.append(release)
         self._rests.clear()  # there is a new release to load
         new = [self._add(each.number) for each in assignments if each.number not in self.members]
         for member in new:
@@ -82,7 +83,7 @@ class ThreadFleet:
 
     async def adopt(self, release: Release, assignments: Sequence[Assignment]) -> None:
         """The hosts of `assignments` serve `release` only; all others end."""
-        self._releases = [release]
+        self._releases[:] = [release]
         numbers = {each.number for each in assignments}
         await self.remove([number for number in self.members if number not in numbers])
         for number in sorted(numbers):
@@ -92,15 +93,13 @@ class ThreadFleet:
 
     async def withdraw(self, epoch: int) -> None:
         """Hosts forget the withdrawn release of `epoch`, and all after it."""
-        self._releases = [release for release in self._releases if release.epoch < epoch]
-        for host in self._up():
-            await in_thread(host.withdraw, epoch)
+        self._releases[:] = [release for release in self._releases if release.epoch < epoch]
+        await self._have_forget(lambda holdings: holdings.withdraw(epoch))
 
     async def retire(self, epoch: int) -> None:
         """Hosts forget the releases before `epoch`."""
-        self._releases = [release for release in self._releases if release.epoch >= epoch]
-        for host in self._up():
-            await in_thread(host.retire, epoch)
+        self._releases[:] = [release for release in self._releases if release.epoch >= epoch]
+        await self._have_forget(lambda holdings: holdings.retire(epoch))
         self._introduce()
 
     async def remove(self, numbers: Sequence[int]) -> None:
@@ -155,12 +154,20 @@ class ThreadFleet:
     def _make(self, number: int, on_crash: Callable[[], None]) -> Host:
         self._incarnations += 1
         where = self._where(number, self._incarnations)
+        # From here on it hears which releases to forget, of those that it begins with.
         holdings = self._holdings[number] = self._hold(number, where)
         if number not in self.members:
             del self._holdings[number]
             raise ExpertUnavailable(f"{host_name(number)} has left")
         holdings.begin(self._releases)
         return Host(holdings, where, self._frontends, on_crash)
+
+    async def _have_forget(self, forget: Callable[[Holdings], None]) -> None:
+        """All hosts, also one that loads: what it has begun with may be no more in force."""
+        for holdings in [*self._holdings.values()]:
+            await in_thread(forget, holdings)
+        for host in self._up():
+            host.weigh()
 
     async def _come_up(self, member: ThreadHost, on_ready: OnReady) -> None:
         on_ready((await self._until_up(member)).info)

@@ -100,7 +100,9 @@ class ThreadHost:
         """Unless it was stopped meanwhile."""
         with self._changing:
             if self._stops == stops:
-                self._host, self.info, self.error = host, host.info, None
+                self._host, self.error = host, None
+                host.weigh()  # releases may have been forgotten while it was not known to be up
+                self.info = host.info
                 return
         host.stop()
 

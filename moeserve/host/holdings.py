@@ -38,23 +38,31 @@ class Holdings:
         self.model, self.number = model, number
         cache = None if model.store.spill is None or memory_bytes is None else ExpertCache(memory_bytes)
         self.store = ExpertStore(device, cache)
-        #: what is loaded now, unless it has been withdrawn
-        self._loading: Release | None = None
+        #: what is loaded now, or next, unless it has been retired or withdrawn
+        self._coming: list[Release] = []
         self._changing = Lock()
 
     def begin(self, releases: Sequence[Release]) -> None:
-        """Load this host's experts of the releases in force, when it starts.
+        """Load this host's experts of the releases in force, when it starts. They may change until then.
 
-        Releases whose weights cannot be read any more are left out, if the last can be served. Raises the error of the last one.
+        Releases whose weights cannot be read any more are left out, if the last can be served, and those that are retired or withdrawn
+        meanwhile, if one is left. Raises the error of the last one.
         """
+        with self._changing:
+            releases = tuple(releases)
+            self._coming = [*releases]
         for release in releases:
             try:
-                self.take(release)
-            except CheckpointError as error:
-                if release is releases[-1]:
+                self._load(release)
+            except ConfigError as error:
+                is_over = release not in self._coming
+                if not (is_over or isinstance(error, CheckpointError)):
                     raise
-                self.since_epoch = release.epoch + 1
-                log.warning("epoch %d cannot be served: %s", release.epoch, error)
+                if release is releases[-1] and not (is_over and self.store.epochs):
+                    raise
+                if not is_over:
+                    self.since_epoch = release.epoch + 1
+                    log.warning("epoch %d cannot be served: %s", release.epoch, error)
 
     def take(self, release: Release) -> None:
         """Load the experts that `release` adds on this host; then it accepts work of that epoch.
@@ -65,11 +73,16 @@ class Holdings:
         with self._changing:
             if any(epoch >= release.epoch for epoch in self.store.epochs):
                 return
-            self._loading = release
+            self._coming = [release]
+        self._load(release)
+
+    def _load(self, release: Release) -> None:
+        self._check(release)
         layers = self._loaded(release, self._sources(release))
         with self._changing:
             self._check(release)
-            self._loading, before = None, self.store.newest
+            self._coming.remove(release)
+            before = self.store.newest
             for layer, (name, held) in enumerate(layers.items()):
                 if before is None or before.get(name) is not held:
                     self.bank_table.put(layer, release.epoch, None if held is None else held.bank)
@@ -78,8 +91,7 @@ class Holdings:
     def withdraw(self, epoch: int) -> None:
         """Forget the withdrawn release of `epoch`."""
         with self._changing:
-            if self._loading is not None and self._loading.epoch >= epoch:
-                self._loading = None
+            self._coming = [release for release in self._coming if release.epoch < epoch]
             self.bank_table.withdraw(epoch)
             self.store.keep(lambda each: each < epoch)
 
@@ -91,6 +103,7 @@ class Holdings:
     def retire(self, epoch: int) -> None:
         """Forget releases before `epoch`."""
         with self._changing:
+            self._coming = [release for release in self._coming if release.epoch >= epoch]
             self.store.keep(lambda each: each >= epoch)
             if self.store.epochs:
                 self.bank_table.retire(self.store.epochs[0])
@@ -116,5 +129,5 @@ class Holdings:
         self._check(release)
 
     def _check(self, release: Release) -> None:
-        if self._loading is not release:
+        if release not in self._coming:
             raise ConfigError(f"epoch {release.epoch} was withdrawn while it was loaded")

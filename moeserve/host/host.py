@@ -75,17 +75,17 @@ class Host:
     def take(self, release: Release) -> None:
         """Load the new experts of a release, while others are served. Raises ConfigError or CheckpointError, and forgets the release."""
         self.holdings.take(release)
-        self._weigh()
+        self.weigh()
 
     def withdraw(self, epoch: int) -> None:
         """Forget a withdrawn release, and all after it."""
         self.holdings.withdraw(epoch)
-        self._weigh()
+        self.weigh()
 
     def retire(self, epoch: int) -> None:
         """Forget what came before a release that all frontends use now."""
         self.holdings.retire(epoch)
-        self._weigh()
+        self.weigh()
 
     def adopt(self, release: Release) -> None:
         """Load this release and forget all others. Raises as `take`."""
@@ -111,7 +111,8 @@ class Host:
         self._loop.stop()
         self._thread.join()
 
-    def _weigh(self) -> None:
+    def weigh(self) -> None:
+        """Says in `info` what it holds now."""
         store = self.holdings.store
         self.info = replace(self.info, experts_held=len(store.experts), weights_bytes=store.nbytes)
 

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -19,6 +20,7 @@ from moeserve.config import ServedModel
 from moeserve.control import Assignment
 from moeserve.host import Holdings, Host, Where
 from moeserve.loops import in_thread
+from moeserve.placement import LayerPlacement, Placement
 from moeserve.release import Release
 from tests.support.planning import planner_of
 
@@ -65,8 +67,10 @@ def where(number: int, incarnation: int) -> Where:
 @asynccontextmanager
 async def fleet_of(hold: Hold) -> AsyncIterator[ThreadFleet]:
     fleet = ThreadFleet(where, hold)
-    yield fleet
-    await fleet.stop()
+    try:
+        yield fleet
+    finally:
+        await fleet.stop()
 
 
 async def test_a_host_that_leaves_keeps_no_weights() -> None:
@@ -120,6 +124,39 @@ async def test_a_host_that_is_killed_while_others_forget(what: str) -> None:
         goes_on.set()
         await telling
         assert fleet.present.keys() == {0}
+
+
+@pytest.mark.parametrize("what", ["retire", "withdraw"])
+@pytest.mark.parametrize("read", [1, 5], ids=["the release that is forgotten is read", "the other one is"])
+async def test_a_host_that_starts_while_others_forget_has_what_they_have(what: str, read: int) -> None:
+    loading, goes_on = threading.Event(), threading.Event()
+    made: list[TestHoldings] = []
+
+    def slow(number: int, where: Where) -> TestHoldings:
+        made.append(hold(number, where))
+        if len(made) == 3:  # host 1 for the second time; of each release it has four experts
+            made[2].before = lambda begun: wait() if (begun, made[2].experts_read) == ("read", read) else None  # type: ignore[assignment,method-assign]
+        return made[-1]
+
+    def wait() -> None:
+        loading.set()
+        goes_on.wait(30)
+
+    async with fleet_of(slow) as fleet:
+        first = release_of(CONFIG)
+        layers = [LayerPlacement.of(2, layer.unit_of_physical, 1 - layer.host_of_physical) for layer in first.placement.layers]
+        second = replace(first, placement=Placement(2, 2, tuple(layers)))
+        await fleet.take(first, ASSIGNMENTS)
+        await fleet.take(second, ASSIGNMENTS)
+        fleet.members[1].kill()
+        starting = asyncio.create_task(in_thread(fleet.members[1].start))
+        await in_thread(loading.wait, 30)
+        await (fleet.retire(2) if what == "retire" else fleet.withdraw(2))
+        goes_on.set()
+        await starting
+        kept = 2 if what == "retire" else 1
+        assert [fleet.members[number].host.holdings.store.epochs for number in range(2)] == [[kept], [kept]]
+        assert [info.experts_held for info in fleet.present.values()] == [4, 4]
 
 
 async def test_any_error_of_a_start_is_said_and_is_no_reason_to_try_at_once() -> None:
