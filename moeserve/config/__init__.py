@@ -36,6 +36,7 @@ from moeserve.config.values import (
     Mixing,
     Quantization,
     Strategy,
+    most_copies,
 )
 
 __all__ = [
@@ -80,6 +81,7 @@ __all__ = [
     "load_config",
     "load_json",
     "load_server",
+    "most_copies",
     "override",
     "parsed_activation",
 ]

@@ -28,6 +28,7 @@ from moeserve.config.values import (
     Mixing,
     Quantization,
     Size,
+    most_copies,
 )
 
 
@@ -180,7 +181,7 @@ class FrontendConfig(ServedModel):
 
     @model_validator(mode="after")
     def _one_host_computes_an_answer(self) -> Self:
-        if self.model.deterministic and self.placement.copies != 1:
+        if self.model.deterministic and most_copies(self.placement.copies) > 1:
             raise ValueError(
                 f"model.deterministic is true, but placement.copies is {self.placement.copies}; allowed: 1, because load decides which "
                 f"copy computes, and so the order of the sums"

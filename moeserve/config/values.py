@@ -68,3 +68,9 @@ def _position_or_name(value: Any) -> Any:
 
 
 LayerKey = Annotated[int | str, BeforeValidator(_position_or_name)]
+
+
+def most_copies(copies: Copies) -> int:
+    """The largest number that any expert has."""
+    layers = copies.values() if isinstance(copies, dict) else [copies]
+    return max((number for layer in layers for number in (layer.values() if isinstance(layer, dict) else [layer])), default=1)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from moeserve.checkpoints import Swap
-from moeserve.config import Copies
+from moeserve.config import Copies, most_copies
 from moeserve.control.assignments import Assignment
 from moeserve.control.desired import Planner
 from moeserve.control.state import NumHosts, State
@@ -53,7 +53,7 @@ def with_copies(before: State, copies: Copies, planner: Planner) -> State:
 
     Raises ConfigError when they do not fit, or CheckpointChanged when the weights cannot be read any more.
     """
-    if copies != 1 and any(spec.deterministic for spec in planner.layers.specs):
+    if most_copies(copies) > 1 and any(spec.deterministic for spec in planner.layers.specs):
         raise ConfigError("model.deterministic is true; allowed: 1 copy, because load decides which copy computes")
     sources = before.release.sources(planner.layers)
     placement = planner.with_copies(copies).moved(before.assignments, sources, before.release.placement)

@@ -7,8 +7,11 @@ import pytest
 from moeserve import ConfigError, load_config
 from moeserve.checkpoints import host_bytes, layer_sources
 from moeserve.config import ServiceConfig
-from moeserve.control import Wanted
+from moeserve.control import Assignment, State, Wanted
+from moeserve.control.changes import with_copies
+from moeserve.control.copies import changed_copies
 from moeserve.placement import plan_placement
+from moeserve.release import Release
 from tests.support.planning import planner_of
 
 LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8}
@@ -41,3 +44,19 @@ def test_what_no_number_of_hosts_makes_possible() -> None:
     config = config_for(pipeline_stages=2)
     with pytest.raises(ConfigError, match="pipeline_stages is 2; allowed: at most the number of layers, 1"):
         planner_of(config).wanted("all")
+
+
+def test_deterministic_experts_have_one_copy_however_that_is_said() -> None:
+    config = {"model": {"deterministic": True}, "layers": [LAYER, LAYER]}
+    tables = {"default": 1, "layers.0": {"default": 1, "3": 1}}
+    planner = planner_of(load_config({**config, "placement": {"num_hosts": 2, "copies": tables}}))
+    state = State(
+        Release.first(planner.plan(2), planner.layers.sources), (Assignment(0, ""), Assignment(1, "")), 2, last_epoch=1, next_number=2
+    )
+    for layer, expert in (("", None), ("layers.1", None), ("layers.0", 5)):
+        after = with_copies(state, changed_copies(planner, layer, expert, 1), planner)
+        assert after.release is state.release, "nothing is to be moved"
+        with pytest.raises(ConfigError, match=r"^model.deterministic is true; allowed: 1 copy"):
+            with_copies(state, changed_copies(planner, layer, expert, 2), planner)
+    with pytest.raises(ConfigError, match=r"model.deterministic is true, but placement.copies is"):
+        load_config({**config, "placement": {"num_hosts": 2, "copies": {"default": 1, "layers.0": {"3": 2}}}})
