@@ -79,11 +79,11 @@ class DrivenLoop:
         may_drive: this thread may run the loop meanwhile, with all that happens there; else it sleeps.
         """
         waiter = Waiter(self.loop)
-        if may_drive and self._is_mine(waiter):
-            self.loop.call_soon(begin, waiter, *arguments)
-        else:
-            self.loop.call_soon_threadsafe(begin, waiter, *arguments)
-        try:
+        try:  # it may be the driver as soon as it has asked: Ctrl-C would leave the loop to nobody
+            if may_drive and self._is_mine(waiter):
+                self.loop.call_soon(begin, waiter, *arguments)
+            else:
+                self.loop.call_soon_threadsafe(begin, waiter, *arguments)
             if self._driver is not waiter:
                 waiter.sleep()
             if self._driver is waiter:
