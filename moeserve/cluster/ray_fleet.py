@@ -103,7 +103,7 @@ class RayFleet:
         return self._folder
 
     async def take(self, release: Release, assignments: Sequence[Assignment], on_ready: OnReady = lambda _: None) -> None:
-        """Every host of `release` loads its new experts, and is started first if needed; `on_ready` is called for each started host.
+        """Every host of `assignments` loads its new experts, and is started first if needed; `on_ready` is called for each started host.
 
         A host that dies meanwhile comes back with it. Raises ConfigError when a node has no room any more, an error of a host,
         or ExpertUnavailable when one dies again and again or Ray gives it up.
@@ -115,7 +115,7 @@ class RayFleet:
         await self._add(new)
         await all_or_none(self._loading.wait(each.number, partial(self._come_up, each.number, on_ready)) for each in new)
         take = partial(self._tell, call=lambda actor: actor.take.remote(release))
-        await all_or_none(self._loading.wait(number, partial(take, number)) for number in release.placement.hosts)
+        await all_or_none(self._loading.wait(each.number, partial(take, each.number)) for each in assignments)
 
     async def adopt(self, release: Release, assignments: Sequence[Assignment]) -> None:
         """Take over the detached hosts of an earlier process: those of `assignments` serve `release`, all others end.
@@ -246,7 +246,7 @@ class RayFleet:
     async def _have_forget(self, call: Call) -> None:
         """`call` the hosts of the release in force, and wait a while for their answers."""
         numbers = self._releases[-1].placement.hosts if self._releases else ()
-        calls = {asyncio.ensure_future(self._tell(number, call)): number for number in numbers}
+        calls = {asyncio.ensure_future(self._tell(number, call)): number for number in numbers if number not in self.given_up}
         done, late = await asyncio.wait(calls, timeout=FORGET_TIMEOUT_S) if calls else ((), ())
         for future in done:
             if (error := future.exception()) is not None:

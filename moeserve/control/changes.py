@@ -45,7 +45,8 @@ def placed(before: State, placement: Placement) -> State:
 
 def arrived(before: State, after: State) -> State:
     """`after`, which was made of an earlier state of the same weights, as the one that follows `before`."""
-    return replace(placed(before, after.release.placement), assignments=after.assignments, num_hosts=after.num_hosts)
+    state = placed(before, after.release.placement)
+    return replace(state, assignments=after.assignments, num_hosts=after.num_hosts, next_number=after.next_number)
 
 
 def with_copies(before: State, copies: Copies, planner: Planner) -> State:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from moeserve.control.room import require_room
 from moeserve.control.stall import UNREADABLE, unless_stalled
 from moeserve.control.state import NumHosts, State
 from moeserve.control.status import layers_of, status_of
-from moeserve.control.thinning import in_steps
+from moeserve.control.thinning import Change, in_steps
 from moeserve.errors import ConfigError, MoEServeError, number_of
 from moeserve.loops import in_thread
 from moeserve.observe.audit import ADMINISTRATOR
@@ -160,7 +160,7 @@ class Controller:
         """One round of balancing, or only its plan. Raises ExpertUnavailable while a host is down, ConfigError if it cannot be made."""
         return await self._queue.to_its_end(self._balancer.rebalance(dry_run=dry_run))
 
-    async def bring_in(self, change: Callable[[State], State], what: str) -> Release:
+    async def bring_in(self, change: Change, what: str) -> Release:
         """A step of a round, in its turn; the round is what is recorded. Raises MoEServeError; then nothing has changed."""
         step = self._queue.in_turn(lambda: self._brought_in(change, what))
         return (await self._queue.to_its_end(step)).release
@@ -281,11 +281,12 @@ class Controller:
         def change(state: State) -> State:
             return moved(state, assignments, num_hosts, self._planner)
 
-        if self.down:
-            return await self._brought_in(change, what)  # in one step: nobody waits longer than needed for what dead hosts held
-        return await in_steps(self.state, change, self._planner, lambda each, step: self._brought_in(each, f"{what}{step}"))
+        def bring_in(each: Change, step: str, gone: Collection[int]) -> Awaitable[BroughtIn]:
+            return self._brought_in(each, f"{what}{step}", gone=gone)
 
-    async def _brought_in(self, change: Callable[[State], State], what: str, why: str = UNREADABLE) -> BroughtIn:
+        return await in_steps(self.state, change, self._planner, bring_in, self._hosts)
+
+    async def _brought_in(self, change: Change, what: str, why: str = UNREADABLE, gone: Collection[int] = ()) -> BroughtIn:
         """Raises ConfigError when hosts have no room for it, or saying `why` when files cannot be read that it takes to work it out."""
 
         def changed(before: State) -> tuple[State, Transition | None]:
@@ -295,4 +296,4 @@ class Controller:
 
         priced = unless_stalled(in_thread(changed, self.state), lambda: None, self._planner.placing.load_timeout_s, lambda: why)
         after, cost = await priced
-        return BroughtIn(await self._rollout.bring_in(after, what), cost)
+        return BroughtIn(await self._rollout.bring_in(after, what, gone), cost)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -27,7 +27,7 @@ class Hosts(Protocol):
         ...
 
     async def take(self, release: Release, assignments: Sequence[Assignment]) -> None:
-        """Every host of `release`, started if needed, loads it beside the release it serves. Raises a host's error."""
+        """Every host of `assignments`, started if needed, loads `release` beside the one it serves. Raises a host's error."""
         ...
 
     async def withdraw(self, epoch: int) -> None:
@@ -59,10 +59,11 @@ class Rollout:
         self._save = save
         self._load_timeout_s = load_timeout_s
 
-    async def bring_in(self, after: State, what: str) -> Release:
+    async def bring_in(self, after: State, what: str, gone: Collection[int] = ()) -> Release:
         """The state `after`, which was made of the present one. Raises the error of a host or a frontend; then nothing has changed.
 
-        `what`: for people, who see it meanwhile.
+        `what`: for people, who see it meanwhile. `gone`: hosts that do not come back, and only lose experts by it, as all do: it cannot be
+        tried then, and need not be.
         """
         before = self.state
         if after.release is before.release:
@@ -71,7 +72,7 @@ class Rollout:
         self.changing = what
         try:
             self._frontends.set_balancing(changing=what)
-            await self._offer(after)
+            await self._offer(after, gone)
             await self._frontends.drained()
             await self._hosts.retire(after.release.epoch)
         finally:
@@ -81,15 +82,16 @@ class Rollout:
             log.info("%s", sentence)
         return after.release
 
-    async def _offer(self, after: State) -> None:
+    async def _offer(self, after: State, gone: Collection[int]) -> None:
         before, release = self.state, after.release
         # If this process dies meanwhile, the epoch and the numbers of new hosts are never given out again.
         self._remember(replace(before, last_epoch=release.epoch, next_number=after.next_number))
         try:
-            taking = self._hosts.take(release, after.assignments)
+            taking = self._hosts.take(release, [each for each in after.assignments if each.number not in gone])
             await unless_stalled(taking, lambda: dict(self._hosts.loading), self._load_timeout_s, self._who_loads)
-            self._frontends.set_failing({})  # all of them are up
-            await self._frontends.offer(release)
+            if not gone:
+                self._frontends.set_failing({})  # all of them are up
+                await self._frontends.offer(release)
             self._save(replace(after, last_epoch=release.epoch))
             self._frontends.publish(release)
         except BaseException:  # any error: a release that hosts have and frontends do not would be mistaken for the served one

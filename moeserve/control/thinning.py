@@ -1,46 +1,49 @@
-"""Hosts leave where those that stay have no room for old and new experts at once: these give away before they get."""
+"""Hosts leave, or are gone, where those that stay have no room for old and new experts at once: these give away before they get."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 from functools import partial
 
 from moeserve.control.audit import BroughtIn, ChangeStopped
 from moeserve.control.changes import arrived, cost_of, placed
 from moeserve.control.desired import Planner
+from moeserve.control.fleet import HostFleet
 from moeserve.control.room import require_room
 from moeserve.control.stall import UNREADABLE, unless_stalled
 from moeserve.control.state import State
 from moeserve.errors import ConfigError, MoEServeError
 from moeserve.loops import in_thread
-from moeserve.placement import Placement, steps
+from moeserve.placement import Placement, steps, without_surplus
 
-#: from one state to the next; and which step of how many it is, in words
+#: from one state to the next; which step of how many it is, in words; the hosts that are gone, and leave in a later one
 Change = Callable[[State], State]
-BringIn = Callable[[Change, str], Awaitable[BroughtIn]]
+BringIn = Callable[[Change, str, Collection[int]], Awaitable[BroughtIn]]
 
 
-async def in_steps(before: State, change: Change, planner: Planner, bring_in: BringIn) -> BroughtIn:
-    """Brings in what `change` makes of `before`, in as many steps as it takes.
+async def in_steps(before: State, change: Change, planner: Planner, bring_in: BringIn, hosts: HostFleet) -> BroughtIn:
+    """Brings in what `change` makes of `before`, in as many steps as it takes; two at most, if not all hosts are up.
 
     Raises what `bring_in` raises for the first step, and ChangeStopped when a later one cannot be made.
     """
 
     def planned() -> tuple[State, list[Placement]]:
         after = change(before)
-        return after, _between(before, after, planner)
+        return after, _between(before, after, planner, down)
 
+    down = {assignment.number for assignment in before.assignments}.difference(hosts.present)
     if planner.limit_bytes is None:
-        return await bring_in(change, "")
+        return await bring_in(change, "", ())
     after, between = await unless_stalled(in_thread(planned), lambda: None, planner.placing.load_timeout_s, lambda: UNREADABLE)
     if not between:
-        return await bring_in(change, "")
+        return await bring_in(change, "", ())
+    gone = set(hosts.given_up).difference(assignment.number for assignment in after.assignments)
     changes = [*(partial(placed, placement=placement) for placement in between), partial(arrived, after=after)]
     made: list[BroughtIn] = []
     for number, each in enumerate(changes, 1):
         try:
-            made.append(await bring_in(each, f", step {number} of {len(changes)}"))
+            made.append(await bring_in(each, f", step {number} of {len(changes)}", () if number == len(changes) else gone))
         except MoEServeError as error:
             if not made:
                 raise
@@ -49,15 +52,20 @@ async def in_steps(before: State, change: Change, planner: Planner, bring_in: Br
     return replace(made[-1], cost=await in_thread(cost_of, before, after, planner))
 
 
-def _between(before: State, after: State, planner: Planner) -> list[Placement]:
+def _between(before: State, after: State, planner: Planner, down: Collection[int]) -> list[Placement]:
     """The placements through which hosts have room from `before` to `after`, on the hosts of `before`.
 
-    Empty where one step has room, where hosts join, or where no steps lead there.
+    Empty where one step has room, where no steps lead there, or where hosts join while none is `down`. If one is, the only one: nobody
+    waits longer than needed for what dead hosts held.
     """
-    if not set(after.assignments) < set(before.assignments) or _has_room(before, after, planner):
+    is_thinned = bool(down) or set(after.assignments) < set(before.assignments)
+    if not is_thinned or after.release is before.release or _has_room(before, after, planner):
         return []
-    sizes = planner.sizes(before.release.sources(planner.layers))
-    between = steps(sizes, before.release.placement, after.release.placement, None, planner.limit_bytes)[:-1]
+    old, new = before.release.placement, after.release.placement
+    if down:
+        between = [without_surplus(old, new, down)]
+    else:
+        between = steps(planner.sizes(before.release.sources(planner.layers)), old, new, None, planner.limit_bytes)[:-1]
     state = before
     for placement in between:
         following = placed(state, placement)

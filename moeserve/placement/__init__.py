@@ -8,7 +8,7 @@ from moeserve.placement.deal import plan_placement
 from moeserve.placement.layer import LayerPlacement, Placement
 from moeserve.placement.planner import plan
 from moeserve.placement.slots import deal_evenly, fill_slots
-from moeserve.placement.steps import steps
+from moeserve.placement.steps import steps, without_surplus
 from moeserve.placement.transition import Transition, peak_bytes, transition
 
 __all__ = [
@@ -33,4 +33,5 @@ __all__ = [
     "plan_placement",
     "steps",
     "transition",
+    "without_surplus",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +56,23 @@ def steps(
             layers[layer] = _layer(held[layer], num_hosts, layers[layer].tensor_parallel)
         made.append(Placement(before.epoch + number, num_hosts, tuple(layers)))
     return [*made, after]
+
+
+def without_surplus(before: Placement, after: Placement, down: Collection[int]) -> Placement:
+    """`before` without the copies that `after` does not have there, so that hosts have room for what others lose.
+
+    Of every unit one is left, on a host that is not `down` if there was one.
+    """
+    layers = []
+    for old, new in zip(before.layers, after.layers, strict=True):
+        there, stays = _pairs(old), _pairs(old) & _pairs(new)
+        living = {pair for pair in there if pair[1] not in down}
+        held = living & stays
+        for others in (living, there):
+            known = {unit for unit, _ in held}
+            held |= {pair for pair in others if pair[0] not in known}
+        layers.append(_layer(held | stays, before.num_hosts, old.tensor_parallel))
+    return Placement(before.epoch + 1, before.num_hosts, tuple(layers))
 
 
 def _moves(layer: int, size: LayerSize, change: Change) -> list[Move]:

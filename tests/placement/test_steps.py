@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeserve.placement import HostLimits, LayerPlacement, LayerSize, Placement, peak_bytes, plan, steps, transition
+from moeserve.placement import HostLimits, LayerPlacement, LayerSize, Placement, peak_bytes, plan, steps, transition, without_surplus
 from tests.placement.clusters import Case, cases, constraints_on, hosts_of, pairs, rows_of, sizes_of, zipf
 
 
@@ -50,6 +50,25 @@ def test_steps_lead_there_and_never_leave_an_expert_without_copies(case: Case, s
         sum(transition(case.sizes, *two).moved_bytes for two in pairwise([before, *made]))
         == transition(case.sizes, before, after).moved_bytes
     )
+
+
+@given(case=cases(is_bounded=False), seed=st.integers(0, 2**32))
+@settings(deadline=None, max_examples=30)
+def test_what_hosts_give_away_before_they_get_leaves_every_expert_where_it_lives(case: Case, seed: int) -> None:
+    before = plan(case.sizes, case.constraints, case.demand)
+    drawn = np.random.default_rng(seed)
+    stay = (*case.constraints.hosts[1:], HostLimits(50))
+    demand = [rows_of(drawn, len(copies)) for copies in case.constraints.least_copies]
+    after = plan(case.sizes, replace(case.constraints, hosts=stay), demand, before)
+    down = {host.number for host in case.constraints.hosts if host.number == case.constraints.hosts[0].number or drawn.random() < 0.2}
+    thinned = without_surplus(before, after, down)
+    old, new, held = (pairs(placement) for placement in (before, after, thinned))
+    assert old & new <= held <= old
+    units, living = ({pair[:2] for pair in old if pair[2] not in without} for without in ((), down))
+    assert {pair[:2] for pair in held} == units
+    assert {pair[:2] for pair in held if pair[2] not in down} == living
+    stays = {pair[:2] for pair in old & new if pair[2] not in down}
+    assert not {pair for pair in held - new if pair[:2] in stays}, "all others make room"
 
 
 def test_in_steps_no_host_holds_much_more_than_its_share() -> None:
