@@ -103,7 +103,7 @@ class RayFleet:
         return self._folder
 
     async def take(self, release: Release, assignments: Sequence[Assignment], on_ready: OnReady = lambda _: None) -> None:
-        """Every host of `assignments` loads its new experts, and is started first if needed; `on_ready` is called for each started host.
+        """Each assigned host of `release` loads its new experts, and is started first if needed; `on_ready` is called for each started one.
 
         A host that dies meanwhile comes back with it. Raises ConfigError when a node has no room any more, an error of a host,
         or ExpertUnavailable when one dies again and again or Ray gives it up.
@@ -114,8 +114,8 @@ class RayFleet:
             member.wake()
         await self._add(new)
         await all_or_none(self._loading.wait(each.number, partial(self._come_up, each.number, on_ready)) for each in new)
-        take = partial(self._tell, call=lambda actor: actor.take.remote(release))
-        await all_or_none(self._loading.wait(each.number, partial(take, each.number)) for each in assignments)
+        numbers = {each.number for each in assignments} & {*release.placement.hosts}
+        await all_or_none(self._loading.wait(one, partial(self._tell, one, lambda actor: actor.take.remote(release))) for one in numbers)
 
     async def adopt(self, release: Release, assignments: Sequence[Assignment]) -> None:
         """Take over the detached hosts of an earlier process: those of `assignments` serve `release`, all others end.

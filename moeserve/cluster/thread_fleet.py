@@ -69,7 +69,7 @@ class ThreadFleet:
         return {number: str(member.error) for number, member in self.members.items() if member.error is not None}
 
     async def take(self, release: Release, assignments: Sequence[Assignment], on_ready: OnReady = lambda _: None) -> None:
-        """Every host of `assignments` loads its new experts, and is started first if needed; `on_ready` is called for each started host.
+        """Each assigned host of `release` loads its new experts, and is started first if needed; `on_ready` is called for each started one.
 
         Raises ConfigError or CheckpointError; then the caller withdraws the release.
         """
@@ -78,8 +78,8 @@ class ThreadFleet:
         new = [self._add(each.number) for each in assignments if each.number not in self.members]
         for member in new:
             await self._loading.wait(member.number, partial(self._come_up, member, on_ready))
-        for each in assignments:
-            await self._loading.wait(each.number, partial(self._have_take, self.members[each.number], release))
+        for number in {each.number for each in assignments} & {*release.placement.hosts}:
+            await self._loading.wait(number, partial(self._have_take, self.members[number], release))
 
     async def adopt(self, release: Release, assignments: Sequence[Assignment]) -> None:
         """The hosts of `assignments` serve `release` only; all others end."""

@@ -27,7 +27,7 @@ class Hosts(Protocol):
         ...
 
     async def take(self, release: Release, assignments: Sequence[Assignment]) -> None:
-        """Every host of `assignments`, started if needed, loads `release` beside the one it serves. Raises a host's error."""
+        """Every host of `release` that is assigned, started if needed, loads it beside the one it serves. Raises a host's error."""
         ...
 
     async def withdraw(self, epoch: int) -> None:
