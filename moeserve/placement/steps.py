@@ -61,17 +61,16 @@ def steps(
 def without_surplus(before: Placement, after: Placement, down: Collection[int]) -> Placement:
     """`before` without the copies that `after` does not have there, so that hosts have room for what others lose.
 
-    Of every unit one is left, on a host that is not `down` if there was one.
+    Of every unit that is on hosts that are up, one is left there. What is on those that are `down` stays as it is: one may still answer
+    although nobody can tell it anything, and then computes what it has.
     """
     layers = []
     for old, new in zip(before.layers, after.layers, strict=True):
-        there, stays = _pairs(old), _pairs(old) & _pairs(new)
-        living = {pair for pair in there if pair[1] not in down}
-        held = living & stays
-        for others in (living, there):
-            known = {unit for unit, _ in held}
-            held |= {pair for pair in others if pair[0] not in known}
-        layers.append(_layer(held | stays, before.num_hosts, old.tensor_parallel))
+        up = {pair for pair in _pairs(old) if pair[1] not in down}
+        held = up & _pairs(new)
+        known = {unit for unit, _ in held}
+        held |= {pair for pair in up if pair[0] not in known}
+        layers.append(_layer(held | _pairs(old) - up, before.num_hosts, old.tensor_parallel))
     return Placement(before.epoch + 1, before.num_hosts, tuple(layers))
 
 
