@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -34,6 +34,9 @@ def main() -> None:
     """Until it is told to end."""
     # Unbuffered: a thread that waits in a buffered read when Python ends is a fatal error.
     stdin = io.FileIO(0, closefd=False)
+    # What anything else prints, as a package with a family of its own, would be taken for an answer, and nobody reads it later.
+    stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     told = json.loads(stdin.readline() or "null")
     if told is None:
         return
@@ -41,10 +44,10 @@ def main() -> None:
     torch.set_num_threads(1)  # idle threads would spin on the cores of the hosts
     keep_large_blocks()
     give_back_when_quiet(give_back_pools)
-    asyncio.run(_serve(told, stdin))
+    asyncio.run(_serve(told, stdin, stdout))
 
 
-async def _serve(told: Mapping[str, Any], stdin: io.FileIO) -> None:
+async def _serve(told: Mapping[str, Any], stdin: io.FileIO, stdout: TextIO) -> None:
     drain = asyncio.Event()
     threading.Thread(target=_listen, args=(stdin, asyncio.get_running_loop(), drain), name="stdin", daemon=True).start()
     file = None if told["token_file"] is None else Path(told["token_file"])
@@ -63,9 +66,9 @@ async def _serve(told: Mapping[str, Any], stdin: io.FileIO) -> None:
             return
         starting.result()
     except MoEServeError as error:
-        _say(error=str(error))
+        _say(stdout, error=str(error))
         return
-    _say()
+    _say(stdout)
     ends: set[asyncio.Future[Any]] = {asked, program.broken}
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     if program.broken.done():
@@ -79,8 +82,8 @@ def _listen(stdin: io.FileIO, loop: asyncio.AbstractEventLoop, drain: asyncio.Ev
     os._exit(1)
 
 
-def _say(**what: str) -> None:
-    print(json.dumps(what), flush=True)
+def _say(stdout: TextIO, **what: str) -> None:
+    print(json.dumps(what), file=stdout, flush=True)
 
 
 if __name__ == "__main__":

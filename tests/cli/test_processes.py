@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import re
 import signal
 import socket
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +28,7 @@ from tests.support.seeded_folders import folder, tokens
 from tests.support.waiting import until
 
 Said = Callable[[str], re.Match[str]]
+REPOSITORY = Path(__file__).parents[2]
 ADMIN, CALLER = "admin-token-of-the-test", "caller-token-of-the-test"
 
 
@@ -155,6 +159,21 @@ def test_they_end_with_the_first_one(started: Started) -> None:
     started.process.wait(30)
     until(lambda: running(children) == {})
     until(lambda: not listens(int(started.target.rpartition(":")[2])))
+
+
+def test_what_packages_print_in_a_further_process_is_not_taken_for_its_answer(tmp_path: Path) -> None:
+    loud = "import torch\nbefore = torch.set_num_threads\ntorch.set_num_threads = lambda number: (print('hello'), before(number))\n"
+    (tmp_path / "sitecustomize.py").write_text(loud)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    told = {"server": {"port": "none"}, "controller": "127.0.0.1:1", "token": "", "token_file": None, "name": "serve-1", "node": ""}
+    command, pipe = [sys.executable, "-m", "moeserve.programs.frontend_process"], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=REPOSITORY) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps({**told, "log_level": logging.WARNING}) + "\n")
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline())["error"].startswith("server: ")
+        rest, printed = process.communicate()
+    assert (rest, "hello" in printed) == ("", True)
 
 
 def listens(port: int) -> bool:
