@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, model_validator
@@ -59,4 +60,11 @@ class ServerConfig(Table):
             raise ValueError("server.tls_cert and server.tls_key must be given together")
         if self.client_ca is not None and self.tls_cert is None:
             raise ValueError("server.client_ca needs server.tls_cert and server.tls_key")
+        return self
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Self:
+        for key, other in combinations(("port", "metrics_port", "health_port"), 2):
+            if (port := getattr(self, key)) and port == getattr(self, other):
+                raise ValueError(f"server.{key} and server.{other} are both {port}; each needs a port of its own")
         return self

@@ -22,6 +22,7 @@ from moeserve.programs.followed import Followed
 from moeserve.server.admin import Admin
 from moeserve.server.control import Control
 from moeserve.server.grpc_server import GrpcServer
+from moeserve.server.ports import require_free_ports
 from moeserve.server.proxy import SharedPort
 
 log = logging.getLogger(__name__)
@@ -82,8 +83,13 @@ class FrontendProgram:
         return self._followed.metrics
 
     async def start(self, timeout_s: float = 60.0) -> None:
-        """`open`, and wait until it is `ready`; after a failure everything is stopped again. Raises what these raise."""
+        """`open`, and wait until it is `ready`; after a failure everything is stopped again.
+
+        Raises what these raise, and ConfigError when one of its ports is taken.
+        """
         try:
+            if not self._is_joining:
+                await require_free_ports(self._server)
             await self.open(timeout_s)
             await self.ready()
         except BaseException:
@@ -132,7 +138,7 @@ class FrontendProgram:
         try:
             self._page = StatusPage(host, port, metrics.registry, frontend.stats, self._others)
         except OSError as error:
-            raise ConfigError(f"server.metrics_port: {join(host, port)} cannot listen: {error.strerror}") from None
+            raise ConfigError(f"server.host, server.metrics_port: cannot listen on {join(host, port)}: {error.strerror}") from None
         self.metrics_target = join(_PRIVATE if self._is_joining else self._host, self._page.port)
         self._followed.follower.say(metrics_target=self.metrics_target)
         metrics.queue_bytes.set_function(lambda: self._grpc.queue_bytes)

@@ -26,6 +26,7 @@ from moeserve.programs.in_process_orders import InProcessOrders
 from moeserve.programs.more_frontends import MoreFrontends, metrics_targets
 from moeserve.programs.same_user import SameUserDoor
 from moeserve.server.control import Control
+from moeserve.server.ports import require_free_ports
 from moeserve.server.security import check_exposure, frontend_tokens
 
 log = logging.getLogger(__name__)
@@ -134,6 +135,7 @@ class Service:
     async def _start(self) -> None:
         config = self._config
         check_exposure(config.server)
+        await require_free_ports(config.server)
         own = secrets.token_urlsafe(32)
         tokens = frontend_tokens(config.controller, own)
         program = self._program = ControllerProgram(config, self._cluster or cluster_of(config), self._progress)

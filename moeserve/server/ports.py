@@ -9,10 +9,18 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from moeserve.addresses import join
+from moeserve.config import ServerConfig
 from moeserve.errors import ConfigError
 
 #: of a name with several addresses, where a port that is free at one is taken at another
 _TRIES: Final = 32
+
+
+async def require_free_ports(config: ServerConfig) -> None:
+    """Raises ConfigError when somebody listens already where `config` says: before anything is started that takes time."""
+    for key in ("port", "metrics_port", "health_port"):
+        if port := getattr(config, key):
+            await free_port(config.host, port, "server.host", f"server.{key}")
 
 
 async def free_port(host: str, port: int, host_key: str, port_key: str) -> int:

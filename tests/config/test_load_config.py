@@ -122,6 +122,10 @@ def test_impossible_combinations_are_refused() -> None:
     assert "server.tls_cert and server.tls_key must be given together" in refusal({"layers": [LAYER], "server": {"tls_cert": "a"}})
     assert "server.tls_cert and server.tls_key must be given together" in refusal({"layers": [LAYER], "server": {"tls_key": "a"}})
     assert "server.client_ca needs server.tls_cert" in refusal({"layers": [LAYER], "server": {"client_ca": "a"}})
+    same = {"layers": [LAYER], "server": {"port": 9464}}
+    assert "server.port and server.metrics_port are both 9464; each needs a port of its own" in refusal(same)
+    same = {"layers": [LAYER], "server": {"metrics_port": 0, "port": 0, "health_port": 0}}
+    assert load_config(same).server.health_port == 0
     assert "model.layers needs model.checkpoint" in refusal({"layers": [LAYER], "model": {"layers": [0]}})
     assert "layer names must differ, got ['a', 'a']" in refusal({"layers": [{**LAYER, "name": "a"}, {**LAYER, "name": "a"}]})
     assert "layer names must differ" in refusal({"layers": [LAYER, {**LAYER, "name": "layers.0"}]})
