@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
 from moeserve.api.together import MAX_REQUESTS, join, split
+from moeserve.client.retries import Retries
 from moeserve.errors import InvalidRequest, MoEServeError, NotOffered
 
 #: larger requests gain nothing
@@ -60,7 +62,7 @@ class Together:
         group.task.add_done_callback(self._tasks.discard)
 
     async def _answer(self, send: Send, group: _Group, timeout_s: float | None) -> None:
-        messages, answers = group.messages, group.answers
+        messages, answers, time_of_call = group.messages, group.answers, Retries(timeout_s, time.monotonic())
         try:
             if len(messages) == 1:
                 found = [await send("forward", messages[0], timeout_s)]
@@ -70,7 +72,8 @@ class Together:
                     raise MoEServeError(f"the service answered {len(messages)} requests by {len(found)} answers")
         except MoEServeError as error:
             if len(messages) > 1 and self._goes_alone(error):
-                await asyncio.gather(*(_alone(send, *each, timeout_s) for each in zip(messages, answers, strict=True)))
+                left_s = time_of_call.left_s(time.monotonic())
+                await asyncio.gather(*(_alone(send, *each, left_s) for each in zip(messages, answers, strict=True)))
                 return
             for answer in answers:
                 _fail(answer, error)

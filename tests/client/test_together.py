@@ -16,6 +16,7 @@ import torch
 from moeserve import errors
 from moeserve.client import AsyncClient, Client
 from moeserve.client.submitting import MAX_SUBMITTED
+from moeserve.client.together import Together
 from moeserve.v1 import moe_service_pb2 as pb
 from tests.support.engine import EXPERTS, HIDDEN, FakeEngine, X, identity, spec
 from tests.support.servers import served
@@ -150,6 +151,26 @@ async def test_a_service_that_is_older_gets_them_one_by_one() -> None:
             assert [int(answer.hidden_states[0, 0]) for answer in answers] == list(range(5))
     await server.stop(None)
     assert calls == 10
+
+
+async def test_what_goes_one_by_one_has_the_time_that_is_left() -> None:
+    """A large limit is found out late."""
+    given: dict[str, list[float | None]] = {"forward": [], "forward_many": []}
+    first = asyncio.Event()
+
+    async def send(method: str, _message: bytes, timeout_s: float | None) -> bytes:
+        given[method].append(timeout_s)
+        if method == "forward_many":
+            await asyncio.sleep(0.05)
+            first.set()
+            raise errors.InvalidRequest("the message is too large")
+        await first.wait()
+        return b""
+
+    together = Together()
+    await asyncio.gather(*(together.call(send, b"rows", 0, 10.0) for _ in range(3)))
+    assert given["forward_many"] == [10.0]
+    assert [timeout_s is not None and timeout_s < 9.96 for timeout_s in given["forward"]] == [False, True, True]
 
 
 @pytest.fixture
