@@ -15,7 +15,6 @@ import secrets
 import socket
 import struct
 from collections.abc import Callable
-from contextlib import suppress
 from math import prod
 from typing import Final
 
@@ -32,6 +31,8 @@ MAX_MEMORIES: Final = 64
 MAX_MEMORY_BYTES: Final = 2**30
 #: for a caller that has connected to say what it shares
 _GREETING_S: Final = 5.0
+#: until callers are accepted again, where this process has no file descriptor for them
+_PAUSE_S: Final = 0.5
 _SIZE: Final = struct.Struct("<Q")
 _ID_BYTES: Final = 16
 
@@ -85,7 +86,7 @@ class Memories:
 
     def _accept(self) -> None:
         assert self._listening is not None
-        with suppress(OSError):
+        try:
             while True:
                 sock, _ = self._listening.accept()
                 if len(self._guests) >= MAX_MEMORIES or not is_same_user(sock):
@@ -93,6 +94,18 @@ class Memories:
                     sock.close()
                 else:
                     self._guests.add(_Guest(sock, self._let_in, self._forget))
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            # Who waits is not taken off the socket, which stays readable.
+            _strangers.warning("a caller that would share memory cannot be accepted now: %s", error.strerror)
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._listening.fileno())
+            loop.call_later(_PAUSE_S, self._accept_again)
+
+    def _accept_again(self) -> None:
+        if self._listening is not None:
+            asyncio.get_running_loop().add_reader(self._listening.fileno(), self._accept)
 
     def _let_in(self, memory: mmap.mmap) -> bytes:
         name = secrets.token_bytes(_ID_BYTES)

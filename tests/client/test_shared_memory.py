@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1 import moe_service_pb2_grpc as pb_grpc
 from tests.client.calls import Calls
 from tests.support.counting import Counting
+from tests.support.descriptors import no_free_descriptors
 from tests.support.engine import HIDDEN, FakeEngine
 from tests.support.messages import request
 from tests.support.servers import served
@@ -240,6 +242,22 @@ def test_only_so_many_callers_share(target: str, monkeypatch: pytest.MonkeyPatch
     for guest in guests:
         guest.close()
     os.close(fd)
+
+
+async def test_a_service_without_a_free_descriptor_waits_for_one() -> None:
+    known = memories.Memories()
+    known.open()
+    fd, _ = create_shared(2**16)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        with no_free_descriptors():
+            sock.connect(b"\0" + known.name)
+            began = time.thread_time()
+            await asyncio.sleep(0.3)
+            assert time.thread_time() - began < 0.1
+        socket.send_fds(sock, [(2**16).to_bytes(8, "little")], [fd])
+        assert len(await asyncio.to_thread(sock.recv, 16)) == 16
+    os.close(fd)
+    known.close()
 
 
 def test_another_user_is_refused(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
