@@ -47,9 +47,9 @@ def answering(method: str, handler: Handler, transfers: Transfers) -> Behavior:
             transfers.leave(context, 0)
         return answer
 
-    async def answer_many(messages: Any, context: Context) -> Any:
+    async def answer_many(_messages: Any, context: Context) -> Any:
         async with transfers.arriving.stream(context):
-            read = parser.each(transfers.arriving.noted(messages, context), context)
+            read = parser.each(transfers.messages(context), context)
             return await _answered(inner(read, context), context, transfers)
 
     if handler.request_streaming:

@@ -170,13 +170,6 @@ class Arriving:
         if self._connections and (connection := self._connections.get(address_of(context.peer()))) is not None:
             connection.took(nbytes, time.monotonic())
 
-    async def noted(self, messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
-        """`messages` of a stream, which are taken as they come."""
-        self.note_read(context, asyncio.get_running_loop().create_future())
-        async for message in messages:
-            self.took(context, len(message))
-            yield message
-
     def look(self, now: float) -> None:
         """Ends calls that have to end; does nothing if that was done a moment ago."""
         if not self._connections or now < self._look_at:

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from moeserve.control.follow import Report
 from moeserve.control.frontends import FollowingFrontend, Frontends
 from moeserve.errors import ExpertUnavailable, InvalidRequest
+from moeserve.loops import to_its_end
 from moeserve.server.rpc import Context, Handler
 from moeserve.server.security import FrontendTokens
 from moeserve.v1 import control_service_pb2 as pb
@@ -43,14 +44,14 @@ class ControlService:
         follow: Handler = grpc.stream_stream_rpc_method_handler(self.follow, response_serializer=pb.FrontendOrder.SerializeToString)
         return grpc.method_handlers_generic_handler(CONTROL_SERVICE_NAME, {"Follow": follow})
 
-    async def follow(self, _reports: Any, context: Context) -> None:
+    async def follow(self, reports: AsyncIterator[bytes], context: Context) -> None:
         """The stream of one frontend; when this service drains, it ends with UNAVAILABLE."""
-        first = await context.read()
-        if first is grpc.aio.EOF:
+        first = await anext(reports, None)
+        if first is None:
             return
         member = await self._frontends.join(_report(first))
         tasks = (
-            hearing := asyncio.create_task(self._hear(member, context)),
+            hearing := asyncio.create_task(self._hear(member, reports)),
             telling := asyncio.create_task(_tell(self._frontends.orders(member), context)),
             asyncio.create_task(self._draining.wait()),
         )
@@ -70,9 +71,9 @@ class ControlService:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _hear(self, member: FollowingFrontend, context: Context) -> bool:
+    async def _hear(self, member: FollowingFrontend, reports: AsyncIterator[bytes]) -> bool:
         """Reads reports. Returns whether the frontend said that it leaves; the stream may also just end."""
-        while (message := await context.read()) is not grpc.aio.EOF:
+        async for message in reports:
             report = _report(message)
             self._frontends.hear(member, report)
             if report.is_leaving:
@@ -82,7 +83,8 @@ class ControlService:
 
 async def _tell(orders: AsyncIterator[Any], context: Context) -> None:
     async for order in orders:
-        await context.write(order.to_message())
+        # gRPC never frees what it needs for a write that is cancelled.
+        await to_its_end(context.write(order.to_message()))
 
 
 def _report(message: bytes) -> Report:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -52,34 +52,36 @@ class Proxy(grpc.GenericRpcHandler):
         if method not in _METHODS:
             return None
 
-        async def pass_on(_messages: Any, context: Context) -> None:
-            await self._pass_on(method, context, context.write)
+        async def pass_on(messages: AsyncIterator[bytes], context: Context) -> None:
+            await self._pass_on(method, messages, context, context.write)
 
-        async def pass_one_on(_messages: Any, context: Context) -> bytes:
+        async def pass_one_on(messages: AsyncIterator[bytes], context: Context) -> bytes:
             answers: list[bytes] = []
 
             async def keep(answer: bytes) -> None:
                 answers.append(answer)
 
-            await self._pass_on(method, context, keep)
+            await self._pass_on(method, messages, context, keep)
             return answers[0]
 
         if _METHODS[method].server_streaming:
             return grpc.stream_stream_rpc_method_handler(pass_on)
         return grpc.stream_unary_rpc_method_handler(pass_one_on)
 
-    async def _pass_on(self, method: str, context: Context, write: Callable[[bytes], Awaitable[None]]) -> None:
+    async def _pass_on(
+        self, method: str, messages: AsyncIterator[bytes], context: Context, write: Callable[[bytes], Coroutine[Any, Any, None]]
+    ) -> None:
         """The messages of the call; its answers, each to be written by `write`; and how it ended, where that is an error."""
         if self._channel is None:
             self._channel = grpc.aio.insecure_channel(self._target, options=_OPTIONS)
         metadata = [(key, value) for key, value in context.invocation_metadata() or () if key == "authorization"]
         call: Any = self._channel.stream_stream(method)(timeout=context.time_remaining(), metadata=metadata)
-        asking = asyncio.create_task(_ask(call, context))
+        asking = asyncio.create_task(_ask(call, messages))
         ending = asyncio.create_task(self._draining.wait())
         ending.add_done_callback(lambda done: done.cancelled() or call.cancel())
         try:
             while (answer := await call.read()) is not grpc.aio.EOF:
-                await write(answer)
+                await to_its_end(write(answer))
             code, details, trailing = await call.code(), await call.details(), await call.trailing_metadata()
         except grpc.aio.AioRpcError as error:
             code, details, trailing = error.code(), error.details(), error.trailing_metadata()
@@ -95,8 +97,8 @@ class Proxy(grpc.GenericRpcHandler):
             await context.abort(code, details or "", tuple(trailing or ()))
 
 
-async def _ask(call: Any, context: Context) -> None:
+async def _ask(call: Any, messages: AsyncIterator[bytes]) -> None:
     with suppress(grpc.aio.AioRpcError, grpc.aio.InternalError, asyncio.InvalidStateError):  # how it ended is found where answers are read
-        while (message := await to_its_end(context.read())) is not grpc.aio.EOF:
+        async for message in messages:
             await call.write(message)
         await call.done_writing()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
 import grpc
@@ -79,6 +79,12 @@ class Transfers:
         read = to_its_end(context.read(), go_on)
         self.arriving.note_read(context, read)
         return read
+
+    async def messages(self, context: Context) -> AsyncIterator[bytes]:
+        """Those of a stream, as they come."""
+        while (message := await self.begin_read(context)) is not grpc.aio.EOF:
+            self.arriving.took(context, len(message))
+            yield message
 
     def leave(self, context: Context, nbytes: int) -> None:
         """An answer of a call that has nothing else to do is counted until the call has ended."""
