@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from moeserve.addresses import parse_target
 from moeserve.engines.hf import IMPLEMENTATION, AnyClient, connect_experts, experts_of
-from moeserve.errors import ConfigError
+from moeserve.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -22,17 +23,20 @@ def load_model(
     """The model of a checkpoint folder with its experts in the service at `target`: ready to generate, and without their weights.
 
     auto_class: which head, as in transformers; embedded: as for `connect_experts`; options: as for its `from_pretrained` (dtype, …). The
-    experts keep their shapes as tensors without data, so the model cannot be saved or trained. Raises ConfigError when it has no experts,
-    or the service has others.
+    experts keep their shapes as tensors without data, so the model cannot be saved or trained. Raises CheckpointError when the folder
+    cannot be read, ConfigError when the model has no experts, or the service has others.
     """
     if not hasattr(target, "forward"):
         parse_target(target)  # an invalid target is refused before weights are read
-    config = AutoConfig.from_pretrained(path)
+    config = _config_of(path)
     try:
         original = auto_class._model_mapping[type(config)]
     except KeyError:
         raise ConfigError(f"{path}: {auto_class.__name__} has no model for {config.model_type}") from None
-    model: PreTrainedModel = _without_experts(original).from_pretrained(path, experts_implementation=IMPLEMENTATION, **options)
+    try:
+        model: PreTrainedModel = _without_experts(original).from_pretrained(path, experts_implementation=IMPLEMENTATION, **options)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: transformers cannot load its weights: {_first_line(error)}") from None
     model.__class__ = original
     try:
         connect_experts(model, target, embedded=embedded)
@@ -40,6 +44,20 @@ def load_model(
         raise ConfigError(f"{path}: {error}") from None
     log.info("%s: %d bytes of weights here, the experts at %s", path, sum(each.nbytes for each in model.parameters()), target)
     return model
+
+
+def _config_of(path: str | Path) -> Any:
+    """What transformers makes of config.json; it looks for names that are no folders elsewhere."""
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        if not Path(path).is_dir():
+            raise CheckpointError(f"checkpoint folder {path} does not exist, and transformers finds no model of that name") from None
+        raise CheckpointError(f"{path}: transformers cannot use its config.json: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _without_experts(original: type[PreTrainedModel]) -> type[PreTrainedModel]:

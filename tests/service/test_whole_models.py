@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from moeserve import Client, ConfigError, load_model
+from moeserve import CheckpointError, Client, ConfigError, load_model
 from tests.checkpoints.saved import saved
 from tests.checkpoints.tiny_models import HIDDEN, SETTINGS, auto_class, new_model, tiny_model
 from tests.support.closeness import assert_close
@@ -104,3 +106,39 @@ def test_a_service_of_another_model_is_refused(tmp_path: Path) -> None:
         ),
     ):
         load_model(tmp_path / "other", service.target)
+
+
+def _no_folder(_folder: Path) -> str:
+    return r"^checkpoint folder \S+/model does not exist, and transformers finds no model of that name$"
+
+
+def _empty(folder: Path) -> str:
+    folder.mkdir()
+    return r"/model: transformers cannot use its config\.json: Unrecognized model in \S+/model\."
+
+
+def _no_json(folder: Path) -> str:
+    folder.mkdir()
+    (folder / "config.json").write_text("{")
+    return r"/model: transformers cannot use its config\.json: .* is not a valid JSON file\.$"
+
+
+def _without_weights(folder: Path) -> str:
+    random_qwen(folder)
+    (folder / "model.safetensors").unlink()
+    return r"/model: transformers cannot load its weights: .*no file named model\.safetensors"
+
+
+def _with_half_of_them(folder: Path) -> str:
+    random_qwen(folder)
+    weights = folder / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    return r"/model: transformers cannot load its weights: \S+"
+
+
+@pytest.mark.parametrize("make", [_no_folder, _empty, _no_json, _without_weights, _with_half_of_them])
+def test_a_folder_that_cannot_be_loaded_is_one_sentence(tmp_path: Path, make: Callable[[Path], str]) -> None:
+    sentence = make(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=sentence) as caught:
+        load_model(tmp_path / "model", "127.0.0.1:1")
+    assert "\n" not in str(caught.value)
