@@ -23,6 +23,9 @@ _LEAST_BYTES: Final = 2**18
 #: what a message may bring besides itself: frames and headers of HTTP/2, TLS; and what a connection may bring in a second beside messages
 _EXTRA_BYTES: Final = 2**14
 _EXTRA_BYTES_PER_S: Final = 100.0
+#: what a call brings of a message that nobody reads, and how long that may be under way
+_UNREAD_BYTES: Final = 2**16
+_UNREAD_S: Final = 5.0
 #: looking takes at most one part in so many of the time
 _LOOK_SHARE: Final = 20
 #: how much will come, as a multiple of what has come of something of unknown size: as much again (Lindy's law)
@@ -82,6 +85,8 @@ class _Connection:
         self._looked_at = now
         #: how much of what it has brought is not left to take
         self._accounted = None if received is None else float(received)
+        #: how much of what comes until then is dropped with its calls
+        self._dropped, self._dropped_until = 0.0, now
 
     @property
     def is_large(self) -> bool:
@@ -99,6 +104,10 @@ class _Connection:
         if self._accounted is not None:
             self._accounted += nbytes + _EXTRA_BYTES
 
+    def drop(self, now: float) -> None:
+        """A call has ended; nobody reads what it brings, or has brought."""
+        self._dropped, self._dropped_until = self._dropped + _UNREAD_BYTES + _EXTRA_BYTES, now + _UNREAD_S
+
     def look(self, received: int, now: float) -> None:
         """It has brought `received` bytes."""
         if not self.is_large:
@@ -106,7 +115,9 @@ class _Connection:
         if not self.is_large or not self.being_read:
             self.taken_at = now
         accounted = received if self._accounted is None else self._accounted + _EXTRA_BYTES_PER_S * (now - self._looked_at)
-        self._accounted, self._looked_at = min(accounted, received), now
+        dropped = min(self._dropped, max(0.0, received - accounted))
+        self._dropped = self._dropped - dropped if now < self._dropped_until else 0.0
+        self._accounted, self._looked_at = min(accounted + dropped, received), now
         self.bytes = int(received - self._accounted)
 
 
@@ -169,6 +180,11 @@ class Arriving:
         """A message was read in full, of a stream or of another call."""
         if self._connections and (connection := self._connections.get(address_of(context.peer()))) is not None:
             connection.took(nbytes, time.monotonic())
+
+    def ended(self, context: Context) -> None:
+        """A call was refused, or has failed."""
+        if self._connections and (connection := self._connections.get(address_of(context.peer()))) is not None:
+            connection.drop(time.monotonic())
 
     def look(self, now: float) -> None:
         """Ends calls that have to end; does nothing if that was done a moment ago."""

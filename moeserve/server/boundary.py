@@ -144,6 +144,8 @@ class Boundary(grpc.aio.ServerInterceptor):
                     raise asyncio.CancelledError from None
                 code, status = _told(error, method)
             finally:
+                if code is not grpc.StatusCode.OK:
+                    self._transfers.arriving.ended(context)
                 # Before the status leaves, so a caller with an answer finds it counted.
                 if is_traffic:
                     self._end(method, None if observes_itself and code is grpc.StatusCode.OK else code, time.perf_counter() - start)

@@ -224,6 +224,22 @@ async def test_half_a_message_in_a_stream_is_not_kept_for_ever(serve: Serve) -> 
     assert (await quiet.read()).request_id == "quiet"
 
 
+async def test_a_quiet_stream_is_not_late_for_calls_that_were_refused_or_given_up(serve: Serve) -> None:
+    """They come over the same connection, and what they have brought is gone."""
+    running = await serve(64 * MIB, transfer_timeout_s=0.5)
+    quiet = running.stub.ForwardStream()
+    await quiet.write(request(request_id="quiet"))
+    await quiet.read()
+    running.engine.refusing = Overloaded("full")
+    for _ in range(40):
+        assert (await refused(running.stub.Forward(LARGE))).code() is EXHAUSTED
+    running.engine.refusing = None
+    await asyncio.sleep(1)
+    assert not quiet.done()
+    await quiet.write(request(request_id="quiet"))
+    assert (await quiet.read()).request_id == "quiet"
+
+
 async def test_what_comes_in_streams_has_no_more_room_than_anything_else(serve: Serve) -> None:
     running = await serve(MIB)
     quiet = running.stub.ForwardStream()
