@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Final
 
 from moeserve.config import MAX_EXPERTS, MAX_LAYERS
@@ -24,10 +25,13 @@ _MAX_REASONS: Final = 16
 
 
 class Elsewhere:
-    """Adds what other frontends have counted to `metrics`, each time what is new of it."""
+    """Adds what other frontends have counted to `metrics`, each time what is new of it.
 
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
+    keys: of the frontends that may still be heard. What others had counted is forgotten when a new one is heard: programs come and go.
+    """
+
+    def __init__(self, metrics: Metrics, keys: Callable[[], frozenset[str]]) -> None:
+        self._metrics, self._keys = metrics, keys
         self._known: dict[str, Counted] = {}
 
     def take(self, key: str, counted: Counted) -> None:
@@ -37,6 +41,8 @@ class Elsewhere:
         except (ValueError, KeyError, RuntimeError) as error:
             log.warning("what a frontend has counted is not counted here: it has other layers or metrics: %s", error)
         else:
+            if key not in self._known:
+                self._known = {known: self._known[known] for known in self._known.keys() & self._keys()}
             self._known[key] = counted
 
 

@@ -75,6 +75,10 @@ class Frontends:
         """The reports of the frontends that follow now."""
         return [member.report for member in self._members]
 
+    def keys(self) -> frozenset[str]:
+        """The keys of those that follow now, or may come back."""
+        return frozenset({*self._absent, *(member.public_key for member in self._members)})
+
     def begin(self, release: Release) -> None:
         """The first release: already served, or served when its hosts are ready."""
         self._tell(replace(self._order, current=release))
@@ -222,4 +226,4 @@ class Frontends:
         async with self._admitting:  # otherwise an earlier set might arrive last
             now = time.monotonic()
             self._absent = {key: until for key, until in self._absent.items() if until > now}
-            await self._on_keys(frozenset({*self._absent, *(member.public_key for member in self._members)}))
+            await self._on_keys(self.keys())

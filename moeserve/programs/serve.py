@@ -155,7 +155,7 @@ class Service:
         )
         # The ports come before the weights: probes learn that the service is starting.
         await frontend.open()
-        program.frontends.on_counted = Elsewhere(frontend.metrics).take
+        program.frontends.on_counted = Elsewhere(frontend.metrics, program.frontends.keys).take
         port = port_of(frontend.target)
         self._door = SameUserDoor(own, program.cluster.here)
         await self._door.open(port)

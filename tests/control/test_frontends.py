@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -10,9 +11,12 @@ import pytest
 
 from moeserve.config import load_config
 from moeserve.control import timing
+from moeserve.control.counted import Elsewhere
 from moeserve.control.follow import Order, Report
 from moeserve.control.frontends import Frontends
 from moeserve.errors import ConfigError
+from moeserve.observe.counted import COMPUTED, Counted, LayerCounted
+from moeserve.observe.metrics import Metrics
 from moeserve.placement import plan_placement
 from moeserve.release import Release
 from moeserve.transport import KeyPair
@@ -156,3 +160,20 @@ async def test_who_is_waited_for_when_a_release_is_left() -> None:
     case.frontends.hear(starting, replace(SERVES, epoch=2, oldest_epoch=2))
     await asyncio.wait_for(draining, 10)
     assert fresh.report.epoch == 0, "it has never heard of epoch 1"
+
+
+async def test_what_a_program_has_counted_is_forgotten_after_it_has_left() -> None:
+    """A long-lived service has many of them."""
+    layers = (LayerCounted(3, {COMPUTED: bytes(8 * spec().num_experts)}),)
+    case = Case()
+    elsewhere = Elsewhere(Metrics([spec()]), case.frontends.keys)
+    first, second = await case.frontends.join(Report("first")), await case.frontends.join(Report("second"))
+    counted = {member.public_key: Counted(layers=layers) for member in (first, second)}
+    kept = {key: weakref.ref(value) for key, value in counted.items()}
+    for key in list(counted):
+        elsewhere.take(key, counted.pop(key))
+    await case.frontends.left(first)
+    case.frontends.leave(second)  # it may come back
+    third = await case.frontends.join(Report("third"))
+    elsewhere.take(third.public_key, Counted(layers=layers))
+    assert [kept[member.public_key]() is None for member in (first, second)] == [True, False]
