@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import resource
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 import grpc
@@ -12,6 +13,7 @@ import grpc
 from moeserve.addresses import join
 from moeserve.config import ServerConfig
 from moeserve.errors import ConfigError
+from moeserve.loops import in_thread
 from moeserve.server.admin import ADMIN_SERVICE_NAME, Admin, AdminService, Identity, PingService, why_incomplete
 from moeserve.server.boundary import Boundary, Observe
 from moeserve.server.certificates import server_credentials
@@ -33,6 +35,8 @@ from moeserve.server.transfers import Transfers
 
 #: after the last call has ended: for its answer to leave, and before watchers of the health service are cut off
 _FLUSH_S: Final = 3.0
+#: for a collector to take the last spans
+_SPANS_S: Final = 1.0
 #: of a client; one that keeps pinging more often than this is disconnected
 _LEAST_PING_INTERVAL_MS: Final = 1_000
 #: calls in progress, read or not, of all callers together; the rest is refused with RESOURCE_EXHAUSTED before it is read
@@ -192,7 +196,8 @@ class GrpcServer:
             self._watching.cancel()
         self._service.memories.close()
         await self._server.stop(grace_s)
-        await asyncio.to_thread(self._service.tracing.close)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(in_thread(self._service.tracing.close), _SPANS_S)
         if self._probed is not None:
             await self._probed.stop(None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import grpc
 import pytest
@@ -122,3 +123,25 @@ async def test_the_ipv6_loopback_is_an_address_too() -> None:
     async with grpc.aio.insecure_channel(f"[::1]:{port}") as channel:
         await channel.unary_unary("/moeserve.v1.MoEService/ListLayers")(b"")
     await server.stop()
+
+
+class SilentCollector:
+    """In place of what sends spans: it waits for a collector that takes nothing."""
+
+    def __init__(self) -> None:
+        self.answered, self.is_waited_for = threading.Event(), False
+
+    def shutdown(self) -> None:
+        self.is_waited_for = True
+        self.answered.wait()
+
+
+async def test_a_collector_of_spans_that_does_not_answer_holds_up_no_end() -> None:
+    running, collector = await run(), SilentCollector()
+    running.server._service.tracing.provider = collector
+    try:
+        async with asyncio.timeout(30):
+            await running.stop()
+        assert collector.is_waited_for
+    finally:
+        collector.answered.set()
