@@ -67,7 +67,7 @@ class AsyncClient:
         request, now = answers.make_call(hidden_states, layer, *routing, model, **options), time.monotonic()
         retries = Retries(self._lines.here.timeout_s(timeout), now)
         if self._memory.is_wanted(hidden_states):
-            await self._open_memory(retries.left_s(now))
+            await self._open_memory(retries)
             now = time.monotonic()
         with call_span("Forward", self._lines.reach) as metadata:
             lent = self._memory.lend(hidden_states)
@@ -80,15 +80,15 @@ class AsyncClient:
                 now = time.monotonic()
             return await self._answer(request, retries, now, metadata)
 
-    async def _open_memory(self, timeout_s: float | None) -> None:
+    async def _open_memory(self, retries: Retries) -> None:
         try:
-            name = (await self._within("open_memory", pb.OpenMemoryRequest(), timeout_s)).socket
+            name = (await self._within("open_memory", pb.OpenMemoryRequest(), retries.left_s(time.monotonic()))).socket
         except NotOffered as error:
             self._memory.refuse(str(error))
         except MoEServeError as error:
             log.debug("large tensors travel in messages for now: %s", error)
         else:
-            await asyncio.to_thread(self._memory.open, name)
+            await asyncio.to_thread(self._memory.open, name, retries.left_s(time.monotonic()))
 
     async def _answer(
         self, request: WireRequest, retries: Retries, now: float, metadata: Metadata, lent: Lent | None = None

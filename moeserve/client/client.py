@@ -91,7 +91,7 @@ class Client:
         request, now = answers.make_call(hidden_states, layer, *routing, model, **options), time.monotonic()
         retries = Retries(self._line.timeout_s(timeout), now)
         if self._memory.is_wanted(hidden_states):
-            self._open_memory(retries.left_s(now))
+            self._open_memory(retries)
             now = time.monotonic()
         with call_span("Forward", self._line.reach) as metadata:
             lent = self._memory.lend(hidden_states)
@@ -168,15 +168,15 @@ class Client:
         if channel is not None:
             channel.close()
 
-    def _open_memory(self, timeout_s: float | None) -> None:
+    def _open_memory(self, retries: Retries) -> None:
         try:
-            name = self._within("open_memory", pb.OpenMemoryRequest(), timeout_s).socket
+            name = self._within("open_memory", pb.OpenMemoryRequest(), retries.left_s(time.monotonic())).socket
         except NotOffered as error:
             self._memory.refuse(str(error))
         except MoEServeError as error:
             log.debug("large tensors travel in messages for now: %s", error)
         else:
-            self._memory.open(name)
+            self._memory.open(name, retries.left_s(time.monotonic()))
 
     def _answer(self, request: WireRequest, retries: Retries, now: float, metadata: Metadata, lent: Lent | None = None) -> ForwardOutput:
         from moeserve.client import answers  # noqa: PLC0415

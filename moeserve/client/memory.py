@@ -78,12 +78,17 @@ class CallerMemory:
             self._try_at = now + _PAUSE_S
             return True
 
-    def open(self, name: bytes) -> None:
-        """`name`: the service's answer to OpenMemory. Blocks for a moment."""
+    def open(self, name: bytes, timeout_s: float | None) -> None:
+        """`name`: the service's answer to OpenMemory. Blocks for a moment, at most half of what a call has left.
+
+        A service that is too busy for that is asked again later.
+        """
         try:
             if not name:
                 raise OSError("it offers none")
-            self._opened = _Opened(name)
+            self._opened = _Opened(name, _SECONDS if timeout_s is None else min(_SECONDS, timeout_s / 2))
+        except TimeoutError:
+            log.debug("large tensors travel in messages for now: the service at %s does not take memory in time", self._target)
         except OSError as error:
             self.refuse(str(error))
 
@@ -132,10 +137,10 @@ class CallerMemory:
 class _Opened:
     """Memory that the service has mapped; when nothing refers to this, the service forgets it. Raises OSError."""
 
-    def __init__(self, name: bytes) -> None:
+    def __init__(self, name: bytes, timeout_s: float) -> None:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            sock.settimeout(_SECONDS)
+            sock.settimeout(timeout_s)
             sock.connect(b"\0" + name)
             if not is_same_user(sock):
                 raise OSError("it belongs to another user")

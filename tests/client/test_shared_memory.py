@@ -28,7 +28,7 @@ from moeserve.v1 import moe_service_pb2_grpc as pb_grpc
 from tests.client.calls import Calls
 from tests.support.counting import Counting
 from tests.support.descriptors import no_free_descriptors
-from tests.support.engine import HIDDEN, FakeEngine
+from tests.support.engine import HIDDEN, FakeEngine, identity, spec
 from tests.support.messages import request
 from tests.support.servers import served
 from tests.support.waiting import until
@@ -242,6 +242,16 @@ def test_only_so_many_callers_share(target: str, monkeypatch: pytest.MonkeyPatch
     for guest in guests:
         guest.close()
     os.close(fd)
+
+
+async def test_a_call_does_not_wait_longer_for_memory_than_it_may_take(
+    connect: Callable[..., Calls], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The service has accepted the caller and says nothing more; later it does."""
+    with monkeypatch.context() as changed:
+        changed.setattr(memories._Guest, "_on_readable", lambda guest: guest._loop.remove_reader(guest._sock.fileno()))
+        with served(FakeEngine([(spec("layer"), identity)])) as (target, _, _):
+            assert torch.equal((await connect(target).forward(LARGE, timeout=3)).hidden_states, LARGE)
 
 
 async def test_a_service_without_a_free_descriptor_waits_for_one() -> None:
