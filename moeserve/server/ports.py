@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 from collections.abc import Sequence
 from typing import Any, Final
@@ -30,8 +31,9 @@ async def free_port(host: str, port: int, host_key: str, port_key: str) -> int:
         addresses = [(family, address) for family, _, _, _, address in found]
         if port == 0:
             return _port_free_at_all(addresses)
-        for family, address in addresses:
-            _bind(family, address)
+        bound = [_bind(family, address) for family, address in addresses]
+        if not any(bound):
+            raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
         return port
     except OSError as error:
         raise ConfigError(f"{host_key}, {port_key}: cannot listen on {join(host, port)}: {error.strerror}") from None

@@ -49,3 +49,18 @@ async def test_a_given_port_must_be_free_at_all() -> None:
         port = other.getsockname()[1]
         with pytest.raises(ConfigError, match=f"server.host, server.port: cannot listen on both:{port}: Address already in use"):
             await ports.free_port("both", port, *KEYS)
+
+
+async def test_an_address_of_another_machine_is_refused_unless_the_name_has_one_of_this(monkeypatch: pytest.MonkeyPatch) -> None:
+    """192.0.2.0/24 is nobody's (RFC 5737)."""
+    hosts = {"elsewhere": ["192.0.2.1"], "both": ["192.0.2.1", "127.0.0.1"]}
+
+    async def getaddrinfo(host: str, port: int, **_: object) -> list[Any]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, port)) for address in hosts[host]]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+    assert await ports.free_port("both", port, *KEYS) == port
+    with pytest.raises(ConfigError, match=f"cannot listen on elsewhere:{port}: Cannot assign requested address"):
+        await ports.free_port("elsewhere", port, *KEYS)
