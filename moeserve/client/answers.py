@@ -54,6 +54,8 @@ def encode_request(request: WireRequest) -> bytes:
 
 def check_request(request: WireRequest) -> None:
     """Raises InvalidRequest at once for values that no service accepts: no dense tensor, not float, an invalid layer."""
+    if not isinstance(request, WireRequest):
+        raise InvalidRequest(f"a request must be a WireRequest, got {type(request).__name__}")
     for name in REQUEST_TENSORS:
         value = getattr(request, name)
         if not isinstance(value, torch.Tensor) and (value is not None or name == "hidden_states"):

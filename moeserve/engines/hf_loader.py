@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from moeserve.addresses import parse_target
@@ -26,6 +25,8 @@ def load_model(
     experts keep their shapes as tensors without data, so the model cannot be saved or trained. Raises CheckpointError when the folder
     cannot be read, ConfigError when the model has no experts, or the service has others.
     """
+    from safetensors import SafetensorError  # noqa: PLC0415 - transformers brings it, and is what is named where both are missing
+
     if not hasattr(target, "forward"):
         parse_target(target)  # an invalid target is refused before weights are read
     config = _config_of(path)

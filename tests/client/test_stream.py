@@ -38,6 +38,8 @@ async def test_what_the_requests_of_a_stream_raise_is_raised(calls: Calls) -> No
         await calls.forward_stream(requests())
     with pytest.raises(errors.InvalidRequest, match="int64"):
         await calls.forward_stream([WireRequest(X), WireRequest(X.long())])
+    with pytest.raises(errors.InvalidRequest, match=r"^a request must be a WireRequest, got Tensor$"):
+        await calls.forward_stream([WireRequest(X), X])
 
 
 async def test_a_stream_takes_no_longer_than_its_timeout(calls: Calls, engine: FakeEngine, target: str) -> None:
