@@ -6,7 +6,6 @@ H hidden size, I intermediate size.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -27,7 +26,7 @@ from moeserve.experts.packed import PackedExperts
 from moeserve.experts.packed_expert import PackedExpert, pack
 from moeserve.experts.pairs import Pairs
 from moeserve.experts.quantized import QuantizedFeedForward, quantize
-from moeserve.kernels import KERNELS, TYPES, WeightArena, WeightArenas, aligned, fastest_of, find_kernel
+from moeserve.kernels import KERNELS, TYPES, TimeLimit, WeightArena, WeightArenas, aligned, fastest_of, find_kernel
 
 log = logging.getLogger(__name__)
 
@@ -136,12 +135,12 @@ def _measure(shape: Shape, kernels: tuple[str, ...], deterministic: bool) -> Cho
 
 def _seconds(runs: Mapping[str, Callable[[torch.Tensor], object]], shape: Shape) -> Iterator[dict[str, float]]:
     """Of each candidate, for as many of ROWS as there is time for."""
-    ends_at = time.monotonic() + _LONGEST_S
+    limit = TimeLimit(_LONGEST_S)
     for number in ROWS:
-        if number > ROWS[0] and time.monotonic() > ends_at:
+        if number > ROWS[0] and limit.is_over:
             return
         rows = torch.ones(number, shape.hidden_size, dtype=shape.rows_dtype)
-        yield fastest_of({name: partial(run, rows) for name, run in runs.items()}, ends_at=ends_at)
+        yield fastest_of({name: partial(run, rows) for name, run in runs.items()}, limit=limit)
 
 
 def _some_experts(shape: Shape) -> list[FeedForward | QuantizedFeedForward]:

@@ -7,7 +7,7 @@ from moeserve.kernels.memory import WeightArena, WeightArenas, aligned, arena_by
 from moeserve.kernels.native import KERNELS, Bank, PassPairs, PassWork, find_kernel, library
 from moeserve.kernels.panels import TYPES, bias_from_panels, bias_to_panels, from_panels, padded, to_panels
 from moeserve.kernels.rows import add_answers, all_finite, normalize, weighted_sum
-from moeserve.kernels.stopwatch import fastest_of
+from moeserve.kernels.stopwatch import TimeLimit, fastest_of
 
 __all__ = [
     "KERNELS",
@@ -19,6 +19,7 @@ __all__ = [
     "PassPairs",
     "PassWork",
     "Places",
+    "TimeLimit",
     "WeightArena",
     "WeightArenas",
     "add_answers",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -10,14 +9,26 @@ from typing import TypeVar
 Key = TypeVar("Key")
 
 
-def fastest_of(candidates: Mapping[Key, Callable[[], object]], rounds: int = 3, ends_at: float = math.inf) -> dict[Key, float]:
+class TimeLimit:
+    """So many seconds from now."""
+
+    def __init__(self, seconds: float) -> None:
+        self._ends_at = time.monotonic() + seconds
+
+    @property
+    def is_over(self) -> bool:
+        """Whether they have passed."""
+        return time.monotonic() > self._ends_at
+
+
+def fastest_of(candidates: Mapping[Key, Callable[[], object]], rounds: int = 3, limit: TimeLimit | None = None) -> dict[Key, float]:
     """Seconds of the fastest of `rounds` runs of each; they take turns, so that other load on the machine affects all of them.
 
-    After `ends_at`, monotonic seconds, no round but the first begins.
+    When `limit` is over, no round but the first begins.
     """
-    best = dict.fromkeys(candidates, math.inf)
+    best = dict.fromkeys(candidates, float("inf"))
     for number in range(rounds):
-        if number and time.monotonic() > ends_at:
+        if number and limit is not None and limit.is_over:
             break
         for key, run in candidates.items():
             start = time.perf_counter()
