@@ -179,12 +179,17 @@ class Forward:
 
     async def _answer_untouched(self, routed: RoutedBatch, delivery: Delivery) -> None:
         """Requests of several that nothing is owed to any more; a single one may have turns to come."""
-        if len(routed.batch.members) == 1:
+        members = routed.batch.members
+        if len(members) == 1:
             return
         touched = routed.members(delivery.owed)
-        untouched = [index for index, member in enumerate(routed.batch.members) if index not in touched and not member.answer.done()]
-        if untouched:
-            await self._add_up(routed, delivery, delivery.take_all_answers())
+        untouched = [index for index, member in enumerate(members) if index not in touched and not member.answer.done()]
+        if not untouched:
+            return
+        await self._add_up(routed, delivery, delivery.take_all_answers())
+        # Sums that are not finite are owed again.
+        touched = routed.members(delivery.owed)
+        if untouched := [index for index in untouched if index not in touched]:
             await self._finish(routed, untouched)
 
     async def _finish(self, routed: RoutedBatch, members: Sequence[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 
 from moeserve import Client, MoELayer, MoEServeError
+from moeserve.api.output import ForwardOutput
+from moeserve.api.request import LayerRequest
 from moeserve.errors import NonFiniteOutput
 from tests.support.closeness import assert_close
-from tests.support.harness import CHANNELS, Kind, ServiceHarness
+from tests.support.harness import CHANNELS, Killed, Kind, ServiceHarness
 from tests.support.held import Held
-from tests.support.waiting import until_async
+from tests.support.waiting import until, until_async
 
 LAYER: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8, "gating": {"top_k": 2}}
 ROWS = torch.randn(40, 16, generator=torch.Generator().manual_seed(5))
@@ -106,3 +109,33 @@ def test_a_malformed_packet(tmp_path: Path) -> None:
 
 async def _break_the_protocol(link: Any) -> None:
     link.channel._take_in(b"\xff nonsense", None)
+
+
+def test_sums_that_are_not_finite_are_found_before_the_others_of_a_batch_are_told_apart(tmp_path: Path) -> None:
+    """One host answers NaN, another is lost, a third still computes: the request of the first is not answered without its experts."""
+    with ServiceHarness(config(copies=1), "local", tmp_path) as service:
+        poison, killed, slow = (kind(service.hosts[number]) for number, kind in enumerate((Poisoned, Held, Held)))
+        killed.error = Killed()
+
+        async def submit() -> list[asyncio.Future[ForwardOutput]]:
+            with service.frontend.together():
+                return [service.frontend.submit(0, request) for request in requests]
+
+        ids = [torch.tensor([[2 * host, 2 * host + 1]]) for host in range(3)]
+        requests = [LayerRequest(ROWS[:1], topk_ids=each, topk_weights=torch.full((1, 2), 0.5)) for each in ids]
+        answers = service.call(submit())
+        assert all(held.begun.acquire(timeout=30) for held in (poison, killed, slow))
+        poison.let_go()
+        until(lambda: service.frontend._links[0].queue_tokens == 0)
+        killed.let_go()
+        until(lambda: service.frontend._links[1].restarts)
+        slow.let_go()
+        with pytest.raises(NonFiniteOutput):
+            service.call(ended(answers[0]))
+        for each, answer in zip(ids[1:], answers[1:], strict=True):
+            again = MoELayer(**LAYER).run(ROWS[:1], topk_ids=each, topk_weights=torch.full((1, 2), 0.5))
+            assert_close(service.call(ended(answer)).hidden_states, again.hidden_states)
+
+
+async def ended(answer: asyncio.Future[ForwardOutput]) -> ForwardOutput:
+    return await answer
