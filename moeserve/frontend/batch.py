@@ -20,6 +20,7 @@ from moeserve.config import GatingOverrides
 from moeserve.errors import ExpertUnavailable
 from moeserve.frontend import timing
 from moeserve.frontend.callers import Caller
+from moeserve.frontend.places import Place
 from moeserve.frontend.turns import Turns
 
 
@@ -72,8 +73,10 @@ class Admitted:
 class Batch:
     """At least one request; tensors are joined on first use. A single request is never copied."""
 
-    def __init__(self, members: Sequence[Admitted]) -> None:
+    def __init__(self, members: Sequence[Admitted], place: Place | None = None) -> None:
         self.members = members
+        #: with the hosts, where there are few
+        self.place = place
         self.sizes = [member.request.num_tokens for member in members]
         self.deadline = max(member.deadline for member in members)
         #: of those who want to know where the time goes
@@ -129,6 +132,16 @@ class Batch:
     def overrides(self) -> GatingOverrides:
         """The changes of all members to the layer's gating."""
         return self.members[0].request.overrides
+
+    def rest(self) -> None:
+        """As `Place.rest`."""
+        if self.place is not None:
+            self.place.rest()
+
+    async def go_on(self) -> None:
+        """As `Place.go_on`."""
+        if self.place is not None:
+            await self.place.go_on()
 
     async def turn(self, start: int) -> int:
         """Waits until the tokens from `start` on may run; returns up to where: T unless it is one request that is cut."""

@@ -16,6 +16,7 @@ from moeserve.frontend.admission import Admission
 from moeserve.frontend.backlog import Flight
 from moeserve.frontend.batch import Admitted, Batch
 from moeserve.frontend.fair_queue import Turn
+from moeserve.frontend.places import Place, Resting
 from moeserve.frontend.turns import Turns
 from moeserve.loops import begin
 
@@ -35,6 +36,7 @@ class Batcher:
         self._backlog = admission.backlog
         self._load = self._backlog.add_layer(config.max_batch_tokens, self._pump, self._push_out)
         self._flights: set[Flight] = set()
+        self._resting = Resting(config.max_batch_tokens, lambda: len(self._flights) < _MAX_IN_FLIGHT, self._pump)
         self._running: set[asyncio.Future[bool]] = set()
         self._timer: asyncio.TimerHandle | None = None
         #: of the request that has waited longest, or earlier
@@ -76,7 +78,7 @@ class Batcher:
             admitted.answer.set_exception(error)
 
     def _pump(self) -> None:
-        while self._load.queue and not self._holders and len(self._flights) < _MAX_IN_FLIGHT and not self._should_wait():
+        while self._load.queue and not self._holders and self._has_place() and not self._should_wait():
             now = time.monotonic()
             taken, late = self._backlog.next_batch(self._load, now)
             if not taken and not late:
@@ -85,6 +87,9 @@ class Batcher:
                 self._push_out(request, Overloaded("the request waited for longer than expected, and is due too soon; try again"))
             if turns := [turn for turn in taken if not turn.request.answer.done()]:
                 self._begin(turns, now)
+
+    def _has_place(self) -> bool:
+        return len(self._flights) + self._resting.places < _MAX_IN_FLIGHT
 
     def _should_wait(self) -> bool:
         """While the hosts are busy, a batch that is not full may wait for more requests."""
@@ -106,20 +111,21 @@ class Batcher:
         end = partial(self._end, flight)
         request, tokens = turns[0]
         if tokens == request.tokens:
-            self._launch(Batch([turn.request for turn in turns]), end)
+            self._launch([turn.request for turn in turns], Place(self._resting, flight.tokens, end))
             return
         if request.turns is None:
             cut = request.turns = Turns()
-            self._launch(Batch([request]), lambda _: cut.close())
+            self._launch([request], Place(self._resting, tokens, lambda _: cut.close()))
         request.turns.give(tokens, end)
 
     def _end(self, flight: Flight, is_computed: bool) -> None:
         self._flights.discard(flight)
+        self._resting.look()
         self._backlog.end(flight, time.monotonic(), is_computed)
 
-    def _launch(self, batch: Batch, end: Callable[[bool], None]) -> None:
-        """Its rows are on their way when this returns, unless that takes long; `end` is called with whether it was computed."""
-        began = time.monotonic()
+    def _launch(self, members: Sequence[Admitted], place: Place) -> None:
+        """Their rows are on their way when this returns, unless that takes long."""
+        batch, began = Batch(members, place), time.monotonic()
         running = begin(self._guarded(batch))
         self._backlog.sent(self._load, time.monotonic() - began)
         self._running.add(running)
@@ -131,7 +137,7 @@ class Batcher:
 
         def finished(_: asyncio.Future[bool]) -> None:
             self._running.discard(running)
-            end(not running.cancelled() and running.result())
+            place.end(not running.cancelled() and running.result())
 
         for member in batch.members:
             member.answer.add_done_callback(give_up)
@@ -146,7 +152,7 @@ class Batcher:
             if len(batch.members) == 1:
                 batch.fail(error.with_traceback(None))
             for member in batch.members if len(batch.members) > 1 else ():
-                await self._guarded(Batch([member]))
+                await self._guarded(Batch([member], batch.place))
         except MoEServeError as error:
             # The future keeps the error, and with its frames it would keep the batch until reference cycles are collected.
             batch.fail(error.with_traceback(None))

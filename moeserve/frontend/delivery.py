@@ -60,6 +60,11 @@ class Delivery:
         """Whether nobody computes some of it."""
         return any(parcel.state is ParcelState.LOST for parcel in self._open)
 
+    @property
+    def is_all_lost(self) -> bool:
+        """Whether nothing of it is under way, or has come and was not taken, and something is owed."""
+        return bool(self._open) and not self._answers and all(parcel.state is ParcelState.LOST for parcel in self._open)
+
     def needs_remedy(self, at: float) -> bool:
         """Whether something is lost, or it is the time `at`, monotonic seconds, when something may be late."""
         return self.has_lost or time.monotonic() >= at - _CLOCK_S

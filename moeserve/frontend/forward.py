@@ -62,7 +62,7 @@ class Forward:
         batch.begin(now)
         spent: dict[Stage, float] = {"queue": now - batch.members[0].admitted_at}
         while waiting := batch.unanswered:
-            batch = batch if len(waiting) == len(batch.members) else Batch(waiting)
+            batch = batch if len(waiting) == len(batch.members) else Batch(waiting, batch.place)
             with self.views.use() as view:
                 await self._run(batch, view, spent)
 
@@ -73,6 +73,7 @@ class Forward:
 
     async def _run(self, batch: Batch, view: LayerView, spent: dict[Stage, float]) -> None:
         """spent: seconds of the stages so far, which are not recorded before the hosts are at work."""
+        await batch.go_on()
         width, start, end = self.spec.hidden_size, 0, await batch.turn(0)
         batch.mark("queue")
         for trace in batch.traces:
@@ -156,6 +157,8 @@ class Forward:
                 routed.batch.mark("remedy")
                 await self._answer_untouched(routed, delivery)
                 wake_at = await self._remedy.apply(routed, delivery)
+                if delivery.is_all_lost:
+                    routed.batch.rest()
         return True
 
     async def _add_up(self, routed: RoutedBatch, delivery: Delivery, answers: Mapping[Part, Sequence[Answer]]) -> None:

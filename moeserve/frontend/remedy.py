@@ -89,6 +89,7 @@ class Remedy:
                 why = f"on {host} did not come back before the deadline"
                 routed.wait_for(parcel, f"{host}: {parcel.behind}" if parcel.behind else self._sentence(parcel, why))
         for part in giving_up.carry_out(delivery, self._rules.copy_choice):
+            await routed.batch.go_on()
             await self._exchange.resend(delivery, part, part.planned.works)
         # A shared expert that travels alone: its tokens are computed again elsewhere, and nothing else would end it.
         _close_unwanted(routed, delivery)
@@ -136,6 +137,7 @@ class Remedy:
     async def _do(self, action: Action, parcel: Parcel, routed: RoutedBatch, delivery: Delivery) -> None:
         match action:
             case Resend():
+                await routed.batch.go_on()
                 works = self._elsewhere(parcel) or parcel.works
                 self._retries["error" if parcel.error else "non_finite" if parcel.refused else "host_lost"].inc(len(works))
                 delivery.close(parcel, ParcelState.GIVEN_UP)

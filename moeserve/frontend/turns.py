@@ -14,12 +14,17 @@ class Turns:
         self._ends: dict[int, int] = {}
         self._open: dict[int, Callable[[bool], None]] = {}
         self._num_tokens = 0
+        self._is_closed = False
         self._given = asyncio.Event()
 
     def give(self, tokens: int, end: Callable[[bool], None]) -> None:
-        """The next `tokens` may run; `end` is called when they were computed (True), or will not be."""
+        """The next `tokens` may run; `end` is called when they were computed (True), or when nobody waits for that (False)."""
         start, self._num_tokens = self._num_tokens, self._num_tokens + tokens
-        self._ends[start], self._open[start] = self._num_tokens, end
+        self._ends[start] = self._num_tokens
+        if self._is_closed:
+            asyncio.get_running_loop().call_soon(end, False)
+        else:
+            self._open[start] = end
         self._given.set()
 
     async def end_of(self, start: int) -> int:
@@ -35,7 +40,8 @@ class Turns:
             end(True)
 
     def close(self) -> None:
-        """Whatever was given and not computed will not be."""
+        """Nobody waits any more until what was given is computed, or what will be."""
+        self._is_closed = True
         while self._open:
             _, end = self._open.popitem()
             end(False)

@@ -52,6 +52,30 @@ def test_rows_of_a_lost_host_wait_for_it_and_the_rest_is_answered_at_once(kind: 
         assert sample("moeserve_expert_retries_total", {"reason": "host_lost"}) >= 1
 
 
+def test_many_who_wait_for_a_lost_host_hold_up_nobody(tmp_path: Path) -> None:
+    """However many wait, and one of them in turns: who needs no lost host is answered, and they are when it is back."""
+    with ServiceHarness(config() | {"batching": {"max_batch_tokens": 512}}, "local", tmp_path) as service:
+        service.hosts[1].stop()
+        service.call(gone(service, 1))
+
+        async def submit(request: LayerRequest) -> asyncio.Future[ForwardOutput]:
+            return service.frontend.submit(0, request)
+
+        async def answered(future: asyncio.Future[ForwardOutput]) -> ForwardOutput:
+            return await asyncio.wait_for(asyncio.shield(future), 20)
+
+        waiting = [service.call(submit(routed_to(3, tokens))) for tokens in (2, 1400, 500, 2, 2, 300)]
+        for _ in range(3):
+            assert service.call(answered(service.call(submit(routed_to(0))))).processed.tolist() == [2, 0, 0, 0]
+        assert not any(future.done() for future in waiting)
+        given_up = waiting.pop()
+        service._thread.soon(given_up.cancel)
+        service.hosts[1].start()
+        assert [int(service.call(answered(future)).processed[3]) for future in waiting] == [2, 1400, 500, 2, 2]
+        assert service.call(answered(service.call(submit(routed_to(3))))).processed.tolist() == [0, 0, 0, 2]
+        service.call(until_async(lambda: service.frontend.stats().queue_tokens == 0))
+
+
 def test_requests_of_one_batch_are_told_apart(tmp_path: Path) -> None:
     """Two requests are joined; one of them needs the lost host, the other does not and must not wait for it."""
     with ServiceHarness(config(), "local", tmp_path) as service:
