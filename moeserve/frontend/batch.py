@@ -20,7 +20,7 @@ from moeserve.config import GatingOverrides
 from moeserve.errors import ExpertUnavailable
 from moeserve.frontend import timing
 from moeserve.frontend.callers import Caller
-from moeserve.frontend.places import Place
+from moeserve.frontend.places import BatchPlace
 from moeserve.frontend.turns import Turns
 
 
@@ -73,7 +73,7 @@ class Admitted:
 class Batch:
     """At least one request; tensors are joined on first use. A single request is never copied."""
 
-    def __init__(self, members: Sequence[Admitted], place: Place | None = None) -> None:
+    def __init__(self, members: Sequence[Admitted], place: BatchPlace | None = None) -> None:
         self.members = members
         #: with the hosts, where there are few
         self.place = place
@@ -134,12 +134,12 @@ class Batch:
         return self.members[0].request.overrides
 
     def rest(self) -> None:
-        """As `Place.rest`."""
+        """As `BatchPlace.rest`."""
         if self.place is not None:
             self.place.rest()
 
     async def go_on(self) -> None:
-        """As `Place.go_on`."""
+        """As `BatchPlace.go_on`."""
         if self.place is not None:
             await self.place.go_on()
 

@@ -16,7 +16,7 @@ from moeserve.frontend.admission import Admission
 from moeserve.frontend.backlog import Flight
 from moeserve.frontend.batch import Admitted, Batch
 from moeserve.frontend.fair_queue import Turn
-from moeserve.frontend.places import Place, Resting
+from moeserve.frontend.places import BatchPlace, Resting
 from moeserve.frontend.turns import Turns
 from moeserve.loops import begin
 
@@ -111,11 +111,11 @@ class Batcher:
         end = partial(self._end, flight)
         request, tokens = turns[0]
         if tokens == request.tokens:
-            self._launch([turn.request for turn in turns], Place(self._resting, flight.tokens, end))
+            self._launch([turn.request for turn in turns], BatchPlace(self._resting, flight.tokens, end))
             return
         if request.turns is None:
             cut = request.turns = Turns()
-            self._launch([request], Place(self._resting, tokens, lambda _: cut.close()))
+            self._launch([request], BatchPlace(self._resting, tokens, lambda _: cut.close()))
         request.turns.give(tokens, end)
 
     def _end(self, flight: Flight, is_computed: bool) -> None:
@@ -123,7 +123,7 @@ class Batcher:
         self._resting.look()
         self._backlog.end(flight, time.monotonic(), is_computed)
 
-    def _launch(self, members: Sequence[Admitted], place: Place) -> None:
+    def _launch(self, members: Sequence[Admitted], place: BatchPlace) -> None:
         """Their rows are on their way when this returns, unless that takes long."""
         batch, began = Batch(members, place), time.monotonic()
         running = begin(self._guarded(batch))

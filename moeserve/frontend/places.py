@@ -67,7 +67,7 @@ class Resting:
         return self._tokens + tokens <= self._max_tokens if self._number else self._is_room()
 
 
-class Place:
+class BatchPlace:
     """Of one batch, from its beginning on; `end` is called when it needs the place no longer, with whether it was computed."""
 
     def __init__(self, resting: Resting, tokens: int, end: Callable[[bool], None]) -> None:
