@@ -81,6 +81,7 @@ class Delivery:
             way.cancel()
             return
         parcel.ways.append(way)
+        parcel.since = time.monotonic()
         for sent in way.sent:
             sent.future.when_answered(partial(self._returned, parcel, way, sent))
 

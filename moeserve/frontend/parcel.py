@@ -75,7 +75,7 @@ class Parcel:
 
     works    the first is of the host that they are sent to, which passes on the others
     ways     each would answer all of it: the first one that is whole counts
-    since    monotonic seconds: when it was sent, or lost
+    since    monotonic seconds: when it was sent last, or lost
     erred    hosts that have answered these pairs with an error, or with sums that are not finite
     suspects those of them that are to blame if another copy's sums are finite
     error    what the host answered instead of sums

@@ -26,7 +26,7 @@ class Owed:
     """Pairs that were sent to `host` together, and that nobody has answered.
 
     rows           how many rows the message has
-    since          monotonic seconds: when they were sent, or lost
+    since          monotonic seconds: when they were sent last, or lost
     is_lost        nobody computes them any more
     has_copy       lost: another copy lives, of some of them; late: of all of them, on hosts that are not late
     is_hedged      they were sent to a second copy, too

@@ -93,8 +93,9 @@ class Remedy:
             await self._exchange.resend(delivery, part, part.planned.works)
         # A shared expert that travels alone: its tokens are computed again elsewhere, and nothing else would end it.
         _close_unwanted(routed, delivery)
-        # What was sent just now may be late as well.
-        return min(decision.wake_at, self._late_at(routed, [parcel for parcel in delivery.owed if parcel not in parcels]))
+        # What was sent just now may be late as well, also to a second copy.
+        seen = {parcel for index, parcel in enumerate(parcels) if not isinstance(decision.actions.get(index), Hedge)}
+        return min(decision.wake_at, self._late_at(routed, [parcel for parcel in delivery.owed if parcel not in seen]))
 
     def _decide(self, parcels: Sequence[Parcel], routed: RoutedBatch, delivery: Delivery) -> Decision:
         health = {parcel.host: routed.view.health(parcel.host, parcel.num_rows) for parcel in parcels}

@@ -78,6 +78,27 @@ def test_a_host_that_is_late(policy: str, tmp_path: Path) -> None:
         held.let_go()
 
 
+@pytest.mark.parametrize("hedge", ["off", "auto"])
+def test_both_copies_are_late(hedge: str, tmp_path: Path) -> None:
+    """Whoever has both copies stands still: the second one is asked, too, and not waited for much longer than the first."""
+    settings = config("residual", partial_after_ms=50, hedge=hedge, placement={"copies": 2})
+    with ServiceHarness(settings, "local", tmp_path) as service, Client(service.target) as client:
+        for _ in range(40):
+            client.forward(ROWS)
+        places = service.placement.layers[0]
+        hosts_of = [{int(host) for host in places.host_of_physical[places.logical_of_physical == expert]} for expert in range(8)]
+        elsewhere = next(expert for expert in range(8) if not hosts_of[expert] & hosts_of[0])
+        held = [Held(service.hosts[number]) for number in hosts_of[0]]
+        ids, weights = torch.tensor([[0, elsewhere]]), torch.full((1, 2), 0.5)
+        out = client.forward(ROWS[:1], topk_ids=ids, topk_weights=weights, return_routing=True, timeout=20)
+        assert [(drop.choice, drop.reason) for drop in out.drops or ()] == [(0, "late")]
+        alone = MoELayer(**LAYER).run(ROWS[:1], topk_ids=ids[:, 1:], topk_weights=weights[:, 1:])
+        assert_close(out.hidden_states, alone.hidden_states)
+        assert all(one.begun.acquire(timeout=30) for one in held), "both were asked"
+        for one in held:
+            one.let_go()
+
+
 @pytest.mark.parametrize("late", [0, 1, 3], ids=["passes on", "in between", "last"])
 @pytest.mark.parametrize("pattern", ["ring", "hierarchical"])
 def test_a_host_that_is_late_behind_others(pattern: str, late: int, tmp_path: Path) -> None:
