@@ -35,7 +35,7 @@ class Owed:
     not_before     monotonic seconds, until when it is no use to ask the same host again
     is_optional    an answer without them has resilience.k_min choices of every token, for one request at least
     others_at      monotonic seconds, when the first of the other hosts answered, inf = none has
-    is_passed_on   late: other hosts compute some of them, and answer through this one
+    is_passed_on   other hosts compute some of them, and answer through this one
     """
 
     host: int
@@ -125,6 +125,8 @@ def _lost(one: Owed, host: HostHealth, rules: ResilienceConfig, now: float) -> A
         return Resend()
     if one.is_refused:
         return Accept()
+    if one.is_passed_on:
+        return Resend()  # to each of their hosts by itself: then it shows what is lost
     may_lack = rules.on_expert_failure in PARTIAL and one.is_optional
     if one.error is not None:
         return GiveUp("host_lost") if may_lack else Fail(f"are on {host.name}, which errs", one.error)

@@ -15,7 +15,7 @@ from moeserve import Client, DeadlineExceeded, ExpertUnavailable, MoELayer
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest
 from tests.support.closeness import assert_close
-from tests.support.harness import ServiceHarness
+from tests.support.harness import Killed, ServiceHarness
 from tests.support.held import Held
 from tests.support.seen import gone
 from tests.support.waiting import until
@@ -103,7 +103,7 @@ def test_both_copies_are_late(hedge: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("pattern", ["ring", "hierarchical"])
 def test_a_host_that_is_late_behind_others(pattern: str, late: int, tmp_path: Path) -> None:
     """Rows that hosts pass on to each other are sent to each of them, so that it shows who is late."""
-    settings = config("residual", partial_after_ms=50, k_min=0) | {"communication": {"pattern": pattern}}
+    settings = config("residual", partial_after_ms=300, k_min=0) | {"communication": {"pattern": pattern}}
     with ServiceHarness(settings, "local", tmp_path) as service, Client(service.target) as client:
         held = Held(service.hosts[late])
         out = client.forward(ROWS, return_routing=True, timeout=10)
@@ -112,6 +112,25 @@ def test_a_host_that_is_late_behind_others(pattern: str, late: int, tmp_path: Pa
         again = MoELayer(**LAYER).run(ROWS, topk_ids=out.topk_ids, topk_weights=out.topk_weights)
         assert_close(out.hidden_states, again.hidden_states)
         held.let_go()
+
+
+@pytest.mark.parametrize("pattern", ["ring", "hierarchical"])
+def test_the_host_that_passes_rows_on_is_gone(pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in its hands that are others' are sent to those, and only its own choices are given up."""
+    with ServiceHarness(config("residual") | {"communication": {"pattern": pattern}}, "local", tmp_path) as service:
+        monkeypatch.setattr(service.hosts[0], "start", lambda: None)
+        held = Held(service.hosts[0])
+        held.error = Killed()
+        ids, weights = torch.tensor([[0, 2, 4], [1, 3, 6]]), torch.full((2, 3), 1 / 3)
+        request = LayerRequest(ROWS[:2], topk_ids=ids, topk_weights=weights, return_routing=True)
+        with ThreadPoolExecutor() as callers:
+            answer = callers.submit(lambda: service.call(service.frontend.forward(0, request)))
+            assert held.begun.acquire(timeout=30)
+            held.let_go()
+            out = answer.result(30)
+        assert {(drop.token, drop.choice, drop.reason) for drop in out.drops or ()} == {(0, 0, "host_lost"), (1, 0, "host_lost")}
+        again = MoELayer(**LAYER).run(ROWS[:2], topk_ids=ids, topk_weights=out.topk_weights)
+        assert_close(out.hidden_states, again.hidden_states)
 
 
 def test_an_answer_that_comes_while_others_are_sent_again(tmp_path: Path) -> None:
@@ -136,7 +155,7 @@ def test_an_answer_that_comes_while_others_are_sent_again(tmp_path: Path) -> Non
 
 def test_a_shared_expert_that_travels_alone(tmp_path: Path) -> None:
     layer = LAYER | {"shared_expert": {"intermediate_size": 8}}
-    settings = config("residual", partial_after_ms=50, k_min=0, layer=layer) | {"communication": {"pattern": "point_to_point"}}
+    settings = config("residual", partial_after_ms=300, k_min=0, layer=layer) | {"communication": {"pattern": "point_to_point"}}
     with ServiceHarness(settings, "local", tmp_path) as service, Client(service.target) as client:
         for number in (0, 1):
             held = Held(service.hosts[number])

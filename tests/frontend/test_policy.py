@@ -108,6 +108,7 @@ def test_a_lost_host_without_copies() -> None:
 
     assert asked("retry") == Decision({}, inf)
     assert only(asked("fail")) == Fail("were lost with host-0")
+    assert only(asked("retry", is_passed_on=True)) == Resend(), "those behind it live"
     for policy in PARTIAL:
         assert asked(policy) == Decision({}, pytest.approx(NOW + 0.3))
         assert only(asked(policy, host(is_connected=False, down_since=NOW - 0.6))) == GiveUp("host_lost")
