@@ -152,13 +152,15 @@ class HostLoop:
         relayed = self._relayed.get(work)
         if relayed is None:
             _reply(work, error)
-        elif error is not None:
+            return
+        relayed.is_own_done = True
+        if error is not None:
             relayed.own_error = error
             relayed.cancel()
 
     def _finish_relayed(self) -> None:
-        """Answers the works whose other hosts have answered; own parts are in the reply buffers by now."""
-        for relayed in [relayed for relayed in self._relayed.values() if relayed.is_done]:
+        """Answers the works whose other hosts have answered, and whose own parts are in the reply buffers."""
+        for relayed in [relayed for relayed in self._relayed.values() if relayed.is_done and relayed.is_own_done]:
             work, error = relayed.work, relayed.own_error or relayed.error
             del self._relayed[work]
             for rows, partial in relayed.helped if error is None else ():

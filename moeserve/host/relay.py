@@ -56,7 +56,8 @@ class Relayed:
         self.is_done = False
         self.helped: Sequence[Helped] = ()
         self.error: MoEServeError | None = None
-        #: set by the host's loop when its own part failed
+        #: set by the host's loop: its own part is computed or has failed, and why
+        self.is_own_done = False
         self.own_error: MoEServeError | None = None
         self.task: asyncio.Task[None] | None = None
         self._thread = thread

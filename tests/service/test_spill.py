@@ -139,6 +139,31 @@ def test_what_is_in_memory_does_not_wait_for_what_is_read_and_a_slow_read_is_no_
         assert stats.hosts[0].restarts == 0 and stats.expert_retries == 0
 
 
+@pytest.mark.parametrize("pattern", ["ring", "hierarchical"])
+def test_a_host_that_passes_rows_on_and_reads_experts_answers_when_both_are_done(
+    pattern: str, served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, armed, reading, go_on = HuggingFaceLayer.experts, *(threading.Event() for _ in range(3))
+
+    def experts(self: HuggingFaceLayer, shards: Sequence[ExpertShard]) -> Any:
+        if armed.is_set():
+            reading.set()
+            assert go_on.wait(30)
+        return read(self, shards)
+
+    monkeypatch.setattr(HuggingFaceLayer, "experts", experts)
+    (expected,) = answers(configuration(served, None), tmp_path, [token(2, 5)])
+    config = configuration(served, 2, communication={"pattern": pattern})
+    with ServiceHarness(config, "shm", tmp_path) as service, Client(service.target) as client, ThreadPoolExecutor() as pool:
+        armed.set()
+        answer = pool.submit(client.forward, token(2, 5))
+        assert reading.wait(30)
+        until(lambda: all(relayed.is_done for relayed in service.hosts[0].host._loop._relayed.values()))
+        go_on.set()
+        assert torch.equal(answer.result(30).hidden_states, expected)
+        assert service.frontend.stats().expert_retries == 0
+
+
 def test_a_disk_that_takes_longer_than_a_host_may_be_silent_is_no_hang(
     served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
