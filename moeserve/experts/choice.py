@@ -6,6 +6,7 @@ H hidden size, I intermediate size.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -36,6 +37,8 @@ _IN_BFLOAT16: Final = ("amx", "avx512_bf16")
 _FORMS: Final[tuple[Form, ...]] = ("linear", "transposed")
 #: bytes of weights that are measured with: of one expert, so that no choice takes long; and of all, so that they come from memory
 _EXPERT_BYTES, _ALL_BYTES = 2**22, 2**23
+#: hosts that are threads of one process load side by side: each would measure, disturbed by the others, and choose for itself
+_MEASURING: Final = threading.Lock()
 #: times that differ by less than this factor are the same
 _ALIKE = 1.05
 #: On a machine that is busy, threads that compute together wait for each other. Then fewer numbers of rows are measured.
@@ -95,7 +98,8 @@ def chosen(expert: Packable, kernel: Kernel = "auto", deterministic: bool = Fals
 
     Raises ConfigError when this processor, or this type of weights, has not the kernel that is asked for.
     """
-    return measured(Shape.of(expert), kernel, deterministic)
+    with _MEASURING:
+        return measured(Shape.of(expert), kernel, deterministic)
 
 
 @cache

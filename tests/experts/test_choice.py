@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -43,6 +45,22 @@ def test_it_is_measured_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     assert first is second
     (record,) = caplog.records
     assert record.getMessage().startswith(f"kernel for experts of bfloat16 relu, 32 x 32, 2 threads: {first.kernel or 'torch'}")
+
+
+def test_hosts_that_load_side_by_side_choose_alike() -> None:
+    """As threads of one process do: each has the same kernel, so that copies have the same bits."""
+    expert = packable(FeedForward("swiglu", torch.zeros(192, 48), torch.zeros(48, 96)))
+    assert expert is not None
+    together = threading.Barrier(4)
+
+    def load(_: int) -> Choice:
+        torch.set_num_threads(1)
+        together.wait(30)
+        return chosen(expert)
+
+    with ThreadPoolExecutor(4) as hosts:
+        first, *others = hosts.map(load, range(4))
+    assert all(other is first for other in others)
 
 
 def test_torch_is_measured_alone_when_it_is_asked_for() -> None:
