@@ -8,6 +8,9 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import TypeVar
+
+import torch
 
 from moeserve.cluster.loading import Loading
 from moeserve.cluster.thread_host import ThreadHost
@@ -23,6 +26,7 @@ log = logging.getLogger(__name__)
 
 OnReady = Callable[[HostInfo], None]
 Hold = Callable[[int, Where], Holdings]
+Loaded = TypeVar("Loaded")
 
 
 class ThreadFleet:
@@ -89,7 +93,7 @@ class ThreadFleet:
         for number in sorted(numbers):
             member = self.members.get(number) or self._add(number)
             host = await self._until_up(member)
-            await in_thread(host.adopt, release)
+            await in_thread(_load, host.info.num_threads, host.adopt, release)
 
     async def withdraw(self, epoch: int) -> None:
         """Hosts forget the withdrawn release of `epoch`, and all after it."""
@@ -159,7 +163,7 @@ class ThreadFleet:
         if number not in self.members:
             del self._holdings[number]
             raise ExpertUnavailable(f"{host_name(number)} has left")
-        holdings.begin(self._releases)
+        _load(where.num_threads, holdings.begin, self._releases)
         return Host(holdings, where, self._frontends, on_crash)
 
     async def _have_forget(self, forget: Callable[[Holdings], None]) -> None:
@@ -174,7 +178,7 @@ class ThreadFleet:
 
     async def _have_take(self, member: ThreadHost, release: Release) -> None:
         host = await self._until_up(member)
-        await in_thread(host.take, release)
+        await in_thread(_load, host.info.num_threads, host.take, release)
 
     async def _experts_read(self, number: int) -> int:
         return self._holdings[number].experts_read if number in self._holdings else 0
@@ -222,3 +226,9 @@ class ThreadFleet:
             log.warning("%s does not start, next attempt in %g s: %s", host_name(member.number), pause_s, error)
         else:
             self._rests.pop(member.number, None)
+
+
+def _load(num_threads: int, load: Callable[[Loaded], None], what: Loaded) -> None:
+    """In a thread of its own, with as many threads as the host will compute with: kernels are chosen for so many."""
+    torch.set_num_threads(num_threads)
+    load(what)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import subprocess
 import sys
@@ -55,6 +56,18 @@ def test_a_program_that_is_interrupted_while_hosts_load() -> None:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT and err.endswith("KeyboardInterrupt\n"), err
+
+
+def test_kernels_are_chosen_for_the_threads_that_hosts_compute_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not for as many as whoever loads their experts happens to have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with caplog.at_level(logging.INFO), ServiceHarness({**CONFIG, "layers": [LAYER | {"hidden_size": 40}]}, "local", tmp_path):
+            said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("kernel for experts")]
+    finally:
+        torch.set_num_threads(before)
+    assert len(said) == 1 and "swiglu, 40 x 32, 1 thread:" in said[0], said
 
 
 def test_the_verb(tmp_path: Path) -> None:
