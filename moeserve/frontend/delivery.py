@@ -10,7 +10,7 @@ from math import inf
 
 from moeserve.api.call_trace import CallTrace, HostTimes
 from moeserve.errors import DeadlineExceeded, ExpertUnavailable, InvalidRequest, MoEServeError, Overloaded
-from moeserve.frontend.parcel import Answer, Parcel, ParcelState, Sent, Way
+from moeserve.frontend.parcel import Answer, Parcel, ParcelState, Sent, Suspicion, Way
 from moeserve.frontend.routed import Part
 from moeserve.layer.dispatch import HostWork
 from moeserve.transport import ChannelClosed, PeerLost
@@ -34,6 +34,8 @@ class Delivery:
         self._pending: dict[Part, int] = {}
         self._answers: dict[Part, list[Answer]] = {}
         self._failure: Exception | None = None
+        #: of hosts whose sums were refused
+        self.suspicions: list[Suspicion] = []
         #: called when all is answered, in the very turn of the event loop in which the last answer has come
         self.when_whole: Callable[[], None] | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -105,13 +107,17 @@ class Delivery:
     def refuse(self, answers: Iterable[Answer]) -> None:
         """These sums are not finite: what they were to answer is lost, until another copy has said whether it must be so."""
         for answer in answers:
-            parcel = self._add(answer.parcel.part, answer.parcel.works, answer.parcel)
+            parcel = self._add(answer.parcel.part, answer.works, answer.parcel)
             parcel.state, parcel.refused = ParcelState.LOST, [answer]
-            parcel.erred, parcel.suspects = parcel.erred | {answer.host}, parcel.suspects | {answer.host}
+            if len(answer.works) == 1:  # else they may be another's: each is asked by itself
+                self.suspicions.append(Suspicion(answer.host))
+                parcel.erred, parcel.suspects = parcel.erred | {answer.host}, parcel.suspects | {self.suspicions[-1]}
             self.wake()
 
     def accept(self, parcel: Parcel) -> None:
         """What was refused counts: nobody says otherwise."""
+        for suspicion in parcel.suspects:
+            suspicion.is_cleared = True
         self._answers.setdefault(parcel.part, []).extend(answer._replace(is_final=True) for answer in parcel.refused)
         self.close(parcel, ParcelState.ANSWERED)
         self.wake()
@@ -176,11 +182,11 @@ class Delivery:
             self._failure = error
             self.wake()
         else:
-            self._lost(parcel, way, sent.host, error)
+            self._lost(parcel, way, sent, error)
 
     def _answered(self, parcel: Parcel, way: Way) -> None:
         answers = self._answers.setdefault(parcel.part, [])
-        answers += [Answer(parcel, sent.host, sent.rows, sent.future.result().tensor) for sent in way.sent]
+        answers += [Answer(parcel, sent.host, sent.works, sent.rows, sent.future.result().tensor) for sent in way.sent]
         self.first_answer_at = min(self.first_answer_at, time.monotonic())
         parcel.has_hedge_won = way is not parcel.ways[0]
         self.close(parcel, ParcelState.ANSWERED)
@@ -203,12 +209,13 @@ class Delivery:
         if not self._pending[parcel.part]:
             trace.mark("hosts")
 
-    def _lost(self, parcel: Parcel, way: Way, host: int, error: BaseException) -> None:
+    def _lost(self, parcel: Parcel, way: Way, sent: Sent, error: BaseException) -> None:
         way.is_lost = True
         way.cancel()
         if not isinstance(error, (ChannelClosed, PeerLost)):
             assert isinstance(error, MoEServeError)
-            parcel.erred |= {host}
+            if len(sent.works) == 1:
+                parcel.erred |= {sent.host}
             # A host that has nothing of this epoch yet, or any more, is no worse than one that is down.
             if isinstance(error, ExpertUnavailable):
                 parcel.behind = str(error)

@@ -104,4 +104,4 @@ class Exchange:
         future = draft.channel.send(draft.lease, layer=self._layer, epoch=view.epoch, timeout_s=timeout_s, pass_on=message.pass_on)
         for work in message.works:
             view.links[work.host].count_until(future, work.rows.numel())
-        return Sent(message.host, message.rows, future, now)
+        return Sent(message.host, message.works, message.rows, future, now)

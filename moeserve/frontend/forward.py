@@ -131,6 +131,7 @@ class Forward:
             # The hosts are at work: counts and losses, which nobody needs before the answer, cost nothing now.
             await self._compute(self._num_elements(routed), routed.requests)
             is_whole = await self._deliver(routed, delivery)
+            self._remedy.blame(routed.view, delivery)
             self._metrics.observe_stage("experts", time.perf_counter() - sent)
             return is_whole
         finally:
@@ -148,7 +149,7 @@ class Forward:
         wake_at = self._remedy.first_look_at(routed, delivery)
         while delivery.is_under_way:
             await delivery.change(wake_at)
-            await self._add_up(routed, delivery, delivery.take_answers())
+            await self._add_up(delivery, delivery.take_answers())
             if not delivery.is_under_way:
                 break
             if delivery.has_lost and self.views.current is not routed.view:
@@ -161,19 +162,19 @@ class Forward:
                     routed.batch.rest()
         return True
 
-    async def _add_up(self, routed: RoutedBatch, delivery: Delivery, answers: Mapping[Part, Sequence[Answer]]) -> None:
+    async def _add_up(self, delivery: Delivery, answers: Mapping[Part, Sequence[Answer]]) -> None:
         """Sums that are not finite are left out, and are to be asked for again."""
         for part, of_part in answers.items():
-            self._learn(routed, delivery, of_part, await self._compute(part.num_elements, part.add, of_part))
+            self._learn(delivery, of_part, await self._compute(part.num_elements, part.add, of_part))
 
-    def _learn(self, routed: RoutedBatch, delivery: Delivery, answers: Sequence[Answer], bad: Sequence[Answer]) -> None:
+    def _learn(self, delivery: Delivery, answers: Sequence[Answer], bad: Sequence[Answer]) -> None:
         delivery.refuse(bad)
-        self._remedy.learn(routed.view, answers, bad)
+        self._remedy.learn(answers, bad)
 
     def _finish_at_once(self, routed: RoutedBatch, delivery: Delivery) -> None:
         """A small batch, when its last answer comes: its callers do not wait until its task has its turn."""
         for part, answers in delivery.take_answers().items():
-            self._learn(routed, delivery, answers, part.add(answers))
+            self._learn(delivery, answers, part.add(answers))
         if not delivery.is_under_way:
             started = time.perf_counter()
             self._answer(routed.batch, _outputs(routed, range(len(routed.batch.members))))
@@ -189,7 +190,7 @@ class Forward:
         untouched = [index for index, member in enumerate(members) if index not in touched and not member.answer.done()]
         if not untouched:
             return
-        await self._add_up(routed, delivery, delivery.take_all_answers())
+        await self._add_up(delivery, delivery.take_all_answers())
         # Sums that are not finite are owed again.
         touched = routed.members(delivery.owed)
         if untouched := [index for index in untouched if index not in touched]:

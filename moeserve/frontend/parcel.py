@@ -30,9 +30,10 @@ class ParcelState(Enum):
 
 
 class Sent(NamedTuple):
-    """A message under way: rows [R] int64 of its part, to `host`, since `at`, monotonic seconds."""
+    """A message under way: rows [R] int64 of its part, for `works`, to the `host` of the first one, since `at`, monotonic seconds."""
 
     host: int
+    works: Sequence[HostWork]
     rows: torch.Tensor
     future: PartialFuture
     at: float
@@ -57,16 +58,30 @@ class Way:
 
 
 class Answer(NamedTuple):
-    """What a host has answered: rows [R] int64 of the part, partial [R, H] float32.
+    """What a host has answered to `works`, of a parcel or of a part of it: rows [R] int64 of the part, partial [R, H] float32.
 
     is_final: nobody else can be asked, so it counts whatever it says.
     """
 
     parcel: Parcel
     host: int
+    works: Sequence[HostWork]
     rows: torch.Tensor
     partial: torch.Tensor
     is_final: bool = False
+
+
+@dataclass(eq=False)
+class Suspicion:
+    """Of a host that has answered with sums that are not finite.
+
+    confirmed   how often others have answered the same, or a part of it, with finite ones
+    is_cleared  nobody says otherwise of some of it: it is the rows that are to blame
+    """
+
+    host: int
+    confirmed: int = 0
+    is_cleared: bool = False
 
 
 @dataclass(eq=False)
@@ -77,7 +92,7 @@ class Parcel:
     ways     each would answer all of it: the first one that is whole counts
     since    monotonic seconds: when it was sent last, or lost
     erred    hosts that have answered these pairs with an error, or with sums that are not finite
-    suspects those of them that are to blame if another copy's sums are finite
+    suspects those of them that may be to blame for sums that are not finite
     error    what the host answered instead of sums
     behind   what it answered if it has nothing of the epoch
     refused  sums that are not finite, for when nobody else can be asked
@@ -90,7 +105,7 @@ class Parcel:
     state: ParcelState = ParcelState.PENDING
     ways: list[Way] = field(default_factory=list)
     erred: frozenset[int] = frozenset()
-    suspects: frozenset[int] = frozenset()
+    suspects: frozenset[Suspicion] = frozenset()
     error: MoEServeError | None = None
     behind: str = ""
     refused: list[Answer] = field(default_factory=list)

@@ -59,14 +59,20 @@ class Remedy:
         healths = (routed.view.health(parcel.host, parcel.num_rows) for parcel in parcels)
         return min((policy.late_at(health, rules, now) for health in healths), default=float("inf"))
 
-    def learn(self, view: LayerView, answers: Sequence[Answer], bad: Sequence[Answer]) -> None:
+    def learn(self, answers: Sequence[Answer], bad: Sequence[Answer]) -> None:
         """Answers have come, the `bad` of them with sums that are not finite: which hosts err, and who was faster."""
         for parcel in {answer.parcel: None for answer in answers if answer.parcel.suspects or len(answer.parcel.ways) > 1}:
             if len(parcel.ways) > 1:
                 self._hedges.ended(has_won=parcel.has_hedge_won)
-            if all(answer.parcel is not parcel for answer in bad):
-                for host in parcel.suspects:
-                    view.links[host].erred()
+            if all(answer.parcel is not parcel for answer in (*bad, *(answer for answer in answers if answer.is_final))):
+                for suspicion in parcel.suspects:
+                    suspicion.confirmed += 1
+
+    def blame(self, view: LayerView, delivery: Delivery) -> None:
+        """All has come: hosts have erred whose sums were not finite where those of others are."""
+        for suspicion in delivery.suspicions:
+            for _ in range(0 if suspicion.is_cleared else suspicion.confirmed):
+                view.links[suspicion.host].erred()
 
     async def apply(self, routed: RoutedBatch, delivery: Delivery) -> float:
         """Does what is to be done now; says when to ask again, monotonic seconds, unless something changes before."""

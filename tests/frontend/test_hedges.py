@@ -16,7 +16,7 @@ from moeserve import Client, MoELayer
 from moeserve.transport.shm_channel import ShmChannel
 from tests.support.closeness import assert_close
 from tests.support.harness import ServiceHarness
-from tests.support.held import Held
+from tests.support.held import Held, Poisoned
 from tests.support.waiting import until
 
 LAYER: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 4, "gating": {"top_k": 2}}
@@ -61,6 +61,36 @@ def test_a_late_host_behind_others_is_not_waited_for(pattern: str, tmp_path: Pat
         until(lambda: client.forward(ROWS) is not None and len(held.rows) > 0)
         assert_close(client.forward(ROWS).hidden_states, expected)
         held.let_go()
+
+
+def test_a_second_copy_answers_in_two_parts_and_one_is_not_finite(tmp_path: Path) -> None:
+    """That part is asked for again, and the other counts once."""
+    settings = {**config("auto"), "placement": {"num_hosts": 4, "copies": 2}, "layers": [LAYER | {"num_experts": 8}]}
+    with ServiceHarness(settings, "local", tmp_path) as service, Client(service.target) as client, ThreadPoolExecutor() as pool:
+        places = service.placement.layers[0]
+        hosts_of = [{int(host) for host in places.host_of_physical[places.logical_of_physical == expert]} for expert in range(8)]
+        one, other = next(
+            (a, b) for a in range(8) for b in range(8) if 0 in hosts_of[a] & hosts_of[b] and len(hosts_of[a] | hosts_of[b]) == 3
+        )
+        ids, weights = torch.tensor([[one, other]] * 8), torch.full((8, 2), 0.5)
+        links = service.frontend._links
+
+        async def owe(number: int) -> None:
+            links[number].count_until(asyncio.get_running_loop().create_future(), 2**20)
+
+        for number in (1, 2, 3):
+            service.call(owe(number))
+        expected = MoELayer(**settings["layers"][0]).run(ROWS, topk_ids=ids, topk_weights=weights).hidden_states
+        for _ in range(60):
+            assert_close(client.forward(ROWS, topk_ids=ids, topk_weights=weights).hidden_states, expected)
+        late, poison = Held(service.hosts[0]), Poisoned(service.hosts[next(iter(hosts_of[one] - {0}))])
+        poison.let_go()
+        answer = pool.submit(client.forward, ROWS, topk_ids=ids, topk_weights=weights)
+        for held in (late, poison):
+            assert held.begun.acquire(timeout=30)
+        until(lambda: service.metrics.registry.get_sample_value("moeserve_expert_retries_total", {"reason": "non_finite"}))
+        late.let_go()
+        assert_close(answer.result(30).hidden_states, expected)
 
 
 def test_a_copy_that_has_more_to_do_and_is_on_time_is_asked(tmp_path: Path) -> None:

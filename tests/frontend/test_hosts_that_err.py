@@ -15,7 +15,7 @@ from moeserve.api.request import LayerRequest
 from moeserve.errors import NonFiniteOutput
 from tests.support.closeness import assert_close
 from tests.support.harness import CHANNELS, Killed, Kind, ServiceHarness
-from tests.support.held import Held
+from tests.support.held import Held, Poisoned
 from tests.support.waiting import until, until_async
 
 LAYER: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8, "gating": {"top_k": 2}}
@@ -24,17 +24,6 @@ ROWS = torch.randn(40, 16, generator=torch.Generator().manual_seed(5))
 
 def config(copies: int = 2, **resilience: Any) -> dict[str, Any]:
     return {"layers": [LAYER], "placement": {"num_hosts": 4, "copies": copies}, "resilience": resilience}
-
-
-class Poisoned(Held):
-    """Its sums are NaN, as if its weights were, until it is cured."""
-
-    is_cured = False
-
-    def run(self, *args: torch.Tensor, out: torch.Tensor) -> None:
-        super().run(*args, out=out)
-        if not self.is_cured:
-            out.fill_(float("nan"))
 
 
 def poisoned(service: ServiceHarness, number: int) -> Poisoned:
@@ -71,7 +60,32 @@ def test_rows_that_overflow_everywhere_blame_nobody(tmp_path: Path) -> None:
             with pytest.raises(NonFiniteOutput, match="computed by expert"):
                 client.forward(ROWS * 1e30)
             assert_close(client.forward(ROWS).hidden_states, MoELayer(**LAYER)(ROWS))
-        assert [state(service, number) for number in range(4)] == ["up"] * 4
+        assert "host_out" not in [event.kind for event in service.metrics.events.latest()]
+
+
+def test_a_row_that_overflows_blames_nobody_for_the_rows_beside_it(tmp_path: Path) -> None:
+    """It is in one message with others, whose copies are elsewhere than its own and answer with finite sums."""
+    with ServiceHarness(config(), "local", tmp_path) as service, Client(service.target) as client:
+        rows = torch.cat([ROWS[:1] * 1e30, ROWS[1:]])
+        for _ in range(12):
+            with pytest.raises(NonFiniteOutput, match="token 0 "):
+                client.forward(rows)
+        assert "host_out" not in [event.kind for event in service.metrics.events.latest()]
+
+
+@pytest.mark.parametrize("pattern", ["ring", "hierarchical"])
+@pytest.mark.parametrize("fault", ["sums that are not finite", "an exception"])
+def test_behind_a_host_that_passes_rows_on(fault: str, pattern: str, tmp_path: Path) -> None:
+    """The host that answers for it is not at fault, and its copies are as good as others."""
+    settings = config() | {"placement": {"num_hosts": 3, "copies": 2}, "communication": {"pattern": pattern}}
+    with ServiceHarness(settings, "local", tmp_path) as service, Client(service.target) as client:
+        held = Poisoned(service.hosts[1])
+        if fault == "an exception":
+            held.error = ValueError("a kernel failed")
+        held.let_go()
+        for _ in range(12):
+            assert_close(client.forward(ROWS).hidden_states, MoELayer(**LAYER)(ROWS))
+        assert [state(service, number) for number in range(3)] == ["up", "out", "up"]
 
 
 @pytest.mark.parametrize("kind", CHANNELS)

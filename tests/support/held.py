@@ -37,6 +37,17 @@ class Held:
         self._bank.run(*args, out=out)
 
 
+class Poisoned(Held):
+    """Its sums are NaN, as if its weights were, until it is cured."""
+
+    is_cured = False
+
+    def run(self, *args: torch.Tensor, out: torch.Tensor) -> None:
+        super().run(*args, out=out)
+        if not self.is_cured:
+            out.fill_(float("nan"))
+
+
 class _InItsPlace:
     """A bank that is run in another way."""
 
