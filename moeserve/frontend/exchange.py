@@ -54,9 +54,9 @@ class Exchange:
         await self._send(delivery, part, works, DIRECT, again)
 
     async def second_way(self, delivery: Delivery, part: Part, works: Sequence[HostWork]) -> Way | None:
-        """What is under way already, to other hosts; None when one of them has just gone. Raises as `send`."""
+        """What is under way already, to other hosts; None when there is none, or one of them has just gone. Raises as `send`."""
         drafts, lost = await self._drafts(part, works, DIRECT)
-        return None if lost else Way([self._transmit(delivery, part, draft) for draft in drafts])
+        return None if lost or not drafts else Way([self._transmit(delivery, part, draft) for draft in drafts])
 
     async def ask(self, part: Part, work: HostWork, channel: Channel, timeout_s: float) -> torch.Tensor:
         """What one host makes of `work`, [R, H] float32, whatever else it owes. Raises what it answers, and as `send`."""

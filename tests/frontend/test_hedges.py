@@ -5,14 +5,20 @@ from __future__ import annotations
 import asyncio
 import select
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from moeserve import Client, MoELayer
+from moeserve.frontend.delivery import Delivery
+from moeserve.frontend.parcel import Way
+from moeserve.frontend.routed import Part
+from moeserve.layer.dispatch import HostWork
 from moeserve.transport.shm_channel import ShmChannel
 from tests.support.closeness import assert_close
 from tests.support.harness import ServiceHarness
@@ -90,6 +96,45 @@ def test_a_second_copy_answers_in_two_parts_and_one_is_not_finite(tmp_path: Path
             assert held.begun.acquire(timeout=30)
         until(lambda: service.metrics.registry.get_sample_value("moeserve_expert_retries_total", {"reason": "non_finite"}))
         late.let_go()
+        assert_close(answer.result(30).hidden_states, expected)
+
+
+def test_the_second_copy_goes_as_it_is_about_to_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hosts are late. While the rows of the first are sent elsewhere, the copy of the other is lost, and then that one itself."""
+    layer = LAYER | {"num_experts": 2}
+    settings = config("auto") | {"layers": [layer], "placement": {"num_hosts": 4, "copies": 2}}
+    with ServiceHarness(settings, "local", tmp_path) as service, Client(service.target) as client, ThreadPoolExecutor() as pool:
+        expected = MoELayer(**layer)(ROWS)
+        for _ in range(100):
+            client.forward(ROWS)
+        until(lambda: not any(link.is_late for link in service.frontend._links.values()))
+        exchange, links = service.frontend._forwards[0].exchange, service.frontend._links
+        places, second_way, asked = service.placement.layers[0], exchange.second_way, []
+
+        async def watched(delivery: Delivery, part: Part, works: Sequence[HostWork]) -> Way | None:
+            asked.append(works)
+            if len(asked) == 1:
+                mine = {int(places.logical_of_physical[places.host_of_physical == work.host][0]) for work in works}
+                for host in places.host_of_physical[~np.isin(places.logical_of_physical, list(mine))].tolist():
+                    if not links[host].queue_tokens:
+                        hang_up(host)
+            way = await second_way(delivery, part, works)
+            if len(asked) == 2:
+                for parcel in delivery.owed:
+                    asyncio.get_running_loop().call_soon(hang_up, parcel.host)
+            return way
+
+        def hang_up(host: int) -> None:
+            channel = links[host].channel
+            assert channel is not None
+            channel.fall_silent(1.0)
+
+        monkeypatch.setattr(exchange, "second_way", watched)
+        held = [Held(host) for host in service.hosts]
+        answer = pool.submit(client.forward, ROWS, timeout=20)
+        until(lambda: len(asked) == 2)
+        for one in held:
+            one.let_go()
         assert_close(answer.result(30).hidden_states, expected)
 
 
