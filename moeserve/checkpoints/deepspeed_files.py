@@ -71,7 +71,7 @@ class DeepSpeedFolder:
     def expert(self, number: int, expert: int) -> dict[str, torch.Tensor]:
         """The tensors of one expert, by its own names."""
         file, start = TorchFile(self.file(number, expert)), f"{_EXPERTS}{expert}."
-        names = {name: str(name).rpartition(start) for name in file.items if not str(name).endswith(_EXTRA_STATE)}
+        names = {name: name.rpartition(start) for name in file.items if not name.endswith(_EXTRA_STATE)}
         if not names or any(not middle for _, middle, _ in names.values()):
             raise CheckpointError(f"{file.path}: its tensors are not named …{start}…, as those of one expert are")
         return {theirs: file.tensor(name, file.items[name]) for name, (_, _, theirs) in names.items()}
@@ -115,7 +115,7 @@ class DeepSpeedFolder:
         return self.rest.prefixes(self._prefixes)
 
     def _prefix(self, file: Path) -> str:
-        prefixes = {str(name).partition(_EXPERTS)[0] for name in TorchFile(file).items}
+        prefixes = {name.partition(_EXPERTS)[0] for name in TorchFile(file).items}
         if len(prefixes) != 1:
             raise CheckpointError(f"{file}: its tensors are not those of one layer: {sorted(prefixes)}")
         return prefixes.pop()

@@ -18,6 +18,7 @@ from moeserve.checkpoints.torch_file import TorchFile, items_of
 from moeserve.errors import CheckpointError
 
 GATE = "deepspeed_moe.gate.wg.weight"
+_MAX_NAME = 4096
 
 
 class Rest:
@@ -60,13 +61,20 @@ class Rest:
         return self._flat(module)
 
     def _flat(self, module: Mapping[Any, Any]) -> dict[str, Any]:
-        """Every value that is no mapping, by the keys that lead to it; a mapping that is there twice counts where it comes first."""
+        """Every value that is no mapping, by the keys that lead to it; a mapping that is there twice counts where it comes first.
+
+        A key that is no text and no number is part of no name.
+        """
         found: dict[str, Any] = {}
         waiting, seen = deque([("", module)]), {id(module)}
         while waiting:
             prefix, mapping = waiting.popleft()
             for key, value in mapping.items():
+                if not isinstance(key, str | int):
+                    continue
                 name, inner = joined(prefix, str(key)), items_of(value)
+                if len(name) > _MAX_NAME:
+                    raise CheckpointError(f"{self.path}: the name of a tensor has more than {_MAX_NAME} characters")
                 if inner is None and found.setdefault(name, value) is not value:
                     raise CheckpointError(f"{self.path}: there are two tensors {name}")
                 if inner is not None and id(inner) not in seen:

@@ -8,9 +8,13 @@ would be called becomes a note of what and with what, so a file can name anythin
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
+
+#: of a key that is compared by its value
+_MAX_PARTS: Final = 32
+_MAX_BITS: Final = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,13 +98,13 @@ class _Machine:
         if isinstance(target, list):
             target.extend(values)
         elif isinstance(target, set):
-            target.update(values)
+            target.update(map(_key, values))
 
     def set_items(self, values: list[Any]) -> None:
         target = self.stack[-1]
         items = target.items if isinstance(target, Made) else target
         if isinstance(items, dict):
-            items.update(zip(values[::2], values[1::2], strict=True))
+            items.update(_entries(values))
 
 
 _Step = Callable[[_Machine, Any], Any]
@@ -110,7 +114,7 @@ _TEXTS = ("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SH
 _BYTES = ("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8")
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _EMPTY: Mapping[str, type] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
-_SEQUENCES: Mapping[str, type] = {"TUPLE": tuple, "LIST": list, "FROZENSET": frozenset}
+_SEQUENCES: Mapping[str, type] = {"TUPLE": tuple, "LIST": list}
 
 
 def _constant(value: Any) -> _Step:
@@ -125,13 +129,40 @@ def _sequence(kind: type) -> _Step:
     return lambda machine, _: machine.push(kind(machine.marked()))
 
 
+def _frozen(machine: _Machine, _: Any) -> None:
+    machine.push(frozenset(map(_key, machine.marked())))
+
+
 def _tuple(count: int) -> _Step:
     return lambda machine, _: machine.push(tuple(machine.take(count)))
 
 
 def _dict(machine: _Machine, _: Any) -> None:
-    values = machine.marked()
-    machine.push(dict(zip(values[::2], values[1::2], strict=True)))
+    machine.push(dict(_entries(machine.marked())))
+
+
+def _entries(values: list[Any]) -> Iterable[tuple[Any, Any]]:
+    return zip(map(_key, values[::2]), values[1::2], strict=True)
+
+
+def _key(value: Any) -> Any:
+    """`value` as a key of a dict or a member of a set.
+
+    Python hashes a tuple part by part, however often: in each other they take more stack than there is, or have no end. Such a key counts
+    as an object of its own.
+    """
+    parts = value if isinstance(value, tuple | frozenset) else (value,)
+    is_simple = len(parts) <= _MAX_PARTS and not any(
+        isinstance(part, tuple | frozenset) or (isinstance(part, int) and part.bit_length() > _MAX_BITS) for part in parts
+    )
+    return value if is_simple else Made(Named(type(value).__name__), (value,))
+
+
+def _global(machine: _Machine, _: Any) -> None:
+    names = machine.take(2)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError("a name that is not text")
+    machine.push(Named(".".join(names)))
 
 
 def _pop(machine: _Machine, _: Any) -> None:
@@ -147,6 +178,7 @@ _INSTRUCTIONS: Mapping[str, _Step] = {
     **{name: _new(kind) for name, kind in _EMPTY.items()},
     **{name: _sequence(kind) for name, kind in _SEQUENCES.items()},
     **{f"TUPLE{count}": _tuple(count) for count in (1, 2, 3)},
+    "FROZENSET": _frozen,
     "DICT": _dict,
     "MARK": lambda machine, _: machine.mark(),
     "POP": _pop,
@@ -161,7 +193,7 @@ _INSTRUCTIONS: Mapping[str, _Step] = {
     "MEMOIZE": lambda machine, _: machine.memo.update({len(machine.memo): machine.stack[-1]}),
     # What would import
     "GLOBAL": lambda machine, path: machine.push(Named(path.replace(" ", "."))),
-    "STACK_GLOBAL": lambda machine, _: machine.push(Named(".".join(map(str, machine.take(2))))),
+    "STACK_GLOBAL": _global,
     **dict.fromkeys(("EXT1", "EXT2", "EXT4"), lambda machine, code: machine.push(Named(f"extension {code}"))),
     # What would call
     **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda machine, _: machine.apply(machine.pop())),

@@ -33,6 +33,7 @@ _DTYPES = {
 }
 #: "little" or "big"; what is compressed may claim to be anything
 _MAX_ORDER_BYTES = 16
+_MAX_DIMENSIONS = 64
 _TENSOR = "torch._utils._rebuild_tensor_v2"
 _PARAMETER = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 _WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"
@@ -67,7 +68,7 @@ class TorchFile:
         items = items_of(content)
         if items is None:
             raise CheckpointError(f"{path} holds {described(content)}; expected names and tensors")
-        self.items = items
+        self.items = {name if isinstance(name, str) else described(name): value for name, value in items.items()}
 
     def tensor(self, name: str, value: Any) -> torch.Tensor:
         """The tensor that `value`, found in `items` under `name`, describes. Raises CheckpointError when it is none, or not a plain one."""
@@ -86,6 +87,8 @@ class TorchFile:
         kind, storage_type, key, _, count = storage.key
         if kind != "storage" or storage_type.path not in _DTYPES:
             raise ValueError(f"stored as {storage_type.path}; supported: {', '.join(_DTYPES)}")
+        if not isinstance(key, str) or len(size) > _MAX_DIMENSIONS or max((offset, *size, *stride)) >= 2**63:
+            raise ValueError("in a storage, or of a size, that no tensor has")
         dtype = _DTYPES[storage_type.path]
         last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
         if min((offset, *size, *stride)) < 0 or prod(size) > count or (prod(size) and last >= count):

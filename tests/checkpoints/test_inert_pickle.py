@@ -115,6 +115,24 @@ def test_nothing_is_imported_made_or_run(name: str, canary: Path) -> None:
     assert (canary / "imported").exists(), "Python's own reader does it"
 
 
+DEEP = b")" + b"\x85" * 200_000
+#: each holds the one before twice
+DOUBLED = b")" + b"2\x86" * 200
+
+
+@pytest.mark.parametrize("key", [DEEP, DOUBLED], ids=["deep", "doubled"])
+@pytest.mark.parametrize("use", [b"}%bK\x01s.", b"(%bK\x01d.", b"\x8f(%b\x90.", b"(%b\x91."], ids=["SETITEM", "DICT", "ADDITEMS", "FROZEN"])
+def test_keys_of_tuples_in_each_other_are_not_compared(key: bytes, use: bytes) -> None:
+    """Python would need more stack than there is to hash the one, and years for the other."""
+    assert [each.path for each in read_pickle(b"\x80\x04" + use % key)] == ["tuple"]
+
+
+@pytest.mark.parametrize("name", [DOUBLED + b"\x8c\x01a", b"\x8c\x01a" + DOUBLED, b"K\x01K\x02"])
+def test_a_name_is_text(name: bytes) -> None:
+    with pytest.raises(ValueError, match="a broken pickle: a name that is not text"):
+        read_pickle(b"\x80\x04" + name + b"\x93.")
+
+
 def test_what_is_kept_elsewhere_is_a_key() -> None:
     assert read_pickle(b"\x80\x02\x8c\x03keyQ.").key == "key"
     assert read_pickle(b"Pkey\n.").key == "key"

@@ -137,6 +137,7 @@ def test_wherever_the_layer_stands(module: Any, prefix: str, tmp_path: Path) -> 
         ({f"{PREFIX}.{GATE}": argparse.Namespace()}, rf"{GATE} is an object made by .*; expected a dense tensor, and nothing was run"),
         ([nested()], "has no `module`, the state dict of the model"),
         (argparse.Namespace(), "has no `module`, the state dict of the model"),
+        ({"x" * 5000: gate()}, "the name of a tensor has more than 4096 characters"),
     ],
 )
 def test_a_gate_that_cannot_be_found(module: Any, sentence: str, tmp_path: Path) -> None:
@@ -197,3 +198,10 @@ def test_code_is_never_run(gadget: str, place: str, tmp_path: Path) -> None:
     assert not trace.exists()
     torch.load(file, weights_only=False)
     assert trace.exists(), "it would have run"
+
+
+def test_a_key_that_is_no_name_is_part_of_none(tmp_path: Path) -> None:
+    key: Any = ()
+    for _ in range(200):  # in words, it would be longer than there is memory
+        key = (key, key)
+    assert_is_the_layer(layer_of(write(tmp_path, {**flat(), Runs(print, key): {"x": 1}}, {Runs(print, key): 1})))

@@ -119,8 +119,10 @@ OFFSET, SIZE = b"K\x00K\x05\x85", b"K\x05\x85"  # of a tensor of five numbers: f
         (SIZE, b"J\xff\xff\xff\xff\x85"),
         (SIZE, b"N\x85"),
         (b"X\x01\x00\x00\x000", b"X\x01\x00\x00\x007"),
+        (b"X\x01\x00\x00\x000", b")" + b"2\x86" * 200),
+        (SIZE, b"(" + b"\x8a\xff" * 1 + b"\x01" * 255 + b"2" * 99 + b"t"),
     ],
-    ids=["offset", "size", "negative", "none", "no such storage"],
+    ids=["offset", "size", "negative", "none", "no such storage", "no name of a storage", "huge"],
 )
 def test_numbers_beyond_a_storage_are_refused(found: bytes, put: bytes, tmp_path: Path) -> None:
     file = saved(tmp_path, it=torch.arange(5.0))
