@@ -124,7 +124,8 @@ def _torch(path: Path) -> _Content:
     with zipfile.ZipFile(path) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
     directory = repr([(entry.filename, entry.file_size) for entry in entries]).encode()
-    spans = list(pairwise([*(entry.header_offset for entry in entries), path.stat().st_size]))
+    size = path.stat().st_size
+    spans = list(pairwise([*(min(entry.header_offset, size) for entry in entries), size]))
     return _Content(directory, spans, repr([entry.CRC for entry in entries]).encode())
 
 

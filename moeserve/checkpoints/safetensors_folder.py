@@ -233,7 +233,7 @@ class SafetensorsFolder:
             if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
                 raise CheckpointError(f"{index} has no weight_map from tensor names to file names")
             for file in set(files.values()):
-                if Path(file).name != file or not file.endswith(".safetensors"):
+                if Path(file).name != file or not file.endswith(".safetensors") or not file.isprintable():
                     raise CheckpointError(f"{index} names the file {file!r}; allowed: safetensors files in the same folder")
             return files
         if single.is_file():

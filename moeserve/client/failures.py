@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2 as details
 from google.rpc import status_pb2
 from grpc_status import rpc_status
@@ -25,7 +26,7 @@ def to_error(failure: grpc.RpcError, target: str, timeout_s: float | None) -> Mo
     """The MoEServeError to raise for `failure` of a call to `target`."""
     call: Any = failure  # every RpcError of a call is that call; the types do not say it
     code, sentence = call.code(), call.details() or "no reason was given"
-    status = rpc_status.from_call(call)
+    status = _status_of(call)
     if status is not None and _is_ours(status):
         return _rebuilt(code, status)
     if code is grpc.StatusCode.UNAVAILABLE:
@@ -44,6 +45,14 @@ def to_error(failure: grpc.RpcError, target: str, timeout_s: float | None) -> Mo
     return from_status(
         code, f"{target} does not offer this method ({sentence}): {_NOT_HERE}" if code is grpc.StatusCode.UNIMPLEMENTED else sentence
     )
+
+
+def _status_of(call: Any) -> status_pb2.Status | None:
+    """What the server says beside code and sentence; None = nothing, or something that belongs to another failure, as gRPC's own."""
+    try:
+        return rpc_status.from_call(call)
+    except (ValueError, DecodeError):
+        return None
 
 
 def _is_gone(sentence: str) -> bool:

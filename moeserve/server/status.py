@@ -15,8 +15,8 @@ from moeserve.errors import InvalidRequest, MoEServeError, Overloaded
 from moeserve.log_limit import limited_logger
 
 _DOMAIN: Final = "moeserve"
-# The sentence travels up to three times in the trailing metadata, which peers limit to 8 KiB.
-_MAX_MESSAGE_CHARS: Final = 1000
+# The sentence travels up to three times in the trailing metadata, once with three characters for a byte. Peers limit it to 8 KiB.
+_MAX_MESSAGE_BYTES: Final = 1000
 
 _strangers: Final = limited_logger(__name__)
 
@@ -57,4 +57,7 @@ def _details(error: MoEServeError) -> list[Message]:
 
 
 def _cut(sentence: str) -> str:
-    return sentence if len(sentence) <= _MAX_MESSAGE_CHARS else sentence[:_MAX_MESSAGE_CHARS] + "…"
+    """As much as a status has room for. What a file or its name says need not be text."""
+    data = sentence.encode("utf-8", "backslashreplace")
+    more = "" if len(data) <= _MAX_MESSAGE_BYTES else "…"
+    return data[:_MAX_MESSAGE_BYTES].decode("utf-8", "ignore") + more

@@ -89,6 +89,13 @@ def test_an_index_without_a_map(tmp_path: Path, weight_map: object) -> None:
     assert f"{path} has no weight_map" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("file", ["../a.safetensors", "a\0.safetensors", "\ud800.safetensors", "a\n.safetensors", "a.bin", ""], ids=ascii)
+def test_an_index_of_files_that_cannot_be_in_the_folder(tmp_path: Path, file: str) -> None:
+    path = write_folder(tmp_path, CONFIG, layer_tensors()) / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": dict.fromkeys(layer_tensors(), file)}))
+    assert f"{path} names the file {file!r}; allowed: safetensors files in the same folder" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize("name", [f"{MLP}.gate.weight", UP])
 def test_a_wrong_shape(tmp_path: Path, name: str) -> None:
     sentence = refusal(write_folder(tmp_path, CONFIG, changed(name, lambda tensor: tensor[:, 1:])))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,19 @@ def test_names_types_and_files(tmp_path: Path) -> None:
     now = fingerprint_of([*files, tmp_path / "step" / "hf_quant_config.json"])
     assert was.difference(now) == f"{tmp_path}/step/hf_quant_config.json is a file it did not have"
     assert now.difference(was) == f"{tmp_path}/step/hf_quant_config.json is not one of its files any more"
+
+
+def test_entries_that_begin_far_behind_the_end_of_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are looked for within the file, which takes no time."""
+    monkeypatch.setattr("moeserve.checkpoints.fingerprint._SMALL_BYTES", 0)
+    path = tmp_path / "expert.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data.pkl", b"x" * 100)
+        archive.writestr("data/0", b"x" * 100)
+        archive.infolist()[1].header_offset = 2**62
+    was = fingerprint_of([path])
+    put(path.read_bytes().replace(b"x" * 50, b"y" * 50, 1), path)
+    assert was.difference(fingerprint_of([path])) == f"the numbers in {path} are others"
 
 
 def test_a_layer_of_a_seed_has_none() -> None:

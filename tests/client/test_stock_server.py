@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 import torch
+from google.rpc.status_pb2 import Status
 
 from moeserve import errors
 from moeserve.client import AsyncClient, Client, WireRequest
@@ -44,6 +45,12 @@ class Stock(pb_grpc.MoEServiceServicer):
             context.abort(grpc.StatusCode.OUT_OF_RANGE, "oh no")
         if request.layer_name == "another service":
             context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        if request.layer_name == "another status":
+            context.set_trailing_metadata([("grpc-status-details-bin", Status(code=9, message="x").SerializeToString())])
+            context.abort(grpc.StatusCode.NOT_FOUND, "not here")
+        if request.layer_name == "no status":
+            context.set_trailing_metadata([("grpc-status-details-bin", b"\xff\xff")])
+            context.abort(grpc.StatusCode.NOT_FOUND, "not here")
         if request.layer_name == "unavailable":
             context.abort(grpc.StatusCode.UNAVAILABLE, "closed")
         return pb.ForwardResponse() if request.layer_name == "empty answer" else echo(request)
@@ -88,6 +95,8 @@ async def test_tensors_survive(target: str, dtype: torch.dtype, num_tokens: int)
     [
         ("plain error", errors.UnknownLayer, "^not here$"),
         ("foreign code", errors.MoEServeError, "^oh no$"),
+        ("another status", errors.UnknownLayer, "^not here$"),
+        ("no status", errors.UnknownLayer, "^not here$"),
         ("another service", errors.NotOffered, r"does not offer this method \(Method not found!\): in a deployed service"),
         ("unavailable", errors.ServiceUnreachable, "is unavailable: closed$"),
         ("empty answer", errors.MoEServeError, "the server's answer cannot be read"),

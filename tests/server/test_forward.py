@@ -150,10 +150,13 @@ async def test_our_own_mistakes_are_logged_and_told_without_details(
     assert running.observed == [("Forward", "INTERNAL")]
 
 
-async def test_a_sentence_never_outgrows_the_metadata(running: Running) -> None:
-    running.engine.errors = [errors.InvalidRequest("long " * 10_000, "hidden_states")]
+@pytest.mark.parametrize("letter", ["l", "\u5c64", "%", "\udcff"], ids=["letters", "signs", "escaped", "no text"])
+async def test_a_sentence_never_outgrows_the_metadata(letter: str, running: Running) -> None:
+    """Of whatever it is made: names of files are bytes, which need not be text."""
+    running.engine.errors = [errors.InvalidRequest(letter * 50_000, "hidden_states")]
     error = await refused(running, request())
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert str(error.details()).startswith(letter.encode("utf-8", "backslashreplace").decode())
 
 
 async def test_bytes_that_are_no_message_are_an_invalid_request(running: Running) -> None:
