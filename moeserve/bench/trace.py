@@ -80,8 +80,8 @@ def _layers(path: Path, head: Mapping[str, Any]) -> dict[str, int]:
 
 def _line(where: str, found: Mapping[str, Any], layers: Mapping[str, int], after_s: float) -> TraceLine:
     at_s, rows = found.get("at_s"), found.get("rows")
-    if not isinstance(at_s, int | float) or isinstance(at_s, bool) or not after_s < at_s < float("inf"):
-        raise ConfigError(f"{where}: at_s is {at_s!r}; allowed: a number of seconds above {after_s:g}, the one before")
+    if not isinstance(at_s, int | float) or isinstance(at_s, bool) or not after_s < at_s < 2**53:
+        raise ConfigError(f"{where}: at_s is {at_s!r:.80}; allowed: a number of seconds above {after_s:g}, the one before, up to 2^53")
     if not isinstance(rows, list) or len(rows) != len(layers):
         raise ConfigError(f"{where}: expected rows of {len(layers)} layers")
     return TraceLine(at_s, [_counts(where, each, name, number) for each, (name, number) in zip(rows, layers.items(), strict=True)])

@@ -6,14 +6,16 @@ import json
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import tomli_w
 import yaml
 
 from moeserve.compat import ImportedConfig
 from moeserve.errors import ConfigError
+from moeserve.files import read_file
 
+_MAX_BYTES: Final = 2**24
 _READERS: Mapping[str, Callable[[str], Any]] = {
     ".json": json.loads,
     ".toml": tomllib.loads,
@@ -27,11 +29,11 @@ def read_mapping(path: Path) -> Any:
     if path.suffix not in _READERS:
         raise ConfigError(f"{path} is of an unknown kind; allowed suffixes: {', '.join(_READERS)}")
     try:
-        return _READERS[path.suffix](path.read_text(encoding="utf-8"))
+        return _READERS[path.suffix](read_file(path, _MAX_BYTES).decode("utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise ConfigError(f"{path} is not a readable {path.suffix[1:].upper()} file: {reason}") from None
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from moeserve.compat.accepts import Values
 from moeserve.compat.system import System
 from moeserve.compat.table import Required
 from moeserve.config import GatingConfig, ServiceConfig, load_config
 from moeserve.errors import ConfigError
+
+#: of as much of a value as there is room for: what YAML says once may be there many times
+_WORDS: Final = reprlib.Repr()
+_WORDS.maxlevel, _WORDS.maxlist, _WORDS.maxdict, _WORDS.maxstring, _WORDS.maxlong, _WORDS.maxother = 3, 20, 20, 100, 100, 100
 
 
 @dataclass(frozen=True)
@@ -120,5 +125,5 @@ def _nested(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = _WORDS.repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -36,12 +37,21 @@ def test_it_writes_what_serve_takes(system: str, suffix: str, tmp_path: Path, ca
     assert main(["config", "check", str(target)]) == 0
 
 
+#: each holds the one before twice: in words, longer than there is memory
+DOUBLED = "&a0 1, " + ", ".join(f"&a{number} [*a{number - 1}, *a{number - 1}]" for number in range(1, 60))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "system", "sentence"),
     [
         ("layer.json", "{", "deepspeed", "is not a readable JSON file"),
         ("layer.yaml", "a: [", "deepspeed", "is not a readable YAML file"),
         ("layer.toml", "a", "deepspeed", "is not a readable TOML file"),
+        ("layer.json", "[" * 100_000, "deepspeed", "is not a readable JSON file"),
+        ("layer.yaml", "[" * 2000, "deepspeed", "is not a readable YAML file"),
+        ("layer.toml", "a = " + "[" * 100_000, "deepspeed", "is not a readable TOML file"),
+        ("layer.yaml", "hidden_size: &a [*a]", "deepspeed", "hidden_size is [[[[...]]]]; allowed: an integer"),
+        ("layer.yaml", f"hidden_size: [{DOUBLED}]", "deepspeed", "hidden_size is [1, [1, 1], [[1, 1], [1, 1]]"),
         ("layer.ini", "", "deepspeed", "is of an unknown kind; allowed suffixes: .json, .toml, .yaml, .yml"),
         ("layer.json", "[]", "deepspeed", "deepspeed is []; allowed: a mapping"),
         ("layer.json", "{}", "megatron", "'megatron' is not a system"),
@@ -61,3 +71,9 @@ def test_mistakes_are_one_sentence_and_exit_2(
 def test_a_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "import", "--from", "deepspeed", str(tmp_path / "x.json")]) == 2
     assert "x.json does not exist" in capsys.readouterr().err
+
+
+def test_a_pipe_that_nobody_writes_into(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "x.yaml")
+    assert main(["config", "import", "--from", "deepspeed", str(tmp_path / "x.yaml")]) == 2
+    assert "x.yaml is not a readable YAML file: It is a pipe, not a file" in capsys.readouterr().err

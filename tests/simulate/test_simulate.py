@@ -158,6 +158,10 @@ def test_nonsense_is_refused_in_one_sentence(
         (['{"layers": {"one": 2}}', '{"at_s": NaN, "rows": [[1, 2]]}'], "line 2: at_s is nan"),
         (['{"layers": {"one": 2}}', '{"at_s": 1, "rows": [[1, 2], [3]]}'], "line 2: expected rows of 1 layers"),
         (['{"layers": {"one": 2}}', '{"at_s": 1, "rows": [[1]]}'], "line 2: expected 2 numbers of rows of layer one"),
+        (
+            ['{"layers": {"one": 2}}', f'{{"at_s": 1{"0" * 400}, "rows": [[1, 2]]}}'],
+            "allowed: a number of seconds above 0, the one before, up to 2^53",
+        ),
         (['{"layers": {"one": 2}}', '{"at_s": 1, "rows": [[1, -2]]}'], "line 2: -2 rows of layer one; allowed: numbers from 0"),
         (['{"layers": {"one": 2}}', '{"at_s": 1, "rows": [[1, true]]}'], "line 2: True rows of layer one"),
         (['{"layers": {"one": 2}}', '{"at_s": 1, "rows": [[1, 2]]}', '{"at_s": 1, "rows": [[1, 2]]}'], "line 3: at_s is 1"),

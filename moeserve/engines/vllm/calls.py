@@ -84,6 +84,12 @@ class ServiceCalls:
             time.sleep(_PAUSE_S)
 
 
+def used_rows(is_padding: torch.Tensor, part: int, count: int) -> torch.Tensor:
+    """[count] of the rows of that part of a batch: whether they are of requests. The last parts may have more rows than are left."""
+    used = ~is_padding[part * count : (part + 1) * count]
+    return torch.nn.functional.pad(used, (0, count - len(used)))
+
+
 def _number(name: str) -> int | None:
     """Of the layer in its model."""
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
@@ -95,6 +101,6 @@ def _calls(settings: Settings, fails_requests: bool) -> ServiceCalls:
     return ServiceCalls(settings, fails_requests)
 
 
-def calls_to(settings: Settings, vllm_config: Any) -> ServiceCalls:
+def calls_to(settings: Settings, vllm_config: Any, moe: Any) -> ServiceCalls:
     """Those of this process."""
-    return _calls(settings, can_fail_requests(vllm_config))
+    return _calls(settings, can_fail_requests(vllm_config, moe))

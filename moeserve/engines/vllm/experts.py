@@ -28,9 +28,10 @@ class RemoteExperts(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is not in
         super().__init__(moe)
         #: None: this rank does not call. Tensor-parallel ranks have the same input, and their outputs are summed, unless each has its rows.
         self.remote: CalledLayer | None = None
-        if moe.is_sequence_parallel or get_tensor_model_parallel_rank() == 0:
+        rank = get_tensor_model_parallel_rank()
+        if moe.is_sequence_parallel or rank == 0:
             calls = calls_to_service()
-            self.remote = CalledLayer(calls, calls.place(layer_name, moe.num_experts, moe.hidden_dim))
+            self.remote = CalledLayer(calls, calls.place(layer_name, moe.num_experts, moe.hidden_dim), rank)
 
     def create_weights(self, layer: Any, *sizes: Any, **more: Any) -> None:
         """None are here."""
@@ -59,7 +60,7 @@ class _Remote:
         if settings is None:
             return super()._get_quant_method(prefix, quant_config, moe_config)  # type: ignore[misc]
         require_possible(vllm_config, moe_config)
-        return RemoteExperts(moe_config, partial(calls_to, settings, vllm_config), prefix)
+        return RemoteExperts(moe_config, partial(calls_to, settings, vllm_config, moe_config), prefix)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
         if not isinstance(self.quant_method, RemoteExperts):  # type: ignore[attr-defined]

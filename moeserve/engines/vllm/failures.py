@@ -28,10 +28,11 @@ class _Failed:
 FAILED: Final = _Failed()
 
 
-def can_fail_requests(vllm_config: Any) -> bool:
-    """Whether the worker that calls is the one whose output the scheduler gets."""
+def can_fail_requests(vllm_config: Any, moe: Any) -> bool:
+    """Whether the worker that calls is the one whose output the scheduler gets. With sequence parallel, others call too."""
     parallel = vllm_config.parallel_config
-    return bool(parallel.pipeline_parallel_size == 1 and parallel.distributed_executor_backend in ("mp", "uni"))
+    is_one = parallel.pipeline_parallel_size == 1 and not moe.is_sequence_parallel
+    return bool(is_one and parallel.distributed_executor_backend in ("mp", "uni"))
 
 
 def adopt(module: ModuleType) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from vllm.forward_context import get_forward_context
 
-from moeserve.engines.vllm.calls import ServiceCalls
+from moeserve.engines.vllm.calls import ServiceCalls, used_rows
 from moeserve.observe.stats import LayerInfo
 
 _NO_CHOICE: Final = -1
@@ -20,15 +20,16 @@ _NO_CHOICE: Final = -1
 
 @dataclass(frozen=True)
 class CalledLayer:
-    """A layer of the service."""
+    """A layer of the service. part: which of the equal parts of a batch this rank has; 0 where it has all of it."""
 
     calls: ServiceCalls
     served: LayerInfo
+    part: int = 0
 
     def forward(self, hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """Zeros, without a call, for what is no request: dummy batches, padding, the batches that vLLM measures its memory with."""
         context = get_forward_context()
-        used = None if context.is_padding is None else ~context.is_padding[: len(hidden_states)]
+        used = None if context.is_padding is None else used_rows(context.is_padding, self.part, len(hidden_states))
         if context.attn_metadata is None or not len(hidden_states) or (used is not None and not used.any()):
             return torch.zeros_like(hidden_states)
         # Routers give experts that do not compute an id of another and no weight.
