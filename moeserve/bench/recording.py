@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Final, TextIO
 
 from moeserve.client import AsyncClient
+from moeserve.errors import MoEServeError
 from moeserve.observe.stats import ServiceStats
 from moeserve.observe.summary import demand
 
@@ -16,24 +19,31 @@ _EVERY_S: Final = 1.0
 
 
 async def record(client: AsyncClient, file: TextIO, measure: Callable[[], Awaitable[None]]) -> None:
-    """Awaits `measure()` and meanwhile writes once a second what its frontend was asked, by any caller, and the rest at the end."""
+    """Awaits `measure()` and meanwhile writes once a second what its frontend was asked, by any caller, and the rest at the end.
+
+    Seconds in which the frontend does not answer are told with those after them. One that is started again counts from 0.
+    """
     before = await client.stats()
     file.write(json.dumps({"layers": {layer.name: len(demand(layer)) for layer in before.layers}}) + "\n")
-    started_s, measuring = before.uptime_s, asyncio.ensure_future(measure())
+    started_s, measuring = time.monotonic(), asyncio.ensure_future(measure())
     try:
         while not measuring.done():
             await asyncio.wait([measuring], timeout=_EVERY_S)
-            now = await client.stats()
-            _write(file, before, now, started_s)
-            before = now
+            with suppress(MoEServeError):
+                now = await client.stats()
+                _write(file, before, now, time.monotonic() - started_s)
+                before = now
     finally:
         measuring.cancel()
         await asyncio.gather(measuring, return_exceptions=True)
     await measuring
 
 
-def _write(file: TextIO, before: ServiceStats, now: ServiceStats, started_s: float) -> None:
+def _write(file: TextIO, before: ServiceStats, now: ServiceStats, at_s: float) -> None:
+    is_another = now.uptime_s < before.uptime_s
     layers = zip(before.layers, now.layers, strict=True)
-    rows = [[new - old for old, new in zip(demand(earlier), demand(later), strict=True)] for earlier, later in layers]
-    file.write(json.dumps({"at_s": round(now.uptime_s - started_s, 6), "rows": rows}) + "\n")
+    rows = [
+        [new if is_another else new - old for old, new in zip(demand(earlier), demand(later), strict=True)] for earlier, later in layers
+    ]
+    file.write(json.dumps({"at_s": round(at_s, 6), "rows": rows}) + "\n")
     file.flush()
