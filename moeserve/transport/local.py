@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections import deque
+from threading import Lock
 
 from moeserve.errors import ConfigError
 from moeserve.transport.channel import ChannelClosed
@@ -25,6 +26,8 @@ class LocalSource:
         self._poller = poller
         self._peers = ShmPeers(endpoint, limits, poller, arrived)
         self._connecting: deque[socket.socket] = deque()
+        #: who rings the bell must not find that of somebody else: numbers of files that are closed are used again
+        self._lock = Lock()
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         if _sources.setdefault(endpoint, self) is not self:
             os.close(self._bell)
@@ -44,14 +47,18 @@ class LocalSource:
         self._peers.tell(packet)
 
     def dial(self) -> socket.socket:
-        """A socket connected to this host; from any thread."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._connecting.append(theirs)
-        os.eventfd_write(self._bell, 1)
+        """A socket connected to this host; from any thread. Raises ChannelClosed when it does not listen any more."""
+        with self._lock:
+            if _sources.get(self.endpoint) is not self:
+                raise ChannelClosed(f"no host listens at {self.endpoint}")
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._connecting.append(theirs)
+            os.eventfd_write(self._bell, 1)
         return ours
 
     def close(self) -> None:
-        del _sources[self.endpoint]
+        with self._lock:
+            del _sources[self.endpoint]
         self._poller.remove(self._bell)
         os.close(self._bell)
         while self._connecting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import socket
 import stat
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from moeserve.errors import ConfigError
-from moeserve.transport import ChannelClosed, Limits, choose_endpoint, connect, listen
+from moeserve.transport import ChannelClosed, Limits, choose_endpoint, connect, listen, local
 from tests.support.descriptors import no_free_descriptors
 
 from .rig import Rig
@@ -60,6 +61,19 @@ async def test_a_channel_to_an_address_that_makes_no_sense_is_refused() -> None:
     for endpoint in ("udp://127.0.0.1:1", "tcp://127.0.0.1:port"):
         with pytest.raises(ConfigError, match=endpoint):
             await connect(endpoint)
+
+
+def test_who_finds_a_host_of_this_process_as_it_closes_rings_no_bell_of_others() -> None:
+    """Numbers of files that are closed are used again at once."""
+    with closing(listen("local:leaving")):
+        found = local._sources["local:leaving"]
+    others = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(8)]
+    with pytest.raises(ChannelClosed, match="no host listens at local:leaving"):
+        found.dial()
+    for other in others:
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(other)
+        os.close(other)
 
 
 @pytest.mark.parametrize("endpoint", ["local:host", "unix:{}/host.sock"])
