@@ -269,7 +269,11 @@ class _Source:
 
     def read(self, name: str, rows: slice, columns: slice) -> torch.Tensor:
         """[R, C] as stored."""
-        _, stored = self._folder.file_of(name)
+        file, stored = self._folder.file_of(name)
+        for part, size, what in zip((rows, columns), self._pieces[name].matrix, ("rows", "columns"), strict=True):
+            if part.stop > size:
+                named = f"but what tells groups of the weight names {part.stop - 1}"
+                raise CheckpointError(f"{file.path}: tensor {name} has {size} {what}, {named}")
         out = torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=_TYPES[stored.dtype])
         self.fill(name, rows, columns, out)
         return out
@@ -280,10 +284,6 @@ class _Source:
         if file not in self._descriptors:
             self._descriptors[file] = self._opened.enter_context(file.opened())
         height, width = self._pieces[name].matrix
-        if rows.stop > height:
-            raise CheckpointError(
-                f"{file.path}: tensor {name} has {height} rows, but what tells groups of the weight names {rows.stop - 1}"
-            )
         size = out.dtype.itemsize
         first = self._expert * height + rows.start
         part = slice(columns.start * size, columns.stop * size)

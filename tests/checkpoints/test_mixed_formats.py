@@ -148,6 +148,24 @@ def test_groups_that_do_not_exist(group: int, sentence: str, tmp_path: Path) -> 
         MoELayer.from_checkpoint(folder_of(tmp_path, GPTQ, tensors))
 
 
+@pytest.mark.parametrize(
+    ("group", "sentence"),
+    [
+        (-2, r"up_proj\.weight_g_idx names group -2; allowed: from 0"),
+        (2, r"up_proj\.weight_scale has 2 columns, but .* names 2"),
+        (2**31 - 1, r"up_proj\.weight_scale has 2 columns, but .* names 2147483647"),
+    ],
+)
+@pytest.mark.parametrize("quantization", [None, "none"])
+def test_groups_of_packed_columns_that_do_not_exist(quantization: str | None, group: int, sentence: str, tmp_path: Path) -> None:
+    """Behind the scales of a row are those of the next one, and behind all of them another tensor."""
+    tensors, numbers = weights(PACKED.write)
+    tensors |= {f"{module}.weight_g_idx": (torch.arange(SIZE) // 32).to(torch.int32) for module in numbers}
+    tensors[f"{LAYER}.experts.1.up_proj.weight_g_idx"][-1] = group
+    with pytest.raises(CheckpointError, match=sentence):
+        MoELayer.from_checkpoint(folder_of(tmp_path, packed_as(actorder="group"), tensors), quantization=quantization)
+
+
 @pytest.mark.parametrize("is_ordered", [True, False])
 def test_packed_columns_in_an_order_of_their_own(is_ordered: bool, tmp_path: Path) -> None:
     """As llm-compressor wrote `actorder: "group"`; -1 in every place where there is none."""
