@@ -68,18 +68,18 @@ class DeepSpeedFolder:
         """What the model calls the layer; "moe" where the layer is the model."""
         return self._prefixes[number] or "moe"
 
-    def expert(self, number: int, expert: int) -> dict[str, torch.Tensor]:
-        """The tensors of one expert, by its own names."""
+    def expert(self, number: int, expert: int, *, read: str | None = None) -> dict[str, torch.Tensor]:
+        """The tensors of one expert, by its own names: on the device "meta", but for the one of the name `read`."""
         file, start = TorchFile(self.file(number, expert)), f"{_EXPERTS}{expert}."
         names = {name: name.rpartition(start) for name in file.items if not name.endswith(_EXTRA_STATE)}
         if not names or any(not middle for _, middle, _ in names.values()):
             raise CheckpointError(f"{file.path}: its tensors are not named …{start}…, as those of one expert are")
-        return {theirs: file.tensor(name, file.items[name]) for name, (_, _, theirs) in names.items()}
+        return {theirs: file.tensor(name, file.items[name], is_read=theirs == read) for name, (_, _, theirs) in names.items()}
 
     def gate_shape(self, number: int) -> tuple[int, int]:
         """E and H."""
         name = self.of_layer(number, GATE)
-        gate = self.rest.tensor(name)
+        gate = self.rest.tensor(name, is_read=False)
         if gate is None or gate.dim() != 2:
             raise CheckpointError(f"{self.rest.path}: tensor {name} is not a matrix")
         return gate.shape[0], gate.shape[1]
@@ -128,7 +128,7 @@ class DeepSpeedTensors:
         self._folder, self._number, self._name, self._parts = folder, number, name, parts
 
     def __contains__(self, name: str) -> bool:
-        return self._find(name)[2] is not None
+        return self._find(name, is_read=False)[2] is not None
 
     def files_below(self, prefix: str) -> Sequence[Path]:
         """Those of its experts, and that of everything else."""
@@ -138,32 +138,34 @@ class DeepSpeedTensors:
 
     def read(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A copy of the tensor, which must have `shape`, cast to `dtype`; finite."""
-        path, theirs, tensor = self._find(name)
-        if tensor is None:
+        path, theirs, found = self._find(name, is_read=False)
+        if found is None:
             raise CheckpointError(f"{path}: tensor {theirs} is missing")
-        if tensor.dtype not in FLOAT_DTYPES.values():
-            raise CheckpointError(f"{path}: tensor {theirs} is stored as {dtype_name(tensor.dtype)}; supported: {', '.join(FLOAT_DTYPES)}")
-        if tensor.shape != tuple(shape):
-            raise CheckpointError(f"{path}: tensor {theirs} has shape {list(tensor.shape)}, expected {list(shape)}")
-        # A copy, because the original is the file itself, which may go away.
-        tensor = tensor.to(dtype, copy=True)
+        if found.dtype not in FLOAT_DTYPES.values():
+            raise CheckpointError(f"{path}: tensor {theirs} is stored as {dtype_name(found.dtype)}; supported: {', '.join(FLOAT_DTYPES)}")
+        if found.shape != tuple(shape):
+            raise CheckpointError(f"{path}: tensor {theirs} has shape {list(found.shape)}, expected {list(shape)}")
+        _, _, numbers = self._find(name, is_read=True)
+        assert numbers is not None, "it is there"
+        tensor = numbers.to(dtype)
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path}: tensor {theirs} holds NaN or Inf as {dtype_name(dtype)}")
         return tensor
 
-    def _find(self, name: str) -> tuple[Path, str, torch.Tensor | None]:
+    def _find(self, name: str, *, is_read: bool) -> tuple[Path, str, torch.Tensor | None]:
         kind, _, rest = name.removeprefix(f"{self._name}.").partition(".")
         if kind == "experts":
             expert, _, part = rest.partition(".")
             theirs = self._parts.get(part, part)
-            return self._folder.file(self._number, int(expert)), theirs, self._folder.expert(self._number, int(expert)).get(theirs)
+            found = self._folder.expert(self._number, int(expert), read=theirs if is_read else None)
+            return self._folder.file(self._number, int(expert)), theirs, found.get(theirs)
         theirs = {
             "gate": f"deepspeed_moe.gate.wg.{rest}",
             "mixer": f"coefficient.{rest}",
             "shared_expert": f"mlp.{self._parts.get(rest, rest)}",
         }[kind]
         theirs = self._folder.of_layer(self._number, theirs)
-        return self._folder.rest.path, theirs, self._folder.rest.tensor(theirs)
+        return self._folder.rest.path, theirs, self._folder.rest.tensor(theirs, is_read=is_read)
 
 
 def _latest(folder: Path) -> str:

@@ -30,9 +30,9 @@ class Rest:
     def __contains__(self, name: str) -> bool:
         return name in self._values
 
-    def tensor(self, name: str) -> torch.Tensor | None:
-        """Mapped, not read; None when there is nothing of that name."""
-        return self._file.tensor(name, self._values[name]) if name in self._values else None
+    def tensor(self, name: str, *, is_read: bool = True) -> torch.Tensor | None:
+        """On the device "meta" unless `is_read`; None when there is nothing of that name."""
+        return self._file.tensor(name, self._values[name], is_read=is_read) if name in self._values else None
 
     def prefixes(self, prefixes: Sequence[str]) -> list[str]:
         """Where the layers stand here whose experts say that they stand at `prefixes`: there, or with other parts in front."""

@@ -1,4 +1,4 @@
-"""One safetensors file, read without mapping it: a page that is mapped counts as memory of the host long after it was copied.
+"""One safetensors file.
 
 R rows, C columns of the matrix that the last two dimensions of a tensor are.
 """
@@ -6,9 +6,6 @@ R rows, C columns of the matrix that the last two dimensions of a tensor are.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,8 +13,8 @@ from typing import Final
 import torch
 from safetensors import SafetensorError, safe_open
 
+from moeserve.checkpoints.positioned_file import PositionedFile
 from moeserve.errors import CheckpointError
-from moeserve.files import require_file
 
 _POINTER: Final = b"version https://git-lfs."
 
@@ -31,16 +28,15 @@ class StoredTensor:
     offset: int
 
 
-class TensorFile:
+class TensorFile(PositionedFile):
     """The header, checked by the safetensors library, and positioned reads of what it describes, from any number of threads.
 
     Raises CheckpointError naming the file when it is no complete safetensors file, or is not the one whose header was read any more.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         try:
-            self._version = _version(require_file(path))
+            super().__init__(path)
             with path.open("rb") as file:
                 reject_pointer(path, file.read(len(_POINTER)))
             # The library sees to it that sizes, offsets and the length of the file agree; it does not tell offsets.
@@ -51,20 +47,6 @@ class TensorFile:
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from None
 
-    @contextmanager
-    def opened(self) -> Iterator[int]:
-        """A file descriptor for `read_rows`; the file must be the same before and after."""
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read any more: {error.strerror}") from None
-        try:
-            self._must_be_the_same(descriptor)
-            yield descriptor
-            self._must_be_the_same(descriptor)
-        finally:
-            os.close(descriptor)
-
     def read_rows(self, descriptor: int, offset: int, row_bytes: int, columns: slice, into: torch.Tensor) -> None:
         """Fill `into`, contiguous [R, C], with bytes `columns` of R rows of `row_bytes`, the first of which begins at `offset`."""
         # Through NumPy, which has no bfloat16 but knows bytes; an empty shard has nothing to read.
@@ -73,26 +55,10 @@ class TensorFile:
         buffer = into.view(torch.uint8).numpy().data.cast("B")
         width = columns.stop - columns.start
         if width == row_bytes:
-            self._fill(descriptor, buffer, offset)
+            self.fill(descriptor, buffer, offset)
             return
         for row in range(into.shape[0]):
-            self._fill(descriptor, buffer[row * width : (row + 1) * width], offset + row * row_bytes + columns.start)
-
-    def _fill(self, descriptor: int, buffer: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(descriptor, [buffer[done:]], offset + done)
-            if not count:
-                raise CheckpointError(f"{self.path} became shorter while it was read")
-            done += count
-
-    def _must_be_the_same(self, descriptor: int) -> None:
-        if _version(os.fstat(descriptor)) != self._version:
-            raise CheckpointError(f"{self.path} changed while the checkpoint was read; load it again when no process writes to it")
-
-
-def _version(status: os.stat_result) -> tuple[int, int, int]:
-    return status.st_ino, status.st_size, status.st_mtime_ns
+            self.fill(descriptor, buffer[row * width : (row + 1) * width], offset + row * row_bytes + columns.start)
 
 
 def reject_pointer(path: Path, content: bytes) -> None:

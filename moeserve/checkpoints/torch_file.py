@@ -8,16 +8,15 @@ from __future__ import annotations
 import os
 import zipfile
 from collections.abc import Mapping
-from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from moeserve.checkpoints.inert_pickle import External, Made, Named, read_pickle
+from moeserve.checkpoints.positioned_file import PositionedFile
 from moeserve.errors import CheckpointError
-from moeserve.files import require_file
 
 _DTYPES = {
     "torch.DoubleStorage": torch.float64,
@@ -40,16 +39,25 @@ _WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"
 _TENSOR_CLASSES = ("torch.Tensor", "torch.nn.parameter.Parameter")
 
 
-class TorchFile:
-    """Names and tensors of the file; tensors are mapped, not read. Raises CheckpointError naming the file when it is broken.
+class _Place(NamedTuple):
+    """Where a tensor is: so many numbers from byte `start` of the file on, and how they are laid out."""
+
+    start: int
+    length: int
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class TorchFile(PositionedFile):
+    """Names and tensors of the file; a tensor is read when asked for. Raises CheckpointError naming the file when it is broken.
 
     What is no tensor is never made, and harms only who asks for it. `path`: the file.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         try:
-            require_file(path)
+            super().__init__(path)
             with zipfile.ZipFile(path) as archive:
                 self._entries = {entry.filename: entry for entry in archive.infolist()}
                 name = next((name for name in self._entries if name.count("/") == 1 and name.endswith("/data.pkl")), "data.pkl")
@@ -70,8 +78,11 @@ class TorchFile:
             raise CheckpointError(f"{path} holds {described(content)}; expected names and tensors")
         self.items = {name if isinstance(name, str) else described(name): value for name, value in items.items()}
 
-    def tensor(self, name: str, value: Any) -> torch.Tensor:
-        """The tensor that `value`, found in `items` under `name`, describes. Raises CheckpointError when it is none, or not a plain one."""
+    def tensor(self, name: str, value: Any, *, is_read: bool = True) -> torch.Tensor:
+        """The tensor that `value`, found in `items` under `name`, describes; on the device "meta" unless `is_read`.
+
+        Raises CheckpointError when it is none, or not a plain one.
+        """
         value = _bare(value)
         if not isinstance(value, Made) or value.path != _TENSOR:
             raise CheckpointError(f"{self.path}: {name} is {described(value)}; expected a dense tensor, and nothing was run")
@@ -79,11 +90,14 @@ class TorchFile:
             storage, offset, size, stride, _, _, *more = value.arguments
             if any(more):
                 raise ValueError("its numbers are to be conjugated or negated")
-            return self._view(storage, offset, tuple(size), tuple(stride))
+            place = self._place(storage, offset, tuple(size), tuple(stride))
+            return self._read(place) if is_read else torch.empty_strided(place.size, place.stride, dtype=place.dtype, device="meta")
+        except CheckpointError:
+            raise
         except Exception as error:
             raise CheckpointError(f"{self.path}: tensor {name} is not in the file as it is described: {_sentence(error)}") from None
 
-    def _view(self, storage: External, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
+    def _place(self, storage: External, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> _Place:
         kind, storage_type, key, _, count = storage.key
         if kind != "storage" or storage_type.path not in _DTYPES:
             raise ValueError(f"stored as {storage_type.path}; supported: {', '.join(_DTYPES)}")
@@ -93,27 +107,27 @@ class TorchFile:
         last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
         if min((offset, *size, *stride)) < 0 or prod(size) > count or (prod(size) and last >= count):
             raise ValueError(f"{list(size)} numbers from {offset} to {last}, of a storage of {count}")
-        numbers = self._storage(f"{self._root}data/{key}", count * dtype.itemsize).view(dtype)
-        return numbers.as_strided(size, stride, numbers.storage_offset() + offset)
+        start = self._start(f"{self._root}data/{key}", count * dtype.itemsize)
+        return _Place(start + offset * dtype.itemsize, last - offset + 1 if prod(size) else 0, dtype, size, stride)
 
-    def _storage(self, name: str, nbytes: int) -> torch.Tensor:
-        entry = self._entries[name]
+    def _start(self, name: str, nbytes: int) -> int:
+        """Where the bytes of an entry begin: behind a header of 30 bytes, its name, and padding that only this header tells."""
+        entry, header = self._entries[name], bytearray(30)
         if entry.compress_type != zipfile.ZIP_STORED or not 0 <= nbytes <= entry.file_size:
             raise ValueError(f"{name} has {entry.file_size} bytes of {nbytes}, or is compressed")
-        start = self._start(entry)
-        if start < 0 or start + nbytes > len(self._mapped):
-            raise ValueError(f"{name} lies beyond the end of the file")
-        stored = self._mapped[start : start + nbytes]
-        return stored if start % 8 == 0 else stored.clone()
+        with self.opened() as descriptor:
+            self.fill(descriptor, memoryview(header), entry.header_offset)
+            start = entry.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+            if start + nbytes > os.fstat(descriptor).st_size:
+                raise ValueError(f"{name} lies beyond the end of the file")
+        return start
 
-    def _start(self, entry: zipfile.ZipInfo) -> int:
-        """Where the bytes of an entry begin: behind a header of 30 bytes, its name, and padding that only this header tells."""
-        header = bytes(self._mapped[entry.header_offset : entry.header_offset + 30].tolist())
-        return entry.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-
-    @cached_property
-    def _mapped(self) -> torch.Tensor:
-        return torch.from_file(str(self.path), shared=False, size=os.path.getsize(self.path), dtype=torch.uint8)
+    def _read(self, place: _Place) -> torch.Tensor:
+        numbers = torch.empty(place.length, dtype=place.dtype)
+        if place.length:
+            with self.opened() as descriptor:
+                self.fill(descriptor, numbers.view(torch.uint8).numpy().data.cast("B"), place.start)
+        return numbers.as_strided(place.size, place.stride)
 
 
 def items_of(value: Any) -> Mapping[Any, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -140,6 +141,25 @@ def test_a_storage_that_is_too_short(tmp_path: Path) -> None:
     file = rewritten(saved(tmp_path, it=torch.arange(5.0)).path, lambda name, data: data[:-1] if name == "it/data/0" else data)
     with pytest.raises(CheckpointError, match="it/data/0 has 19 bytes of 20"):
         read(file, "it")
+
+
+@pytest.mark.parametrize("change", [lambda path: os.truncate(path, 4096), lambda path: path.write_bytes(path.read_bytes())])
+def test_a_file_that_is_written_again_while_it_is_used(change: Callable[[Path], Any], tmp_path: Path) -> None:
+    """As by a trainer that saves to the folder that is served. A mapped file that was cut off would end this process."""
+    file = saved(tmp_path, it=torch.ones(100_000))
+    os.utime(file.path, (1, 1))
+    file = TorchFile(file.path)
+    change(file.path)
+    with pytest.raises(CheckpointError, match="changed while the checkpoint was read"):
+        read(file, "it")
+
+
+def test_what_a_tensor_is_can_be_known_without_reading_it(tmp_path: Path) -> None:
+    file = saved(tmp_path, it=torch.ones(3, 5, dtype=torch.bfloat16).T, no=None)
+    found = file.tensor("it", file.items["it"], is_read=False)
+    assert (found.device.type, found.dtype, found.shape) == ("meta", torch.bfloat16, (5, 3))
+    with pytest.raises(CheckpointError, match="no is a NoneType"):
+        file.tensor("no", file.items["no"], is_read=False)
 
 
 def packed(path: Path) -> None:
