@@ -73,7 +73,7 @@ def test_a_table_behind_hosts(num_hosts: int, tmp_path: Path) -> None:
         (lambda table: table.masked_fill(table == 3, 2), r"allowed: distinct experts in 0\.\.7"),
         (lambda table: table + 1, r"allowed: distinct experts in 0\.\.7"),
         (lambda table: table[:, :2], r"has shape \[16, 2\], config\.json says \[16, 3\]"),
-        (lambda table: table.float(), r"is float32; allowed: whole numbers"),
+        (lambda table: table.float(), r"is stored as F32; allowed: whole numbers"),
     ],
 )
 def test_a_table_that_is_none(change: Any, sentence: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -13,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from moeserve import CheckpointError, MoELayer
 from moeserve.checkpoints import layer_sources
+from moeserve.checkpoints.safetensors_folder import SafetensorsFolder
+from moeserve.checkpoints.whole_numbers import read_whole_numbers
 from moeserve.config import load_config
 from moeserve.experts import ExpertShard
 from tests.checkpoints.published import PUBLISHED
@@ -148,3 +151,14 @@ def test_the_smallest_and_the_largest_exponent(tmp_path: Path) -> None:
     (source,) = layer_sources(load_config({"model": {"checkpoint": folder, "dtype": "float32"}}))
     up = stacked(source.experts([ExpertShard(1)])).gate_up_proj[0, SIZE:]
     assert (up[0, 0].item(), up[-1, -1].item()) == (2.0**-127, 2.0**127)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_a_table_of_whole_numbers(dtype: torch.dtype, tmp_path: Path) -> None:
+    table = torch.arange(12).view(4, 3).to(dtype)
+    save_file({"before": torch.ones(1), "table": table}, tmp_path / "model.safetensors")
+    files = SafetensorsFolder(tmp_path)
+    assert torch.equal(read_whole_numbers(files, "table", (4, 3)), table.long())
+    os.utime(tmp_path / "model.safetensors", (1, 1))
+    with pytest.raises(CheckpointError, match="changed while the checkpoint was read"):
+        read_whole_numbers(files, "table", (4, 3))
