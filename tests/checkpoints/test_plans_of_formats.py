@@ -105,6 +105,8 @@ REFUSED: dict[str, tuple[object, str]] = {
     "gptq, rotated": ({**GPTQ, "rotation": "hadamard"}, "rotation is 'hadamard'; supported: none"),
     "gptq, groups of none": ({**GPTQ, "group_size": 0}, "group_size is 0; allowed: a positive whole number"),
     "gptq, a rule that is none": ({**GPTQ, "dynamic": {"+:(": {}}}, "dynamic has the pattern "),
+    "gptq, a rule without end": ({**GPTQ, "dynamic": {r"-:(\w+\.?)+!": {}}}, "names can match in too many ways"),
+    "ignored without end": ({**PACKED_SETTINGS, "ignore": [r"re:(\w+\.?)+!"]}, "names can match in too many ways"),
     "awq, gemv": ({**AWQ, "version": "gemv"}, "version is 'gemv'; supported for awq: 'gemm'"),
     "awq, llm-awq": ({**AWQ, "format": "llm-awq"}, "format is 'llm-awq'; supported for awq: 'gemm'"),
     "awq, 8 bits": ({**AWQ, "bits": 8}, "bits is 8; supported for awq: 4"),

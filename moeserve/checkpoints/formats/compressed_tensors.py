@@ -10,6 +10,7 @@ from moeserve.checkpoints.formats.bits import WIDTHS
 from moeserve.checkpoints.formats.fp4 import Fp4
 from moeserve.checkpoints.formats.number_format import EXPONENTS, FLOATS, Block, NumberFormat
 from moeserve.checkpoints.formats.packed import PackedColumns
+from moeserve.checkpoints.formats.pattern import matches
 from moeserve.checkpoints.formats.scaled import Scaled
 from moeserve.checkpoints.formats.scheme import Recipe, Scheme, Settings, mentions, module_of, positive
 
@@ -55,12 +56,7 @@ def _rank(target: str, module: str) -> int:
 
 
 def _matches(pattern: str, module: str) -> bool:
-    if not pattern.startswith("re:"):
-        return pattern == module
-    try:
-        return re.match(pattern.removeprefix("re:"), module) is not None
-    except re.error as error:
-        raise ValueError(f"quantization_config has the pattern {pattern!r}, which is none: {error}") from None
+    return matches(pattern.removeprefix("re:"), module) if pattern.startswith("re:") else pattern == module
 
 
 def _targets(group: Settings) -> list[str]:

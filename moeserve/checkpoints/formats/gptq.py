@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,6 +12,7 @@ from moeserve.checkpoints.formats.bits import WIDTHS, covering, unpacked
 from moeserve.checkpoints.formats.coded import Coded
 from moeserve.checkpoints.formats.number_format import FLOATS, NumberFormat, Piece, Read
 from moeserve.checkpoints.formats.packed import Packed
+from moeserve.checkpoints.formats.pattern import matches
 from moeserve.checkpoints.formats.scheme import Recipe, Scheme, Settings, mentions, module_of, positive
 
 
@@ -59,22 +59,18 @@ def gptq(settings: Settings, config: Settings) -> Scheme:
     rules = settings.get("dynamic") or {}
     if not isinstance(rules, Mapping) or not all(isinstance(change, Mapping) for change in rules.values()):
         raise ValueError("quantization_config.dynamic is not a table of patterns and their settings")
-    recipes = [(_pattern(rule), None if rule.startswith("-:") else _recipe({**settings, **change})) for rule, change in rules.items()]
+    recipes = [
+        (rule.removeprefix("+:").removeprefix("-:"), None if rule.startswith("-:") else _recipe({**settings, **change}))
+        for rule, change in rules.items()
+    ]
     others = _recipe(settings)
 
     def recipe(module: str) -> Recipe | None:
-        return next((own for pattern, own in recipes if pattern.match(module)), others)
+        return next((own for pattern, own in recipes if matches(pattern, module, "quantization_config.dynamic")), others)
 
     is_kept = mentions(settings.get("modules_to_not_convert"))
     are_some = bool(settings.get("modules_in_block_to_quantize"))
     return Scheme(recipe, lambda module: are_some or recipe(module) is None or is_kept(module), "gptq")
-
-
-def _pattern(rule: str) -> re.Pattern[str]:
-    try:
-        return re.compile(rule.removeprefix("+:").removeprefix("-:"))
-    except re.error as error:
-        raise ValueError(f"quantization_config.dynamic has the pattern {rule!r}, which is none: {error}") from None
 
 
 def _recipe(settings: Mapping[str, Any]) -> Recipe:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from moeserve.checkpoints.formats.number_format import NumberFormat, Plain
+from moeserve.checkpoints.formats.pattern import is_in
 
 Settings = Mapping[str, Any]
 
@@ -78,19 +78,9 @@ def mentions(patterns: object) -> Callable[[str], bool]:
     texts = [str(pattern).removeprefix("re:") for pattern in patterns]
 
     def is_mentioned(module: str) -> bool:
-        return any(text in module or _finds(text, module) for text in texts)
+        return any(text in module or is_in(text, module) or is_in(text.replace(".", r"\.").replace("*", ".*"), module) for text in texts)
 
     return is_mentioned
-
-
-def _finds(pattern: str, module: str) -> bool:
-    for text in (pattern, pattern.replace(".", r"\.").replace("*", ".*")):
-        try:
-            if re.search(text, module):
-                return True
-        except re.error:
-            continue
-    return False
 
 
 def positive(settings: Settings, key: str, default: int | None = None) -> int:
