@@ -146,7 +146,8 @@ class DeepSpeedTensors:
         if found.shape != tuple(shape):
             raise CheckpointError(f"{path}: tensor {theirs} has shape {list(found.shape)}, expected {list(shape)}")
         _, _, numbers = self._find(name, is_read=True)
-        assert numbers is not None, "it is there"
+        if numbers is None or (numbers.dtype, numbers.shape) != (found.dtype, found.shape):
+            raise CheckpointError(f"{path} changed while the checkpoint was read; load it again when no process writes to it")
         tensor = numbers.to(dtype)
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path}: tensor {theirs} holds NaN or Inf as {dtype_name(dtype)}")

@@ -94,7 +94,7 @@ def _marked(path: Path) -> tuple[_Version, FileMark]:
     try:
         content = _CONTENT.get(path.suffix, _text)(path)
         mark = FileMark(str(path), version[2], _digest(content.description), _numbers(path, version[2], content))
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if _version(path) != version:
         raise CheckpointError(f"{path} changed while it was read; load it again when no process writes to it")

@@ -15,6 +15,8 @@ from typing import Any, Final
 #: of a key that is compared by its value
 _MAX_PARTS: Final = 32
 _MAX_BITS: Final = 4096
+#: of what is imported
+_MAX_NAME: Final = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +92,10 @@ class _Machine:
         self.push(Made(maker, arguments))
 
     def apply(self, arguments: Any) -> None:
-        self.make(self.pop(), *arguments)
+        # Of anything else there would be a copy: a short file could make many of one long list.
+        if not isinstance(arguments, tuple):
+            raise TypeError("arguments that are not a tuple")
+        self.push(Made(self.pop(), arguments))
 
     def extend(self, values: list[Any]) -> None:
         """Lists and sets of the file grow; what other objects take in is not looked at."""
@@ -162,6 +167,8 @@ def _global(machine: _Machine, _: Any) -> None:
     names = machine.take(2)
     if not all(isinstance(name, str) for name in names):
         raise TypeError("a name that is not text")
+    if sum(map(len, names)) > _MAX_NAME:
+        raise ValueError(f"a name of more than {_MAX_NAME} characters")
     machine.push(Named(".".join(names)))
 
 

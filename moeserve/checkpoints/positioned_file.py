@@ -37,10 +37,13 @@ class PositionedFile:
             os.close(descriptor)
 
     def fill(self, descriptor: int, buffer: memoryview, offset: int) -> None:
-        """With the bytes from `offset` on. Raises CheckpointError where the file ends."""
+        """With the bytes from `offset` on. Raises CheckpointError where the file ends, or cannot be read, as one of a server that is gone."""
         done = 0
         while done < len(buffer):
-            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+            try:
+                count = os.preadv(descriptor, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from None
             if not count:
                 raise CheckpointError(f"{self.path} became shorter while it was read")
             done += count

@@ -149,12 +149,17 @@ def _sentence(error: Exception) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
+def _is_class_of_tensors(value: Any) -> bool:
+    return isinstance(value, Named) and value.path in _TENSOR_CLASSES
+
+
 def _bare(value: Any) -> Any:
     """A tensor without what torch wraps around one that is a parameter, or has attributes."""
     while isinstance(value, Made) and len(value.arguments) >= 3:
         if value.path in _PARAMETER:
             value = value.arguments[0]
-        elif value.path == _WITH_ATTRIBUTES and described(value.arguments[1]) in {f"the name {name}" for name in _TENSOR_CLASSES}:
+        elif value.path == _WITH_ATTRIBUTES and _is_class_of_tensors(value.arguments[1]) and isinstance(value.arguments[2], tuple):
+            # What is in a tuple was made before it: this comes to an end.
             value = Made(value.arguments[0], value.arguments[2])
         else:
             break

@@ -12,6 +12,7 @@ from torch import nn
 
 from moeserve import MoELayer
 from moeserve.checkpoints import Swap, bank_bytes, layer_sources, load_bank
+from moeserve.checkpoints.deepspeed_files import DeepSpeedFolder
 from moeserve.compat.deepspeed import MoE
 from moeserve.config import load_config
 from moeserve.errors import CheckpointError, ConfigError
@@ -72,6 +73,23 @@ def test_experts_are_read_when_asked_for_and_cast(tmp_path: Path) -> None:
     assert expert.nbytes == second.nbytes(ExpertShard(0))
     with pytest.raises(CheckpointError, match=r"layer_1_expert_2_.*: tensor 0\.weight holds NaN or Inf as bfloat16"):
         second.experts([ExpertShard(2)])
+
+
+def test_experts_that_are_written_again_as_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look at what is there and the reading of it."""
+    folder = write(tmp_path / "tag", model_of(sequential()))
+    source = sources(folder, activation="gelu")[0]
+    looked = DeepSpeedFolder.expert
+
+    def expert(self: DeepSpeedFolder, number: int, expert: int, *, read: str | None = None) -> dict[str, torch.Tensor]:
+        if read is not None:
+            state = torch.load(self.file(number, expert), weights_only=True)
+            torch.save({name: tensor[:1] for name, tensor in state.items()}, self.file(number, expert))
+        return looked(self, number, expert, read=read)
+
+    monkeypatch.setattr(DeepSpeedFolder, "expert", expert)
+    with pytest.raises(CheckpointError, match=r"layer_0_expert_2_.* changed while the checkpoint was read"):
+        source.experts([ExpertShard(2)])
 
 
 def test_experts_can_be_quantized(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from moeserve import MoELayer
 from moeserve.checkpoints import Fingerprint, fingerprint_of, layer_fingerprints, layer_sources
 from moeserve.config import ServiceConfig, load_config
+from moeserve.errors import CheckpointError
 from tests.checkpoints.deepspeed_folders import config as deepspeed_config
 from tests.checkpoints.deepspeed_folders import model_of, write
 from tests.checkpoints.quantized_folders import CONFIG as QUANTIZED
@@ -150,6 +151,18 @@ def test_entries_that_begin_far_behind_the_end_of_their_file(tmp_path: Path, mon
     was = fingerprint_of([path])
     put(path.read_bytes().replace(b"x" * 50, b"y" * 50, 1), path)
     assert was.difference(fingerprint_of([path])) == f"the numbers in {path} are others"
+
+
+def test_a_file_of_a_zip_to_come(tmp_path: Path) -> None:
+    """It says that more is needed to read it than there is."""
+    path = tmp_path / "expert.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data.pkl", b"x")
+    content = path.read_bytes()
+    needed = content.index(b"PK\1\2") + 6
+    path.write_bytes(content[:needed] + b"\xff" + content[needed + 1 :])
+    with pytest.raises(CheckpointError, match="expert.pt cannot be read: zip file version 25.5"):
+        fingerprint_of([path])
 
 
 def test_a_layer_of_a_seed_has_none() -> None:

@@ -133,6 +133,14 @@ def test_a_name_is_text(name: bytes) -> None:
         read_pickle(b"\x80\x04" + name + b"\x93.")
 
 
+def test_a_name_is_short_and_arguments_are_a_tuple() -> None:
+    """Of what a file has once, it could make many copies."""
+    with pytest.raises(ValueError, match="a broken pickle: a name of more than 512 characters"):
+        read_pickle(b"\x80\x04\x8c\xff" + b"a" * 255 + b"\x94X\xff\x01\0\0" + b"b" * 511 + b"\x93.")
+    with pytest.raises(ValueError, match="a broken pickle: arguments that are not a tuple"):
+        read_pickle(b"\x80\x04cos\nsystem\n](NNeR.")
+
+
 def test_what_is_kept_elsewhere_is_a_key() -> None:
     assert read_pickle(b"\x80\x02\x8c\x03keyQ.").key == "key"
     assert read_pickle(b"Pkey\n.").key == "key"

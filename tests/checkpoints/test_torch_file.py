@@ -137,6 +137,23 @@ def test_numbers_beyond_a_storage_are_refused(found: bytes, put: bytes, tmp_path
         read(file, "it")
 
 
+WRAPPED, INNER = b"ctorch._tensor\n_rebuild_from_type_v2\n", b"ctorch._utils\n_rebuild_parameter\nctorch\nTensor\n"
+
+
+@pytest.mark.parametrize(
+    "value",
+    # the second is a list that has the whole in it
+    [WRAPPED + b"(" + INNER + b"Kt" + b"tR", WRAPPED + b"(" + INNER + b"]\x94tR\x94h\x00(h\x01NNe0"],
+    ids=["a number", "itself"],
+)
+def test_what_has_attributes_has_a_tuple_in_it(value: bytes, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "it.pt", "w") as archive:
+        archive.writestr("it/data.pkl", b"\x80\x04}\x8c\x02it" + value + b"s.")
+    file = TorchFile(tmp_path / "it.pt")
+    with pytest.raises(CheckpointError, match=r"it is an object made by torch\._tensor\._rebuild_from_type_v2; expected a dense tensor"):
+        read(file, "it")
+
+
 def test_a_storage_that_is_too_short(tmp_path: Path) -> None:
     file = rewritten(saved(tmp_path, it=torch.arange(5.0)).path, lambda name, data: data[:-1] if name == "it/data/0" else data)
     with pytest.raises(CheckpointError, match="it/data/0 has 19 bytes of 20"):
