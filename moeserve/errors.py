@@ -57,6 +57,10 @@ class MoEServeError(Exception):
     #: after how long to try again; None = trying again does not help, or nobody can say
     retry_after_s: float | None = None
 
+    def __init__(self, message: str = "") -> None:
+        # What a file or its name says need not be text. Nothing that is sent can hold it, so it is spelled out here.
+        super().__init__(message.encode("utf-8", "backslashreplace").decode())
+
 
 class ConfigError(MoEServeError):
     """The configuration or a checkpoint cannot be used; commands exit with 2."""
@@ -79,7 +83,7 @@ class InvalidRequest(MoEServeError):
 
     def __init__(self, message: str, field: str = "") -> None:
         super().__init__(message)
-        self.violations: Sequence[FieldViolation] = (FieldViolation(field, message),) if field else ()
+        self.violations: Sequence[FieldViolation] = (FieldViolation(field, str(self)),) if field else ()
 
 
 class UnknownLayer(MoEServeError):
