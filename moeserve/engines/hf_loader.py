@@ -37,7 +37,7 @@ def load_model(
     try:
         model: PreTrainedModel = _without_experts(original).from_pretrained(path, experts_implementation=IMPLEMENTATION, **options)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: transformers cannot load its weights: {_first_line(error)}") from None
+        raise CheckpointError(f"{path}: transformers cannot load its weights: {_sentence(error)}") from None
     model.__class__ = original
     try:
         connect_experts(model, target, embedded=embedded)
@@ -51,14 +51,16 @@ def _config_of(path: str | Path) -> Any:
     """What transformers makes of config.json; it looks for names that are no folders elsewhere."""
     try:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # Whatever transformers stumbles over in it, it is the file that is wrong.
         if not Path(path).is_dir():
             raise CheckpointError(f"checkpoint folder {path} does not exist, and transformers finds no model of that name") from None
-        raise CheckpointError(f"{path}: transformers cannot use its config.json: {_first_line(error)}") from None
+        raise CheckpointError(f"{path}: transformers cannot use its config.json: {_sentence(error)}") from None
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+def _sentence(error: Exception) -> str:
+    """The first paragraph, on one line."""
+    return " ".join(str(error).partition("\n\n")[0].split()) or type(error).__name__
 
 
 def _without_experts(original: type[PreTrainedModel]) -> type[PreTrainedModel]:

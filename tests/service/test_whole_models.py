@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -123,6 +124,19 @@ def _no_json(folder: Path) -> str:
     return r"/model: transformers cannot use its config\.json: .* is not a valid JSON file\.$"
 
 
+def _no_table(folder: Path) -> str:
+    folder.mkdir()
+    (folder / "config.json").write_text("[]")
+    return r"/model: transformers cannot use its config\.json: \S+"
+
+
+def _of_another_kind(folder: Path) -> str:
+    random_qwen(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": "many"}))
+    return r"/model: transformers cannot use its config\.json: .*hidden_size.*many"
+
+
 def _without_weights(folder: Path) -> str:
     random_qwen(folder)
     (folder / "model.safetensors").unlink()
@@ -136,7 +150,7 @@ def _with_half_of_them(folder: Path) -> str:
     return r"/model: transformers cannot load its weights: \S+"
 
 
-@pytest.mark.parametrize("make", [_no_folder, _empty, _no_json, _without_weights, _with_half_of_them])
+@pytest.mark.parametrize("make", [_no_folder, _empty, _no_json, _no_table, _of_another_kind, _without_weights, _with_half_of_them])
 def test_a_folder_that_cannot_be_loaded_is_one_sentence(tmp_path: Path, make: Callable[[Path], str]) -> None:
     sentence = make(tmp_path / "model")
     with pytest.raises(CheckpointError, match=sentence) as caught:
