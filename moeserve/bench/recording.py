@@ -40,10 +40,10 @@ async def record(client: AsyncClient, file: TextIO, measure: Callable[[], Awaita
 
 
 def _write(file: TextIO, before: ServiceStats, now: ServiceStats, at_s: float) -> None:
-    is_another = now.uptime_s < before.uptime_s
-    layers = zip(before.layers, now.layers, strict=True)
-    rows = [
-        [new if is_another else new - old for old, new in zip(demand(earlier), demand(later), strict=True)] for earlier, later in layers
-    ]
+    counts = [(demand(earlier), demand(later)) for earlier, later in zip(before.layers, now.layers, strict=True)]
+    # One that was away for long may have run for longer than the one before had.
+    has_fewer = any(new < old for earlier, later in counts for old, new in zip(earlier, later, strict=True))
+    is_another = has_fewer or now.uptime_s < before.uptime_s
+    rows = [[new if is_another else new - old for old, new in zip(earlier, later, strict=True)] for earlier, later in counts]
     file.write(json.dumps({"at_s": round(at_s, 6), "rows": rows}) + "\n")
     file.flush()

@@ -27,9 +27,11 @@ class Restarted:
         return ServiceStats(1, [LayerStats("one", rows, [rows, 0], [0, 0])], [], 0, uptime_s)
 
 
-def test_a_frontend_that_is_started_again_counts_from_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("up_s", [100.0, 1.0])
+def test_a_frontend_that_is_started_again_counts_from_0(up_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that was heard of again only when it had run for longer than before."""
     monkeypatch.setattr(recording, "_EVERY_S", 0.001)
-    client: Any = Restarted((100.0, 50), (101.0, 57), None, None, (1.0, 4), (2.0, 9))
+    client: Any = Restarted((up_s, 50), (up_s + 1, 57), None, None, (9.0, 4), (10.0, 9))
 
     async def measure() -> None:
         while len(client.told) > 1:
