@@ -16,11 +16,26 @@ from moeserve.errors import ConfigError
 from moeserve.files import read_file
 
 _MAX_BYTES: Final = 2**24
+
+
+class _Yaml(yaml.SafeLoader):
+    """What is merged into a mapping ("<<") is there once, as in what it becomes: else it doubles with each that has another twice."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        last = {(key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key): (key, value) for key, value in node.value}
+        node.value = list(last.values())
+
+
+def _read_yaml(text: str) -> Any:
+    return _Yaml(text).get_single_data()
+
+
 _READERS: Mapping[str, Callable[[str], Any]] = {
     ".json": json.loads,
     ".toml": tomllib.loads,
-    ".yaml": yaml.safe_load,
-    ".yml": yaml.safe_load,
+    ".yaml": _read_yaml,
+    ".yml": _read_yaml,
 }
 
 

@@ -40,6 +40,9 @@ def test_it_writes_what_serve_takes(system: str, suffix: str, tmp_path: Path, ca
 #: each holds the one before twice: in words, longer than there is memory
 DOUBLED = "&a0 1, " + ", ".join(f"&a{number} [*a{number - 1}, *a{number - 1}]" for number in range(1, 60))
 
+#: each takes over the one before twice
+MERGED = "\n".join(["a0: &a0 {x: 1}", *(f"a{number}: &a{number} {{<<: [*a{number - 1}, *a{number - 1}]}}" for number in range(1, 60))])
+
 
 @pytest.mark.parametrize(
     ("name", "text", "system", "sentence"),
@@ -52,6 +55,7 @@ DOUBLED = "&a0 1, " + ", ".join(f"&a{number} [*a{number - 1}, *a{number - 1}]" f
         ("layer.toml", "a = " + "[" * 100_000, "deepspeed", "is not a readable TOML file"),
         ("layer.yaml", "hidden_size: &a [*a]", "deepspeed", "hidden_size is [[[[...]]]]; allowed: an integer"),
         ("layer.yaml", f"hidden_size: [{DOUBLED}]", "deepspeed", "hidden_size is [1, [1, 1], [[1, 1], [1, 1]]"),
+        ("layer.yaml", MERGED, "deepspeed", "a0 is not a parameter (got {'x': 1})"),
         ("layer.ini", "", "deepspeed", "is of an unknown kind; allowed suffixes: .json, .toml, .yaml, .yml"),
         ("layer.json", "[]", "deepspeed", "deepspeed is []; allowed: a mapping"),
         ("layer.json", "{}", "megatron", "'megatron' is not a system"),
