@@ -8,6 +8,8 @@ from typing import Any, Final
 
 #: MixtralForCausalLM, Llama4ForConditionalGeneration, Qwen3MoeModel, ...
 _CLASS: Final = re.compile(r"(\w+?)(For[A-Z]\w*|Model|LMHeadModel)")
+#: Of longer names there is no class, and the time to match one grows with the square of its length.
+_MAX_CLASS: Final = 256
 #: model types that are not just their class's name in lower case
 _ELSEWHERE: Final = {
     "hunyuanmoev1": "hunyuanv1moe",
@@ -23,7 +25,7 @@ def named_family(config: Mapping[str, Any], model_types: Iterable[str]) -> str |
     architectures = config.get("architectures")
     by_name = {_plain(model_type): model_type for model_type in reversed(list(model_types))}
     for architecture in architectures if isinstance(architectures, list) else ():
-        match = _CLASS.fullmatch(str(architecture))
+        match = _CLASS.fullmatch(str(architecture)) if len(str(architecture)) <= _MAX_CLASS else None
         stem = _plain(match[1]) if match else ""
         stem = _ELSEWHERE.get(stem, stem)
         if stem == own:
