@@ -37,7 +37,7 @@ class PositionedFile:
             os.close(descriptor)
 
     def fill(self, descriptor: int, buffer: memoryview, offset: int) -> None:
-        """With the bytes from `offset` on. Raises CheckpointError where the file ends, or cannot be read, as one of a server that is gone."""
+        """With the bytes from `offset` on. Raises CheckpointError where the file ends or cannot be read, as without its server."""
         done = 0
         while done < len(buffer):
             try:

@@ -75,13 +75,13 @@ def test_a_pattern_without_end_is_refused(pattern: str) -> None:
 
 @pytest.mark.parametrize("pattern", ["(", "(" * 900 + ")" * 900, "a{99999999999}", "(?L)a"])
 def test_what_is_no_pattern_is_refused(pattern: str) -> None:
-    with pytest.raises(ValueError, match="has the pattern .*, which is none: "):
+    with pytest.raises(ValueError, match=r"has the pattern .*, which is none: "):
         matches(pattern, NAMES[0])
     assert not is_in(pattern, NAMES[0])
 
 
 def test_a_pattern_of_a_book_is_refused() -> None:
-    with pytest.raises(ValueError, match="has a pattern of 3000 characters, .*; allowed: up to 2000"):
+    with pytest.raises(ValueError, match=r"has a pattern of 3000 characters, .*; allowed: up to 2000"):
         matches("x" * 3000, NAMES[0])
 
 

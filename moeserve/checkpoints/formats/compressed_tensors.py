@@ -10,12 +10,13 @@ from moeserve.checkpoints.formats.bits import WIDTHS
 from moeserve.checkpoints.formats.fp4 import Fp4
 from moeserve.checkpoints.formats.number_format import EXPONENTS, FLOATS, Block, NumberFormat
 from moeserve.checkpoints.formats.packed import PackedColumns
-from moeserve.checkpoints.formats.pattern import matches
+from moeserve.checkpoints.formats.pattern import matches, required
 from moeserve.checkpoints.formats.scaled import Scaled
 from moeserve.checkpoints.formats.scheme import Recipe, Scheme, Settings, mentions, module_of, positive
 
 #: tensors about activations, which do not matter where only weights are quantized, and the shape that config.json says too
 _KNOWN: Final = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point", "weight_shape")
+_RE: Final = "re:"
 
 
 def compressed_tensors(settings: Settings, config: Settings) -> Scheme:
@@ -30,8 +31,8 @@ def compressed_tensors(settings: Settings, config: Settings) -> Scheme:
     groups = settings.get("config_groups")
     if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
         raise ValueError("quantization_config.config_groups is not a table of groups, each with targets and weights")
-    ignored = [str(name) for name in settings.get("ignore") or []]
-    recipes = [(_targets(group), _recipe(group, settings)) for group in groups.values()]
+    ignored = _patterns(settings.get("ignore"))
+    recipes = [(_patterns(group.get("targets")), _recipe(group, settings)) for group in groups.values()]
 
     def recipe(module: str) -> Recipe | None:
         if any(_matches(pattern, module) for pattern in ignored):
@@ -50,17 +51,21 @@ _NONE: Final = 3
 def _rank(target: str, module: str) -> int:
     if target == module:
         return 0
-    if target.startswith("re:") and _matches(target, module):
+    if target.startswith(_RE) and _matches(target, module):
         return 1
     return 2 if target == "Linear" else _NONE
 
 
 def _matches(pattern: str, module: str) -> bool:
-    return matches(pattern.removeprefix("re:"), module) if pattern.startswith("re:") else pattern == module
+    return matches(pattern.removeprefix(_RE), module) if pattern.startswith(_RE) else pattern == module
 
 
-def _targets(group: Settings) -> list[str]:
-    return [str(target) for target in group.get("targets") or []]
+def _patterns(names: Any) -> list[str]:
+    found = [str(name) for name in names or []]
+    for name in found:
+        if name.startswith(_RE):
+            required(name.removeprefix(_RE))
+    return found
 
 
 def _recipe(group: Settings, settings: Settings) -> Recipe | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 
@@ -12,8 +12,10 @@ from moeserve.checkpoints.formats.bits import WIDTHS, covering, unpacked
 from moeserve.checkpoints.formats.coded import Coded
 from moeserve.checkpoints.formats.number_format import FLOATS, NumberFormat, Piece, Read
 from moeserve.checkpoints.formats.packed import Packed
-from moeserve.checkpoints.formats.pattern import matches
+from moeserve.checkpoints.formats.pattern import matches, required
 from moeserve.checkpoints.formats.scheme import Recipe, Scheme, Settings, mentions, module_of, positive
+
+_RULES: Final = "quantization_config.dynamic"
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,16 @@ def gptq(settings: Settings, config: Settings) -> Scheme:
     if not isinstance(rules, Mapping) or not all(isinstance(change, Mapping) for change in rules.values()):
         raise ValueError("quantization_config.dynamic is not a table of patterns and their settings")
     recipes = [
-        (rule.removeprefix("+:").removeprefix("-:"), None if rule.startswith("-:") else _recipe({**settings, **change}))
+        (
+            required(rule.removeprefix("+:").removeprefix("-:"), _RULES),
+            None if rule.startswith("-:") else _recipe({**settings, **change}),
+        )
         for rule, change in rules.items()
     ]
     others = _recipe(settings)
 
     def recipe(module: str) -> Recipe | None:
-        return next((own for pattern, own in recipes if matches(pattern, module, "quantization_config.dynamic")), others)
+        return next((own for pattern, own in recipes if matches(pattern, module, _RULES)), others)
 
     is_kept = mentions(settings.get("modules_to_not_convert"))
     are_some = bool(settings.get("modules_in_block_to_quantize"))

@@ -26,11 +26,14 @@ _DIGITS: Final = ("[(IN, [(CATEGORY, CATEGORY_DIGIT)])]", "[(IN, [(RANGE, (48, 5
 _Ways = tuple[int, int]
 
 
-def matches(pattern: str, name: str, where: str = "quantization_config") -> bool:
-    """Whether `name` begins as `pattern` says.
+def required(pattern: str, where: str = "quantization_config") -> str:
+    """`pattern`. Raises ValueError, which says `where` it stands, when it is none, or every name can match in too many ways."""
+    _compiled(pattern, where)
+    return pattern
 
-    Raises ValueError, which says `where` it stands, when it is none, or names can match in too many ways.
-    """
+
+def matches(pattern: str, name: str, where: str = "quantization_config") -> bool:
+    """Whether `name` begins as `pattern` says. Raises ValueError, which says `where` it stands, as `required`, or if `name` is long."""
     compiled, count, parts = _compiled(pattern, where)
     if count * comb(len(name) + parts, parts) > _MAX_WAYS:
         raise _too_many(pattern, where)
@@ -72,7 +75,8 @@ def _is_open(item: tuple[Any, Any]) -> bool:
 
 def _in_sequence(items: Iterable[tuple[Any, Any]]) -> _Ways:
     count, parts = 1, 0
-    for item, after in pairwise([*items, None]):
+    in_turn: list[Any] = [*items, None]
+    for item, after in pairwise(in_turn):
         # As many digits as there are before what is no digit: there is one way.
         if not (_is_open(item) and str(item[1][2]) in _DIGITS and after is not None and _is_no_digit(after)):
             more, further = _of_item(*item)
