@@ -55,7 +55,7 @@ MERGED = "\n".join(["a0: &a0 {x: 1}", *(f"a{number}: &a{number} {{<<: [*a{number
         ("layer.toml", "a = " + "[" * 100_000, "deepspeed", "is not a readable TOML file"),
         ("layer.yaml", "hidden_size: &a [*a]", "deepspeed", "hidden_size is [[[[...]]]]; allowed: an integer"),
         ("layer.yaml", f"hidden_size: [{DOUBLED}]", "deepspeed", "hidden_size is [1, [1, 1], [[1, 1], [1, 1]]"),
-        ("layer.yaml", MERGED, "deepspeed", "a0 is not a parameter (got {'x': 1})"),
+        ("layer.yaml", MERGED, "deepspeed", "'a0' is not a parameter (got {'x': 1})"),
         ("layer.ini", "", "deepspeed", "is of an unknown kind; allowed suffixes: .json, .toml, .yaml, .yml"),
         ("layer.json", "[]", "deepspeed", "deepspeed is []; allowed: a mapping"),
         ("layer.json", "{}", "megatron", "'megatron' is not a system"),
