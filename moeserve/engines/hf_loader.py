@@ -36,8 +36,11 @@ def load_model(
         raise ConfigError(f"{path}: {auto_class.__name__} has no model for {config.model_type}") from None
     try:
         model: PreTrainedModel = _without_experts(original).from_pretrained(path, experts_implementation=IMPLEMENTATION, **options)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: transformers cannot load its weights: {_sentence(error)}") from None
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, LookupError, ImportError, RuntimeError, ValueError, SafetensorError) as error:
+        # With the cause, as it may be one of `options`.
+        raise CheckpointError(f"{path}: transformers cannot load its weights: {_sentence(error)}") from error
     model.__class__ = original
     try:
         connect_experts(model, target, embedded=embedded)

@@ -130,10 +130,24 @@ def _no_table(folder: Path) -> str:
     return r"/model: transformers cannot use its config\.json: \S+"
 
 
-def _of_another_kind(folder: Path) -> str:
+def _with(folder: Path, **changes: Any) -> None:
     random_qwen(folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": "many"}))
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def _of_another_size(folder: Path) -> str:
+    _with(folder, vocab_size=7)
+    return r"/model: transformers cannot load its weights: .*mismatched_sizes"
+
+
+def _with_what_nobody_knows(folder: Path) -> str:
+    _with(folder, hidden_act="nothing")
+    return r"/model: transformers cannot load its weights: 'nothing'"
+
+
+def _of_another_kind(folder: Path) -> str:
+    _with(folder, hidden_size="many")
     return r"/model: transformers cannot use its config\.json: .*hidden_size.*many"
 
 
@@ -150,7 +164,20 @@ def _with_half_of_them(folder: Path) -> str:
     return r"/model: transformers cannot load its weights: \S+"
 
 
-@pytest.mark.parametrize("make", [_no_folder, _empty, _no_json, _no_table, _of_another_kind, _without_weights, _with_half_of_them])
+@pytest.mark.parametrize(
+    "make",
+    [
+        _no_folder,
+        _empty,
+        _no_json,
+        _no_table,
+        _of_another_kind,
+        _of_another_size,
+        _with_what_nobody_knows,
+        _without_weights,
+        _with_half_of_them,
+    ],
+)
 def test_a_folder_that_cannot_be_loaded_is_one_sentence(tmp_path: Path, make: Callable[[Path], str]) -> None:
     sentence = make(tmp_path / "model")
     with pytest.raises(CheckpointError, match=sentence) as caught:
