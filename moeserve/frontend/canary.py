@@ -117,9 +117,12 @@ class Canary:
         if parcel.error is not None:
             raise parcel.error.with_traceback(None)
         view, works = parcel.part.view, parcel.works
+        # A host that had nothing of the epoch answers at once, and would be asked without a pause.
+        behind = parcel.erred if time.monotonic() < parcel.since + timing.BEHIND_S else ()
         if parcel.state is ParcelState.LOST and (hosts := view.loads("least_outstanding", parcel.erred)) is not None:
             works = plan_again(works, len(parcel.part.hidden_states), view.placement, hosts)
-        if parcel.state is ParcelState.LOST and any(view.links[work.host].channel_at(view.epoch) is not None for work in works):
+        there = (work.host for work in works if view.links[work.host].channel_at(view.epoch) is not None)
+        if parcel.state is ParcelState.LOST and any(host not in behind for host in there):
             delivery.close(parcel, ParcelState.GIVEN_UP)
             await self._exchange.resend(delivery, parcel.part, works, parcel)
 

@@ -110,7 +110,7 @@ class Delivery:
             parcel = self._add(answer.parcel.part, answer.works, answer.parcel)
             parcel.state, parcel.refused = ParcelState.LOST, [answer]
             if len(answer.works) == 1:  # else they may be another's: each is asked by itself
-                self.suspicions.append(Suspicion(answer.host))
+                self.suspicions.append(Suspicion(answer.host, answer.parcel.part))
                 parcel.erred, parcel.suspects = parcel.erred | {answer.host}, parcel.suspects | {self.suspicions[-1]}
             self.wake()
 

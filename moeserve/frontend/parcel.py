@@ -73,13 +73,14 @@ class Answer(NamedTuple):
 
 @dataclass(eq=False)
 class Suspicion:
-    """Of a host that has answered with sums that are not finite.
+    """Of a host that has answered, of a part, with sums that are not finite.
 
     confirmed   how often others have answered the same, or a part of it, with finite ones
     is_cleared  nobody says otherwise of some of it: it is the rows that are to blame
     """
 
     host: int
+    part: Part
     confirmed: int = 0
     is_cleared: bool = False
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moeserve.api.tensors import is_finite
 from moeserve.config import CopyChoice, ResilienceConfig
 from moeserve.errors import ExpertUnavailable
 from moeserve.frontend import policy, timing
@@ -69,9 +70,10 @@ class Remedy:
                     suspicion.confirmed += 1
 
     def blame(self, view: LayerView, delivery: Delivery) -> None:
-        """All has come: hosts have erred whose sums were not finite where those of others are."""
+        """All has come: hosts have erred whose sums were not finite where those of others are, also when these are added up."""
         for suspicion in delivery.suspicions:
-            for _ in range(0 if suspicion.is_cleared else suspicion.confirmed):
+            is_at_fault = suspicion.confirmed and not suspicion.is_cleared and is_finite(suspicion.part.so_far())
+            for _ in range(suspicion.confirmed if is_at_fault else 0):
                 view.links[suspicion.host].erred()
 
     async def apply(self, routed: RoutedBatch, delivery: Delivery) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 from moeserve import Client, MoELayer, MoEServeError
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest
-from moeserve.errors import NonFiniteOutput
+from moeserve.errors import ExpertUnavailable, NonFiniteOutput
+from moeserve.frontend.canary import Canary
 from tests.support.closeness import assert_close
-from tests.support.harness import CHANNELS, Killed, Kind, ServiceHarness
+from tests.support.harness import CHANNELS, Killed, Kind, ServiceHarness, received
 from tests.support.held import Held, Poisoned
 from tests.support.waiting import until, until_async
 
@@ -70,6 +72,30 @@ def test_a_row_that_overflows_blames_nobody_for_the_rows_beside_it(tmp_path: Pat
         for _ in range(12):
             with pytest.raises(NonFiniteOutput, match="token 0 "):
                 client.forward(rows)
+        assert "host_out" not in [event.kind for event in service.metrics.events.latest()]
+
+
+def test_sums_that_overflow_where_experts_are_together_blame_nobody(tmp_path: Path) -> None:
+    """One host has both experts of a token; their copies are apart, and what each of these says is finite."""
+    with ServiceHarness(config(), "local", tmp_path) as service, Client(service.target) as client:
+        places = service.placement.layers[0]
+        hosts_of = [{int(host) for host in places.host_of_physical[places.logical_of_physical == expert]} for expert in range(8)]
+        pair = next([a, b] for a in range(8) for b in range(8) if 0 in hosts_of[a] & hosts_of[b] and len(hosts_of[a] | hosts_of[b]) == 3)
+        rows, one = ROWS * 1e3, torch.ones(40, 1)
+        said = [MoELayer(**LAYER).run(rows, topk_ids=one.long() * expert, topk_weights=one).hidden_states for expert in pair]
+        shares = torch.stack([each / each.abs().amax(dim=1, keepdim=True) for each in said])
+        token = int((shares[0] * shares[1]).amax(dim=1).argmax())
+        weights = torch.tensor([[3e38 / float(each[token].abs().max()) for each in said]])
+
+        async def owe(number: int) -> None:
+            service.frontend._links[number].count_until(asyncio.get_running_loop().create_future(), 2**20)
+
+        for number in (1, 2, 3):
+            service.call(owe(number))
+        for _ in range(12):
+            with pytest.raises(NonFiniteOutput):
+                client.forward(rows[token : token + 1], topk_ids=torch.tensor([pair]), topk_weights=weights)
+        assert service.metrics.registry.get_sample_value("moeserve_expert_retries_total", {"reason": "non_finite"})
         assert "host_out" not in [event.kind for event in service.metrics.events.latest()]
 
 
@@ -153,3 +179,13 @@ def test_sums_that_are_not_finite_are_found_before_the_others_of_a_batch_are_tol
 
 async def ended(answer: asyncio.Future[ForwardOutput]) -> ForwardOutput:
     return await answer
+
+
+def test_a_canary_does_not_ask_a_host_that_is_behind_without_a_pause(tmp_path: Path) -> None:
+    with ServiceHarness(config(copies=1), "local", tmp_path) as service:
+        forward, host = service.frontend._forwards[0], service.hosts[0]
+        host.host.holdings.withdraw(0)
+        before, view = received(host), forward.views.current
+        with pytest.raises(ExpertUnavailable, match="did not answer a canary"):
+            service.call(Canary(forward.exchange).try_release(view, view, time.monotonic() + 0.3))
+        assert received(host) - before <= 4
