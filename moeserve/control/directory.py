@@ -23,6 +23,11 @@ class Directory:
         self._hosts = dict(hosts)
         self._changed.notify()
 
+    @property
+    def hosts(self) -> Mapping[int, HostInfo]:
+        """What is announced now, for who does not want to reach one."""
+        return self._hosts
+
     async def find(self, number: int) -> HostInfo:
         """The current incarnation of a host, when one is announced.
 

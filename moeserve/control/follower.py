@@ -104,8 +104,8 @@ class Follower:
             while (order := self._order) is done or order.current is None:
                 await self._ordered.wait()
             await self._carry_out(order.current, order.candidate)
-            if done is None or order.hosts != done.hosts:
-                self._do("refresh", self._refresh())
+            if self._frontend is not None:
+                self._frontend.refresh(self._directory.hosts)
             done = order
 
     async def close(self) -> None:
@@ -199,10 +199,6 @@ class Follower:
         counted = None if self.report.metrics_target else metrics.counted()
         requested = packed_counts(pairs.numpy() for pairs in metrics.experts.requested())
         self.say(requested=requested, call_times=metrics.call_times.counts(), counted=counted)
-
-    async def _refresh(self) -> None:
-        if self._frontend is not None:
-            await self._frontend.refresh()
 
     async def _try_out(self, release: Release, frontend: Frontend) -> None:
         assert self._config is not None

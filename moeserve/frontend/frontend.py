@@ -28,7 +28,7 @@ from moeserve.layer.head import LayerHead
 from moeserve.loops import in_thread
 from moeserve.observe.balancing import OUTCOMES, Balancing
 from moeserve.observe.metrics import Metrics
-from moeserve.observe.stats import HostStats, LayerStats, ServiceStats, facts, host_name
+from moeserve.observe.stats import HostInfo, HostStats, LayerStats, ServiceStats, facts, host_name
 from moeserve.release import Release
 from moeserve.transport import Channel
 
@@ -155,9 +155,10 @@ class Frontend:
         """How many of the hosts that should run have no room on the nodes."""
         self._metrics.hosts_missing.set(hosts)
 
-    async def refresh(self) -> None:
-        """Update what is known about hosts."""
-        await asyncio.gather(*(link.refresh() for link in self._links.values()))
+    def refresh(self, hosts: Mapping[int, HostInfo]) -> None:
+        """Update what is known about hosts, by number."""
+        for number in self._links.keys() & hosts.keys():
+            self._links[number].refresh(hosts[number])
 
     def publish(self, release: Release) -> None:
         """New batches use `release`, for which `prepare` has been called; running batches finish as they began."""

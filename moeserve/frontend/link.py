@@ -145,10 +145,10 @@ class HostLink:
         if keeper.done() and not keeper.cancelled():
             keeper.result()
 
-    async def refresh(self) -> None:
-        """Update the host's description; one that is down is updated when it is back."""
-        if self.channel is not None:
-            self.info = await self._dial.resolve()
+    def refresh(self, info: HostInfo) -> None:
+        """Update the description of the incarnation that it is connected to; of another one it hears when it connects to that."""
+        if self.info is not None and info.incarnation == self.info.incarnation:
+            self.info = info
 
     async def connected(self) -> Channel:
         """Waits for the channel."""

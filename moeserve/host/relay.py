@@ -187,7 +187,7 @@ class Relay:
         if info is None or here is None:
             raise PeerLost(f"host {self.number} does not know host {host}")
         peer = self._peers.get(host)
-        if peer is None or peer.info != info or peer.is_lost:
+        if peer is None or peer.info.incarnation != info.incarnation or peer.is_lost:
             endpoint = choose_endpoint(info.endpoints, is_same_node=info.node == here.node)
             keys = FrontendKeys(self._keys, info.public_key) if info.public_key else None
             known, peer = peer, RelayLink(info, asyncio.create_task(connect(endpoint, keys=keys, silent_after_s=self._hang_after_s)))

@@ -182,6 +182,11 @@ class HostInfo(HostFacts):
     pid: int = 0
     since_epoch: int = 0
 
+    @property
+    def incarnation(self) -> tuple[tuple[str, ...], str, int]:
+        """Another one after every start; the rest of the description may change while the host lives."""
+        return self.endpoints, self.public_key, self.pid
+
 
 @dataclass(frozen=True)
 class PassTime:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,22 @@ async def test_a_peer_that_goes_is_lost_and_a_new_incarnation_is_found(hosts: Ho
     work.reply_buffer().zero_()
     work.reply()
     assert_close((await again).tensor, expected([0]))
+    await channel.close()
+
+
+async def test_a_peer_that_says_something_new_of_itself_is_still_the_same(hosts: Hosts) -> None:
+    channel = await connect(hosts.infos[0].endpoints[0])
+    before = send(channel, [0, 2])
+    works = [await hosts.third_receives()]
+    hosts.infos[2] = replace(hosts.infos[2], weights_bytes=99)
+    hosts.introduce()
+    after = send(channel, [0, 2])
+    works.append(await hosts.third_receives())
+    for work in works:
+        work.reply_buffer().zero_()
+        work.reply()
+    for future in (before, after):
+        assert_close((await future).tensor, expected([0]))
     await channel.close()
 
 

@@ -26,7 +26,7 @@ from tests.support.harness import ServiceHarness
 from tests.support.held import Held
 from tests.support.seen import epochs
 from tests.support.two_layers import CONFIG, LAYERS, Load, answers, tokens
-from tests.support.waiting import until_async
+from tests.support.waiting import until, until_async
 
 HERE = "this-node"
 
@@ -73,6 +73,17 @@ def test_what_hosts_say_of_themselves_reaches_frontends_elsewhere(tmp_path: Path
                 host.host.info = replace(host.host.info, weights_bytes=99)
             service.introduce()
             service.call(until_async(lambda: {host.weights_bytes for host in client.stats().hosts} == {99}))
+
+
+def test_what_is_said_of_the_next_incarnation_of_a_host_is_not_said_of_this_one(tmp_path: Path) -> None:
+    """It is announced while the connection to the one before is open."""
+    with ServiceHarness(CONFIG, "shm", tmp_path) as service, Client(service.target) as client:
+        first, second = (host.host for host in service.hosts[:2])
+        first.info = replace(first.info, endpoints=("tcp://127.0.0.1:1",), since_epoch=2)
+        second.info = replace(second.info, weights_bytes=99)
+        service.introduce()
+        until(lambda: client.stats().hosts[1].weights_bytes == 99)
+        client.forward(tokens(0), timeout=3)
 
 
 def test_without_its_controller_a_frontend_serves_on_and_catches_up_later(tmp_path: Path) -> None:
