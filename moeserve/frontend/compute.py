@@ -20,7 +20,7 @@ class Compute:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="moeserve-compute")
 
-    async def __call__(self, num_elements: int, function: Callable[[*Args], Result], *args: *Args) -> Result:
+    async def __call__(self, num_elements: float, function: Callable[[*Args], Result], *args: *Args) -> Result:
         """`function(*args)`; always runs to its end: a cancellation that arrives meanwhile is delivered at the next await."""
         if self.is_small(num_elements):
             return function(*args)
@@ -39,7 +39,7 @@ class Compute:
         return running.result()
 
     @staticmethod
-    def is_small(num_elements: int) -> bool:
+    def is_small(num_elements: float) -> bool:
         """Whether so little is done at once, and not in a thread."""
         return num_elements <= _SMALL_ELEMENTS
 

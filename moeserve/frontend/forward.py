@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from math import inf
 
 from moeserve.api.output import ForwardOutput
 from moeserve.config import CopyChoice
@@ -175,7 +176,7 @@ class Forward:
         """A small batch, when its last answer comes: its callers do not wait until its task has its turn."""
         for part, answers in delivery.take_answers().items():
             self._learn(delivery, answers, part.add(answers))
-        if not delivery.is_under_way:
+        if not delivery.is_under_way and self._compute.is_small(self._num_elements(routed)):
             started = time.perf_counter()
             self._answer(routed.batch, _outputs(routed, range(len(routed.batch.members))))
             self._metrics.observe_stage("combine", time.perf_counter() - started)
@@ -202,8 +203,10 @@ class Forward:
         self._metrics.observe_stage("combine", time.perf_counter() - started)
         routed.batch.mark("combine")
 
-    def _num_elements(self, routed: RoutedBatch) -> int:
-        return routed.batch.num_tokens * self.spec.hidden_size
+    def _num_elements(self, routed: RoutedBatch) -> float:
+        """How many numbers the batch has; more than any has where the shared expert must be read first."""
+        must_read = any(routed.view.head.must_read(part.planned) for part in routed.parts)
+        return inf if must_read else routed.batch.num_tokens * self.spec.hidden_size
 
     def _answer(self, batch: Batch, outputs: Sequence[Output]) -> None:
         for index, routing, output in outputs:

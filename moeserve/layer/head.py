@@ -115,6 +115,10 @@ class LayerHead:
             total = total.index_add(0, alone, answer)
         return total
 
+    def must_read(self, planned: Planned) -> bool:
+        """Whether `finish` reads the shared expert first, which may take long."""
+        return planned.shared is not None and "_shared_expert" not in vars(self) and planned.dispatch.alone.numel() > 0
+
     def rounded(self, total: torch.Tensor, request: LayerRequest, routing: Routing) -> torch.Tensor:
         """The output of `finish` for one request, [T, H] float32, in the dtype of the request.
 

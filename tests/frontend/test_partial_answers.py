@@ -14,6 +14,9 @@ import torch
 from moeserve import Client, DeadlineExceeded, ExpertUnavailable, MoELayer
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest
+from moeserve.checkpoints import load_bank
+from moeserve.experts import ExpertBank
+from moeserve.layer import head
 from tests.support.closeness import assert_close
 from tests.support.harness import Killed, ServiceHarness
 from tests.support.held import Held
@@ -232,3 +235,25 @@ def test_layers_may_differ(tmp_path: Path) -> None:
         with pytest.raises(ExpertUnavailable, match="were lost with host-1"):
             client.forward(ROWS, layer=0)
         assert client.forward(ROWS, layer=1).dropped.sum() > 0
+
+
+def test_reading_the_shared_expert_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frontend reads it when the first token needs it that no host sees."""
+    begun, leave = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> ExpertBank:
+        begun.set()
+        assert leave.wait(30)
+        return load_bank(*arguments)
+
+    monkeypatch.setattr(head, "load_bank", slow)
+    layer = LAYER | {"shared_expert": {"intermediate_size": 8}}
+    settings = config("residual", layer=layer, placement={"num_hosts": 1}, k_min=0, partial_after_ms=0)
+    with ServiceHarness(settings, "local", tmp_path) as service, Client(service.target) as client, ThreadPoolExecutor() as pool:
+        service.hosts[0].stop()
+        service.call(gone(service, 0))
+        answer = pool.submit(client.forward, ROWS)
+        assert begun.wait(30)
+        assert not client.stats().hosts[0].up
+        leave.set()
+        assert int(answer.result(30).processed.sum()) == 0
