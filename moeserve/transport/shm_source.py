@@ -10,6 +10,7 @@ import os
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from moeserve.transport.listener import Poller
 from moeserve.transport.memory import Limits
 from moeserve.transport.packets import PacketSocket, listen_on
 from moeserve.transport.peer import Peer
+from moeserve.transport.timing import ACCEPT_RETRY_S
 from moeserve.transport.wire import BareMessage, Kind, MalformedMessage, Memory, PacketLayout, WorkHeader, pack_note, partial, unpack_note
 from moeserve.transport.work import Work
 
@@ -40,10 +42,14 @@ class ShmSource:
         self._listening = listen_on(self._path)
         self._poller = poller
         self._peers = ShmPeers(endpoint, limits, poller, arrived)
+        #: monotonic seconds: until when no frontend is accepted; None = they are
+        self._pauses_until: float | None = None
         poller.add(self._listening.fileno(), lambda _: self._accept())
 
     def catch_up(self) -> None:
-        """Nothing to do: its file descriptors stay readable until they are read."""
+        if self._pauses_until is not None and time.monotonic() >= self._pauses_until:
+            self._pauses_until = None
+            self._poller.add(self._listening.fileno(), lambda _: self._accept())
 
     def owes(self) -> bool:
         return self._peers.owes()
@@ -55,7 +61,8 @@ class ShmSource:
         self._peers.tell(packet)
 
     def close(self) -> None:
-        self._poller.remove(self._listening.fileno())
+        if self._pauses_until is None:
+            self._poller.remove(self._listening.fileno())
         self._listening.close()
         self._path.unlink(missing_ok=True)
         self._peers.close()
@@ -67,7 +74,10 @@ class ShmSource:
             except BlockingIOError:
                 return
             except OSError as error:
-                _strangers.warning("cannot accept a frontend at %s: %s", self.endpoint, error)
+                # As for want of file descriptors: who waits is not taken off the socket, which stays readable.
+                _strangers.warning("cannot accept a frontend at %s now: %s", self.endpoint, error)
+                self._poller.remove(self._listening.fileno())
+                self._pauses_until = time.monotonic() + ACCEPT_RETRY_S
                 return
             self._peers.add(sock)
 

@@ -16,6 +16,8 @@ TCP_CONNECT_MS: Final = 2_000
 LONGEST_S: Final = 1e9
 #: between two attempts to connect to a unix socket whose queue of connections is full
 DIAL_RETRY_S: Final = 0.005
+#: until a host accepts frontends again, where its process has no file descriptor for them
+ACCEPT_RETRY_S: Final = 0.5
 #: for the last messages to leave a TCP socket that is closed: a frontend's, a host's
 FRONTEND_LINGER_MS: Final = 100
 HOST_LINGER_MS: Final = 200

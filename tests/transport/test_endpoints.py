@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import socket
 import stat
+import time
 from contextlib import AsyncExitStack, closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from moeserve.errors import ConfigError
-from moeserve.transport import ChannelClosed, Limits, choose_endpoint, connect, listen, local
+from moeserve.memory import create_shared
+from moeserve.transport import ChannelClosed, Limits, choose_endpoint, connect, listen, local, shm_source
+from moeserve.transport.wire import VERSION, Kind, kind_of, pack_note
 from tests.support.descriptors import no_free_descriptors
 
 from .rig import Rig
@@ -81,6 +86,25 @@ async def test_a_process_without_free_descriptors_may_try_again(endpoint: str, t
     where = endpoint.format(tmp_path)
     with closing(listen(where)), no_free_descriptors(), pytest.raises(ChannelClosed, match="Too many open files"):
         await connect(where)
+
+
+def test_a_host_without_a_free_descriptor_waits_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shm_source, "ACCEPT_RETRY_S", math.inf)
+    path, limits = tmp_path / "host.sock", Limits(2**16, 2**20)
+    fd, _ = create_shared(limits.max_pool_bytes)
+    with closing(listen(f"unix:{path}", limits=limits)) as listener, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        with no_free_descriptors():
+            sock.connect(str(path))
+            socket.send_fds(sock, [pack_note(Kind.HELLO, code=VERSION, value=limits.max_pool_bytes)], [fd])
+            listener.poll(0)
+            began = time.monotonic()
+            listener.poll(0.1)
+            assert time.monotonic() - began > 0.05, "it does not turn in circles"
+        os.close(fd)
+        monkeypatch.setattr(shm_source, "time", SimpleNamespace(monotonic=lambda: math.inf))
+        for _ in range(2):
+            listener.poll(0)
+        assert kind_of(sock.recv(100, socket.MSG_DONTWAIT)) is Kind.ACCEPT
 
 
 @pytest.mark.skipif(resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 2**12, reason="as many files may not be open here")
