@@ -70,6 +70,8 @@ class Frontends:
         self.on_counted: Callable[[str, Counted], None] = lambda key, counted: None
         self._heard, self._changed = Notifier(), Notifier()
         self._admitting = asyncio.Lock()
+        #: the keys that hosts have been told of last; None = not yet, or not all of them
+        self._admitted: frozenset[str] | None = None
 
     def members(self) -> list[Report]:
         """The reports of the frontends that follow now."""
@@ -226,4 +228,8 @@ class Frontends:
         async with self._admitting:  # otherwise an earlier set might arrive last
             now = time.monotonic()
             self._absent = {key: until for key, until in self._absent.items() if until > now}
-            await self._on_keys(self.keys())
+            keys = self.keys()
+            if keys != self._admitted:  # who waited here has been let in with others: where a host hangs, telling it takes seconds
+                self._admitted = None
+                await self._on_keys(keys)
+                self._admitted = keys

@@ -21,6 +21,7 @@ from moeserve.placement import plan_placement
 from moeserve.release import Release
 from moeserve.transport import KeyPair
 from tests.support.two_layers import CONFIG, spec
+from tests.support.waiting import until_async
 
 SERVES = Report("f", epoch=1, oldest_epoch=1)
 
@@ -177,3 +178,44 @@ async def test_what_a_program_has_counted_is_forgotten_after_it_has_left() -> No
     third = await case.frontends.join(Report("third"))
     elsewhere.take(third.public_key, Counted(layers=layers))
     assert [kept[member.public_key]() is None for member in (first, second)] == [True, False]
+
+
+async def test_many_that_come_at_once_are_let_in_together() -> None:
+    """Where a host hangs, telling the hosts of one more takes seconds."""
+    told: list[frozenset[str]] = []
+    heard = asyncio.Event()
+
+    async def slow(keys: frozenset[str]) -> None:
+        told.append(keys)
+        await heard.wait()
+
+    case = Case()
+    frontends = Frontends("the-service", case.config, 1.0, slow)
+    joining = [asyncio.create_task(frontends.join(Report(f"f-{number}"))) for number in range(8)]
+    await until_async(lambda: len(frontends.members()) == 8)
+    assert len(told) == 1 and not any(one.done() for one in joining)
+    heard.set()
+    keys = {member.public_key for member in await asyncio.gather(*joining)}
+    assert told[1:] == [keys]
+
+
+async def test_who_gives_up_while_hosts_are_told_leaves_nothing_half_told() -> None:
+    told: list[frozenset[str]] = []
+    heard = asyncio.Event()
+
+    async def slow(keys: frozenset[str]) -> None:
+        told.append(keys)
+        await heard.wait()
+
+    frontends = Frontends("the-service", Case().config, 1.0, slow)
+    heard.set()
+    stays = await frontends.join(Report("stays"))
+    heard.clear()
+    one = asyncio.create_task(frontends.join(Report("one", public_key=KeyPair.generate().public)))
+    await until_async(lambda: len(told) == 2)
+    one.cancel()
+    await asyncio.wait({one})
+    heard.set()
+    back = await frontends.join(Report("one", public_key=next(iter(told[1] - {stays.public_key}))))
+    await frontends.left(back)
+    assert told[2:] == [told[1], {stays.public_key}]
