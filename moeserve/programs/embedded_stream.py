@@ -10,6 +10,7 @@ from typing import Final
 
 from moeserve.api.output import ForwardOutput
 from moeserve.api.wire import WireRequest, WireResponse
+from moeserve.client.answers import check_request
 from moeserve.errors import MoEServeError
 
 #: as of one stream over gRPC; further requests are not taken before answers are
@@ -19,7 +20,7 @@ _SIDE_BY_SIDE: Final = 64
 class AnswerStream:
     """Answers as they come, errors among them; what `requests` raises is raised after the answers to what came before.
 
-    `requests` is consumed in another thread, so that it may wait for answers itself.
+    So is InvalidRequest for one that no service accepts. `requests` is consumed in another thread, so that it may wait for answers itself.
     """
 
     def __init__(self, forward: Callable[[WireRequest], ForwardOutput], requests: Iterable[WireRequest]) -> None:
@@ -46,6 +47,7 @@ class AnswerStream:
         with ThreadPoolExecutor(_SIDE_BY_SIDE, "moeserve-stream") as pool:
             try:
                 for request in self._requests:
+                    check_request(request)
                     self._room.acquire()
                     if self._is_over:
                         break

@@ -174,6 +174,15 @@ def test_a_stream_of_requests(embedded: EmbeddedClient) -> None:
     assert next(iter(embedded.forward_stream(WireRequest(X[:1]) for _ in itertools.count()))).result.processed.sum() == 3
 
 
+@pytest.mark.parametrize("wrong", [X, WireRequest(X.long())], ids=["no request", "whole numbers"])
+def test_what_no_service_accepts_ends_a_stream(embedded: EmbeddedClient, wrong: Any) -> None:
+    answered = []
+    with pytest.raises(moeserve.InvalidRequest, match=r"^(a request must be a WireRequest, got Tensor|hidden_states is int64; .*)$"):
+        for response in embedded.forward_stream([WireRequest(X, request_id="good"), wrong, WireRequest(X)]):
+            answered.append(response.request_id)
+    assert answered == ["good"]
+
+
 def test_calls_that_nobody_waits_for_yet(target: str) -> None:
     with EmbeddedClient(target) as client:
         many = [client.submit(X[:1], layer=number % 2, return_routing=True) for number in range(150)]
