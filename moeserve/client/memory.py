@@ -6,6 +6,7 @@ tensors travel in messages.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -33,6 +34,8 @@ _POOL_BYTES: Final = 256 * 2**20
 #: between two attempts to share memory
 _PAUSE_S: Final = 1.0
 _SECONDS: Final = 5.0
+#: too many callers wait there at once, or this process or its machine has too many files open
+_PASSING: Final = (errno.EAGAIN, errno.EMFILE, errno.ENFILE)
 _SIZE: Final = struct.Struct("<Q")
 _ID_BYTES: Final = 16
 #: after these the service reads and writes nothing of the call any more
@@ -81,16 +84,17 @@ class CallerMemory:
     def open(self, name: bytes, timeout_s: float | None) -> None:
         """`name`: the service's answer to OpenMemory. Blocks for a moment, at most half of what a call has left.
 
-        A service that is too busy for that is asked again later.
+        A service that is too busy for that is asked again later, as any is where this process has no file descriptor left.
         """
         try:
             if not name:
                 raise OSError("it offers none")
             self._opened = _Opened(name, _SECONDS if timeout_s is None else min(_SECONDS, timeout_s / 2))
-        except TimeoutError:
-            log.debug("large tensors travel in messages for now: the service at %s does not take memory in time", self._target)
         except OSError as error:
-            self.refuse(str(error))
+            if not isinstance(error, TimeoutError) and error.errno not in _PASSING:
+                self.refuse(str(error))
+            else:
+                log.debug("large tensors travel in messages for now: the service at %s shares no memory: %s", self._target, error)
 
     def refuse(self, why: str) -> None:
         """Tensors travel in messages from now on."""
