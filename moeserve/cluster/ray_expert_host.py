@@ -80,7 +80,8 @@ class ExpertHost:
     async def start(self, releases: Sequence[Release], frontends: Collection[str]) -> HostInfo:
         """Load the experts of the releases in force and listen, once per incarnation; the `frontends` of these public keys may talk to it.
 
-        Raises ConfigError, or CheckpointChanged when files have changed since the releases were made.
+        Who calls while it loads says what is in force by then: all else is forgotten. Raises ConfigError, or CheckpointChanged when files
+        have changed since the releases were made.
         """
         if self._host is None:
             starting = self._starting = self._starting or asyncio.ensure_future(in_thread(self._start, releases, frontends))
@@ -88,6 +89,9 @@ class ExpertHost:
                 self._host = await starting
             finally:
                 self._starting = None
+            if releases:
+                await self.withdraw(releases[-1].epoch + 1)
+                await self.retire(releases[0].epoch)
         return self._host.info
 
     async def take(self, release: Release) -> None:

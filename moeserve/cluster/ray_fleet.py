@@ -19,13 +19,13 @@ from moeserve.cluster.ray_ending import end_hosts
 from moeserve.cluster.ray_expert_host import HostOrder
 from moeserve.cluster.ray_fate import PostMortem
 from moeserve.cluster.ray_host_actor import MAX_DEATHS, Call, HostActor, Place
-from moeserve.cluster.ray_reservation import await_forgotten, await_granted, find_hosts, find_reservations, give_back, reserve
+from moeserve.cluster.ray_reservation import await_forgotten, find_hosts, find_reservations, give_back, reserve_all
 from moeserve.cluster.ray_spare import Spares
 from moeserve.cluster.ray_where import this_node
 from moeserve.cluster.timing import FORGET_TIMEOUT_S, MEET_TIMEOUT_S, WATCH_S
 from moeserve.config import PlacementConfig, RayConfig, ServedModel
 from moeserve.control import Assignment
-from moeserve.errors import ConfigError, ExpertUnavailable, MoEServeError
+from moeserve.errors import ExpertUnavailable, MoEServeError
 from moeserve.loops import all_or_none
 from moeserve.observe.stats import HostInfo, PassTime, host_name
 from moeserve.release import Release
@@ -214,13 +214,7 @@ class RayFleet:
 
     async def _add(self, assignments: Sequence[Assignment]) -> None:
         """Ask Ray for these additional hosts. Raises ConfigError, and starts none, if one has no room on its node."""
-        groups = [reserve(each, self._placing, detached=self._detached) for each in assignments]
-        late = [each for each, is_granted in zip(assignments, await await_granted(groups), strict=True) if not is_granted]
-        if late:
-            for group in groups:
-                give_back(group)
-            where = ", ".join(f"{host_name(each.number)} on {each.node}" for each in late)
-            raise ConfigError(f"there is no room any more for {where}: another program has taken it, or the node is gone")
+        groups = await reserve_all(assignments, self._placing, detached=self._detached)
         for each, group in zip(assignments, groups, strict=True):
             self._members[each.number] = self._member(each, group)
             self._members[each.number].start()
@@ -256,7 +250,9 @@ class RayFleet:
             future.cancel()
 
     async def _look(self, number: int) -> None:
-        member, before = self._members[number], self.failing.get(number)
+        if (member := self._members.get(number)) is None:  # it has left since
+            return
+        before = self.failing.get(number)
         try:
             info = await member.found(self.find(number), self._sockets)
             if info.node == this_node():

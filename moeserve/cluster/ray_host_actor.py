@@ -201,6 +201,7 @@ class HostActor:
                 info: HostInfo | None = await actor.present.remote()
                 if info is None:
                     self.is_up = False
+                    releases, frontends = in_force()  # which may have changed while its process came up
                     info = await actor.start.remote(releases, frontends)
                 return info
             except ActorUnavailableError:

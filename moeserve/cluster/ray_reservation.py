@@ -18,6 +18,7 @@ from ray.util.placement_group import PlacementGroup
 from moeserve.cluster.timing import GRANT_TIMEOUT_S, RETRY_S
 from moeserve.config import PlacementConfig
 from moeserve.control import Assignment
+from moeserve.errors import ConfigError
 from moeserve.observe.stats import host_name
 
 _HOST_NAME = re.compile(r"host-(\d+)")
@@ -39,8 +40,22 @@ def host_number(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def reserve(assignment: Assignment, placement: PlacementConfig, *, detached: bool) -> PlacementGroup:
-    """Request a host's resources on the node of its assignment; `await_granted` says whether they were granted."""
+async def reserve_all(assignments: Sequence[Assignment], placement: PlacementConfig, *, detached: bool) -> list[PlacementGroup]:
+    """A host's resources on the node of each. Raises ConfigError, and keeps none, if one is not granted within seconds."""
+    groups = [_reserve(each, placement, detached=detached) for each in assignments]
+    try:
+        late = [each for each, is_granted in zip(assignments, await _await_granted(groups), strict=True) if not is_granted]
+        if late:
+            where = ", ".join(f"{host_name(each.number)} on {each.node}" for each in late)
+            raise ConfigError(f"there is no room any more for {where}: another program has taken it, or the node is gone")
+    except BaseException:  # who is cancelled is about to end, and what it has asked for may outlive it
+        for group in groups:
+            give_back(group)
+        raise
+    return groups
+
+
+def _reserve(assignment: Assignment, placement: PlacementConfig, *, detached: bool) -> PlacementGroup:
     amounts = {"CPU": placement.cpus_per_host, "GPU": placement.gpus_per_host}
     bundle = {resource: amount for resource, amount in amounts.items() if amount} or {"memory": 1}  # an empty one is refused; 1 byte
     where = {"ray.io/node-id": assignment.node, **placement.node_labels}
@@ -49,7 +64,7 @@ def reserve(assignment: Assignment, placement: PlacementConfig, *, detached: boo
     return group
 
 
-async def await_granted(groups: Sequence[PlacementGroup]) -> list[bool]:
+async def _await_granted(groups: Sequence[PlacementGroup]) -> list[bool]:
     """The reservations that were granted within a few seconds."""
     waiting = [asyncio.wrap_future(group.ready().future()) for group in groups]
     if waiting:
