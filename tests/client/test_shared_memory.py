@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import pickle
@@ -22,7 +21,6 @@ import torch
 
 from moeserve import Client, errors
 from moeserve.client import memory as client_memory
-from moeserve.client.memory import CallerMemory
 from moeserve.memory import create_shared
 from moeserve.server import memories
 from moeserve.v1 import moe_service_pb2 as pb
@@ -254,28 +252,6 @@ async def test_a_call_does_not_wait_longer_for_memory_than_it_may_take(
         changed.setattr(memories._Guest, "_on_readable", lambda guest: guest._loop.remove_reader(guest._sock.fileno()))
         with served(FakeEngine([(spec("layer"), identity)])) as (target, _, _):
             assert torch.equal((await connect(target).forward(LARGE, timeout=3)).hidden_states, LARGE)
-
-
-def test_what_passes_is_no_reason_never_to_share_memory(caplog: pytest.LogCaptureFixture) -> None:
-    """A process has no descriptor left for a while, or a service as many callers as may wait to be accepted."""
-    name = f"moeserve-test-{os.getpid()}".encode()
-    memory = CallerMemory("127.0.0.1:1")
-    with contextlib.ExitStack() as waiting:
-        listening = waiting.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-        listening.bind(b"\0" + name)
-        listening.listen(0)
-        with no_free_descriptors():
-            memory.open(name, 1.0)
-        with pytest.raises(BlockingIOError):
-            while True:
-                sock = waiting.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK))
-                sock.connect(b"\0" + name)
-        memory.open(name, 1.0)
-    assert memory.is_wanted(LARGE) and not caplog.records
-    memory.open(name, 1.0)  # nobody listens: the service is on another machine
-    assert [record.getMessage() for record in caplog.records] == [
-        "no memory is shared with the service at 127.0.0.1:1, so large tensors travel in messages: [Errno 111] Connection refused"
-    ]
 
 
 async def test_a_service_without_a_free_descriptor_waits_for_one() -> None:
