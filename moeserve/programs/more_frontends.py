@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
 
 from moeserve.addresses import join
@@ -23,18 +22,18 @@ _NAME = "serve-"
 class MoreFrontends:
     """server.processes - 1 frontends that listen at `port`, too.
 
-    They follow the controller of this process on a port of loopback, which asks for a token that only they know. What administrators and
-    frontends elsewhere ask of them is passed on to it.
+    They follow the controller of this process on a port of loopback, which asks for `token`: the one that this process gives to programs of
+    its user, because these may reach any of the processes. What administrators and frontends elsewhere ask of them is passed on to it.
     """
 
-    def __init__(self, config: ServiceConfig, program: ControllerProgram, port: int) -> None:
-        self._config, self._program, self._port = config, program, port
+    def __init__(self, config: ServiceConfig, program: ControllerProgram, port: int, token: str) -> None:
+        self._config, self._program, self._port, self._token = config, program, port, token
         self._control: GrpcServer | None = None
         self._processes: FrontendProcesses | None = None
 
     async def start(self) -> None:
         """Returns when all are ready. Raises the error of one that cannot start."""
-        config, program, token = self._config, self._program, secrets.token_hex(32)
+        config, program, token = self._config, self._program, self._token
         address = ServerConfig(
             host=_LOOPBACK, port=0, admin_token_file=config.server.admin_token_file, max_message_bytes=_MAX_MESSAGE_BYTES
         )

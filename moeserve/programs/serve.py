@@ -161,7 +161,7 @@ class Service:
         await self._door.open(port)
         starting = [program.bring_up(), frontend.ready()]
         if shares_port:
-            self._more = MoreFrontends(config, program, port)
+            self._more = MoreFrontends(config, program, port, own)
             self._progress(f"starting {config.server.processes - 1} more processes on the port of {frontend.target}")
             starting.append(self._more.start())
         await all_or_none(starting)

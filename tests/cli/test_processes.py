@@ -20,7 +20,7 @@ import grpc
 import pytest
 import torch
 
-from moeserve import Client, MoELayer
+from moeserve import Client, EmbeddedClient, MoELayer
 from moeserve.client import AdminClient
 from tests.support.closeness import assert_close
 from tests.support.processes import descendants, moeserve, running
@@ -119,6 +119,9 @@ def test_one_service_of_two_processes(started: Started, checkpoint: Path) -> Non
         assert {client.stats().epoch for client in clients} == {2}
 
         tokens_are_asked_for(started.target)
+        for _ in range(8):  # each on a connection of its own
+            with EmbeddedClient(started.target) as program:  # of the same user, which needs no token
+                assert_close(program.forward(tokens(0)).hidden_states, layer(tokens(0)))
 
         for pid in first:
             os.kill(pid, signal.SIGKILL)
