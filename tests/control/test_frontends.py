@@ -180,42 +180,42 @@ async def test_what_a_program_has_counted_is_forgotten_after_it_has_left() -> No
     assert [kept[member.public_key]() is None for member in (first, second)] == [True, False]
 
 
+class SlowHosts:
+    """They have heard of keys when `go_on` is set."""
+
+    def __init__(self) -> None:
+        self.told: list[frozenset[str]] = []
+        self.go_on = asyncio.Event()
+
+    async def hear(self, keys: frozenset[str]) -> None:
+        self.told.append(keys)
+        await self.go_on.wait()
+
+
 async def test_many_that_come_at_once_are_let_in_together() -> None:
     """Where a host hangs, telling the hosts of one more takes seconds."""
-    told: list[frozenset[str]] = []
-    heard = asyncio.Event()
-
-    async def slow(keys: frozenset[str]) -> None:
-        told.append(keys)
-        await heard.wait()
-
+    hosts = SlowHosts()
     case = Case()
-    frontends = Frontends("the-service", case.config, 1.0, slow)
+    frontends = Frontends("the-service", case.config, 1.0, hosts.hear)
     joining = [asyncio.create_task(frontends.join(Report(f"f-{number}"))) for number in range(8)]
     await until_async(lambda: len(frontends.members()) == 8)
-    assert len(told) == 1 and not any(one.done() for one in joining)
-    heard.set()
+    assert len(hosts.told) == 1 and not any(one.done() for one in joining)
+    hosts.go_on.set()
     keys = {member.public_key for member in await asyncio.gather(*joining)}
-    assert told[1:] == [keys]
+    assert hosts.told[1:] == [keys]
 
 
 async def test_who_gives_up_while_hosts_are_told_leaves_nothing_half_told() -> None:
-    told: list[frozenset[str]] = []
-    heard = asyncio.Event()
-
-    async def slow(keys: frozenset[str]) -> None:
-        told.append(keys)
-        await heard.wait()
-
-    frontends = Frontends("the-service", Case().config, 1.0, slow)
-    heard.set()
+    hosts = SlowHosts()
+    frontends = Frontends("the-service", Case().config, 1.0, hosts.hear)
+    hosts.go_on.set()
     stays = await frontends.join(Report("stays"))
-    heard.clear()
+    hosts.go_on.clear()
     one = asyncio.create_task(frontends.join(Report("one", public_key=KeyPair.generate().public)))
-    await until_async(lambda: len(told) == 2)
+    await until_async(lambda: len(hosts.told) == 2)
     one.cancel()
     await asyncio.wait({one})
-    heard.set()
-    back = await frontends.join(Report("one", public_key=next(iter(told[1] - {stays.public_key}))))
+    hosts.go_on.set()
+    back = await frontends.join(Report("one", public_key=next(iter(hosts.told[1] - {stays.public_key}))))
     await frontends.left(back)
-    assert told[2:] == [told[1], {stays.public_key}]
+    assert hosts.told[2:] == [hosts.told[1], {stays.public_key}]

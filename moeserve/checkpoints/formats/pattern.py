@@ -22,6 +22,11 @@ _REPEATS: Final = ("MAX_REPEAT", "MIN_REPEAT")
 #: `\d` and `[0-9]`
 _DIGITS: Final = ("[(IN, [(CATEGORY, CATEGORY_DIGIT)])]", "[(IN, [(RANGE, (48, 57))])]")
 
+
+class _UncountedError(Exception):
+    """It may match in ways that grow faster than the name."""
+
+
 #: C and P: of a name of N characters, C times as many as there are ways to cut P parts out of it
 _Ways = tuple[int, int]
 
@@ -63,7 +68,7 @@ def _compiled(pattern: str, where: str) -> tuple[re.Pattern[str], int, int]:
         return re.compile(pattern), *_in_sequence(items[:-1] if len(items) and _is_open(items[-1]) else items)
     except (re.error, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{where} has the pattern {pattern!r:.100}, which is none: {error}") from None
-    except NotImplementedError:
+    except _UncountedError:
         raise _too_many(pattern, where) from None
 
 
@@ -89,7 +94,7 @@ def _is_no_digit(item: tuple[Any, Any]) -> bool:
 
 
 def _of_item(op: Any, argument: Any) -> _Ways:
-    """Raises NotImplementedError for what is not counted."""
+    """Raises _UncountedError for what is not counted."""
     match str(op):
         case "LITERAL" | "NOT_LITERAL" | "ANY" | "IN" | "AT":
             return 1, 0
@@ -101,7 +106,7 @@ def _of_item(op: Any, argument: Any) -> _Ways:
             return _of_branches(argument[1])
         case "MAX_REPEAT" | "MIN_REPEAT":
             return _repeated(*argument)
-    raise NotImplementedError
+    raise _UncountedError
 
 
 def _of_branches(branches: Sequence[Any]) -> _Ways:
@@ -118,5 +123,5 @@ def _repeated(least: int, most: int, items: Any) -> _Ways:
     if most <= 1:
         return count + 1, parts
     if ways != (1, 0) or not items.getwidth()[0]:
-        raise NotImplementedError
+        raise _UncountedError
     return (1, 0) if least == most else (1, 1)
