@@ -3,68 +3,70 @@
  * NAME(x)      x as it is called here
  * A            number type of rows
  * B            number type of weights
- * MR           rows at once; WIDTH output channels at once
+ * MR           rows at once; WIDTH output channels at once, all PANEL for one or two rows
  * STEP         input channels that lie side by side
  * LOAD(b, v)   STEP == 1: vector v of the output channels of one input channel
  * PAIR(b, v)   STEP == 2: the same of two input channels, as .first and .second; or with DOT(acc, a, b, v), both at once
  */
 #define COLUMNS (WIDTH / VECTOR)
+#define ALL_COLUMNS (PANEL / VECTOR)
 #define RUN (64 / (int)sizeof(A))
 
 static inline __attribute__((always_inline)) void NAME(some_rows)(
-    const int count, const A *a, const B *b, int64_t depth, float *c, struct ahead ahead)
+    const int count, const int columns, const A *a, const B *b, int64_t depth, float *c, struct ahead ahead)
 {
     /* input channels to a run of lines */
     const int64_t channels = RUN_LINES * 64 / (PANEL * (int)sizeof(B));
-    vec acc[MR][COLUMNS];
+    vec acc[MR][ALL_COLUMNS];
     for (int r = 0; r < count; r++)
-        for (int v = 0; v < COLUMNS; v++)
+        for (int v = 0; v < columns; v++)
             acc[r][v] = (vec){0};
     for (int64_t k0 = 0; k0 < depth; k0 += RUN, a += TILE * RUN) {
         if (k0 % channels == 0)
             ask_for(ahead, k0 / channels);
 #pragma GCC unroll 4
         for (int k = 0; k < RUN; k += STEP, b += STEP * PANEL) {
-            for (size_t line = 0; line < STEP * WIDTH * sizeof(B); line += 64)
+            /* those of the other channels, too: they are read next */
+            for (size_t line = 0; line < STEP * PANEL * sizeof(B); line += 64)
                 __builtin_prefetch((const char *)b + line + AHEAD);
 #if STEP == 1
-            vec weights[COLUMNS];
-            for (int v = 0; v < COLUMNS; v++)
+            vec weights[ALL_COLUMNS];
+            for (int v = 0; v < columns; v++)
                 weights[v] = LOAD(b, v);
             for (int r = 0; r < count; r++) {
                 vec x = SPREAD(a[r * RUN + k]);
-                for (int v = 0; v < COLUMNS; v++)
+                for (int v = 0; v < columns; v++)
                     acc[r][v] += x * weights[v];
             }
 #elif defined(DOT)
             for (int r = 0; r < count; r++)
-                for (int v = 0; v < COLUMNS; v++)
+                for (int v = 0; v < columns; v++)
                     acc[r][v] = DOT(acc[r][v], a + r * RUN + k, b, v);
 #else
-            struct pair weights[COLUMNS];
-            for (int v = 0; v < COLUMNS; v++)
+            struct pair weights[ALL_COLUMNS];
+            for (int v = 0; v < columns; v++)
                 weights[v] = PAIR(b, v);
             for (int r = 0; r < count; r++) {
                 vec first = SPREAD(a[r * RUN + k]), second = SPREAD(a[r * RUN + k + 1]);
-                for (int v = 0; v < COLUMNS; v++)
+                for (int v = 0; v < columns; v++)
                     acc[r][v] += first * weights[v].first;
-                for (int v = 0; v < COLUMNS; v++)
+                for (int v = 0; v < columns; v++)
                     acc[r][v] += second * weights[v].second;
             }
 #endif
         }
     }
     for (int r = 0; r < count; r++)
-        for (int v = 0; v < COLUMNS; v++)
+        for (int v = 0; v < columns; v++)
             *(vec *)(c + r * PANEL + v * VECTOR) = acc[r][v];
 }
 
-#define ROWS(n) case n: NAME(some_rows)(n, a, b, depth, c, ahead); break;
+#define ROWS(n) case n: NAME(some_rows)(n, COLUMNS, a, b, depth, c, ahead); break;
 
 static void NAME(tile)(int count, const A *a, const B *b, int64_t depth, float *c, struct ahead ahead)
 {
     for (; count >= MR; count -= MR, a += MR * RUN, c += MR * PANEL)
-        NAME(some_rows)(MR, a, b, depth, c, ahead);
+        NAME(some_rows)(MR, COLUMNS, a, b, depth, c, ahead);
     switch (count) {
     ROWS(1) ROWS(2)
 #if MR > 3
@@ -82,12 +84,18 @@ static void NAME(multiply)(int count, const void *rows, const void *panel, int64
     int groups = (count + TILE - 1) / TILE;
     for (int group = 0; group < groups; group++, count -= TILE, a += TILE * depth, c += TILE * PANEL) {
         struct ahead ahead = share_of(next, group, groups);
+        /* So few rows take all channels of a panel at once: their sums fit in registers, and its lines are read once, in their order. */
+        switch (count * ALL_COLUMNS <= 8 ? count : 0) {
+        case 1: NAME(some_rows)(1, ALL_COLUMNS, a, panel, depth, c, ahead); return;
+        case 2: NAME(some_rows)(2, ALL_COLUMNS, a, panel, depth, c, ahead); return;
+        }
         for (int first = 0; first < PANEL; first += WIDTH, ahead.lines = 0)
             NAME(tile)(count < TILE ? count : TILE, a, (const B *)panel + STEP * first, depth, c + first, ahead);
     }
 }
 
 #undef COLUMNS
+#undef ALL_COLUMNS
 #undef RUN
 #undef ROWS
 #undef NAME
