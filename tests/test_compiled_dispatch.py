@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ SEEDS = st.integers(0, 2**32)
 def interpreted(function: Callable[[], Result]) -> Result:
     """What it says on a machine without a compiler."""
     with pytest.MonkeyPatch.context() as machine:
-        for name in ("dispatch", "rows"):
+        for name in ("dispatch", "route", "rows"):
             machine.setattr(f"moeserve.kernels.{name}.library", lambda: None)
         return function()
 
@@ -44,17 +44,27 @@ def test_it_is_compiled() -> None:
     experts=st.sampled_from([1, 2, 8, 9, 31, 256]),
     top_k=st.integers(1, 9),
     scoring=st.sampled_from(["softmax", "sigmoid"]),
-    renormalize=st.sampled_from(["none", "pre_drop", "post_drop"]),
     levels=st.sampled_from([3, 1000]),
+    more=st.fixed_dictionaries(
+        {
+            "renormalize": st.sampled_from(["none", "pre_drop", "post_drop"]),
+            "routed_scaling_factor": st.sampled_from([1.0, 2.3]),
+            "aux_loss": st.sampled_from(["none", "switch", "deepspeed"]),
+            "aux_loss_weight": st.sampled_from([1.0, 0.1]),
+            "capacity_factor": st.sampled_from([None, 1.0]),
+        }
+    ),
 )
-def test_the_same_routing(seed: int, tokens: int, experts: int, top_k: int, scoring: str, renormalize: str, levels: int) -> None:
-    """With few levels, many scores are equal."""
+def test_the_same_routing(seed: int, tokens: int, experts: int, top_k: int, scoring: str, levels: int, more: dict[str, Any]) -> None:
+    """With few levels, many scores are equal. Losses, which are telemetry, are added up in another order."""
     logits = torch.randint(0, levels, (tokens, experts), generator=torch.Generator().manual_seed(seed)) / levels
-    gating = GatingConfig.model_validate({"top_k": min(top_k, experts), "scoring_func": scoring, "renormalize": renormalize})
+    gating = GatingConfig.model_validate({"top_k": min(top_k, experts), "scoring_func": scoring, **more})
     compiled, other = route(logits, gating), interpreted(lambda: route(logits, gating))
     for field in fields(compiled):
         ours, theirs = getattr(compiled, field.name), getattr(other, field.name)
-        if field.name != "batch":
+        if field.name in {"aux_loss", "z_loss"}:
+            assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-6), field.name
+        elif field.name != "batch":
             assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs, field.name
 
 

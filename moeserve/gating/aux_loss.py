@@ -18,13 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from moeserve.gating.routing import BatchRouting
 from moeserve.gating.segments import Segments
-from moeserve.kernels import weighted_sum
 
 _MINDFORMERS_EPS = 1e-9
 
@@ -35,10 +32,6 @@ def none(probabilities: Tensor, routing: BatchRouting, requests: Segments) -> Te
 
 def switch(probabilities: Tensor, routing: BatchRouting, requests: Segments) -> Tensor:
     mean = requests.mean(probabilities)
-    if len(requests.sizes) == 1 and (found := weighted_sum(routing.requested, mean)) is not None:
-        # One number: NumPy takes a third of the time of torch.
-        share = np.float32(found) / np.float32(max(1, int(routing.requested.numpy().sum())))
-        return torch.from_numpy(np.array([share * np.float32(requests.num_experts)]))
     requested = routing.requested.float()
     sum_of_products = (requested * mean).sum(dim=1)
     return sum_of_products / requested.sum(dim=1).clamp(min=1) * requests.num_experts

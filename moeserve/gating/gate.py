@@ -22,6 +22,7 @@ from moeserve.gating.drop import DROP_POLICIES, keep
 from moeserve.gating.elementwise import FAST, Elementwise
 from moeserve.gating.gate_input import GateInput, Selection
 from moeserve.gating.noise import shake_logits
+from moeserve.gating.plain import plain_top_k
 from moeserve.gating.routing import BatchRouting, Routing
 from moeserve.gating.routings import routing_of
 from moeserve.gating.scoring import PROBABILITIES, softcapped
@@ -103,7 +104,10 @@ def route_requests(
         raise ConfigError(f"top_k is {gating.top_k} but the layer has {number_of(num_experts, 'expert')}")
     requests = Segments(request_sizes, used_token, num_experts, router_logits.device)
     assert requests.num_tokens == router_logits.shape[0]
-    router_logits = _finite(router_logits.float(), requests)
+    router_logits = router_logits.float()
+    if score_correction_bias is None and (plain := plain_top_k(router_logits, gating, requests)) is not None:
+        return plain
+    router_logits = _finite(router_logits, requests)
 
     chance = chance or Chance(requests.sizes, router_logits.device, gating.seed, None)
     gate = GateInput(

@@ -1,4 +1,4 @@
-"""Top-k and the pairs of each host in one call each (csrc/dispatch.c), where the compiled code was built.
+"""The pairs of each host in one call (csrc/dispatch.c), where the compiled code was built.
 
 T tokens, E experts, K choices per token, N pairs, P physical experts, D hosts.
 """
@@ -38,20 +38,6 @@ class Dispatched(NamedTuple):
     weights: npt.NDArray[np.float32]
     row_ends: list[int]
     pair_ends: list[int]
-
-
-def select_top_k(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """ids [T, K] int64 and values [T, K] of the K <= E largest scores [T, E] float32, by descending score, then ascending id; no NaN.
-
-    None where there is no compiled code, the scores are not in this process's memory or not float32, or their gradient is asked for.
-    """
-    code = library()
-    if code is None or scores.requires_grad or not scores.is_cpu or scores.dtype != torch.float32:
-        return None
-    scores, (tokens, experts) = scores.contiguous(), scores.shape
-    ids, values = scores.new_empty(tokens, top_k, dtype=torch.int64), scores.new_empty(tokens, top_k)
-    code.select_top_k(tokens, experts, top_k, scores.data_ptr(), ids.data_ptr(), values.data_ptr())
-    return ids, values
 
 
 class ChoicesWork(Structure):

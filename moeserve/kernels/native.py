@@ -17,7 +17,7 @@ KERNELS: Final = ("amx", "avx512_bf16", "avx512", "avx2", "generic")
 
 
 #: as in csrc/pass.c
-INTERFACE_VERSION: Final = 2
+INTERFACE_VERSION: Final = 3
 
 
 class Bank(Structure):
@@ -113,7 +113,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
     loaded.write_message.restype, loaded.write_message.argtypes = None, (c_void_p,)
     loaded.pairs_of.restype, loaded.pairs_of.argtypes = c_int64, (c_void_p,)
     loaded.normalize.restype, loaded.normalize.argtypes = None, (c_void_p, c_int64, c_int64, c_float, c_void_p)
-    loaded.weighted_sum.restype, loaded.weighted_sum.argtypes = c_float, (c_void_p, c_void_p, c_int64, c_void_p)
+    loaded.route_top_k.restype, loaded.route_top_k.argtypes = c_int32, (c_void_p,)
     loaded.all_finite.restype, loaded.all_finite.argtypes = c_int32, (c_void_p, c_int64, c_int32)
     loaded.add_answers.restype, loaded.add_answers.argtypes = None, (c_void_p, c_int64, c_int64, c_int64, c_void_p)
     loaded.run_pairs.restype, loaded.run_pairs.argtypes = c_int32, (POINTER(Bank), POINTER(PassPairs))

@@ -1,22 +1,6 @@
-/* Which experts a token goes to, and which pairs a host gets: what NumPy and torch take some thirty calls for, however few the tokens. */
+/* Which pairs a host gets: what NumPy and torch take some twenty calls for, however few the tokens. */
 #include <stdint.h>
 #include <string.h>
-
-/* The k largest of every row of scores [tokens, experts] without NaN, by descending score, then ascending expert: ids and values [tokens, k]. */
-void select_top_k(int64_t tokens, int64_t experts, int64_t k, const float *scores, int64_t *ids, float *values)
-{
-    for (int64_t token = 0; token < tokens; token++, scores += experts, ids += k, values += k) {
-        int64_t found = 0;
-        for (int64_t expert = 0; expert < experts; expert++) {
-            if (found == k && scores[expert] <= values[k - 1])
-                continue;
-            int64_t place = found < k ? found++ : k - 1;
-            for (; place > 0 && values[place - 1] < scores[expert]; place--)
-                values[place] = values[place - 1], ids[place] = ids[place - 1];
-            values[place] = scores[expert], ids[place] = expert;
-        }
-    }
-}
 
 /* N pairs of T tokens, and where P physical experts live on D hosts, numbered host by host. */
 struct dispatch {

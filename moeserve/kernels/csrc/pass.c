@@ -9,7 +9,7 @@
 
 /* To be raised, here and in native.py, with every change of a struct or a function that Python knows: an editable install may have the
  * code of one version and the kernels of another. */
-int32_t interface_version(void) { return 2; }
+int32_t interface_version(void) { return 3; }
 
 struct block {
     int64_t expert, first; /* pair */
