@@ -7,27 +7,28 @@
  */
 #define vec ISA(vec)
 #define ivec ISA(ivec)
-#define pair ISA(pair)
 #define TILE 12
 #define SPREAD(x) ((x) - (vec){0})
 
 typedef float vec __attribute__((vector_size(4 * VECTOR), aligned(4), may_alias));
 typedef int ivec __attribute__((vector_size(4 * VECTOR), aligned(4), may_alias));
 typedef short ISA(svec) __attribute__((vector_size(2 * VECTOR), aligned(2), may_alias));
-struct pair {
-    vec first, second;
-};
 
-static inline struct pair ISA(bf16_pair)(const bf16 *b, int v)
+static inline vec ISA(of_bf16)(const bf16 *b, int v, int channel)
 {
     ivec both = *(const ivec *)(b + 2 * v * VECTOR);
-    return (struct pair){(vec)(both << 16), (vec)(both & (int)0xffff0000)};
+    return channel ? (vec)(both & (int)0xffff0000) : (vec)(both << 16);
 }
 
-static inline struct pair ISA(int8_pair)(const int8_t *b, int v)
+static inline ivec ISA(two_bytes)(const void *b, int v)
 {
-    ivec both = __builtin_convertvector(*(const ISA(svec) *)(b + 2 * v * VECTOR), ivec);
-    return (struct pair){__builtin_convertvector(both << 24 >> 24, vec), __builtin_convertvector(both >> 8, vec)};
+    return __builtin_convertvector(*(const ISA(svec) *)((const uint8_t *)b + 2 * v * VECTOR), ivec);
+}
+
+static inline vec ISA(of_int8)(const int8_t *b, int v, int channel)
+{
+    ivec both = ISA(two_bytes)(b, v);
+    return channel ? __builtin_convertvector(both >> 8, vec) : __builtin_convertvector(both << 24 >> 24, vec);
 }
 
 /* As small_float. */
@@ -38,10 +39,10 @@ static inline vec ISA(e4m3)(ivec byte)
     return (vec)((tiny & is_tiny) | (normal & ~is_tiny) | (byte & 0x80) << 24);
 }
 
-static inline struct pair ISA(e4m3_pair)(const uint8_t *b, int v)
+static inline vec ISA(of_e4m3)(const uint8_t *b, int v, int channel)
 {
-    ivec both = __builtin_convertvector(*(const ISA(svec) *)(b + 2 * v * VECTOR), ivec);
-    return (struct pair){ISA(e4m3)(both & 0xff), ISA(e4m3)(both >> 8 & 0xff)};
+    ivec both = ISA(two_bytes)(b, v);
+    return channel ? ISA(e4m3)(both >> 8 & 0xff) : ISA(e4m3)(both & 0xff);
 }
 
 #define NAME(x) ISA(x##_float32)
@@ -62,21 +63,21 @@ static inline struct pair ISA(e4m3_pair)(const uint8_t *b, int v)
 #define A float
 #define B bf16
 #define STEP 2
-#define PAIR(b, v) ISA(bf16_pair)(b, v)
+#define ONE_OF(b, v, channel) ISA(of_bf16)(b, v, channel)
 #include "tile.h"
 
 #define NAME(x) ISA(x##_int8)
 #define A float
 #define B int8_t
 #define STEP 2
-#define PAIR(b, v) ISA(int8_pair)(b, v)
+#define ONE_OF(b, v, channel) ISA(of_int8)(b, v, channel)
 #include "tile.h"
 
 #define NAME(x) ISA(x##_e4m3)
 #define A float
 #define B uint8_t
 #define STEP 2
-#define PAIR(b, v) ISA(e4m3_pair)(b, v)
+#define ONE_OF(b, v, channel) ISA(of_e4m3)(b, v, channel)
 #include "tile.h"
 
 static inline vec ISA(select)(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes & mask) | ((ivec)no & ~mask)); }
@@ -193,7 +194,6 @@ static void ISA(add)(struct sums sums, struct channels channels, int width, cons
 
 #undef vec
 #undef ivec
-#undef pair
 #undef TILE
 #undef SPREAD
 #undef ISA

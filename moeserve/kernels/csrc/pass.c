@@ -150,11 +150,18 @@ static void run_group(const struct pass *pass, const struct block *blocks, int c
         project_down(pass, blocks + i, share(panels, number, threads), share(panels, number + 1, threads), decoded);
 }
 
+/* Of a decoded panel of either projection, of one thread. */
+static int64_t decoded_bytes(const struct bank *bank, int64_t width, int64_t inner)
+{
+    int is_decoded = bank->type >= INT8 || (bank->type == BFLOAT16 && bank->kernel->row_bytes == 4);
+    return is_decoded ? (width > inner ? width : inner) * PANEL * bank->kernel->row_bytes : 0;
+}
+
 static void run_blocks(const struct pass *pass, const struct block *blocks, int64_t count)
 {
 #pragma omp parallel num_threads(pass->num_threads)
     {
-        char *decoded = pass->decoded + omp_get_thread_num() * (pass->hidden_width + pass->inner_width) * PANEL * 2;
+        char *decoded = pass->decoded + omp_get_thread_num() * decoded_bytes(pass->bank, pass->hidden_width, pass->inner_width);
         pass->kernel->begin();
 #pragma omp for schedule(static)
         for (int64_t row = pass->work->adds ? pass->work->num_rows : 0; row < pass->work->num_rows; row++)
@@ -232,8 +239,8 @@ int64_t scratch_bytes(const struct bank *bank, const struct work *work)
     const struct kernel *kernel = bank->kernel;
     int64_t width = padded(bank->hidden_size), inner = widest(bank, work);
     int64_t rows = capacity(kernel, work, width) * (width + inner) * kernel->row_bytes;
-    int64_t decoded = bank->type >= INT8 ? work->num_threads * (width + inner) * PANEL * 2 : 0;
-    return aligned(rows) + aligned(decoded) + max_blocks(kernel, work, width) * (int64_t)sizeof(struct block);
+    int64_t decoded = work->num_threads * decoded_bytes(bank, width, inner);
+    return aligned(rows) + decoded + max_blocks(kernel, work, width) * (int64_t)sizeof(struct block);
 }
 
 /* 0, or -1 when a pair names a row that is not there: nothing is read or written then. */
@@ -250,8 +257,8 @@ int run_pass(const struct bank *bank, const struct work *work)
     pass.num_threads = threads_worth(bank, work);
     pass.hidden = pass.gathered + pass.capacity * pass.hidden_width * kernel->row_bytes;
     pass.decoded = pass.gathered + aligned(pass.capacity * (pass.hidden_width + pass.inner_width) * kernel->row_bytes);
-    int64_t decoded = bank->type >= INT8 ? work->num_threads * (pass.hidden_width + pass.inner_width) * PANEL * 2 : 0;
-    struct block *blocks = (struct block *)(pass.decoded + aligned(decoded));
+    int64_t decoded = work->num_threads * decoded_bytes(bank, pass.hidden_width, pass.inner_width);
+    struct block *blocks = (struct block *)(pass.decoded + decoded);
     run_blocks(&pass, blocks, cut(&pass, blocks));
     return 0;
 }

@@ -6,7 +6,7 @@
  * MR           rows at once; WIDTH output channels at once, all PANEL for one or two rows
  * STEP         input channels that lie side by side
  * LOAD(b, v)   STEP == 1: vector v of the output channels of one input channel
- * PAIR(b, v)   STEP == 2: the same of two input channels, as .first and .second; or with DOT(acc, a, b, v), both at once
+ * ONE_OF(b, v, channel)  STEP == 2: the same of one of two input channels; or with DOT(acc, a, b, v), both at once
  */
 #define COLUMNS (WIDTH / VECTOR)
 #define ALL_COLUMNS (PANEL / VECTOR)
@@ -43,15 +43,16 @@ static inline __attribute__((always_inline)) void NAME(some_rows)(
                 for (int v = 0; v < columns; v++)
                     acc[r][v] = DOT(acc[r][v], a + r * RUN + k, b, v);
 #else
-            struct pair weights[ALL_COLUMNS];
-            for (int v = 0; v < columns; v++)
-                weights[v] = PAIR(b, v);
-            for (int r = 0; r < count; r++) {
-                vec first = SPREAD(a[r * RUN + k]), second = SPREAD(a[r * RUN + k + 1]);
+            /* One after the other: sums and both would not fit in 16 registers. */
+            for (int channel = 0; channel < 2; channel++) {
+                vec weights[ALL_COLUMNS];
                 for (int v = 0; v < columns; v++)
-                    acc[r][v] += first * weights[v].first;
-                for (int v = 0; v < columns; v++)
-                    acc[r][v] += second * weights[v].second;
+                    weights[v] = ONE_OF(b, v, channel);
+                for (int r = 0; r < count; r++) {
+                    vec x = SPREAD(a[r * RUN + k + channel]);
+                    for (int v = 0; v < columns; v++)
+                        acc[r][v] += x * weights[v];
+                }
             }
 #endif
         }
@@ -82,6 +83,19 @@ static void NAME(multiply)(int count, const void *rows, const void *panel, int64
 {
     const A *a = rows;
     int groups = (count + TILE - 1) / TILE;
+#ifdef ONE_OF
+    /* With narrow vectors, decoding a panel takes as long as multiplying it by a few rows: for many it is done once. */
+    if (VECTOR < 16 && count >= 2 * TILE) {
+        const B *b = panel;
+        float *to = decoded;
+        for (int64_t k = 0; k < depth; k += 2, b += 2 * PANEL)
+            for (int channel = 0; channel < 2; channel++, to += PANEL)
+                for (int v = 0; v < ALL_COLUMNS; v++)
+                    *(vec *)(to + v * VECTOR) = ONE_OF(b, v, channel);
+        ISA(multiply_float32)(count, rows, decoded, depth, c, NULL, NULL);
+        return;
+    }
+#endif
     for (int group = 0; group < groups; group++, count -= TILE, a += TILE * depth, c += TILE * PANEL) {
         struct ahead ahead = share_of(next, group, groups);
         /* So few rows take all channels of a panel at once: their sums fit in registers, and its lines are read once, in their order. */
@@ -103,5 +117,5 @@ static void NAME(multiply)(int count, const void *rows, const void *panel, int64
 #undef B
 #undef STEP
 #undef LOAD
-#undef PAIR
+#undef ONE_OF
 #undef DOT
