@@ -20,6 +20,7 @@ from moeserve.placement import (
     Constraints,
     HostLimits,
     LayerSize,
+    Memory,
     Placement,
     constraints_of,
     fewest_hosts,
@@ -139,6 +140,13 @@ class Planner:
     def limit_bytes(self) -> int | None:
         """What the experts of a host must fit into; None = anything, because there is no limit, or because they spill."""
         return None if self.layers.model.store.spill is not None else self.placing.memory_per_host_bytes
+
+    def memory(self, assignments: Sequence[Assignment]) -> Memory | None:
+        """Of these hosts, while experts move from one to another; None = enough."""
+        if self.limit_bytes is None:
+            return None
+        least = self._constraints(assignments).least_copies
+        return Memory(self.limit_bytes, [np.repeat(copies, self.placing.tensor_parallel) for copies in least])
 
     def _check_memory(self, nbytes: Sequence[int]) -> None:
         needed = in_memory(nbytes, self.layers.sources, self.placing, self.layers.model.store)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moeserve.config import Copies
 from moeserve.control.changes import placed
@@ -10,7 +10,17 @@ from moeserve.control.desired import Planner, Rows
 from moeserve.control.room import require_room
 from moeserve.control.state import State
 from moeserve.errors import ConfigError, ExpertUnavailable, number_of
-from moeserve.placement import LayerSize, Placement, Transition, balancedness, layer_balancedness, mean_balancedness, steps, transition
+from moeserve.placement import (
+    LayerSize,
+    Placement,
+    Transition,
+    balancedness,
+    layer_balancedness,
+    mean_balancedness,
+    read_bytes,
+    steps,
+    transition,
+)
 from moeserve.release import Release
 
 
@@ -40,8 +50,7 @@ class Round:
         """Of the first `done` steps."""
         if done == len(self.steps):
             return self.cost
-        before = self.release.placement
-        return transition(self.sizes, before, self.steps[done - 1] if done else before)
+        return _cost(self.sizes, [self.release.placement, *self.steps[:done]])
 
     @property
     def gain(self) -> str:
@@ -67,7 +76,7 @@ def planned_round(state: State, demand: Rows, planner: Planner) -> Round:
         for source in sources:
             source.check()  # before any host reads it
     sizes, stages = planner.sizes(sources), planner.placing.pipeline_stages
-    wanted = steps(sizes, before, after, planner.balancing.max_moved_bytes, planner.limit_bytes)
+    wanted = steps(sizes, before, after, planner.balancing.max_moved_bytes, planner.memory(state.assignments))
     made = _with_room(wanted, state, demand, planner)
     after = made[-1] if made else before
     return Round(
@@ -75,11 +84,15 @@ def planned_round(state: State, demand: Rows, planner: Planner) -> Round:
         state.copies,
         sizes,
         made,
-        transition(sizes, before, after),
+        _cost(sizes, [before, *made]),
         layer_balancedness(before, demand, stages),
         layer_balancedness(after, demand, stages),
         is_cut=len(made) < len(wanted),
     )
+
+
+def _cost(sizes: list[LayerSize], placements: list[Placement]) -> Transition:
+    return replace(transition(sizes, placements[0], placements[-1]), moved_bytes=read_bytes(sizes, placements))
 
 
 def _with_room(wanted: list[Placement], state: State, demand: Rows, planner: Planner) -> list[Placement]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -15,7 +15,7 @@ from moeserve.control.stall import UNREADABLE, unless_stalled
 from moeserve.control.state import State
 from moeserve.errors import ConfigError, MoEServeError
 from moeserve.loops import in_thread
-from moeserve.placement import Placement, steps, without_surplus
+from moeserve.placement import Placement, Transition, steps, without_surplus
 
 #: from one state to the next; which step of how many it is, in words; the hosts that are gone, and leave in a later one
 Change = Callable[[State], State]
@@ -48,8 +48,14 @@ async def in_steps(before: State, change: Change, planner: Planner, bring_in: Br
             if not made:
                 raise
             why = f"step {number} of {len(changes)} cannot be made, and what has moved until then stays: {error}"
-            raise ChangeStopped(why, await in_thread(cost_of, before, replace(before, release=made[-1].release), planner)) from error
-    return replace(made[-1], cost=await in_thread(cost_of, before, after, planner))
+            raise ChangeStopped(why, await in_thread(_cost, before, replace(before, release=made[-1].release), planner, made)) from error
+    return replace(made[-1], cost=await in_thread(_cost, before, after, planner, made))
+
+
+def _cost(before: State, after: State, planner: Planner, made: Sequence[BroughtIn]) -> Transition | None:
+    """With what hosts read in all steps: copies that had to make room have come back."""
+    cost = cost_of(before, after, planner)
+    return cost and replace(cost, moved_bytes=sum(each.cost.moved_bytes for each in made if each.cost is not None))
 
 
 def _between(before: State, after: State, planner: Planner, down: Collection[int]) -> list[Placement]:
@@ -65,7 +71,8 @@ def _between(before: State, after: State, planner: Planner, down: Collection[int
     if down:
         between = [without_surplus(old, new, down)]
     else:
-        between = steps(planner.sizes(before.release.sources(planner.layers)), old, new, None, planner.limit_bytes)[:-1]
+        memory = planner.with_copies(before.copies).memory(after.assignments)
+        between = steps(planner.sizes(before.release.sources(planner.layers)), old, new, None, memory)[:-1]
     state = before
     for placement in between:
         following = placed(state, placement)

@@ -8,14 +8,15 @@ from moeserve.placement.deal import plan_placement
 from moeserve.placement.layer import LayerPlacement, Placement
 from moeserve.placement.planner import plan
 from moeserve.placement.slots import deal_evenly, fill_slots
-from moeserve.placement.steps import steps, without_surplus
-from moeserve.placement.transition import Transition, peak_bytes, transition
+from moeserve.placement.steps import Memory, steps, without_surplus
+from moeserve.placement.transition import Transition, peak_bytes, read_bytes, transition
 
 __all__ = [
     "Constraints",
     "HostLimits",
     "LayerPlacement",
     "LayerSize",
+    "Memory",
     "Placement",
     "Transition",
     "balancedness",
@@ -31,6 +32,7 @@ __all__ = [
     "peak_bytes",
     "plan",
     "plan_placement",
+    "read_bytes",
     "steps",
     "transition",
     "without_surplus",

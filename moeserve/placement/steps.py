@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,50 +12,58 @@ from moeserve.placement.constraints import LayerSize
 from moeserve.placement.layer import Integers, LayerPlacement, Placement
 from moeserve.placement.transition import Change, bytes_on
 
-#: of units and hosts; None stands for the source of a further copy
-_Pairs = set[tuple[int, int | None]]
+#: of units and hosts
+_Pairs = set[tuple[int, int]]
+#: layer, unit and host
+_Copy = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Move:
-    """A copy of a unit for `target`, instead of the one on `source`; None = one more."""
+    """A copy of a unit for `target`, instead of the one on `source`; None = one more, or one that is back if it was there before."""
 
     layer: int
     unit: int
     source: int | None
     target: int
     nbytes: int
+    is_back: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """Of hosts: bytes of weights that each may hold; least: copies of the units [U] of each layer that are always there, None = all."""
+
+    host_bytes: int
+    least: Sequence[Integers] | None = None
 
 
 def steps(
-    sizes: Sequence[LayerSize], before: Placement, after: Placement, max_moved_bytes: int | None, max_host_bytes: int | None = None
+    sizes: Sequence[LayerSize], before: Placement, after: Placement, max_moved_bytes: int | None, memory: Memory | None = None
 ) -> list[Placement]:
     """The placements that lead from `before` to `after`, the last of which it is; empty if they are the same.
 
     For each one, hosts read at most max_moved_bytes, or one expert if that is larger. Copies that only leave, leave in the first. Layer
-    by layer, and in turn host by host, so that no host gets many experts before it gives some away. A host that would hold more than
-    max_host_bytes, with the shared experts that come along, gets an expert later, when it has given others away; if that can never be, it
-    gets it all the same. In every step each expert has at least as many copies as before or after, whichever are fewer. What is on hosts
-    that are gone moves step by step as well: if they are dead rather than drained, take one step.
+    by layer, and in turn host by host, so that no host gets many experts before it gives some away. A host that would hold more than its
+    `memory`, with the shared experts that come along, gets an expert later, when it has given others away. Where all wait for that, some
+    give a copy away before its successor is there, which leaves `memory.least` copies at least; if that leads no further, a host gets an
+    expert all the same. Otherwise each expert has in every step at least as many copies as before or after, whichever are fewer. What is
+    on hosts that are gone moves step by step as well: if they are dead rather than drained, take one step.
     """
     changes = [Change.of(old, new) for old, new in zip(before.layers, after.layers, strict=True)]
     if not any(change.arrivals.size or change.departures.size for change in changes):
         return []
     moves = [move for number, change in enumerate(changes) for move in _moves(number, sizes[number], change)]
     num_hosts = max(before.num_hosts, after.num_hosts)
-    surplus = [_surplus(change) for change in changes]
-    rounds = list(_rounds(moves, max_moved_bytes, _Filled(sizes, before, num_hosts, max_host_bytes), surplus))
-    held = [_pairs(layer) - more for layer, more in zip(before.layers, surplus, strict=True)]
+    held = [_pairs(layer) for layer in before.layers]
     layers = [_layer(pairs, num_hosts, layer.tensor_parallel) for pairs, layer in zip(held, before.layers, strict=True)]
-    made = []
-    for number, moved in enumerate(rounds[:-1], 1):
-        for move in moved:
-            held[move.layer].discard((move.unit, move.source))
-            held[move.layer].add((move.unit, move.target))
-        for layer in {move.layer for move in moved}:
+    walk = _Walk(held, moves, _Filled(sizes, before, num_hosts, memory), memory)
+    made: list[Placement] = []
+    for changed in walk.steps(max_moved_bytes, [_surplus(change) for change in changes]):
+        for layer in changed:
             layers[layer] = _layer(held[layer], num_hosts, layers[layer].tensor_parallel)
-        made.append(Placement(before.epoch + number, num_hosts, tuple(layers)))
-    return [*made, after]
+        made.append(Placement(before.epoch + len(made) + 1, num_hosts, tuple(layers)))
+    return [*made[:-1], after]
 
 
 def without_surplus(before: Placement, after: Placement, down: Collection[int]) -> Placement:
@@ -108,8 +116,8 @@ def _by_unit(pairs: Integers) -> dict[int, list[int]]:
 class _Filled:
     """What hosts hold while a step is made: nbytes [D]; of each layer, physical experts [D] and bytes of units [U]."""
 
-    def __init__(self, sizes: Sequence[LayerSize], placement: Placement, num_hosts: int, most: int | None) -> None:
-        self._sizes, self._most = sizes, most
+    def __init__(self, sizes: Sequence[LayerSize], placement: Placement, num_hosts: int, memory: Memory | None) -> None:
+        self._sizes, self._most = sizes, None if memory is None else memory.host_bytes
         self._count = [np.bincount(layer.host_of_physical, minlength=num_hosts) for layer in placement.layers]
         self._nbytes = sum(
             (
@@ -119,9 +127,19 @@ class _Filled:
             start=np.zeros(num_hosts, dtype=np.int64),
         )
 
-    def has_room(self, move: Move) -> bool:
-        """Beside all that is there, for the expert, and for the shared one if it is the first of its layer there."""
-        return self._most is None or bool(self._nbytes[move.target] + move.nbytes + self._shared(move.layer, move.target) <= self._most)
+    def nbytes_of(self, layer: int, unit: int) -> int:
+        """Of a physical expert."""
+        return int(self._sizes[layer].unit_bytes[unit])
+
+    def has_room(self, move: Move, freed: int = 0) -> bool:
+        """Beside all that is there but `freed` bytes, for the expert, and for the shared one if it is the first of its layer there."""
+        needed = self._nbytes[move.target] - freed + move.nbytes + self._shared(move.layer, move.target)
+        return self._most is None or bool(needed <= self._most)
+
+    def makes_room(self, move: Move, layer: int, unit: int) -> bool:
+        """Whether there is room when this one has left, which is not the only one there."""
+        is_only = sum(int(count[move.target]) for count in self._count) == 1
+        return not is_only and self.has_room(move, freed=self.nbytes_of(layer, unit))
 
     def get(self, move: Move) -> None:
         """The target holds it, too."""
@@ -131,46 +149,87 @@ class _Filled:
     def give(self, layer: int, unit: int, host: int) -> None:
         """It is not there any more."""
         self._count[layer][host] -= 1
-        self._nbytes[host] -= int(self._sizes[layer].unit_bytes[unit]) + self._shared(layer, host)
+        self._nbytes[host] -= self.nbytes_of(layer, unit) + self._shared(layer, host)
 
     def _shared(self, layer: int, host: int) -> int:
         return 0 if self._count[layer][host] else self._sizes[layer].shared_bytes
 
 
-def _rounds(moves: Sequence[Move], max_moved_bytes: int | None, filled: _Filled, surplus: Sequence[_Pairs]) -> Iterator[list[Move]]:
-    """`surplus` of each layer leaves in the first one, alone if nothing has room before it is gone."""
-    left = list(moves)
-    leaving = [(layer, unit, host) for layer, pairs in enumerate(surplus) for unit, host in pairs]
-    while True:
-        begun, left = _round(left, max_moved_bytes, filled)
-        if not begun and left and not leaving:
-            begun, left = left[:1], left[1:]
-            filled.get(begun[0])
-        yield begun
-        if not left:
-            return
-        leaving += [(move.layer, move.unit, move.source) for move in begun]
-        for layer, unit, host in leaving:
-            if host is not None:
-                filled.give(layer, unit, host)
-        leaving.clear()
+class _Walk:
+    """From step to step. held: of each layer, in the last step that was made; left: what has not moved yet."""
 
+    def __init__(self, held: list[_Pairs], left: list[Move], filled: _Filled, memory: Memory | None) -> None:
+        self._held, self._left, self._filled = held, left, filled
+        self._least = None if memory is None else memory.least
 
-def _round(moves: Sequence[Move], max_moved_bytes: int | None, filled: _Filled) -> tuple[list[Move], list[Move]]:
-    """What can be moved at once, nothing if no host has room, and what is left."""
-    begun: list[Move] = []
-    later: list[Move] = []
-    nbytes = 0
-    for number, move in enumerate(moves):
-        if begun and max_moved_bytes is not None and nbytes + move.nbytes > max_moved_bytes:
-            return begun, [*later, *moves[number:]]
-        if not filled.has_room(move):
-            later.append(move)
-            continue
-        begun.append(move)
-        nbytes += move.nbytes
-        filled.get(move)
-    return begun, later
+    def steps(self, max_moved_bytes: int | None, surplus: Sequence[_Pairs]) -> Iterator[set[int]]:
+        """The layers that change in each; `surplus` of each layer leaves in the first, alone if nothing has room before it is gone."""
+        leaving: list[_Copy] = [(layer, unit, host) for layer, pairs in enumerate(surplus) for unit, host in pairs]
+        while leaving or self._left:
+            begun = self._begun(max_moved_bytes)
+            if not begun and not leaving:
+                leaving = self._given_up()
+            if not begun and not leaving:
+                begun = [self._left.pop(0)]
+                self._filled.get(begun[0])
+            for move in begun:
+                self._held[move.layer].add((move.unit, move.target))
+            leaving += [(move.layer, move.unit, move.source) for move in begun if move.source is not None]
+            for layer, unit, host in leaving:
+                self._held[layer].discard((unit, host))
+            yield {move.layer for move in begun} | {layer for layer, _, _ in leaving}
+            for layer, unit, host in leaving:
+                self._filled.give(layer, unit, host)
+            leaving = []
+
+    def _begun(self, max_moved_bytes: int | None) -> list[Move]:
+        """What can be moved at once, nothing if no host has room."""
+        begun: list[Move] = []
+        later: list[Move] = []
+        nbytes = 0
+        for number, move in enumerate(self._left):
+            if begun and max_moved_bytes is not None and nbytes + move.nbytes > max_moved_bytes:
+                later += self._left[number:]
+                break
+            if not self._filled.has_room(move):
+                later.append(move)
+                continue
+            begun.append(move)
+            nbytes += move.nbytes
+            self._filled.get(move)
+        self._left = later
+        return begun
+
+    def _given_up(self) -> list[_Copy]:
+        """Copies that leave early, so that there is room for the first expert that each host waits for; one of each host at most.
+
+        Those whose successors come later; if there are none, one that comes back, of an expert with as many copies as can be.
+        """
+        if self._least is None:
+            return []
+        copies = [Counter(unit for unit, _ in pairs) for pairs in self._held]
+        moving = {(move.layer, move.unit, move.source): number for number, move in enumerate(self._left) if move.source is not None}
+        chosen = self._chosen(moving, copies)
+        for copy in chosen:
+            self._left[moving[copy]] = replace(self._left[moving[copy]], source=None)
+        if not chosen:
+            every = [(layer, *pair) for layer, pairs in enumerate(self._held) for pair in pairs]
+            chosen = self._chosen(sorted(every, key=lambda copy: (-copies[copy[0]][copy[1]], copy)), copies)[:1]
+            self._left += [Move(*copy[:2], None, copy[2], self._filled.nbytes_of(*copy[:2]), is_back=True) for copy in chosen]
+        return chosen
+
+    def _chosen(self, offered: Iterable[_Copy], copies: Sequence[Counter[int]]) -> list[_Copy]:
+        """Of these copies those that experts can spare, and that make room; `copies` of each unit, by layer, are counted down."""
+        assert self._least is not None, "asked only then"
+        waiting = {move.target: move for move in reversed(self._left) if not move.is_back}
+        chosen: list[_Copy] = []
+        for layer, unit, host in offered:
+            is_spare = copies[layer][unit] > self._least[layer][unit]
+            if is_spare and host in waiting and self._filled.makes_room(waiting[host], layer, unit):
+                del waiting[host]
+                copies[layer][unit] -= 1
+                chosen.append((layer, unit, host))
+        return chosen
 
 
 def _layer(pairs: _Pairs, num_hosts: int, shards: int) -> LayerPlacement:

@@ -61,6 +61,16 @@ def peak_bytes(sizes: Sequence[LayerSize], placements: Sequence[Placement]) -> d
     return peak
 
 
+def read_bytes(sizes: Sequence[LayerSize], placements: Sequence[Placement]) -> int:
+    """What hosts read while the placements come into force one after the other. If copies come back, it is more than in one step."""
+    return sum(
+        int(size.unit_bytes[Change.of(old, now).arrivals[0]].sum())
+        for before, after in pairwise(placements)
+        for size, old, now in zip(sizes, before.layers, after.layers, strict=True)
+        if old is not now
+    )
+
+
 def bytes_on(size: LayerSize, units: Integers, hosts: Integers, num_hosts: int) -> Integers:
     """[D]: of these physical experts, and of the shared expert where there is any."""
     nbytes = np.bincount(hosts, weights=size.unit_bytes[units], minlength=num_hosts).astype(np.int64)

@@ -15,7 +15,7 @@ from moeserve.control.copies import changed_copies
 from moeserve.control.desired import Rows
 from moeserve.control.room import require_room
 from moeserve.control.rounds import Round, RoundStopped, planned_round, stepped
-from moeserve.placement import balancedness
+from moeserve.placement import balancedness, transition
 from moeserve.release import Release
 from tests.support.planning import planner_of
 
@@ -84,14 +84,33 @@ def test_two_hosts_that_are_full_exchange_nothing_and_a_round_says_why() -> None
 
 
 def test_of_a_round_that_does_not_fit_what_fits_is_made() -> None:
-    """Each host has room for one expert more: it gets a copy, and then is full."""
-    plan = planner([16], 4, 1.25)
-    state, demand = first(plan, 4), [1000 * np.random.default_rng(0).permutation(np.arange(1, 17) ** -1.2)]
+    """One host has room for one expert more, and few experts have a second copy that could make room."""
+    plan = planner([9], 5, 1.1, shared=8)
+    state, demand = first(plan, 5), [1000 * np.random.default_rng(90).permutation(np.arange(1, 10) ** -1.2)]
     planned = planned_round(state, demand, plan)
-    assert planned.is_cut and planned.cost.new == 4
+    assert planned.is_cut and planned.cost.new == 1
     after = made(state, planned, plan)
     assert balancedness(after.release.placement, demand) == planned.after[0] > 1.5 * balancedness(state.release.placement, demand)
     assert not planned_round(after, demand, plan).steps
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_full_hosts_are_balanced_as_if_they_had_room_and_what_comes_back_is_counted(seed: int) -> None:
+    """Each host has room for one expert more: after the first round it is full, and the second load asks for other experts."""
+    plan, drawn = planner([16], 4, 1.25), np.random.default_rng(seed)
+    state, has_returned = first(plan, 4), []
+    for _ in range(2):
+        demand = [1000 * drawn.permutation(np.arange(1, 17) ** -1.2)]
+        wanted = plan.moved(state.assignments, state.release.sources(plan.layers), state.release.placement, demand)
+        planned = planned_round(state, demand, plan)
+        assert not planned.is_cut
+        assert planned.after[0] == pytest.approx(balancedness(wanted, demand))
+        in_one_step = transition(planned.sizes, state.release.placement, wanted)
+        has_returned.append(planned.cost.moved_bytes > in_one_step.moved_bytes)
+        assert planned.cost.moved_bytes == planned.cost_of(len(planned.steps)).moved_bytes
+        state = made(state, planned, plan)
+    assert np.bincount(state.release.placement.layers[0].host_of_physical).tolist() == [5, 5, 5, 5]
+    assert any(has_returned) is (seed < 2)
 
 
 def test_a_round_stops_when_other_copies_are_wanted_meanwhile_even_if_these_are_there_already() -> None:

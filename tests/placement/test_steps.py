@@ -10,7 +10,19 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeserve.placement import HostLimits, LayerPlacement, LayerSize, Placement, peak_bytes, plan, steps, transition, without_surplus
+from moeserve.placement import (
+    HostLimits,
+    LayerPlacement,
+    LayerSize,
+    Memory,
+    Placement,
+    peak_bytes,
+    plan,
+    read_bytes,
+    steps,
+    transition,
+    without_surplus,
+)
 from tests.placement.clusters import Case, cases, constraints_on, hosts_of, pairs, rows_of, sizes_of, zipf
 
 
@@ -86,9 +98,9 @@ def test_a_host_without_room_gives_away_before_it_gets() -> None:
     """Two hosts exchange what they have, each with room for one expert more."""
     sizes = [LayerSize("layer 0", np.full(5, 10), shared_bytes=0)]
     before, after = placed([0], [0], [1], [1], [2]), placed([1], [1], [0], [0], [2])
-    assert max(peak_bytes(sizes, [before, *steps(sizes, before, after, None, 30)]).values()) == 30
+    assert max(peak_bytes(sizes, [before, *steps(sizes, before, after, None, Memory(30))]).values()) == 30
     assert max(peak_bytes(sizes, [before, *steps(sizes, before, after, None)]).values()) == 40
-    assert steps(sizes, before, after, None, 20)[-1] is after, "where there is no room at all, the caller has to see that"
+    assert steps(sizes, before, after, None, Memory(20))[-1] is after, "where there is no room at all, the caller has to see that"
 
 
 def test_a_shared_expert_comes_with_the_first_expert_of_its_layer_and_leaves_with_the_last() -> None:
@@ -98,15 +110,52 @@ def test_a_shared_expert_comes_with_the_first_expert_of_its_layer_and_leaves_wit
         Placement(1, 3, tuple(LayerPlacement.of(3, np.arange(2), np.array(hosts)) for hosts in layers))
         for layers in (([0, 1], [0, 0]), ([0, 2], [0, 1]))
     )
-    made = steps(sizes, before, after, None, 60)
+    made = steps(sizes, before, after, None, Memory(60))
     assert (len(made), peak_bytes(sizes, [before, *made])[1]) == (1, 60)
-    made = steps(sizes, before, after, None, 59)
+    made = steps(sizes, before, after, None, Memory(59))
     assert (len(made), peak_bytes(sizes, [before, *made])[1]) == (2, 30)
 
 
 def test_copies_that_only_leave_make_room() -> None:
     sizes = [LayerSize("layer 0", np.full(3, 10))]
     before, after = placed([0, 1], [1], [2]), placed([0], [1], [1])
-    made = steps(sizes, before, after, None, 20)
+    made = steps(sizes, before, after, None, Memory(20))
     assert [pairs(each) for each in made] == [pairs(placed([0], [1], [2])), pairs(after)]
     assert max(peak_bytes(sizes, [before, *made]).values()) == 20
+
+
+def test_full_hosts_exchange_experts_by_giving_up_a_copy_that_another_host_has_too() -> None:
+    """Expert 0 goes from host 0 to host 1, and expert 2 back: host 0 begins, because expert 0 lives on host 2 meanwhile."""
+    sizes, one = [LayerSize("layer 0", np.full(4, 10))], np.ones(4, dtype=np.int64)
+    before, after = placed([0, 2], [0], [1], [1]), placed([1, 2], [0], [0], [1])
+    made = steps(sizes, before, after, None, Memory(20, [one]))
+    assert [pairs(each) for each in made] == [pairs(placed([2], [0], [1], [1])), pairs(placed([2], [0], [0], [1])), pairs(after)]
+    assert (max(peak_bytes(sizes, [before, *made]).values()), read_bytes(sizes, [before, *made])) == (20, 20)
+    made = steps(sizes, before, after, None, Memory(20, [2 * one]))
+    assert max(peak_bytes(sizes, [before, *made]).values()) == 30, "both copies are wanted: the caller has to see that there is no room"
+
+
+def test_full_hosts_exchange_experts_by_giving_up_a_copy_for_a_while() -> None:
+    """Experts 0 and 1 live nowhere else, so expert 2 makes room on one of their hosts, and comes back."""
+    sizes, one = [LayerSize("layer 0", np.full(3, 10))], np.ones(3, dtype=np.int64)
+    before, after = placed([0], [1], [0, 1]), placed([1], [0], [0, 1])
+    made = steps(sizes, before, after, None, Memory(20, [one]))
+    assert made[-1] is after
+    assert (max(peak_bytes(sizes, [before, *made]).values()), read_bytes(sizes, [before, *made])) == (20, 30)
+    assert transition(sizes, before, after).moved_bytes == 20
+
+
+@given(case=cases(is_bounded=False), seed=st.integers(0, 2**32), limit=st.none() | st.integers(1, 40))
+@settings(deadline=None, max_examples=60)
+def test_on_full_hosts_every_expert_keeps_the_copies_that_it_must_have(case: Case, seed: int, limit: int | None) -> None:
+    drawn = np.random.default_rng(seed)
+    before = plan(case.sizes, case.constraints, case.demand)
+    after = plan(case.sizes, case.constraints, [rows_of(drawn, len(copies)) for copies in case.constraints.least_copies], before)
+    least = [np.repeat(copies, case.constraints.tensor_parallel) for copies in case.constraints.least_copies]
+    most = max(max(transition(case.sizes, each, each).peak_bytes.values()) for each in (before, after))
+    made = steps(case.sizes, before, after, limit, Memory(most, least))
+    for placement in made:
+        held = Counter(pair[:2] for pair in pairs(placement))
+        assert all(held[number, unit] >= copies for number, each in enumerate(least) for unit, copies in enumerate(each.tolist()))
+        assert set(placement.hosts) == set(before.hosts)
+    assert not made or pairs(made[-1]) == pairs(after)
