@@ -79,12 +79,13 @@ def can_stack(expert: Expert) -> TypeGuard[FeedForward]:
 
 
 class Stack:
-    """Experts of one kind, as they are if they are neighbors in a stack, else copies in a stack of their own."""
+    """Experts of one kind, as they are if they are all of a stack, else copies in a stack of their own, so that the other is freed."""
 
     def __init__(self, held: Sequence[StackedExpert]) -> None:
         first = held[0]
         self._kind = first.kind
-        if any(one.stack is not first.stack or one.index != first.index + place for place, one in enumerate(held)):
+        is_whole = len(held) == len(first.stack["down_proj"])
+        if not is_whole or any(one.stack is not first.stack or one.index != place for place, one in enumerate(held)):
             stacks = ExpertStacks(len(held), first.stack["down_proj"].device)
             held = [stacks.place(one.expert()) for one in held]
             first = held[0]

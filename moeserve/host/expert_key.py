@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -44,8 +45,14 @@ def needed_bytes(release: Release, sources: Sequence[LayerSource], host: int) ->
 def bytes_of_both(before: Mapping[ExpertKey, int], after: Mapping[ExpertKey, int], *, in_stacks: bool) -> int:
     """What a host holds while it has the experts of two releases, both as `needed_bytes` says; the one that it reads is beside them.
 
-    Each expert is there once. `in_stacks`: on a GPU, which wants the experts of a layer in one piece, layers that change are there twice.
+    Each expert is there once. `in_stacks`: on a GPU, which wants the experts of a layer in one piece, layers that change are there twice,
+    and while the piece is put together, what is new in it.
     """
-    changed = {key.layer for key in after.keys() - before.keys()} if in_stacks else ()
-    copied = sum(nbytes for key, nbytes in after.items() if key in before and key.layer in changed)
-    return sum({**before, **after}.values()) + copied
+    both = sum({**before, **after}.values())
+    if not in_stacks:
+        return both
+    changed = {key.layer for key in after.keys() ^ before.keys()}
+    kept, new = Counter[str](), Counter[str]()
+    for key, nbytes in after.items():
+        (kept if key in before else new)[key.layer] += nbytes
+    return both + sum(kept[layer] for layer in changed) + max((new[layer] for layer in changed & kept.keys()), default=0)

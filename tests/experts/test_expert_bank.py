@@ -101,12 +101,14 @@ def test_a_stack_of_experts_agrees_with_the_oracle(activation: Activation, bias:
     assert_agrees(out, expected(weights, activation, work), sum(counts), dtype)
 
 
-def test_a_stack_is_what_neighbors_lie_in_and_a_copy_of_others() -> None:
-    weights, counts = some_weights(4, "swiglu", True, torch.bfloat16), (3, 0, 5)
+def test_a_stack_is_what_all_its_experts_lie_in_and_a_copy_of_some_of_them_or_in_another_order() -> None:
+    """A part of a stack would keep the memory of all of it."""
+    weights = some_weights(4, "swiglu", True, torch.bfloat16)
     stacks = ExpertStacks(4, torch.device("cpu"))
     placed = [stacks.place(expert) for expert in weights.experts("swiglu")]
-    hidden_states, row_index, _, pair_weights = work = some_work(counts, num_rows=7, dtype=torch.bfloat16)
-    for chosen, is_shared in (([1, 2, 3], True), ([3, 1, 0], False)):
+    for chosen, is_shared in (([0, 1, 2, 3], True), ([1, 2, 3], False), ([0, 1, 2], False), ([3, 2, 1, 0], False)):
+        counts = (3, 0, 5, 2)[: len(chosen)]
+        hidden_states, row_index, _, pair_weights = work = some_work(counts, num_rows=7, dtype=torch.bfloat16)
         stack, out = Stack([placed[expert] for expert in chosen]), torch.empty(hidden_states.shape)
         stack.run(hidden_states, Pairs(row_index, np.array(counts), None, pair_weights), out, False)
         own = Stacked(*(None if tensor is None else tensor[chosen] for tensor in weights))  # type: ignore[arg-type]
