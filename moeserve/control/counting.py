@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-#: whole numbers that only grow, in arrays of shapes that stay the same
-Counts = Sequence[npt.NDArray[np.int64]]
+#: numbers that only grow, in arrays of shapes that stay the same; whole ones, but for those of a load that is imagined
+Counts = Sequence[npt.NDArray[Any]]
 
 #: e to the power of minus this is a twentieth
 _FADES: Final = 3.0

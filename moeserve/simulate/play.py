@@ -36,12 +36,12 @@ def played(cluster: SimulatedCluster, load: Sequence[TraceLine]) -> Played:
 
     Raises ConfigError when experts do not fit.
     """
-    balancing, counted = cluster.planner.balancing, [np.zeros(len(rows), dtype=np.int64) for rows in load[0].rows]
+    balancing, counted = cluster.planner.balancing, [np.zeros(len(rows)) for rows in load[0].rows]
     demand = Demand([len(rows) for rows in counted], balancing.window_s)
     demand.hear({"": counted}, 0.0)
     now, next_at_s = Played(cluster, []), balancing.interval_s
     for line in load:
-        counted = [so_far + rows.astype(np.int64) for so_far, rows in zip(counted, line.rows, strict=True)]
+        counted = [so_far + rows for so_far, rows in zip(counted, line.rows, strict=True)]
         demand.hear({"": counted}, line.at_s)
         if demand.turned(line.at_s) or line.at_s >= next_at_s or line is load[-1]:
             now = balanced(now, demand.rows(line.at_s))

@@ -87,6 +87,18 @@ def test_what_is_said_to_people(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert "Balancedness of 3 hosts" in out and "After the loss, 2 experts have no live copy" in out and "tokens/s" in out
 
 
+def test_rows_of_a_load_by_hand_need_not_be_whole(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    told = []
+    for unit in (0.001, 1000):
+        trace = tmp_path / "trace.jsonl"
+        lines = [{"at_s": second, "rows": [[unit * rows for rows in (9, 5, 3, 1, 1, 1, 1, 1)]]} for second in (1, 2)]
+        trace.write_text("\n".join(map(json.dumps, [{"layers": {"one": 8}}, *lines])))
+        told.append(simulate(capsys, source(tmp_path), "--load", str(trace), "--extra-copies", "0.5"))
+    assert told[0]["balancedness_before"] == pytest.approx(told[1]["balancedness_before"])
+    assert told[0]["balancedness_before"] < 0.8
+    assert (told[0]["moves"], told[0]["new"]) == (told[1]["moves"], told[1]["new"]) and told[0]["new"] > 0
+
+
 def test_a_recorded_load_is_played(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """The hot expert changes; what counts is the window at the end. Zero rows say nothing."""
     trace = tmp_path / "trace.jsonl"
