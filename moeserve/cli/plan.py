@@ -37,7 +37,7 @@ def plan(
     held = in_memory(nbytes, sources, config.placement, config.store)
     change = None
     if from_hosts is not None:
-        planner = Planner(ServedLayers(config.only(ServedModel), sources), config.placement, is_here)
+        planner = Planner(ServedLayers(config.only(ServedModel), sources), config.placement, is_here, config.balancing)
         change = plan_change.planned_change(planner, from_hosts, number)
     if as_json:
         sizes = {"weights_bytes_per_host": nbytes, "memory_bytes_per_host": held}

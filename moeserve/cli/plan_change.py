@@ -5,22 +5,28 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from moeserve.checkpoints import in_memory, layer_size
 from moeserve.cli.columns import bytes_text
-from moeserve.control import Assignment, Planner
+from moeserve.control import Assignment, Planner, State
+from moeserve.control.changes import moved
+from moeserve.control.room import bytes_meanwhile, require_room
 from moeserve.errors import number_of
 from moeserve.placement import Transition, transition
+from moeserve.release import Release
 
 
 def planned_change(planner: Planner, before: int, after: int) -> Transition:
-    """From `before` hosts, where the experts are as a new service places them, to `after`. Raises ConfigError."""
+    """From `before` hosts, where the experts are as a new service places them, to `after`.
+
+    Raises ConfigError, also where the service would refuse the change because hosts have no room meanwhile.
+    """
     sources = planner.layers.sources
-    first = planner.plan(before)
+    release = Release.first(planner.plan(before), sources)
+    first = State(release, tuple(Assignment(number, "") for number in range(before)), before, release.epoch, before)
     # Of too many hosts, those with the highest numbers leave.
-    then = planner.moved([Assignment(number, "") for number in range(after)], sources, first)
-    change = transition([layer_size(source, planner.placing.tensor_parallel) for source in sources], first, then)
-    peak = in_memory([*change.peak_bytes.values()], sources, planner.placing, planner.layers.model.store)
-    return replace(change, peak_bytes=dict(zip(change.peak_bytes, peak, strict=True)))
+    then = moved(first, tuple(Assignment(number, "") for number in range(after)), after, planner)
+    require_room(first, then, planner)
+    change = transition(planner.sizes(sources), first.release.placement, then.release.placement)
+    return replace(change, peak_bytes=bytes_meanwhile(first, then, planner))
 
 
 def as_json(change: Transition) -> dict[str, Any]:

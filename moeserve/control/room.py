@@ -10,14 +10,17 @@ from moeserve.host import bytes_of_both, needed_bytes
 
 def require_room(before: State, after: State, planner: Planner) -> None:
     """Raises ConfigError when a host would hold more than it may while the change happens."""
+    if after.release is not before.release:
+        check_change(bytes_meanwhile(before, after, planner), planner.placing, memory_bytes() if planner.on_this_machine else None)
+
+
+def bytes_meanwhile(before: State, after: State, planner: Planner) -> dict[int, int]:
+    """What each host, by number, has in memory while the change happens."""
     old, new, placing = before.release, after.release, planner.placing
-    if new is old:
-        return
     served, coming = old.sources(planner.layers), new.sources(planner.layers)
     hosts = [*{*old.placement.hosts, *new.placement.hosts}]
     nbytes = [
         bytes_of_both(needed_bytes(old, served, host), needed_bytes(new, coming, host), in_stacks=placing.gpus_per_host > 0)
         for host in hosts
     ]
-    held = in_memory(nbytes, coming, placing, planner.layers.model.store)
-    check_change(dict(zip(hosts, held, strict=True)), placing, memory_bytes() if planner.on_this_machine else None)
+    return dict(zip(hosts, in_memory(nbytes, coming, placing, planner.layers.model.store), strict=True))

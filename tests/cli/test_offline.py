@@ -63,6 +63,27 @@ def test_plan_of_a_change(capsys: pytest.CaptureFixture[str], tmp_path: Path, be
     assert code == 0 and f"{told['moves']} experts move" in out.replace("\n", " ")
 
 
+def test_plan_of_a_change_says_what_hosts_with_a_gpu_hold_meanwhile(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """One of 16 experts leaves each of 3 hosts: of the 4 that each has, 3 are copied to a stack of their own."""
+    file, one = tmp_path / "service.toml", 3 * 16 * 8 * 4
+    asked = ("plan", str(file), "--num-hosts", "5", "--from-hosts", "4")
+    placing = "[placement]\ngpus_per_host = 1\n"
+    file.write_text(LAYER.replace("num_experts = 4", "num_experts = 16") + placing)
+    code, out, _ = run(capsys, *asked, "--json")
+    assert (code, sorted(json.loads(out)["peak_bytes_per_host"])) == (0, [3 * one, 4 * one, *[7 * one] * 3])
+    file.write_text(LAYER.replace("num_experts = 4", "num_experts = 16") + placing + f"memory_per_host_bytes = {6 * one}\n")
+    code, _, errors = run(capsys, *asked)
+    assert code == 2 and "of weights while this change happens, but placement.memory_per_host_bytes allows" in errors
+
+
+def test_plan_of_a_change_counts_the_copies_that_balancing_asks_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "service.toml"
+    file.write_text(LAYER.replace("num_experts = 4", "num_experts = 16") + "[balancing]\nmin_copies = 2\n")
+    code, out, _ = run(capsys, "plan", str(file), "--num-hosts", "3", "--from-hosts", "4", "--json")
+    told = json.loads(out)
+    assert (code, told["moves"], told["new"]) == (0, 4, 16)
+
+
 def test_plan_of_more_experts_than_memory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """4 experts on 2 hosts, of which each has room for one; with less, or with modules, nothing can be read."""
     file, one = tmp_path / "service.toml", 3 * 16 * 8 * 4
