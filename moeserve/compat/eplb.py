@@ -72,6 +72,9 @@ class _Nodes:
 
 
 def _checked(weight: Tensor | npt.ArrayLike, num_replicas: int, num_gpus: int) -> _Floats:
+    if isinstance(weight, Tensor) and (weight.is_complex() or weight.is_meta or weight.layout is not torch.strided):
+        kind = f"{weight.dtype}, {weight.layout} on {weight.device}"
+        raise ConfigError(f"weight is a tensor of {kind}; allowed: real numbers, dense, [layers, logical experts]")
     try:
         values = weight.detach().to("cpu", torch.float64).numpy() if isinstance(weight, Tensor) else np.asarray(weight)
     except ValueError:  # rows of different lengths

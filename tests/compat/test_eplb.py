@@ -95,3 +95,9 @@ def test_numbers_need_not_divide() -> None:
 def test_what_cannot_be_is_refused(weight: list[list[float]], replicas: Any, gpus: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         rebalance_experts(weight, replicas, 1, 1, gpus)
+
+
+@pytest.mark.parametrize("weight", [torch.ones(1, 2, dtype=torch.complex64), torch.ones(1, 2).to_sparse(), torch.ones(1, 2, device="meta")])
+def test_tensors_that_are_no_loads_are_refused(weight: torch.Tensor) -> None:
+    with pytest.raises(ConfigError, match=r"weight is a tensor of .*; allowed: real numbers, dense"):
+        rebalance_experts(weight, 2, 1, 1, 1)
