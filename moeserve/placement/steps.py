@@ -201,9 +201,9 @@ class _Walk:
         return begun
 
     def _given_up(self) -> list[_Copy]:
-        """Copies that leave early, so that there is room for the first expert that each host waits for; one of each host at most.
+        """Copies that leave early, so that there is room for the first expert that each host waits for.
 
-        Those whose successors come later; if there are none, one that comes back, of an expert with as many copies as can be.
+        Those whose successors come later; if there are none, some that come back, of experts with as many copies as can be.
         """
         if self._least is None:
             return []
@@ -214,22 +214,24 @@ class _Walk:
             self._left[moving[copy]] = replace(self._left[moving[copy]], source=None)
         if not chosen:
             every = [(layer, *pair) for layer, pairs in enumerate(self._held) for pair in pairs]
-            chosen = self._chosen(sorted(every, key=lambda copy: (-copies[copy[0]][copy[1]], copy)), copies)[:1]
+            chosen = self._chosen(sorted(every, key=lambda copy: (-copies[copy[0]][copy[1]], copy)), copies)
             self._left += [Move(*copy[:2], None, copy[2], self._filled.nbytes_of(*copy[:2]), is_back=True) for copy in chosen]
         return chosen
 
     def _chosen(self, offered: Iterable[_Copy], copies: Sequence[Counter[int]]) -> list[_Copy]:
-        """Of these copies those that experts can spare, and that make room; `copies` of each unit, by layer, are counted down."""
+        """Of these copies, one of each expert and host at most: those that make room, and of which there are more than are needed.
+
+        `copies` of each unit, by layer.
+        """
         assert self._least is not None, "asked only then"
         waiting = {move.target: move for move in reversed(self._left) if not move.is_back}
-        chosen: list[_Copy] = []
+        chosen: dict[tuple[int, int], int] = {}
         for layer, unit, host in offered:
-            is_spare = copies[layer][unit] > self._least[layer][unit]
+            is_spare = copies[layer][unit] > self._least[layer][unit] and (layer, unit) not in chosen
             if is_spare and host in waiting and self._filled.makes_room(waiting[host], layer, unit):
                 del waiting[host]
-                copies[layer][unit] -= 1
-                chosen.append((layer, unit, host))
-        return chosen
+                chosen[layer, unit] = host
+        return [(*unit, host) for unit, host in chosen.items()]
 
 
 def _layer(pairs: _Pairs, num_hosts: int, shards: int) -> LayerPlacement:
