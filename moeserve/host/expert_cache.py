@@ -58,7 +58,7 @@ class ExpertCache:
         self._slots: OrderedDict[Hashable, _Slot] = OrderedDict()
         #: bytes of those in memory, and of those that passes want, whether they have been read or not
         self._nbytes = self._nbytes_in_use = 0
-        #: what passes wait for that have no room yet, and what has been claimed
+        #: what has no room yet, in the order in which it gets some, and what has been claimed
         self._waiting: list[Sequence[Loadable]] = []
         self._claimed: list[Loadable] = []
         self._reading_since = math.inf
@@ -70,13 +70,10 @@ class ExpertCache:
     def held(self, wanted: Sequence[Loadable]) -> Iterator[list[HeldExpert]]:
         """These experts, which differ and fit into the limit, for a pass: they stay until it leaves. Raises what a read raises.
 
-        Whoever waits for room holds nothing meanwhile, so nobody waits forever.
+        Whoever waits for room holds nothing meanwhile, and comes before whoever asks later, so nobody waits forever.
         """
         with self._changed:
-            self._waiting.append(wanted)
-            self._changed.wait_for(lambda: self._has_room(wanted))
-            self._waiting.remove(wanted)
-            missing = self._enter(wanted)
+            missing = self._enter_in_turn(wanted)
             self._count(used=len(wanted))
         try:
             for one in missing:
@@ -92,8 +89,7 @@ class ExpertCache:
         with self._changed:
             if one.key not in self._slots and not evicts and self._nbytes + one.nbytes > self.limit_bytes:
                 return False
-            self._changed.wait_for(lambda: self._has_room([one]))
-            missing = self._enter([one])
+            missing = self._enter_in_turn([one])
         try:
             for each in missing:
                 self._read(each)
@@ -104,11 +100,11 @@ class ExpertCache:
     def claim(self, wanted: Sequence[Loadable]) -> bool:
         """Whether all of these are in memory at present, with room for a pass: they stay until `let_go`. It never waits.
 
-        A pass that waits for room goes first as soon as there is some, so it does not wait forever.
+        Who waits for room goes first as soon as there is some, so nobody waits forever.
         """
         with self._changed:
             is_here = all(one.key in self._slots and self._slots[one.key].held is not None for one in wanted)
-            if not is_here or not self._has_room(wanted) or any(self._has_room(other) for other in self._waiting):
+            if not is_here or not self._has_room(wanted) or any(self._has_room(first) for first in self._waiting[:1]):
                 return False
             self._enter(wanted)
             self._claimed += wanted
@@ -149,6 +145,14 @@ class ExpertCache:
             return False
         beside = self._nbytes_in_use - sum(slot.nbytes for slot in slots if slot.users)
         return beside + sum(one.nbytes for one in wanted) <= self.limit_bytes
+
+    def _enter_in_turn(self, wanted: Sequence[Loadable]) -> list[Loadable]:
+        """As `_enter`, when there is room, and nobody has waited for longer."""
+        self._waiting.append(wanted)
+        self._changed.wait_for(lambda: self._waiting[0] is wanted and self._has_room(wanted))
+        del self._waiting[0]
+        self._changed.notify_all()
+        return self._enter(wanted)
 
     def _enter(self, wanted: Sequence[Loadable]) -> list[Loadable]:
         """They are in use from now on; returns those that are missing. Others make room when one of these has been read."""

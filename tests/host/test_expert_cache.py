@@ -74,6 +74,19 @@ def test_the_least_recently_used_make_room(passes: list[list[int]]) -> None:
     assert shelf.cache.loads == Loads(sum(map(len, fitting)), len(read))
 
 
+def test_what_a_change_reads_gets_room_while_passes_that_take_all_of_it_follow_each_other() -> None:
+    shelf, done = Shelf(), threading.Event()
+    change = threading.Thread(target=lambda: (shelf.cache.load(shelf.wanted(1), evicts=True), done.set()), daemon=True)
+    passes = 0
+    while not done.is_set() and passes < 1000:
+        with shelf.cache.held([shelf.wanted(number) for number in (3, 5)]):
+            if not passes:
+                change.start()
+            done.wait(0.001)  # what a pass computes takes
+        passes += 1
+    assert done.is_set()
+
+
 @settings(max_examples=20)
 @given(passes=st.lists(PASSES, min_size=2, max_size=4))
 def test_passes_side_by_side_keep_to_the_limit_and_all_end(passes: list[list[list[int]]]) -> None:
