@@ -46,7 +46,7 @@ def placed(before: State, placement: Placement) -> State:
 def arrived(before: State, after: State) -> State:
     """`after`, which was made of an earlier state of the same weights, as the one that follows `before`."""
     state = placed(before, after.release.placement)
-    return replace(state, assignments=after.assignments, num_hosts=after.num_hosts, next_number=after.next_number)
+    return replace(state, assignments=after.assignments, num_hosts=after.num_hosts, next_number=after.next_number, copies=after.copies)
 
 
 def with_copies(before: State, copies: Copies, planner: Planner) -> State:

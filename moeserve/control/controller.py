@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from moeserve.api.find_layer import find_layer
@@ -124,8 +125,8 @@ class Controller:
         """Change the number of hosts; "all" = as many as fit on the nodes. `why`: who or what asks for it. Autoscaling goes on from there.
 
         `instead_of`: only if that is the desired number when its turn comes. Hosts start or leave. Raises ConfigError when they do not fit,
-        autoscaling does not allow it, or it is no longer `instead_of`; then nothing has changed. Raises ChangeStopped when hosts that leave
-        make it in steps, and a later one cannot be made.
+        autoscaling does not allow it, or it is no longer `instead_of`; then nothing has changed. Raises ChangeStopped when full hosts make
+        it in steps, and a later one cannot be made.
         """
 
         async def change() -> BroughtIn:
@@ -146,7 +147,7 @@ class Controller:
     async def scale_copies(self, layer: str, expert: int | None, copies: int) -> Release:
         """So many copies of one expert, of every expert of a layer (None), or of all layers (""), in place of placement.copies.
 
-        Raises UnknownLayer, or ConfigError when they do not fit; then nothing has changed.
+        Raises UnknownLayer, or ConfigError when they do not fit; then nothing has changed. Raises ChangeStopped as `scale`.
         """
 
         def change(state: State) -> State:
@@ -154,7 +155,7 @@ class Controller:
 
         whose = "every expert" if expert is None else f"expert {expert}"
         asked = Begun("copies", f"{copies} of {whose} of {f'layer {layer}' if layer else 'every layer'}")
-        return await self._asked(asked, lambda: self._brought_in(change, asked.kind))
+        return await self._asked(asked, lambda: self._in_steps(change, asked.kind))
 
     async def rebalance(self, dry_run: bool = False) -> Rebalanced:
         """One round of balancing, or only its plan. Raises ExpertUnavailable while a host is down, ConfigError if it cannot be made."""
@@ -277,10 +278,10 @@ class Controller:
         if not is_same:
             await self.audit.recorded(asked, lambda: self._moved(assigned.assignments, self.state.num_hosts, asked.kind))
 
-    async def _moved(self, assignments: tuple[Assignment, ...], num_hosts: NumHosts, what: str) -> BroughtIn:
-        def change(state: State) -> State:
-            return moved(state, assignments, num_hosts, self._planner)
+    def _moved(self, assignments: tuple[Assignment, ...], num_hosts: NumHosts, what: str) -> Awaitable[BroughtIn]:
+        return self._in_steps(partial(moved, assignments=assignments, num_hosts=num_hosts, planner=self._planner), what)
 
+    async def _in_steps(self, change: Change, what: str) -> BroughtIn:
         def bring_in(each: Change, step: str, gone: Collection[int]) -> Awaitable[BroughtIn]:
             return self._brought_in(each, f"{what}{step}", gone=gone)
 

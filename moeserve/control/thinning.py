@@ -1,4 +1,4 @@
-"""Hosts leave, or are gone, where those that stay have no room for old and new experts at once: these give away before they get."""
+"""Hosts leave, or are gone, or get other copies, and have no room for old and new experts at once: they give away before they get."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _between(before: State, after: State, planner: Planner, down: Collection[int
     Empty where one step has room, where no steps lead there, or where hosts join while none is `down`. If one is, the only one: nobody
     waits longer than needed for what dead hosts held.
     """
-    is_thinned = bool(down) or set(after.assignments) < set(before.assignments)
+    is_thinned = bool(down) or set(after.assignments) <= set(before.assignments)
     if not is_thinned or after.release is before.release or _has_room(before, after, planner):
         return []
     old, new = before.release.placement, after.release.placement

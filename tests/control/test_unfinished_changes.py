@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moeserve import ConfigError, ExpertUnavailable, load_config
+from moeserve.config import ServiceConfig
 from moeserve.control import Assignment, State
 from moeserve.control.controller import Controller
 from moeserve.control.first_state import first_state
@@ -18,13 +19,21 @@ from tests.support.planning import planner_of
 from tests.support.simulated import SimulatedFrontend, SimulatedHosts, SimulatedNodes
 
 NUM_EXPERTS = 16
-CONFIG = load_config(
-    {
-        "layers": [{"hidden_size": 8, "intermediate_size": 4, "num_experts": NUM_EXPERTS, "seed": 0}],
-        "placement": {"num_hosts": 3, "memory_per_host_bytes": 9 * 3 * 8 * 4 * 4},
-        "balancing": {"extra_copies": 0.5},
-    }
-)
+LAYER = "layers.0"
+
+
+def configuration(room: int) -> ServiceConfig:
+    """3 hosts with room for so many experts each."""
+    return load_config(
+        {
+            "layers": [{"hidden_size": 8, "intermediate_size": 4, "num_experts": NUM_EXPERTS, "seed": 0}],
+            "placement": {"num_hosts": 3, "memory_per_host_bytes": room * 3 * 8 * 4 * 4},
+            "balancing": {"extra_copies": 0.5},
+        }
+    )
+
+
+CONFIG = configuration(9)
 
 
 class FullHosts(SimulatedHosts):
@@ -37,12 +46,14 @@ class FullHosts(SimulatedHosts):
         await super().take(release, assignments)
 
 
-async def started(hosts: SimulatedHosts, save: Callable[[State], None] = lambda _: None) -> tuple[Controller, SimulatedFrontend]:
+async def started(
+    hosts: SimulatedHosts, save: Callable[[State], None] = lambda _: None, config: ServiceConfig = CONFIG
+) -> tuple[Controller, SimulatedFrontend]:
     async def admit(keys: frozenset[str]) -> None:
         pass
 
-    nodes, planner = SimulatedNodes({"a": 8}), planner_of(CONFIG)
-    state, frontends = await first_state(planner, nodes), Frontends("id", CONFIG, 1.0, admit)
+    nodes, planner = SimulatedNodes({"a": 8}), planner_of(config)
+    state, frontends = await first_state(planner, nodes), Frontends("id", config, 1.0, admit)
     frontends.begin(state.release)
     controller = Controller(planner, state, nodes, hosts, frontends, save)
     await controller.begin(hosts.take(state.release, state.assignments), "the service starts")
@@ -73,6 +84,23 @@ async def test_a_later_step_of_a_change_fails_and_what_has_moved_stays_and_is_sa
     assert (stopped.kind, stopped.outcome, stopped.epoch) == ("scale", "stopped", state.release.epoch)
     await controller.scale(2)
     assert len(controller.state.assignments) == 2, "it can be asked for again"
+    await frontend.stop()
+
+
+async def test_full_hosts_give_copies_away_for_those_that_are_asked_for() -> None:
+    """24 copies on 3 hosts with room for 8 each: a second copy of an expert takes the place of one that balancing has made."""
+    hosts = FullHosts()
+    controller, frontend = await started(hosts, config=configuration(8))
+    await controller.rebalance(dry_run=True)
+    frontend.asked(0, (1e6 * np.arange(1, NUM_EXPERTS + 1) ** -0.3).astype(np.int64))
+    await controller.rebalance()
+    copies = controller.state.release.placement.layers[0].num_copies
+    assert copies.sum() == 24 and copies[NUM_EXPERTS - 1] == 1
+    await controller.scale_copies(LAYER, NUM_EXPERTS - 1, 2)
+    layer = controller.state.release.placement.layers[0]
+    assert (layer.num_copies[NUM_EXPERTS - 1], np.bincount(layer.host_of_physical).tolist()) == (2, [8, 8, 8])
+    assert controller.state.copies == {"default": 1, LAYER: {"default": 1, str(NUM_EXPERTS - 1): 2}}
+    assert controller.state.release.epoch > 2 and (await recorded(controller))[-1].outcome == "done"
     await frontend.stop()
 
 
