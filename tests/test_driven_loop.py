@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -49,3 +50,50 @@ def test_who_is_interrupted_leaves_the_loop_to_others(step: int) -> None:
     later.join(30)
     assert not later.is_alive()
     driven.loop.call_soon_threadsafe(driven.stop)
+
+
+FORKING = """
+import gc, os, threading
+from moeserve.loops import DrivenLoop
+
+driven = DrivenLoop("test")
+if (child := os.fork()) == 0:
+    del driven
+    gc.collect()
+    os._exit(0)
+os.waitpid(child, 0)
+driven.start()
+for _ in range(20):  # between them, it sleeps
+    called = threading.Event()
+    driven.loop.call_soon_threadsafe(called.set)
+    assert called.wait(20)
+print("awake")
+"""
+
+
+def test_a_forked_process_that_drops_a_loop_leaves_its_parent_awake() -> None:
+    found = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=60, check=False)
+    assert (found.stdout, found.stderr) == ("awake\n", "")
+
+
+def test_who_begins_to_wait_while_a_loop_ends_is_not_left_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that may not run it itself."""
+    driven, refused = DrivenLoop("test"), threading.Event()
+    close = driven.loop.close
+
+    def wait() -> None:
+        with pytest.raises(RuntimeError, match="closed"):
+            driven.wait(Waiter.done, may_drive=False)
+        refused.set()
+
+    waiting = threading.Thread(target=wait, daemon=True)
+
+    def begin_to_wait_and_close() -> None:
+        waiting.start()
+        waiting.join(0.3)
+        close()
+
+    monkeypatch.setattr(driven.loop, "close", begin_to_wait_and_close)
+    driven.start()
+    driven.loop.call_soon_threadsafe(driven.stop)
+    assert refused.wait(10)

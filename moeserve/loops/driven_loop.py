@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import selectors
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any, Final
 
 #: how long nobody has waited when the loop's own thread takes over: longer than a busy program pauses between two calls
 _LINGER_S: Final = 0.01
+_LIVE: Final[weakref.WeakSet[DrivenLoop]] = weakref.WeakSet()
 
 
 class Waiter:
     """A thread that waits for something that the loop will bring: `done` is called on the loop when it is there."""
 
-    __slots__ = ("_is_running", "_loop", "_wakes", "is_done")
+    __slots__ = ("_is_running", "_loop", "_wakes", "is_done", "may_drive")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, may_drive: bool) -> None:
         self.is_done = False
+        self.may_drive = may_drive
         self._loop, self._is_running = loop, False
         self._wakes = threading.Lock()
         self._wakes.acquire()
@@ -32,7 +37,7 @@ class Waiter:
             self.wake()
 
     def wake(self) -> None:
-        """Ends `sleep`: it is done, or is to drive."""
+        """Ends `sleep`: it is done, or is to drive, or nobody will ever run the loop again."""
         if self._wakes.locked():
             self._wakes.release()
 
@@ -58,7 +63,9 @@ class DrivenLoop:
     """
 
     def __init__(self, name: str) -> None:
-        self.loop = asyncio.new_event_loop()
+        self._selector = selectors.DefaultSelector()
+        self.loop = asyncio.SelectorEventLoop(self._selector)
+        _LIVE.add(self)
         #: an exception, as of Ctrl-C, came out of the loop: what it interrupted may be left half done
         self.is_interrupted = False
         self._thread = threading.Thread(target=self._keep, name=name, daemon=True)
@@ -76,11 +83,12 @@ class DrivenLoop:
     def wait(self, begin: Callable[..., object], *arguments: Any, may_drive: bool = True) -> None:
         """Calls `begin(waiter, *arguments)` on the loop, which must not raise, and returns after `waiter.done()`.
 
-        may_drive: this thread may run the loop meanwhile, with all that happens there; else it sleeps.
+        may_drive: this thread may run the loop meanwhile, with all that happens there; else it sleeps. Raises RuntimeError once the loop
+        has ended.
         """
-        waiter = Waiter(self.loop)
+        waiter = Waiter(self.loop, may_drive)
         try:  # it may be the driver as soon as it has asked: Ctrl-C would leave the loop to nobody
-            if may_drive and self._is_mine(waiter):
+            if self._is_mine(waiter):
                 self.loop.call_soon(begin, waiter, *arguments)
             else:
                 self.loop.call_soon_threadsafe(begin, waiter, *arguments)
@@ -88,6 +96,8 @@ class DrivenLoop:
                 waiter.sleep()
             if self._driver is waiter:
                 self._drive(waiter)
+            elif not waiter.is_done:
+                raise RuntimeError("the event loop has ended")
         finally:
             self._leave(waiter)
 
@@ -99,12 +109,12 @@ class DrivenLoop:
     def _is_mine(self, waiter: Waiter) -> bool:
         """Whether nobody runs the loop, so that `waiter` does; else it is asked to soon, if the loop's own thread does."""
         with self._lock:
-            if self._driver is None:
+            if self._driver is None and waiter.may_drive:
                 self._driver = waiter
                 self._turns += 1
                 return True
             self._waiting[waiter] = None
-            if self._driver is self._thread:
+            if self._driver is self._thread and waiter.may_drive:
                 self.loop.call_soon_threadsafe(self.loop.stop)
             return False
 
@@ -123,7 +133,7 @@ class DrivenLoop:
 
     def _succeed(self) -> None:
         """The next of those who wait is to run the loop. The lock is held."""
-        self._driver = next((waiter for waiter in self._waiting if not waiter.is_done), None)
+        self._driver = next((waiter for waiter in self._waiting if waiter.may_drive and not waiter.is_done), None)
         if self._driver is not None:
             del self._waiting[self._driver]
             self._turns += 1
@@ -132,7 +142,7 @@ class DrivenLoop:
     def _keep(self) -> None:
         """In its own thread: runs the loop when nobody has for a while."""
         seen = 0
-        while not self._is_stopping or self._driver is not None:
+        while not self._has_ended():
             with self._lock:
                 if self._driver is None and self._turns == seen:
                     self._driver = self._thread
@@ -147,4 +157,29 @@ class DrivenLoop:
             with self._lock:
                 self._succeed()
                 seen = self._turns - 1  # whoever has asked for the loop will soon ask again
-        self.loop.close()
+
+    def _has_ended(self) -> bool:
+        """Whether it was stopped and nobody runs it; then it is closed, and who begins to wait now is not left waiting."""
+        with self._lock:
+            if self._is_stopping and self._driver is None:
+                self.loop.close()
+                for waiter in self._waiting:
+                    waiter.wake()
+            return self.loop.is_closed()
+
+    def leave_to_parent(self) -> None:
+        """In a forked process: what the kernel watches for the loop is the parent's, too.
+
+        Nothing would wake the parent up any more if the loop were closed here, as when it is garbage.
+        """
+        if not self.loop.is_closed():
+            with selectors.DefaultSelector() as own:
+                os.dup2(own.fileno(), self._selector.fileno(), inheritable=False)
+
+
+def _in_child() -> None:
+    for driven in tuple(_LIVE):
+        driven.leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_in_child)
