@@ -31,6 +31,8 @@ class _Opened:
         self.channel, self.stubs = channel, stubs
         #: time.monotonic of the first call that failed to connect since one connected
         self.failing_since: float | None = None
+        #: by the client
+        self.is_closed = False
         self._lock = threading.Lock()
         self._running = 0
         self._is_given_up = False
@@ -81,6 +83,8 @@ class Call:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if not isinstance(error, grpc.RpcError):
             self._opened.end(error)
+            if isinstance(error, ValueError) and self._opened.is_closed:  # before it was begun, as gRPC says it
+                raise MoEServeError(f"this client of {self._reach.target} is closed") from None
             return
         known = to_error(error, self._reach.target, self.timeout_s)
         self._opened.end(known)
@@ -122,7 +126,10 @@ class Line:
         """Refuses further calls; returns the channel, if there is one, for the caller to close."""
         with self._lock:
             self._is_closed, opened, self._opened = True, self._opened, None
-        return None if opened is None else opened.channel
+        if opened is None:
+            return None
+        opened.is_closed = True
+        return opened.channel
 
     def _open(self) -> _Opened:
         with self._lock:
@@ -153,6 +160,7 @@ class LoopLines:
     def __init__(self, reach: Reach, make_stubs: Callable[[Any], Any]) -> None:
         self.reach = reach
         self._make_stubs = make_stubs
+        self._lock = threading.Lock()
         self._lines: dict[asyncio.AbstractEventLoop, AsyncLine] = {}
 
     @property
@@ -161,8 +169,9 @@ class LoopLines:
         loop = asyncio.get_running_loop()
         line = self._lines.get(loop)
         if line is None:
-            self._lines = {one: line for one, line in self._lines.items() if not one.is_closed()}
-            line = self._lines.setdefault(loop, AsyncLine(self.reach, self._make_stubs))
+            line = AsyncLine(self.reach, self._make_stubs)
+            with self._lock:  # loops of other threads find theirs for the first time, too
+                self._lines = {one: known for one, known in self._lines.items() if not one.is_closed()} | {loop: line}
         return line
 
     def __reduce__(self) -> tuple[Any, ...]:

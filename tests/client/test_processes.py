@@ -10,6 +10,8 @@ import pickle
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -126,6 +128,46 @@ def test_event_loops_one_after_another(target: str) -> None:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+class AskedLoop(asyncio.SelectorEventLoop):
+    """Does something when it is asked whether it is closed."""
+
+    when_asked: Callable[[], None] = staticmethod(lambda: None)
+
+    def is_closed(self) -> bool:
+        self.when_asked()
+        return super().is_closed()
+
+
+def test_event_loops_that_begin_at_the_same_time(target: str) -> None:
+    """In threads of their own: each has the connection that it has closed, or uses."""
+    client = AsyncClient(target)
+
+    def close() -> None:
+        with asyncio.Runner() as runner:
+            runner.run(client.close())
+            is_closed.set()
+            assert has_answered.wait(30)
+            with pytest.raises(errors.MoEServeError, match="closed"):
+                runner.run(client.forward(X))
+
+    is_closed, has_answered, loop = threading.Event(), threading.Event(), AskedLoop()
+    loop.run_until_complete(client.layers())
+    with ThreadPoolExecutor(1) as pool:
+        closing: list[Future[None]] = []
+
+        def begin() -> None:
+            loop.when_asked = lambda: None
+            closing.append(pool.submit(close))
+            is_closed.wait(0.3)
+
+        loop.when_asked = begin
+        assert answers_async(client) == X.flatten().tolist()
+        has_answered.set()
+        closing[0].result(30)
+    loop.run_until_complete(client.close())
+    loop.close()
 
 
 def test_a_closed_client_says_so(target: str) -> None:
