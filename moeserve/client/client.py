@@ -119,8 +119,8 @@ class Client:
         """`forward`, without waiting for its answer, which is the result of the future; its errors are raised there.
 
         Several calls are in progress at a time, and their answers come in any order; small ones that are submitted at the same time travel
-        in one message. While 256 are in progress, it waits until one of them is answered. Do not change the tensors before the answer is
-        there. Cancelling the future gives the call up.
+        in one message. While 256 are in progress, it waits until one of them is answered, but not in a callback of a future. Do not change
+        the tensors before the answer is there. Cancelling the future gives the call up.
         """
         routing = used_token, topk_ids, topk_weights, return_routing
         return self._submitter.submit(hidden_states, layer, *routing, model, timeout, **options)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from moeserve.errors import MoEServeError
@@ -22,7 +24,10 @@ _END_S: Final = 5.0
 
 
 class Submitter:
-    """`submit` calls from any thread; `close` cancels what is in progress. Copies, and processes forked from this one, start anew."""
+    """`submit` calls from any thread; `close` cancels what is in progress. Copies, and processes forked from this one, start anew.
+
+    One that nobody refers to any more ends with the last of its calls.
+    """
 
     def __init__(self, make: Callable[[], AsyncClient]) -> None:
         self._make = make
@@ -37,8 +42,9 @@ class Submitter:
                 raise MoEServeError("this client is closed")
             if self._work is None or not self._work.thread.is_running:
                 self._work = _Work(self._make())
+                weakref.finalize(self, self._work.close_soon).atexit = False
             work = self._work
-        return work.submit(*arguments, **named)
+        return work.submit(self, *arguments, **named)
 
     def close(self) -> None:
         """Idempotent."""
@@ -57,43 +63,65 @@ class _Work:
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
         self._room = threading.Semaphore(MAX_SUBMITTED)
-        self._running: set[Future[ForwardOutput]] = set()
+        #: calls in progress, and whose they are: that is no garbage meanwhile
+        self._running: dict[Future[ForwardOutput], Submitter] = {}
         #: held where a call begins, and where no further one may
         self._lock = threading.Lock()
         self._is_closed = False
+        self._ending: asyncio.Task[None] | None = None
         self.thread = LoopThread("moeserve-client")
         self.thread.start()
 
-    def submit(self, *arguments: Any, **named: Any) -> Future[ForwardOutput]:
+    def submit(self, submitter: Submitter, *arguments: Any, **named: Any) -> Future[ForwardOutput]:
         work = self._client.forward(*arguments, **named)
-        self._room.acquire()
+        # What waits on the loop, as a callback of a future, would keep all calls from being answered.
+        has_room = self._room.acquire(blocking=not self.thread.is_here)
         with self._lock:
             if self._is_closed:  # while this call waited for room
                 work.close()
-                self._room.release()
+                self._leave_room(has_room)
                 raise MoEServeError("this client is closed")
             future = self.thread.submit(work)
-            self._running.add(future)
-        future.add_done_callback(self._done)
+            self._running[future] = submitter
+        future.add_done_callback(partial(self._done, has_room))
         return future
 
-    def _done(self, future: Future[ForwardOutput]) -> None:
-        self._running.discard(future)
-        self._room.release()
+    def _done(self, has_room: bool, future: Future[ForwardOutput]) -> None:
+        self._leave_room(has_room)
+        self._running.pop(future, None)
+
+    def _leave_room(self, has_room: bool) -> None:
+        if has_room:
+            self._room.release()
 
     def close(self) -> None:
         with self._lock:
             self._is_closed = True
         for future in list(self._running):
             future.cancel()
-        with suppress(TimeoutError):
-            self.thread.call(self._end(), _END_S)
-        self.thread.stop()
+        self.close_soon()
+        if not self.thread.is_here:
+            self.thread.join()
+
+    def close_soon(self) -> None:
+        """Ends it, without waiting, from any thread in any state."""
+        if self.thread.is_running:
+            with suppress(RuntimeError):  # it has ended meanwhile
+                self.thread.soon(self._leave)
+
+    def _leave(self) -> None:
+        self._ending = self._ending or asyncio.create_task(self._end())
 
     async def _end(self) -> None:
         """Calls end before their channel does."""
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        await self._client.close()
+        try:
+            async with asyncio.timeout(_END_S):
+                await asyncio.gather(*others, return_exceptions=True)
+                await self._client.close()
+        except TimeoutError:
+            pass
+        finally:
+            self.thread.stop_soon()

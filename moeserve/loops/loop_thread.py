@@ -16,12 +16,17 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     @property
     def is_running(self) -> bool:
         """Whether it was started and not stopped."""
         return self._thread.is_alive()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the caller runs on it."""
+        return threading.current_thread() is self._thread
 
     def start(self) -> None:
         """Starts the thread; coroutines that were submitted before run now."""
@@ -42,6 +47,20 @@ class LoopThread:
     def stop(self) -> None:
         """Ends the thread; coroutines that still run there never end."""
         if self.is_running:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
+            self._loop.call_soon_threadsafe(self.stop_soon)
+            self.join()
         self._loop.close()
+
+    def stop_soon(self) -> None:
+        """As `stop`, on the loop, without waiting."""
+        self._loop.stop()
+
+    def join(self) -> None:
+        """Returns when the thread has ended."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()

@@ -6,13 +6,14 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Final
 
 from moeserve.api.output import ForwardOutput
 from moeserve.errors import MoEServeError
 
 #: calls in progress; the next one waits until one of them is done
-_SIDE_BY_SIDE: Final = 64
+SIDE_BY_SIDE: Final = 64
 
 
 class SubmittedCalls:
@@ -31,13 +32,13 @@ class SubmittedCalls:
             if self._work is None or self._work.pid != os.getpid():
                 self._work = _Threads()
             work = self._work
-        work.room.acquire()
+        has_room = work.wait_for_room()
         try:
             future = work.pool.submit(call)
         except RuntimeError:  # closed, maybe while this call waited for room
-            work.room.release()
+            work.leave_room(has_room)
             raise MoEServeError("this client is closed") from None
-        future.add_done_callback(lambda _: work.room.release())
+        future.add_done_callback(lambda _: work.leave_room(has_room))
         return future
 
     def close(self) -> None:
@@ -51,5 +52,15 @@ class SubmittedCalls:
 class _Threads:
     def __init__(self) -> None:
         self.pid = os.getpid()
-        self.pool = ThreadPoolExecutor(_SIDE_BY_SIDE, "moeserve-submit")
-        self.room = threading.Semaphore(_SIDE_BY_SIDE)
+        self._here = threading.local()
+        self.pool = ThreadPoolExecutor(SIDE_BY_SIDE, "moeserve-submit", partial(setattr, self._here, "is_worker", True))
+        self._room = threading.Semaphore(SIDE_BY_SIDE)
+
+    def wait_for_room(self) -> bool:
+        """Whether room was taken. Callbacks of futures run in the pool's threads: if all waited there, none would make room."""
+        return self._room.acquire(blocking=not hasattr(self._here, "is_worker"))
+
+    def leave_room(self, has_room: bool) -> None:
+        """has_room: what `wait_for_room` said."""
+        if has_room:
+            self._room.release()
