@@ -5,6 +5,7 @@ Imported when the first tensor is sent: other calls do not wait for torch.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Unpack
@@ -77,6 +78,7 @@ class SentRequest:
         self.device = torch.device("cpu")
         self._error: Exception | None = None
         self._is_first = True
+        self._reading: asyncio.Task[Any] | None = None
 
     def encoded(self, requests: Iterable[WireRequest]) -> Iterator[bytes]:
         """Ends instead of raising, because gRPC only logs exceptions of a request iterator."""
@@ -87,12 +89,18 @@ class SentRequest:
             self._error = error
 
     async def encoded_async(self, requests: AsyncIterable[WireRequest]) -> AsyncIterator[bytes]:
-        """The same for an asynchronous source."""
+        """The same for an asynchronous source, until `stop`."""
+        self._reading = asyncio.current_task()
         try:
             async for request in requests:
                 yield self._encode(request)
         except Exception as error:
             self._error = error
+
+    def stop(self) -> None:
+        """Nothing more is asked of an asynchronous source: when a service has ended the stream, gRPC leaves the task that waits for it."""
+        if self._reading is not None:
+            self._reading.cancel()
 
     def raise_error(self) -> None:
         """Call it after the last answer."""

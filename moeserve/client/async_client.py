@@ -128,6 +128,7 @@ class AsyncClient:
                     yield decode_answer(data, sent.device)
             finally:
                 answers.cancel()
+                sent.stop()
         sent.raise_error()
 
     async def layers(self, timeout: float | None = None) -> list[LayerInfo]:

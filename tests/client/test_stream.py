@@ -58,6 +58,27 @@ async def test_requests_of_a_stream_may_be_asynchronous(target: str) -> None:
         assert {answer.request_id async for answer in client.forward_stream(requests())} == {"0", "1", "2"}
 
 
+async def test_a_source_that_waits_is_ended_when_the_service_ends_the_stream(engine: FakeEngine) -> None:
+    """It would wait for ever, and what it has open would stay open."""
+    ended = asyncio.Event()
+
+    async def requests() -> AsyncIterator[WireRequest]:
+        try:
+            yield WireRequest(X)
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    with served(engine) as (target, server, thread):
+        async with AsyncClient(target) as client:
+            stream = client.forward_stream(requests())
+            await anext(stream)
+            thread.call(server.drain(10))
+            with pytest.raises(errors.ExpertUnavailable, match="draining"):
+                await anext(stream)
+            await asyncio.wait_for(ended.wait(), 30)
+
+
 class SlowFirst(FakeEngine):
     """Its gate holds up batches of zeros only."""
 
