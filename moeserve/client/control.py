@@ -12,6 +12,7 @@ import grpc
 from moeserve.client.connection import FOLLOWING, TLS, Reach
 from moeserve.client.failures import to_error
 from moeserve.errors import MoEServeError, PermissionDenied, ServiceUnreachable
+from moeserve.loops import in_thread
 from moeserve.v1 import control_service_pb2 as pb
 from moeserve.v1 import control_service_pb2_grpc as pb_grpc
 
@@ -35,7 +36,7 @@ class ControlClient:
     @asynccontextmanager
     async def follow(self) -> AsyncIterator[FollowStream]:
         """One attempt, on a new connection: the name may have another address by now."""
-        reach = self._reach()
+        reach = await in_thread(self._reach)  # to find the token may take a second, in which calls are answered
         async with reach.open_async() as channel:
             call = pb_grpc.ControlServiceStub(channel).Follow(metadata=reach.metadata)  # type: ignore[no-untyped-call]
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +13,13 @@ import pytest
 import torch
 
 from moeserve import errors
-from moeserve.client import AdminClient, AsyncClient, Client, WireRequest
+from moeserve.client import AdminClient, AsyncClient, Client, ControlClient, WireRequest
 from tests.client.calls import Calls
 from tests.support.engine import HIDDEN, FakeEngine, X, identity, spec
 from tests.support.listeners import listener
 from tests.support.names import names
 from tests.support.servers import served
+from tests.support.waiting import until_async
 
 #: gRPC's own pauses grow by 60 % each, so that this many attempts take it some 40 s
 ATTEMPTS = 8
@@ -50,6 +52,28 @@ def test_attempts_to_reach_a_service_do_not_become_rare() -> None:
             )
             assert [each.result() for each in tries] == [True] * 4
         runner.run(asynchronous.close())
+
+
+async def test_a_token_that_is_long_in_coming_holds_up_nothing_else() -> None:
+    """As that of a controller which has stopped: a program that follows it answers meanwhile."""
+    is_asked, goes_on = threading.Event(), threading.Event()
+    held_up: list[bool] = []
+
+    def token() -> str:
+        if is_asked.is_set():
+            held_up.append(not goes_on.wait(10))
+        is_asked.set()  # the first time, when the client is made
+        return "token"
+
+    async def follow() -> None:
+        async with ControlClient("127.0.0.1:1", token).follow():
+            pass
+
+    following = asyncio.create_task(follow())
+    await until_async(is_asked.is_set)
+    goes_on.set()
+    await following
+    assert held_up == [False]
 
 
 async def test_new_frontends_behind_a_name_get_work(engine: FakeEngine, connect: Callable[..., Calls]) -> None:
