@@ -70,6 +70,7 @@ class EmbeddedClient:
         self._is_closed = False
         self._name = name
         self._frontend: EmbeddedFrontend | None = None
+        self._at_end: weakref.finalize[[], EmbeddedClient] | None = None
 
     def forward(
         self,
@@ -179,7 +180,10 @@ class EmbeddedClient:
                 invitation = ask(self._controller)
                 node = "" if invitation is None else invitation.node
                 self._frontend = EmbeddedFrontend(self._orders, self._name, node, AWAY_S if self._retry else 0.0)
-                weakref.finalize(self, self._frontend.close_soon).atexit = False
+                if self._at_end is not None:
+                    self._at_end.detach()  # it would keep the last one
+                self._at_end = weakref.finalize(self, self._frontend.close_soon)
+                self._at_end.atexit = False
             begun = self._frontend
         if last is not None:
             last.close_soon()
