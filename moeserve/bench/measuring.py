@@ -48,10 +48,11 @@ async def _measure(client: AsyncClient, layer: LayerInfo, requests: Sequence[Wir
     """A few requests, one after the other."""
     await _ask(client, layer, requests[-_WARM_UP:])
     before = await client.stats()
-    into.latencies_s.append(await _ask(client, layer, requests[:_REQUESTS]))
+    asked = requests[:_REQUESTS]
+    into.latencies_s.append(await _ask(client, layer, asked))
     after = await client.stats()
     for stage in since(after.stages, before.stages):
-        into.stages_s.setdefault(stage.name, []).append(stage.sum_s / _REQUESTS)
+        into.stages_s.setdefault(stage.name, []).append(stage.sum_s / len(asked))
 
 
 async def _ask(client: AsyncClient, layer: LayerInfo, requests: Sequence[WireRequest]) -> list[float]:

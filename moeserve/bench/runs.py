@@ -17,19 +17,28 @@ from moeserve.bench.load import Load, Measured, Send, check_answer, run
 from moeserve.bench.report import progress_bar
 from moeserve.bench.stream_sender import StreamSender
 from moeserve.client import AsyncClient, LayerInfo, WireRequest
+from moeserve.errors import ConfigError, InvalidRequest
 
 #: different inputs, sent in turn, so that requests need different experts
 _NUM_INPUTS: Final = 16
+#: of one message, as clients send them, and of all inputs of a run
+_MOST_BYTES: Final = 2**30
+_MOST_BYTES_OF_ALL: Final = 2**31
 
 
 class Inputs:
-    """Random hidden_states [T, H], the same for the same seed."""
+    """Random hidden_states [T, H], the same for the same seed. Raises ConfigError for a seed that cannot be."""
 
     def __init__(self, dtype: torch.dtype, with_token_ids: bool, seed: int) -> None:
+        if not -(2**63) <= seed < 2**64:
+            raise ConfigError(f"--seed is {seed}; allowed: -2^63 to 2^64 - 1")
         self._dtype, self._with_token_ids, self._seed = dtype, with_token_ids, seed
 
     def make(self, layer: LayerInfo, tokens: int) -> list[WireRequest]:
-        """Requests of so many tokens, to be sent in turn."""
+        """Requests of so many tokens, to be sent in turn: fewer of large ones. Raises InvalidRequest where no message has so many bytes."""
+        nbytes = tokens * layer.hidden_size * self._dtype.itemsize
+        if nbytes > _MOST_BYTES:
+            raise InvalidRequest(f"{tokens} tokens of layer {layer.name} have {nbytes} bytes; a message has at most {_MOST_BYTES}")
         generator = torch.Generator().manual_seed(self._seed)
         return [
             WireRequest(
@@ -37,7 +46,7 @@ class Inputs:
                 layer.index,
                 token_ids=torch.randint(0, 2**31, (tokens,), generator=generator) if self._with_token_ids else None,
             )
-            for _ in range(_NUM_INPUTS)
+            for _ in range(max(1, min(_NUM_INPUTS, _MOST_BYTES_OF_ALL // nbytes)))
         ]
 
 

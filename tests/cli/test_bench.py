@@ -161,6 +161,7 @@ def test_what_takes_longer_by_chance_is_the_spread() -> None:
         (("--requests", "-1"), "--requests is -1; allowed: 1 and more"),
         (("--dtype", "int8"), "--dtype is int8; allowed: float32"),
         (("--warmup-requests", "-1"), "--warmup-requests is -1"),
+        (("--seed", str(2**64)), f"--seed is {2**64}; allowed: -2^63 to 2^64 - 1"),
         (("--timeout", "0"), "--timeout is 0"),
         (("--costs", "a", "--record", "b"), "--costs excludes --record and --stream"),
         (("--costs", "a", "--stream"), "--costs excludes --record and --stream"),
@@ -178,6 +179,13 @@ def test_no_service_and_no_layer(capsys: pytest.CaptureFixture[str], service: Se
     assert code == 3 and err.startswith("error: 127.0.0.1:1 is unavailable")
     code, _, err = bench(capsys, service.target, "--layer", "7")
     assert code == 1 and "there is no layer 7; served: 0..1 (layers.0, layers.1)" in err
+
+
+def test_requests_that_no_message_can_bring(capsys: pytest.CaptureFixture[str]) -> None:
+    with served(FakeEngine([(spec("l", hidden_size=2**20), identity)])) as (target, _, _):
+        code, out, err = bench(capsys, target, "--tokens", "1000000")
+    assert (code, out) == (1, "")
+    assert err == f"error: 1000000 tokens of layer l have {2**22 * 10**6} bytes; a message has at most {2**30}\n"
 
 
 def test_a_service_that_always_refuses(capsys: pytest.CaptureFixture[str]) -> None:
