@@ -129,9 +129,13 @@ class UnsafeMemory(Exception):
 def create_shared(nbytes: int) -> tuple[int, mmap.mmap]:
     """A file descriptor to hand to another process, and the memory behind it. No name, no file, no /dev/shm mount; its size is final."""
     fd = os.memfd_create("moeserve", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, nbytes)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-    return fd, mmap.mmap(fd, nbytes)
+    try:
+        os.ftruncate(fd, nbytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        return fd, mmap.mmap(fd, nbytes)
+    except BaseException:
+        os.close(fd)
+        raise
 
 
 def map_shared(fd: int, nbytes: int) -> mmap.mmap:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from contextlib import suppress
 from itertools import pairwise
 
 import pytest
@@ -66,6 +67,22 @@ def test_pages_that_are_not_lent_go_back_to_the_kernel_and_the_lent_ones_stay() 
     give_back_pools()
     assert os.fstat(fd).st_blocks == 0
     os.close(fd)
+
+
+def memory_files() -> int:
+    """How many this process has open."""
+    found = 0
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # that of the list itself
+            found += "memfd:moeserve" in os.readlink(f"/proc/self/fd/{fd}")
+    return found
+
+
+def test_memory_that_cannot_be_had_leaves_no_descriptor_open() -> None:
+    before = memory_files()
+    with pytest.raises(OSError):
+        create_shared(2**60)
+    assert memory_files() == before
 
 
 def test_both_sides_see_the_same_bytes() -> None:
