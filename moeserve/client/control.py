@@ -11,6 +11,7 @@ import grpc
 
 from moeserve.client.connection import FOLLOWING, TLS, Reach
 from moeserve.client.failures import to_error
+from moeserve.client.fork import FORKS
 from moeserve.errors import MoEServeError, PermissionDenied, ServiceUnreachable
 from moeserve.loops import in_thread
 from moeserve.v1 import control_service_pb2 as pb
@@ -37,7 +38,9 @@ class ControlClient:
     async def follow(self) -> AsyncIterator[FollowStream]:
         """One attempt, on a new connection: the name may have another address by now."""
         reach = await in_thread(self._reach)  # to find the token may take a second, in which calls are answered
+        FORKS.check(is_async=True)
         async with reach.open_async() as channel:
+            FORKS.opened(channel, is_async=True)
             call = pb_grpc.ControlServiceStub(channel).Follow(metadata=reach.metadata)  # type: ignore[no-untyped-call]
             try:
                 yield FollowStream(call, reach.target)

@@ -3,35 +3,46 @@
 from __future__ import annotations
 
 import os
-from typing import Final
+import weakref
+from typing import Any, Final
 
 from moeserve.errors import MoEServeError
 
 
 class Forks:
-    """Knows whether this process was forked from one with open channels, without gRPC's fork support."""
+    """Knows whether this process was forked from one with open channels, without gRPC's fork support, which asyncio's never have."""
 
     def __init__(self) -> None:
         # gRPC reads it when it is imported.
         self._is_survived = os.environ.get("GRPC_ENABLE_FORK_SUPPORT", "1").lower() not in ("0", "false", "no", "f", "n")
         self._has_channels = False
-        self._is_broken = False
+        self._of_asyncio: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._is_broken = self._is_asyncio_broken = False
         os.register_at_fork(after_in_child=self._in_child)
 
-    def opened(self) -> None:
-        """A channel was opened."""
+    def opened(self, channel: Any, is_async: bool) -> None:
+        """A channel was opened; is_async: one of asyncio."""
         self._has_channels = True
+        if is_async:
+            self._of_asyncio.add(channel)
 
-    def check(self) -> None:
-        """Raises MoEServeError if a call would hang."""
+    def check(self, is_async: bool) -> None:
+        """Raises MoEServeError if a call would hang; is_async: one of asyncio."""
         if self._is_broken:
             raise MoEServeError(
                 "this process was forked after its parent had used a client, with GRPC_ENABLE_FORK_SUPPORT=0 in the environment, and gRPC "
                 'cannot go on in it: leave that out, or use clients only after the fork, or start processes by "spawn"'
             )
 
+        if is_async and self._is_asyncio_broken:
+            raise MoEServeError(
+                "this process was forked while its parent had an AsyncClient, calls of submit or an EmbeddedClient, and asyncio's gRPC "
+                'cannot go on in it: call Client.forward, or use these only after the fork, or start processes by "spawn"'
+            )
+
     def _in_child(self) -> None:
         self._is_broken = self._is_broken or (self._has_channels and not self._is_survived)
+        self._is_asyncio_broken = self._is_asyncio_broken or bool(self._of_asyncio)
 
 
 FORKS: Final = Forks()

@@ -116,7 +116,7 @@ class Line:
 
     def within(self, timeout_s: float | None) -> Call:
         """A call of so many seconds; None = without limit. Raises as `call`."""
-        FORKS.check()
+        FORKS.check(self._is_async)
         opened = self._opened
         while opened is None or opened.is_useless or not opened.begin():
             opened = self._open()
@@ -140,7 +140,7 @@ class Line:
                 self._opened = None
             if self._opened is None:
                 channel = self.reach.open_async() if self._is_async else self.reach.open()
-                FORKS.opened()
+                FORKS.opened(channel, self._is_async)
                 self._opened = _Opened(channel, self._make_stubs(channel))
             return self._opened
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import threading
 import weakref
 from collections.abc import Callable
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
 #: calls in progress; the next one waits until one of them is done
 MAX_SUBMITTED: Final = 256
 _END_S: Final = 5.0
+#: a thread that is in compiled code while Python ends would abort the process
+_LIVE: Final[weakref.WeakSet[_Work]] = weakref.WeakSet()
 
 
 class Submitter:
-    """`submit` calls from any thread; `close` cancels what is in progress. Copies, and processes forked from this one, start anew.
+    """`submit` calls from any thread; `close` cancels what is in progress, and so does the end of the program. Copies start anew.
 
     One that nobody refers to any more ends with the last of its calls.
     """
@@ -71,6 +74,7 @@ class _Work:
         self._ending: asyncio.Task[None] | None = None
         self.thread = LoopThread("moeserve-client")
         self.thread.start()
+        _LIVE.add(self)
 
     def submit(self, submitter: Submitter, *arguments: Any, **named: Any) -> Future[ForwardOutput]:
         work = self._client.forward(*arguments, **named)
@@ -101,7 +105,7 @@ class _Work:
             future.cancel()
         self.close_soon()
         if not self.thread.is_here:
-            self.thread.join()
+            self.thread.join(2 * _END_S)
 
     def close_soon(self) -> None:
         """Ends it, without waiting, from any thread in any state."""
@@ -125,3 +129,10 @@ class _Work:
             pass
         finally:
             self.thread.stop_soon()
+
+
+@atexit.register
+def _close_all() -> None:
+    for work in tuple(_LIVE):
+        if work.thread.is_running:
+            work.close()

@@ -55,9 +55,9 @@ class LoopThread:
         """As `stop`, on the loop, without waiting."""
         self._loop.stop()
 
-    def join(self) -> None:
-        """Returns when the thread has ended."""
-        self._thread.join()
+    def join(self, timeout_s: float | None = None) -> None:
+        """Returns when the thread has ended, or after so long."""
+        self._thread.join(timeout_s)
 
     def _run(self) -> None:
         try:

@@ -104,6 +104,38 @@ def test_forked_processes(target: str) -> None:
     assert not_supported[1].startswith("this process was forked after its parent had used a client, with GRPC_ENABLE_FORK_SUPPORT=0")
 
 
+SUBMITTING = """
+import atexit, os, sys
+
+atexit.register(lambda: print(unfinished.cancelled(), flush=True))  # after all that is registered later
+
+import moeserve, torch
+
+rows = torch.ones(1, 16)
+client = moeserve.Client(sys.argv[1], timeout=20)
+client.submit(rows[:0]).result(20)
+if os.fork():
+    os.wait()
+    unfinished = client.submit(rows)
+    sys.exit()
+try:
+    print(len(client.layers()), client.submit(rows[:0]).result(20))
+except Exception as error:
+    print(repr(error))
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def test_submitted_calls_and_the_end_of_a_program_or_a_fork(target: str, engine: FakeEngine) -> None:
+    """Threads in compiled code would abort a program that ends; asyncio's gRPC does not go on in a child: calls would wait for ever."""
+    engine.gate.clear()
+    found = subprocess.run([sys.executable, "-c", SUBMITTING, target], capture_output=True, text=True, timeout=60, check=False)
+    told, cancelled = found.stdout.splitlines()
+    assert told.startswith("MoEServeError('this process was forked while its parent had an AsyncClient, calls of submit")
+    assert (found.returncode, cancelled) == (0, "True")
+
+
 def test_event_loops_one_after_another(target: str) -> None:
     """Closed in between, or not, and beside a loop that goes on in another thread."""
     client = AsyncClient(target)
