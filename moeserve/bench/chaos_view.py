@@ -24,7 +24,7 @@ _LATE_MS: Final = 50.0
 @contextmanager
 def progress(total_s: float) -> Iterator[tuple[Callable[[str], None], Callable[[LoadProcess], None]]]:
     """Yields what tells a line, and what shows the counts of a load from then on: both on stderr, the latter if that is a terminal."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     tasks: list[asyncio.Task[None]] = []
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:

@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+from rich.console import Console
 from rich.table import Table
 
 from moeserve.observe.records import Column, Form, columns
+
+
+def console() -> Console:
+    """For results. Text is shown as it is: the name of a layer or a frontend may look like rich's markup."""
+    return Console(markup=False, emoji=False, highlight=False)
 
 
 def bytes_text(value: int) -> str:

@@ -23,10 +23,9 @@ def plan(
     """Show the layers, their gates, the experts of each host and their memory; fail when they do not fit."""
     config = load_config(source, overrides)
     with preparing():
-        from rich.console import Console
-
         from moeserve.checkpoints import ServedLayers, check_memory, host_bytes, in_memory, layer_sources, memory_bytes
         from moeserve.cli import plan_change
+        from moeserve.cli.columns import console
         from moeserve.cli.plan_view import spill_text, tables
         from moeserve.control import Planner
         from moeserve.placement import plan_placement
@@ -43,11 +42,11 @@ def plan(
         sizes = {"weights_bytes_per_host": nbytes, "memory_bytes_per_host": held}
         print(json.dumps({"hosts": number, **sizes, **(plan_change.as_json(change) if change else {})}))
     else:
-        console = Console()
+        shown = console()
         for table in tables(sources, placement, config.placement, nbytes, with_kernels):
-            console.print(table)
+            shown.print(table)
         if change is not None and from_hosts is not None:
-            console.print(plan_change.as_text(change, from_hosts, number))
+            shown.print(plan_change.as_text(change, from_hosts, number))
         if sum(held) < sum(nbytes):
-            console.print(spill_text(nbytes, held))
+            shown.print(spill_text(nbytes, held))
     check_memory(held, config.placement, memory_bytes() if is_here else None)

@@ -10,8 +10,9 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
-from moeserve.cli.columns import add_columns, cells, ratio_text, span_text
+from moeserve.cli.columns import add_columns, cells, console, ratio_text, span_text
 from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of
 from moeserve.errors import number_of
 from moeserve.observe.records import plain
@@ -33,7 +34,7 @@ def status(
     if as_json:
         print(json.dumps(plain(status)))
     else:
-        _show(status, Console(highlight=False))
+        _show(status, console())
 
 
 def _show(status: ServiceStatus, console: Console) -> None:
@@ -41,7 +42,7 @@ def _show(status: ServiceStatus, console: Console) -> None:
     changing = f", changing: {status.changing}" if status.is_changing else ""
     console.print(f"epoch {status.epoch}{changing}: {up} of {number_of(len(status.hosts), 'host')} up, {status.wanted_hosts} wanted")
     if status.shortage:
-        console.print(f"[yellow]short: {status.shortage}[/]", soft_wrap=True)
+        console.print(Text(f"short: {status.shortage}", "yellow"), soft_wrap=True)
     console.print(_hosts(status))
     console.print(_frontends(status))
     console.print(_layers(status))
@@ -56,7 +57,7 @@ def _hosts(status: ServiceStatus) -> Table:
         for held in layer.placement:
             experts[held.host] += len(held.experts)
     for host in status.hosts:
-        state = "[green]up[/]" if host.is_up else "[red]down[/]"
+        state = Text("up", "green") if host.is_up else Text("down", "red")
         table.add_row(host.name, state, str(host.pid or ""), *cells(host, _NODE_CHARS), str(experts[host.number]))
     return table
 
@@ -64,7 +65,7 @@ def _hosts(status: ServiceStatus) -> Table:
 def _frontends(status: ServiceStatus) -> Table:
     table = _table("frontend", "state", "gRPC", "metrics", "node", "epoch")
     for frontend in status.frontends:
-        state = "[green]ready[/]" if frontend.is_ready else "[red]not ready[/]"
+        state = Text("ready", "green") if frontend.is_ready else Text("not ready", "red")
         table.add_row(frontend.name, state, frontend.target, frontend.metrics_target, frontend.node[:_NODE_CHARS], str(frontend.epoch))
     return table
 

@@ -7,10 +7,11 @@ import time
 from typing import Annotated
 
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
+from moeserve.cli.columns import console
 from moeserve.cli.signals import Ended
 from moeserve.cli.streams import is_read
 from moeserve.cli.target import Target, TlsCa, TokenFile, timeout_of, tls_of, token_of
@@ -43,8 +44,8 @@ def _top(client: Client, target: str, once: bool, as_json: bool, interval_s: flo
     if as_json:
         _print_json(client, once, interval_s)
     elif once:
-        console = Console(highlight=False)
-        console.print(view(target, client.stats(), None, console.width))
+        shown = console()
+        shown.print(view(target, client.stats(), None, shown.width))
     else:
         _show(client, target, interval_s)
 
@@ -59,10 +60,10 @@ def _print_json(client: Client, once: bool, interval_s: float) -> None:
 
 def _show(client: Client, target: str, interval_s: float) -> None:
     """The first answer must come; if the service goes away later, its last numbers stay until it is back."""
-    console = Console(highlight=False)
+    shown = console()
     stats = client.stats()
-    picture = view(target, stats, None, console.width, console.height)
-    with Live(picture, console=console, screen=console.is_terminal, auto_refresh=False) as live:
+    picture = view(target, stats, None, shown.width, shown.height)
+    with Live(picture, console=shown, screen=shown.is_terminal, auto_refresh=False) as live:
         while is_read():
             time.sleep(interval_s)
             try:
@@ -70,6 +71,5 @@ def _show(client: Client, target: str, interval_s: float) -> None:
             except (ExpertUnavailable, DeadlineExceeded) as error:
                 live.update(Group(Text(str(error), style="bold red"), picture), refresh=True)
                 continue
-            is_same_service = stats.uptime_s >= before.uptime_s
-            picture = view(target, stats, before if is_same_service else None, console.width, console.height)
+            picture = view(target, stats, before, shown.width, shown.height)
             live.update(picture, refresh=True)

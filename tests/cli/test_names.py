@@ -1,0 +1,34 @@
+"""Names that look like rich's markup are shown as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moeserve.cli.app import main
+from tests.support.harness import ServiceHarness
+
+NAMES = ["[/b] first", "[bold]second", "third:fire:"]
+LAYERS = [{"name": name, "hidden_size": 16, "intermediate_size": 8, "num_experts": 4} for name in NAMES]
+
+
+def missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *argv: str) -> list[str]:
+    """The names that a wide terminal does not show."""
+    monkeypatch.setenv("COLUMNS", "140")
+    assert main(argv) == 0
+    shown = capsys.readouterr().out
+    return [name for name in NAMES if name not in shown]
+
+
+def test_of_layers_that_are_served(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (token := tmp_path / "admin").write_text("of the administrator")
+    with ServiceHarness({"layers": LAYERS, "server": {"admin_token_file": token}}, "local", tmp_path) as service:
+        assert missing(capsys, monkeypatch, "top", service.target, "--once") == []
+        assert missing(capsys, monkeypatch, "status", service.target, "--admin-token-file", str(token)) == []
+
+
+def test_of_layers_that_are_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = ["[[layers]]\n" + "".join(f"{key} = {value!r}\n" for key, value in layer.items()) for layer in LAYERS]
+    (source := tmp_path / "layers.toml").write_text("".join(tables))
+    assert missing(capsys, monkeypatch, "plan", str(source)) == []
