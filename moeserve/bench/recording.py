@@ -12,7 +12,7 @@ from typing import Final, TextIO
 from moeserve.client import AsyncClient
 from moeserve.errors import MoEServeError
 from moeserve.observe.stats import ServiceStats
-from moeserve.observe.summary import demand
+from moeserve.observe.summary import counts_on, demand
 
 #: between two lines
 _EVERY_S: Final = 1.0
@@ -40,10 +40,8 @@ async def record(client: AsyncClient, file: TextIO, measure: Callable[[], Awaita
 
 
 def _write(file: TextIO, before: ServiceStats, now: ServiceStats, at_s: float) -> None:
-    counts = [(demand(earlier), demand(later)) for earlier, later in zip(before.layers, now.layers, strict=True)]
-    # One that was away for long may have run for longer than the one before had.
-    has_fewer = any(new < old for earlier, later in counts for old, new in zip(earlier, later, strict=True))
-    is_another = has_fewer or now.uptime_s < before.uptime_s
-    rows = [[new if is_another else new - old for old, new in zip(earlier, later, strict=True)] for earlier, later in counts]
+    rows = [demand(layer) for layer in now.layers]
+    if counts_on(now, before):
+        rows = [[new - old for new, old in zip(*both, strict=True)] for both in zip(rows, map(demand, before.layers), strict=True)]
     file.write(json.dumps({"at_s": round(at_s, 6), "rows": rows}) + "\n")
     file.flush()

@@ -19,7 +19,7 @@ from rich.text import Text
 from moeserve.cli.columns import add_columns, cells, ratio_text, span_text
 from moeserve.observe.records import columns
 from moeserve.observe.stats import HostStats, LayerStats, ServiceStats
-from moeserve.observe.summary import added, balancedness, demand, forwards, host_shares, quantile_ms, since
+from moeserve.observe.summary import added, balancedness, counts_on, demand, forwards, host_shares, quantile_ms, since
 
 #: eighths of four times an expert's fair share; height shows load where there is no color
 _BLOCKS: Final = " ▁▂▃▄▅▆▇█"
@@ -33,7 +33,9 @@ _FRAME_LINES: Final = 21
 
 
 def view(target: str, stats: ServiceStats, before: ServiceStats | None, width: int, height: int | None = None) -> RenderableType:
-    """`before` None = rates since the service started. `height` None = no limit; else layers that do not fit are left out."""
+    """`before` None, or of another service or frontend = rates since the start. `height` None = no limit; else not all layers may fit."""
+    if before is not None and not counts_on(stats, before):
+        before = None
     rows = len(stats.layers)
     if height is not None:
         rows = max(1, min(rows, (height - _FRAME_LINES - len(stats.hosts)) // 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -57,6 +58,17 @@ def forwards(stats: ServiceStats) -> list[Durations]:
 def demand(layer: LayerStats) -> list[int]:
     """[E]: (token, expert) pairs that the gate requested."""
     return [done + lost for done, lost in zip(layer.processed_by_expert, layer.dropped_by_expert, strict=True)]
+
+
+def counts_on(now: ServiceStats, before: ServiceStats) -> bool:
+    """Whether `now` goes on where `before` was; else it is of another frontend behind the same address, or of one that started again.
+
+    The uptime alone does not tell: what has taken the place of another may have run for longer.
+    """
+    if now.uptime_s < before.uptime_s or [layer.name for layer in now.layers] != [layer.name for layer in before.layers]:
+        return False
+    asked = [(demand(new), demand(old)) for new, old in zip(now.layers, before.layers, strict=True)]
+    return all(len(new) == len(old) and all(map(operator.ge, new, old)) for new, old in asked)
 
 
 def host_rows(layer: LayerStats, rows: Sequence[float]) -> dict[int, float]:

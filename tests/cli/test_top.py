@@ -143,6 +143,12 @@ def test_rates_are_of_the_time_between_two_snapshots() -> None:
     assert "queue 17 tokens" in text and "5.0 GiB" in text
 
 
+@pytest.mark.parametrize("before", [snapshot(701, 10.0), snapshot(100, 13.0), snapshot(100, 10.0, num_layers=3), snapshot(1, 1.0, 5)])
+def test_what_another_frontend_has_counted_is_not_compared(before: ServiceStats) -> None:
+    """As behind one address, where another one answers the next connection: it may have run for longer, and counted less."""
+    assert shown(view("t:1", snapshot(700, 12.0), before, 80), 80) == shown(view("t:1", snapshot(700, 12.0), None, 80), 80)
+
+
 def test_a_lost_host_stands_out() -> None:
     assert "DOWN" in shown(view("t:1", snapshot(1, 1.0, up=False), None, 80), 80)
 

@@ -45,6 +45,11 @@ function less(now, base) {  // what was counted since `base`; null = all
   return { ...now, layers, calls, requests: durations("requests"), stages: durations("stages"), uptime_s: now.uptime_s - base.uptime_s };
 }
 
+function countsOn(now, before) {  // what took the place of another may have run for longer
+  return now.uptime_s >= before.uptime_s && now.layers.length === before.layers.length
+    && now.layers.every((layer, i) => layer.name === before.layers[i].name && layer.tokens >= before.layers[i].tokens);
+}
+
 const demand = (layer) => layer.processed.map((value, i) => value + layer.dropped[i]);
 function shares(stats, counted) {  // of each host in the rows expected on all of them: the copies of an expert share its rows
   const expected = Object.fromEntries(stats.hosts.map((host) => [host.name, 0]));
@@ -258,7 +263,7 @@ async function update() {
     const answer = await fetch("stats.json", { cache: "no-store", signal: AbortSignal.timeout(10 * PERIOD_MS) });
     if (!answer.ok) throw new Error(answer.status);
     const stats = await answer.json();
-    if (history.length && stats.uptime_s < history.at(-1).uptime_s) history.length = 0;  // another service has its place
+    if (history.length && !countsOn(stats, history.at(-1))) history.length = 0;  // another service has its place
     history.push(stats);
     if (history.length > MINUTE + 1) history.shift();
     const down = stats.hosts.filter((host) => !host.up).length;
