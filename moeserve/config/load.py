@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,7 +30,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Overrides | N
     Raises ConfigError naming the dotted key, the value and what is allowed.
     """
     where, data = _read(source)
-    for table, values in _absolute_paths(overrides or {}, Path.cwd()).items():
+    for table, values in (_absolute_paths(overrides, Path.cwd()) if overrides else {}).items():
         given = data.get(table, {})
         data[table] = {**given, **values} if isinstance(given, Mapping) else given
     try:
@@ -57,8 +58,8 @@ def load_server(values: Mapping[str, Any]) -> ServerConfig:
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if isinstance(source, Mapping):
         return "configuration", _of_ray(source)
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):
         return str(path), {"model": {"checkpoint": path.resolve()}}
     try:
         data = tomllib.loads(read_file(path, _MAX_BYTES).decode("utf-8"))
@@ -105,7 +106,7 @@ def _types_of(annotation: Any) -> Iterator[Any]:
 
 
 def _absolute(value: Any, folder: Path) -> Any:
-    return folder / Path(value).expanduser() if isinstance(value, str | Path) else value
+    return folder / os.path.expanduser(value) if isinstance(value, str | Path) else value
 
 
 def _sentence(error: ValidationError) -> str:

@@ -6,6 +6,7 @@ E experts of a layer that live on hosts.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -27,10 +28,9 @@ def load_of(text: str, specs: Sequence[LayerSpec], seed: int) -> Sequence[TraceL
     law, colon, number = text.partition(":")
     if colon and law in _LAWS:
         return [TraceLine(1.0, _drawn(law, _parameter(text, number), specs, np.random.default_rng(seed)))]
-    path = Path(text)
-    if not path.is_file():
+    if not os.path.isfile(text):
         raise ConfigError(f"--load is {text!r}; allowed: zipf:S, lognormal:S, or a file that `moeserve bench --record` has written")
-    return read_load(path, specs)
+    return read_load(Path(text), specs)
 
 
 def read_load(path: Path, specs: Sequence[LayerSpec]) -> Sequence[TraceLine]:

@@ -228,6 +228,8 @@ def test_errors_of_a_file_begin_with_its_path(tmp_path: Path) -> None:
 
 def test_a_file_that_is_missing_or_not_toml_is_refused(tmp_path: Path) -> None:
     assert f"{tmp_path}/none.toml does not exist" in refusal(tmp_path / "none.toml")
+    assert refusal("~nobody-of-that-name/x.toml").startswith("~nobody-of-that-name/x.toml does not exist")
+    assert "is not a readable TOML file: File name too long" in refusal(tmp_path / ("a" * 300))
     assert "is not a readable TOML file" in refusal(written(tmp_path, "[server\nport = 1"))
     (tmp_path / "weights.bin").write_bytes(b"\xff\xfe\x00")
     assert "is not a readable TOML file" in refusal(tmp_path / "weights.bin")
@@ -239,6 +241,19 @@ def test_gpus_of_a_host_are_a_fraction_of_one_or_whole() -> None:
         load_config({"layers": [layer], "placement": {"gpus_per_host": gpus}})
     with pytest.raises(ConfigError, match=r"gpus_per_host is 1\.5; allowed: a fraction of one GPU, or whole GPUs"):
         load_config({"layers": [layer], "placement": {"gpus_per_host": 1.5}})
+
+
+def test_the_home_of_a_user_that_does_not_exist_is_a_name_like_any_other(tmp_path: Path) -> None:
+    source = written(tmp_path, '[model]\ncheckpoint = "~nobody-of-that-name/x"\n')
+    assert load_config(source).model.checkpoint == tmp_path / "~nobody-of-that-name/x"
+
+
+def test_a_working_directory_that_is_gone_is_missed_by_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = written(tmp_path, "[[layers]]\nhidden_size = 8\nintermediate_size = 8\nnum_experts = 2\n")
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert load_config(source).layers[0].hidden_size == load_config({"layers": [LAYER]}).layers[0].hidden_size == 8
 
 
 def test_relative_paths_of_overrides_count_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

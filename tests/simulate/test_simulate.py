@@ -124,6 +124,7 @@ def test_a_recorded_load_is_played(capsys: pytest.CaptureFixture[str], tmp_path:
         (("--load", "zipf:x"), "--load is 'zipf:x'; allowed after the colon: a number from 0 to 20"),
         (("--load", "zipf:-1"), "allowed after the colon: a number from 0 to 20"),
         (("--load", "lognormal:inf"), "allowed after the colon: a number from 0 to 20"),
+        (("--load", "x" * 300), "allowed: zipf:S, lognormal:S, or a file"),
         (("--load", "{folder}"), "allowed: zipf:S, lognormal:S, or a file"),
         (("--load", "{folder}/trace"), "has 1 layer of 8 experts; the layers to be simulated are 58 layers of 256 experts"),
         (("--load", "{folder}/service.toml"), "line 1 is no JSON object"),
