@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TextIO
 
 import typer
 
+from moeserve.cli.arguments import check, check_seed, numbers_of
 from moeserve.cli.signals import preparing, until_signal
 from moeserve.cli.target import Target, TlsCa, TokenFile, layer_of, timeout_of, tls_of, token_of
 from moeserve.errors import ConfigError
@@ -57,14 +58,15 @@ def bench(
         from moeserve.client import AsyncClient
 
     loads = _loads(tokens, concurrency, rate, duration_s, requests)
-    _check(dtype in FLOAT_DTYPES, f"--dtype is {dtype}; allowed: {', '.join(FLOAT_DTYPES)}")
-    _check(warmup_requests >= 0, f"--warmup-requests is {warmup_requests}; allowed: 0 and more")
+    check(dtype in FLOAT_DTYPES, f"--dtype is {dtype}; allowed: {', '.join(FLOAT_DTYPES)}")
+    check_seed(seed)
+    check(warmup_requests >= 0, f"--warmup-requests is {warmup_requests}; allowed: 0 and more")
     timeout_s = timeout_of(timeout)
     connect = partial(AsyncClient, target, token=token_of(token_file), tls=tls_of(tls_ca), timeout=timeout_s, retry=False)
     client, inputs = connect(), Inputs(FLOAT_DTYPES[dtype], token_ids, seed)
     measured: list[Measured] = []
     if costs is not None:
-        _check(record is None and not stream, "--costs excludes --record and --stream: it sends requests of its own, one after the other")
+        check(record is None and not stream, "--costs excludes --record and --stream: it sends requests of its own, one after the other")
         return _measure_costs(costs, lambda: measured_costs(client, layer_of(layer), inputs))
     try:
         sender = StreamSender(client, timeout_s) if stream else None
@@ -82,6 +84,7 @@ def bench(
 
 
 def _measure_costs(path: Path, measure: Callable[[], Coroutine[Any, Any, Costs]]) -> int:
+    _written(path, "a").close()  # said before it is measured, not afterwards; what is there stays until then
     costs = asyncio.run(until_signal(measure()))
     with _written(path) as file:
         file.write(costs.to_json())
@@ -96,9 +99,9 @@ async def _recorded(path: Path, client: AsyncClient, measure: Callable[[], Await
             await record(client, file, measure)
 
 
-def _written(path: Path) -> TextIO:
+def _written(path: Path, mode: Literal["w", "a"] = "w") -> TextIO:
     try:
-        return path.open("w", encoding="utf-8")
+        return path.open(mode, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
 
@@ -106,28 +109,13 @@ def _written(path: Path) -> TextIO:
 def _loads(tokens: str, concurrency: str | None, rate: str | None, duration_s: float | None, requests: int | None) -> list[Load]:
     from moeserve.bench.load import Load
 
-    _check(concurrency is None or rate is None, "--concurrency and --rate exclude each other: --rate starts requests by the clock")
-    _check(duration_s is None or requests is None, "--duration-s and --requests exclude each other")
-    _check(duration_s is None or 0 < duration_s <= 86_400, f"--duration-s is {duration_s}; allowed: more than 0, at most 86400")
-    _check(requests is None or requests > 0, f"--requests is {requests}; allowed: 1 and more")
+    check(concurrency is None or rate is None, "--concurrency and --rate exclude each other: --rate starts requests by the clock")
+    check(duration_s is None or requests is None, "--duration-s and --requests exclude each other")
+    check(duration_s is None or 0 < duration_s <= 86_400, f"--duration-s is {duration_s}; allowed: more than 0, at most 86400")
+    check(requests is None or requests > 0, f"--requests is {requests}; allowed: 1 and more")
     if requests is None and duration_s is None:
         duration_s = _DURATION_S
     sizes = numbers_of("--tokens", tokens, int)
     if rate is not None:
         return [Load(size, None, each, duration_s, requests) for size in sizes for each in numbers_of("--rate", rate, float)]
     return [Load(size, each, None, duration_s, requests) for size in sizes for each in numbers_of("--concurrency", concurrency or "8", int)]
-
-
-def numbers_of(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
-    """The numbers of a list of them as an option takes it. Raises ConfigError."""
-    try:
-        numbers = [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"{option} is {text!r}; expected a number, or several as in 1,8,64") from None
-    _check(all(0 < number <= 1_000_000 for number in numbers), f"{option} is {text}; allowed: more than 0, at most 1000000")
-    return numbers
-
-
-def _check(holds: bool, sentence: str) -> None:
-    if not holds:
-        raise ConfigError(sentence)

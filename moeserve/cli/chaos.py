@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from moeserve.cli.arguments import check, check_seed
 from moeserve.cli.flags import Overrides, with_config_flags
 from moeserve.cli.serving import prepare_process, tell_start
 from moeserve.cli.signals import preparing, until_signal
 from moeserve.config import ServiceConfig, load_config
-from moeserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from moeserve.bench.chaos import ChaosPlan
@@ -78,7 +78,7 @@ def _config(source: str, overrides: Overrides) -> ServiceConfig:
     """As SOURCE says, but for its own clients only, with hosts that can be spared, and always as many."""
     overrides.update(server=dict(_SERVER), controller={"frontend_token_file": None}, autoscaling={"enabled": False})
     config = load_config(source, overrides)
-    _check(config.ray.address is None, f"ray.address is {config.ray.address!r}; allowed: unset, to break hosts of this machine only")
+    check(config.ray.address is None, f"ray.address is {config.ray.address!r}; allowed: unset, to break hosts of this machine only")
     given = config.placement.model_fields_set
     if not given & {"num_hosts", "experts_per_host"}:
         placement = overrides.setdefault("placement", {})
@@ -94,16 +94,12 @@ def _plan(config: ServiceConfig, faults: str, times_s: tuple[float, float], clie
     every_s, for_s = times_s
     kinds = [kind for kind in FAULT_KINDS if kind in faults.split(",")]
     unknown = set(faults.split(",")) - set(kinds)
-    _check(not unknown, f"--faults has {', '.join(map(repr, sorted(unknown)))}; allowed: {', '.join(FAULT_KINDS)}")
-    _check(0.1 <= every_s <= _DAY_S, f"--every-s is {every_s:g}; allowed: 0.1 to {_DAY_S:g}")
-    _check(0 < for_s <= _DAY_S, f"--for-s is {for_s:g}; allowed: more than 0, at most {_DAY_S:g}")
-    _check(1 <= clients <= _MOST_CLIENTS, f"--clients is {clients}; allowed: 1 to {_MOST_CLIENTS}")
+    check(not unknown, f"--faults has {', '.join(map(repr, sorted(unknown)))}; allowed: {', '.join(FAULT_KINDS)}")
+    check(0.1 <= every_s <= _DAY_S, f"--every-s is {every_s:g}; allowed: 0.1 to {_DAY_S:g}")
+    check(0 < for_s <= _DAY_S, f"--for-s is {for_s:g}; allowed: more than 0, at most {_DAY_S:g}")
+    check_seed(seed)
+    check(1 <= clients <= _MOST_CLIENTS, f"--clients is {clients}; allowed: 1 to {_MOST_CLIENTS}")
     hosts, copies = config.placement.num_hosts, config.placement.copies
     if "leave" in kinds and isinstance(hosts, int) and isinstance(copies, int):
-        _check(hosts > copies, f"--faults has leave, and {hosts} hosts have {copies} copies; allowed: more hosts than copies")
+        check(hosts > copies, f"--faults has leave, and {hosts} hosts have {copies} copies; allowed: more hosts than copies")
     return ChaosPlan(kinds, every_s, for_s, clients, seed)
-
-
-def _check(holds: bool, sentence: str) -> None:
-    if not holds:
-        raise ConfigError(sentence)

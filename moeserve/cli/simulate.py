@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from moeserve.cli.arguments import check, check_seed
 from moeserve.cli.signals import preparing
 from moeserve.config import MAX_EXPERTS, MAX_HOSTS, MAX_LAYERS, MAX_PHYSICAL, ServiceConfig, load_config
 from moeserve.errors import ConfigError, number_of
@@ -58,7 +59,8 @@ def simulate(
     It computes with the costs of one machine: compare clusters by it, and measure with `moeserve bench` before you promise anything.
     """
     numbers = {"layers": layers, "experts": experts, "top_k": top_k, "hosts": hosts, "nodes": nodes, "tokens": tokens}
-    _check_numbers({**numbers, "concurrency": concurrency, "frontends": frontends, "cores": cores}, seed)
+    _check_numbers({**numbers, "concurrency": concurrency, "frontends": frontends, "cores": cores})
+    check_seed(seed)
     with preparing():
         from moeserve.bench.costs import REFERENCE, read_costs
         from moeserve.simulate import SimulatedCluster, WhatIf, Workload, load_of, simulated
@@ -80,12 +82,12 @@ def _config(source: str | None, model: dict[str, int | None], extra_copies: floa
     balancing = {} if extra_copies is None else {"balancing": {"extra_copies": extra_copies}}
     if source is not None:
         given = [name for name, value in model.items() if value is not None]
-        _check(not given, f"--{given[0].replace('_', '-') if given else ''} has no meaning with SOURCE, which says what the layers are")
+        check(not given, f"--{given[0].replace('_', '-') if given else ''} has no meaning with SOURCE, which says what the layers are")
         return load_config(source, balancing)
     sizes = {name: model[name] or default for name, default in _MODEL.items()}
-    _check(sizes["top_k"] <= sizes["experts"], f"--top-k is {sizes['top_k']}; allowed: 1 to --experts, {sizes['experts']}")
+    check(sizes["top_k"] <= sizes["experts"], f"--top-k is {sizes['top_k']}; allowed: 1 to --experts, {sizes['experts']}")
     number = sizes["layers"] * sizes["experts"]
-    _check(number <= MAX_PHYSICAL, f"--layers and --experts make {number} experts; allowed: at most {MAX_PHYSICAL}")
+    check(number <= MAX_PHYSICAL, f"--layers and --experts make {number} experts; allowed: at most {MAX_PHYSICAL}")
     layer = {
         "hidden_size": costs.hidden_size,
         "intermediate_size": costs.intermediate_size,
@@ -139,21 +141,15 @@ def _sentences(forecast: Forecast, what_if: WhatIf) -> str:
     return "\n".join(told)
 
 
-def _check_numbers(numbers: dict[str, Any], seed: int) -> None:
+def _check_numbers(numbers: dict[str, Any]) -> None:
     for name, value in numbers.items():
         flag = "--" + name.replace("_", "-")
-        _check(value is None or 1 <= value <= _MOST[name], f"{flag} is {value}; allowed: 1 to {_MOST[name]}")
-    _check(0 <= seed < 2**63, f"--seed is {seed}; allowed: 0 to 2^63 - 1")
+        check(value is None or 1 <= value <= _MOST[name], f"{flag} is {value}; allowed: 1 to {_MOST[name]}")
 
 
 def _check_workload(workload: Workload, top_k: int) -> None:
     """Checked before anything is as large as that."""
     callers, tokens = workload.concurrency * workload.frontends, workload.tokens
     pairs = top_k * max(tokens, min(workload.max_batch_tokens, workload.concurrency * tokens))
-    _check(callers <= _MOST_CALLERS, f"--concurrency at each of --frontends makes {callers} requests; allowed: at most {_MOST_CALLERS}")
-    _check(pairs <= _MOST_PAIRS, f"--tokens is {tokens}, with {pairs} rows of experts in a batch; allowed: at most {_MOST_PAIRS}")
-
-
-def _check(holds: bool, sentence: str) -> None:
-    if not holds:
-        raise ConfigError(sentence)
+    check(callers <= _MOST_CALLERS, f"--concurrency at each of --frontends makes {callers} requests; allowed: at most {_MOST_CALLERS}")
+    check(pairs <= _MOST_PAIRS, f"--tokens is {tokens}, with {pairs} rows of experts in a batch; allowed: at most {_MOST_PAIRS}")

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeserve.cli.bench import numbers_of
+from moeserve.cli.arguments import check, check_seed, numbers_of
 from moeserve.cli.signals import preparing
 from moeserve.cli.target import Target, TlsCa, TokenFile, layer_of, timeout_of, tls_of, token_of
-from moeserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from moeserve.client import Client
@@ -49,10 +48,9 @@ def trace(
         from moeserve.client.connection import CALLING, Reach
 
     sizes = numbers_of("--tokens", tokens, int)
-    if dtype not in FLOAT_DTYPES:
-        raise ConfigError(f"--dtype is {dtype}; allowed: {', '.join(FLOAT_DTYPES)}")
-    if not 0 < calls <= _MOST_CALLS:
-        raise ConfigError(f"--calls is {calls}; allowed: 1 to {_MOST_CALLS}")
+    check_seed(seed)
+    check(dtype in FLOAT_DTYPES, f"--dtype is {dtype}; allowed: {', '.join(FLOAT_DTYPES)}")
+    check(0 < calls <= _MOST_CALLS, f"--calls is {calls}; allowed: 1 to {_MOST_CALLS}")
     token, tls, timeout_s = token_of(token_file), tls_of(tls_ca), timeout_of(timeout)
     reach = Reach(target, token, tls, timeout_s, CALLING)
     with Client(target, token=token, tls=tls, timeout=timeout_s) as client:

@@ -192,6 +192,7 @@ def test_a_host_that_began_while_others_were_told() -> None:
     [
         (("--tokens", "none"), "--tokens is 'none'"),
         (("--calls", "0"), "--calls is 0; allowed: 1 to 100000"),
+        (("--seed", str(2**64)), "--seed is 18446744073709551616; allowed: 0 to 2^63 - 1"),
         (("--dtype", "int8"), "--dtype is int8; allowed: float32"),
     ],
 )
