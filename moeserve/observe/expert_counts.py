@@ -128,7 +128,7 @@ class ExpertCounts(Collector):
             demand = self.processed[layer] + self.dropped(layer)
             shown = self._busiest(demand)
             processed.add(name, shown, self.processed[layer])
-            for reason, pairs in self.dropped_by_reason[layer].items():
+            for reason, pairs in list(self.dropped_by_reason[layer].items()):  # scraped by another thread than the one that counts
                 dropped.add(name, shown, pairs, reason=reason)
             copies.add(name, self._shown_copies(layer, shown), self.live_copies[layer])
             balance.add_metric([name], balancedness(demand.tolist()))
