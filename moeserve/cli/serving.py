@@ -18,16 +18,11 @@ def tell_start(what: str) -> None:
 
 
 def prepare_process() -> None:
-    """For a process that serves: threads and memory. The hosts do the heavy work."""
+    """As every process that answers callers."""
     with preparing():  # also for the threads that start here: a signal must never be theirs
-        import torch
+        from moeserve.programs import process
 
-        from moeserve.allocator import give_back_when_quiet, keep_large_blocks
-        from moeserve.transport import give_back_pools
-
-        torch.set_num_threads(1)  # idle threads would spin on the cores of the hosts
-        keep_large_blocks()
-        give_back_when_quiet(give_back_pools)
+        process.prepare()
 
 
 class Serving(Protocol):

@@ -7,15 +7,12 @@ import logging
 import os
 from collections.abc import Callable
 
-import torch
-
-from moeserve.allocator import give_back_when_quiet, keep_large_blocks
 from moeserve.client import TLS
 from moeserve.cluster.ray_where import this_node
 from moeserve.config import ServiceConfig
+from moeserve.programs import process
 from moeserve.programs.frontend import FrontendProgram
 from moeserve.programs.grpc_orders import GrpcOrders
-from moeserve.transport import give_back_pools
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +28,7 @@ class DeployedFrontend:
         self._tell = tell
         self._watch: asyncio.Task[None] | None = None
         self._frontend: FrontendProgram | None = None
-        torch.set_num_threads(1)
-        keep_large_blocks()
-        give_back_when_quiet(give_back_pools)
+        process.prepare()
 
     async def start(self) -> None:
         """Returns when every expert can be reached. Raises what `FrontendProgram.start` raises."""

@@ -16,16 +16,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-
-from moeserve.allocator import give_back_when_quiet, keep_large_blocks
 from moeserve.config import load_server
 from moeserve.errors import MoEServeError
+from moeserve.programs import process
 from moeserve.programs.frontend import FrontendProgram
 from moeserve.programs.grpc_orders import GrpcOrders
 from moeserve.server.proxy import SharedPort
 from moeserve.server.security import FrontendTokens
-from moeserve.transport import give_back_pools
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +38,7 @@ def main() -> None:
     if told is None:
         return
     logging.basicConfig(level=told["log_level"], format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    torch.set_num_threads(1)  # idle threads would spin on the cores of the hosts
-    keep_large_blocks()
-    give_back_when_quiet(give_back_pools)
+    process.prepare()
     asyncio.run(_serve(told, stdin, stdout))
 
 
