@@ -84,7 +84,16 @@ def test_what_an_ended_process_has_counted_stays(several: Several) -> None:
     assert several.scrape()[REQUESTS] == 7
     del several.targets["serve-1"]
     assert several.scrape()[REQUESTS] == 7
-    fresh = metrics(1)
-    several.pages.append(StatusPage("127.0.0.1", 0, fresh.registry, lambda: pytest.fail("nobody asks")))
-    several.targets["serve-1"] = f"127.0.0.1:{several.pages[-1].port}"
-    assert several.scrape()[REQUESTS] == 8
+    for counted in (8, 9):
+        several.pages.append(StatusPage("127.0.0.1", 0, metrics(1).registry, lambda: pytest.fail("nobody asks")))
+        several.targets["serve-1"] = f"127.0.0.1:{several.pages[-1].port}"
+        assert several.scrape()[REQUESTS] == counted
+
+
+def test_nothing_is_queued_in_a_process_that_has_ended(several: Several) -> None:
+    """Else a service would seem to be overloaded for ever, because a process of it was killed once."""
+    assert several.scrape()[("moeserve_queue_tokens", ())] == 7
+    several.pages[2].stop()
+    assert several.scrape()[("moeserve_queue_tokens", ())] == 3
+    del several.targets["serve-1"]
+    assert several.scrape()[("moeserve_queue_tokens", ())] == 3

@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 
 #: of the other process, on this machine
 _TIMEOUT_S: Final = 2.0
-_ADDED_KINDS: Final = ("counter", "histogram", "summary")
-#: gauges of what each process has; what the others say of hosts and placement, all of them know
+_COUNTED_KINDS: Final = ("counter", "histogram", "summary")
+#: gauges of what each process has now; what the others say of hosts and placement, all of them know
 _ADDED_GAUGES: Final = ("moeserve_queue_tokens", "moeserve_queue_bytes", "moeserve_host_queue_tokens")
 
 #: name of a process -> host:port of its metrics
@@ -28,33 +28,47 @@ _Families = dict[str, tuple[list[str], dict[str, float]]]
 
 
 class OtherProcesses:
-    """Reads their metrics. A process that does not answer, or has ended, still counts as it did last."""
+    """Reads their metrics. What a process has counted that does not answer, or has ended, stays."""
 
     def __init__(self, targets: Targets) -> None:
         self._targets = targets
-        #: by name and target: a process that is started again counts from 0
-        self._last: dict[tuple[str, str], dict[str, float]] = {}
+        #: by name of the process: its target, and what it has counted
+        self._last: dict[str, tuple[str, dict[str, float]]] = {}
+        #: what those have counted that were there before
+        self._ended: dict[str, float] = {}
 
     def add_to(self, own: Exposition, accept: str, names: list[str]) -> Exposition:
         """`own` with what the others count, asked in the same way."""
         families = _parse(own.body)
-        for key in self._targets().items():
-            theirs = _parse(self._ask(key[1], accept, names))
+        for process, target in self._targets().items():
+            counted = self._counted(process, target)
+            theirs = _parse(self._ask(target, accept, names))
             for name, (header, series) in theirs.items():
                 ours = families.setdefault(name, (header, {}))[1]
-                if _is_added(name, header):
-                    self._last.setdefault(key, {}).update(series)
+                if _is_counted(header):
+                    counted.update(series)
                     ours.update({one: 0.0 for one in series if one not in ours})
+                elif name in _ADDED_GAUGES:
+                    ours.update({one: ours.get(one, 0.0) + value for one, value in series.items()})
                 else:
                     ours.update({one: value for one, value in series.items() if one not in ours})
-        for name, (header, series) in families.items():
-            if _is_added(name, header):
-                for counted in self._last.values():
+        for header, series in families.values():
+            if _is_counted(header):
+                for counted in (self._ended, *(each for _, each in self._last.values())):
                     for one in series.keys() & counted.keys():
                         if not one.partition("{")[0].endswith("_created"):
                             series[one] += counted[one]
         end = b"# EOF\n" if own.body.endswith(b"# EOF\n") else b""
         return Exposition(own.content_type, "".join(_lines(families)).encode() + end)
+
+    def _counted(self, process: str, target: str) -> dict[str, float]:
+        """What the process has counted, to be updated; one at another address has been started again, and counts from 0."""
+        where, counted = self._last.get(process, (target, {}))
+        if where != target:
+            self._ended.update({one: self._ended.get(one, 0.0) + value for one, value in counted.items()})
+            counted = {}
+        self._last[process] = target, counted
+        return counted
 
     def _ask(self, target: str, accept: str, names: list[str]) -> bytes:
         connection = http.client.HTTPConnection(target, timeout=_TIMEOUT_S)
@@ -70,9 +84,8 @@ class OtherProcesses:
         return b""
 
 
-def _is_added(name: str, header: list[str]) -> bool:
-    kind = next((line.split()[3] for line in header if line.startswith("# TYPE")), "")
-    return kind in _ADDED_KINDS or name in _ADDED_GAUGES
+def _is_counted(header: list[str]) -> bool:
+    return next((line.split()[3] for line in header if line.startswith("# TYPE")), "") in _COUNTED_KINDS
 
 
 def _parse(body: bytes) -> _Families:
