@@ -13,12 +13,16 @@ import grpc
 from moeserve.addresses import parse_target
 from moeserve.client.arguments import parse_seconds, parse_token
 from moeserve.errors import ConfigError
+from moeserve.files import read_file
+from moeserve.files.pem import check_authority, check_pair
 from moeserve.v1 import moe_service_pb2 as pb
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["MoEService"].full_name
 
 #: bound on one message in either direction; the service has its own, which may be lower
 _MAX_MESSAGE_BYTES: Final = 2**30
+#: of a file of TLS
+_MAX_FILE_BYTES: Final = 2**24
 
 # A name may have several frontends: requests are spread over them. What is asked here can be asked twice without harm; `Forward` is made
 # again by the clients themselves, which know what UNAVAILABLE is about.
@@ -128,7 +132,9 @@ class Reach:
         files = TLS() if self._tls is True else self._tls
         if (files.cert is None) != (files.key is None):
             raise ConfigError("TLS cert and key must be given together")
-        return grpc.ssl_channel_credentials(*(None if path is None else _read(Path(path)) for path in (files.ca, files.key, files.cert)))
+        read = [None if path is None else _read(Path(path)) for path in (files.ca, files.key, files.cert)]
+        _check(files)
+        return grpc.ssl_channel_credentials(*read)
 
 
 def _metadata(token: str) -> tuple[tuple[str, str], ...]:
@@ -137,6 +143,17 @@ def _metadata(token: str) -> tuple[tuple[str, str], ...]:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file(path, _MAX_FILE_BYTES)
     except OSError as error:
         raise ConfigError(f"TLS file {path} cannot be read: {error.strerror}") from None
+
+
+def _check(files: TLS) -> None:
+    try:
+        check_authority(Path(files.ca)) if files.ca is not None else None
+    except OSError as error:
+        raise ConfigError(f"TLS ca {files.ca} is not a PEM certificate: {error}") from None
+    try:
+        check_pair(Path(files.cert), Path(files.key)) if files.cert is not None and files.key is not None else None
+    except OSError as error:
+        raise ConfigError(f"TLS cert {files.cert} and key {files.key} are not a pair: {error}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +11,7 @@ import grpc
 from moeserve.config import ServerConfig
 from moeserve.errors import ConfigError
 from moeserve.files import Rotating, read_file, read_secret
+from moeserve.files.pem import check_authority, check_pair
 
 _MAX_BYTES: Final = 2**20
 
@@ -61,16 +61,13 @@ class _Files:
         return cert, key, None if self.ca is None else _content("server.client_ca", self.ca)
 
     def _check(self) -> None:
-        """Checks the files: gRPC would accept any bytes and then fail to listen, or to answer, without a reason."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            # With a password, even a wrong one, an encrypted key does not cause a prompt at the terminal.
-            context.load_cert_chain(self.cert, self.key, password="")
-        except (ssl.SSLError, OSError) as error:
+            check_pair(self.cert, self.key)
+        except OSError as error:
             raise ConfigError(f"server.tls_cert {self.cert} and server.tls_key {self.key} are not a pair: {error}") from None
         try:
-            context.load_verify_locations(self.ca) if self.ca else None
-        except (ssl.SSLError, OSError) as error:
+            check_authority(self.ca) if self.ca else None
+        except OSError as error:
             raise ConfigError(f"server.client_ca {self.ca} is not a PEM certificate: {error}") from None
 
 

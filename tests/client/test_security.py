@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,8 +34,17 @@ async def test_token_and_mutual_tls(tmp_path: Path, engine: FakeEngine, connect:
 
 
 def test_tls_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    ours = Authority(tmp_path, "ours")
+    (cert, key), (_, other_key) = ours.sign("one"), ours.sign("other")
+    os.mkfifo(pipe := tmp_path / "pipe")
     for kind in (Client, AsyncClient):
         with pytest.raises(errors.ConfigError, match=f"TLS file {tmp_path / 'ca.pem'} cannot be read"):
             kind("127.0.0.1:1", tls=TLS(ca=tmp_path / "ca.pem"))
+        with pytest.raises(errors.ConfigError, match=f"TLS file {pipe} cannot be read: It is a pipe, not a file"):
+            kind("127.0.0.1:1", tls=TLS(ca=pipe))
+        with pytest.raises(errors.ConfigError, match=f"TLS ca {key} is not a PEM certificate"):
+            kind("127.0.0.1:1", tls=TLS(ca=key))
+        with pytest.raises(errors.ConfigError, match=f"TLS cert {cert} and key {other_key} are not a pair"):
+            kind("127.0.0.1:1", tls=TLS(ca=ours.certificate, cert=cert, key=other_key))
         with pytest.raises(errors.ConfigError, match="cert and key must be given together"):
             kind("127.0.0.1:1", tls=TLS(cert=tmp_path / "cert.pem"))
