@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, Final
 
 import grpc
 
@@ -16,6 +16,9 @@ from moeserve.errors import MoEServeError, PermissionDenied, ServiceUnreachable
 from moeserve.loops import in_thread
 from moeserve.v1 import control_service_pb2 as pb
 from moeserve.v1 import control_service_pb2_grpc as pb_grpc
+
+#: for a call that was given up to end
+_END_S: Final = 1.0
 
 
 class ControlClient:
@@ -42,10 +45,11 @@ class ControlClient:
         async with reach.open_async() as channel:
             FORKS.opened(channel, is_async=True)
             call = pb_grpc.ControlServiceStub(channel).Follow(metadata=reach.metadata)  # type: ignore[no-untyped-call]
+            stream = FollowStream(call, reach.target)
             try:
-                yield FollowStream(call, reach.target)
+                yield stream
             finally:
-                call.cancel()
+                await stream.end()
 
 
 class FollowStream:
@@ -53,6 +57,7 @@ class FollowStream:
 
     def __init__(self, call: Any, target: str) -> None:
         self._call, self._target = call, target
+        self._reading: asyncio.Future[Any] | None = None
 
     async def write(self, report: pb.FrontendReport) -> None:
         """Sends a report; if the stream has ended, `read` raises the error."""
@@ -62,12 +67,20 @@ class FollowStream:
     async def read(self) -> pb.FrontendOrder:
         """Waits for the next order. Raises the MoEServeError that ended the stream."""
         try:
-            order: Any = await self._call.read()
+            # Whoever waits may be cancelled; gRPC goes on reading until the call ends.
+            self._reading = asyncio.create_task(self._call.read())
+            order: Any = await asyncio.shield(self._reading)
         except grpc.RpcError as failure:
             raise self._error(failure) from None
         if order is grpc.aio.EOF:
             raise ServiceUnreachable(f"{self._target} ended the stream")
         return order  # type: ignore[no-any-return]
+
+    async def end(self) -> None:
+        """Ends the call. What gRPC says of it comes while this event loop still runs: others complain about one that is closed."""
+        self._call.cancel()
+        if self._reading is not None:
+            await asyncio.wait({self._reading}, timeout=_END_S)
 
     def _error(self, failure: grpc.RpcError) -> MoEServeError:
         if isinstance(failure, grpc.aio.AioRpcError) and failure.code() is grpc.StatusCode.UNIMPLEMENTED:
