@@ -22,6 +22,7 @@ from moeserve.control.record import (
     require_short,
     require_times,
 )
+from moeserve.errors import ConfigError
 from moeserve.observe.balancing import Balancing
 from moeserve.observe.counted import Counted
 from moeserve.observe.stats import HostInfo
@@ -34,6 +35,13 @@ _MAX_SENTENCE_CHARS: Final = 1000
 
 #: tables for the controller only
 _NOT_FOLLOWED: Final[dict[str, Any]] = {"placement": {"num_hosts", "node_labels", "node_strategy", "wait_for_nodes_s", "load_timeout_s"}}
+
+
+def checked_name(name: Any) -> str:
+    """The name of a frontend for people, "" = none. Raises ConfigError for one that no controller takes, before it is asked."""
+    if not isinstance(name, str) or len(name) > _MAX_NAME_CHARS or not name.isprintable():
+        raise ConfigError(f"the name of a frontend is {name!r:.80}; allowed: at most {_MAX_NAME_CHARS} printable characters")
+    return name
 
 
 @dataclass(frozen=True)

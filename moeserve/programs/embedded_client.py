@@ -24,6 +24,7 @@ from moeserve.client import TLS
 from moeserve.client.answers import check_request
 from moeserve.client.arguments import parse_seconds, parse_token
 from moeserve.client.retries import Retries
+from moeserve.control.follow import checked_name
 from moeserve.errors import DeadlineExceeded, ExpertUnavailable, InvalidRequest, MoEServeError
 from moeserve.observe.stats import LayerInfo, ServiceStats
 from moeserve.programs.embedded_frontend import SERVER, EmbeddedFrontend
@@ -68,7 +69,7 @@ class EmbeddedClient:
         self._retry = retry
         self._lock = threading.Lock()
         self._is_closed = False
-        self._name = name
+        self._name = checked_name(name)
         self._frontend: EmbeddedFrontend | None = None
         self._at_end: weakref.finalize[[], EmbeddedClient] | None = None
 

@@ -12,7 +12,7 @@ from typing import Final
 from moeserve.addresses import called, join
 from moeserve.checkpoints import ServedLayers
 from moeserve.config import ServerConfig
-from moeserve.control.follow import Report
+from moeserve.control.follow import Report, checked_name
 from moeserve.control.orders import Orders
 from moeserve.errors import ConfigError, number_of
 from moeserve.frontend import Frontend
@@ -56,7 +56,7 @@ class FrontendProgram:
     ) -> None:
         self._server, self._progress = server, progress
         self._controller, self._host = orders.controller, called(server.host, orders.controller)
-        report = Report(name or f"{socket.gethostname()}-{os.getpid()}", node=node)
+        report = Report(checked_name(name) or f"{socket.gethostname()}-{os.getpid()}", node=node)
         self._followed = Followed(server, orders, report, self, layers)
         self._grpc = GrpcServer(server, self._observe, is_starting=True, admin=admin, control=control, shared=shared)
         self._is_joining, self._others = shared is not None, others

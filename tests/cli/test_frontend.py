@@ -159,6 +159,7 @@ def test_no_controller_is_exit_code_3(token_file: Path, capsys: pytest.CaptureFi
         (["--host", "0.0.0.0"], "server.host 0.0.0.0 can be reached from other machines"),
         (["--port", "70000"], "server: port: Input should be less than or equal to 65535"),
         (["--tls-ca", "nowhere"], "TLS file nowhere cannot be read"),
+        (["--name", "\udcff"], "the name of a frontend is '\\udcff'; allowed: at most 256 printable characters"),
     ],
 )
 def test_what_is_wrong_with_it_is_exit_code_2(

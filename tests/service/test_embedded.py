@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -206,6 +207,22 @@ def test_a_call_that_waits_for_the_controller_ends_when_it_is_closed(tmp_path: P
                 running.result(30)
         finally:
             goes_on.set()
+
+
+def test_clients_that_give_up_a_silent_controller_disturb_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    """gRPC tells all event loops of a process by one of them, which complained when one was closed before its reading had ended."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for _ in range(8):
+            client = EmbeddedClient(f"127.0.0.1:{silent.getsockname()[1]}", TOKEN, retry=False)
+            with client, pytest.raises(moeserve.DeadlineExceeded):
+                client.forward(X, timeout=0.1)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["\udcff", "two\nlines", "x" * 257, 7])
+def test_a_name_that_no_controller_takes_is_refused_at_once(name: Any) -> None:
+    with pytest.raises(moeserve.ConfigError, match="allowed: at most 256 printable characters"):
+        EmbeddedClient("127.0.0.1:1", name=name)
 
 
 @pytest.mark.slow
