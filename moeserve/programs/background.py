@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,7 @@ class BackgroundService:
     def __init__(self, config: ServiceConfig, progress: Progress) -> None:
         self._service = Service(config, progress)
         self._thread = LoopThread("moeserve")
+        self._stopping = threading.Lock()
 
     @property
     def target(self) -> str:
@@ -50,11 +52,12 @@ class BackgroundService:
         self._ending = self._thread.submit(self._stop_when_asked())
 
     def stop(self) -> None:
-        """Drain, then stop everything; idempotent. A service that cannot continue stops by itself, and `failure` says why."""
-        if self._thread.is_running:
-            self._thread.soon(self._service.controller.ask_to_stop)
-            self._ending.result()
-            self._thread.stop()
+        """Drain, then stop everything; idempotent, from any thread. A service that cannot continue stops by itself; `failure` says why."""
+        with self._stopping:
+            if self._thread.is_running:
+                self._thread.soon(self._service.controller.ask_to_stop)
+                self._ending.result()
+                self._thread.stop()
 
     async def _stop_when_asked(self) -> None:
         try:
@@ -82,9 +85,9 @@ class BackgroundService:
         return self._change(self._service.controller.drain(host)).epoch
 
     def _change(self, change: Coroutine[Any, Any, Release]) -> Release:
-        if self.failure is not None:
+        if self.failure is not None or not self._thread.is_running:
             change.close()
-            raise self.failure
+            raise self.failure or MoEServeError(f"this service at {self.target} has been stopped")
         return self._thread.call(change)
 
     def __enter__(self) -> Self:

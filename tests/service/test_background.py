@@ -1,0 +1,43 @@
+"""A service in a thread of the program that has started it: how it is stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import pytest
+
+import moeserve
+from moeserve.programs.background import BackgroundService
+from tests.support.two_layers import CONFIG
+
+MANY = 4
+
+
+@pytest.fixture
+def service() -> Iterator[BackgroundService]:
+    with moeserve.serve({**CONFIG, "server": {"port": 0, "metrics_port": 0}}, cluster="threads") as service:
+        yield service
+
+
+def test_several_threads_may_stop_it(service: BackgroundService, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them ends the loop, which cannot be ended twice at a time; the others wait for that."""
+    together, ended, end = Barrier(MANY), [], service._thread.stop
+    monkeypatch.setattr(service._thread, "stop", lambda: ended.append(end()))
+
+    def stop() -> None:
+        together.wait()
+        service.stop()
+
+    with ThreadPoolExecutor(MANY) as pool:
+        for stopped in [pool.submit(stop) for _ in range(MANY)]:
+            stopped.result(60)
+    assert len(ended) == 1 and service.failure is None
+
+
+def test_one_that_was_stopped_is_not_changed(service: BackgroundService) -> None:
+    service.stop()
+    for change in (lambda: service.scale(1), lambda: service.drain_host("host-0"), lambda: service.swap("layers.0", "/nowhere")):
+        with pytest.raises(moeserve.MoEServeError, match=r"this service at 127\.0\.0\.1:\d+ has been stopped"):
+            change()
