@@ -28,6 +28,7 @@ class Retries:
     def __init__(self, timeout_s: float | None, now: float) -> None:
         self._timeout_s, self._began = timeout_s, now
         self._away_since: float | None = None
+        #: that ended for want of experts
         self._attempts = 0
         self._next_pause_s = _FIRST_PAUSE_S
 
@@ -39,7 +40,6 @@ class Retries:
 
     def pause_s(self, error: MoEServeError, now: float) -> float | None:
         """How long to wait before the next attempt; None = `error` is what became of the call."""
-        self._attempts += 1
         if isinstance(error, ExpertUnavailable):
             pause_s = self._until_back_s(error, now)
         else:
@@ -54,6 +54,7 @@ class Retries:
         if isinstance(error, ServiceUnreachable):
             may_return = error.may_return
         else:
+            self._attempts += error.retry_after_s is None
             may_return = error.retry_after_s is not None or self._attempts < _ATTEMPTS
         self._away_since = now if self._away_since is None else self._away_since
         if not may_return or now - self._away_since > _AWAY_S:

@@ -30,6 +30,8 @@ _IMPLAUSIBLE: Final = 1e4
 _ROWS: Final = 8
 #: for weights in use to answer: where hosts that have them are gone, new weights may be what brings them back
 _PRESENT_S: Final = 5.0
+#: so many experts are named in an error
+_NAMED: Final = 8
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +48,14 @@ class Canary:
         self._spills = spills
 
     async def try_host(self, view: LayerView, host: int, channel: Channel, timeout_s: float) -> None:
-        """One row through each expert of a host. Raises what it answers, ExpertUnavailable when that is NaN or Inf."""
-        spec, count = view.head.spec, 1 if self._spills else int(view.placement.shared_local_expert[host])
-        numbers, rows = torch.arange(count), _rows(count, spec.hidden_size)
-        kept = torch.ones(count, 1, dtype=torch.bool)
-        part = Part(slice(0, count), rows, view, Planned(numbers[:, None], kept.float(), kept, Dispatch([], numbers), None))
-        work = HostWork(host, numbers, numbers, numbers.int(), torch.ones(count, dtype=torch.float32))
-        partial = await self._exchange.ask(part, work, channel, timeout_s)
+        """One row through each expert of a host, also the shared one. Raises what it answers, ExpertUnavailable when that is NaN or Inf."""
+        spec, shared = view.head.spec, int(view.placement.shared_local_expert[host])
+        local_experts = torch.arange(1 if self._spills else shared)
+        if spec.shared_mixing is not None:
+            local_experts = torch.cat([local_experts, torch.tensor([shared])])
+        rows, planned = _rows(len(local_experts), spec.hidden_size), _planned(host, local_experts)
+        part = Part(slice(0, len(rows)), rows, view, planned)
+        partial = await self._exchange.ask(part, planned.works[0], channel, timeout_s)
         if not is_finite(partial):
             raise ExpertUnavailable(f"it answers layer {view.head.spec.name} with sums that are not finite")
 
@@ -64,9 +67,11 @@ class Canary:
         tried = self._tried(view)
         new = await self._sums(view, tried, deadline)
         name = view.head.spec.name
+        experts = [*(f"expert {expert}" for expert in tried.tolist()), "the shared expert"]
         if not is_finite(new):
-            experts = tried[(~new.isfinite()).flatten(1).any(dim=1)].tolist()
-            raise ConfigError(f"experts {experts[:8]} of layer {name} answer with NaN or Inf at epoch {view.epoch}")
+            bad = (~new.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
+            named = ", ".join([experts[index] for index in bad[:_NAMED]])
+            raise ConfigError(f"{named} of layer {name} answer{'s' * (len(bad) == 1)} with NaN or Inf at epoch {view.epoch}")
         if view.revision == before.revision:
             return
         try:
@@ -77,9 +82,8 @@ class Canary:
         sizes, usual = _largest(new), old.maximum(old.median())
         if (where := (sizes > _IMPLAUSIBLE * usual) & (usual > 0)).any():
             index = int(where.nonzero()[0])
-            expert = int(tried[index])
             raise ConfigError(
-                f"expert {expert} of layer {name} answers a random row with a vector of length {sizes[index]:.3g} at epoch {view.epoch}; "
+                f"{experts[index]} of layer {name} answers a random row with a vector of length {sizes[index]:.3g} at epoch {view.epoch}; "
                 f"it is {usual[index]:.3g} at present, and {_IMPLAUSIBLE:g} times that is allowed"
             )
 
@@ -90,13 +94,26 @@ class Canary:
         return torch.tensor(sorted({shards[0].expert for _, shards in view.placement.by_host()}))
 
     async def _sums(self, view: LayerView, tried: torch.Tensor, deadline: float) -> torch.Tensor:
-        """[E, _ROWS, H] float32: what each expert of `tried` makes of rows of its own. Raises ExpertUnavailable at the `deadline`."""
+        """[E, _ROWS, H] float32: what each expert of `tried`, and the shared one, makes of rows of its own.
+
+        Raises ExpertUnavailable at the `deadline`.
+        """
         spec = view.head.spec
         ids = tried.repeat_interleave(_ROWS)[:, None]
         weights, kept = torch.ones(ids.shape), torch.ones(ids.shape, dtype=torch.bool)
-        rows = _rows(len(ids), spec.hidden_size)
-        planned = view.head.plan(ids, weights, kept, rows, None, view.placement, view.loads("least_outstanding"), is_routed=True)
-        part, delivery = Part(slice(0, len(rows)), rows, view, planned), Delivery(deadline)
+        rows, hosts = _rows(len(ids), spec.hidden_size), view.loads("least_outstanding")
+        planned = view.head.plan(ids, weights, kept, rows, None, view.placement, hosts, is_routed=True)
+        sums = [await self._sum(Part(slice(0, len(rows)), rows, view, planned), deadline)]
+        if spec.shared_mixing is not None:
+            able = view.placement.shared_local_expert.nonzero()[0].tolist()
+            host = next((host for host in able if view.links[host].is_live_at(view.epoch)), able[0])
+            planned = _planned(host, torch.full((_ROWS,), int(view.placement.shared_local_expert[host])))
+            sums.append(await self._sum(Part(slice(0, _ROWS), _rows(_ROWS, spec.hidden_size), view, planned), deadline))
+        return torch.cat(sums).view(-1, _ROWS, spec.hidden_size)
+
+    async def _sum(self, part: Part, deadline: float) -> torch.Tensor:
+        """[R, H] float32: what hosts make of the rows [R, H] of a part. Raises as `_sums`."""
+        spec, delivery = part.view.head.spec, Delivery(deadline)
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 await self._exchange.send(delivery, part)
@@ -110,7 +127,7 @@ class Canary:
             delivery.cancel()
         for answers in delivery.take_all_answers().values():
             part.add([answer._replace(is_final=True) for answer in answers])
-        return part.so_far().view(-1, _ROWS, spec.hidden_size)
+        return part.so_far()
 
     async def _again(self, parcel: Parcel, delivery: Delivery) -> None:
         """What was lost, as soon as some host can be asked. Raises what a host has answered instead of sums."""
@@ -125,6 +142,14 @@ class Canary:
         if parcel.state is ParcelState.LOST and any(host not in behind for host in there):
             delivery.close(parcel, ParcelState.GIVEN_UP)
             await self._exchange.resend(delivery, parcel.part, works, parcel)
+
+
+def _planned(host: int, local_experts: torch.Tensor) -> Planned:
+    """A row for each of the local experts [R] of a host, ascending."""
+    numbers = torch.arange(len(local_experts))
+    ones = torch.ones(len(numbers), 1, dtype=torch.bool)
+    work = HostWork(host, numbers, numbers.int(), local_experts.int(), torch.ones(len(numbers), dtype=torch.float32))
+    return Planned(numbers[:, None], ones.float(), ones, Dispatch([work], numbers[:0]), None)
 
 
 def _largest(sums: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,7 @@ class Exchange:
     """
 
     def __init__(self, layer: int, spec: LayerSpec, communication: CommunicationConfig, metrics: Metrics, compute: Compute) -> None:
-        self._layer = layer
+        self.layer = layer
         self._spec = spec
         self._pattern = communication.pattern
         self._messages = {name: metrics.messages.labels(name) for name in {self._pattern, DIRECT}}
@@ -62,7 +62,7 @@ class Exchange:
         """What one host makes of `work`, [R, H] float32, whatever else it owes. Raises what it answers, and as `send`."""
         message = Message((work,), PassOn.NOTHING, work.rows, work.row_index)
         (draft,) = await self._compute(part.num_elements, self._write, part, lambda: [message], {work.host: channel})
-        answer = channel.send(draft.lease, layer=self._layer, epoch=part.view.epoch, timeout_s=timeout_s)
+        answer = channel.send(draft.lease, layer=self.layer, epoch=part.view.epoch, timeout_s=timeout_s)
         return (await answer).tensor
 
     async def _send(self, delivery: Delivery, part: Part, works: Sequence[HostWork], pattern: str, again: Parcel | None = None) -> None:
@@ -101,7 +101,7 @@ class Exchange:
         message, view, now = draft.message, part.view, time.monotonic()
         timeout_s = max(0.0, delivery.deadline - now)
         draft.lease.is_timed = bool(delivery.traces)
-        future = draft.channel.send(draft.lease, layer=self._layer, epoch=view.epoch, timeout_s=timeout_s, pass_on=message.pass_on)
+        future = draft.channel.send(draft.lease, layer=self.layer, epoch=view.epoch, timeout_s=timeout_s, pass_on=message.pass_on)
         for work in message.works:
             view.links[work.host].count_until(future, work.rows.numel())
         return Sent(message.host, message.works, message.rows, future, now)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -90,13 +90,13 @@ class Frontend:
         for forward, view in zip(self._forwards, self._views(release), strict=True):
             await Canary(forward.exchange, self._spills).try_release(view, forward.views.current, deadline)
 
-    async def _try_host(self, number: int, channel: Channel) -> None:
-        """Rows for experts of the first layer that the host has any of. Raises any failure."""
-        for forward in self._forwards:
-            view = forward.views.current
-            if number in view.links and view.placement.shared_local_expert[number]:
-                await Canary(forward.exchange, self._spills).try_host(view, number, channel, self._timeout_s)
-                return
+    async def _try_host(self, number: int, channel: Channel, erred_in: Collection[int]) -> None:
+        """Rows for experts of the layers that the host has erred in, or of the first one, as far as it has any. Raises any failure."""
+        current = [(forward, forward.views.current) for forward in self._forwards]
+        held = [number in view.links and view.placement.shared_local_expert[number] > 0 for _, view in current]
+        for layer in [layer for layer in erred_in if held[layer]] or [layer for layer, is_held in enumerate(held) if is_held][:1]:
+            forward, view = current[layer]
+            await Canary(forward.exchange, self._spills).try_host(view, number, channel, self._timeout_s)
 
     async def _look(self) -> None:
         while True:

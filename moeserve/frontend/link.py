@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,8 @@ from moeserve.transport import Channel, FrontendKeys, KeyPair, Partial, choose_e
 log = logging.getLogger(__name__)
 
 Resolve = Callable[[], Awaitable[HostInfo]]
-#: has a host compute rows that nobody asked for; raises what is wrong with it
-Canary = Callable[[Channel], Awaitable[None]]
+#: has a host compute rows of layers that nobody asked for; raises what is wrong with it
+Canary = Callable[[Channel, Collection[int]], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class HostLink:
         self._channel: Channel | None = None
         self._connected = asyncio.Event()
         self._breaker = Breaker()
+        #: layers whose errors count, by number
+        self._erred_in: set[int] = set()
         self._is_proven, self._is_silent = True, False
         self._down_since = time.monotonic()
         self._why_not = ""
@@ -114,8 +117,9 @@ class HostLink:
         """The host owes answers to `rows` more, until it has given them or nobody waits any longer."""
         self._owing.add(answered, rows)
 
-    def erred(self) -> None:
+    def erred(self, layer: int) -> None:
         """The host has answered with an error, or with sums that another copy shows to be wrong."""
+        self._erred_in.add(layer)
         if self._breaker.error(time.monotonic()):
             log.warning("host %s errs: other copies compute for it until it answers a canary", self.name)
             self._tell()
@@ -208,15 +212,18 @@ class HostLink:
         while (channel := self.channel) is not None:
             try:
                 async with asyncio.timeout(timing.STUCK_HANGS * self._dial.hang_after_s):
-                    await self._dial.canary(channel)
+                    await self._dial.canary(channel, sorted(self._erred_in))
             except (MoEServeError, TimeoutError) as error:
                 if str(error) != said:
                     log.warning("host %s does not get rows: its canary says: %s", self.name, error or "nothing")
                 said = str(error)
-                await asyncio.sleep(pause_s)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(pause_s):
+                        await channel.closed.wait()  # then there is a next incarnation to connect to
                 pause_s = min(2 * pause_s, timing.LONGEST_CANARY_S)
                 continue
             self._breaker.close()
+            self._erred_in.clear()
             self._is_proven = True
             self._tell()
             return

@@ -97,7 +97,7 @@ class Parcel:
     error    what the host answered instead of sums
     behind   what it answered if it has nothing of the epoch
     refused  sums that are not finite, for when nobody else can be asked
-    is_must  it is never given up: requests that could be answered without it have been
+    is_must  requests that can be answered without it have been; it is given up only if all of these can be
     """
 
     part: Part

@@ -21,6 +21,8 @@ class Resting:
         #: of those that wait, and of those that go on
         self._resting_tokens = self._tokens = 0
         self._number = self._entering = 0
+        #: that would rest if not too many did
+        self._standing: dict[BatchPlace, None] = {}
         self._changed = asyncio.Event()
 
     @property
@@ -32,16 +34,27 @@ class Resting:
         """There may be room."""
         self._changed.set()
 
-    def lie_down(self, tokens: int) -> bool:
-        """One more batch rests; False = there are too many."""
-        if self._resting_tokens and self._resting_tokens + tokens > _RESTING * self._max_tokens:
-            return False
-        self._resting_tokens += tokens
-        return True
+    def rest(self, place: BatchPlace) -> None:
+        """One more batch has nothing to do; it keeps its place as long as too many rest, and nobody who has something to do needs it."""
+        if self._resting_tokens and self._resting_tokens + place.tokens > _RESTING * self._max_tokens:
+            self._standing[place] = None
+        else:
+            self._lie_down(place)
+
+    def stand(self, place: BatchPlace) -> None:
+        """A batch that has a place needs it."""
+        self._standing.pop(place, None)
 
     def get_up(self, tokens: int) -> None:
         """A batch rests no longer."""
         self._resting_tokens -= tokens
+        for place in list(self._standing):
+            self.rest(place)
+
+    def _lie_down(self, place: BatchPlace) -> None:
+        self._standing.pop(place, None)
+        self._resting_tokens += place.tokens
+        place.give_up()
 
     async def enter(self, tokens: int) -> None:
         """Waits until a batch of `tokens` fits beside the others; the first one always does, when there is a place."""
@@ -49,6 +62,8 @@ class Resting:
         try:
             while not self._fits(tokens):
                 self._changed.clear()
+                if self._standing:  # one rests for the one that rests no longer
+                    self._lie_down(next(iter(self._standing)))
                 await self._changed.wait()
             self._number, self._tokens = self._number + 1, self._tokens + tokens
         finally:
@@ -71,30 +86,37 @@ class BatchPlace:
     """Of one batch, from its beginning on; `end` is called when it needs the place no longer, with whether it was computed."""
 
     def __init__(self, resting: Resting, tokens: int, end: Callable[[bool], None]) -> None:
-        self._resting, self._tokens = resting, tokens
+        self._resting, self.tokens = resting, tokens
         #: None while it rests
         self._end: Callable[[bool], None] | None = end
 
     def rest(self) -> None:
         """Hosts have nothing of the batch to do until one that was lost is back: others run meanwhile."""
-        if self._end is not None and self._resting.lie_down(self._tokens):
-            # Not at once: the next batch would begin inside this one, and the one after that inside the next.
-            asyncio.get_running_loop().call_soon(self._end, False)
-            self._end = None
+        if self._end is not None:
+            self._resting.rest(self)
+
+    def give_up(self) -> None:
+        """It rests now."""
+        assert self._end is not None, "a batch that has a place"
+        # Not at once: the next batch would begin inside this one, and the one after that inside the next.
+        asyncio.get_running_loop().call_soon(self._end, False)
+        self._end = None
 
     async def go_on(self) -> None:
         """Waits until the batch has a place, if it rests."""
+        self._resting.stand(self)
         if self._end is None:
-            await self._resting.enter(self._tokens)
-            self._resting.get_up(self._tokens)
+            await self._resting.enter(self.tokens)
+            self._resting.get_up(self.tokens)
             self._end = self._leave
 
     def end(self, is_computed: bool) -> None:
         """The batch is over."""
+        self._resting.stand(self)
         if self._end is None:
-            self._resting.get_up(self._tokens)
+            self._resting.get_up(self.tokens)
         else:
             self._end(is_computed)
 
     def _leave(self, _: bool) -> None:
-        self._resting.leave(self._tokens)
+        self._resting.leave(self.tokens)

@@ -6,7 +6,7 @@ T tokens of the batch, K choices per token, R rows of a parcel, A tokens that ar
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from moeserve.api.tensors import is_finite
@@ -21,7 +21,7 @@ from moeserve.frontend.parcel import Answer, Parcel, ParcelState
 from moeserve.frontend.policy import Accept, Action, Decision, Fail, GiveUp, Hedge, Owed, Resend, Split
 from moeserve.frontend.routed import RoutedBatch
 from moeserve.frontend.view import LayerView
-from moeserve.layer.dispatch import HostWork, experts_of, plan_again
+from moeserve.layer.dispatch import HostWork, experts_of, is_shared_alone, plan_again
 from moeserve.observe.metrics import Metrics
 
 #: so many experts are named in an error
@@ -74,7 +74,7 @@ class Remedy:
         for suspicion in delivery.suspicions:
             is_at_fault = suspicion.confirmed and not suspicion.is_cleared and is_finite(suspicion.part.so_far())
             for _ in range(suspicion.confirmed if is_at_fault else 0):
-                view.links[suspicion.host].erred()
+                view.links[suspicion.host].erred(self._exchange.layer)
 
     async def apply(self, routed: RoutedBatch, delivery: Delivery) -> float:
         """Does what is to be done now; says when to ask again, monotonic seconds, unless something changes before."""
@@ -87,7 +87,7 @@ class Remedy:
             if not delivery.is_owed(parcel):
                 continue  # it was answered while those before it were seen to
             if action is not None and parcel.error is not None and len(parcel.works) == 1:  # else it may be another's error
-                routed.view.links[parcel.host].erred()
+                routed.view.links[parcel.host].erred(self._exchange.layer)
             if isinstance(action, GiveUp):
                 giving_up.add(parcel, action.reason)
             elif action is not None:
@@ -107,10 +107,25 @@ class Remedy:
 
     def _decide(self, parcels: Sequence[Parcel], routed: RoutedBatch, delivery: Delivery) -> Decision:
         health = {parcel.host: routed.view.health(parcel.host, parcel.num_rows) for parcel in parcels}
-        owed = [self._owed(parcel, routed, delivery) for parcel in parcels]
+        is_optional = self._optional(parcels, routed)
+        owed = [self._owed(parcel, delivery, is_optional(parcel)) for parcel in parcels]
         return policy.decide(owed, health, self._rules.resilience, int(self._hedges.spare_rows), time.monotonic())
 
-    def _owed(self, parcel: Parcel, routed: RoutedBatch, delivery: Delivery) -> Owed:
+    def _optional(self, parcels: Sequence[Parcel], routed: RoutedBatch) -> Callable[[Parcel], bool]:
+        """Whether requests can be answered without a parcel: without all that must be waited for, or without one that need not."""
+        k_min = self._rules.resilience.k_min
+        if self._rules.resilience.on_expert_failure not in policy.PARTIAL:
+            return lambda parcel: False
+        musts = [parcel for parcel in parcels if parcel.is_must]
+        spared = missing_choices(routed, musts).can_lack(k_min) if musts else None
+
+        def is_optional(parcel: Parcel) -> bool:
+            can_lack = missing_choices(routed, [parcel]).can_lack(k_min)
+            return bool((can_lack if spared is None or not parcel.is_must else can_lack & spared).any())
+
+        return is_optional
+
+    def _owed(self, parcel: Parcel, delivery: Delivery, is_optional: bool) -> Owed:
         is_lost = parcel.state is ParcelState.LOST
         return Owed(
             host=parcel.host,
@@ -122,9 +137,7 @@ class Remedy:
             error=parcel.error,
             is_refused=bool(parcel.refused),
             not_before=parcel.since + (timing.BEHIND_S if parcel.host in parcel.erred else 0.0),
-            is_optional=self._rules.resilience.on_expert_failure in policy.PARTIAL
-            and not parcel.is_must
-            and bool(missing_choices(routed, [parcel]).can_lack(self._rules.resilience.k_min).any()),
+            is_optional=is_optional,
             others_at=delivery.first_answer_at,
             is_passed_on=len(parcel.works) > 1,
         )
@@ -136,7 +149,8 @@ class Remedy:
         """
         view, is_lost = parcel.part.view, parcel.state is ParcelState.LOST
         without = parcel.erred if is_lost else {*parcel.erred, *(work.host for work in parcel.works), *view.late_hosts()}
-        hosts = view.loads(self._rules.copy_choice, without)
+        is_everywhere = all(is_shared_alone(work, view.placement) for work in parcel.works)
+        hosts = (view.all_loads if is_everywhere else view.loads)(self._rules.copy_choice, without)
         if hosts is None:
             return []
         works = plan_again(parcel.works, len(parcel.part.hidden_states), view.placement, hosts)
@@ -170,7 +184,7 @@ class Remedy:
         experts = sorted({int(expert) for work in parcel.works for expert in experts_of(work, placement) if expert >= 0})
         more = f" and {len(experts) - _NAMED_EXPERTS} more" if len(experts) > _NAMED_EXPERTS else ""
         named = ", ".join(map(str, experts[:_NAMED_EXPERTS]))
-        return f"experts {named}{more} of layer {self._rules.layer} {why}"
+        return f"{f'experts {named}{more}' if experts else 'copies of the shared expert'} of layer {self._rules.layer} {why}"
 
 
 def _close_unwanted(routed: RoutedBatch, delivery: Delivery) -> None:

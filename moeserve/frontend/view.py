@@ -37,8 +37,10 @@ class LayerView:
 
         Hosts `without` which it shall do count as down.
         """
-        if self.placement.copies.shape[1] == 1:
-            return None
+        return None if self.placement.copies.shape[1] == 1 else self.all_loads(copy_choice, without)
+
+    def all_loads(self, copy_choice: CopyChoice, without: Collection[int] = ()) -> HostLoads:
+        """As `loads`, also where only the shared expert is on several hosts."""
         is_live = np.zeros(self.placement.num_hosts, dtype=np.bool_)
         load = np.zeros(self.placement.num_hosts, dtype=np.int64)
         for number, link in self.links.items():

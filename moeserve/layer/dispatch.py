@@ -105,7 +105,12 @@ def plan(
 
 
 def plan_again(lost: Sequence[HostWork], num_tokens: int, placement: LayerPlacement, hosts: HostLoads) -> list[HostWork]:
-    """The same pairs for other copies, as far as there are any that live; the rest stays where it was."""
+    """The same pairs for other copies, as far as there are any that live; the rest stays where it was.
+
+    Every host has the shared expert: its tokens go where other pairs of theirs go, or, if there are none, to a host that has little to do.
+    """
+    if all(is_shared_alone(work, placement) for work in lost):
+        return _shared_elsewhere(lost, placement, hosts)
     tokens = np.concatenate([work.rows.numpy()[work.row_index.numpy()] for work in lost])
     local_experts = np.concatenate([work.local_experts.numpy() for work in lost])
     weights = np.concatenate([work.weights.numpy() for work in lost])
@@ -123,6 +128,20 @@ def plan_again(lost: Sequence[HostWork], num_tokens: int, placement: LayerPlacem
         shared = SharedWork(torch.from_numpy(share), None)
         shared_host = _shared_hosts(routed, placement.host_of_physical[physical], used, placement.num_hosts)
     return _by_host(routed, physical, weights[~is_shared][order], num_tokens, placement, shared_host, shared)
+
+
+def is_shared_alone(work: HostWork, placement: LayerPlacement) -> bool:
+    """Whether it asks for nothing but the shared expert."""
+    return bool((work.local_experts == int(placement.shared_local_expert[work.host])).all())
+
+
+def _shared_elsewhere(lost: Sequence[HostWork], placement: LayerPlacement, hosts: HostLoads) -> list[HostWork]:
+    able = np.flatnonzero(hosts.is_live & (placement.shared_local_expert > 0))
+    if not len(able):
+        return list(lost)
+    host = int(able[hosts.load[able].argmin()])
+    local = int(placement.shared_local_expert[host])
+    return [HostWork(host, work.rows, work.row_index, torch.full_like(work.local_experts, local), work.weights) for work in lost]
 
 
 def restrict(work: HostWork, is_wanted: Booleans) -> HostWork | None:

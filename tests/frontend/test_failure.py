@@ -76,6 +76,35 @@ def test_many_who_wait_for_a_lost_host_hold_up_nobody(tmp_path: Path) -> None:
         service.call(until_async(lambda: service.frontend.stats().queue_tokens == 0))
 
 
+def test_who_waits_for_a_host_that_is_back_goes_on_before_those_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More wait for a lost host than may rest; those of the other one still have their turn when it is back."""
+    settings = config() | {"placement": {"num_hosts": 4}, "batching": {"max_batch_tokens": 512}}
+    with ServiceHarness(settings, "local", tmp_path) as service:
+        for number in (1, 2):
+            monkeypatch.setattr(service.hosts[number], "start", lambda: None)
+            service.hosts[number].stop()
+            service.call(gone(service, number))
+
+        async def submit(request: LayerRequest) -> asyncio.Future[ForwardOutput]:
+            return service.frontend.submit(0, request)
+
+        async def answered(future: asyncio.Future[ForwardOutput]) -> int:
+            return int((await asyncio.wait_for(asyncio.shield(future), 20)).processed.sum())
+
+        first = service.call(submit(routed_to(1)))
+        others = [service.call(submit(routed_to(2, 500))) for _ in range(6)]
+        resting = service.frontend._batchers[0]._resting
+        service.call(until_async(lambda: len(service.frontend._forwards[0]._deliveries) == 5))  # two of them in places of their own
+        assert not resting.places
+        monkeypatch.undo()
+        service.hosts[1].start()
+        assert service.call(answered(first)) == 2
+        assert not any(future.done() for future in others)
+        service.hosts[2].start()
+        assert [service.call(answered(future)) for future in others] == [500] * 6
+        service.call(until_async(lambda: service.frontend.stats().queue_tokens == 0))
+
+
 def test_requests_of_one_batch_are_told_apart(tmp_path: Path) -> None:
     """Two requests are joined; one of them needs the lost host, the other does not and must not wait for it."""
     with ServiceHarness(config(), "local", tmp_path) as service:

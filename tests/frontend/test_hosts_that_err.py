@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from moeserve import Client, MoELayer, MoEServeError
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest
 from moeserve.errors import ExpertUnavailable, NonFiniteOutput
+from moeserve.frontend import timing
 from moeserve.frontend.canary import Canary
 from tests.support.closeness import assert_close
 from tests.support.harness import CHANNELS, Killed, Kind, ServiceHarness, received
@@ -125,6 +128,38 @@ def test_an_exception_in_a_kernel(kind: Kind, tmp_path: Path) -> None:
         assert state(service, 2) == "out"
         held.error = None
         service.call(until_async(lambda: state(service, 2) == "up"))
+
+
+def test_a_canary_is_of_the_layers_that_a_host_has_erred_in(tmp_path: Path) -> None:
+    with ServiceHarness(config() | {"layers": [LAYER, LAYER]}, "local", tmp_path) as service, Client(service.target) as client:
+        held = Held(service.hosts[2], layer=1)
+        held.error = ValueError("a kernel failed")
+        held.let_go()
+        while state(service, 2) != "out":
+            assert_close(client.forward(ROWS, layer=1).hidden_states, MoELayer(**LAYER)(ROWS))
+        while held.begun.acquire(blocking=False):
+            pass
+        assert held.begun.acquire(timeout=30), "nobody else asks it"
+        assert state(service, 2) == "out"
+        held.error = None
+        service.call(until_async(lambda: state(service, 2) == "up"))
+
+
+def test_a_host_that_starts_again_while_its_canary_pauses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "CANARY_S", 600.0)
+    with ServiceHarness(config(), "local", tmp_path) as service:
+        link, failed = service.frontend._links[1], threading.Event()
+
+        async def fails(*_: object) -> None:
+            failed.set()
+            raise ExpertUnavailable("it cannot compute")
+
+        tried, link._dial = link._dial, replace(link._dial, canary=fails)
+        service.hosts[1].kill()
+        assert failed.wait(30)
+        link._dial = tried
+        service.hosts[1].kill()
+        service.call(until_async(lambda: state(service, 1) == "up" and link.restarts == 2))
 
 
 def test_without_a_copy_the_error_is_told(tmp_path: Path) -> None:

@@ -226,6 +226,26 @@ def test_with_fewer_than_k_min_it_waits(k_min: int, tmp_path: Path) -> None:
         assert out is None or int(out.processed.sum()) == 39
 
 
+def test_of_two_lost_hosts_the_one_that_is_back_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without both there would be fewer than k_min choices, so both are waited for, until one has answered."""
+    ids, weights = torch.tensor([[2, 4, 6]]), torch.full((1, 3), 1 / 3)
+    with ServiceHarness(config("residual", k_min=2, partial_after_ms=0), "local", tmp_path) as service, ThreadPoolExecutor() as callers:
+        for number in (1, 2):
+            monkeypatch.setattr(service.hosts[number], "start", lambda: None)
+            service.hosts[number].stop()
+            service.call(gone(service, number))
+        request = LayerRequest(ROWS[:1], topk_ids=ids, topk_weights=weights, return_routing=True)
+        answer = callers.submit(lambda: service.call(service.frontend.forward(0, request)))
+        deliveries = service.frontend._forwards[0]._deliveries
+        until(lambda: [parcel.is_must for delivery in list(deliveries) for parcel in delivery.owed] == [True, True])
+        monkeypatch.undo()
+        service.hosts[2].start()
+        out = answer.result(30)
+        assert [(drop.choice, drop.reason) for drop in out.drops or ()] == [(0, "host_lost")]
+        again = MoELayer(**LAYER).run(ROWS[:1], topk_ids=ids, topk_weights=out.topk_weights)
+        assert_close(out.hidden_states, again.hidden_states)
+
+
 def test_layers_may_differ(tmp_path: Path) -> None:
     layers = [LAYER, LAYER | {"resilience": {"on_expert_failure": "residual", "partial_after_ms": 0}}]
     settings = {"layers": layers, "placement": {"num_hosts": 4}, "resilience": {"on_expert_failure": "fail"}}
