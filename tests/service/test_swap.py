@@ -7,10 +7,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from moeserve import CheckpointError, Client, ConfigError, ForwardOutput, MoELayer, UnknownLayer
 from moeserve.checkpoints.huggingface import HuggingFaceLayer
@@ -112,6 +113,26 @@ def test_weights_that_cannot_be_meant_are_refused(factor: float, tmp_path: Path)
         assert (after.model_revision, after.hidden_states.tolist()) == (1, before.hidden_states.tolist())
         service.call(service.controller.swap(LAYER, new))
         assert client.forward(tokens(0)).model_revision == 2
+
+
+@pytest.mark.parametrize("factor", [1e25, 1e6], ids=["overflowing", "implausible"])
+def test_a_shared_expert_that_cannot_be_meant_is_refused(factor: float, tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    layer: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 4, "shared_expert": {"intermediate_size": 8}}
+    for seed, path in enumerate((old, new)):
+        MoELayer(**layer, seed=seed).save(path)
+    (weights,) = new.glob("*.safetensors")
+    sound = load_file(weights)
+    save_file({name: tensor * factor if "shared_expert" in name else tensor for name, tensor in sound.items()}, weights)
+    config = {"model": {"checkpoint": old}, "placement": {"num_hosts": 2}}
+    with ServiceHarness(config, "local", tmp_path) as service, Client(service.target) as client:
+        service.call(until_async(lambda: epochs(service) == [1]))
+        with pytest.raises(ConfigError, match="the shared expert of layer layers.0 answers"):
+            service.call(service.controller.swap("layers.0", new))
+        assert client.forward(torch.ones(1, 16)).model_revision == 1
+        save_file(sound, weights)
+        service.call(service.controller.swap("layers.0", new))
+        assert client.forward(torch.ones(1, 16)).model_revision == 2
 
 
 def test_a_caller_who_hangs_up_leaves_nothing_half_made(tmp_path: Path) -> None:
