@@ -22,7 +22,7 @@ class Resting:
         self._resting_tokens = self._tokens = 0
         self._number = self._entering = 0
         #: that would rest if not too many did
-        self._standing: dict[BatchPlace, None] = {}
+        self._waking: dict[BatchPlace, None] = {}
         self._changed = asyncio.Event()
 
     @property
@@ -37,22 +37,23 @@ class Resting:
     def rest(self, place: BatchPlace) -> None:
         """One more batch has nothing to do; it keeps its place as long as too many rest, and nobody who has something to do needs it."""
         if self._resting_tokens and self._resting_tokens + place.tokens > _RESTING * self._max_tokens:
-            self._standing[place] = None
+            self._waking[place] = None
+            self._changed.set()
         else:
             self._lie_down(place)
 
     def stand(self, place: BatchPlace) -> None:
         """A batch that has a place needs it."""
-        self._standing.pop(place, None)
+        self._waking.pop(place, None)
 
     def get_up(self, tokens: int) -> None:
         """A batch rests no longer."""
         self._resting_tokens -= tokens
-        for place in list(self._standing):
+        for place in list(self._waking):
             self.rest(place)
 
     def _lie_down(self, place: BatchPlace) -> None:
-        self._standing.pop(place, None)
+        self._waking.pop(place, None)
         self._resting_tokens += place.tokens
         place.give_up()
 
@@ -62,8 +63,8 @@ class Resting:
         try:
             while not self._fits(tokens):
                 self._changed.clear()
-                if self._standing:  # one rests for the one that rests no longer
-                    self._lie_down(next(iter(self._standing)))
+                if self._waking:  # one rests for the one that rests no longer
+                    self._lie_down(next(iter(self._waking)))
                 await self._changed.wait()
             self._number, self._tokens = self._number + 1, self._tokens + tokens
         finally:

@@ -127,7 +127,7 @@ def test_a_shared_expert_that_cannot_be_meant_is_refused(factor: float, tmp_path
     config = {"model": {"checkpoint": old}, "placement": {"num_hosts": 2}}
     with ServiceHarness(config, "local", tmp_path) as service, Client(service.target) as client:
         service.call(until_async(lambda: epochs(service) == [1]))
-        with pytest.raises(ConfigError, match="the shared expert of layer layers.0 answers"):
+        with pytest.raises(ConfigError, match="the shared expert of layer"):
             service.call(service.controller.swap("layers.0", new))
         assert client.forward(torch.ones(1, 16)).model_revision == 1
         save_file(sound, weights)
