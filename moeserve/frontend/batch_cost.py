@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-#: how many batches are remembered: each new one takes this share of the weight
+#: how many batches are remembered: once there are so many, each new one takes this share of the weight
 _NEWEST: Final = 1 / 32
 #: a batch that took strangely long counts for at most so many times what was expected, unless the one before it did, too
 _SURPRISE: Final = 2.0
@@ -22,7 +22,7 @@ class BatchCost:
     def __init__(self) -> None:
         self.fixed_s = 0.0
         self.token_s = 0.0
-        self._is_new = True
+        self._number = 0
         self._last_surprise = 0.0
         self._mean_tokens = self._mean_s = 0.0
         self._variance = self._covariance = 0.0
@@ -34,13 +34,13 @@ class BatchCost:
     @property
     def usual_s(self) -> float:
         """Seconds of the batches as they have been lately; inf before the first."""
-        return float("inf") if self._is_new else self._mean_s
+        return self._mean_s if self._number else float("inf")
 
     def tokens_of(self, seconds: float) -> float:
         """How many tokens take so many seconds more than none; a part of those of usual batches to find that out."""
         if self.token_s:
             return seconds / self.token_s
-        return float("inf") if self._is_new or self._variance else _TRIED * self._mean_tokens
+        return _TRIED * self._mean_tokens if self._number and not self._variance else float("inf")
 
     def of_many(self, tokens: float, batch_tokens: float) -> float:
         """Seconds of `tokens` in batches of `batch_tokens` each, the last one in part."""
@@ -48,18 +48,21 @@ class BatchCost:
 
     def learn(self, tokens: int, seconds: float) -> None:
         """One batch of `tokens` has kept the service busy for `seconds`."""
-        if self._is_new:
-            self._is_new, self._mean_tokens, self._mean_s = False, float(tokens), seconds
+        self._number += 1
+        # The first one, which often takes long, has no more weight than the others.
+        newest = max(_NEWEST, 1 / self._number)
+        if self._number == 1:
+            self._mean_tokens, self._mean_s = float(tokens), seconds
         else:
             expected_s = max(self(tokens), self._mean_s * tokens / self._mean_tokens)
             believed_s = max(_SURPRISE, self._last_surprise) * expected_s
             self._last_surprise = seconds / expected_s if expected_s else 0.0
             seconds = min(seconds, believed_s) if expected_s else seconds
             more_tokens, more_s = tokens - self._mean_tokens, seconds - self._mean_s
-            self._mean_tokens += _NEWEST * more_tokens
-            self._mean_s += _NEWEST * more_s
-            self._variance = (1 - _NEWEST) * (self._variance + _NEWEST * more_tokens * more_tokens)
-            self._covariance = (1 - _NEWEST) * (self._covariance + _NEWEST * more_tokens * more_s)
+            self._mean_tokens += newest * more_tokens
+            self._mean_s += newest * more_s
+            self._variance = (1 - newest) * (self._variance + newest * more_tokens * more_tokens)
+            self._covariance = (1 - newest) * (self._covariance + newest * more_tokens * more_s)
         slope = self._covariance / self._variance if self._variance else 0.0
         self.token_s = min(max(slope, 0.0), self._mean_s / self._mean_tokens)
         self.fixed_s = max(0.0, self._mean_s - self.token_s * self._mean_tokens)

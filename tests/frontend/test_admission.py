@@ -212,6 +212,20 @@ def test_one_stalled_batch_does_not_make_a_service_refuse_its_callers() -> None:
     assert cost(64) > 1.2, "what lasts is believed"
 
 
+def test_a_first_batch_that_takes_long_does_not_make_a_service_refuse_its_callers() -> None:
+    hosts = FakeHosts(fixed_s=2.0)
+    hosts.submit("caller", 64)
+    hosts.run(10)
+    hosts.fixed_s = 4e-3
+    for _ in range(20):
+        hosts.submit("caller", 64)
+        hosts.run(hosts.now + 1)
+    for _ in range(4):
+        hosts.submit("caller", 64, deadline_s=1.0)
+    hosts.run(hosts.now + 10)
+    assert hosts.ended("answered") == 25
+
+
 @given(st.floats(0, 0.1), st.floats(1e-7, 1e-3), st.lists(st.integers(1, 65536), min_size=40, max_size=80, unique=True))
 def test_the_cost_of_batches_is_learned(fixed_s: float, token_s: float, sizes: list[int]) -> None:
     cost = BatchCost()
