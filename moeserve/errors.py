@@ -127,6 +127,15 @@ class DeadlineExceeded(MoEServeError):
     """The deadline passed before the answer was ready."""
 
     code = _Status("DEADLINE_EXCEEDED")
+    #: what a client has had no answer from; "" = it is the service that says so
+    target = ""
+
+    @classmethod
+    def of(cls, target: str, timeout_s: float | None) -> DeadlineExceeded:
+        """A client has had no answer within `timeout_s`, None = within a deadline that somebody else has set."""
+        error = cls(f"no answer from {target} within {'its deadline' if timeout_s is None else f'{timeout_s:g} s'}")
+        error.target = target
+        return error
 
 
 class Cancelled(MoEServeError):

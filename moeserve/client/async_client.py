@@ -103,7 +103,7 @@ class AsyncClient:
                 return answers.output_of(answers.decode_answer(data, device, lent))
             except MoEServeError as error:
                 if not self._retry or (pause_s := retries.pause_s(error, time.monotonic())) is None:
-                    raise
+                    raise retries.ended(error) from None
             await asyncio.sleep(pause_s)
             now = time.monotonic()
 

@@ -190,7 +190,7 @@ class Client:
                 return self._within("forward", message, retries.left_s(now), metadata)  # type: ignore[no-any-return]
             except MoEServeError as error:
                 if not self._retry or (pause_s := retries.pause_s(error, time.monotonic())) is None:
-                    raise
+                    raise retries.ended(error) from None
             time.sleep(pause_s)
             now = time.monotonic()
 

@@ -34,8 +34,7 @@ def to_error(failure: grpc.RpcError, target: str, timeout_s: float | None) -> Mo
         hint = "the server there does not speak gRPC (is it a metrics port?): " if is_other else ""
         return ServiceUnreachable(f"{target} is unavailable: {hint}{sentence}", may_return=_is_gone(sentence))
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        within = "its deadline" if timeout_s is None else f"{timeout_s:g} s"
-        return DeadlineExceeded(f"no answer from {target} within {within}")
+        return DeadlineExceeded.of(target, timeout_s)
     if code is grpc.StatusCode.CANCELLED:
         is_ours = any(sign in sentence for sign in _OURS)
         ended = ServiceUnreachable(f"{target} has ended the call: {sentence}", may_return=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Final
 
-from moeserve.errors import ExpertUnavailable, MoEServeError, ServiceUnreachable
+from moeserve.errors import DeadlineExceeded, ExpertUnavailable, MoEServeError, ServiceUnreachable
 
 #: how long a service may be away, as one that is started again is
 _AWAY_S: Final = 5.0
@@ -49,6 +49,10 @@ class Retries:
         pause_s *= random.uniform(1, 1.5)  # noqa: S311  # nobody has to be unable to guess it
         left_s = self.left_s(now)
         return pause_s if left_s is None or pause_s < left_s else None
+
+    def ended(self, error: MoEServeError) -> MoEServeError:
+        """What its caller hears of `error`: a time is that of all attempts together."""
+        return DeadlineExceeded.of(error.target, self._timeout_s) if isinstance(error, DeadlineExceeded) and error.target else error
 
     def _until_back_s(self, error: ExpertUnavailable, now: float) -> float | None:
         if isinstance(error, ServiceUnreachable):

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import pytest
@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeserve import errors
+from moeserve.api.request import LayerRequest
 from moeserve.client.retries import Retries
 from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1 import moe_service_pb2_grpc as pb_grpc
@@ -30,6 +31,22 @@ async def test_a_refused_call_is_made_again_when_the_service_says(calls: Calls, 
     began = time.monotonic()
     assert torch.equal((await calls.forward(X)).hidden_states, X)
     assert len(engine.requests) == 3 and time.monotonic() - began >= 0.21
+
+
+async def test_a_call_that_was_made_again_and_not_answered_tells_its_whole_time(
+    calls: Calls, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse_then_wait(layer: int, request: LayerRequest) -> NoReturn:
+        engine.requests.append((layer, request))
+        if len(engine.requests) == 1:
+            raise errors.Overloaded("later", 0.1)
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr(engine, "forward", refuse_then_wait)
+    with pytest.raises(errors.DeadlineExceeded, match="within 1 s"):
+        await calls.forward(X, timeout=1)
+    assert len(engine.requests) == 2
 
 
 async def test_a_call_refused_before_it_was_read_is_made_again(calls: Calls, engine: FakeEngine) -> None:
