@@ -15,7 +15,7 @@ from moeserve.frontend.routed import Part
 from moeserve.layer.dispatch import HostWork
 from moeserve.transport import ChannelClosed, PeerLost
 
-#: what the request or this process is to blame for: no other host would say otherwise
+#: what the request or this process is to blame for: no other host would say otherwise, unless it has been asked already
 _OF_THE_BATCH = (InvalidRequest, Overloaded, DeadlineExceeded)
 
 #: event loops may call a moment early
@@ -178,7 +178,7 @@ class Delivery:
         if error is None:
             if way.is_whole:
                 self._answered(parcel, way)
-        elif isinstance(error, _OF_THE_BATCH):
+        elif isinstance(error, _OF_THE_BATCH) and all(each.is_lost for each in parcel.ways if each is not way):
             self._failure = error
             self.wake()
         else:
@@ -212,7 +212,7 @@ class Delivery:
     def _lost(self, parcel: Parcel, way: Way, sent: Sent, error: BaseException) -> None:
         way.is_lost = True
         way.cancel()
-        if not isinstance(error, (ChannelClosed, PeerLost)):
+        if not isinstance(error, (ChannelClosed, PeerLost, *_OF_THE_BATCH)):
             assert isinstance(error, MoEServeError)
             if len(sent.works) == 1:
                 parcel.erred |= {sent.host}

@@ -14,6 +14,7 @@ import torch
 
 from moeserve.api.call_trace import mark_all
 from moeserve.config import CommunicationConfig, LayerSpec
+from moeserve.errors import InvalidRequest, Overloaded
 from moeserve.frontend.compute import Compute
 from moeserve.frontend.delivery import Delivery
 from moeserve.frontend.parcel import Parcel, Sent, Way
@@ -54,8 +55,11 @@ class Exchange:
         await self._send(delivery, part, works, DIRECT, again)
 
     async def second_way(self, delivery: Delivery, part: Part, works: Sequence[HostWork]) -> Way | None:
-        """What is under way already, to other hosts; None when there is none, or one of them has just gone. Raises as `send`."""
-        drafts, lost = await self._drafts(part, works, DIRECT)
+        """What is under way already, to other hosts; None when there is none, or one of them has no room, or has just gone."""
+        try:
+            drafts, lost = await self._drafts(part, works, DIRECT)
+        except (InvalidRequest, Overloaded):
+            return None  # the first way may still come to its end
         return None if lost or not drafts else Way([self._transmit(delivery, part, draft) for draft in drafts])
 
     async def ask(self, part: Part, work: HostWork, channel: Channel, timeout_s: float) -> torch.Tensor:

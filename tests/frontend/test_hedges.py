@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from moeserve import Client, MoELayer
+from moeserve.errors import Overloaded
 from moeserve.frontend.delivery import Delivery
 from moeserve.frontend.parcel import Way
 from moeserve.frontend.routed import Part
 from moeserve.layer.dispatch import HostWork
+from moeserve.memory import Arena, Block
 from moeserve.transport.shm_channel import ShmChannel
 from tests.support.closeness import assert_close
 from tests.support.harness import ServiceHarness
@@ -136,6 +138,58 @@ def test_the_second_copy_goes_as_it_is_about_to_be_asked(tmp_path: Path, monkeyp
         for one in held:
             one.let_go()
         assert_close(answer.result(30).hidden_states, expected)
+
+
+def test_a_second_copy_without_room_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ServiceHarness(config("auto"), "local", tmp_path) as service, Client(service.target, retry=False) as client:
+        until_usual(service, client)
+        exchange, channel = service.frontend._forwards[0].exchange, service.frontend._links[1].channel
+        second_way, asked = exchange.second_way, []
+        assert channel is not None
+
+        async def without_room(delivery: Delivery, part: Part, works: Sequence[HostWork]) -> Way | None:
+            asked.append(works)
+            blocks = all_of(channel._arena) if len(asked) == 1 else []
+            try:
+                return await second_way(delivery, part, works)
+            finally:
+                blocks.clear()
+
+        monkeypatch.setattr(exchange, "second_way", without_room)
+        held = Held(service.hosts[0])
+        assert_close(client.forward(ROWS, timeout=20).hidden_states, MoELayer(**LAYER)(ROWS))
+        assert len(asked) >= 2
+        held.let_go()
+
+
+def all_of(arena: Arena) -> list[Block]:
+    blocks, nbytes = [], 2**30
+    while nbytes >= 2**12:
+        try:
+            blocks.append(arena.lend(nbytes))
+        except Overloaded:
+            nbytes //= 2
+    return blocks
+
+
+def test_the_first_copy_is_waited_for_when_the_second_cannot(tmp_path: Path) -> None:
+    ids, weights = torch.tensor([[0]]), torch.ones(1, 1)
+    with ServiceHarness(config("auto"), "local", tmp_path) as service, Client(service.target, retry=False) as client:
+        for _ in range(40):
+            client.forward(ROWS[:1], topk_ids=ids, topk_weights=weights)
+        until_usual(service, client)
+        held = [Held(host) for host in service.hosts]
+        with ThreadPoolExecutor() as pool:
+            answer = pool.submit(client.forward, ROWS[:1], topk_ids=ids, topk_weights=weights, timeout=20)
+            until(lambda: any(one.rows for one in held))
+            first, second = held if held[0].rows else held[::-1]
+            until(lambda: second.rows)
+            second.error = Overloaded("replies under way fill the pool")
+            second.let_go()
+            until(lambda: not service.frontend._links[held.index(second)].queue_tokens)
+            first.let_go()
+            again = MoELayer(**LAYER).run(ROWS[:1], topk_ids=ids, topk_weights=weights)
+            assert_close(answer.result(30).hidden_states, again.hidden_states)
 
 
 def test_a_copy_that_has_more_to_do_and_is_on_time_is_asked(tmp_path: Path) -> None:
