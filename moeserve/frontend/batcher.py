@@ -144,7 +144,7 @@ class Batcher:
         running.add_done_callback(finished)
 
     async def _guarded(self, batch: Batch) -> bool:
-        """Runs it, whatever comes of it. Returns whether it ended as it should."""
+        """Runs it, whatever comes of it. Returns whether it ended as it should, and somebody got an answer."""
         try:
             await self._run(batch)
         except InvalidRequest as error:
@@ -161,5 +161,5 @@ class Batcher:
             batch.fail(MoEServeError(f"the service failed to run the batch: {type(error).__name__}"))
         else:
             assert batch.is_abandoned, "a batch ended without an answer for every request"
-            return True
+            return any(not answer.cancelled() and answer.exception() is None for answer in (member.answer for member in batch.members))
         return False
