@@ -5,13 +5,19 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeserve.errors import Overloaded
+from moeserve.api.request import LayerRequest
+from moeserve.config import BatchingConfig
+from moeserve.errors import ExpertUnavailable, Overloaded
 from moeserve.frontend.admission import Admission
+from moeserve.frontend.batch import Batch
 from moeserve.frontend.batch_cost import BatchCost
+from moeserve.frontend.batcher import Batcher
 from tests.support.fake_hosts import FakeHosts, FakeRequest
+from tests.support.waiting import until_async
 
 #: seconds of a batch without tokens and of a token, tokens of a request
 KINDS = {"small batches": (1e-3, 2e-5, 128), "slow tokens": (2e-3, 5e-5, 64), "large requests": (1e-3, 1e-4, 512)}
@@ -224,6 +230,19 @@ def test_a_first_batch_that_takes_long_does_not_make_a_service_refuse_its_caller
         hosts.submit("caller", 64, deadline_s=1.0)
     hosts.run(hosts.now + 10)
     assert hosts.ended("answered") == 25
+
+
+async def test_what_fails_says_nothing_of_what_batches_cost() -> None:
+    """As where a host is lost whose experts have no copy: errors come sooner than answers."""
+
+    async def run(batch: Batch) -> None:
+        batch.fail(ExpertUnavailable("experts 2 of layer layers.0 were lost with host-1"))
+
+    batches = Batcher(run, BatchingConfig(), Admission(100, lambda tokens: None))
+    with pytest.raises(ExpertUnavailable):
+        await batches.submit(LayerRequest(torch.zeros(1, 4)), 1e9)
+    await until_async(lambda: batches._load.queue.tokens == 0 and not batches._running)
+    assert batches._load.cost.usual_s == float("inf")
 
 
 @given(st.floats(0, 0.1), st.floats(1e-7, 1e-3), st.lists(st.integers(1, 65536), min_size=40, max_size=80, unique=True))

@@ -11,7 +11,7 @@ import torch
 
 from moeserve.api.request import LayerRequest
 from moeserve.config import BatchingConfig, GatingOverrides
-from moeserve.errors import ExpertUnavailable, InvalidRequest, MoEServeError, Overloaded
+from moeserve.errors import InvalidRequest, MoEServeError, Overloaded
 from moeserve.frontend.admission import Admission
 from moeserve.frontend.batch import Batch
 from moeserve.frontend.batcher import Batcher
@@ -277,19 +277,6 @@ async def test_an_unexpected_error_answers_everybody_and_the_next_batch_runs(cap
         await batches.submit(request(1), FAR)
     fail = False
     assert await batches.submit(request(1), FAR) == 1
-
-
-async def test_what_fails_says_nothing_of_what_batches_cost() -> None:
-    """As where a host is lost whose experts have no copy: errors come sooner than answers."""
-
-    async def run(batch: Batch) -> None:
-        batch.fail(ExpertUnavailable("experts 2 of layer layers.0 were lost with host-1"))
-
-    batches = Batcher(run, BatchingConfig(), Admission(100, lambda tokens: None))
-    with pytest.raises(ExpertUnavailable):
-        await batches.submit(request(1), FAR)
-    await settle()
-    assert batches._load.cost.usual_s == float("inf")
 
 
 async def test_requests_that_are_held_join_one_batch() -> None:
