@@ -12,6 +12,7 @@ from moeserve.cli.serving import tell_start
 from moeserve.cli.signals import preparing, until_signal
 from moeserve.cli.streams import tell
 from moeserve.config import load_config
+from moeserve.loops import in_thread
 
 if TYPE_CHECKING:
     from moeserve.programs.deploy import Deployer
@@ -36,7 +37,7 @@ def deploy(
 
 async def _deploy(deployer: Deployer, keep: bool) -> None:
     try:
-        await asyncio.to_thread(deployer.join)
+        await in_thread(deployer.join)  # which may take for ever
         await _deploy_and_keep(deployer, keep)
     finally:
         await asyncio.to_thread(deployer.close)

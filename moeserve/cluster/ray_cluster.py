@@ -12,6 +12,7 @@ from moeserve.cluster.ray_runtime import RayRuntime
 from moeserve.cluster.ray_store import RayStore
 from moeserve.cluster.ray_where import this_node
 from moeserve.config import PlacementConfig, RayConfig, ServedModel
+from moeserve.loops import in_thread
 
 
 class RayCluster:
@@ -36,7 +37,7 @@ class RayCluster:
 
     async def start(self) -> None:
         """Takes some seconds."""
-        await asyncio.to_thread(self._runtime.start)
+        await in_thread(self._runtime.start)  # joining a cluster may take for ever
 
     def open(self, service_id: str, *, is_followed: bool) -> None:
         """As `Cluster.open`."""

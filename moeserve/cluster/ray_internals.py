@@ -22,6 +22,8 @@ from ray.actor import ActorHandle
 from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION  # type: ignore[attr-defined]
 from ray.core.generated.common_pb2 import Language  # type: ignore[attr-defined]
 from ray.core.generated.gcs_pb2 import ActorTableData, WorkerTableData  # type: ignore[attr-defined]
+from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest  # type: ignore[attr-defined]
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest  # type: ignore[attr-defined]
 from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
@@ -32,6 +34,8 @@ from moeserve.errors import ExpertUnavailable
 GCS, RAYLET = "gcs_server", "raylet"
 #: after these words, Ray lists guesses about the end of a process
 _GUESSES: Final = "Some common causes"
+#: of whatever is no Ray, or answers too late
+_NO_RAY: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNIMPLEMENTED)
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,16 @@ def kv_delete(key: bytes) -> None:
 def canonical_address(address: str) -> str:
     """host:port of the Ray that `address` ("auto") means here. Raises ConnectionError. Public: only within `ray.init`."""
     return str(services.canonicalize_bootstrap_address_or_die(address))
+
+
+def is_cluster(address: str, timeout_s: float) -> bool:
+    """Whether a Ray cluster answers at host:port, be it that it asks for a token. Public: `ray.init` tries for ever."""
+    with init_grpc_channel(address, ray_constants.GLOBAL_GRPC_OPTIONS) as channel:
+        try:
+            NodeInfoGcsServiceStub(channel).GetClusterId(GetClusterIdRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            return error.code() not in _NO_RAY
+    return True
 
 
 def nodes_here() -> set[str]:

@@ -23,7 +23,7 @@ def leave(address: str, namespace: str, timeout_s: float, node: str | None = Non
     """
     try:
         address = canonical_address(address)
-    except ConnectionError:
+    except (ConnectionError, ValueError):
         raise ConfigError(f"--address {address} finds no Ray on this machine: give host:port of the cluster") from None
     knock(address)
     cluster = ClusterFromOutside(address)

@@ -14,11 +14,12 @@ from pathlib import Path
 import ray
 from ray.exceptions import AuthenticationError
 
+from moeserve.addresses import parse_target
 from moeserve.cluster import ray_spare
 from moeserve.cluster.folders import Hold, hold_new, remove_all_abandoned
-from moeserve.cluster.ray_internals import allow_clusters, forget_cached_token, log_dir
+from moeserve.cluster.ray_internals import allow_clusters, canonical_address, forget_cached_token, is_cluster, log_dir
 from moeserve.cluster.ray_local import LocalRay, kept_handlers
-from moeserve.cluster.timing import KNOCK_TIMEOUT_S
+from moeserve.cluster.timing import CLUSTER_TIMEOUT_S, KNOCK_TIMEOUT_S
 from moeserve.config import PlacementConfig, RayConfig
 from moeserve.errors import ConfigError, MoEServeError
 
@@ -36,6 +37,8 @@ class RayRuntime:
         self._previous_environment: dict[str, str | None] = {}
         self._may_cluster = True
         self._changing = threading.Lock()
+        #: `stop` has not been called since `start` was
+        self._is_wanted = False
         self._folder: Hold | None = None
         self._local: LocalRay | None = None
         self._has_joined = False
@@ -65,17 +68,24 @@ class RayRuntime:
 
     def start(self) -> None:
         """Blocks for some seconds. Raises ConfigError when the address does not answer, MoEServeError when a local Ray does not start."""
+        self._is_wanted = True
         try:
             with self._changing:
                 self._start()
         except BaseException:
             self.stop()
             raise
+        if not self._is_wanted:
+            self.stop()
 
     def stop(self) -> None:
-        """Waits for a running `start` first. Idempotent."""
-        with self._changing:
-            self._stop()
+        """Waits for a running `start` first, unless that joins a cluster: it may take for ever, and then leaves by itself. Idempotent."""
+        self._is_wanted = False
+        if self._changing.acquire(blocking=self._config.address is None):
+            try:
+                self._stop()
+            finally:
+                self._changing.release()
 
     def _start(self) -> None:
         if ray.is_initialized():
@@ -110,7 +120,7 @@ class RayRuntime:
         except AuthenticationError as error:
             raise ConfigError(f"the Ray cluster at {address} asks for a token: {str(error).split('. ')[0]}") from None
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            raise ConfigError(f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}") from None
+            raise ConfigError(f"the Ray cluster at {address} cannot be joined: {' '.join(str(error).split())}") from None
         self._has_joined = True
 
     def _start_local(self) -> None:
@@ -164,14 +174,17 @@ def _session_name() -> str:
 
 
 def knock(address: str) -> None:
-    """Raises ConfigError if nothing listens there; Ray itself tries for minutes and then ends the process."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        return  # "auto" and the like: Ray finds out at once
+    """Raises ConfigError if no Ray answers there; Ray itself tries for minutes, or for ever."""
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_TIMEOUT_S).close()
-    except OSError as error:
-        raise ConfigError(f"no Ray cluster answers at {address}: {error.strerror or error}") from None
+        # "auto" may name a cluster that has ended
+        found = address if ":" in address else canonical_address(address)
+        for where in parse_target(found, "ray.address").hosts:
+            socket.create_connection(where, timeout=KNOCK_TIMEOUT_S).close()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ConfigError(f"no Ray cluster answers at {address}: {why}") from None
+    if not is_cluster(found, CLUSTER_TIMEOUT_S):
+        raise ConfigError(f"no Ray cluster answers at {address}: what listens there is none; allowed: the head, as 10.0.0.1:6379")
 
 
 def _set(name: str, value: str | None) -> None:

@@ -48,6 +48,8 @@ SPARE_TIMEOUT_S: Final = 5.0
 ASK_TIMEOUT_S: Final = 5.0
 #: connecting to the address of a Ray
 KNOCK_TIMEOUT_S: Final = 5.0
+#: a cluster says there that it is one, also on a machine that is very busy
+CLUSTER_TIMEOUT_S: Final = 30.0
 
 # A host that dies, or cannot load its experts, waits between attempts, twice as long each time.
 LEAST_REST_S: Final = 5.0

@@ -46,6 +46,7 @@ PARTS = [
     ("forget_cached_token", internals.Config, "initialize"),
     ("forget_cached_token", internals.AuthenticationTokenLoader, "instance reset_cache"),
     ("canonical_address", internals.services, "canonicalize_bootstrap_address_or_die"),
+    ("is_cluster", internals.ray_constants, "GLOBAL_GRPC_OPTIONS"),
     ("nodes_here", internals.services, "find_node_ids"),
     ("ClusterFromOutside", internals.GcsClientOptions, "create"),
     ("ClusterFromOutside", internals.state.GlobalState, "_initialize_global_state node_table placement_group_table"),
@@ -212,6 +213,11 @@ def _(probe: Any) -> None:
 def _(probe: Any) -> None:
     address = ray.get_runtime_context().gcs_address
     assert internals.canonical_address(address) == address
+
+
+@check_of(internals.is_cluster)
+def _(probe: Any) -> None:
+    assert internals.is_cluster(ray.get_runtime_context().gcs_address, 30)
 
 
 @check_of(internals.nodes_here)
