@@ -28,7 +28,11 @@ def serve(
 
 async def _serve(config: ServiceConfig) -> None:
     with preparing():
+        from moeserve.programs.controller import EndedBeforeReady
         from moeserve.programs.serve import Service
 
         service = Service(config, progress=tell)
-    await serve_until_told(service, service.start(), service.over)
+    try:
+        await serve_until_told(service, service.start(), service.over)
+    except EndedBeforeReady as error:
+        tell(str(error))

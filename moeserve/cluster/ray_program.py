@@ -14,7 +14,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from moeserve.cluster.timing import END_DELAY_S, KILL_TIMEOUT_S, PROGRAM_RETRY_S
-from moeserve.errors import ExpertUnavailable
+from moeserve.errors import ExpertUnavailable, MoEServeError
 from moeserve.loops import LoopThread
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,12 @@ class ProgramActor:
             except RayActorError as error:
                 raise ExpertUnavailable(f"{self.name} is gone for good: {str(error).splitlines()[0]}") from None
             except RayTaskError as error:
-                raise error.cause from None
+                raise self._failure(error.cause) from None
+
+    def _failure(self, cause: Exception) -> MoEServeError:
+        if isinstance(cause, MoEServeError):
+            return cause
+        return ExpertUnavailable(f"{self.name} failed: {type(cause).__name__}: {cause}")
 
     async def stop(self, timeout_s: float) -> None:
         """Ask the program to stop, and end its process for good, after `timeout_s` in any case."""

@@ -18,7 +18,7 @@ from moeserve.control.controller import Controller
 from moeserve.control.first_state import first_state
 from moeserve.control.frontends import Frontends
 from moeserve.control.saved import Saved
-from moeserve.errors import CheckpointChanged, ConfigError, ExpertUnavailable, number_of
+from moeserve.errors import CheckpointChanged, ConfigError, ExpertUnavailable, MoEServeError, number_of
 from moeserve.loops import in_thread
 from moeserve.observe.audit import AuditEvent
 from moeserve.observe.stats import HostInfo
@@ -28,6 +28,10 @@ from moeserve.transport import choose_endpoint
 log = logging.getLogger(__name__)
 
 Tell = Callable[[str], None]
+
+
+class EndedBeforeReady(MoEServeError):
+    """An administrator has ended the service while it started."""
 
 
 class ControllerProgram:
@@ -95,7 +99,10 @@ class ControllerProgram:
         self._running.push_async_callback(cluster.hosts.stop)
 
     async def bring_up(self) -> None:
-        """Start or adopt hosts, until all are ready. Raises a host's error, or ExpertUnavailable when the cluster is lost meanwhile."""
+        """Start hosts, until all are ready, or adopt them.
+
+        Raises a host's error, ExpertUnavailable when the cluster is lost meanwhile, EndedBeforeReady when an administrator asks for it.
+        """
         hosts, state = self.cluster.hosts, self.saved.state
         await hosts.admit(self.saved.frontend_keys)
         if self._is_first:
@@ -106,7 +113,7 @@ class ControllerProgram:
         else:
             work = hosts.adopt(state.release, state.assignments)
         why = "the service starts" if self._is_first else "the controller was started again"
-        await self._unless_lost(self.controller.begin(work, why))
+        await self._unless_over(self.controller.begin(work, why))
         self._later(hosts.watch(self.frontends.directory))
 
     async def keep(self) -> None:
@@ -202,18 +209,27 @@ class ControllerProgram:
             task.cancel()
         return self._tasks
 
-    async def _unless_lost(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _unless_over(self, work: Coroutine[Any, Any, None]) -> None:
         working, losing = asyncio.create_task(work), asyncio.create_task(self.cluster.lost())
+        ending = asyncio.create_task(self._ended_before_ready())
+        tasks: tuple[asyncio.Task[Any], ...] = working, losing, ending
         try:
-            await asyncio.wait({working, losing}, return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if losing.done() and not working.done():
                 self.cluster.hosts.lose(losing.result().why)
                 raise ExpertUnavailable(f"hosts cannot be started: {losing.result().why}")
-            await working
+            await (working if working.done() else ending)
         finally:
-            for task in (working, losing):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(working, losing, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _ended_before_ready(self) -> None:
+        """Raises it. A later incarnation is ready soon, and ends then, in order."""
+        await self.controller.stop_requested.wait()
+        if not self._is_first:
+            await asyncio.Event().wait()
+        raise EndedBeforeReady("an administrator has ended this service before it was ready")
 
 
 class _Prepared:

@@ -11,7 +11,7 @@ from moeserve.cluster.ray_runtime import RayRuntime
 from moeserve.cluster.ray_sweep import sweep
 from moeserve.cluster.ray_where import on_head
 from moeserve.config import ServiceConfig
-from moeserve.errors import ConfigError
+from moeserve.errors import ConfigError, MoEServeError
 from moeserve.programs.deployed import Deployed, DeployedController, Tell
 from moeserve.programs.timing import GONE_LOOK_S, STOP_TIMEOUT_S
 from moeserve.server.security import controller_address
@@ -58,8 +58,7 @@ class Deployer:
 
         Raises ConfigError when it cannot be deployed, or another service is; then nothing has changed.
         """
-        there = self._find()
-        deployed: Deployed = await there.ready() if there is not None else await self._new(tell)
+        deployed = await self._there(tell) or await self._new(tell)
         if deployed.is_ending:
             tell(f"the service at {deployed.controller} is shutting down; waiting until it has ended")
             await self.until_gone()
@@ -69,6 +68,21 @@ class Deployer:
                 f"another service, or this one with another configuration, is deployed in ray.namespace {self._config.ray.namespace!r}: "
                 f"shut it down first (moeserve shutdown {deployed.controller}) or choose another namespace"
             )
+        return deployed
+
+    async def _there(self, tell: Tell) -> Deployed | None:
+        """The service that is deployed, once it is ready; None = there is none, or one that could not start, which is removed."""
+        there = self._find()
+        if there is None:
+            return None
+        tell(f"a controller is in namespace {self._config.ray.namespace} already; waiting until it is ready")
+        try:
+            deployed: Deployed = await there.ready()
+        except MoEServeError as error:  # whoever waited for its start has gone, or it has ended since
+            tell(f"it could not start, and is removed: {error}")
+            there.kill()
+            await self.until_gone()
+            return None
         return deployed
 
     def _find(self) -> ProgramActor | None:
