@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -17,6 +18,8 @@ class LoopThread:
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        #: reentrant, because a signal's handler may stop it, too
+        self._stopping = threading.RLock()
 
     @property
     def is_running(self) -> bool:
@@ -45,11 +48,13 @@ class LoopThread:
         self._loop.call_soon_threadsafe(callback, *arguments)
 
     def stop(self) -> None:
-        """Ends the thread; coroutines that still run there never end."""
-        if self.is_running:
-            self._loop.call_soon_threadsafe(self.stop_soon)
-            self.join()
-        self._loop.close()
+        """Ends the thread; coroutines that still run there never end. Idempotent, and from any other thread."""
+        with self._stopping:
+            if self.is_running:
+                with suppress(RuntimeError):  # it has ended this moment
+                    self._loop.call_soon_threadsafe(self.stop_soon)
+                self.join()
+            self._loop.close()
 
     def stop_soon(self) -> None:
         """As `stop`, on the loop, without waiting."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from moeserve.config import ServiceConfig, load_config
-from moeserve.errors import MoEServeError
+from moeserve.errors import MoEServeError, ServiceUnreachable
 from moeserve.loops import LoopThread
 from moeserve.programs.serve import Progress, Service, log
 from moeserve.release import Release
@@ -22,7 +23,9 @@ class BackgroundService:
     def __init__(self, config: ServiceConfig, progress: Progress) -> None:
         self._service = Service(config, progress)
         self._thread = LoopThread("moeserve")
-        self._stopping = threading.Lock()
+        #: reentrant, because a signal's handler may stop it, too
+        self._stopping = threading.RLock()
+        self._changes: set[Future[Release]] = set()
 
     @property
     def target(self) -> str:
@@ -52,11 +55,13 @@ class BackgroundService:
         self._ending = self._thread.submit(self._stop_when_asked())
 
     def stop(self) -> None:
-        """Drain, then stop everything; idempotent, from any thread. A service that cannot continue stops by itself; `failure` says why."""
+        """Drain, then stop everything; idempotent, and from any thread. A service that cannot continue stops by itself: see `failure`."""
         with self._stopping:
             if self._thread.is_running:
                 self._thread.soon(self._service.controller.ask_to_stop)
                 self._ending.result()
+                for change in [*self._changes]:
+                    change.cancel()
                 self._thread.stop()
 
     async def _stop_when_asked(self) -> None:
@@ -85,10 +90,19 @@ class BackgroundService:
         return self._change(self._service.controller.drain(host)).epoch
 
     def _change(self, change: Coroutine[Any, Any, Release]) -> Release:
-        if self.failure is not None or not self._thread.is_running:
-            change.close()
-            raise self.failure or MoEServeError(f"this service at {self.target} has been stopped")
-        return self._thread.call(change)
+        with self._stopping:
+            failure = self.failure or (None if self._thread.is_running else ServiceUnreachable(f"this service at {self.target} has been stopped"))
+            if failure is not None:
+                change.close()
+                raise failure
+            future = self._thread.submit(change)
+            self._changes.add(future)
+        try:
+            return future.result()
+        except CancelledError:
+            raise ServiceUnreachable("this service was stopped meanwhile") from None
+        finally:
+            self._changes.discard(future)
 
     def __enter__(self) -> Self:
         return self

@@ -6,12 +6,15 @@ import logging
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from moeserve import Client, ConfigError, MoELayer, load_config, serve
+from moeserve.errors import ServiceUnreachable
 from moeserve.programs.deploy import Deployer
 from tests.support.closeness import assert_close
 from tests.support.harness import Killed, ServiceHarness
@@ -68,6 +71,21 @@ def test_kernels_are_chosen_for_the_threads_that_hosts_compute_with(tmp_path: Pa
     finally:
         torch.set_num_threads(before)
     assert len(said) == 1 and "swiglu, 40 x 32, 1 thread:" in said[0], said
+
+
+def test_it_is_stopped_by_several_threads_and_changes_nothing_afterwards() -> None:
+    service, together = serve(CONFIG, cluster="threads"), threading.Barrier(3)
+
+    def stop() -> None:
+        together.wait()
+        service.stop()
+
+    with ThreadPoolExecutor(3) as pool:
+        for stopping in [pool.submit(stop) for _ in range(3)]:
+            stopping.result()
+    with pytest.raises(ServiceUnreachable, match=r"^this service has been stopped$"):
+        service.scale(3)
+    service.stop()
 
 
 def test_the_verb(tmp_path: Path) -> None:
