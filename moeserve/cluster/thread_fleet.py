@@ -14,7 +14,7 @@ import torch
 
 from moeserve.cluster.loading import Loading
 from moeserve.cluster.thread_host import ThreadHost
-from moeserve.cluster.timing import LEAST_REST_S, MOST_REST_S, WATCH_S
+from moeserve.cluster.timing import LEAST_REST_S, MOST_REST_S, STOP_TIMEOUT_S, WATCH_S
 from moeserve.control.assignments import Assignment
 from moeserve.errors import ExpertUnavailable, MoEServeError
 from moeserve.host import Holdings, Host, Where
@@ -107,12 +107,12 @@ class ThreadFleet:
         self._introduce()
 
     async def remove(self, numbers: Sequence[int]) -> None:
-        """End these hosts for good, and free what they hold; one that loads ends when it has read the next expert."""
+        """End these hosts for good, and free what they hold; one that loads ends when it has read the next expert.
+
+        A pass that does not end, as of an expert that waits for something, is left to itself after a while: no thread can be killed.
+        """
         leaving = [self.members.pop(number) for number in numbers if number in self.members]
-        for member in leaving:
-            await in_thread(member.stop)
-            if (holdings := self._holdings.pop(member.number, None)) is not None:
-                await in_thread(holdings.withdraw, 0)
+        await asyncio.gather(*map(self._end, leaving))
         self._introduce()
 
     def admit(self, public_keys: Collection[str]) -> asyncio.Future[None]:
@@ -149,6 +149,15 @@ class ThreadFleet:
     async def stop(self) -> None:
         """End all hosts."""
         await self.remove(list(self.members))
+
+    async def _end(self, member: ThreadHost) -> None:
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await in_thread(member.stop)
+        except TimeoutError:
+            log.warning("%s has not finished its pass in %g s: it is left to itself", host_name(member.number), STOP_TIMEOUT_S)
+        if (holdings := self._holdings.pop(member.number, None)) is not None:
+            await in_thread(holdings.withdraw, 0)
 
     def _add(self, number: int) -> ThreadHost:
         self._loop = asyncio.get_running_loop()

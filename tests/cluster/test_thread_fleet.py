@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 
 from moeserve import ExpertUnavailable, ServiceConfig, load_config
+from moeserve.cluster import thread_fleet
 from moeserve.cluster.thread_fleet import ThreadFleet
 from moeserve.cluster.thread_host import ThreadHost
 from moeserve.cluster.threads import ThreadCluster
@@ -82,6 +83,22 @@ async def test_a_host_that_leaves_keeps_no_weights() -> None:
         gc.collect()
         await until_async(lambda: left() is None)  # the thread that has ended it may not be quite at its own end
         assert stays() is not None
+
+
+async def test_a_host_whose_pass_does_not_end_is_left_to_itself(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """As of an expert that waits for something: neither the next change nor the end of the service waits for it."""
+    monkeypatch.setattr(thread_fleet, "STOP_TIMEOUT_S", 0.1)
+    goes_on = threading.Event()
+    try:
+        async with fleet_of(hold) as fleet:
+            await fleet.take(release_of(CONFIG), ASSIGNMENTS)
+            fleet.members[1].host.hold(goes_on)
+            async with asyncio.timeout(30):
+                await fleet.remove([1])
+            assert fleet.present.keys() == {0}
+            assert "host-1 has not finished its pass in 0.1 s: it is left to itself" in caplog.messages
+    finally:
+        goes_on.set()
 
 
 async def test_a_host_that_leaves_while_it_loads_reads_no_further() -> None:
