@@ -16,7 +16,6 @@ from moeserve.server.security import frontend_tokens
 _LOOPBACK = "127.0.0.1"
 #: the placement of the largest models takes some hundred KB
 _MAX_MESSAGE_BYTES = 64 * 2**20
-_NAME = "serve-"
 
 
 class MoreFrontends:
@@ -49,8 +48,7 @@ class MoreFrontends:
             # Threads of this process are reached over TCP.
             "node": "" if config.cluster.kind == "threads" else program.cluster.here,
         }
-        names = [f"{_NAME}{number}" for number in range(1, config.server.processes)]
-        self._processes = FrontendProcesses(names, told, config.server.drain_timeout_s)
+        self._processes = FrontendProcesses(_names(config.server.processes), told, config.server.drain_timeout_s)
         await self._processes.start()
 
     async def stop(self) -> None:
@@ -66,9 +64,14 @@ class MoreFrontends:
             self._processes.hurry()
 
 
-def metrics_targets(frontends: Frontends) -> Mapping[str, str]:
-    """Of those that share the port of this process, by name."""
-    return {one.name: one.metrics_target for one in frontends.members() if one.name.startswith(_NAME) and one.metrics_target}
+def metrics_targets(frontends: Frontends, processes: int) -> Mapping[str, str]:
+    """Of those that share the port of this process, by name; frontends elsewhere are asked by whoever watches them."""
+    names = _names(processes)
+    return {one.name: one.metrics_target for one in frontends.members() if one.name in names and one.metrics_target}
+
+
+def _names(processes: int) -> list[str]:
+    return [f"serve-{number}" for number in range(1, processes)]
 
 
 def _ignore(_method: str, _code: str, _seconds: float) -> None:

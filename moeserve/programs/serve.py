@@ -150,7 +150,7 @@ class Service:
             admin=program.controller,
             control=Control(program.frontends, replace(tokens, is_private=tokens.file is None)),
             layers=program.layers,
-            others=OtherProcesses(partial(metrics_targets, program.frontends)) if shares_port else None,
+            others=OtherProcesses(partial(metrics_targets, program.frontends, config.server.processes)) if shares_port else None,
             progress=log.info,
         )
         # The ports come before the weights: probes learn that the service is starting.

@@ -18,6 +18,7 @@ from moeserve.errors import ConfigError
 from moeserve.observe.counted import COMPUTED, Counted, LayerCounted
 from moeserve.observe.metrics import Metrics
 from moeserve.placement import plan_placement
+from moeserve.programs.more_frontends import metrics_targets
 from moeserve.release import Release
 from moeserve.transport import KeyPair
 from tests.support.two_layers import CONFIG, spec
@@ -219,3 +220,11 @@ async def test_who_gives_up_while_hosts_are_told_leaves_nothing_half_told() -> N
     back = await frontends.join(Report("one", public_key=next(iter(hosts.told[1] - {stays.public_key}))))
     await frontends.left(back)
     assert hosts.told[2:] == [hosts.told[1], {stays.public_key}]
+
+
+async def test_only_the_processes_of_a_service_count_on_its_page() -> None:
+    """A frontend elsewhere has a page of its own, whatever it is called: it would count twice, or be looked for on this machine."""
+    case = Case()
+    for name in ("serve", "serve-1", "serve-3", "serve-eu"):
+        await case.frontends.join(Report(name, metrics_target="127.0.0.1:9464"))
+    assert metrics_targets(case.frontends, 3) == {"serve-1": "127.0.0.1:9464"}
