@@ -49,7 +49,7 @@ class RayCluster:
 
     async def stop(self) -> None:
         """Ends a local Ray, and leaves a joined cluster alone."""
-        await asyncio.to_thread(self._runtime.stop)
+        await in_thread(self._runtime.stop)
 
 
 class DetachedRayCluster:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from moeserve.cluster.ray_expert_host import ExpertHost
 from moeserve.cluster.ray_internals import actor_id, draining_nodes, find_actor
 from moeserve.cluster.ray_where import this_node
 from moeserve.cluster.timing import END_LOOK_S, STOP_TIMEOUT_S
+from moeserve.loops import in_thread
 
 
 async def end_hosts(actors: Sequence[ActorHandle[ExpertHost]], sockets: SocketFolder) -> None:
@@ -29,18 +30,18 @@ async def end_hosts(actors: Sequence[ActorHandle[ExpertHost]], sockets: SocketFo
     """
     stops: list[Any] = [actor.stop.remote() for actor in actors]
     if stops:
-        stopped, _ = await asyncio.to_thread(ray.wait, stops, num_returns=len(stops), timeout=STOP_TIMEOUT_S)
+        stopped, _ = await in_thread(partial(ray.wait, stops, num_returns=len(stops), timeout=STOP_TIMEOUT_S))
         hanging = [actor for actor, stop in zip(actors, stops, strict=True) if stop not in stopped]
-        processes, hung = await asyncio.to_thread(_processes_of, actors), await asyncio.to_thread(_processes_of, hanging)
+        processes, hung = await in_thread(_processes_of, actors), await in_thread(_processes_of, hanging)
         for actor in actors:
             ray.kill(actor)
-        await asyncio.to_thread(_end_processes, hung, sockets)
-        await asyncio.to_thread(_await_ends, [pid for node, pid in processes if node == this_node()])
+        await in_thread(_end_processes, hung, sockets)
+        await in_thread(_await_ends, [pid for node, pid in processes if node == this_node()])
 
 
 async def kill_processes(actors: Sequence[ActorHandle[ExpertHost]], sockets: SocketFolder) -> None:
     """End the processes of hosts that hang; Ray starts others in their place."""
-    await asyncio.to_thread(lambda: _end_processes(_processes_of(actors), sockets))
+    await in_thread(lambda: _end_processes(_processes_of(actors), sockets))
 
 
 def _processes_of(actors: Sequence[ActorHandle[ExpertHost]]) -> list[tuple[str, int]]:

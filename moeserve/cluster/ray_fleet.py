@@ -26,7 +26,7 @@ from moeserve.cluster.timing import FORGET_TIMEOUT_S, MEET_TIMEOUT_S, WATCH_S
 from moeserve.config import PlacementConfig, RayConfig, ServedModel
 from moeserve.control import Assignment
 from moeserve.errors import ExpertUnavailable, MoEServeError
-from moeserve.loops import all_or_none
+from moeserve.loops import all_or_none, in_thread
 from moeserve.observe.stats import HostInfo, PassTime, host_name
 from moeserve.release import Release
 
@@ -210,7 +210,7 @@ class RayFleet:
         if self._folder is not None:
             if self._ray_lost is None:
                 await self._end(leaving)
-            await asyncio.to_thread(remove_abandoned, self._folder.path())
+            await in_thread(remove_abandoned, self._folder.path())
 
     async def _add(self, assignments: Sequence[Assignment]) -> None:
         """Ask Ray for these additional hosts. Raises ConfigError, and starts none, if one has no room on its node."""

@@ -1,4 +1,7 @@
-"""Work in threads that nobody has to wait for: one that hangs, as on a file system that does not answer, keeps no process from ending."""
+"""Work in threads that nobody has to wait for: one that hangs, as on a file system that does not answer, keeps no process from ending.
+
+At the end of Python, when the pools of `asyncio.to_thread` are closed, it still works: what stops a service uses it.
+"""
 
 from __future__ import annotations
 

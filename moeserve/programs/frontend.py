@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import socket
@@ -16,6 +15,7 @@ from moeserve.control.follow import Report, checked_name
 from moeserve.control.orders import Orders
 from moeserve.errors import ConfigError, number_of
 from moeserve.frontend import Frontend
+from moeserve.loops import in_thread
 from moeserve.observe.metrics import Metrics
 from moeserve.observe.page import OtherProcesses, StatusPage
 from moeserve.programs.followed import Followed
@@ -124,7 +124,7 @@ class FrontendProgram:
         await self._grpc.drain(self._server.drain_timeout_s)
         await self._followed.close()
         if self._page is not None:
-            await asyncio.to_thread(self._page.stop)
+            await in_thread(self._page.stop)
 
     async def hurry(self) -> None:
         """While `stop` waits for running requests: cancel them instead."""

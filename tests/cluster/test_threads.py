@@ -61,6 +61,20 @@ def test_a_program_that_is_interrupted_while_hosts_load() -> None:
     assert process.returncode == -signal.SIGINT and err.endswith("KeyboardInterrupt\n"), err
 
 
+AT_THE_END = """
+import atexit, moeserve
+service = moeserve.serve({config!r}, cluster="threads")
+atexit.register(lambda: print("stopped"))
+atexit.register(service.stop)
+"""
+
+
+def test_a_program_that_stops_it_at_its_end() -> None:
+    """Python has closed its pools of threads by then."""
+    run = subprocess.run([sys.executable, "-c", AT_THE_END.format(config=CONFIG)], capture_output=True, text=True, timeout=120, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "stopped\n", "")
+
+
 def test_kernels_are_chosen_for_the_threads_that_hosts_compute_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Not for as many as whoever loads their experts happens to have."""
     before = torch.get_num_threads()
