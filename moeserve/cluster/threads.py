@@ -15,12 +15,13 @@ import torch
 
 from moeserve.addresses import join
 from moeserve.cluster.cluster import Loss, MemoryStore
-from moeserve.cluster.folders import Hold, hold_new
+from moeserve.cluster.folders import Hold, hold_new, remove_all_abandoned
 from moeserve.cluster.thread_fleet import ThreadFleet
 from moeserve.config import PlacementConfig, RayConfig, ServedModel
 from moeserve.control import Node, Wanted
 from moeserve.errors import ConfigError
 from moeserve.host import Holdings, Where
+from moeserve.loops import in_thread
 from moeserve.observe.stats import host_name
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class ThreadCluster:
     async def start(self) -> None:
         """Makes a place for sockets, by which other programs of this user may reach hosts."""
         try:
-            self._sockets = await asyncio.to_thread(hold_new, _LONGEST_SOCKET)
+            self._sockets = await in_thread(_place_for_sockets)
         except ConfigError as error:
             log.warning("only this process reaches its hosts: %s", error)
 
@@ -96,3 +97,8 @@ class ThreadCluster:
 
     def _hold(self, number: int, where: Where) -> Holdings:
         return Holdings(self._model, number, where.device, self._placing.memory_per_host_bytes)
+
+
+def _place_for_sockets() -> Hold:
+    remove_all_abandoned()
+    return hold_new(_LONGEST_SOCKET)

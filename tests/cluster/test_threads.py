@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,6 +61,25 @@ def test_a_program_that_is_interrupted_while_hosts_load() -> None:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT and err.endswith("KeyboardInterrupt\n"), err
+
+
+KILLED = """
+import os, signal, moeserve
+service = moeserve.serve({config!r}, cluster="threads")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_next_one_removes_what_one_that_was_killed_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        place, environment = Path(name), {**os.environ, "TMPDIR": name}
+        run = subprocess.run([sys.executable, "-c", KILLED.format(config=CONFIG)], timeout=120, env=environment, check=False)
+        (left,) = place.iterdir()
+        assert run.returncode == -signal.SIGKILL and list(left.glob("host-*.sock"))
+        monkeypatch.setattr(tempfile, "tempdir", name)
+        with serve(CONFIG, cluster="threads"):
+            assert not left.exists()
+        assert not list(place.iterdir())
 
 
 AT_THE_END = """
