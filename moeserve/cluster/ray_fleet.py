@@ -19,10 +19,11 @@ from moeserve.cluster.ray_ending import end_hosts
 from moeserve.cluster.ray_expert_host import HostOrder
 from moeserve.cluster.ray_fate import PostMortem
 from moeserve.cluster.ray_host_actor import MAX_DEATHS, Call, HostActor, Place
+from moeserve.cluster.ray_loss import unless_lost
 from moeserve.cluster.ray_reservation import await_forgotten, find_hosts, find_reservations, give_back, reserve_all
 from moeserve.cluster.ray_spare import Spares
 from moeserve.cluster.ray_where import this_node
-from moeserve.cluster.timing import FORGET_TIMEOUT_S, MEET_TIMEOUT_S, WATCH_S
+from moeserve.cluster.timing import END_TIMEOUT_S, FORGET_TIMEOUT_S, MEET_TIMEOUT_S, WATCH_S
 from moeserve.config import PlacementConfig, RayConfig, ServedModel
 from moeserve.control import Assignment
 from moeserve.errors import ExpertUnavailable, MoEServeError
@@ -123,7 +124,7 @@ class RayFleet:
         Missing hosts are started, unless their node is gone: then they are `given_up`. Does not wait long for hosts that are not ready.
         """
         self._releases = [release]
-        groups, living = await asyncio.to_thread(find_reservations), await asyncio.to_thread(find_hosts)
+        groups, living = await in_thread(find_reservations), await in_thread(find_hosts)
         nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         whole = living & groups.keys() & {each.number for each in assignments}
         await end_hosts([ray.get_actor(host_name(number)) for number in living - whole], self._sockets)
@@ -209,7 +210,7 @@ class RayFleet:
         self._directory.clear()
         if self._folder is not None:
             if self._ray_lost is None:
-                await self._end(leaving)
+                await unless_lost(self._end(leaving), END_TIMEOUT_S)
             await in_thread(remove_abandoned, self._folder.path())
 
     async def _add(self, assignments: Sequence[Assignment]) -> None:

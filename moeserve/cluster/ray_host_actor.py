@@ -23,6 +23,7 @@ from moeserve.cluster.ray_fate import Fate, fate_of
 from moeserve.cluster.ray_internals import actor_id
 from moeserve.cluster.timing import HANG_S, HOST_LOOK_S, LEAST_REST_S, MOST_REST_S, QUICK_LOOK_S, RETRY_S, START_TIMEOUT_S, WATCH_S, WELL_S
 from moeserve.errors import ExpertUnavailable, MoEServeError
+from moeserve.loops import in_thread
 from moeserve.observe.stats import HostInfo, PassTime
 from moeserve.release import Release
 
@@ -270,10 +271,10 @@ class HostActor:
 
     async def _fate(self) -> Fate:
         of = None if self._actor is None else actor_id(self._actor)
-        return await asyncio.to_thread(fate_of, of, self.node)
+        return await in_thread(fate_of, of, self.node)
 
     async def _found_of(self, fate: Fate) -> str:
-        return await asyncio.to_thread(self._findings, fate)
+        return await in_thread(self._findings, fate)
 
 
 def _pause_s(began_at: float) -> float:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+from collections.abc import Coroutine
+from typing import Any
 
 from moeserve.cluster.cluster import Loss
 from moeserve.cluster.ray_internals import GCS, RAYLET, session_dir, started_processes
 from moeserve.cluster.timing import LOSS_LOOK_S
+
+log = logging.getLogger(__name__)
 
 
 def find_loss() -> Loss | None:
@@ -31,6 +36,21 @@ async def until_lost() -> Loss:
         if (loss := find_loss()) is not None:
             return loss
         await asyncio.sleep(LOSS_LOOK_S)
+
+
+async def unless_lost(ending: Coroutine[Any, Any, None], timeout_s: float) -> None:
+    """End hosts, unless a part of Ray is missing or Ray does not answer: it would not for a minute, and then end this process."""
+    working, losing = asyncio.create_task(ending), asyncio.create_task(until_lost())
+    try:
+        await asyncio.wait({working, losing}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+        else:
+            log.warning("Ray does not answer any more: hosts are left to it")
+    finally:
+        for task in (working, losing):
+            task.cancel()
+        await asyncio.gather(working, losing, return_exceptions=True)
 
 
 def _folder_of(pid: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Collection, Mapping
 
@@ -12,6 +11,7 @@ from ray.autoscaler.sdk import request_resources
 from moeserve.cluster.ray_fleet import RayFleet
 from moeserve.cluster.ray_internals import available_resources, draining_nodes, total_resources
 from moeserve.control import Node, Wanted
+from moeserve.loops import in_thread
 
 _RESOURCES = ("CPU", "GPU")
 
@@ -25,7 +25,7 @@ class RayNodes:
     async def list(self) -> list[Node]:
         """All live nodes, by id. A node that Ray drains is leaving."""
         own = self._fleet.reservations
-        return await asyncio.to_thread(_nodes, own)
+        return await in_thread(_nodes, own)
 
     def ask_for(self, wanted: Wanted, num_hosts: int) -> None:
         """Ask the cluster's autoscaler, if there is one, to keep nodes for so many hosts, including existing ones; 0 = no request."""

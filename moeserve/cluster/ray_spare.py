@@ -15,6 +15,7 @@ from moeserve.cluster.ray_internals import prestart_worker
 from moeserve.cluster.timing import SPARE_DELAY_S
 from moeserve.errors import MoEServeError
 from moeserve.log_limit import limited_logger
+from moeserve.loops import in_thread
 from moeserve.observe.stats import HostInfo
 
 strangers = limited_logger(__name__)
@@ -52,6 +53,6 @@ class Spares:
         finally:
             self._asking.discard(info.node)
         try:
-            await asyncio.to_thread(prestart_worker, info.node)
+            await in_thread(prestart_worker, info.node)
         except MoEServeError as error:
             strangers.warning("hosts that end come back seconds later than they could: %s", error, extra={"kind": info.node})

@@ -40,6 +40,8 @@ FORGET_TIMEOUT_S: Final = 10.0
 GRANT_TIMEOUT_S: Final = 5.0
 #: a host finishes its pass, then its process is killed, then that is seen: each
 STOP_TIMEOUT_S: Final = 5.0
+#: all of that, and what Ray says meanwhile of hosts: a Ray that does not answer is not waited for
+END_TIMEOUT_S: Final = 20.0
 #: a program that ends itself through Ray exits without it
 KILL_TIMEOUT_S: Final = 10.0
 #: a node takes the order for a spare process
