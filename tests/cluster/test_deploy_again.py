@@ -12,6 +12,7 @@ from moeserve import ConfigError, load_config
 from moeserve.cluster.ray_program import ProgramActor, start_program
 from moeserve.cluster.ray_where import on_head
 from moeserve.programs.deploy import Deployer
+from tests.support.waiting import until_async
 
 pytestmark = pytest.mark.ray
 
@@ -49,4 +50,4 @@ async def test_what_could_not_start_is_replaced_by_the_next(tmp_path: Path, loca
     with pytest.raises(ConfigError, match=r"^placement\.num_hosts is 100 .* but there is room for "):
         await Deployer(config).deploy(told.append)
     assert "it could not start, and is removed: controller failed: ValueError: as it was configured" in told
-    assert ProgramActor.find("controller", namespace) is None
+    await until_async(lambda: ProgramActor.find("controller", namespace) is None)
