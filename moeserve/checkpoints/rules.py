@@ -189,6 +189,11 @@ def by_activation_key(key: str, default: str, supported: Mapping[str, Activation
     return lambda config: supported[one_of(config, key, tuple(supported), default)]
 
 
+def silu(config: Config) -> Activation:
+    """Whatever `hidden_act` says, which is about the shared expert: Aria."""
+    return "swiglu"
+
+
 def cohere2_mixing(config: Config) -> Mixing:
     """The shared expert is added, or averaged with the others."""
     strategies: dict[str, Mixing] = {"average": "average", "sum": "add"}
