@@ -68,14 +68,26 @@ def _sentence(error: Exception) -> str:
 
 def _without_experts(original: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The same model, whose experts lose their weights before the files are read: transformers makes models on the meta device first."""
+    names: list[str] = []
 
     def init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         original.__init__(self, *args, **kwargs)
-        for experts in experts_of(self).values():
+        for name, experts in experts_of(self).items():
+            names.append(name)
             for module in experts.modules():
                 _empty(module)
 
-    changes = {"__init__": init, "__module__": original.__module__, "_keys_to_ignore_on_load_unexpected": [r"\.experts\."]}
+    def set_submodule(self: PreTrainedModel, target: str, *args: Any, **kwargs: Any) -> None:
+        # On a GPU, quantizers put modules of theirs, with weights, in the place of experts (FP8), or of what is around them (MXFP4).
+        if not any(f"{name}.".startswith(f"{target}.") for name in names):
+            original.set_submodule(self, target, *args, **kwargs)
+
+    changes = {
+        "__init__": init,
+        "__module__": original.__module__,
+        "set_submodule": set_submodule,
+        "_keys_to_ignore_on_load_unexpected": [r"\.experts\."],
+    }
     return type(original.__name__, (original,), changes)
 
 

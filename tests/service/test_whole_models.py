@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from moeserve import CheckpointError, Client, ConfigError, load_model
-from tests.checkpoints.saved import saved
+from tests.checkpoints.saved import rewritten, saved, tensors_of
 from tests.checkpoints.tiny_models import HIDDEN, SETTINGS, auto_class, new_model, tiny_model
 from tests.support.closeness import assert_close
 from tests.support.harness import ServiceHarness
@@ -95,6 +96,26 @@ def test_the_client_neither_reads_nor_holds_the_experts(tmp_path: Path) -> None:
     grown, held = map(int, run.stdout.split())
     assert held == rest
     assert grown < experts // 2, f"{grown / 2**20:.0f} MiB"
+
+
+def test_quantizers_of_gpus_bring_no_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a GPU, transformers makes modules of its own of experts in FP8, which have weights."""
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_args, **_options: None)
+    numbers, stored = tensors_of(saved("qwen3_moe")), {}
+    for name in [name for name in numbers if ".experts." in name]:
+        weight = (numbers[name] * 8).to(torch.float8_e4m3fn)
+        stored |= {name: weight, f"{name}_scale_inv": torch.full((weight.shape[0] // 8, weight.shape[1] // 8), 0.125)}
+        numbers[name] = weight.float() / 8
+    others = ["lm_head", r"model\.layers\.1\.self_attn", "mlp.gate", "model.layers.0"]
+    settings = {"quant_method": "fp8", "weight_block_size": [8, 8], "modules_to_not_convert": others}
+    plain = rewritten(saved("qwen3_moe"), tmp_path / "plain", numbers)
+    folder = rewritten(saved("qwen3_moe"), tmp_path / "fp8", numbers | stored, quantization_config=settings)
+    prompt = torch.randint(3, 16, (2, 9), generator=torch.Generator().manual_seed(1))
+    with ServiceHarness({"model": {"checkpoint": folder}}, "local", tmp_path) as service, Client(service.target) as client, torch.no_grad():
+        remote = load_model(folder, client, dtype=torch.float32)
+        assert not [name for name, _ in remote.named_parameters() if ".experts." in name]
+        local = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+        assert_close(remote(input_ids=prompt).logits, local(input_ids=prompt).logits, SUMMED)
 
 
 def test_a_service_of_another_model_is_refused(tmp_path: Path) -> None:
