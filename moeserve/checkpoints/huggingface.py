@@ -96,7 +96,7 @@ class HuggingFaceLayer:
         count, layout = self.spec.num_experts, self.layout
         if not layout.router:
             # The gate stays with the callers; nobody asks this one.
-            return Router(torch.zeros(()).expand(count, self.spec.hidden_size), self.spec.gating)
+            return Router(torch.zeros((), dtype=torch.float32).expand(count, self.spec.hidden_size), self.spec.gating)
         return Router(
             self._read(layout.router, (count, self.spec.hidden_size)),
             self.spec.gating,

@@ -113,4 +113,4 @@ class SeededLayer:
     def _draw(self, name: str, shape: tuple[int, ...], std: float) -> torch.Tensor:
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        return torch.randn(shape, generator=generator) * std
+        return torch.randn(shape, generator=generator, dtype=torch.float32) * std

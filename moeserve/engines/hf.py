@@ -104,7 +104,7 @@ def _remote_rows(experts: Any, routed_in: torch.Tensor) -> torch.Tensor:
     expert, token = (chosen if used is None else chosen & used.to(chosen.device)).nonzero(as_tuple=True)
     rows = by_expert[expert, token]
     answer = torch.zeros_like(by_expert)
-    answer[expert, token] = _ask(experts, rows, expert[:, None], torch.ones(len(rows), 1), None)
+    answer[expert, token] = _ask(experts, rows, expert[:, None], torch.ones(len(rows), 1, dtype=torch.float32), None)
     return answer.view(routed_in.shape)
 
 

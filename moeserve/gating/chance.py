@@ -34,7 +34,8 @@ class Chance:
     def _draw(self, draw: Callable[..., Tensor], width: int) -> Tensor:
         # Drawn where the generator lives, so that a GPU sees the numbers a CPU would.
         rows = zip(self._sizes, self._all_generators(), strict=True)
-        return torch.cat([draw(size, width, generator=each, device=each.device) for size, each in rows]).to(self._device)
+        drawn = [draw(size, width, generator=each, device=each.device, dtype=torch.float32) for size, each in rows]
+        return torch.cat(drawn).to(self._device)
 
     def _all_generators(self) -> list[torch.Generator]:
         if self._generators is None:

@@ -13,6 +13,7 @@ from typing import Any, Protocol, Unpack
 import numpy as np
 import torch
 
+from moeserve.api import surroundings
 from moeserve.api.find_layer import find_layer
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest, RequestOptions, validate
@@ -113,6 +114,7 @@ class MoELayer:
         self._load(source)
         return self
 
+    @surroundings.put_aside()
     def _load(self, source: LayerSource) -> None:
         self.spec: LayerSpec = source.spec
         self.head = LayerHead(source)
@@ -124,6 +126,7 @@ class MoELayer:
         """Write a checkpoint folder that `moeserve serve` and `from_checkpoint` take. Raises ConfigError for experts it cannot hold."""
         save(folder, [self.saved(name or self.spec.name)])
 
+    @surroundings.put_aside()
     def saved(self, name: str, expert_args: object = None) -> SavedLayer:
         """This layer as it goes into a folder, under `name`; expert_args are known already."""
         return saved_experts(name, self.spec, self.router, self.head.mixer, self.bank.experts)
@@ -137,6 +140,7 @@ class MoELayer:
         """[T, H] -> [T, H], same dtype."""
         return self.run(hidden_states).hidden_states
 
+    @surroundings.put_aside()
     @torch.inference_mode()
     def run(
         self,

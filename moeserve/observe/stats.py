@@ -208,4 +208,4 @@ def facts(info: HostFacts | None) -> dict[str, Any]:
 def _counts(numbers: Sequence[int]) -> torch.Tensor:
     import torch  # noqa: PLC0415 - only for callers that need a tensor
 
-    return torch.tensor(numbers, dtype=torch.int64)
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")

@@ -12,8 +12,7 @@ from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from typing import Final
 
-import torch
-
+from moeserve.api import surroundings
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest
 from moeserve.config import ServerConfig
@@ -213,7 +212,7 @@ def _is_plain() -> bool:
     """Whether this thread can run an event loop, and computes tensors as any other does: then the frontend's may be, too."""
     if asyncio._get_running_loop() is not None:
         return False
-    return not (torch.is_autocast_enabled("cpu") or torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack())
+    return surroundings.are_plain()
 
 
 @atexit.register

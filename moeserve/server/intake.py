@@ -9,6 +9,7 @@ import time
 
 import torch
 
+from moeserve.api import surroundings
 from moeserve.api.call_trace import CallTrace
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import BatchStart, LayerRequest, validate
@@ -91,6 +92,7 @@ def deadline_of(context: Context) -> float | None:
     return None if remaining_s is None else time.monotonic() + remaining_s
 
 
+@surroundings.put_aside()
 def empty_output(request: LayerRequest, spec: LayerSpec) -> ForwardOutput:
     """The answer to a batch without tokens."""
     counts = torch.zeros(spec.num_experts, dtype=torch.int64)

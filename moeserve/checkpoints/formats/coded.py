@@ -82,5 +82,5 @@ def scale_values(stored: torch.Tensor) -> torch.Tensor:
     if stored.dtype not in (torch.uint8, torch.float8_e8m0fnu):
         return stored.float()
     exponents = stored.view(torch.uint8).int()
-    values = torch.ldexp(torch.ones(exponents.shape), exponents - _E8M0_BIAS)
+    values = torch.ldexp(torch.ones(exponents.shape, dtype=torch.float32), exponents - _E8M0_BIAS)
     return values.masked_fill_(exponents == 255, torch.nan)

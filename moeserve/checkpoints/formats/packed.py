@@ -128,6 +128,6 @@ class PackedColumns(Packed):
 
     def _zeros(self, read: Read, rows: slice, across: slice) -> torch.Tensor:
         if not self.zeros:
-            return torch.full((1, 1), 2.0 ** (self.bits - 1))
+            return torch.full((1, 1), 2.0 ** (self.bits - 1), dtype=torch.float32)
         words, within = covering(rows, self._per_word)
         return unpacked(read(self.zeros, words, across).t(), self.bits)[:, within].t().float()
