@@ -107,12 +107,12 @@ def route_requests(
     router_logits = router_logits.float()
     if score_correction_bias is None and (plain := plain_top_k(router_logits, gating, requests)) is not None:
         return plain
-    router_logits = _finite(router_logits, requests)
-
     chance = chance or Chance(requests.sizes, router_logits.device, gating.seed, None)
+    # Noise may be too large for float32, too.
+    router_logits = _finite(shake_logits(router_logits, gating, chance), requests)
     gate = GateInput(
         gating,
-        softcapped(shake_logits(router_logits, gating, chance), gating, elementwise),
+        softcapped(router_logits, gating, elementwise),
         requests,
         chance,
         None if token_ids is None else token_ids.long(),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moeserve import InvalidRequest
 from moeserve.config import GatingConfig
 from moeserve.gating import Router, route, route_requests
 from tests.support.closeness import assert_close
@@ -49,6 +50,13 @@ def test_a_generator_takes_the_place_of_the_seed(knobs: dict[str, Any]) -> None:
     seeded = route(logits, gating)
     assert torch.equal(route(logits, gating, generator=torch.Generator().manual_seed(3)).dense(), seeded.dense())
     assert not torch.equal(route(logits, gating, generator=torch.Generator().manual_seed(9)).dense(), seeded.dense())
+
+
+@pytest.mark.parametrize("noise", ["normal", "uniform"])
+def test_noise_that_is_too_large_for_float32_is_never_routed(noise: str) -> None:
+    gating = GatingConfig.model_validate({"noise": noise, "noise_scale": 1e39, "seed": 0})
+    with pytest.raises(InvalidRequest, match=r"router_logits of token 0 is not finite"):
+        route(hidden_states(5), gating)
 
 
 def test_selection_noise_leaves_the_weights_alone() -> None:

@@ -152,6 +152,28 @@ def test_similarity(seed: int, num_tokens: int, num_experts: int) -> None:
     assert_close(got.topk_weights, torch.tensor(weights).view(-1, top_k), summed=2 * 5 + num_experts)
 
 
+@pytest.mark.parametrize("scale", [1e30, 1e-30])
+def test_a_cosine_does_not_depend_on_lengths(scale: float) -> None:
+    rows, centroids = (torch.randn(count, 5, generator=torch.Generator().manual_seed(count)) for count in (20, 6))
+    gating = GatingConfig(top_k=3, routing="similarity")
+    expected = route(torch.zeros(20, 6), gating, hidden_states=rows, centroids=centroids)
+    got = route(torch.zeros(20, 6), gating, hidden_states=rows * scale, centroids=centroids * scale)
+    assert torch.equal(got.topk_ids, expected.topk_ids)
+    assert_close(got.topk_weights, expected.topk_weights, summed=5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        (torch.tensor([[1.0, 2.0], [torch.nan, 0.0]]), r"hidden_states of token 1 is not finite"),
+        (torch.ones(2, 3), "hidden_states are 3 wide; the centroids have 2 numbers"),
+    ],
+)
+def test_rows_that_have_no_cosine(rows: torch.Tensor, sentence: str) -> None:
+    with pytest.raises(InvalidRequest, match=sentence):
+        route(torch.zeros(2, 4), GatingConfig(routing="similarity"), hidden_states=rows, centroids=torch.ones(4, 2))
+
+
 def test_similarity_takes_the_rows_of_the_gate_as_centroids() -> None:
     hidden_states, gate = logits_of(0, 6, 5), logits_of(1, 4, 5)
     gating = GatingConfig(routing="similarity")
