@@ -5,6 +5,7 @@ T tokens, H hidden size, E experts, K choices per token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from moeserve.config import PlacementConfig, load_config
 from moeserve.layer.dispatch import combine, permute, plan
 from moeserve.placement import plan_placement
 from tests.support.closeness import assert_close, near
+from tests.support.odd_tensors import Elsewhere, freed
 from tests.support.stacked import stacked, whole
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_experts": 8}
@@ -42,6 +44,21 @@ def assert_same_answer(ours: ForwardOutput, other: ForwardOutput) -> None:
     assert torch.equal(ours.hidden_states, other.hidden_states)
     for name in (*COUNTS, "dropped_tokens"):
         assert torch.equal(getattr(ours, name), getattr(other, name)), name
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: Elsewhere(3, 16), "is a strided Elsewhere on cpu"),
+        (freed, "is a strided tensor on cpu"),
+        (lambda: torch.zeros(3, 16, device="meta"), "is a strided tensor on meta"),
+        (lambda: torch.zeros(3, 16).to_sparse(), "is a sparse_coo tensor on cpu"),
+        (lambda: [[1.0] * 16], "must be a torch.Tensor, got list"),
+    ],
+)
+def test_what_is_no_dense_tensor_is_refused(make: Callable[[], Any], kind: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"hidden_states {kind}"):
+        some_layer(kernel="generic").run(make())
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])

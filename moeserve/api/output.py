@@ -6,8 +6,8 @@ T tokens, H hidden size, E experts, K choices per token.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 
@@ -58,6 +58,11 @@ class ForwardOutput:
     slots: torch.Tensor | None = None
     drop_reasons: torch.Tensor | None = None
     model_revision: int = 1
+
+    def to(self, device: torch.device) -> ForwardOutput:
+        """The same with its tensors there."""
+        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **moved)
 
     @property
     def drops(self) -> list[Drop] | None:

@@ -38,6 +38,24 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def require_data(tensor: torch.Tensor, name: str) -> None:
+    """Raises InvalidRequest unless it is dense, and its numbers are there: not so of wrappers (DTensor), nor of what FSDP has freed."""
+    if not _has_data(tensor):
+        kind = f"{str(tensor.layout).removeprefix('torch.')} {type(tensor).__name__}".replace(" Tensor", " tensor")
+        raise InvalidRequest(f"{name} is a {kind} on {tensor.device}; allowed: dense tensors that have data", name)
+
+
+def _has_data(tensor: torch.Tensor) -> bool:
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
+        return False
+    if not tensor.is_cpu:
+        return type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    try:
+        return tensor.numel() == 0 or tensor.data_ptr() != 0
+    except RuntimeError:  # of torch.func
+        return False
+
+
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no element is NaN or Inf: one pass, and no mask of the size of the tensor."""
     known = all_finite(tensor)

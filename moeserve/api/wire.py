@@ -25,7 +25,7 @@ from moeserve.api.find_layer import check_layer
 from moeserve.api.output import ForwardOutput
 from moeserve.api.protobuf import MAX_SMALL_BYTES, tag, varint
 from moeserve.api.request import BatchStart, LayerRequest, RequestFields
-from moeserve.api.tensors import WIRE_DTYPES, WIRE_NUMBERS, dtype_name, raw, small_copy, view
+from moeserve.api.tensors import FLOAT_DTYPES, WIRE_DTYPES, WIRE_NUMBERS, dtype_name, raw, require_data, small_copy, view
 from moeserve.errors import FieldViolation, InvalidRequest, MoEServeError, from_status
 from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1 import tensor_pb2
@@ -86,6 +86,23 @@ class WireResponse:
 
     request_id: str
     result: ForwardOutput | MoEServeError
+
+
+def check_request(request: WireRequest) -> None:
+    """Raises InvalidRequest at once for values that no service accepts: no dense tensor, not float, an invalid layer."""
+    if not isinstance(request, WireRequest):
+        raise InvalidRequest(f"a request must be a WireRequest, got {type(request).__name__}")
+    for name in REQUEST_TENSORS:
+        value = getattr(request, name)
+        if not isinstance(value, torch.Tensor) and (value is not None or name == "hidden_states"):
+            raise InvalidRequest(f"{name} must be a torch.Tensor, got {type(value).__name__}", name)
+        if value is not None:
+            require_data(value, name)
+    if request.hidden_states.dtype not in FLOAT_DTYPES.values():
+        raise InvalidRequest(
+            f"hidden_states is {dtype_name(request.hidden_states.dtype)}; allowed: {', '.join(FLOAT_DTYPES)}", "hidden_states"
+        )
+    check_layer(request.layer)
 
 
 def encode_forward_request(request: WireRequest, shared: pb.SharedBlock | None = None) -> bytes:

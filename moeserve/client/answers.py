@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
-from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, Unpack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 
-from moeserve.api.find_layer import check_layer
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import RequestOptions
-from moeserve.api.tensors import FLOAT_DTYPES, dtype_name, raw
-from moeserve.api.wire import REQUEST_TENSORS, WireRequest, WireResponse, decode_forward_response, encode_forward_request
-from moeserve.errors import InvalidRequest, MoEServeError
+from moeserve.api.tensors import raw
+from moeserve.api.wire import WireRequest, WireResponse, check_request, decode_forward_response, encode_forward_request
+from moeserve.errors import MoEServeError
 
 if TYPE_CHECKING:
     from moeserve.client.memory import Lent
@@ -51,24 +50,6 @@ def encode_request(request: WireRequest) -> bytes:
     """The bytes of a request. Raises InvalidRequest as `check_request` does."""
     check_request(request)
     return encode_forward_request(request)
-
-
-def check_request(request: WireRequest) -> None:
-    """Raises InvalidRequest at once for values that no service accepts: no dense tensor, not float, an invalid layer."""
-    if not isinstance(request, WireRequest):
-        raise InvalidRequest(f"a request must be a WireRequest, got {type(request).__name__}")
-    for name in REQUEST_TENSORS:
-        value = getattr(request, name)
-        if not isinstance(value, torch.Tensor) and (value is not None or name == "hidden_states"):
-            raise InvalidRequest(f"{name} must be a torch.Tensor, got {type(value).__name__}", name)
-        if value is not None and (value.layout is not torch.strided or value.is_meta):
-            kind = str(value.layout).removeprefix("torch.")
-            raise InvalidRequest(f"{name} is a {kind} tensor on {value.device}; allowed: dense tensors that have data", name)
-    if request.hidden_states.dtype not in FLOAT_DTYPES.values():
-        raise InvalidRequest(
-            f"hidden_states is {dtype_name(request.hidden_states.dtype)}; allowed: {', '.join(FLOAT_DTYPES)}", "hidden_states"
-        )
-    check_layer(request.layer)
 
 
 class SentRequest:
@@ -122,12 +103,7 @@ def decode_answer(data: bytes, device: torch.device, lent: Lent | None = None) -
         answer = replace(answer, result=replace(answer.result, hidden_states=answer.result.hidden_states.clone()))
     if device.type == "cpu" or isinstance(answer.result, MoEServeError):
         return answer
-    moved: dict[str, Any] = {
-        field.name: value.to(device)
-        for field in fields(answer.result)
-        if isinstance(value := getattr(answer.result, field.name), torch.Tensor)
-    }
-    return replace(answer, result=replace(answer.result, **moved))
+    return replace(answer, result=answer.result.to(device))
 
 
 def output_of(answer: WireResponse) -> ForwardOutput:

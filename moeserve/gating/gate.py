@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moeserve.api.tensors import is_finite, without_unused
+from moeserve.api.tensors import is_finite, require_data, without_unused
 from moeserve.config import GatingConfig
 from moeserve.errors import ConfigError, InvalidRequest, number_of
 from moeserve.gating.aux_loss import AUX_LOSSES
@@ -57,17 +57,8 @@ def route(
     Jitter acts in front of the gate, hence not here: see Router. Raises ConfigError when `gating` does not fit the layer, InvalidRequest
     when a tensor is missing or has the wrong shape, or a logit of a used token is NaN or Inf.
     """
-    if router_logits.dim() != 2:
-        raise InvalidRequest(f"router_logits must be [tokens, experts], got {list(router_logits.shape)}", "router_logits")
+    _check_tensors(router_logits, used_token, token_ids, hidden_states)
     num_tokens, num_experts = router_logits.shape
-    if used_token is not None and (used_token.dtype != torch.bool or list(used_token.shape) != [num_tokens]):
-        raise InvalidRequest(
-            f"used_token must be bool of shape [{num_tokens}], got {used_token.dtype} {list(used_token.shape)}", "used_token"
-        )
-    if token_ids is not None and (token_ids.is_floating_point() or list(token_ids.shape) != [num_tokens]):
-        raise InvalidRequest(f"token_ids must be int of shape [{num_tokens}], got {token_ids.dtype} {list(token_ids.shape)}", "token_ids")
-    if hidden_states is not None and (hidden_states.dim() != 2 or hidden_states.shape[0] != num_tokens):
-        raise InvalidRequest(f"hidden_states must be [{num_tokens}, hidden size], got {list(hidden_states.shape)}", "hidden_states")
     check_layer_tensors(num_experts, score_correction_bias, centroids)
     check_token_experts(num_experts, gating, token_experts)
     return route_requests(
@@ -82,6 +73,25 @@ def route(
         centroids=centroids,
         token_experts=token_experts,
     ).request(0)
+
+
+def _check_tensors(router_logits: Tensor, used_token: Tensor | None, token_ids: Tensor | None, hidden_states: Tensor | None) -> None:
+    """Raises InvalidRequest unless they are of the same tokens."""
+    given = {"router_logits": router_logits, "used_token": used_token, "token_ids": token_ids, "hidden_states": hidden_states}
+    for name, tensor in given.items():
+        if tensor is not None:
+            require_data(tensor, name)
+    if router_logits.dim() != 2:
+        raise InvalidRequest(f"router_logits must be [tokens, experts], got {list(router_logits.shape)}", "router_logits")
+    num_tokens = len(router_logits)
+    if used_token is not None and (used_token.dtype != torch.bool or list(used_token.shape) != [num_tokens]):
+        raise InvalidRequest(
+            f"used_token must be bool of shape [{num_tokens}], got {used_token.dtype} {list(used_token.shape)}", "used_token"
+        )
+    if token_ids is not None and (token_ids.is_floating_point() or list(token_ids.shape) != [num_tokens]):
+        raise InvalidRequest(f"token_ids must be int of shape [{num_tokens}], got {token_ids.dtype} {list(token_ids.shape)}", "token_ids")
+    if hidden_states is not None and (hidden_states.dim() != 2 or hidden_states.shape[0] != num_tokens):
+        raise InvalidRequest(f"hidden_states must be [{num_tokens}, hidden size], got {list(hidden_states.shape)}", "hidden_states")
 
 
 def route_requests(

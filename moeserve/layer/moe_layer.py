@@ -16,8 +16,10 @@ import torch
 from moeserve.api import surroundings
 from moeserve.api.find_layer import find_layer
 from moeserve.api.output import ForwardOutput
+from moeserve.api.received import received
 from moeserve.api.request import LayerRequest, RequestOptions, validate
 from moeserve.api.tensors import FLOAT_DTYPES, dtype_name
+from moeserve.api.wire import WireRequest, check_request
 from moeserve.checkpoints import LayerSource, SavedLayer, layer_sources, load_bank, save, saved_experts
 from moeserve.config import Activation, GatingConfig, GatingOverrides, Kernel, LayerSpec, Quantization, load_config, override
 from moeserve.errors import ConfigError, UnknownLayer
@@ -152,20 +154,23 @@ class MoELayer:
         **options: Unpack[RequestOptions],
     ) -> ForwardOutput:
         """One request; arguments and answer as in `Client.forward`. Raises InvalidRequest, and NonFiniteOutput."""
-        request = LayerRequest(hidden_states, used_token, topk_ids, topk_weights, return_routing, **options)
-        request = validate(request, self.spec, _MAX_TOKENS)
+        asked = WireRequest(hidden_states, 0, used_token, topk_ids, topk_weights, return_routing, **options)
+        check_request(asked)
+        return self._answer(validate(received(asked).for_layer(None, ""), self.spec, _MAX_TOKENS)).to(hidden_states.device)
+
+    def _answer(self, request: LayerRequest) -> ForwardOutput:
         hidden_states = request.hidden_states
         routing = route_batch(self.router, request)
         answers = []
         choices = routing.topk_ids, routing.topk_weights, routing.kept
-        planned = self.head.plan(*choices, hidden_states, used_token, self._placement, is_routed=request.is_routed)
+        planned = self.head.plan(*choices, hidden_states, request.used_token, self._placement, is_routed=request.is_routed)
         for work in planned.works:
             partial = torch.empty(len(work.rows), self.spec.hidden_size, dtype=torch.float32)
             self.bank.run(permute(hidden_states, work.rows), work.row_index, work.local_experts, work.weights, out=partial)
             answers.append((work.rows, partial))
         total = self.head.finish(combine(answers, request.num_tokens, self.spec.hidden_size), hidden_states, planned)
         of_request = routing.request(0)
-        return to_output(of_request, self.head.rounded(total, request, of_request), return_routing)
+        return to_output(of_request, self.head.rounded(total, request, of_request), request.return_routing)
 
 
 class RoutedTogether(Protocol):

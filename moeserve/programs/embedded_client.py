@@ -19,9 +19,8 @@ from moeserve.addresses import Target, parse_target
 from moeserve.api.output import ForwardOutput
 from moeserve.api.received import received
 from moeserve.api.request import RequestOptions, validate
-from moeserve.api.wire import WireRequest, WireResponse
+from moeserve.api.wire import WireRequest, WireResponse, check_request
 from moeserve.client import TLS
-from moeserve.client.answers import check_request
 from moeserve.client.arguments import parse_seconds, parse_token
 from moeserve.client.retries import Retries
 from moeserve.control.follow import checked_name

@@ -9,8 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from moeserve.api.output import ForwardOutput
-from moeserve.api.wire import WireRequest, WireResponse
-from moeserve.client.answers import check_request
+from moeserve.api.wire import WireRequest, WireResponse, check_request
 from moeserve.errors import MoEServeError
 
 #: as of one stream over gRPC; further requests are not taken before answers are

@@ -16,6 +16,7 @@ from moeserve.api.output import ForwardOutput
 from moeserve.client import AsyncClient, WireRequest
 from tests.client.calls import Calls
 from tests.support.engine import EXPERTS, HIDDEN, FakeEngine, X, identity, spec
+from tests.support.odd_tensors import Elsewhere, freed
 from tests.support.servers import served
 from tests.support.waiting import until_async
 
@@ -107,6 +108,8 @@ async def test_unknown_layers_and_invalid_requests(calls: Calls) -> None:
             "hidden_states is a strided tensor on meta; allowed: dense tensors that have data",
         ),
         ({"hidden_states": torch.zeros(1, 4).to_sparse()}, "hidden_states is a sparse_coo tensor on cpu; allowed: dense"),
+        ({"hidden_states": Elsewhere(1, 4)}, "hidden_states is a strided Elsewhere on cpu; allowed: dense tensors that have data"),
+        ({"hidden_states": freed()}, "hidden_states is a strided tensor on cpu; allowed: dense tensors that have data"),
         ({"used_token": [True]}, "used_token must be a torch.Tensor, got list"),
         ({"topk_ids": torch.zeros(3, 2, dtype=torch.int16)}, "topk_ids is int16, which cannot be sent"),
         ({"token_ids": [1, 2, 3]}, "token_ids must be a torch.Tensor, got list"),

@@ -15,6 +15,7 @@ from moeserve.errors import ConfigError, InvalidRequest
 from moeserve.gating import Router, route, route_requests
 from moeserve.gating.routings.hashing import fnv1a
 from tests.support.closeness import assert_close, near
+from tests.support.odd_tensors import Elsewhere
 
 from . import routings_oracle as oracle
 from .inputs import COUNTS, SEEDS, as_list, logits_of, used_of
@@ -150,6 +151,11 @@ def test_similarity(seed: int, num_tokens: int, num_experts: int) -> None:
     ids, weights = oracle.similarity(hidden_states.tolist(), centroids.tolist(), top_k)
     assert got.topk_ids.view(-1, top_k).tolist() == ids
     assert_close(got.topk_weights, torch.tensor(weights).view(-1, top_k), summed=2 * 5 + num_experts)
+
+
+def test_logits_that_are_not_there_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="router_logits is a strided Elsewhere on cpu; allowed: dense tensors that have data"):
+        route(Elsewhere(2, 4), GatingConfig())
 
 
 @pytest.mark.parametrize("scale", [1e30, 1e-30])
