@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from moeserve.checkpoints import gates, rules
-from moeserve.checkpoints.family import Family, Layout, hidden_act
+from moeserve.checkpoints.family import Family, Layout
 from moeserve.checkpoints.family_bases import BLOCK_SPARSE, MLP, PLAIN, W123, WITH_BIAS, both
 from moeserve.checkpoints.layouts import Separate, Stacked, Stacks
 
@@ -100,9 +100,7 @@ NEWER_FAMILIES: Final[Mapping[str, Family]] = {
         gates.chosen_logits,
         activation=rules.silu,
         shared_size=rules.times_dense("moe_num_shared_experts"),
-        shared_activation=hidden_act,
         shared_bias="mlp_bias",
-        unrelated=("hidden_act",),
         intermediate_size=("intermediate_size",),
         num_experts=("moe_num_experts",),
         num_experts_per_tok=("moe_topk",),

@@ -190,7 +190,7 @@ def by_activation_key(key: str, default: str, supported: Mapping[str, Activation
 
 
 def silu(config: Config) -> Activation:
-    """Whatever `hidden_act` says, which is about the shared expert: Aria."""
+    """Always, for experts: Aria's `hidden_act` is about shared ones. Another is refused, see claims.py."""
     return "swiglu"
 
 
