@@ -57,7 +57,7 @@ def _losses(found: TopK, gating: GatingConfig, routing: BatchRouting) -> tuple[T
     """As aux_loss.py and z_loss.py have them."""
     num_experts = routing.requested.shape[1] if gating.aux_loss == "switch" else 0
     aux_loss, z_loss = found.balance * num_experts * gating.aux_loss_weight, found.logsumexp_squared * gating.z_loss_weight
-    return torch.tensor([aux_loss]), torch.tensor([z_loss])
+    return torch.tensor([aux_loss], dtype=torch.float32), torch.tensor([z_loss], dtype=torch.float32)
 
 
 def _is_plain(gating: GatingConfig) -> bool:

@@ -75,8 +75,8 @@ def route_top_k(logits: torch.Tensor, scores: torch.Tensor, top_k: int, eps: flo
     code, (num_tokens, num_experts) = library(), scores.shape
     if code is None or scores.requires_grad or not (is_plain(logits) and is_plain(scores) and _adds_up_as_torch(top_k)):
         return None
-    topk_ids, requested = torch.empty(num_tokens, top_k, dtype=torch.int64), torch.zeros(1, num_experts, dtype=torch.int64)
-    topk_scores, topk_weights = torch.empty(2, num_tokens, top_k, dtype=torch.float32).unbind()
+    topk_ids, requested = scores.new_empty(num_tokens, top_k, dtype=torch.int64), scores.new_zeros(1, num_experts, dtype=torch.int64)
+    topk_scores, topk_weights = scores.new_empty(2, num_tokens, top_k).unbind()
     made = topk_ids, topk_scores, topk_weights, requested
     sizes, wanted = (num_tokens, num_experts, top_k), (-1.0 if eps is None else eps, factor)
     work = RouteWork(*sizes, logits.data_ptr(), scores.data_ptr(), *wanted, *(tensor.data_ptr() for tensor in made))

@@ -91,10 +91,9 @@ class BackgroundService:
 
     def _change(self, change: Coroutine[Any, Any, Release]) -> Release:
         with self._stopping:
-            failure = self.failure or (None if self._thread.is_running else ServiceUnreachable(f"this service at {self.target} has been stopped"))
-            if failure is not None:
+            if self.failure is not None or not self._thread.is_running:
                 change.close()
-                raise failure
+                raise self.failure or ServiceUnreachable(f"this service at {self.target} has been stopped")
             future = self._thread.submit(change)
             self._changes.add(future)
         try:

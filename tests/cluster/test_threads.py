@@ -118,7 +118,7 @@ def test_it_is_stopped_by_several_threads_and_changes_nothing_afterwards() -> No
     with ThreadPoolExecutor(3) as pool:
         for stopping in [pool.submit(stop) for _ in range(3)]:
             stopping.result()
-    with pytest.raises(ServiceUnreachable, match=r"^this service has been stopped$"):
+    with pytest.raises(ServiceUnreachable, match=r"^this service at 127\.0\.0\.1:\d+ has been stopped$"):
         service.scale(3)
     service.stop()
 
