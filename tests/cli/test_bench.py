@@ -161,13 +161,12 @@ def test_what_takes_longer_by_chance_is_the_spread() -> None:
         (("--requests", "-1"), "--requests is -1; allowed: 1 and more"),
         (("--dtype", "int8"), "--dtype is int8; allowed: float32"),
         (("--warmup-requests", "-1"), "--warmup-requests is -1"),
-        (("--seed", str(2**64)), f"--seed is {2**64}; allowed: -2^63 to 2^64 - 1"),
+        (("--seed", str(2**64)), f"--seed is {2**64}; allowed: 0 to 2^63 - 1"),
         (("--timeout", "0"), "--timeout is 0"),
         (("--costs", "a", "--record", "b"), "--costs excludes --record and --stream"),
         (("--costs", "a", "--stream"), "--costs excludes --record and --stream"),
         (("--record", "/nowhere/trace"), "/nowhere/trace cannot be written: No such file or directory"),
         (("--costs", "/nowhere/costs"), "/nowhere/costs cannot be written: No such file or directory"),
-        (("--seed", str(2**64)), "--seed is 18446744073709551616; allowed: 0 to 2^63 - 1"),
     ],
 )
 def test_nonsense_is_refused_in_one_sentence(capsys: pytest.CaptureFixture[str], options: tuple[str, ...], sentence: str) -> None:
