@@ -212,7 +212,7 @@ def test_a_call_that_waits_for_the_controller_ends_when_it_is_closed(tmp_path: P
 def test_clients_that_give_up_a_silent_controller_disturb_no_other(caplog: pytest.LogCaptureFixture) -> None:
     """gRPC tells all event loops of a process by one of them, which complained when one was closed before its reading had ended."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        for _ in range(8):
+        for _ in range(3):
             client = EmbeddedClient(f"127.0.0.1:{silent.getsockname()[1]}", TOKEN, retry=False)
             with client, pytest.raises(moeserve.DeadlineExceeded):
                 client.forward(X, timeout=0.1)
