@@ -63,8 +63,10 @@ class Resting:
         try:
             while not self._fits(tokens):
                 self._changed.clear()
-                if self._waking:  # one rests for the one that rests no longer
-                    self._lie_down(next(iter(self._waking)))
+                # One rests for the one that rests no longer, if it has what that needs: else ever more would, as batches come.
+                in_its_way = [place for place in self._waking if place.has_entered is bool(self._number)]
+                if in_its_way:
+                    self._lie_down(in_its_way[0])
                 await self._changed.wait()
             self._number, self._tokens = self._number + 1, self._tokens + tokens
         finally:
@@ -90,6 +92,8 @@ class BatchPlace:
         self._resting, self.tokens = resting, tokens
         #: None while it rests
         self._end: Callable[[bool], None] | None = end
+        #: whether it rests no longer, and has gone on beside others
+        self.has_entered = False
 
     def rest(self) -> None:
         """Hosts have nothing of the batch to do until one that was lost is back: others run meanwhile."""
@@ -101,7 +105,7 @@ class BatchPlace:
         assert self._end is not None, "a batch that has a place"
         # Not at once: the next batch would begin inside this one, and the one after that inside the next.
         asyncio.get_running_loop().call_soon(self._end, False)
-        self._end = None
+        self._end, self.has_entered = None, False
 
     async def go_on(self) -> None:
         """Waits until the batch has a place, if it rests."""
@@ -109,7 +113,7 @@ class BatchPlace:
         if self._end is None:
             await self._resting.enter(self.tokens)
             self._resting.get_up(self.tokens)
-            self._end = self._leave
+            self._end, self.has_entered = self._leave, True
 
     def end(self, is_computed: bool) -> None:
         """The batch is over."""
