@@ -210,9 +210,10 @@ class HostLink:
         """Canaries, until one comes back or the host is gone again."""
         pause_s, said = timing.CANARY_S, ""
         while (channel := self.channel) is not None:
+            layers = sorted(self._erred_in)
             try:
-                async with asyncio.timeout(timing.STUCK_HANGS * self._dial.hang_after_s):
-                    await self._dial.canary(channel, sorted(self._erred_in))
+                async with asyncio.timeout(max(1, len(layers)) * timing.STUCK_HANGS * self._dial.hang_after_s):
+                    await self._dial.canary(channel, layers)
             except (MoEServeError, TimeoutError) as error:
                 if str(error) != said:
                     log.warning("host %s does not get rows: its canary says: %s", self.name, error or "nothing")
@@ -223,7 +224,7 @@ class HostLink:
                 pause_s = min(2 * pause_s, timing.LONGEST_CANARY_S)
                 continue
             self._breaker.close()
-            self._erred_in.clear()
+            self._erred_in.difference_update(layers)  # it may have erred in others meanwhile
             self._is_proven = True
             self._tell()
             return

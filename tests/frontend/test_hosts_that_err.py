@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,24 @@ def test_a_host_that_starts_again_while_its_canary_pauses(tmp_path: Path, monkey
         link._dial = tried
         service.hosts[1].kill()
         service.call(until_async(lambda: state(service, 1) == "up" and link.restarts == 2))
+
+
+def test_a_canary_has_time_for_each_of_the_layers_that_a_host_has_erred_in(tmp_path: Path) -> None:
+    with ServiceHarness(config() | {"layers": [LAYER] * 3}, "local", tmp_path) as service:
+        link = service.frontend._links[2]
+        whole_s = timing.STUCK_HANGS * 0.01
+
+        async def slow(_: object, layers: Collection[int]) -> None:
+            assert len(layers) == 3
+            await asyncio.sleep(1.2 * whole_s)  # of three times as much
+
+        async def err() -> None:
+            link._dial = replace(link._dial, canary=slow, hang_after_s=0.01)
+            for layer in range(3):
+                link.erred(layer)
+
+        service.call(err())
+        service.call(until_async(lambda: state(service, 2) == "up"))
 
 
 def test_without_a_copy_the_error_is_told(tmp_path: Path) -> None:
