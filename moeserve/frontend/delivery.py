@@ -16,7 +16,7 @@ from moeserve.layer.dispatch import HostWork
 from moeserve.transport import ChannelClosed, PeerLost
 
 #: what the request or this process is to blame for: no other host would say otherwise, unless it has been asked already
-_OF_THE_BATCH = (InvalidRequest, Overloaded, DeadlineExceeded)
+_OF_THE_BATCH = (InvalidRequest, DeadlineExceeded)
 
 #: event loops may call a moment early
 _CLOCK_S = 0.001
@@ -87,10 +87,17 @@ class Delivery:
         for sent in way.sent:
             sent.future.when_answered(partial(self._returned, parcel, way, sent))
 
-    def lose(self, part: Part, work: HostWork, again: Parcel | None = None, *, is_must: bool = False) -> None:
-        """`work` is not under way, as its host is down, or not any more; it was of the parcel `again` before."""
+    def lose(
+        self, part: Part, work: HostWork, again: Parcel | None = None, *, is_must: bool = False, error: Overloaded | None = None
+    ) -> None:
+        """`work` is not under way, or not any more; it was of the parcel `again` before.
+
+        Its host is down, or is not to be waited for, or has no room for it: the `error` says so.
+        """
         parcel = self._add(part, (work,), again)
         parcel.state, parcel.is_must = ParcelState.LOST, parcel.is_must or is_must
+        if error is not None:
+            parcel.error, parcel.erred = error, parcel.erred | {work.host}
         self.wake()
 
     def close(self, parcel: Parcel, state: ParcelState) -> None:

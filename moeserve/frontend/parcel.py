@@ -92,9 +92,9 @@ class Parcel:
     works    the first is of the host that they are sent to, which passes on the others
     ways     each would answer all of it: the first one that is whole counts
     since    monotonic seconds: when it was sent last, or lost
-    erred    hosts that have answered these pairs with an error, or with sums that are not finite
+    erred    hosts that have answered these pairs with an error, or with sums that are not finite, or had no room for them
     suspects those of them that may be to blame for sums that are not finite
-    error    what the host answered instead of sums
+    error    what the host answered instead of sums, or that it had no room for the rows
     behind   what it answered if it has nothing of the epoch
     refused  sums that are not finite, for when nobody else can be asked
     is_must  requests that can be answered without it have been; it is given up only if all of these can be

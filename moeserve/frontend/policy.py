@@ -12,7 +12,7 @@ from math import inf
 from typing import Final, Literal
 
 from moeserve.config import ResilienceConfig
-from moeserve.errors import MoEServeError
+from moeserve.errors import MoEServeError, Overloaded
 from moeserve.frontend.health import HostHealth
 
 #: policies under which an answer may lack choices
@@ -30,7 +30,7 @@ class Owed:
     is_lost        nobody computes them any more
     has_copy       lost: another copy lives, of some of them; late: of all of them, on hosts that are not late
     is_hedged      they were sent to a second copy, too
-    error          what the host answered instead of sums, None = it was lost
+    error          what the host answered instead of sums, or that it has no room for the rows, None = it was lost
     is_refused     it answered with sums that are not finite
     not_before     monotonic seconds, until when it is no use to ask the same host again
     is_optional    an answer without them has resilience.k_min choices of every token, for one request at least
@@ -113,6 +113,11 @@ def decide(owed: Sequence[Owed], hosts: Mapping[int, HostHealth], rules: Resilie
     return decision
 
 
+def is_fault(error: MoEServeError | None) -> bool:
+    """Whether a host errs, and does not just have too much to do."""
+    return error is not None and not isinstance(error, Overloaded)
+
+
 def late_at(host: HostHealth, rules: ResilienceConfig, now: float) -> float:
     """When `decide` should be asked first about what is sent now, monotonic seconds; inf = unless something happens never."""
     at = now + host.late_after_s if rules.hedge == "auto" else inf
@@ -129,7 +134,7 @@ def _lost(one: Owed, host: HostHealth, rules: ResilienceConfig, now: float) -> A
         return Resend()  # to each of their hosts by itself: then it shows what is lost
     may_lack = rules.on_expert_failure in PARTIAL and one.is_optional
     if one.error is not None:
-        return GiveUp("host_lost") if may_lack else Fail(f"are on {host.name}, which errs", one.error)
+        return GiveUp("host_lost") if may_lack and is_fault(one.error) else Fail(f"are on {host.name}, which errs", one.error)
     if host.is_connected:
         return Resend() if now >= one.not_before else one.not_before
     return _gone(host, rules, may_lack, now)

@@ -86,7 +86,7 @@ class Remedy:
             action = decision.actions.get(index)
             if not delivery.is_owed(parcel):
                 continue  # it was answered while those before it were seen to
-            if action is not None and parcel.error is not None and len(parcel.works) == 1:  # else it may be another's error
+            if action is not None and policy.is_fault(parcel.error) and len(parcel.works) == 1:  # else it may be another's error
                 routed.view.links[parcel.host].erred(self._exchange.layer)
             if isinstance(action, GiveUp):
                 giving_up.add(parcel, action.reason)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeserve.config import ResilienceConfig
-from moeserve.errors import MoEServeError
+from moeserve.errors import MoEServeError, Overloaded
 from moeserve.frontend.health import HostHealth
 from moeserve.frontend.policy import PARTIAL, Accept, Decision, Fail, GiveUp, Hedge, Owed, Resend, Split, decide, late_at
 
@@ -125,6 +125,9 @@ def test_a_host_that_errs_without_copies() -> None:
         action = only(decide([lost(error=error)], {0: host()}, rules(on_expert_failure=policy), 0, NOW))
         assert isinstance(action, Fail) and action.error is error
     assert only(decide([lost(error=error)], {0: host()}, rules(on_expert_failure="renormalize"), 0, NOW)) == GiveUp("host_lost")
+    full = Overloaded("no room")
+    action = only(decide([lost(error=full)], {0: host()}, rules(on_expert_failure="renormalize"), 0, NOW))
+    assert isinstance(action, Fail) and action.error is full, "the host is not lost: its caller comes again"
     assert only(decide([lost(is_refused=True)], {0: host()}, rules(on_expert_failure="renormalize"), 0, NOW)) == Accept()
 
 
