@@ -102,7 +102,8 @@ class AsyncClient:
                 data = await self._send(message, request.layer, retries.left_s(now), metadata)
                 return answers.output_of(answers.decode_answer(data, device, lent))
             except MoEServeError as error:
-                if not self._retry or (pause_s := retries.pause_s(error, time.monotonic())) is None:
+                pause_s = retries.pause_s(error, time.monotonic(), is_known=self._lines.here.is_known) if self._retry else None
+                if pause_s is None:
                     raise retries.ended(error) from None
             await asyncio.sleep(pause_s)
             now = time.monotonic()

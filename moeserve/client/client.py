@@ -49,8 +49,8 @@ class Client:
 
     Every call raises the MoEServeError the service raised, with its sentence; ExpertUnavailable also when the service
     cannot be reached (after a few attempts), DeadlineExceeded when no answer came in time. `forward` first tries again, within its timeout:
-    after Overloaded when the service says, for up to five seconds while a service restarts, and a few times while it lacks experts. Invalid
-    arguments raise ConfigError here and InvalidRequest in calls.
+    after Overloaded when the service says, while a service restarts (five seconds if it has never answered this client, 30 if a call has no
+    timeout), and a few times while it lacks experts. Invalid arguments raise ConfigError here and InvalidRequest in calls.
     """
 
     def __init__(
@@ -189,7 +189,8 @@ class Client:
             try:
                 return self._within("forward", message, retries.left_s(now), metadata)  # type: ignore[no-any-return]
             except MoEServeError as error:
-                if not self._retry or (pause_s := retries.pause_s(error, time.monotonic())) is None:
+                pause_s = retries.pause_s(error, time.monotonic(), is_known=self._line.is_known) if self._retry else None
+                if pause_s is None:
                     raise retries.ended(error) from None
             time.sleep(pause_s)
             now = time.monotonic()

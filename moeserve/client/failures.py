@@ -18,6 +18,8 @@ _NOT_HERE: Final = "in a deployed service, send requests to a frontend, and stat
 _OTHER_PROTOCOLS: Final = ("http1.x server", "Failed parsing HTTP/2")
 #: what gRPC says where nobody listens, or whoever did has hung up
 _GONE: Final = ("Connection refused", "Connection reset", "Socket closed", "connection closed", "Broken pipe", "GOAWAY", "recvmsg")
+#: where nobody answers, as on a machine that is busy with starting a service, or is away itself
+_SILENT: Final = ("timed out", "Timeout occurred", "No route to host", "is unreachable")
 #: what gRPC says of calls that this program has cancelled; a service cancels calls when it ends before they do
 _OURS: Final = ("Locally cancelled", "Channel closed", "Channel is closed")
 
@@ -55,8 +57,8 @@ def _status_of(call: Any) -> status_pb2.Status | None:
 
 
 def _is_gone(sentence: str) -> bool:
-    """Whether nobody listens any more, or whoever did has hung up."""
-    return any(sign in sentence for sign in _GONE)
+    """Whether nobody listens any more, whoever did has hung up, or nobody answers."""
+    return any(sign in sentence for sign in (*_GONE, *_SILENT))
 
 
 def _is_ours(status: status_pb2.Status) -> bool:

@@ -47,15 +47,17 @@ class _Opened:
             self._running += not self._is_given_up
             return not self._is_given_up
 
-    def end(self, error: BaseException | None) -> None:
-        """One call has ended."""
-        if isinstance(error, ServiceUnreachable):
-            self.failing_since = self.failing_since or time.monotonic()
-        elif not isinstance(error, _SAYS_NOTHING):
+    def end(self, error: BaseException | None) -> bool:
+        """One call has ended. Returns whether the service has answered it."""
+        is_answered = not isinstance(error, (ServiceUnreachable, *_SAYS_NOTHING))
+        if is_answered:
             self.failing_since = None
+        elif isinstance(error, ServiceUnreachable):
+            self.failing_since = self.failing_since or time.monotonic()
         with self._lock:
             self._running -= 1
         self._close_if_done()
+        return is_answered
 
     def give_up(self) -> None:
         with self._lock:
@@ -71,24 +73,29 @@ class _Opened:
 class Call:
     """A call in progress: `with` ends it, and turns errors of gRPC into MoEServeError."""
 
-    __slots__ = ("_opened", "_reach", "stubs", "timeout_s")
+    __slots__ = ("_line", "_opened", "stubs", "timeout_s")
 
-    def __init__(self, opened: _Opened, reach: Reach, timeout_s: float | None) -> None:
-        self._opened, self._reach = opened, reach
+    def __init__(self, line: Line, opened: _Opened, timeout_s: float | None) -> None:
+        self._line, self._opened = line, opened
         self.stubs, self.timeout_s = opened.stubs, timeout_s
 
     def __enter__(self) -> Call:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        target = self._line.reach.target
         if not isinstance(error, grpc.RpcError):
-            self._opened.end(error)
+            self._end(error)
             if isinstance(error, ValueError) and self._opened.is_closed:  # before it was begun, as gRPC says it
-                raise MoEServeError(f"this client of {self._reach.target} is closed") from None
+                raise MoEServeError(f"this client of {target} is closed") from None
             return
-        known = to_error(error, self._reach.target, self.timeout_s)
-        self._opened.end(known)
+        known = to_error(error, target, self.timeout_s)
+        self._end(known)
         raise known from None
+
+    def _end(self, error: BaseException | None) -> None:
+        if self._opened.end(error):
+            self._line.is_known = True
 
 
 class Line:
@@ -102,6 +109,8 @@ class Line:
         self._lock = threading.Lock()
         self._opened: _Opened | None = None
         self._is_closed = False
+        #: whether the service has answered, on this channel or an earlier one
+        self.is_known = False
 
     def timeout_s(self, timeout: Any) -> float | None:
         """In seconds; None = what the client says. Raises InvalidRequest for one that cannot be."""
@@ -120,7 +129,7 @@ class Line:
         opened = self._opened
         while opened is None or opened.is_useless or not opened.begin():
             opened = self._open()
-        return Call(opened, self.reach, timeout_s)
+        return Call(self, opened, timeout_s)
 
     def close(self) -> Any:
         """Refuses further calls; returns the channel, if there is one, for the caller to close."""

@@ -7,8 +7,10 @@ from typing import Final
 
 from moeserve.errors import DeadlineExceeded, ExpertUnavailable, MoEServeError, ServiceUnreachable
 
-#: how long a service may be away, as one that is started again is
+#: how long nobody may answer at a target where nobody has before: it may be mistyped
 _AWAY_S: Final = 5.0
+#: how long a call without limit waits for a service that is started again
+_RESTART_S: Final = 30.0
 #: how often a call is made that a service cannot answer, without saying when it will be able to
 _ATTEMPTS: Final = 4
 _FIRST_PAUSE_S: Final = 0.05
@@ -20,15 +22,17 @@ _SHORTEST_ATTEMPT_S: Final = 0.001
 class Retries:
     """Of one call that may be run twice without harm, from `now` on; `timeout_s` None = without limit.
 
-    A refusal that says when to try again is followed, as long as that is within the time the call has. A service that cannot be reached,
-    or is starting or draining, is tried for some seconds more, and one that lacks experts a few times. Pauses grow at random by up to a
-    half, so that callers who were refused together do not return together.
+    A refusal that says when to try again is followed, as long as that is within the time the call has. So is a service tried that has
+    answered before and cannot be reached, or is starting or draining: how long that takes nobody knows, and how long it is worth to wait
+    the caller has said. Where nobody has answered yet that ends after some seconds. One that lacks experts is tried a few times. Pauses
+    grow at random by up to a half, so that callers who were refused together do not return together.
     """
 
     def __init__(self, timeout_s: float | None, now: float) -> None:
         self._timeout_s, self._began = timeout_s, now
         self._away_since: float | None = None
-        #: that ended for want of experts
+        #: since when calls have ended for want of experts, and how many have
+        self._lacking_since: float | None = None
         self._attempts = 0
         self._next_pause_s = _FIRST_PAUSE_S
 
@@ -38,12 +42,16 @@ class Retries:
             return None
         return max(self._timeout_s - (now - self._began), min(self._timeout_s, _SHORTEST_ATTEMPT_S))
 
-    def pause_s(self, error: MoEServeError, now: float) -> float | None:
-        """How long to wait before the next attempt; None = `error` is what became of the call."""
+    def pause_s(self, error: MoEServeError, now: float, *, is_known: bool = False) -> float | None:
+        """How long to wait before the next attempt; None = `error` is what became of the call.
+
+        is_known: the service has answered at this target, be it to say that it starts.
+        """
         if isinstance(error, ExpertUnavailable):
-            pause_s = self._until_back_s(error, now)
+            pause_s = self._until_back_s(error, now, is_known)
         else:
-            pause_s, self._away_since, self._next_pause_s = error.retry_after_s, None, _FIRST_PAUSE_S
+            pause_s, self._next_pause_s = error.retry_after_s, _FIRST_PAUSE_S
+            self._away_since = self._lacking_since = None
         if pause_s is None:
             return None
         pause_s *= random.uniform(1, 1.5)  # noqa: S311  # nobody has to be unable to guess it
@@ -54,14 +62,21 @@ class Retries:
         """What its caller hears of `error`: a time is that of all attempts together."""
         return DeadlineExceeded.of(error.target, self._timeout_s) if isinstance(error, DeadlineExceeded) and error.target else error
 
-    def _until_back_s(self, error: ExpertUnavailable, now: float) -> float | None:
-        if isinstance(error, ServiceUnreachable):
-            may_return = error.may_return
+    def _until_back_s(self, error: ExpertUnavailable, now: float, is_known: bool) -> float | None:
+        if isinstance(error, ServiceUnreachable) or error.retry_after_s is not None:
+            self._away_since = now if self._away_since is None else self._away_since
+            ends = self._away_since + self._patience_s(is_known)
+            may_return = not isinstance(error, ServiceUnreachable) or error.may_return
         else:
-            self._attempts += error.retry_after_s is None
-            may_return = error.retry_after_s is not None or self._attempts < _ATTEMPTS
-        self._away_since = now if self._away_since is None else self._away_since
-        if not may_return or now - self._away_since > _AWAY_S:
+            self._attempts += 1
+            self._lacking_since = now if self._lacking_since is None else self._lacking_since
+            ends, may_return = self._lacking_since + _AWAY_S, self._attempts < _ATTEMPTS
+        if not may_return or now > ends:
             return None
         pause_s, self._next_pause_s = self._next_pause_s, min(2 * self._next_pause_s, _LONGEST_PAUSE_S)
         return pause_s
+
+    def _patience_s(self, is_known: bool) -> float:
+        if not is_known:
+            return _AWAY_S
+        return _RESTART_S if self._timeout_s is None else self._timeout_s

@@ -119,7 +119,7 @@ def test_sigterm_drains(running: tuple[subprocess.Popen[str], str]) -> None:
         with Client(target, timeout=60.0) as client:
             return len(client.forward(hidden_states, layer=0).hidden_states)
 
-    with ThreadPoolExecutor() as pool, Client(target) as client:
+    with ThreadPoolExecutor() as pool, Client(target, retry=False) as client:
         assert client.ready()
         waiting = pool.submit(slow)
         while client.stats().queue_tokens == 0:

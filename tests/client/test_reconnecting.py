@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
+import grpc
 import pytest
 import torch
 
 from moeserve import errors
 from moeserve.client import AdminClient, AsyncClient, Client, ControlClient, WireRequest
+from moeserve.client.failures import to_error
 from tests.client.calls import Calls
 from tests.support.engine import HIDDEN, FakeEngine, X, identity, spec
 from tests.support.listeners import listener
@@ -52,6 +55,17 @@ def test_attempts_to_reach_a_service_do_not_become_rare() -> None:
             )
             assert [each.result() for each in tries] == [True] * 4
         runner.run(asynchronous.close())
+
+
+def test_a_machine_that_says_nothing_may_be_busy_with_starting_the_service() -> None:
+    """It takes connections, and nobody has read from them when gRPC gives one up."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        target = f"127.0.0.1:{silent.getsockname()[1]}"
+        soon = [("grpc.min_reconnect_backoff_ms", 100), ("grpc.initial_reconnect_backoff_ms", 100)]
+        with grpc.insecure_channel(target, options=soon) as channel, pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary("/moeserve.v1.MoEService/Forward")(b"", timeout=20)
+    error = to_error(caught.value, target, 20)
+    assert isinstance(error, errors.ServiceUnreachable) and error.may_return
 
 
 async def test_a_token_that_is_long_in_coming_holds_up_nothing_else() -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from moeserve import errors
 from moeserve.api.request import LayerRequest
+from moeserve.client import retries
 from moeserve.client.retries import Retries
 from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1 import moe_service_pb2_grpc as pb_grpc
@@ -110,6 +111,48 @@ async def test_a_service_that_is_started_again_is_waited_for(engine: FakeEngine,
                 assert torch.equal(answer.hidden_states, X)
 
 
+async def test_a_service_that_has_answered_is_waited_for_as_long_as_a_call_may_take(
+    engine: FakeEngine, connect: Callable[..., Calls], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has never heard of it gives up before."""
+    monkeypatch.setattr(retries, "_AWAY_S", 0.1)
+    with served(engine) as (target, _, _):
+        known = connect(target)
+        await known.forward(X)
+    waiting = asyncio.create_task(known.forward(X))
+    for _ in range(2):
+        with pytest.raises(errors.ServiceUnreachable):
+            await connect(target).forward(X)
+    with served(engine, port=int(target.rpartition(":")[2])):
+        assert torch.equal((await waiting).hidden_states, X)
+
+
+@pytest.mark.parametrize(
+    ("raised", "timeout_s", "is_known", "at_least_s"),
+    [
+        (errors.ServiceUnreachable("x"), 60.0, True, 59.0),
+        (errors.ExpertUnavailable("it starts", 1.0), 60.0, True, 59.0),
+        (errors.ServiceUnreachable("x"), None, True, 30.0),
+        (errors.ServiceUnreachable("x"), 60.0, False, 5.0),
+        (errors.ExpertUnavailable("experts are lacking"), 60.0, True, 0.0),
+        (errors.ServiceUnreachable("it speaks HTTP/1", may_return=False), 60.0, True, 0.0),
+    ],
+)
+def test_how_long_a_service_is_waited_for(
+    raised: errors.ExpertUnavailable, timeout_s: float | None, is_known: bool, at_least_s: float
+) -> None:
+    now, call = 0.0, Retries(timeout_s, 0.0)
+    while (pause_s := call.pause_s(raised, now, is_known=is_known)) is not None:
+        now += pause_s
+    assert at_least_s <= now <= at_least_s + 1
+
+
+def test_experts_that_are_lacking_after_a_long_start_are_asked_for_again() -> None:
+    call = Retries(60.0, 0.0)
+    assert call.pause_s(errors.ServiceUnreachable("x"), 0.0, is_known=True) is not None
+    assert call.pause_s(errors.ExpertUnavailable("experts are lacking"), 12.0, is_known=True) is not None
+
+
 @given(
     st.one_of(st.none(), st.floats(0.01, 100)), st.lists(st.tuples(st.sampled_from(["away", "busy", "draining", "lost"]), st.floats(0, 1)))
 )
@@ -123,12 +166,12 @@ def test_attempts_end_with_the_time_of_the_call_and_a_service_that_stays_away(
         "lost": errors.ExpertUnavailable("x"),
     }
     now, away_since, lost = 0.0, None, 0
-    retries = Retries(timeout_s, now)
+    call = Retries(timeout_s, now)
     for kind, seconds in ends:
         now += seconds
         lost += kind == "lost"
         away_since = (now if away_since is None else away_since) if kind != "busy" else None
-        pause_s = retries.pause_s(kinds[kind], now)
+        pause_s = call.pause_s(kinds[kind], now)
         if pause_s is None:
             is_lost = kind == "lost" and lost >= 4
             assert is_lost or (timeout_s is not None and now + 0.75 >= timeout_s) or (away_since is not None and now - away_since > 5)
@@ -136,7 +179,7 @@ def test_attempts_end_with_the_time_of_the_call_and_a_service_that_stays_away(
         assert 0 < pause_s <= 0.75
         assert kind != "busy" or pause_s >= 0.3
         now += pause_s
-        left_s = retries.left_s(now)
+        left_s = call.left_s(now)
         assert (left_s is None) == (timeout_s is None) and (left_s is None or left_s > 0)
-        overslept_s = retries.left_s(now + 1000)  # a busy machine wakes whom it will
+        overslept_s = call.left_s(now + 1000)  # a busy machine wakes whom it will
         assert timeout_s is None or 0 < overslept_s <= left_s
