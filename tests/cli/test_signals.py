@@ -114,7 +114,7 @@ def test_a_frontend_drains_when_its_terminal_closes_unless_it_is_to_ignore_that(
 def test_a_second_signal_ends_the_drain(service: ServiceHarness, frontend: FrontendProcess) -> None:
     held = [Held(host, 0) for host in service.hosts]
     with Client(frontend.target) as client, ThreadPoolExecutor() as pool:
-        waiting = pool.submit(client.forward, torch.randn(8, 16))
+        waiting = pool.submit(client.forward, torch.randn(8, 16), timeout=20)
         held[0].begun.acquire()
         frontend.process.send_signal(signal.SIGTERM)
         frontend.until("^draining")
