@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -30,7 +30,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Overrides | N
     Raises ConfigError naming the dotted key, the value and what is allowed.
     """
     where, data = _read(source)
-    for table, values in (_absolute_paths(overrides, Path.cwd()) if overrides else {}).items():
+    for table, values in _absolute_paths(overrides or {}, _working_directory).items():
         given = data.get(table, {})
         data[table] = {**given, **values} if isinstance(given, Mapping) else given
     try:
@@ -60,7 +60,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         return "configuration", _of_ray(source)
     path = Path(os.path.expanduser(source))
     if os.path.isdir(path):
-        return str(path), {"model": {"checkpoint": path.resolve()}}
+        return str(path), {"model": {"checkpoint": (path if path.is_absolute() else _working_directory() / path).resolve()}}
     try:
         data = tomllib.loads(read_file(path, _MAX_BYTES).decode("utf-8"))
     except FileNotFoundError:
@@ -69,7 +69,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"{path} is not a readable TOML file: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not a readable TOML file: {error}") from None
-    return str(path), _absolute_paths(_of_ray(data), path.resolve().parent)
+    return str(path), _absolute_paths(_of_ray(data), lambda: path.resolve().parent)
 
 
 def _of_ray(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,7 +83,14 @@ def _of_ray(data: Mapping[str, Any]) -> dict[str, Any]:
     return {**data, "cluster": {key: value for key, value in cluster.items() if key not in moved}, "ray": {**ray, **moved}}
 
 
-def _absolute_paths(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _working_directory() -> Path:
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        raise ConfigError("the working directory is gone: give absolute paths, or go to a folder that exists") from None
+
+
+def _absolute_paths(data: Mapping[str, Any], folder: Callable[[], Path]) -> dict[str, Any]:
     """A copy in which paths count from `folder`; values of a wrong type stay, to be refused."""
     return {
         table: {key: _absolute(value, folder) if _is_path(table, key) else value for key, value in values.items()}
@@ -105,8 +112,11 @@ def _types_of(annotation: Any) -> Iterator[Any]:
         yield from _types_of(part)
 
 
-def _absolute(value: Any, folder: Path) -> Any:
-    return folder / os.path.expanduser(value) if isinstance(value, str | Path) else value
+def _absolute(value: Any, folder: Callable[[], Path]) -> Any:
+    if not isinstance(value, str | Path):
+        return value
+    path = Path(os.path.expanduser(value))
+    return path if path.is_absolute() else folder() / path
 
 
 def _sentence(error: ValidationError) -> str:

@@ -254,6 +254,10 @@ def test_a_working_directory_that_is_gone_is_missed_by_nobody(tmp_path: Path, mo
     monkeypatch.chdir(gone)
     gone.rmdir()
     assert load_config(source).layers[0].hidden_size == load_config({"layers": [LAYER]}).layers[0].hidden_size == 8
+    overrides = {"placement": {"num_hosts": 3}, "server": {"admin_token_file": tmp_path / "token"}}
+    assert load_config(source, overrides).placement.num_hosts == 3
+    for sentence in (refusal("."), refusal(source, {"model": {"checkpoint": "model"}})):
+        assert sentence.startswith("the working directory is gone")
 
 
 def test_relative_paths_of_overrides_count_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
