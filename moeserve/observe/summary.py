@@ -67,7 +67,10 @@ def counts_on(now: ServiceStats, before: ServiceStats) -> bool:
     """
     if now.uptime_s < before.uptime_s or [layer.name for layer in now.layers] != [layer.name for layer in before.layers]:
         return False
-    asked = [(demand(new), demand(old)) for new, old in zip(now.layers, before.layers, strict=True)]
+    asked = [([new.tokens, *demand(new)], [old.tokens, *demand(old)]) for new, old in zip(now.layers, before.layers, strict=True)]
+    for timed, earlier in ((now.requests, before.requests), (now.stages, before.stages)):
+        counts = {one.name: one.counts for one in timed}
+        asked += [(counts.get(old.name, ()), old.counts) for old in earlier]
     return all(len(new) == len(old) and all(map(operator.ge, new, old)) for new, old in asked)
 
 

@@ -45,9 +45,12 @@ function less(now, base) {  // what was counted since `base`; null = all
   return { ...now, layers, calls, requests: durations("requests"), stages: durations("stages"), uptime_s: now.uptime_s - base.uptime_s };
 }
 
-function countsOn(now, before) {  // what took the place of another may have run for longer
-  return now.uptime_s >= before.uptime_s && now.layers.length === before.layers.length
-    && now.layers.every((layer, i) => layer.name === before.layers[i].name && layer.tokens >= before.layers[i].tokens);
+function countsOn(now, before) {  // as counts_on of summary.py: what took the place of another may have run for longer
+  const grows = (list, old) => list.length === old.length && list.every((value, i) => value >= old[i]);
+  const counted = (layer) => [layer.tokens, ...demand(layer)];
+  const durations = (key) => before[key].every((old) => grows(now[key].find((one) => one.name === old.name)?.counts ?? [], old.counts));
+  return now.uptime_s >= before.uptime_s && durations("requests") && durations("stages") && now.layers.length === before.layers.length
+    && now.layers.every((layer, i) => layer.name === before.layers[i].name && grows(counted(layer), counted(before.layers[i])));
 }
 
 const demand = (layer) => layer.processed.map((value, i) => value + layer.dropped[i]);
