@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,3 +23,13 @@ def test_several_threads_may_stop_it_at_the_same_time() -> None:
             thread.start()
             for stopping in [pool.submit(stop, thread) for _ in range(3)]:
                 stopping.result()
+
+
+def test_a_callback_that_would_end_a_program_ends_nobody_elses_work() -> None:
+    thread = LoopThread("loop")
+    thread.submit(asyncio.sleep(0)).add_done_callback(lambda _: sys.exit(1))
+    waiting = thread.submit(asyncio.sleep(0.01, "answered"))
+    thread.start()
+    assert waiting.result(10) == "answered"
+    thread.stop()
+    assert not thread.is_running

@@ -20,6 +20,7 @@ class LoopThread:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         #: reentrant, because a signal's handler may stop it, too
         self._stopping = threading.RLock()
+        self._is_over = False
 
     @property
     def is_running(self) -> bool:
@@ -58,6 +59,7 @@ class LoopThread:
 
     def stop_soon(self) -> None:
         """As `stop`, on the loop, without waiting."""
+        self._is_over = True
         self._loop.stop()
 
     def join(self, timeout_s: float | None = None) -> None:
@@ -66,6 +68,8 @@ class LoopThread:
 
     def _run(self) -> None:
         try:
-            self._loop.run_forever()
+            while not self._is_over:
+                with suppress(SystemExit):  # of a callback, as of a future: it would end what everybody else waits for
+                    self._loop.run_forever()
         finally:
             self._loop.close()
