@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bisect
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -80,3 +82,21 @@ def test_a_flood_of_failures_does_not_wash_the_events_away() -> None:
     for number in range(1000):
         log.add("host_lost", f"host-{number}")
     assert len(log.latest()) == 100 and log.latest()[-1].subject == "host-999"
+
+
+def test_calls_that_fail_in_many_threads_at_once_are_all_told() -> None:
+    """As those of an EmbeddedClient: each raises its own error, not one of what counts them."""
+    log, interval_s = EventLog(), sys.getswitchinterval()
+
+    def fail(first: int) -> None:
+        for number in range(first, first + 300):
+            log.add("call_failed", f"Forward {number % 5}")
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            for failing in [pool.submit(fail, first) for first in range(8)]:
+                failing.result()
+    finally:
+        sys.setswitchinterval(interval_s)
+    assert sum(event.count for event in log.latest()) == 8 * 300

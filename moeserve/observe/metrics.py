@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -88,26 +89,29 @@ class HostState:
 
 
 class EventLog:
-    """The latest events, the oldest first; a flood of one kind is one event with a count."""
+    """The latest events, the oldest first; a flood of one kind is one event with a count. Calls fail in any thread of a program."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._events: deque[Event] = deque(maxlen=_MAX_EVENTS)
 
     def add(self, kind: str, subject: str) -> None:
         """Records an event now, or adds to the count of the same recent event."""
-        now, count = time.time(), 1
-        for event in reversed(self._events):
-            if event.time_unix_s < now - _SAME_EVENT_S:
-                break
-            if (event.kind, event.subject) == (kind, subject):
-                self._events.remove(event)
-                count += event.count
-                break
-        self._events.append(Event(now, kind, subject, count))
+        with self._lock:
+            now, count = time.time(), 1
+            for event in reversed(self._events):
+                if event.time_unix_s < now - _SAME_EVENT_S:
+                    break
+                if (event.kind, event.subject) == (kind, subject):
+                    self._events.remove(event)
+                    count += event.count
+                    break
+            self._events.append(Event(now, kind, subject, count))
 
     def latest(self) -> list[Event]:
         """The oldest first."""
-        return list(self._events)
+        with self._lock:
+            return list(self._events)
 
 
 class Metrics:
