@@ -67,11 +67,13 @@ def counts_on(now: ServiceStats, before: ServiceStats) -> bool:
     """
     if now.uptime_s < before.uptime_s or [layer.name for layer in now.layers] != [layer.name for layer in before.layers]:
         return False
-    asked = [([new.tokens, *demand(new)], [old.tokens, *demand(old)]) for new, old in zip(now.layers, before.layers, strict=True)]
+    counted: list[tuple[Sequence[int], Sequence[int]]] = [
+        ((new.tokens, *demand(new)), (old.tokens, *demand(old))) for new, old in zip(now.layers, before.layers, strict=True)
+    ]
     for timed, earlier in ((now.requests, before.requests), (now.stages, before.stages)):
         counts = {one.name: one.counts for one in timed}
-        asked += [(counts.get(old.name, ()), old.counts) for old in earlier]
-    return all(len(new) == len(old) and all(map(operator.ge, new, old)) for new, old in asked)
+        counted += [(counts.get(old.name, ()), old.counts) for old in earlier]
+    return all(len(new) == len(old) and all(map(operator.ge, new, old)) for new, old in counted)
 
 
 def host_rows(layer: LayerStats, rows: Sequence[float]) -> dict[int, float]:
