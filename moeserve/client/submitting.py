@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
 from moeserve.errors import MoEServeError
@@ -34,7 +35,8 @@ class Submitter:
 
     def __init__(self, make: Callable[[], AsyncClient]) -> None:
         self._make = make
-        self._lock = threading.Lock()
+        #: reentrant, because a signal's handler may close it, too
+        self._lock = threading.RLock()
         self._work: _Work | None = None
         self._is_closed = False
 
@@ -43,10 +45,10 @@ class Submitter:
         with self._lock:
             if self._is_closed:
                 raise MoEServeError("this client is closed")
-            if self._work is None or not self._work.thread.is_running:
-                self._work = _Work(self._make())
-                weakref.finalize(self, self._work.close_soon).atexit = False
             work = self._work
+            if work is None or not work.thread.is_running:
+                work = self._work = _Work(self._make())
+                weakref.finalize(self, work.close_soon).atexit = False
         return work.submit(self, *arguments, **named)
 
     def close(self) -> None:
@@ -65,11 +67,14 @@ class _Work:
 
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
-        self._room = threading.Semaphore(MAX_SUBMITTED)
+        #: one for each further call that may be in progress; a signal's handler that closes it may put some
+        self._room: SimpleQueue[None] = SimpleQueue()
+        for _ in range(MAX_SUBMITTED):
+            self._room.put(None)
         #: calls in progress, and whose they are: that is no garbage meanwhile
         self._running: dict[Future[ForwardOutput], Submitter] = {}
         #: held where a call begins, and where no further one may
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._is_closed = False
         self._ending: asyncio.Task[None] | None = None
         self.thread = LoopThread("moeserve-client")
@@ -78,15 +83,17 @@ class _Work:
 
     def submit(self, submitter: Submitter, *arguments: Any, **named: Any) -> Future[ForwardOutput]:
         work = self._client.forward(*arguments, **named)
-        # What waits on the loop, as a callback of a future, would keep all calls from being answered.
-        has_room = self._room.acquire(blocking=not self.thread.is_here)
+        future: Future[ForwardOutput] | None = None
+        has_room = self._wait_for_room()
         with self._lock:
-            if self._is_closed:  # while this call waited for room
-                work.close()
-                self._leave_room(has_room)
-                raise MoEServeError("this client is closed")
-            future = self.thread.submit(work)
-            self._running[future] = submitter
+            if not self._is_closed:
+                with suppress(RuntimeError):  # a signal's handler has closed it this moment
+                    future = self.thread.submit(work)
+                    self._running[future] = submitter
+        if future is None:  # closed, as while this call waited for room
+            work.close()
+            self._leave_room(has_room)
+            raise MoEServeError("this client is closed")
         future.add_done_callback(partial(self._done, has_room))
         return future
 
@@ -94,9 +101,17 @@ class _Work:
         self._leave_room(has_room)
         self._running.pop(future, None)
 
+    def _wait_for_room(self) -> bool:
+        """Whether room was taken: what waits on the loop, as a callback of a future, would keep all calls from being answered."""
+        try:
+            self._room.get(block=not self.thread.is_here)
+        except Empty:
+            return False
+        return True
+
     def _leave_room(self, has_room: bool) -> None:
         if has_room:
-            self._room.release()
+            self._room.put(None)
 
     def close(self) -> None:
         with self._lock:

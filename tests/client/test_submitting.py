@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -17,7 +20,7 @@ from moeserve.client import Client
 from moeserve.client.connection import CALLING, Reach
 from moeserve.client.line import Line
 from moeserve.client.stubs import ServiceStubs
-from moeserve.client.submitting import MAX_SUBMITTED
+from moeserve.client.submitting import MAX_SUBMITTED, Submitter, _Work
 from moeserve.programs.embedded_submit import SIDE_BY_SIDE, SubmittedCalls
 from moeserve.v1 import moe_service_pb2 as pb
 from tests.support.engine import FakeEngine, X
@@ -78,6 +81,32 @@ def test_a_callback_may_close_its_client(target: str, caplog: pytest.LogCaptureF
     with pytest.raises(errors.MoEServeError, match="closed"):
         client.submit(X)
     assert not [record for record in caplog.records if record.name == "concurrent.futures"]
+
+
+@pytest.mark.parametrize("step", range(1, 15))
+def test_a_signal_handler_may_close_the_client_whose_call_it_interrupts(step: int, target: str) -> None:
+    """Before any line of `submit`."""
+    client, left, has_ended = Client(target), step, threading.Event()
+    client.submit(X).result(30)
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal left
+        if frame.f_code not in (Submitter.submit.__code__, _Work.submit.__code__):
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                client.close()
+        return trace
+
+    def submit() -> None:
+        sys.settrace(trace)
+        with suppress(errors.MoEServeError, CancelledError):
+            client.submit(X).result(30)
+        has_ended.set()
+
+    threading.Thread(target=submit, daemon=True).start()
+    assert has_ended.wait(30) and left <= 0
 
 
 def test_a_client_that_is_dropped_ends_with_its_last_call(target: str, engine: FakeEngine) -> None:
