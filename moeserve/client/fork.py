@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from typing import Any, Final
 
 from moeserve.errors import MoEServeError
+
+#: of the thread in which asyncio's gRPC waits, as long as there is a channel or a server of it, be it another library's
+_POLLER: Final = "(_poll_wrapper)"
 
 
 class Forks:
@@ -17,8 +21,8 @@ class Forks:
         self._is_survived = os.environ.get("GRPC_ENABLE_FORK_SUPPORT", "1").lower() not in ("0", "false", "no", "f", "n")
         self._has_channels = False
         self._of_asyncio: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._is_broken = self._is_asyncio_broken = False
-        os.register_at_fork(after_in_child=self._in_child)
+        self._is_broken = self._is_asyncio_broken = self._has_poller = False
+        os.register_at_fork(before=self._in_parent, after_in_child=self._in_child)
 
     def opened(self, channel: Any, is_async: bool) -> None:
         """A channel was opened; is_async: one of asyncio."""
@@ -36,13 +40,16 @@ class Forks:
 
         if is_async and self._is_asyncio_broken:
             raise MoEServeError(
-                "this process was forked while its parent had an AsyncClient, calls of submit or an EmbeddedClient, and asyncio's gRPC "
-                'cannot go on in it: call Client.forward, or use these only after the fork, or start processes by "spawn"'
+                "this process was forked while its parent had an AsyncClient, calls of submit, an EmbeddedClient or a service, and asyncio's "
+                'gRPC cannot go on in it: call Client.forward, or begin these only after the fork, or start processes by "spawn"'
             )
+
+    def _in_parent(self) -> None:
+        self._has_poller = any(thread.name.endswith(_POLLER) for thread in threading.enumerate())
 
     def _in_child(self) -> None:
         self._is_broken = self._is_broken or (self._has_channels and not self._is_survived)
-        self._is_asyncio_broken = self._is_asyncio_broken or bool(self._of_asyncio)
+        self._is_asyncio_broken = self._is_asyncio_broken or self._has_poller or bool(self._of_asyncio)
 
 
 FORKS: Final = Forks()

@@ -136,6 +136,40 @@ def test_submitted_calls_and_the_end_of_a_program_or_a_fork(target: str, engine:
     assert (found.returncode, cancelled) == (0, "True")
 
 
+SERVING = """
+import asyncio, os, signal, sys
+import grpc.aio
+from moeserve import AsyncClient
+
+async def serve():
+    server = grpc.aio.server()
+    await server.start()
+    return server
+
+async def ask():
+    async with AsyncClient(sys.argv[1], timeout=20) as client:
+        return await client.layers()
+
+runner = asyncio.Runner()
+server = runner.run(serve())
+if (child := os.fork()) == 0:
+    signal.alarm(30)
+    try:
+        print(asyncio.run(ask()))
+    except Exception as error:
+        print(repr(error))
+    sys.stdout.flush()
+    os._exit(0)
+os.waitpid(child, 0)
+os._exit(0)
+"""
+
+
+def test_a_process_forked_from_one_that_serves(target: str) -> None:
+    found = subprocess.run([sys.executable, "-c", SERVING, target], capture_output=True, text=True, timeout=60, check=True)
+    assert found.stdout.startswith("MoEServeError('this process was forked while its parent had")
+
+
 def test_event_loops_one_after_another(target: str) -> None:
     """Closed in between, or not, and beside a loop that goes on in another thread."""
     client = AsyncClient(target)
