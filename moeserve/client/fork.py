@@ -40,8 +40,9 @@ class Forks:
 
         if is_async and self._is_asyncio_broken:
             raise MoEServeError(
-                "this process was forked while its parent had an AsyncClient, calls of submit, an EmbeddedClient or a service, and asyncio's "
-                'gRPC cannot go on in it: call Client.forward, or begin these only after the fork, or start processes by "spawn"'
+                "this process was forked while its parent had an AsyncClient, calls of submit, an EmbeddedClient or a service, and "
+                "asyncio's gRPC cannot go on in it: call Client.forward, or begin these only after the fork, or start processes by "
+                '"spawn"'
             )
 
     def _in_parent(self) -> None:
