@@ -113,7 +113,7 @@ class ControllerProgram:
         else:
             work = hosts.adopt(state.release, state.assignments)
         why = "the service starts" if self._is_first else "the controller was started again"
-        await self._unless_over(self.controller.begin(work, why))
+        await self.unless_over(self.controller.begin(work, why))
         self._later(hosts.watch(self.frontends.directory))
 
     async def keep(self) -> None:
@@ -209,7 +209,8 @@ class ControllerProgram:
             task.cancel()
         return self._tasks
 
-    async def _unless_over(self, work: Coroutine[Any, Any, None]) -> None:
+    async def unless_over(self, work: Coroutine[Any, Any, None]) -> None:
+        """A part of the start. Raises its error, and ExpertUnavailable and EndedBeforeReady as `bring_up`."""
         working, losing = asyncio.create_task(work), asyncio.create_task(self.cluster.lost())
         ending = asyncio.create_task(self._ended_before_ready())
         tasks: tuple[asyncio.Task[Any], ...] = working, losing, ending

@@ -86,7 +86,7 @@ class DeployedController:
         actors = self._actors = await self._listen()
         await program.bring_up()
         if is_first:
-            await actors.start()
+            await program.unless_over(actors.start())
         await program.keep()
         for work in (actors.keep(), program.failed(), self._end_when_asked()):
             self._later(work)

@@ -164,7 +164,7 @@ class Service:
             self._more = MoreFrontends(config, program, port, own)
             self._progress(f"starting {config.server.processes - 1} more processes on the port of {frontend.target}")
             starting.append(self._more.start())
-        await all_or_none(starting)
+        await program.unless_over(all_or_none(starting))
         await program.keep()
         for work in (self._end_when_lost(), self._end_when_broken(frontend), self._end_when_failed()):
             self._later(work)
