@@ -44,6 +44,8 @@ STOP_TIMEOUT_S: Final = 5.0
 END_TIMEOUT_S: Final = 20.0
 #: a program that ends itself through Ray exits without it
 KILL_TIMEOUT_S: Final = 10.0
+#: Ray keeps the state of a controller within milliseconds, unless its GCS is away; the controller stands still meanwhile
+SAVE_TIMEOUT_S: Final = 5.0
 #: a node takes the order for a spare process
 SPARE_TIMEOUT_S: Final = 5.0
 #: a node reports why a process has ended

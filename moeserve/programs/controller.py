@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Coroutine
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -174,7 +174,13 @@ class ControllerProgram:
         await self.cluster.hosts.admit(public_keys)
 
     def _remember(self, state: State) -> None:
-        self.remember(state=state)
+        before = self.saved.state
+        try:
+            self.remember(state=state)
+        except BaseException:  # the change is not made, though Ray may get its state later
+            with suppress(Exception):
+                self.remember(state=before)
+            raise
 
     def _remember_events(self, events: tuple[AuditEvent, ...]) -> None:
         self.remember(events=events)
