@@ -1,6 +1,6 @@
 """Work in threads that nobody has to wait for: one that hangs, as on a file system that does not answer, keeps no process from ending.
 
-At the end of Python, when the pools of `asyncio.to_thread` are closed, it still works: what stops a service uses it.
+At the end of Python, when the pools of `asyncio.to_thread` are closed, `in_thread` still works: what stops a service uses it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ async def in_thread(function: Callable[[*Args], Result], *args: *Args) -> Result
         with suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(_pass_on, future, done)
 
-    threading.Thread(target=run, name=_NAME, daemon=True).start()
+    try:
+        threading.Thread(target=run, name=_NAME, daemon=True).start()
+    except RuntimeError:  # Python 3.12 starts no thread any more at its end
+        run()
     return await done
 
 

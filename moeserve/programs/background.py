@@ -55,14 +55,26 @@ class BackgroundService:
         self._ending = self._thread.submit(self._stop_when_asked())
 
     def stop(self) -> None:
-        """Drain, then stop everything; idempotent, and from any thread. A service that cannot continue stops by itself: see `failure`."""
+        """Drain, then stop everything; idempotent, and from any thread. A service that cannot continue stops by itself: see `failure`.
+
+        On the service's own thread, as of a handler of its log records, it returns at once: the service ends when that goes on.
+        """
+        if self._thread.is_here:
+            self._service.controller.ask_to_stop()
+            return
         with self._stopping:
             if self._thread.is_running:
                 self._thread.soon(self._service.controller.ask_to_stop)
-                self._ending.result()
-                for change in [*self._changes]:
-                    change.cancel()
-                self._thread.stop()
+                try:
+                    self._ending.result()
+                finally:
+                    if self._ending.done():  # or it goes on ending, as after Ctrl-C
+                        self._leave()
+
+    def _leave(self) -> None:
+        for change in [*self._changes]:
+            change.cancel()
+        self._thread.stop()
 
     async def _stop_when_asked(self) -> None:
         try:

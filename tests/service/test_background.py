@@ -41,3 +41,29 @@ def test_one_that_was_stopped_is_not_changed(service: BackgroundService) -> None
     for change in (lambda: service.scale(1), lambda: service.drain_host("host-0"), lambda: service.swap("layers.0", "/nowhere")):
         with pytest.raises(moeserve.MoEServeError, match=r"this service at 127\.0\.0\.1:\d+ has been stopped"):
             change()
+
+
+def test_one_whose_end_fails_has_ended_all_the_same(service: BackgroundService, monkeypatch: pytest.MonkeyPatch) -> None:
+    end = service._service.stop
+
+    async def fail() -> None:
+        await end()
+        raise RuntimeError("as of Ray")
+
+    monkeypatch.setattr(service._service, "stop", fail)
+    with pytest.raises(RuntimeError, match="as of Ray"):
+        service.stop()
+    service.stop()
+    with pytest.raises(moeserve.MoEServeError, match="has been stopped"):
+        service.scale(1)
+
+
+def test_it_may_be_stopped_on_its_own_thread(service: BackgroundService) -> None:
+    """As by a handler of its log records, which nothing waits for there."""
+
+    async def stop() -> None:
+        service.stop()
+
+    service._thread.call(stop(), 30)
+    service._ending.result(60)
+    assert service.failure is None
