@@ -14,6 +14,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from moeserve.cluster.timing import END_DELAY_S, KILL_TIMEOUT_S, PROGRAM_RETRY_S
+from moeserve.control.saved import StateUnreadable
 from moeserve.errors import ExpertUnavailable, MoEServeError
 from moeserve.loops import LoopThread
 
@@ -64,6 +65,9 @@ class _Runner:
         self._starting = asyncio.create_task(self._program.start())
         try:
             await self._starting
+        except StateUnreadable as error:
+            log.error("it cannot start, and waits until it is replaced: %s", error)
+            raise
         except Exception:
             if ray.get_runtime_context().was_current_actor_reconstructed:
                 # No caller waits for the error of this start, as one did for the first incarnation.
@@ -164,7 +168,7 @@ class ProgramActor:
         """Ask the program to stop, and end its process for good, after `timeout_s` in any case."""
         try:
             await asyncio.wait_for(self._call("stop"), timeout_s)
-        except (TimeoutError, ExpertUnavailable) as error:
+        except (TimeoutError, MoEServeError) as error:
             log.info("%s did not stop in order: %r", self.name, error)
         finally:
             self.kill()

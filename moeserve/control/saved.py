@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from moeserve.control.assignments import Assignment
 from moeserve.control.record import read_release, release_message
 from moeserve.control.state import State
+from moeserve.errors import MoEServeError
 from moeserve.observe.audit import AuditEvent
 from moeserve.v1 import control_service_pb2 as pb
+
+
+class StateUnreadable(MoEServeError):
+    """What another version of moeserve has saved: trying again does not help."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,17 @@ class Saved:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Saved:
-        """Reads `to_bytes`; trusted, because a writer of the store has full control of the cluster anyway."""
-        read = json.loads(data)
+        """Reads `to_bytes`; trusted, because a writer of the store has full control of the cluster anyway. Raises StateUnreadable."""
+        try:
+            return cls._read(json.loads(data))
+        except Exception as error:  # whatever another version has written otherwise
+            raise StateUnreadable(
+                f"the state of this service has been saved by another version of moeserve, and this one cannot read it "
+                f"({type(error).__name__}: {error}): `moeserve deploy` starts the service anew, with the weights of its configuration"
+            ) from error
+
+    @classmethod
+    def _read(cls, read: Mapping[str, Any]) -> Saved:
         state = State(
             read_release(pb.Release.FromString(base64.b64decode(read["release"]))),
             tuple(Assignment(number, node) for number, node in read["assignments"]),
