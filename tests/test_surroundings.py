@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from moeserve import ForwardOutput, GatingConfig, MoELayer
+from moeserve import ForwardOutput, GatingConfig, MoELayer, route
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_experts": 8}
 TIGHT = {"capacity_factor": 1.0, "renormalize": "post_drop", "seed": 3}
@@ -76,3 +76,17 @@ def test_a_layer_of_a_checkpoint(setting: str, tmp_path: Path) -> None:
         layer.save(tmp_path)
         loaded = MoELayer.from_checkpoint(tmp_path, kernel="generic")
     assert torch.equal(loaded(rows), layer(rows))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    "gating", [GatingConfig(), GatingConfig(scoring_func="sigmoid", renormalize="pre_drop", capacity_factor=0.5)], ids=["plain", "tight"]
+)
+def test_a_gate_alone(gating: GatingConfig, setting: str) -> None:
+    logits = torch.randn(40, 16, generator=torch.Generator().manual_seed(1))
+    expected = route(logits, gating)
+    with SETTINGS[setting]():
+        routing = route(logits, gating)
+    for field in ("topk_ids", "topk_weights", "kept", "dropped_tokens", "requested", "processed", "dropped", "slots", "drop_reasons"):
+        assert torch.equal(getattr(routing, field), getattr(expected, field)), field
+    assert (routing.aux_loss, routing.z_loss) == (expected.aux_loss, expected.z_loss)

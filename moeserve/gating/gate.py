@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from moeserve.api import surroundings
 from moeserve.api.tensors import is_finite, require_data, without_unused
 from moeserve.config import GatingConfig
 from moeserve.errors import ConfigError, InvalidRequest, number_of
@@ -31,6 +32,7 @@ from moeserve.gating.weights import PRE_DROP_EPS, RENORMALIZE, keep_total
 from moeserve.gating.z_loss import z_loss
 
 
+@surroundings.put_aside()
 def route(
     router_logits: Tensor,
     gating: GatingConfig,
