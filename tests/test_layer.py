@@ -51,6 +51,7 @@ def assert_same_answer(ours: ForwardOutput, other: ForwardOutput) -> None:
     [
         (lambda: Elsewhere(3, 16), "is a strided Elsewhere on cpu"),
         (freed, "is a strided tensor on cpu"),
+        (lambda: freed(2), "is a strided tensor on cpu"),
         (lambda: torch.zeros(3, 16, device="meta"), "is a strided tensor on meta"),
         (lambda: torch.zeros(3, 16).to_sparse(), "is a sparse_coo tensor on cpu"),
         (lambda: [[1.0] * 16], "must be a torch.Tensor, got list"),
@@ -59,6 +60,29 @@ def assert_same_answer(ours: ForwardOutput, other: ForwardOutput) -> None:
 def test_what_is_no_dense_tensor_is_refused(make: Callable[[], Any], kind: str) -> None:
     with pytest.raises(InvalidRequest, match=f"hidden_states {kind}"):
         some_layer(kernel="generic").run(make())
+
+
+class Named(Tensor):
+    """As libraries of pictures have them: numbers like any others."""
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rows: rows.requires_grad_(),
+        lambda rows: rows.requires_grad_() * 1,
+        torch.nn.Parameter,
+        lambda rows: rows.as_subclass(Named),
+        lambda rows: torch.cat([rows, rows])[3:],
+        lambda rows: torch.complex(rows, -rows).conj().imag,
+        torch.inference_mode()(Tensor.clone),
+    ],
+)
+def test_dense_tensors_of_every_kind_are_answered(make: Callable[[Tensor], Tensor]) -> None:
+    layer, rows = some_layer(kernel="generic", gating=FREE), some_tokens(3)
+    answer = layer.run(make(rows.clone()))
+    assert_same_answer(answer, layer.run(rows))
+    assert not answer.hidden_states.requires_grad
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])

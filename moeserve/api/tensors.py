@@ -51,7 +51,8 @@ def _has_data(tensor: torch.Tensor) -> bool:
     if not tensor.is_cpu:
         return type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
     try:
-        return tensor.numel() == 0 or tensor.data_ptr() != 0
+        # What FSDP frees are parts of one tensor: without memory, the address of a part is its offset.
+        return tensor.numel() == 0 or tensor.data_ptr() != tensor.storage_offset() * tensor.itemsize
     except RuntimeError:  # of torch.func
         return False
 

@@ -23,8 +23,8 @@ class Elsewhere(torch.Tensor):
         return "Elsewhere()"
 
 
-def freed() -> torch.Tensor:
-    """As FSDP leaves parameters behind."""
-    tensor = torch.ones(1, 4)
+def freed(first: int = 0) -> torch.Tensor:
+    """As FSDP leaves parameters behind, which are parts of one tensor: row `first` of it."""
+    tensor = torch.ones(3, 4)[first : first + 1]
     tensor.untyped_storage().resize_(0)
     return tensor
