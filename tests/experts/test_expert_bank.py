@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeserve.config import Activation, Kernel
-from moeserve.experts import Expert, ExpertBank, FeedForward, ModuleExpert
+from moeserve.config import Activation, Bits, Kernel
+from moeserve.experts import Expert, ExpertBank, FeedForward, ModuleExpert, quantize
 from moeserve.experts.pairs import Pairs
 from moeserve.experts.ragged import ExpertStacks, Stack
 from tests.experts.oracle import (
@@ -68,6 +68,17 @@ def test_experts_of_several_sizes_and_one_without_channels(device: str, dtype: t
             oracle += expected(part, "swiglu", (hidden_states, row_index[own], torch.zeros_like(local_experts[own]), pair_weights[own]))
     out = run(ExpertBank(experts, HIDDEN_SIZE, dtype, device=torch.device(device), kernel=kernel), work)
     assert_close(out, oracle, summed=2 * HIDDEN_SIZE + 130 + 46, rounded_to=dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 33])
+@pytest.mark.parametrize("bits", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_quantized_shard_without_channels_adds_nothing(dtype: torch.dtype, bits: Bits, rows: int) -> None:
+    stored = torch.int8 if bits == "int8" else torch.float8_e4m3fn
+    nothing = FeedForward("swiglu", torch.empty(0, HIDDEN_SIZE, dtype=dtype), torch.empty(HIDDEN_SIZE, 0, dtype=dtype))
+    for kernel in kernels(dtype, stored):
+        bank = ExpertBank([quantize(nothing, bits)], HIDDEN_SIZE, dtype, kernel=kernel)
+        assert not run(bank, some_work((rows,), rows, dtype)).any(), kernel
 
 
 @pytest.mark.parametrize(("device", "dtype", "kernel"), CASES, ids=str)

@@ -6,6 +6,7 @@ import mmap
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,34 @@ def test_deterministic_answers_do_not_depend_on_company_or_threads(data: st.Data
             assert torch.equal(alone[0], together[row])
     finally:
         torch.set_num_threads(2)
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "kernel"),
+    [
+        (stored, dtype, kernel)
+        for stored, dtype in (*((dtype, dtype) for dtype in DTYPES), *product((torch.int8, torch.float8_e4m3fn), DTYPES[::2]))
+        for kernel in kernels(dtype, stored)
+        if kernel != "torch"
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(200, 330), (33, 1)])
+def test_a_row_is_answered_alike_however_many_there_are(
+    stored: torch.dtype, dtype: torch.dtype, kernel: Kernel, hidden_size: int, intermediate_size: int
+) -> None:
+    """One and two rows take a panel at once, from two tiles on it may be decoded first, and a block ends at 256."""
+    (expert,) = some_weights(1, "swiglu", True, dtype, hidden_size, intermediate_size).experts("swiglu")
+    held = expert if stored == dtype else quantize(expert, "int8" if stored == torch.int8 else "fp8")
+    bank = ExpertBank([held], hidden_size, dtype, kernel=kernel)
+    rows = torch.randn(257, hidden_size, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def answers(some: torch.Tensor) -> torch.Tensor:
+        return run(bank, (some, torch.arange(len(some)), torch.zeros(len(some), dtype=torch.int64), torch.full((len(some),), 0.7)))
+
+    alone = torch.cat([answers(row) for row in rows.split(1)])
+    for count in (2, 3, 12, 13, 14, 23, 24, 25, 26, 64, 240, 241, 256, 257):
+        assert torch.equal(answers(rows[:count]), alone[:count]), count
 
 
 @pytest.mark.parametrize("kernel", kernels(torch.float16))

@@ -231,7 +231,7 @@ static inline __attribute__((always_inline)) void multiply_bytes_amx(
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    decode_panel(two, codes, 32 * PANEL, decoded);
+    decode_panel(two, codes, depth ? 32 * PANEL : 0, decoded); /* a shard of a narrow expert may have no channels */
     for (int64_t k = 0; k < depth; k += 32, a += 16 * 32, second += 16 * 32) {
         const bf16 *b = decoded + k / 32 % 2 * 32 * PANEL;
         if (k + 32 < depth)
