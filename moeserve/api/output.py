@@ -60,7 +60,9 @@ class ForwardOutput:
     model_revision: int = 1
 
     def to(self, device: torch.device) -> ForwardOutput:
-        """The same with its tensors there."""
+        """The same with its tensors there, which are in one place."""
+        if self.hidden_states.device == device:
+            return self
         moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return replace(self, **moved)
 

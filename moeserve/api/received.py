@@ -31,8 +31,8 @@ def received(request: WireRequest) -> WireRequest:
 
 
 def _is_plain(request: WireRequest) -> bool:
-    """Whether it has only defaults beside its tensors, and a layer that can be sent."""
+    """Whether encoding it would change nothing: it has only defaults beside its tensors, and a layer that can be sent."""
     layer = request.layer
     has_layer = isinstance(layer, str) or (type(layer) is int and 0 <= layer < 2**32)
-    is_default = not request.model and request.return_routing is False
+    is_default = not request.model and type(request.return_routing) is bool
     return has_layer and is_default and request.capacity_factor is None and request.noise is None and request.seed is None
