@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from moeserve.api.tensors import is_finite
 from moeserve.config import GatingConfig
 from moeserve.errors import InvalidRequest
-from moeserve.gating import route
+from moeserve.gating import Routing, route
 from moeserve.kernels import library
 from moeserve.layer.dispatch import SharedWork, combine, plan
 from moeserve.placement import LayerPlacement
@@ -59,13 +59,51 @@ def test_the_same_routing(seed: int, tokens: int, experts: int, top_k: int, scor
     """With few levels, many scores are equal. Losses, which are telemetry, are added up in another order."""
     logits = torch.randint(0, levels, (tokens, experts), generator=torch.Generator().manual_seed(seed)) / levels
     gating = GatingConfig.model_validate({"top_k": min(top_k, experts), "scoring_func": scoring, **more})
-    compiled, other = route(logits, gating), interpreted(lambda: route(logits, gating))
-    for field in fields(compiled):
-        ours, theirs = getattr(compiled, field.name), getattr(other, field.name)
-        if field.name in {"aux_loss", "z_loss"}:
-            assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-6), field.name
-        elif field.name != "batch":
-            assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs, field.name
+    assert_same_routing(route(logits, gating), interpreted(lambda: route(logits, gating)))
+
+
+def assert_same_routing(compiled: Routing, other: Routing) -> None:
+    for name in (*(field.name for field in fields(compiled)), "slots", "drop_reasons"):
+        ours, theirs = getattr(compiled, name), getattr(other, name)
+        if name in {"aux_loss", "z_loss"}:
+            assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-6), name
+        elif name != "batch":
+            assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs, name
+
+
+#: drawn from a normal distribution, some of which has a softmax that is 0 for most experts, or for none
+LOGITS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "far apart": lambda drawn: drawn * 200,
+    "huge": lambda drawn: drawn * 1e30,
+    "largest": lambda drawn: drawn.sign() * torch.finfo(torch.float32).max,
+    "tiny": lambda drawn: drawn * 1e-42,
+    "zeros of both signs": lambda drawn: torch.where(drawn > 0, 0.0, -0.0),
+}
+
+
+@pytest.mark.parametrize("kind", LOGITS)
+@settings(deadline=None, max_examples=30)
+@given(
+    seed=SEEDS,
+    tokens=st.sampled_from([1, 2, 9]),
+    experts=st.sampled_from([1, 8, 31, 256]),
+    share=st.floats(0.01, 1.0),
+    more=st.fixed_dictionaries(
+        {
+            "routed_scaling_factor": st.sampled_from([1.0, -2.5, 0.0, 1e-30]),
+            "drop_policy": st.sampled_from(["position", "choice_major"]),
+            "renormalize": st.just("pre_drop"),
+            "renormalize_eps": st.sampled_from([None, 0.0, 1e-9, 1.0]),
+        },
+        optional={"capacity_factor": st.just(0.5), "expert_group_size": st.just(2)},
+    ),
+)
+def test_the_same_routing_of_odd_logits(kind: str, seed: int, tokens: int, experts: int, share: float, more: dict[str, Any]) -> None:
+    scope = "group" if "expert_group_size" in more else "request"
+    fixed = {"top_k": max(1, int(share * experts)), "capacity_scope": scope, "drop_tokens": False}
+    gating = GatingConfig.model_validate(fixed | more)
+    logits = LOGITS[kind](torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed)))
+    assert_same_routing(route(logits, gating), interpreted(lambda: route(logits, gating)))
 
 
 @settings(deadline=None)
