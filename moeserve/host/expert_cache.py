@@ -61,6 +61,7 @@ class ExpertCache:
         #: what has no room yet, in the order in which it gets some, and what has been claimed
         self._waiting: list[Sequence[Loadable]] = []
         self._claimed: list[Loadable] = []
+        self._claimer: int | None = None
         self._reading_since = math.inf
         self._changed = threading.Condition()
         #: one at a time, so that memory has no more than one beyond the limit
@@ -70,7 +71,8 @@ class ExpertCache:
     def held(self, wanted: Sequence[Loadable]) -> Iterator[list[HeldExpert]]:
         """These experts, which differ and fit into the limit, for a pass: they stay until it leaves. Raises what a read raises.
 
-        Whoever waits for room holds nothing meanwhile, and comes before whoever asks later, so nobody waits forever.
+        Whoever waits for room holds nothing meanwhile, and comes before whoever asks later, so nobody waits forever. What the same thread
+        has claimed is there, and has its room: it does not wait.
         """
         with self._changed:
             missing = self._enter_in_turn(wanted)
@@ -108,6 +110,7 @@ class ExpertCache:
                 return False
             self._enter(wanted)
             self._claimed += wanted
+            self._claimer = threading.get_ident()
             return True
 
     def let_go(self) -> None:
@@ -147,12 +150,17 @@ class ExpertCache:
         return beside + sum(one.nbytes for one in wanted) <= self.limit_bytes
 
     def _enter_in_turn(self, wanted: Sequence[Loadable]) -> list[Loadable]:
-        """As `_enter`, when there is room, and nobody has waited for longer."""
-        self._waiting.append(wanted)
-        self._changed.wait_for(lambda: self._waiting[0] is wanted and self._has_room(wanted))
-        del self._waiting[0]
-        self._changed.notify_all()
+        """As `_enter`, when there is room, and nobody has waited for longer. What is claimed is not in turn: others may wait for its room."""
+        if not self._is_claimed_here(wanted):
+            self._waiting.append(wanted)
+            self._changed.wait_for(lambda: self._waiting[0] is wanted and self._has_room(wanted))
+            del self._waiting[0]
+            self._changed.notify_all()
         return self._enter(wanted)
+
+    def _is_claimed_here(self, wanted: Sequence[Loadable]) -> bool:
+        """Whether this thread has claimed all of them."""
+        return self._claimer == threading.get_ident() and {one.key for one in wanted} <= {one.key for one in self._claimed}
 
     def _enter(self, wanted: Sequence[Loadable]) -> list[Loadable]:
         """They are in use from now on; returns those that are missing. Others make room when one of these has been read."""

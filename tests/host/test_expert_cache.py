@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -199,6 +199,35 @@ def test_a_pass_that_waits_for_room_goes_first() -> None:
         shelf.cache.claim([shelf.wanted(0)])
     thread.join(30)
     shelf.cache.let_go()
+
+
+def test_a_pass_with_what_it_has_claimed_does_not_wait_for_who_waits_for_that() -> None:
+    shelf, waits = Shelf(), threading.Event()
+
+    class Wanted(list[Loadable]):
+        """Of a pass that looks for room, and waits when that is done."""
+
+        def __iter__(self) -> Iterator[Loadable]:
+            waits.set()
+            return super().__iter__()
+
+    def wait_for_room() -> None:
+        with shelf.cache.held(Wanted([shelf.wanted(3), shelf.wanted(4)])):
+            pass
+
+    def compute() -> None:
+        shelf.run([0])
+        assert shelf.cache.claim([shelf.wanted(0)])
+        other.start()
+        assert waits.wait(30)
+        shelf.run([0])
+        shelf.cache.let_go()
+
+    other, host = (threading.Thread(target=target, daemon=True) for target in (wait_for_room, compute))
+    host.start()
+    host.join(30)
+    other.join(30)
+    assert not host.is_alive() and not other.is_alive()
 
 
 FORMS: list[dict[str, Any]] = [{}, {"deterministic": True}, {"scale_inputs": True}]
