@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from moeserve.config import Copies
 from moeserve.control.changes import placed
 from moeserve.control.desired import Planner, Rows
-from moeserve.control.room import require_room
+from moeserve.control.room import steps_with_room
 from moeserve.control.state import State
-from moeserve.errors import ConfigError, ExpertUnavailable, number_of
+from moeserve.errors import ExpertUnavailable, number_of
 from moeserve.placement import (
     LayerSize,
     Placement,
@@ -77,7 +77,7 @@ def planned_round(state: State, demand: Rows, planner: Planner) -> Round:
             source.check()  # before any host reads it
     sizes, stages = planner.sizes(sources), planner.placing.pipeline_stages
     wanted = steps(sizes, before, after, planner.balancing.max_moved_bytes, planner.memory(state.assignments))
-    made = _with_room(wanted, state, demand, planner)
+    made = _with_room(wanted, before, sizes, demand, planner)
     after = made[-1] if made else before
     return Round(
         state.release,
@@ -95,21 +95,13 @@ def _cost(sizes: list[LayerSize], placements: list[Placement]) -> Transition:
     return replace(transition(sizes, placements[0], placements[-1]), moved_bytes=read_bytes(sizes, placements))
 
 
-def _with_room(wanted: list[Placement], state: State, demand: Rows, planner: Planner) -> list[Placement]:
+def _with_room(wanted: list[Placement], before: Placement, sizes: list[LayerSize], demand: Rows, planner: Planner) -> list[Placement]:
     """The first of the steps, as many as hosts have room for; if not all, no further than to the best balanced one, if that is worth it."""
-    if planner.limit_bytes is None:
+    placements = [before, *wanted]
+    done = len(wanted) if planner.limit_bytes is None else steps_with_room(sizes, placements, planner)
+    if done == len(wanted):
         return wanted
-    states = [state]
-    for placement in wanted:
-        following = placed(states[-1], placement)
-        try:
-            require_room(states[-1], following, planner)
-        except ConfigError:
-            break
-        states.append(following)
-    else:
-        return wanted
-    even = [balancedness(each.release.placement, demand, planner.placing.pipeline_stages) for each in states]
+    even = [balancedness(each, demand, planner.placing.pipeline_stages) for each in placements[: done + 1]]
     return wanted[: even.index(max(even))] if max(even) >= (1 + planner.balancing.min_gain) * even[0] else []
 
 

@@ -9,7 +9,7 @@ from moeserve.placement.layer import LayerPlacement, Placement
 from moeserve.placement.planner import plan
 from moeserve.placement.slots import deal_evenly, fill_slots
 from moeserve.placement.steps import Memory, steps, without_surplus
-from moeserve.placement.transition import Transition, peak_bytes, read_bytes, transition
+from moeserve.placement.transition import Transition, peak_bytes, read_bytes, step_bytes, transition
 
 __all__ = [
     "Constraints",
@@ -33,6 +33,7 @@ __all__ = [
     "plan",
     "plan_placement",
     "read_bytes",
+    "step_bytes",
     "steps",
     "transition",
     "without_surplus",

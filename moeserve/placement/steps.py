@@ -46,8 +46,8 @@ def steps(
     For each one, hosts read at most max_moved_bytes, or one expert if that is larger. Copies that only leave, leave in the first. Layer
     by layer, and in turn host by host, so that no host gets many experts before it gives some away. A host that would hold more than its
     `memory`, with the shared experts that come along, gets an expert later, when it has given others away. Where all wait for that, some
-    give a copy away before its successor is there, which leaves `memory.least` copies at least; if that leads no further, a host gets an
-    expert all the same. Otherwise each expert has in every step at least as many copies as before or after, whichever are fewer. What is
+    give a copy away before its successor is there, which leaves `memory.least` copies at least; if that leads no further, hosts get the
+    others all the same. Otherwise each expert has in every step at least as many copies as before or after, whichever are fewer. What is
     on hosts that are gone moves step by step as well: if they are dead rather than drained, take one step.
     """
     changes = [Change.of(old, new) for old, new in zip(before.layers, after.layers, strict=True)]
@@ -114,10 +114,10 @@ def _by_unit(pairs: Integers) -> dict[int, list[int]]:
 
 
 class _Filled:
-    """What hosts hold while a step is made: nbytes [D]; of each layer, physical experts [D] and bytes of units [U]."""
+    """What hosts hold while a step is made: nbytes [D], at most `most` each; of each layer, physical experts [D] and bytes of units [U]."""
 
     def __init__(self, sizes: Sequence[LayerSize], placement: Placement, num_hosts: int, memory: Memory | None) -> None:
-        self._sizes, self._most = sizes, None if memory is None else memory.host_bytes
+        self._sizes, self.most = sizes, None if memory is None else memory.host_bytes
         self._count = [np.bincount(layer.host_of_physical, minlength=num_hosts) for layer in placement.layers]
         self._nbytes = sum(
             (
@@ -134,7 +134,7 @@ class _Filled:
     def has_room(self, move: Move, freed: int = 0) -> bool:
         """Beside all that is there but `freed` bytes, for the expert, and for the shared one if it is the first of its layer there."""
         needed = self._nbytes[move.target] - freed + move.nbytes + self._shared(move.layer, move.target)
-        return self._most is None or bool(needed <= self._most)
+        return self.most is None or bool(needed <= self.most)
 
     def makes_room(self, move: Move, layer: int, unit: int) -> bool:
         """Whether there is room when this one has left, which is not the only one there."""
@@ -169,9 +169,9 @@ class _Walk:
             begun = self._begun(max_moved_bytes)
             if not begun and not leaving:
                 leaving = self._given_up()
-            if not begun and not leaving:
-                begun = [self._left.pop(0)]
-                self._filled.get(begun[0])
+            if not begun and not leaving:  # no way leads on: the caller has to see that, and need not wait until ever longer ones are tried
+                self._filled.most = None
+                begun = self._begun(max_moved_bytes)
             for move in begun:
                 self._held[move.layer].add((move.unit, move.target))
             leaving += [(move.layer, move.unit, move.source) for move in begun if move.source is not None]

@@ -5,7 +5,7 @@ D hosts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -69,6 +69,33 @@ def read_bytes(sizes: Sequence[LayerSize], placements: Sequence[Placement]) -> i
         for size, old, now in zip(sizes, before.layers, after.layers, strict=True)
         if old is not now
     )
+
+
+def step_bytes(sizes: Sequence[LayerSize], placements: Sequence[Placement], *, in_stacks: bool) -> Iterator[Integers]:
+    """[D]: what each host holds while the second placement comes into force, then the third, and so on. Quick where few layers change.
+
+    in_stacks: on a GPU, where layers that change are there twice, and while one is put together, what is new in it.
+    """
+    num_hosts = max(each.num_hosts for each in placements)
+    held = np.zeros(num_hosts, dtype=np.int64)
+    for size, layer in zip(sizes, placements[0].layers, strict=True):
+        held += bytes_on(size, layer.unit_of_physical, layer.host_of_physical, num_hosts)
+    for before, after in pairwise(placements):
+        both, largest = held.copy(), np.zeros_like(held)
+        for size, old, now in zip(sizes, before.layers, after.layers, strict=True):
+            if old is now:
+                continue
+            change = Change.of(old, now)
+            was, will = (bytes_on(size, each.unit_of_physical, each.host_of_physical, num_hosts) for each in (old, now))
+            new = np.bincount(change.arrivals[1], weights=size.unit_bytes[change.arrivals[0]], minlength=num_hosts).astype(np.int64)
+            both += new + size.shared_bytes * ((was == 0) & (will > 0))
+            held += will - was
+            if in_stacks:
+                is_changed = np.bincount([*change.arrivals[1], *change.departures[1]], minlength=num_hosts) > 0
+                kept = np.where(is_changed & (was > 0), will - new, 0)
+                both += kept
+                largest = np.maximum(largest, np.where(kept > 0, new, 0))
+        yield both + largest
 
 
 def bytes_on(size: LayerSize, units: Integers, hosts: Integers, num_hosts: int) -> Integers:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,9 +15,9 @@ from moeserve.control import Assignment, Planner, State
 from moeserve.control.changes import placed, with_copies
 from moeserve.control.copies import changed_copies
 from moeserve.control.desired import Rows
-from moeserve.control.room import require_room
+from moeserve.control.room import bytes_meanwhile, require_room
 from moeserve.control.rounds import Round, RoundStopped, planned_round, stepped
-from moeserve.placement import balancedness, transition
+from moeserve.placement import balancedness, step_bytes, steps, transition
 from moeserve.release import Release
 from tests.support.planning import planner_of
 
@@ -71,6 +73,24 @@ def test_every_step_of_a_round_has_room_and_rounds_come_to_an_end(
             before, state = state, made(state, planned, plan)
             assert balancedness(state.release.placement, demand) > balancedness(before.release.placement, demand)
         assert not planned.steps
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+@pytest.mark.parametrize("shared", [0, 8])
+def test_a_round_counts_what_hosts_hold_in_each_step_as_the_change_that_makes_it(gpus: int, shared: int) -> None:
+    plan = planner([16, 5], 4, 1.25, shared)
+    plan = replace(plan, placing=plan.placing.model_copy(update={"gpus_per_host": gpus}))
+    state, drawn = first(plan, 4), np.random.default_rng(gpus)
+    sizes, is_changed = plan.sizes(plan.layers.sources), False
+    for _ in range(2):
+        before = state.release.placement
+        demand: Rows = [1000 * drawn.permutation(np.arange(1, number + 1) ** -1.2) for number in (16, 5)]
+        made = steps(sizes, before, plan.moved(state.assignments, plan.layers.sources, before, demand), 4 * ONE)
+        for nbytes, placement in zip(step_bytes(sizes, [before, *made], in_stacks=gpus > 0), made, strict=True):
+            following = placed(state, placement)
+            assert bytes_meanwhile(state, following, plan) == {host: nbytes[host] for host in placement.hosts}
+            state, is_changed = following, True
+    assert is_changed
 
 
 def test_two_hosts_that_are_full_exchange_nothing_and_a_round_says_why() -> None:

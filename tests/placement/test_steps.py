@@ -103,6 +103,14 @@ def test_a_host_without_room_gives_away_before_it_gets() -> None:
     assert steps(sizes, before, after, None, Memory(20))[-1] is after, "where there is no room at all, the caller has to see that"
 
 
+def test_where_no_way_leads_on_the_rest_comes_at_once() -> None:
+    """Each host is full and hands its only expert to the next. The caller sees that there is no room, and has not to wait for it."""
+    sizes, one, ring = [LayerSize("layer 0", np.full(9, 10))], np.ones(9, dtype=np.int64), range(9)
+    before, after = placed(*([host] for host in ring)), placed(*([(host + 1) % 9] for host in ring))
+    assert steps(sizes, before, after, None, Memory(10, [one])) == [after]
+    assert [read_bytes(sizes, each) for each in pairwise([before, *steps(sizes, before, after, 40, Memory(10, [one]))])] == [40, 40, 10]
+
+
 def test_a_shared_expert_comes_with_the_first_expert_of_its_layer_and_leaves_with_the_last() -> None:
     """Host 1 gives its expert of a layer away, and with it the shared one, before it has room for those of another layer."""
     sizes = [LayerSize("layer 0", np.full(2, 10), shared_bytes=20), LayerSize("layer 1", np.full(2, 10), shared_bytes=20)]
