@@ -150,7 +150,7 @@ class ExpertCache:
         return beside + sum(one.nbytes for one in wanted) <= self.limit_bytes
 
     def _enter_in_turn(self, wanted: Sequence[Loadable]) -> list[Loadable]:
-        """As `_enter`, when there is room, and nobody has waited for longer. What is claimed is not in turn: others may wait for its room."""
+        """As `_enter`, when there is room, and nobody has waited for longer. What is claimed is not in turn: they may wait for its room."""
         if not self._is_claimed_here(wanted):
             self._waiting.append(wanted)
             self._changed.wait_for(lambda: self._waiting[0] is wanted and self._has_room(wanted))
