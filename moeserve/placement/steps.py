@@ -47,8 +47,9 @@ def steps(
     by layer, and in turn host by host, so that no host gets many experts before it gives some away. A host that would hold more than its
     `memory`, with the shared experts that come along, gets an expert later, when it has given others away. Where all wait for that, some
     give a copy away before its successor is there, which leaves `memory.least` copies at least; if that leads no further, hosts get the
-    others all the same. Otherwise each expert has in every step at least as many copies as before or after, whichever are fewer. What is
-    on hosts that are gone moves step by step as well: if they are dead rather than drained, take one step.
+    others all the same. Otherwise each expert has in every step at least as many copies as before or after, whichever are fewer, and
+    no host gives its last expert away before it gets another for which there is room. What is on hosts that are gone moves step by step as
+    well: if they are dead rather than drained, take one step.
     """
     changes = [Change.of(old, new) for old, new in zip(before.layers, after.layers, strict=True)]
     if not any(change.arrivals.size or change.departures.size for change in changes):
@@ -114,11 +115,12 @@ def _by_unit(pairs: Integers) -> dict[int, list[int]]:
 
 
 class _Filled:
-    """What hosts hold while a step is made: nbytes [D], at most `most` each; of each layer, physical experts [D] and bytes of units [U]."""
+    """What hosts hold while a step is made: nbytes [D], at most `most` each; physical experts, of all layers `total` [D]."""
 
     def __init__(self, sizes: Sequence[LayerSize], placement: Placement, num_hosts: int, memory: Memory | None) -> None:
         self._sizes, self.most = sizes, None if memory is None else memory.host_bytes
         self._count = [np.bincount(layer.host_of_physical, minlength=num_hosts) for layer in placement.layers]
+        self.total = np.sum(self._count, axis=0)
         self._nbytes = sum(
             (
                 bytes_on(size, layer.unit_of_physical, layer.host_of_physical, num_hosts)
@@ -138,17 +140,18 @@ class _Filled:
 
     def makes_room(self, move: Move, layer: int, unit: int) -> bool:
         """Whether there is room when this one has left, which is not the only one there."""
-        is_only = sum(int(count[move.target]) for count in self._count) == 1
-        return not is_only and self.has_room(move, freed=self.nbytes_of(layer, unit))
+        return self.total[move.target] > 1 and self.has_room(move, freed=self.nbytes_of(layer, unit))
 
     def get(self, move: Move) -> None:
         """The target holds it, too."""
         self._nbytes[move.target] += move.nbytes + self._shared(move.layer, move.target)
         self._count[move.layer][move.target] += 1
+        self.total[move.target] += 1
 
     def give(self, layer: int, unit: int, host: int) -> None:
         """It is not there any more."""
         self._count[layer][host] -= 1
+        self.total[host] -= 1
         self._nbytes[host] -= self.nbytes_of(layer, unit) + self._shared(layer, host)
 
     def _shared(self, layer: int, host: int) -> int:
@@ -166,21 +169,35 @@ class _Walk:
         """The layers that change in each; `surplus` of each layer leaves in the first, alone if nothing has room before it is gone."""
         leaving: list[_Copy] = [(layer, unit, host) for layer, pairs in enumerate(surplus) for unit, host in pairs]
         while leaving or self._left:
-            begun = self._begun(max_moved_bytes)
-            if not begun and not leaving:
-                leaving = self._given_up()
-            if not begun and not leaving:  # no way leads on: the caller has to see that, and need not wait until ever longer ones are tried
-                self._filled.most = None
-                begun = self._begun(max_moved_bytes)
+            begun, leaving, last = self._next(max_moved_bytes, leaving)
             for move in begun:
                 self._held[move.layer].add((move.unit, move.target))
-            leaving += [(move.layer, move.unit, move.source) for move in begun if move.source is not None]
             for layer, unit, host in leaving:
                 self._held[layer].discard((unit, host))
             yield {move.layer for move in begun} | {layer for layer, _, _ in leaving}
             for layer, unit, host in leaving:
                 self._filled.give(layer, unit, host)
-            leaving = []
+            leaving = last
+
+    def _next(self, max_moved_bytes: int | None, leaving: list[_Copy]) -> tuple[list[Move], list[_Copy], list[_Copy]]:
+        """What comes and what leaves in the next step, and what leaves in a later one, so that its host has something until then."""
+        begun = self._begun(max_moved_bytes)
+        leaving, last = self._but_last([*leaving, *_sources(begun)])
+        if not begun and not leaving:
+            leaving = self._given_up()
+        if not begun and not leaving:  # no way leads on: the caller has to see that, and need not wait until ever longer ones are tried
+            self._filled.most = None
+            begun = self._begun(max_moved_bytes)
+            leaving, last = self._but_last(_sources(begun))
+        return begun, leaving, last
+
+    def _but_last(self, leaving: Sequence[_Copy]) -> tuple[list[_Copy], list[_Copy]]:
+        """Those that may leave, and one copy of each host that all would leave, although others may come beside it in a later step."""
+        number = Counter(host for _, _, host in leaving)
+        emptied = {host for host in number if number[host] == self._filled.total[host]}
+        waiting = {move.target for move in self._left if move.target in emptied and self._filled.has_room(move)}
+        last = {copy[2]: copy for copy in leaving if copy[2] in waiting}
+        return [copy for copy in leaving if last.get(copy[2]) != copy], [*last.values()]
 
     def _begun(self, max_moved_bytes: int | None) -> list[Move]:
         """What can be moved at once, nothing if no host has room."""
@@ -232,6 +249,10 @@ class _Walk:
                 del waiting[host]
                 chosen[layer, unit] = host
         return [(*unit, host) for unit, host in chosen.items()]
+
+
+def _sources(moves: Sequence[Move]) -> list[_Copy]:
+    return [(move.layer, move.unit, move.source) for move in moves if move.source is not None]
 
 
 def _layer(pairs: _Pairs, num_hosts: int, shards: int) -> LayerPlacement:

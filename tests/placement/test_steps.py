@@ -103,6 +103,13 @@ def test_a_host_without_room_gives_away_before_it_gets() -> None:
     assert steps(sizes, before, after, None, Memory(20))[-1] is after, "where there is no room at all, the caller has to see that"
 
 
+def test_a_host_keeps_its_last_expert_until_another_comes() -> None:
+    """Experts go round, one in a step: host 0 has given its only one away, and waits for that of host 2."""
+    before, after = placed([0], [1], [2], [3]), placed([1], [2], [0], [1])
+    made = steps([LayerSize("layer 0", np.full(4, 10))], before, after, 10)
+    assert [each.hosts for each in made] == [(0, 1, 2, 3)] * 3 + [(0, 1, 2)]
+
+
 def test_where_no_way_leads_on_the_rest_comes_at_once() -> None:
     """Each host is full and hands its only expert to the next. The caller sees that there is no room, and has not to wait for it."""
     sizes, one, ring = [LayerSize("layer 0", np.full(9, 10))], np.ones(9, dtype=np.int64), range(9)
@@ -161,9 +168,14 @@ def test_on_full_hosts_every_expert_keeps_the_copies_that_it_must_have(case: Cas
     after = plan(case.sizes, case.constraints, [rows_of(drawn, len(copies)) for copies in case.constraints.least_copies], before)
     least = [np.repeat(copies, case.constraints.tensor_parallel) for copies in case.constraints.least_copies]
     most = max(max(transition(case.sizes, each, each).peak_bytes.values()) for each in (before, after))
-    made = steps(case.sizes, before, after, limit, Memory(most, least))
+    made, last = steps(case.sizes, before, after, limit, Memory(most, least)), before
     for placement in made:
         held = Counter(pair[:2] for pair in pairs(placement))
         assert all(held[number, unit] >= copies for number, each in enumerate(least) for unit, copies in enumerate(each.tolist()))
-        assert set(placement.hosts) == set(before.hosts)
+        for host in set(last.hosts) - set(placement.hosts):
+            there, will = ({pair[:2] for pair in pairs(each) if pair[2] == host} for each in (last, after))
+            free, layers = most - transition(case.sizes, last, last).peak_bytes[host], {number for number, _ in there}
+            needed = [case.sizes[n].unit_bytes[unit] + (n not in layers) * case.sizes[n].shared_bytes for n, unit in will]
+            assert min(needed) > free, "it has given all away because there was no room beside it"
+        last = placement
     assert not made or pairs(made[-1]) == pairs(after)
