@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from moeserve.cli.columns import bytes_text
 from moeserve.control import Assignment, Planner, State
-from moeserve.control.changes import moved
+from moeserve.control.changes import moved, placed
 from moeserve.control.room import bytes_meanwhile, require_room
+from moeserve.control.thinning import placements_between
 from moeserve.errors import number_of
-from moeserve.placement import Transition, transition
+from moeserve.placement import Transition, read_bytes, transition
 from moeserve.release import Release
 
 
@@ -24,9 +26,18 @@ def planned_change(planner: Planner, before: int, after: int) -> Transition:
     first = State(release, tuple(Assignment(number, "") for number in range(before)), before, release.epoch, before)
     # Of too many hosts, those with the highest numbers leave.
     then = moved(first, tuple(Assignment(number, "") for number in range(after)), after, planner)
-    require_room(first, then, planner)
-    change = transition(planner.sizes(sources), first.release.placement, then.release.placement)
-    return replace(change, peak_bytes=bytes_meanwhile(first, then, planner))
+    states = [first]
+    for placement in placements_between(first, then, planner, ()):
+        states.append(placed(states[-1], placement))
+    if len(states) == 1:
+        require_room(first, then, planner)
+    peak: dict[int, int] = {}
+    for before_step, after_step in pairwise([*states, then]):
+        for host, nbytes in bytes_meanwhile(before_step, after_step, planner).items():
+            peak[host] = max(nbytes, peak.get(host, 0))
+    sizes, placements = planner.sizes(sources), [each.release.placement for each in (*states, then)]
+    change = transition(sizes, placements[0], placements[-1])
+    return replace(change, moved_bytes=read_bytes(sizes, placements), peak_bytes=dict(sorted(peak.items())))
 
 
 def as_json(change: Transition) -> dict[str, Any]:

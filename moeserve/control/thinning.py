@@ -30,7 +30,7 @@ async def in_steps(before: State, change: Change, planner: Planner, bring_in: Br
 
     def planned() -> tuple[State, list[Placement]]:
         after = change(before)
-        return after, _between(before, after, planner, down)
+        return after, placements_between(before, after, planner, down)
 
     down = {assignment.number for assignment in before.assignments}.difference(hosts.present)
     if planner.limit_bytes is None:
@@ -58,7 +58,7 @@ def _cost(before: State, after: State, planner: Planner, made: Sequence[BroughtI
     return cost and replace(cost, moved_bytes=sum(each.cost.moved_bytes for each in made if each.cost is not None))
 
 
-def _between(before: State, after: State, planner: Planner, down: Collection[int]) -> list[Placement]:
+def placements_between(before: State, after: State, planner: Planner, down: Collection[int]) -> list[Placement]:
     """The placements through which hosts have room from `before` to `after`, on the hosts of `before`.
 
     Empty where one step has room, where no steps lead there, or where hosts join while none is `down`. If one is, the only one: nobody

@@ -84,6 +84,15 @@ def test_plan_of_a_change_counts_the_copies_that_balancing_asks_for(capsys: pyte
     assert (code, told["moves"], told["new"]) == (0, 4, 16)
 
 
+def test_plan_of_a_change_goes_in_steps_where_the_service_does(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """2 copies of 15 experts fill 3 of 5 hosts: one of those that stay has to give an expert away before it gets the last one."""
+    file, one = tmp_path / "service.toml", 3 * 16 * 8 * 4
+    placing = f"[placement]\ncopies = 2\nmemory_per_host_bytes = {10 * one}\n"
+    file.write_text(LAYER.replace("num_experts = 4", "num_experts = 15") + placing)
+    code, out, _ = run(capsys, "plan", str(file), "--num-hosts", "3", "--from-hosts", "5", "--json")
+    assert (code, max(json.loads(out)["peak_bytes_per_host"])) == (0, 10 * one)
+
+
 def test_plan_of_more_experts_than_memory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """4 experts on 2 hosts, of which each has room for one; with less, or with modules, nothing can be read."""
     file, one = tmp_path / "service.toml", 3 * 16 * 8 * 4
