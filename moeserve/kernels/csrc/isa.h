@@ -64,6 +64,7 @@ static inline vec ISA(of_e4m3)(const uint8_t *b, int v, int channel)
 #define B bf16
 #define STEP 2
 #define ONE_OF(b, v, channel) ISA(of_bf16)(b, v, channel)
+#define MANY 72
 #include "tile.h"
 
 #define NAME(x) ISA(x##_int8)
@@ -71,6 +72,7 @@ static inline vec ISA(of_e4m3)(const uint8_t *b, int v, int channel)
 #define B int8_t
 #define STEP 2
 #define ONE_OF(b, v, channel) ISA(of_int8)(b, v, channel)
+#define MANY 48
 #include "tile.h"
 
 #define NAME(x) ISA(x##_e4m3)
@@ -78,6 +80,7 @@ static inline vec ISA(of_e4m3)(const uint8_t *b, int v, int channel)
 #define B uint8_t
 #define STEP 2
 #define ONE_OF(b, v, channel) ISA(of_e4m3)(b, v, channel)
+#define MANY 24
 #include "tile.h"
 
 static inline vec ISA(select)(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes & mask) | ((ivec)no & ~mask)); }

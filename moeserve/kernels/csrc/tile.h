@@ -7,6 +7,7 @@
  * STEP         input channels that lie side by side
  * LOAD(b, v)   STEP == 1: vector v of the output channels of one input channel
  * ONE_OF(b, v, channel)  STEP == 2: the same of one of two input channels; or with DOT(acc, a, b, v), both at once
+ * MANY         with ONE_OF: so many rows are faster with a panel that is decoded before
  */
 #define COLUMNS (WIDTH / VECTOR)
 #define ALL_COLUMNS (PANEL / VECTOR)
@@ -85,7 +86,7 @@ static void NAME(multiply)(int count, const void *rows, const void *panel, int64
     int groups = (count + TILE - 1) / TILE;
 #ifdef ONE_OF
     /* With narrow vectors, decoding a panel takes as long as multiplying it by a few rows: for many it is done once. */
-    if (VECTOR < 16 && count >= 2 * TILE) {
+    if (VECTOR < 16 && count >= MANY) {
         const B *b = panel;
         float *to = decoded;
         for (int64_t k = 0; k < depth; k += 2, b += 2 * PANEL)
@@ -118,4 +119,5 @@ static void NAME(multiply)(int count, const void *rows, const void *panel, int64
 #undef STEP
 #undef LOAD
 #undef ONE_OF
+#undef MANY
 #undef DOT
