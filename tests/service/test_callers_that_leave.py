@@ -7,6 +7,7 @@ import gc
 import re
 import tracemalloc
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -156,19 +157,29 @@ def test_what_a_host_has_not_begun_it_does_not_compute(kind: Kind, tmp_path: Pat
     with ServiceHarness(CONFIG, kind, tmp_path) as service, grpc.insecure_channel(service.target) as channel:
         held = Held(service.hosts[0])
         for leave in (lambda call, _: call.cancel(), lambda _, connection: connection.close()):
-            busy = forward(channel)
-            assert held.begun.acquire(timeout=30)
-            connection = grpc.insecure_channel(service.target, options=[("grpc.use_local_subchannel_pool", 1)])
-            call = forward(connection)
-            until(lambda: owed(service) == 2 * 1024)
-            leave(call, connection)
-            until(lambda: owed(service) == 1024)
-            held.leave.release()
-            busy.result()
-            held.leave.release()
-            forward(channel).result()
-            assert held.begun.acquire(timeout=30) and not held.begun.acquire(blocking=False), "one pass, for the last"
-            connection.close()
+            # Word of it may come to the host when it has begun: seldom.
+            until(partial(is_not_computed, service, channel, held, leave))
+
+
+def is_not_computed(service: ServiceHarness, channel: grpc.Channel, held: Held, leave: Callable[[grpc.Future, grpc.Channel], None]) -> bool:
+    """Whether a call that is given up while the host is busy has no pass, and one that comes later has one."""
+    busy = forward(channel)
+    assert held.begun.acquire(timeout=30)
+    with grpc.insecure_channel(service.target, options=[("grpc.use_local_subchannel_pool", 1)]) as connection:
+        call = forward(connection)
+        until(lambda: owed(service) == 2 * 1024)
+        leave(call, connection)
+        until(lambda: owed(service) == 1024)
+        held.leave.release()
+        busy.result()
+        held.leave.release(2)
+        forward(channel).result()
+    passes = 0
+    while held.begun.acquire(blocking=False):
+        passes += 1
+    for _ in range(2 - passes):
+        assert held.leave.acquire(timeout=30)
+    return passes == 1
 
 
 def owed(service: ServiceHarness) -> int:
