@@ -102,10 +102,19 @@ def test_a_second_copy_answers_in_two_parts_and_one_is_not_finite(tmp_path: Path
 
 
 def test_the_second_copy_goes_as_it_is_about_to_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two hosts are late. While the rows of the first are sent elsewhere, the copy of the other is lost, and then that one itself."""
+    """Two hosts are late, on a busy machine not always at the same moment."""
+    for attempt in range(8):
+        (folder := tmp_path / str(attempt)).mkdir()
+        if second_copy_goes(folder, monkeypatch):
+            return
+    raise AssertionError("they were never late together")
+
+
+def second_copy_goes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """While the rows of the first are sent elsewhere, the copy of the other is lost, and then that one itself; False if none is asked."""
     layer = LAYER | {"num_experts": 2}
     settings = config("auto") | {"layers": [layer], "placement": {"num_hosts": 4, "copies": 2}}
-    with ServiceHarness(settings, "local", tmp_path) as service, Client(service.target) as client, ThreadPoolExecutor() as pool:
+    with ServiceHarness(settings, "local", folder) as service, Client(service.target) as client, ThreadPoolExecutor() as pool:
         expected = MoELayer(**layer)(ROWS)
         for _ in range(100):
             client.forward(ROWS)
@@ -134,10 +143,14 @@ def test_the_second_copy_goes_as_it_is_about_to_be_asked(tmp_path: Path, monkeyp
         monkeypatch.setattr(exchange, "second_way", watched)
         held = [Held(host) for host in service.hosts]
         answer = pool.submit(client.forward, ROWS, timeout=20)
-        until(lambda: len(asked) == 2)
+        until(lambda: asked)
+        service.call(asyncio.sleep(0))  # both are asked in one turn
+        are_two = len(asked) == 2
         for one in held:
             one.let_go()
-        assert_close(answer.result(30).hidden_states, expected)
+        if are_two:
+            assert_close(answer.result(30).hidden_states, expected)
+    return are_two
 
 
 def test_a_second_copy_without_room_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
