@@ -73,11 +73,12 @@ def nothing_logged_yet() -> None:
 
 @pytest.fixture(autouse=True)
 def no_ray(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """`ray.init` raises unless the test is marked `ray`; tests that do not need Ray do not load it for this either."""
+    """Unless the test is marked `ray`, there is none: `ray.init` raises, and the session's does not count. Ray is not loaded for this."""
     is_allowed = request.node.get_closest_marker("ray") is not None
     is_loaded = "ray" in sys.modules
     if is_loaded and not is_allowed:
         monkeypatch.setattr("ray.init", _refuse)
+        monkeypatch.setattr("ray.is_initialized", lambda: False)
     yield
     if not is_loaded and not is_allowed and "ray" in sys.modules:
         assert not sys.modules["ray"].is_initialized(), "only a test marked `ray` may start Ray"

@@ -101,4 +101,4 @@ def test_a_caller_that_leaves_between_two_turns(tmp_path: Path) -> None:
         until(lambda: service.frontend.stats().queue_tokens == 0)
         held.let_go()
         assert_close(client.forward(ROWS).hidden_states, MoELayer(**LAYER)(ROWS))
-        assert service.frontend._admission.backlog.is_idle
+        until(lambda: service.frontend._admission.backlog.is_idle)
