@@ -62,7 +62,6 @@ def test_a_cluster_that_was_joined_too_late_is_left_again(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", left.set)
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray_runtime, "knock", lambda _: None)
     runtime = RayRuntime(RayConfig(address="127.0.0.1:6379"), PlacementConfig())
     with ThreadPoolExecutor(1) as pool:
@@ -80,7 +79,6 @@ def test_a_cluster_of_another_version_is_said_in_one_whole_sentence(monkeypatch:
         raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.55.0\n    Python: 3.11.2\nThis process on ...")
 
     monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray_runtime, "knock", lambda _: None)
     sentence = r"^the Ray cluster at 10\.0\.0\.1:6379 cannot be joined: Version mismatch: The cluster was started with: Ray: 2\.55\.0 "
     with pytest.raises(ConfigError, match=sentence):
