@@ -136,6 +136,11 @@ class Arriving:
         self._streams: dict[Context, MessageStream] = {}
         self._look_at = 0.0
 
+    @property
+    def has_streams(self) -> bool:
+        """Whether a stream that reads messages has not ended."""
+        return bool(self._streams)
+
     @asynccontextmanager
     async def stream(self, context: Context) -> AsyncIterator[None]:
         """A stream that reads messages. Raises what ends it when one takes too long to come, or there is no room for what comes."""

@@ -47,6 +47,8 @@ class Transfers:
         self._messages: dict[SingleMessage, None] = {}
         #: how large it is, and since when it is on its way
         self._leaving: dict[Context, tuple[int, float]] = {}
+        #: set while anything is awaited or leaving
+        self._is_busy = asyncio.Event()
         self._is_draining = False
         self._putting_together = SingleFile()
 
@@ -68,6 +70,7 @@ class Transfers:
     def begin_read(self, context: Context) -> asyncio.Future[Any]:
         """The next message of a call. Large ones are put together in turns: between them, others that there is no room for are refused."""
         began = time.monotonic()
+        self._is_busy.set()
 
         def go_on(put_together: Callable[[], None]) -> None:
             if time.monotonic() - began < _PROMPT_S:
@@ -108,13 +111,15 @@ class Transfers:
 
     async def watch(self) -> None:
         """Until it is cancelled: gives up what is stuck."""
-        while True:
+        while await self._is_busy.wait():
             await asyncio.sleep(_LOOK_AGAIN_S)
             now = time.monotonic()
             self._refuse_late(now)
             self.arriving.notice(self._messages)
             self.arriving.look(now)
             self._hang_up_on_slow(now)
+            if not (self._messages or self._leaving or self.arriving.has_streams):
+                self._is_busy.clear()
 
     def _refuse_late(self, now: float) -> None:
         late = [message for message in self._messages if now - message.began > LATE_S]
@@ -146,6 +151,7 @@ class Transfers:
 
     def _begin(self, context: Context, nbytes: int) -> None:
         self._leaving[context] = nbytes, time.monotonic()
+        self._is_busy.set()
         self.budget.add(nbytes)
 
     def _end(self, context: Context) -> None:
