@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -76,6 +77,14 @@ def test_sigmoid_scores_count_as_shares() -> None:
     scores = logits.sigmoid()
     shares = (scores / scores.sum(dim=1, keepdim=True)).tolist()
     assert got.aux_loss == near(by_loop(shares, got.topk_ids.tolist(), 7, 4) / 2, summed=7 + 4)
+
+
+@pytest.mark.parametrize("hidden", range(3))
+@pytest.mark.parametrize("capacity_factor", [None, 0.5])
+def test_a_logit_that_hides_an_expert_leaves_the_z_loss_as_it_is_without_it(hidden: int, capacity_factor: float | None) -> None:
+    shown, gating = torch.tensor([[1.0, 2.0], [0.5, -3.0]]), GatingConfig(top_k=1, capacity_factor=capacity_factor)
+    logits = torch.cat([shown[:, :hidden], torch.full((2, 1), -1e9), shown[:, hidden:]], dim=1)
+    assert route(logits, gating).z_loss == near(float(shown.double().logsumexp(dim=1).square().mean()), summed=2 + 3)
 
 
 def test_a_uniform_gate_loses_one() -> None:
