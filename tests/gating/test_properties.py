@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moeserve.config import GatingConfig
@@ -18,14 +18,15 @@ from .cases import Case, cases
 TENSORS = [field.name for field in dataclasses.fields(Routing) if field.type == "Tensor"]
 
 
-def assert_same(left: Routing, right: Routing) -> None:
+def assert_same(left: Routing, right: Routing, gating: GatingConfig) -> None:
     for name in TENSORS:
         assert torch.equal(getattr(left, name), getattr(right, name)), name
     assert left.capacity == right.capacity
     # Rows are added up in a batch as they are alone but for what lies between; T + E terms.
     summed = len(left.topk_ids) + len(left.requested)
     assert left.aux_loss == near(right.aux_loss, summed)
-    assert left.z_loss == near(right.z_loss, summed)
+    # Logits are of size 1, also where their logsumexp is near 0.
+    assert left.z_loss == near(right.z_loss, summed, size=gating.z_loss_weight)
 
 
 @settings(max_examples=100, deadline=None)
@@ -94,7 +95,7 @@ def test_a_request_is_answered_the_same_in_any_company(case: Case) -> None:
     batch = route_requests(case.router_logits, case.gating, case.sizes, case.used_token)
     used_parts = [None] * len(case.sizes) if case.used_token is None else torch.split(case.used_token, case.sizes)
     for index, (logits, used_token) in enumerate(zip(torch.split(case.router_logits, case.sizes), used_parts, strict=True)):
-        assert_same(batch.request(index), route(logits, case.gating, used_token))
+        assert_same(batch.request(index), route(logits, case.gating, used_token), case.gating)
 
 
 @settings(max_examples=100, deadline=None)
@@ -109,7 +110,7 @@ def test_choices_are_admitted_the_same_in_any_company(case: Case) -> None:
         tokens = slice(start, start + size)
         used_token = None if case.used_token is None else case.used_token[tokens]
         alone = apply_choices(topk_ids[tokens], topk_weights[tokens], num_experts, case.gating, [size], used_token)
-        assert_same(batch.request(index), alone.request(0))
+        assert_same(batch.request(index), alone.request(0), case.gating)
         start += size
 
 
@@ -131,7 +132,9 @@ def test_unused_rows_may_hold_anything(case: Case, value: float) -> None:
 @given(cases(), st.integers(0, 2**32))
 def test_renaming_the_experts_renames_the_answer(case: Case, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    router_logits = torch.randn(case.router_logits.shape, generator=generator)  # no ties: they go by the name
+    router_logits = torch.randn(case.router_logits.shape, generator=generator)
+    # Ties go by the name, and softmax adds up in another order: no two scores are nearly equal.
+    assume(case.num_experts == 1 or (router_logits.softmax(dim=1).flatten().sort().values.diff() > 1e-6).all())
     old_name = torch.randperm(case.num_experts, generator=generator)
     got = route_requests(router_logits, case.gating, case.sizes, case.used_token)
     renamed = route_requests(router_logits[:, old_name], case.gating, case.sizes, case.used_token)
@@ -146,7 +149,7 @@ def test_renaming_the_experts_renames_the_answer(case: Case, seed: int) -> None:
 @given(cases())
 def test_the_same_input_gives_the_same_bits(case: Case) -> None:
     first, second = (route(case.router_logits, case.gating, case.used_token) for _ in range(2))
-    assert_same(first, second)
+    assert_same(first, second, case.gating)
     assert (first.aux_loss, first.z_loss) == (second.aux_loss, second.z_loss)
 
 

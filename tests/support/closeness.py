@@ -44,6 +44,10 @@ def assert_close(actual: Tensor, expected: Tensor, summed: int | None = None, ro
     assert not is_off.any(), f"{int(is_off.sum())} of {len(norm)} rows, the largest by {float((error / scale).max()):.1e} of {bound:.1e}"
 
 
-def near(expected: Any, summed: int) -> Any:
-    """To compare with as `pytest.approx` is: a number, or several, of which every one is within `relative_bound`."""
-    return pytest.approx(expected, rel=relative_bound(summed))
+def near(expected: Any, summed: int, size: float = 0.0) -> Any:
+    """To compare with as `pytest.approx` is: a number, or several, of which every one is within `relative_bound`.
+
+    size: that of the terms of sums that may cancel; what is left of them is no closer than they are.
+    """
+    bound = relative_bound(summed)
+    return pytest.approx(expected, rel=bound, abs=bound * size or None)
