@@ -274,17 +274,20 @@ SOME_REQUESTS = st.builds(
     st.lists(st.sampled_from(["hidden_states", "requested", "topk_ids", "no"]), max_size=3),
     st.lists(st.sampled_from(["timeout", "seed", "noise", "capacity_factor", "x"]), max_size=2),
 )
-VALID = [make(hidden_states=LARGE).SerializeToString() for make in (raw_request, typed_request)] + [
-    typed_request(hidden_states=X, **ROUTED).SerializeToString()
-]
+#: By name, because hypothesis writes down what it draws from where a draw comes to nothing, and warns of what is long.
+VALID = {
+    "raw": raw_request(hidden_states=LARGE).SerializeToString(),
+    "typed": typed_request(hidden_states=LARGE).SerializeToString(),
+    "routed": typed_request(hidden_states=X, **ROUTED).SerializeToString(),
+}
 
 
 @given(
     message=SOME_REQUESTS
     | st.binary(max_size=300)
     | st.builds(
-        lambda valid, at, byte, end: valid[:at] + bytes([byte]) + valid[at + 1 : end],
-        st.sampled_from(VALID),
+        lambda valid, at, byte, end: VALID[valid][:at] + bytes([byte]) + VALID[valid][at + 1 : end],
+        st.sampled_from(sorted(VALID)),
         st.integers(0, 200),
         st.integers(0, 255),
         st.sampled_from([100, 70_000, 400_000, None]),
