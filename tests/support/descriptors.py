@@ -1,16 +1,27 @@
-"""A process that has no file descriptor left for a while."""
+"""File descriptors of this process: what is open, and a while in which there is none left."""
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+
+def open_files() -> set[tuple[str, str]]:
+    """Numbers, and what they stand for: that of a file that earlier tests have left may be another's soon."""
+    found = set()
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # that of the list itself
+            found.add((number, os.readlink(f"/proc/self/fd/{number}")))
+    return found
 
 
 @contextmanager
 def no_free_descriptors() -> Iterator[None]:
-    """Those that are open stay so."""
+    """Those that are open stay so; what earlier tests have left is closed before, not meanwhile."""
+    gc.collect()
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = os.dup(0)
     os.close(free)

@@ -21,7 +21,7 @@ from moeserve.transport import HostKeys, KeyPair, Listener, Work, listen
 from tests.support.stacked import Stacked
 from tests.transport.rig import answer
 
-PASS_S = 0.5
+PASS_S = 2.0
 
 
 class Order(IntEnum):
@@ -54,13 +54,13 @@ def grow(compute: Callable[[int], None]) -> None:
 
 def compute_in_torch(rows: int) -> None:
     """One product."""
-    width = 512
+    width = 2048
     torch.rand(1, width).expand(rows, width) @ torch.rand(width, width)
 
 
 def compute_in_kernel(rows: int) -> None:
     """One pass of a bank."""
-    width = 256
+    width = 1024
     bank = ExpertBank(Stacked(torch.rand(1, 2 * width, width), torch.rand(1, width, width)).experts("swiglu"), width, torch.float32)
     index = torch.arange(rows, dtype=torch.int32)
     bank.run(

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from moeserve.transport import Channel, FrontendKeys, Lease, Limits, Listener, Partial, Work, WorkShape, connect
+from tests.support.waiting import PATIENCE_OF_LOOPS_S
 
-PATIENCE_S = 10.0
+PATIENCE_S = PATIENCE_OF_LOOPS_S
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Rig:
 
     @asynccontextmanager
     async def frontend(self, limits: Limits | None = None) -> AsyncIterator[Channel]:
-        connecting = asyncio.create_task(connect(self.endpoint, limits=limits or self._limits, keys=self._keys, timeout_s=PATIENCE_S))
+        connecting = asyncio.create_task(connect_patiently(self.endpoint, limits or self._limits, self._keys))
         while not connecting.done():
             assert await self.poll() == []
         channel = await connecting
@@ -103,6 +104,11 @@ class Rig:
 
     async def poll(self) -> list[Work]:
         return await asyncio.to_thread(self.listener.poll, 0.01)
+
+
+async def connect_patiently(endpoint: str, limits: Limits | None = None, keys: FrontendKeys | None = None) -> Channel:
+    """A channel that no pause of a busy machine ends."""
+    return await connect(endpoint, limits=limits or Limits(), keys=keys, timeout_s=PATIENCE_S, silent_after_s=PATIENCE_S)
 
 
 def send(channel: Channel, message: Message, *, layer: int = 0, epoch: int = 0, timeout_s: float = 60.0) -> asyncio.Future[Partial]:

@@ -13,7 +13,7 @@ import pytest
 
 from moeserve.transport import ChannelClosed, connect, listen
 
-from .rig import PATIENCE_S, random_message, send
+from .rig import PATIENCE_S, connect_patiently, random_message, send
 
 #: takes work and never answers
 MUTE_HOST = """
@@ -39,7 +39,7 @@ async def test_a_killed_host_is_noticed_on_every_channel_at_once(host: subproces
     assert host.stdout is not None
     endpoints = (await asyncio.to_thread(host.stdout.readline)).split()
     assert endpoints[0] == f"unix:{tmp_path}/host.sock" and endpoints[1].startswith("tcp://127.0.0.1:")
-    channels = [await connect(endpoint, timeout_s=PATIENCE_S) for endpoint in endpoints]
+    channels = [await connect_patiently(endpoint) for endpoint in endpoints]
     futures = [send(channel, random_message()) for channel in channels]
     for _ in channels:
         assert (await asyncio.to_thread(host.stdout.readline)).startswith("got")

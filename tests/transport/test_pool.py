@@ -13,6 +13,7 @@ import torch
 from moeserve.errors import InvalidRequest, Overloaded
 from moeserve.transport import Channel, Lease, Limits, WorkShape
 from tests.support.closeness import assert_close
+from tests.support.descriptors import open_files
 from tests.support.waiting import until_async
 
 from .rig import Message, Rig, RigFactory, answer, random_message, send
@@ -122,9 +123,6 @@ async def test_nothing_stays_behind(make_rig: RigFactory, tmp_path: Path) -> Non
             await rig.forward(first, random_message())
             send(second, random_message(rows=64, hidden_size=1024)).cancel()
         rig.listener.close()
-
-    def open_files() -> int:
-        return len(os.listdir("/proc/self/fd"))
 
     await live()  # starts what libzmq keeps for the process
     gc.collect()

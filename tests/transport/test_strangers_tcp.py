@@ -27,7 +27,7 @@ from moeserve.transport import (
 )
 from moeserve.transport.wire import VERSION, Kind, WorkHeader, kind_of, layout_of, pack_note, pack_work, write_destinations
 
-from .rig import PATIENCE_S, Rig, random_message, send
+from .rig import PATIENCE_S, Rig, connect_patiently, random_message, send
 
 LIMITS = Limits(2**16, 2**20)
 SHAPE = WorkShape(2, 4, 3, torch.float32)
@@ -139,7 +139,7 @@ async def test_who_lacks_the_right_keys_is_refused_at_once(keys: FrontendKeys | 
 
 
 async def admitted(listener: Listener, keys: FrontendKeys) -> Channel:
-    connecting = asyncio.create_task(connect(listener.endpoints[0], keys=keys, timeout_s=PATIENCE_S))
+    connecting = asyncio.create_task(connect_patiently(listener.endpoints[0], keys=keys))
     while not connecting.done():
         await asyncio.to_thread(listener.poll, 0.01)
     return await connecting
