@@ -95,11 +95,13 @@ async def test_nobody_cancels_what_runs_to_its_end(turns: int) -> None:
 
 
 async def test_an_error_that_nobody_waits_for_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
+    gc.collect()  # what earlier tests have left tells its errors now
+    caplog.clear()
     running = to_its_end(refuse())
     await asyncio.sleep(0)
     del running
     gc.collect()
-    assert not caplog.records
+    assert "asyncio" not in {record.name for record in caplog.records}
 
 
 @pytest.mark.parametrize("is_awaited", [True, False])

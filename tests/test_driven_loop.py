@@ -96,4 +96,4 @@ def test_who_begins_to_wait_while_a_loop_ends_is_not_left_waiting(monkeypatch: p
     monkeypatch.setattr(driven.loop, "close", begin_to_wait_and_close)
     driven.start()
     driven.loop.call_soon_threadsafe(driven.stop)
-    assert refused.wait(10)
+    assert refused.wait(60)
