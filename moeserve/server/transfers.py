@@ -50,6 +50,8 @@ class Transfers:
         #: set while anything is awaited or leaving
         self._is_busy = asyncio.Event()
         self._is_draining = False
+        #: monotonic seconds: what was on its way before has come, or is late from then on
+        self._not_before = 0.0
         self._putting_together = SingleFile()
 
     async def read(self, context: Context) -> bytes:
@@ -112,8 +114,11 @@ class Transfers:
     async def watch(self) -> None:
         """Until it is cancelled: gives up what is stuck."""
         while await self._is_busy.wait():
+            due = time.monotonic() + _LOOK_AGAIN_S
             await asyncio.sleep(_LOOK_AGAIN_S)
             now = time.monotonic()
+            if now - due > LATE_S / 2:
+                self._not_before = now  # this process was stopped itself, as on a busy machine, and reads now what has come meanwhile
             self._refuse_late(now)
             self.arriving.notice(self._messages)
             self.arriving.look(now)
@@ -122,7 +127,7 @@ class Transfers:
                 self._is_busy.clear()
 
     def _refuse_late(self, now: float) -> None:
-        late = [message for message in self._messages if now - message.began > LATE_S]
+        late = [message for message in self._messages if now - max(message.began, self._not_before) > LATE_S]
         for index, message in enumerate(late):
             if (refusal := self._refusal(index, now - message.began)) is not None:
                 message.fail(refusal)
