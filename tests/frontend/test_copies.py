@@ -12,7 +12,7 @@ from moeserve import Client, MoELayer
 from tests.support.closeness import assert_close
 from tests.support.harness import CHANNELS, Killed, Kind, ServiceHarness
 from tests.support.held import Held
-from tests.support.seen import gone
+from tests.support.seen import back, gone
 
 LAYER = {"hidden_size": 16, "intermediate_size": 24, "num_experts": 6, "shared_expert": {"intermediate_size": 8}, "gating": {"top_k": 3}}
 
@@ -31,7 +31,7 @@ def test_with_a_copy_elsewhere_every_request_is_answered_while_a_host_is_gone(ki
             service.call(gone(service, victim.number))
             assert_close(client.forward(hidden_states).hidden_states, expected)
             victim.start()
-            service.call(service.frontend._links[victim.number].connected())
+            service.call(back(service, victim.number))
         assert service.metrics.registry.get_sample_value("moeserve_host_restarts_total") == 4
 
 

@@ -26,6 +26,8 @@ from tests.support.waiting import until
 LAYER: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8, "gating": {"top_k": 3}}
 ROWS = torch.randn(40, 16, generator=torch.Generator().manual_seed(3))
 POLICIES = ("renormalize", "residual")
+#: a busy machine stops hosts for some tenths of a second: the others are not late
+PATIENCE_MS = 1000
 #: on host-1 of four
 LOST = {2, 3}
 
@@ -33,7 +35,7 @@ LOST = {2, 3}
 def config(policy: str, **resilience: Any) -> dict[str, Any]:
     layer = resilience.pop("layer", LAYER)
     placement = {"num_hosts": 4, **resilience.pop("placement", {})}
-    rules = {"on_expert_failure": policy, "partial_after_ms": 100, **resilience}
+    rules = {"on_expert_failure": policy, "partial_after_ms": PATIENCE_MS, **resilience}
     return {"layers": [layer], "placement": placement, "resilience": rules}
 
 
@@ -75,7 +77,7 @@ def test_a_host_that_is_gone(policy: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_host_that_is_late(policy: str, tmp_path: Path) -> None:
-    with ServiceHarness(config(policy, partial_after_ms=50), "local", tmp_path) as service, Client(service.target) as client:
+    with ServiceHarness(config(policy), "local", tmp_path) as service, Client(service.target) as client:
         held = Held(service.hosts[1])
         check(client.forward(ROWS, return_routing=True), policy, "late")
         held.let_go()
@@ -84,7 +86,7 @@ def test_a_host_that_is_late(policy: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("hedge", ["off", "auto"])
 def test_both_copies_are_late(hedge: str, tmp_path: Path) -> None:
     """Whoever has both copies stands still: the second one is asked, too, and not waited for much longer than the first."""
-    settings = config("residual", partial_after_ms=50, hedge=hedge, placement={"copies": 2})
+    settings = config("residual", hedge=hedge, placement={"copies": 2})
     with ServiceHarness(settings, "local", tmp_path) as service, Client(service.target) as client:
         for _ in range(40):
             client.forward(ROWS)
@@ -106,7 +108,7 @@ def test_both_copies_are_late(hedge: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("pattern", ["ring", "hierarchical"])
 def test_a_host_that_is_late_behind_others(pattern: str, late: int, tmp_path: Path) -> None:
     """Rows that hosts pass on to each other are sent to each of them, so that it shows who is late."""
-    settings = config("residual", partial_after_ms=300, k_min=0) | {"communication": {"pattern": pattern}}
+    settings = config("residual", k_min=0) | {"communication": {"pattern": pattern}}
     with ServiceHarness(settings, "local", tmp_path) as service, Client(service.target) as client:
         held = Held(service.hosts[late])
         out = client.forward(ROWS, return_routing=True, timeout=10)
@@ -140,14 +142,14 @@ def test_an_answer_that_comes_while_others_are_sent_again(tmp_path: Path) -> Non
     """Both messages are late; the second one is answered while the rows of the first are written once more, which takes a thread."""
     layer = LAYER | {"hidden_size": 64}
     rows = torch.randn(2100, 64, generator=torch.Generator().manual_seed(4))
-    settings = config("residual", partial_after_ms=500, k_min=3, layer=layer) | {"communication": {"pattern": "hierarchical"}}
+    settings = config("residual", partial_after_ms=2 * PATIENCE_MS, k_min=3, layer=layer) | {"communication": {"pattern": "hierarchical"}}
     with ServiceHarness(settings, "local", tmp_path, ["a", "a", "b", "b"]) as service, ThreadPoolExecutor() as callers:
         first, second, written = Held(service.hosts[0]), Held(service.hosts[2]), threading.Event()
         answer = callers.submit(lambda: service.call(service.frontend.forward(0, LayerRequest(rows))))
         assert first.begun.acquire(timeout=30) and second.begun.acquire(timeout=30)
         service.call(asyncio.sleep(0))
         writer = service.frontend._compute._pool
-        writer.submit(written.wait)
+        writer.submit(written.wait, 60)
         until(lambda: writer._work_queue.qsize() and service.frontend._links[1].queue_tokens == 0)  # given up, and about to be sent again
         second.let_go()
         until(lambda: service.frontend._links[2].queue_tokens == 0)
@@ -158,7 +160,7 @@ def test_an_answer_that_comes_while_others_are_sent_again(tmp_path: Path) -> Non
 
 def test_a_shared_expert_that_travels_alone(tmp_path: Path) -> None:
     layer = LAYER | {"shared_expert": {"intermediate_size": 8}}
-    settings = config("residual", partial_after_ms=300, k_min=0, layer=layer) | {"communication": {"pattern": "point_to_point"}}
+    settings = config("residual", k_min=0, layer=layer) | {"communication": {"pattern": "point_to_point"}}
     with ServiceHarness(settings, "local", tmp_path) as service, Client(service.target) as client:
         for number in (0, 1):
             held = Held(service.hosts[number])
@@ -181,7 +183,7 @@ def test_a_host_that_errs(tmp_path: Path) -> None:
 def test_what_needs_no_lost_host_stays(policy: str, tensor_parallel: int, more: dict[str, Any], tmp_path: Path) -> None:
     """A shared expert, experts without weights, shards of experts that others still have: nothing is there twice, and nothing is half."""
     layer = LAYER | more
-    settings = config(policy, layer=layer, placement={"tensor_parallel": tensor_parallel}, k_min=0)
+    settings = config(policy, layer=layer, placement={"tensor_parallel": tensor_parallel}, k_min=0, partial_after_ms=100)
     with ServiceHarness(settings, "local", tmp_path) as service, Client(service.target) as client:
         service.hosts[3].stop()
         service.call(gone(service, 3))
@@ -201,29 +203,26 @@ def test_what_needs_no_lost_host_stays(policy: str, tensor_parallel: int, more: 
 def test_with_fewer_than_k_min_it_waits(k_min: int, tmp_path: Path) -> None:
     ids = torch.tensor([[2, 3], [2, 0], [4, 5]])
     weights = torch.full((3, 2), 0.5)
-    settings = config("residual", k_min=k_min, layer=LAYER | {"gating": {"top_k": 2}})
+    settings = config("residual", k_min=k_min, partial_after_ms=100, layer=LAYER | {"gating": {"top_k": 2}})
     with ServiceHarness(settings, "local", tmp_path) as service, Client(service.target) as client:
         service.hosts[1].stop()
         service.call(gone(service, 1))
 
-        def ask(token: int) -> ForwardOutput:
+        def ask(token: int, timeout: float) -> ForwardOutput:
             one = slice(token, token + 1)
-            return client.forward(ROWS[one], topk_ids=ids[one], topk_weights=weights[one], timeout=1.0, return_routing=True)
+            return client.forward(ROWS[one], topk_ids=ids[one], topk_weights=weights[one], timeout=timeout, return_routing=True)
 
         left = {0: 0, 1: 1, 2: 2}
         for token, remaining in left.items():
             if remaining >= k_min or token == 2:
-                assert int(ask(token).processed.sum()) == remaining
+                assert int(ask(token, 30.0).processed.sum()) == remaining
             else:
                 with pytest.raises((ExpertUnavailable, DeadlineExceeded)):
-                    ask(token)
+                    ask(token, 1.0)
         # One such token holds up its own request only.
-        out = (
-            client.forward(ROWS[1:], topk_ids=ids[1:2].expand(39, 2), topk_weights=weights[:1].expand(39, 2), timeout=1.0)
-            if k_min < 2
-            else None
-        )
-        assert out is None or int(out.processed.sum()) == 39
+        if k_min < 2:
+            out = client.forward(ROWS[1:], topk_ids=ids[1:2].expand(39, 2), topk_weights=weights[:1].expand(39, 2))
+            assert int(out.processed.sum()) == 39
 
 
 def test_of_two_lost_hosts_the_one_that_is_back_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

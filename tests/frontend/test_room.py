@@ -68,7 +68,7 @@ def test_other_copies_compute_what_a_host_has_no_room_to_answer(tmp_path: Path) 
 @pytest.mark.parametrize("policy", ["retry", "renormalize"])
 def test_without_a_copy_those_are_refused_who_need_the_host(policy: str, tmp_path: Path) -> None:
     """Of one batch."""
-    with ServiceHarness(config(1, on_expert_failure=policy, k_min=0), "local", tmp_path) as service:
+    with ServiceHarness(config(1, on_expert_failure=policy, k_min=0, partial_after_ms=30_000), "local", tmp_path) as service:
 
         async def both() -> list[Any]:
             ids = [torch.full((2, 1), expert) for expert in (0, 3)]  # the first is on host-0, the other one on host-1
