@@ -21,6 +21,7 @@ from tests.client.calls import Calls
 from tests.support.engine import HIDDEN, FakeEngine, X, identity, spec
 from tests.support.listeners import listener
 from tests.support.names import names
+from tests.support.ports import kept_port
 from tests.support.servers import served
 from tests.support.waiting import until_async
 
@@ -94,8 +95,7 @@ async def test_new_frontends_behind_a_name_get_work(engine: FakeEngine, connect:
     """From a client that is connected to an older one, which goes later; no call fails."""
     other = FakeEngine([(spec("model.layers.0.mlp"), identity)])
     with names("127.0.0.1") as name, ExitStack() as old:
-        first, _, _ = old.enter_context(served(engine, max_connection_age_s=0.3))
-        port = int(first.rpartition(":")[2])
+        old.enter_context(served(engine, port=(port := kept_port()), max_connection_age_s=0.3))
         calls = connect(name.target(port))
         await calls.forward(X)
         with served(other, host="127.0.0.2", port=port, max_connection_age_s=0.3):

@@ -23,6 +23,7 @@ from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1 import moe_service_pb2_grpc as pb_grpc
 from tests.client.calls import Calls
 from tests.support.engine import HIDDEN, FakeEngine, X
+from tests.support.ports import kept_port
 from tests.support.servers import served
 from tests.support.waiting import until_async
 
@@ -45,8 +46,8 @@ async def test_a_call_that_was_made_again_and_not_answered_tells_its_whole_time(
         raise AssertionError
 
     monkeypatch.setattr(engine, "forward", refuse_then_wait)
-    with pytest.raises(errors.DeadlineExceeded, match="within 1 s"):
-        await calls.forward(X, timeout=1)
+    with pytest.raises(errors.DeadlineExceeded, match="within 2 s"):
+        await calls.forward(X, timeout=2)
     assert len(engine.requests) == 2
 
 
@@ -97,7 +98,7 @@ async def test_what_does_not_help_within_the_time_is_not_tried(calls: Calls, eng
 async def test_a_service_that_is_started_again_is_waited_for(engine: FakeEngine, connect: Callable[..., Calls]) -> None:
     """Also by a client that has never seen it; not for longer than the call may take."""
     with ExitStack() as first:
-        target, _, _ = first.enter_context(served(engine))
+        target, _, _ = first.enter_context(served(engine, port=(port := kept_port())))
         calls = connect(target)
         await calls.forward(X)
         first.close()
@@ -106,7 +107,7 @@ async def test_a_service_that_is_started_again_is_waited_for(engine: FakeEngine,
         waiting = [asyncio.create_task(one.forward(X)) for one in (calls, connect(target))]
         await asyncio.sleep(1.5)  # so long it is away
         assert not any(call.done() for call in waiting)
-        with served(engine, port=int(target.rpartition(":")[2])):
+        with served(engine, port=port):
             for answer in await asyncio.gather(*waiting):
                 assert torch.equal(answer.hidden_states, X)
 
@@ -116,14 +117,14 @@ async def test_a_service_that_has_answered_is_waited_for_as_long_as_a_call_may_t
 ) -> None:
     """Who has never heard of it gives up before."""
     monkeypatch.setattr(retries, "_AWAY_S", 0.1)
-    with served(engine) as (target, _, _):
+    with served(engine, port=(port := kept_port())) as (target, _, _):
         known = connect(target)
         await known.forward(X)
     waiting = asyncio.create_task(known.forward(X))
     for _ in range(2):
         with pytest.raises(errors.ServiceUnreachable):
             await connect(target).forward(X)
-    with served(engine, port=int(target.rpartition(":")[2])):
+    with served(engine, port=port):
         assert torch.equal((await waiting).hidden_states, X)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from moeserve.errors import ConfigError
 from moeserve.server import ports
+from tests.support.ports import kept_port
 
 KEYS = ("server.host", "server.port")
 
@@ -59,8 +60,7 @@ async def test_an_address_of_another_machine_is_refused_unless_the_name_has_one_
         return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, port)) for address in hosts[host]]
 
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
+    port = kept_port()
     assert await ports.free_port("both", port, *KEYS) == port
     with pytest.raises(ConfigError, match=f"cannot listen on elsewhere:{port}: Cannot assign requested address"):
         await ports.free_port("elsewhere", port, *KEYS)

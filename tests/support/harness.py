@@ -32,6 +32,7 @@ from moeserve.programs.serve import Service
 from moeserve.server.control import Control
 from moeserve.server.grpc_server import GrpcServer
 from moeserve.server.security import controller_address, frontend_tokens
+from tests.support.ports import kept_port
 
 Result = TypeVar("Result")
 Kind = Literal["local", "shm", "tcp"]
@@ -205,7 +206,7 @@ class ServiceHarness:
 
     async def open_control(self, port: int = 0) -> None:
         """Lets frontends follow with the token "follow", from `control_target` on."""
-        address = controller_address(self.config.server, self.config.controller).model_copy(update={"port": port})
+        address = controller_address(self.config.server, self.config.controller).model_copy(update={"port": port or kept_port()})
         control = Control(self.frontends, frontend_tokens(self.config.controller, "follow"))
         self.control_server = GrpcServer(address, self.metrics.observe_call, admin=self.controller, control=control)
         self.control_target = f"127.0.0.1:{await self.control_server.start()}"
