@@ -60,8 +60,8 @@ def test_callbacks_submit_although_there_is_no_room(target: str, engine: FakeEng
     with Client(target) as client:
         crowd = Crowd(lambda: client.submit(X[:1], layer=1), MAX_SUBMITTED, 1)
         until(lambda: len(engine.requests) == MAX_SUBMITTED)
-        engine.gate._loop.call_soon_threadsafe(engine.gate.set)
-        until(lambda: len(crowd.next) == MAX_SUBMITTED, 20)
+        engine.open_gate()
+        until(lambda: len(crowd.next) == MAX_SUBMITTED)
         assert all(torch.equal(each.result(30).hidden_states, 2 * X[:1]) for each in crowd.next)
 
 
@@ -69,7 +69,7 @@ def test_callbacks_of_an_embedded_client_submit_although_there_is_no_room() -> N
     calls, go_on = SubmittedCalls(), threading.Event()
     crowd = Crowd(lambda: calls.submit(lambda: go_on.wait(30)), SIDE_BY_SIDE, SIDE_BY_SIDE)  # type: ignore[arg-type, return-value]
     go_on.set()
-    until(lambda: len(crowd.next) == SIDE_BY_SIDE, 20)
+    until(lambda: len(crowd.next) == SIDE_BY_SIDE)
     assert all(each.result(30) for each in crowd.next)
     calls.close()
 
@@ -115,7 +115,7 @@ def test_a_client_that_is_dropped_ends_with_its_last_call(target: str, engine: F
     answer: Future[ForwardOutput] = Client(target).submit(X)
     until(lambda: engine.requests)
     gc.collect()
-    engine.gate._loop.call_soon_threadsafe(engine.gate.set)
+    engine.open_gate()
     assert torch.equal(answer.result(30).hidden_states, X)
     until(lambda: not gc.collect() and threads_of_clients() <= before, 30)
 

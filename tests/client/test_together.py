@@ -86,7 +86,7 @@ async def test_what_is_refused_is_tried_again(client: AsyncClient, engine: FakeE
     engine.errors = [errors.Overloaded("full", 0.01), errors.ExpertUnavailable("no host", 0.01)]
     others = asyncio.gather(*(client.forward(rows(number)) for number in range(1, 4)))
     await until_async(lambda: len(engine.requests) == 4)
-    engine.gate.set()
+    engine.open_gate()
     assert [int(answer.hidden_states[0, 0]) for answer in await others] == [1, 2, 3]
     await first
     assert len(engine.requests) == 6
@@ -94,10 +94,15 @@ async def test_what_is_refused_is_tried_again(client: AsyncClient, engine: FakeE
 
 async def test_the_deadline_of_the_calls_is_that_of_their_message(client: AsyncClient, engine: FakeEngine) -> None:
     engine.gate.clear()
-    calls = [client.forward(rows(number), timeout=0.3) for number in range(4)]
-    for answer in await asyncio.gather(*calls, return_exceptions=True):
-        assert isinstance(answer, errors.DeadlineExceeded)
-    await until_async(lambda: engine.cancelled == 4)
+
+    async def have_begun() -> bool:
+        calls = [client.forward(rows(number), timeout=0.3) for number in range(4)]
+        for answer in await asyncio.gather(*calls, return_exceptions=True):
+            assert isinstance(answer, errors.DeadlineExceeded)
+        return len(engine.requests) >= 4
+
+    await until_async(have_begun)
+    await until_async(lambda: engine.cancelled == len(engine.requests))
 
 
 async def test_work_ends_when_all_calls_of_a_message_are_cancelled(client: AsyncClient, engine: FakeEngine) -> None:
@@ -109,7 +114,7 @@ async def test_work_ends_when_all_calls_of_a_message_are_cancelled(client: Async
     calls[2].cancel()
     calls[3].cancel()
     await until_async(lambda: engine.cancelled == 3)
-    engine.gate.set()
+    engine.open_gate()
     assert (await calls[0]).hidden_states[0, 0] == 0
 
 
@@ -118,7 +123,7 @@ async def test_one_that_is_cancelled_disturbs_no_other(client: AsyncClient, engi
     calls = [asyncio.create_task(client.forward(rows(number))) for number in range(4)]
     await until_async(lambda: len(engine.requests) == 4)
     calls[2].cancel()
-    engine.gate.set()
+    engine.open_gate()
     assert [int((await calls[number]).hidden_states[0, 0]) for number in (0, 1, 3)] == [0, 1, 3]
 
 
@@ -184,7 +189,7 @@ def test_submitted_calls_are_in_progress_side_by_side(blocking: Client, engine: 
     futures = [blocking.submit(rows(number), layer=1) for number in range(20)]
     until(lambda: len(engine.requests) == 20)
     assert not any(future.done() for future in futures)
-    engine.gate._loop.call_soon_threadsafe(engine.gate.set)
+    engine.open_gate()
     assert [int(future.result(10).hidden_states[0, 0]) for future in futures] == [2 * number for number in range(20)]
 
 
@@ -214,7 +219,7 @@ def test_only_so_many_are_in_progress(target: str, engine: FakeEngine) -> None:
         waiting.start()
         until(lambda: len(engine.requests) == MAX_SUBMITTED)
         assert not late
-        engine.gate._loop.call_soon_threadsafe(engine.gate.set)
+        engine.open_gate()
         waiting.join(30)
     assert late == [7]
     assert len(engine.requests) == MAX_SUBMITTED + 1

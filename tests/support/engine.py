@@ -50,6 +50,7 @@ class FakeEngine:
         #: requests wait while it is closed; it belongs to the server's event loop
         self.gate = asyncio.Event()
         self.gate.set()
+        self._loop: asyncio.AbstractEventLoop | None = None
         #: what calls are told before they are read, and whose they were
         self.refusing: Overloaded | None = None
         self.callers: list[str] = []
@@ -60,7 +61,13 @@ class FakeEngine:
         self._experts = [experts for _, experts in layers]
         self._stamped = stamped
 
+    def open_gate(self) -> None:
+        """From another thread than the server's, once a request has come."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self.gate.set)
+
     async def forward(self, layer: int, request: LayerRequest) -> ForwardOutput:
+        self._loop = asyncio.get_running_loop()
         self.requests.append((layer, request))
         _REACHED.get([]).append(request)
         try:
