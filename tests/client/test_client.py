@@ -13,7 +13,7 @@ import torch
 
 from moeserve import errors
 from moeserve.api.output import ForwardOutput
-from moeserve.client import AsyncClient, WireRequest
+from moeserve.client import AsyncClient, WireRequest, retries
 from tests.client.calls import Calls
 from tests.support.engine import EXPERTS, HIDDEN, FakeEngine, X, identity, spec
 from tests.support.odd_tensors import Elsewhere, freed
@@ -128,8 +128,9 @@ async def test_what_no_service_takes_is_refused_without_one(
         await connect("127.0.0.1:1").forward(**{"hidden_states": X, **arguments})
 
 
-async def test_a_service_that_is_not_there_is_named(connect: Callable[..., Calls]) -> None:
-    calls = connect("127.0.0.1:1", timeout=2)
+async def test_a_service_that_is_not_there_is_named(connect: Callable[..., Calls], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "_AWAY_S", 1.0)
+    calls = connect("127.0.0.1:1")
     for call in (calls.forward(X), calls.layers(), calls.stats(), calls.forward_stream([WireRequest(X)])):
         with pytest.raises(errors.ServiceUnreachable, match=r"127\.0\.0\.1:1 is unavailable: .*refused"):
             await call
@@ -142,9 +143,14 @@ async def test_a_call_takes_no_longer_than_its_timeout(
 ) -> None:
     engine.gate.clear()
     calls = connect(target, timeout=60 if per_call else 0.3)
-    with pytest.raises(errors.DeadlineExceeded, match=rf"no answer from {target} within 0\.3 s"):
-        await calls.forward(X, timeout=0.3 if per_call else None)
-    await until_async(lambda: engine.cancelled)
+
+    async def has_begun() -> bool:
+        with pytest.raises(errors.DeadlineExceeded, match=rf"no answer from {target} within 0\.3 s"):
+            await calls.forward(X, timeout=0.3 if per_call else None)
+        return bool(engine.requests)
+
+    await until_async(has_begun)
+    await until_async(lambda: engine.cancelled == len(engine.requests))
 
 
 async def test_unavailable_is_tried_again(calls: Calls, engine: FakeEngine) -> None:

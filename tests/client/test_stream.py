@@ -44,9 +44,14 @@ async def test_what_the_requests_of_a_stream_raise_is_raised(calls: Calls) -> No
 
 async def test_a_stream_takes_no_longer_than_its_timeout(calls: Calls, engine: FakeEngine, target: str) -> None:
     engine.gate.clear()
-    with pytest.raises(errors.DeadlineExceeded, match=rf"no answer from {target} within 0\.3 s"):
-        await calls.forward_stream([WireRequest(X)], timeout=0.3)
-    await until_async(lambda: engine.cancelled)
+
+    async def has_begun() -> bool:
+        with pytest.raises(errors.DeadlineExceeded, match=rf"no answer from {target} within 0\.3 s"):
+            await calls.forward_stream([WireRequest(X)], timeout=0.3)
+        return bool(engine.requests)
+
+    await until_async(has_begun)
+    await until_async(lambda: engine.cancelled == len(engine.requests))
 
 
 async def test_requests_of_a_stream_may_be_asynchronous(target: str) -> None:

@@ -98,10 +98,15 @@ async def test_a_caller_that_leaves_cancels_the_work(running: Running) -> None:
 
 async def test_a_deadline_that_passes_cancels_the_work(running: Running) -> None:
     running.engine.gate.clear()
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await running.stub.Forward(request(), timeout=0.3)
-    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    await until_async(lambda: running.engine.requests and running.engine.cancelled)
+
+    async def has_begun() -> bool:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await running.stub.Forward(request(), timeout=0.3)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        return bool(running.engine.requests)
+
+    await until_async(has_begun)
+    await until_async(lambda: running.engine.cancelled == len(running.engine.requests))
 
 
 @pytest.mark.parametrize(
