@@ -57,15 +57,16 @@ class Wire:
         self.target = f"127.0.0.1:{self._listening.getsockname()[1]}"
         self._sockets, self._most_bytes = [self._listening], most_bytes
         self._is_cut = threading.Event()
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
+        self._accepting.start()
 
     def _accept(self) -> None:
         with suppress(OSError):
             while True:
-                ends = self._listening.accept()[0], socket.create_connection(self._server)
-                self._sockets += ends
-                for here, there, most_bytes in ((*ends, self._most_bytes), (*ends[::-1], math.inf)):
-                    threading.Thread(target=self._pass_on, args=(here, there, most_bytes), daemon=True).start()
+                self._sockets.append(here := self._listening.accept()[0])
+                self._sockets.append(there := socket.create_connection(self._server))
+                for one, other, most_bytes in ((here, there, self._most_bytes), (there, here, math.inf)):
+                    threading.Thread(target=self._pass_on, args=(one, other, most_bytes), daemon=True).start()
 
     def _pass_on(self, here: socket.socket, there: socket.socket, most_bytes: float) -> None:
         with suppress(OSError):
@@ -79,6 +80,9 @@ class Wire:
         self._is_cut.set()
 
     def close(self) -> None:
+        with suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)
+        self._accepting.join()
         for one in self._sockets:
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
