@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from moeserve.api.output import ForwardOutput
 from moeserve.api.request import LayerRequest
 from moeserve.errors import DeadlineExceeded
+from tests.support.garbage import forget_lines
 from tests.support.http2 import call_that_takes_nothing
 from tests.support.messages import request
 from tests.support.servers import Running, run
@@ -27,6 +28,8 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 
 
 async def test_deadlines_that_end_while_an_error_is_sent_are_no_tracebacks(running: Running, caplog: pytest.LogCaptureFixture) -> None:
+    forget_lines(caplog)
+
     async def late(_layer: int, asked: LayerRequest) -> ForwardOutput:
         assert asked.deadline is not None
         await asyncio.sleep(asked.deadline - time.monotonic() - 0.001)

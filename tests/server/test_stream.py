@@ -14,6 +14,7 @@ from moeserve.server.stream import FIRST_BYTES, MAX_STREAM_REQUESTS
 from moeserve.v1 import moe_service_pb2 as pb
 from moeserve.v1 import tensor_pb2
 from tests.support.engine import HIDDEN
+from tests.support.garbage import forget_lines
 from tests.support.messages import request, tokens, value
 from tests.support.servers import Running, run
 from tests.support.waiting import until_async
@@ -150,6 +151,7 @@ async def test_a_caller_that_leaves_cancels_all_of_it(running: Running) -> None:
 async def test_a_caller_that_vanishes_while_answers_are_written_is_not_our_mistake(
     running: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
+    forget_lines(caplog)
     for _ in range(10):
         channel = grpc.aio.insecure_channel(running.target)
         call = channel.stream_stream("/moeserve.v1.MoEService/ForwardStream")(iter([request(tokens(64)).SerializeToString()] * 50))
