@@ -142,6 +142,6 @@ async def test_a_collector_of_spans_that_does_not_answer_holds_up_no_end() -> No
     try:
         async with asyncio.timeout(30):
             await running.stop()
-        assert collector.is_waited_for
+        await until_async(lambda: collector.is_waited_for)
     finally:
         collector.answered.set()

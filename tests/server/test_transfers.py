@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -14,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from moeserve.errors import Overloaded
+from moeserve.server import transfers
 from moeserve.server.arriving import MessageStream, _Connection
 from moeserve.v1 import moe_service_pb2 as pb
 from tests.support.descriptors import no_free_descriptors
@@ -99,7 +101,7 @@ async def test_a_message_that_does_not_fit_is_refused_and_a_smaller_one_is_answe
 
 async def test_only_so_many_messages_may_be_late(serve: Serve) -> None:
     """Here one; it keeps nobody from being served whose messages come soon, and is not waited for for ever either."""
-    running = await serve(MIB, max_message_bytes=MIB, transfer_timeout_s=1)
+    running = await serve(MIB, max_message_bytes=MIB, transfer_timeout_s=3)
     first = silent(running)
     await first.wait_for_connection()
     others = [silent(running) for _ in range(5)]
@@ -107,12 +109,27 @@ async def test_only_so_many_messages_may_be_late(serve: Serve) -> None:
     assert codes == {EXHAUSTED}
     assert (await running.stub.Forward(request())).HasField("hidden_states")
     error = await refused(first.read())
-    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and "server.transfer_timeout_s = 1 s" in (error.details() or "")
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and "server.transfer_timeout_s = 3 s" in (error.details() or "")
+
+
+async def test_what_has_come_while_the_server_itself_was_stopped_is_not_late(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More messages than may be late."""
+    running = await serve(MIB)
+    monkeypatch.setattr(transfers, "LATE_S", 60.0)
+    calls = [silent(running) for _ in range(5)]
+    awaited = running.server._transfers._messages
+    await until_async(lambda: len(awaited) == len(calls))
+    answers = [asyncio.ensure_future(call.read()) for call in calls]
+    writing = [asyncio.ensure_future(call.write(request().SerializeToString())) for call in calls]
+    monkeypatch.setattr(transfers, "LATE_S", time.monotonic() + 1.0 - min(message.began for message in awaited))
+    asyncio.get_running_loop().call_soon(time.sleep, 1.2)
+    assert all(pb.ForwardResponse.FromString(answer).HasField("hidden_states") for answer in await asyncio.gather(*answers))
+    await asyncio.gather(*writing)
 
 
 async def test_a_message_that_does_not_come_is_given_up_although_no_descriptor_was_free(serve: Serve) -> None:
     """Connections are files: what cannot be looked at for a while is looked at later."""
-    running = await serve(MIB, transfer_timeout_s=1)
+    running = await serve(MIB, transfer_timeout_s=3)
     await running.stub.ListLayers(pb.ListLayersRequest())
     call = silent(running)
     reading = asyncio.ensure_future(call.read())
@@ -121,7 +138,7 @@ async def test_a_message_that_does_not_come_is_given_up_although_no_descriptor_w
         looked_at = running.server._transfers.arriving._look_at
         await until_async(lambda: running.server._transfers.arriving._look_at != looked_at or running.server._watching.done())
     error = await refused(asyncio.wait_for(reading, 15))
-    assert "server.transfer_timeout_s = 1 s" in (error.details() or "")
+    assert "server.transfer_timeout_s = 3 s" in (error.details() or "")
 
 
 async def test_a_message_that_does_not_come_holds_up_no_drain(serve: Serve) -> None:
@@ -144,7 +161,7 @@ async def test_a_call_without_a_message_is_told_so(serve: Serve) -> None:
 
 async def test_who_does_not_take_his_answer_is_hung_up_on(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     """Of one call, and of a stream; nobody else is disturbed."""
-    running = await serve(64 * MIB, transfer_timeout_s=0.5)
+    running = await serve(64 * MIB, transfer_timeout_s=1.5)
     reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
     writer.write(call_that_takes_nothing(FORWARD, request(tokens(64)).SerializeToString()))
     # Without probing, gRPC takes 64 KiB of what nobody reads; with it, megabytes on a busy machine.
@@ -180,15 +197,15 @@ async def test_what_a_stream_does_not_read_yet_is_not_late() -> None:
 
 async def test_an_answer_is_counted_until_it_was_taken_also_when_its_stream_has_ended(serve: Serve) -> None:
     """Its caller is hung up on in the end, as if the stream had gone on."""
-    running = await serve(64 * MIB, transfer_timeout_s=1)
-    transfers = running.server._transfers
+    running = await serve(64 * MIB, transfer_timeout_s=2)
+    counted = running.server._transfers
     own = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0)]
     async with grpc.aio.insecure_channel(running.target, options=own) as channel:
         stream = channel.stream_stream(STREAM)(iter([LARGE.SerializeToString()]))
-        await until_async(lambda: transfers._leaving)
-        (reading,) = transfers.arriving._streams.values()
+        await until_async(lambda: counted._leaving)
+        (reading,) = counted.arriving._streams.values()
         reading.refuse(lambda: Overloaded("no room"))
-        await until_async(lambda: not transfers.arriving._streams)
+        await until_async(lambda: not counted.arriving._streams)
         assert running.server.queue_bytes > MIB
         async with asyncio.timeout(20):
             assert await stream.code() is grpc.StatusCode.UNAVAILABLE
@@ -211,7 +228,7 @@ async def streams_of_half_a_message(running: Running, count: int) -> AsyncIterat
 
 async def test_half_a_message_in_a_stream_is_not_kept_for_ever(serve: Serve) -> None:
     """A stream whose caller says nothing is left alone, also when it has been busy."""
-    running = await serve(64 * MIB, transfer_timeout_s=0.5)
+    running = await serve(64 * MIB, transfer_timeout_s=1.5)
     quiet = running.stub.ForwardStream()
     for _ in range(3):
         await quiet.write(LARGE)
@@ -219,7 +236,7 @@ async def test_half_a_message_in_a_stream_is_not_kept_for_ever(serve: Serve) -> 
     async with streams_of_half_a_message(running, 1) as (half,):
         async with asyncio.timeout(20):
             assert await half.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert "server.transfer_timeout_s = 0.5 s" in (await half.details() or "")
+        assert "server.transfer_timeout_s = 1.5 s" in (await half.details() or "")
     await quiet.write(request(request_id="quiet"))
     assert (await quiet.read()).request_id == "quiet"
 
@@ -259,8 +276,8 @@ async def test_what_comes_in_streams_has_no_more_room_than_anything_else(serve: 
 
 async def test_a_connection_that_nobody_is_at_the_end_of_leaves_nothing(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of a stream, of a call, and of a call that has not sent its message; the kernel still says that it is there."""
-    for name in ("_KEEPALIVE_MS", "_KEEPALIVE_TIMEOUT_MS"):
-        monkeypatch.setattr(f"moeserve.server.grpc_server.{name}", 300)
+    for name, value in (("_KEEPALIVE_MS", 300), ("_KEEPALIVE_TIMEOUT_MS", 2000)):
+        monkeypatch.setattr(f"moeserve.server.grpc_server.{name}", value)
     running = await serve(64 * MIB)
     running.engine.gate.clear()
     wire = Wire(running.target)

@@ -15,6 +15,7 @@ from moeserve.loops import LoopThread
 from moeserve.server.grpc_server import GrpcServer
 from moeserve.v1 import moe_service_pb2_grpc as pb_grpc
 from tests.support.engine import FakeEngine, echo_engine
+from tests.support.waiting import PATIENCE_OF_LOOPS_S
 
 
 @contextmanager
@@ -27,11 +28,13 @@ def served(engine: FakeEngine, **config: object) -> Iterator[tuple[str, GrpcServ
         server = GrpcServer(where, lambda method, code, seconds: None, engine=engine)
         return server, await server.start()
 
-    server, port = thread.call(start())
     try:
-        yield join(where.host, port), server, thread
+        server, port = thread.call(start())
+        try:
+            yield join(where.host, port), server, thread
+        finally:
+            thread.call(server.stop())
     finally:
-        thread.call(server.stop())
         thread.stop()
 
 
@@ -47,7 +50,7 @@ class Observed(list[tuple[str, str]]):
         self._grown.set()
 
     async def until(self, count: int) -> Observed:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_OF_LOOPS_S):
             while len(self) < count:
                 self._grown.clear()
                 await self._grown.wait()
