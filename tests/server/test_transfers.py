@@ -121,8 +121,9 @@ async def test_what_has_come_while_the_server_itself_was_stopped_is_not_late(ser
     await until_async(lambda: len(awaited) == len(calls))
     answers = [asyncio.ensure_future(call.read()) for call in calls]
     writing = [asyncio.ensure_future(call.write(request().SerializeToString())) for call in calls]
-    monkeypatch.setattr(transfers, "LATE_S", time.monotonic() + 1.0 - min(message.began for message in awaited))
-    asyncio.get_running_loop().call_soon(time.sleep, 1.2)
+    late_s = time.monotonic() - min(message.began for message in awaited) + 1.0
+    monkeypatch.setattr(transfers, "LATE_S", late_s)
+    asyncio.get_running_loop().call_soon(time.sleep, late_s)
     assert all(pb.ForwardResponse.FromString(answer).HasField("hidden_states") for answer in await asyncio.gather(*answers))
     await asyncio.gather(*writing)
 
