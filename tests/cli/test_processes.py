@@ -23,7 +23,7 @@ import torch
 from moeserve import Client, EmbeddedClient, MoELayer
 from moeserve.client import AdminClient
 from tests.support.closeness import assert_close
-from tests.support.processes import descendants, moeserve, running
+from tests.support.processes import command_lines, descendants, moeserve, running
 from tests.support.seeded_folders import folder, tokens
 from tests.support.waiting import until
 
@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def frontends(pid: int) -> list[int]:
-    return [one for one in descendants(pid) if b"frontend_process" in Path(f"/proc/{one}/cmdline").read_bytes()]
+    return [one for one, words in command_lines(descendants(pid)).items() if "moeserve.programs.frontend_process" in words]
 
 
 def saying(process: subprocess.Popen[str]) -> Said:
@@ -108,7 +108,7 @@ def test_one_service_of_two_processes(started: Started, checkpoint: Path) -> Non
             assert_close(answer.hidden_states, layer(tokens(number)))
         by_process = [sum(call.count for call in client.stats().calls if call.method == "Forward") for client in clients]
         assert max(by_process) < 24
-        assert started.counted() == 24
+        until(lambda: started.counted() == 24)  # a process that does not answer in time is left out
 
         for index in range(12):
             with AdminClient(started.target, ADMIN) as admin:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from moeserve import Client
+from tests.support.processes import command_lines, descendants
 
 pytestmark = pytest.mark.ray
 
@@ -107,5 +108,4 @@ def test_a_program_outlives_its_service(tiny_moe: Path) -> None:
 
 
 def raylet_of(pid: int) -> int:
-    children = [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
-    return next(child for child in children if b"/raylet/raylet" in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")[0])
+    return next(child for child, (program, *_) in command_lines(descendants(pid)).items() if program.endswith("/raylet/raylet"))

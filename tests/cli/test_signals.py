@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from moeserve import Client, MoEServeError
 from tests.support.followers import TOKEN, FrontendProcess
 from tests.support.harness import ServiceHarness
 from tests.support.held import Held
-from tests.support.processes import blocks, descendants, moeserve, open_threads, running, signal_all
+from tests.support.processes import blocks, command_lines, descendants, moeserve, open_threads, running, signal_all
 from tests.support.waiting import until
 
 LAYERS = [{"hidden_size": 16, "intermediate_size": 24, "num_experts": 4}]
@@ -154,5 +153,4 @@ def test_verbs_that_wait_for_an_answer(service: ServiceHarness, tmp_path: Path) 
 
 def _keeper_of(pids: list[int]) -> str:
     """The private folder of the service, which is the argument of one of its processes."""
-    commands = [Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in pids]
-    return next(os.fsdecode(command[4]) for command in commands if b"keeper.py" in b"".join(command))
+    return next(command[4] for command in command_lines(pids).values() if "keeper.py" in "".join(command))

@@ -51,18 +51,25 @@ def signal_all(pids: Iterable[int], number: signal.Signals) -> None:
             continue
 
 
+def command_lines(pids: Iterable[int]) -> dict[int, list[str]]:
+    """The arguments of those that run: one that has ended meanwhile has none."""
+    found = ((pid, _read(Path(f"/proc/{pid}/cmdline"))) for pid in pids)
+    return {pid: text.removesuffix("\0").split("\0") for pid, text in found if text}
+
+
 def blocks(pid: int, number: signal.Signals) -> bool:
     """The main thread of the process blocks this signal, as `moeserve` does from its start."""
-    return _blocks(Path(f"/proc/{pid}/status"), number)
+    return _blocks(_read(Path(f"/proc/{pid}/status")), number)
 
 
 def open_threads(pid: int, number: signal.Signals) -> int:
     """How many threads of the process may get this signal."""
-    return sum(not _blocks(path, number) for path in Path(f"/proc/{pid}/task").glob("*/status"))
+    found = map(_read, Path(f"/proc/{pid}/task").glob("*/status"))
+    return sum(not _blocks(status, number) for status in found if status)
 
 
-def _blocks(path: Path, number: signal.Signals) -> bool:
-    mask = next((line.split()[1] for line in _read(path).splitlines() if line.startswith("SigBlk")), "0")
+def _blocks(status: str, number: signal.Signals) -> bool:
+    mask = next((line.split()[1] for line in status.splitlines() if line.startswith("SigBlk")), "0")
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
@@ -73,6 +80,6 @@ def _parent(path: Path) -> int | None:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(errors="surrogateescape")
     except OSError:
         return ""
