@@ -94,6 +94,4 @@ def test_it_does_not_grow_with_callers_that_leave(running: tuple[str, dict[str, 
             caller.kill()
             caller.communicate()
         until(lambda: all(resident_mb(pid) < before[name] + ALLOWED_MB for name, pid in processes.items()), timeout_s=60)
-        after = {name: resident_mb(pid) for name, pid in processes.items()}
-        assert all(after[name] < before[name] + ALLOWED_MB for name in processes), (before, after)
     assert "Traceback" not in log.read_text()
