@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import pytest
 import yaml
 
 from tests.deploy.files import ALERTS, DEPLOY, read_yaml
+from tests.support.listeners import reserved_port
 from tests.support.waiting import until
 
 PATIENCE_S = 60
@@ -40,9 +40,9 @@ class Prometheus:
         assert said["status"] == "success", said
         return said["data"]
 
-    def ask(self, expression: str) -> list[tuple[dict[str, str], float]]:
-        """The labels and the value of each series that answers, now."""
-        data = self.get("query", query=expression)
+    def ask(self, expression: str, **at: str) -> list[tuple[dict[str, str], float]]:
+        """The labels and the value of each series that answers, now or at a `time`."""
+        data = self.get("query", query=expression, **at)
         assert data["resultType"] == "vector"
         return [(one["metric"], float(one["value"][1])) for one in data["result"]]
 
@@ -50,6 +50,11 @@ class Prometheus:
         """Until the service was scraped so often again."""
         before = self._scrapes()
         until(lambda: self._scrapes() >= before + scrapes)
+
+    def well_at(self) -> str:
+        """The time of a scrape that has not failed. After one that was late, as on a busy machine, there are no series now."""
+        ((_, seconds),) = until(lambda: self.ask('timestamp(up{job="moeserve"}) and up{job="moeserve"} == 1'))
+        return str(seconds)
 
     def is_ready(self) -> bool:
         try:
@@ -73,10 +78,8 @@ def prometheus(folder: Path, metrics_port: int) -> Iterator[Prometheus]:
     config["rule_files"] = [str(ALERTS)]
     config["scrape_configs"][0]["static_configs"] = [{"targets": [f"127.0.0.1:{metrics_port}"]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    with (folder / "log").open("w") as log:
+    with reserved_port() as port, (folder / "log").open("w") as log:
+        address = f"127.0.0.1:{port}"
         process = subprocess.Popen(
             [
                 found,

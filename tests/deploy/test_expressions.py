@@ -19,14 +19,21 @@ from tests.support.waiting import until
 
 LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8}
 BROKEN = {"MoeserveExpertUnavailable", "MoeserveHostDown"}
+#: alerts that the load is a reason for, and the layers that they tell of
+REASONS = {"MoeserveDroppedTokens": {"tight"}, "MoeserveImbalanced": {"skewed"}}
 
 
 @dataclass
 class Watched:
     service: ServiceHarness
     prometheus: Prometheus
+    #: when all was scraped that is asked for
+    at: str
     #: alerts that were pending while a host was down
     while_down: set[str]
+
+    def ask(self, expression: str) -> list[tuple[dict[str, str], float]]:
+        return self.prometheus.ask(expression, time=self.at)
 
 
 def load(service: ServiceHarness) -> None:
@@ -62,7 +69,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
                 service.call(service.controller.rebalance(dry_run=False))
                 service.call(service.controller.scale(2))
                 server.has_seen(2)
-                yield Watched(service, server, while_down)
+                yield Watched(service, server, server.well_at(), while_down)
         finally:
             page.stop()
 
@@ -72,8 +79,7 @@ def lose_and_regain(service: ServiceHarness, server: Prometheus) -> set[str]:
         return {alert["labels"]["alertname"] for alert in server.get("alerts")["alerts"]}
 
     service.hosts[2].stop()
-    until(lambda: pending() >= BROKEN)
-    found = pending()
+    found = until(lambda: found if (found := pending()) >= BROKEN | REASONS.keys() else set())
     service.hosts[2].start()
     until(lambda: server.ask("sum(moeserve_host_up)") == [({}, 3.0)])
     return found
@@ -81,7 +87,7 @@ def lose_and_regain(service: ServiceHarness, server: Prometheus) -> set[str]:
 
 @pytest.mark.parametrize("query", panels(), ids=str)
 def test_every_panel_has_numbers(query: Query, watched: Watched) -> None:
-    found = watched.prometheus.ask(query.expression)
+    found = watched.ask(query.expression)
     assert found
     assert all(math.isfinite(value) for _, value in found), found
 
@@ -89,7 +95,7 @@ def test_every_panel_has_numbers(query: Query, watched: Watched) -> None:
 def value(watched: Watched, title: str) -> float:
     """The number on a panel that has one."""
     (query,) = (query for query in panels() if query.name == f"{title} A")
-    ((_, number),) = watched.prometheus.ask(query.expression)
+    ((_, number),) = watched.ask(query.expression)
     return number
 
 
@@ -110,7 +116,7 @@ def test_the_epoch_is_that_of_the_latest_placement(watched: Watched) -> None:
 
 def test_the_heat_map_has_a_cell_per_layer_and_expert(watched: Watched) -> None:
     (query,) = (query for query in panels() if query.name.startswith("Load per expert"))
-    found = {(labels["layer"], int(labels["expert"])): number for labels, number in watched.prometheus.ask(query.expression)}
+    found = {(labels["layer"], int(labels["expert"])): number for labels, number in watched.ask(query.expression)}
     layers = watched.service.frontend.stats().layers
     expected = {
         (layer.name, expert): count / (sum(demand(layer)) / len(demand(layer)))
@@ -123,13 +129,9 @@ def test_the_heat_map_has_a_cell_per_layer_and_expert(watched: Watched) -> None:
 
 @pytest.mark.parametrize("query", alerts(), ids=str)
 def test_every_alert_can_be_asked_and_answers_when_there_is_reason(query: Query, watched: Watched) -> None:
-    found = watched.prometheus.ask(query.expression)
-    reasons = {
-        "MoeserveDroppedTokens": {"tight"},
-        "MoeserveImbalanced": {"skewed"},
-    }
-    assert {labels.get("layer") for labels, _ in found} == reasons.get(query.name, set())
-    assert (query.name in watched.while_down) == (query.name in BROKEN | set(reasons))
+    found = watched.ask(query.expression)
+    assert {labels.get("layer") for labels, _ in found} == REASONS.get(query.name, set())
+    assert (query.name in watched.while_down) == (query.name in BROKEN | REASONS.keys())
 
 
 def test_rules_were_evaluated_without_an_error(watched: Watched) -> None:
