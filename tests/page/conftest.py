@@ -28,8 +28,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
             with pytest.raises(InvalidRequest):
                 client.forward(torch.randn(1, 3), layer=0)
             service.hosts[2].stop()
-            while (stats := client.stats()).hosts[2].up or stats.layers[0].host_balancedness is None:
-                pass
+            until(lambda: not (stats := client.stats()).hosts[2].up and stats.layers[0].host_balancedness is not None)
         page = StatusPage("127.0.0.1", 0, service.metrics.registry, service.frontend.stats)
         yield Loaded(service, page)
         page.stop()
