@@ -18,6 +18,7 @@ from moeserve.server.security import check_exposure
 from tests.deploy.containers import COMPOSE, SERVICE, filled
 from tests.deploy.files import DEPLOY, dashboard, read_yaml
 from tests.support.harness import ServiceHarness
+from tests.support.waiting import until
 
 TLS = read_yaml(DEPLOY / "compose.tls.yaml")["services"]["moeserve"]
 IMAGE_ENV = {"MOESERVE_HOST": "0.0.0.0"}
@@ -116,9 +117,7 @@ def test_the_probe_says_whether_every_expert_can_be_had(tmp_path: Path) -> None:
 
         assert probe() == 0
         service.hosts[1].stop()
-        while service.frontend.stats().hosts[1].up:
-            pass
-        assert probe() == 1
+        until(lambda: probe() == 1)
         service.hosts[1].start()
         page.stop()
         assert probe() == 1
