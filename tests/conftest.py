@@ -57,6 +57,14 @@ def two_threads() -> None:
     torch.set_num_threads(2)
 
 
+@pytest.fixture(autouse=True)
+def as_many_threads_as_before() -> Iterator[None]:
+    """A verb that runs in this process sets how many compute."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quick_choices() -> Iterator[None]:
     """A kernel is chosen after it has been tried on one expert: measuring it well would take half of the time of all tests."""
