@@ -9,6 +9,7 @@ import torch
 
 from moeserve.cluster.thread_host import ThreadHost
 from moeserve.experts import ExpertBank
+from tests.support.waiting import PATIENCE_S
 
 
 class Held:
@@ -31,7 +32,7 @@ class Held:
     def run(self, *args: torch.Tensor, out: torch.Tensor) -> None:
         self.rows.append(len(args[0]))
         self.begun.release()
-        assert self.leave.acquire(timeout=30)
+        assert self.leave.acquire(timeout=PATIENCE_S)
         if self.error is not None:
             raise self.error
         self._bank.run(*args, out=out)
