@@ -49,7 +49,7 @@ class BackgroundService:
         try:
             self._thread.call(_begin(self._service, starting))
         except BaseException:
-            self._thread.call(_undo(starting))
+            self._thread.call(_undo(self._service, starting))
             self._thread.stop()
             raise
         self._ending = self._thread.submit(self._stop_when_asked())
@@ -127,10 +127,12 @@ async def _begin(service: Service, starting: list[asyncio.Task[None]]) -> None:
     await starting[0]
 
 
-async def _undo(starting: list[asyncio.Task[None]]) -> None:
+async def _undo(service: Service, starting: list[asyncio.Task[None]]) -> None:
     for task in starting:
         task.cancel()
         await asyncio.wait({task})
+        if not task.cancelled() and task.exception() is None:  # Ctrl-C came when it was ready
+            await service.stop()
 
 
 def serve(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import socket
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from threading import Barrier
+from typing import Any
 
 import pytest
 
@@ -13,12 +16,30 @@ from moeserve.programs.background import BackgroundService
 from tests.support.two_layers import CONFIG
 
 MANY = 4
+RUNNING = {**CONFIG, "server": {"port": 0, "metrics_port": 0}}
 
 
 @pytest.fixture
 def service() -> Iterator[BackgroundService]:
-    with moeserve.serve({**CONFIG, "server": {"port": 0, "metrics_port": 0}}, cluster="threads") as service:
+    with moeserve.serve(RUNNING, cluster="threads") as service:
         yield service
+
+
+def test_ctrl_c_at_the_moment_when_it_is_ready_undoes_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = BackgroundService(moeserve.load_config({**RUNNING, "cluster": {"kind": "threads"}}), lambda _: None)
+    call, calls = service._thread.call, count()
+
+    def interrupted(work: Coroutine[Any, Any, None]) -> None:
+        call(work)
+        if next(calls) == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(service._thread, "call", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        service.start()
+    host, port = service.target.split(":")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((host, int(port)))
 
 
 def test_several_threads_may_stop_it(service: BackgroundService, monkeypatch: pytest.MonkeyPatch) -> None:
