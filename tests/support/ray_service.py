@@ -9,6 +9,7 @@ import urllib.request
 from prometheus_client.parser import text_string_to_metric_families
 
 from moeserve import BackgroundService
+from tests.support.waiting import until
 
 #: of the service that the tests of tests/cluster share
 NUM_HOSTS = 4
@@ -30,8 +31,8 @@ def processes() -> dict[str, list[int]]:
 
 
 def pid_of(service: BackgroundService, host: str) -> int:
-    """Of the present incarnation."""
-    return next(seen.pid for seen in service._service.controller.status().hosts if seen.name == host)
+    """Of the present incarnation, as soon as it is up: until then there is none to send a signal to."""
+    return until(lambda: next(seen.pid for seen in service._service.controller.status().hosts if seen.name == host))
 
 
 def metric(service: BackgroundService, name: str, **labels: str) -> float:
