@@ -8,9 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import ray
 
 from moeserve import load_config
+from moeserve.cluster import ray_program
 from moeserve.cluster.ray_program import _Runner
 from moeserve.control.saved import StateUnreadable
 from moeserve.programs.controller import ControllerProgram
@@ -46,7 +46,8 @@ class Foreign:
 
 def test_it_waits_for_the_next_deploy_instead_of_starting_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any other error of a later incarnation ends its process, and Ray starts the next one."""
-    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(was_current_actor_reconstructed=True))
+    later = SimpleNamespace(was_current_actor_reconstructed=True)
+    monkeypatch.setattr(ray_program, "ray", SimpleNamespace(get_runtime_context=lambda: later))
     runner = _Runner(Foreign)
     with pytest.raises(StateUnreadable, match="of another version"):
         runner.ready()

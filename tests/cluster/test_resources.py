@@ -38,15 +38,23 @@ def test_all_is_what_the_nodes_have_room_for(service: BackgroundService) -> None
         assert [len(host.cuda_visible_devices.split(",")) for host in client.stats().hosts] == [2, 2]
 
 
-def test_without_its_folder_ray_is_lost(local_ray: None) -> None:
+def test_without_its_folder_ray_is_lost(service: BackgroundService) -> None:
+    """On the loop of the service that runs there, which looks for it from time to time and would not go on."""
     session = session_dir()
     assert session is not None
+
+    def found_without() -> Loss | None:
+        away = session.rename(session.with_name("away"))
+        try:
+            return find_loss()
+        finally:
+            away.rename(session)
+
+    async def on_loop() -> Loss | None:
+        return found_without()
+
     assert find_loss() is None
-    away = session.rename(session.with_name("away"))
-    try:
-        assert find_loss() == Loss(f"the folder of Ray, {session}, has been removed", is_final=False)
-    finally:
-        away.rename(session)
+    assert service._thread.call(on_loop()) == Loss(f"the folder of Ray, {session}, has been removed", is_final=False)
     assert find_loss() is None
 
 
