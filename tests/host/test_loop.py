@@ -84,9 +84,7 @@ def expected(rows: int, local_experts: list[int]) -> torch.Tensor:
 async def test_what_waits_from_all_frontends_is_computed_in_one_pass(bank: CountingBank, endpoint: str) -> None:
     one, two = await connect(endpoint), await connect(endpoint)
     first = send(one, 2, [0, 1])
-    async with asyncio.timeout(10):
-        while not bank.passes:
-            await asyncio.sleep(0.001)
+    await until_async(lambda: bank.passes)
     later = [send(one, 1, [2]), send(two, 3, [0, 0, 1, 2]), send(two, 2, [1, 1])]
     # The host reads its sockets when the pass is over, so the three have arrived by then.
     await asyncio.sleep(0)
@@ -169,20 +167,14 @@ def banks(tmp_path: Path) -> Iterator[tuple[dict[int, CountingBank], str]]:
     thread.join()
 
 
-async def begun(bank: CountingBank) -> None:
-    async with asyncio.timeout(10):
-        while not bank.passes:
-            await asyncio.sleep(0.001)
-
-
 async def test_what_was_given_up_while_another_pass_ran_is_never_computed(banks: tuple[dict[int, CountingBank], str]) -> None:
     of, endpoint = banks
     channel = await connect(endpoint)
     first = send(channel, 1, [0], layer=5)
-    await begun(of[5])
+    await until_async(lambda: of[5].passes)
     second, given_up, late = send(channel, 1, [0], layer=6), send(channel, 1, [0], layer=7), send(channel, 1, [0], layer=7, timeout_s=0.05)
     of[5].go.set()
-    await begun(of[6])  # so all three have arrived
+    await until_async(lambda: of[6].passes)  # so all three have arrived
     given_up.cancel()
     await asyncio.sleep(0.05)  # the deadline of the third
     of[6].go.set()
