@@ -186,7 +186,7 @@ def live(scene: Scene, deployed: Deployed, admin: AdminClient, goes_on: Callable
 
     with ThreadPoolExecutor(1) as pool:
         interrupted = pool.submit(admin.scale, 3)
-        until(lambda: admin.status().is_changing)
+        until(lambda: admin.status().is_changing or interrupted.done())
         os.kill(scene.pids("ray::MoEController")[0], signal.SIGKILL)
         say("interrupted:", type(interrupted.exception()).__name__)
     goes_on()

@@ -48,7 +48,8 @@ def test_a_host_that_starts_while_others_forget_has_what_they_have(tmp_path: Pat
     ray.kill(host)
 
 
-async def test_reservations_of_a_change_that_is_given_up_are_given_back(local_ray: None) -> None:
+async def test_reservations_of_a_change_that_is_given_up_are_given_back(monkeypatch: pytest.MonkeyPatch, local_ray: None) -> None:
+    monkeypatch.setattr("moeserve.cluster.ray_reservation.GRANT_TIMEOUT_S", 3600.0)
     room = PlacementConfig(cpus_per_host=1000.0)
     asking = asyncio.create_task(reserve_all([Assignment(number, this_node()) for number in (901, 902)], room, detached=True))
     await until_async(lambda: find_reservations().keys() >= {901, 902})

@@ -79,9 +79,13 @@ async def test_a_host_that_leaves_keeps_no_weights() -> None:
     async with fleet_of(hold) as fleet:
         await fleet.take(release_of(CONFIG), ASSIGNMENTS)
         left, stays = (weakref.ref(fleet.members[number].host.holdings) for number in (1, 0))
+
+        def is_gone() -> bool:
+            gc.collect()
+            return left() is None
+
         await fleet.remove([1])
-        gc.collect()
-        await until_async(lambda: left() is None)  # the thread that has ended it may not be quite at its own end
+        await until_async(is_gone)  # the thread that has ended it may not be quite at its own end
         assert stays() is not None
 
 
