@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from moeserve import Client, MoELayer
-from moeserve.bench.chaos import ChaosPlan, run
+from moeserve.bench.chaos import ChaosPlan, _Run, run
 from moeserve.cluster.thread_fault_injector import ThreadFaultInjector
 from moeserve.config import load_config
 from tests.support.closeness import assert_close
@@ -71,3 +72,20 @@ def test_ray(local_ray: None) -> None:
     assert (found["failed"], found["wrong"], found["all_hosts_back"]) == (0, 0, True), (found, lines)
     assert found["faults"] == {"kill": 1, "stop": 1, "nan": 1}, lines
     assert found["sent"] > 0
+
+
+async def test_a_host_that_is_out_at_the_end_is_waited_for_as_on_a_busy_machine() -> None:
+    host = SimpleNamespace(name="host-0", number=0, state="up")
+
+    async def nothing(*_: object) -> None:
+        pass
+
+    async def stop() -> None:
+        host.state = "out"
+        asyncio.get_running_loop().call_later(0.05, setattr, host, "state", "up")
+
+    service: Any = SimpleNamespace(frontend=SimpleNamespace(frontend=SimpleNamespace(stats=lambda: SimpleNamespace(hosts=[host]))))
+    load: Any = SimpleNamespace(outcomes={"right": 1}, calls=[], longest_lag_s=0.0, stop=stop)
+    breaking: Any = SimpleNamespace(carry_out=nothing)
+    plan = ChaosPlan(("kill",), every_s=0.0, for_s=0.0, clients=1, seed=0)
+    assert (await _Run(service, load, breaking, lambda _: None).through(plan)).is_whole
