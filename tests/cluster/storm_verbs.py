@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -93,9 +94,10 @@ class Storm:
         """A host, when all are up: every expert has another copy."""
         victim = self._chance.choice(until(self.whole))
         print(f"{time.monotonic():.1f}: kill {victim.name}")
-        os.kill(victim.pid, signal.SIGKILL)
-        self._killed.add(victim.pid)
-        self.done["kill"] += 1
+        with suppress(ProcessLookupError):  # a change may just have ended it
+            os.kill(victim.pid, signal.SIGKILL)
+            self._killed.add(victim.pid)
+            self.done["kill"] += 1
 
     def _scale(self) -> Verb:
         number = self._chance.randint(COPIES, MOST_HOSTS)
