@@ -201,6 +201,12 @@ class ServiceHarness:
         return bool(self.controller._balancer._demand._new._counted)
 
     @property
+    def heard(self) -> int:
+        """How many choices of callers the controller has heard of, since its frontends started."""
+        counted = self.controller._balancer._demand._new._counted
+        return sum(int(layer.sum()) for counts in counted.values() for layer in counts)
+
+    @property
     def present(self) -> Mapping[int, HostInfo]:
         return self.cluster.hosts.present
 
