@@ -68,16 +68,16 @@ def leave_the_queue(service: ServiceHarness, channel: grpc.Channel) -> None:
     held = Held(service.hosts[0])
     busy = forward(channel)
     assert held.begun.acquire(timeout=30)
-    late = [forward(channel, timeout_s=0.2) for _ in range(CALLS // 2)]
     cancelled = [forward(channel) for _ in range(CALLS // 2)]
-    until(lambda: queued(service) >= 1024 * (1 + CALLS // 2))
-    for call in cancelled:
-        call.cancel()
+    until(lambda: service.frontend.stats().queue_tokens == 1024 * (1 + CALLS // 2))
+    late = [forward(channel, timeout_s=0.2) for _ in range(CALLS // 2)]
     for call in late:
         error = call.exception()
         is_refused = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "is due" in error.details()
         assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED or is_refused, error
-    until(lambda: service.frontend.stats().queue_tokens == 1024)
+    for call in cancelled:
+        call.cancel()
+    until(lambda: queued(service) == 2 * 1024)  # what the host is busy with: it has been told of all else
     held.let_go()
     busy.result()
 
