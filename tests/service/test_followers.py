@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -48,7 +49,7 @@ def test_hosts_come_and_go_under_load_from_all_frontends(nodes: tuple[str, str],
         for load in loads:
             load.goes_on(10)
         with Client(followers[0].target) as client:
-            assert [host.name for host in client.stats().hosts] == ["host-1"]
+            until(lambda: [host.name for host in client.stats().hosts] == ["host-1"])
 
 
 def test_a_host_that_comes_back_is_found_where_it_is_now(tmp_path: Path) -> None:
@@ -57,11 +58,11 @@ def test_a_host_that_comes_back_is_found_where_it_is_now(tmp_path: Path) -> None
         with ThreadedFrontend(service.control_target) as follower, Load(follower.target, 2) as load:
             for host in service.hosts:
                 load.goes_on(5)
-                assert service.frontends.members()[1].is_ready
+                service.call(until_async(lambda: service.frontends.members()[1].is_ready))
                 host.stop()
                 service.call(until_async(lambda: not service.frontends.members()[1].is_ready))
                 host.start()
-                service.call(until_async(lambda: service.frontends.members()[1].is_ready))
+            service.call(until_async(lambda: service.frontends.members()[1].is_ready))
             load.goes_on(10)
 
 
@@ -83,7 +84,7 @@ def test_what_is_said_of_the_next_incarnation_of_a_host_is_not_said_of_this_one(
         second.info = replace(second.info, weights_bytes=99)
         service.introduce()
         until(lambda: client.stats().hosts[1].weights_bytes == 99)
-        client.forward(tokens(0), timeout=3)
+        client.forward(tokens(0))
 
 
 def test_without_its_controller_a_frontend_serves_on_and_catches_up_later(tmp_path: Path) -> None:
@@ -99,14 +100,14 @@ def test_without_its_controller_a_frontend_serves_on_and_catches_up_later(tmp_pa
             service.call(service.controller.scale(4))
             service.call(service.controller.scale(3))
             with pytest.raises(ExpertUnavailable, match=r"host-.: this host holds no experts .* at epoch 1"):
-                follower.call(follower.service.frontend.forward(0, LayerRequest(tokens(0), deadline=time.monotonic() + 1)))
+                follower.call(follower.service.frontend.forward(0, LayerRequest(tokens(0), deadline=time.monotonic() + 3)))
             service.call(service.reopen_control())
             service.call(until_async(lambda: epochs(service) == [3, 3]))
             assert service.followers == {key}
             service.call(until_async(lambda: service.frontends.members()[1].oldest_epoch == 3))
             answers(follower.target)
             with Client(follower.target) as client:
-                assert len(client.stats().hosts) == 3
+                until(lambda: len(client.stats().hosts) == 3)
             service.call(service.controller.scale(2))
             assert epochs(service) == [4, 4]
             answers(follower.target)
@@ -122,7 +123,7 @@ def test_one_that_joins_in_the_middle_of_a_roll_out_takes_part(tmp_path: Path, m
         service.call(until_async(lambda: gate.waits))
         late = stack.enter_context(ThreadedFrontend(service.control_target, name="late"))
         answers(late.target)
-        service.call(until_async(lambda: late.service._followed.follower.report.tried_epoch == 2))
+        service.call(until_async(lambda: [member.tried_epoch for member in service.frontends.members()] == [0, 2, 2]))
         assert not scaling.done() and epochs(service) == [1, 1, 1]
         gate.open(service)
         assert scaling.result(timeout=30).epoch == 2
@@ -202,7 +203,7 @@ def test_one_that_does_not_move_over_is_not_waited_for_for_ever(tmp_path: Path, 
 
             monkeypatch.setattr(service.frontends, "hear", hear_some)
             assert service.call(service.controller.scale(3)).epoch == 2
-            assert epochs(service) == [2, 1], "as far as anybody knows"
+            service.call(until_async(lambda: epochs(service) == [2, 1]))  # as far as anybody knows
             answers(follower.target)
 
 
@@ -287,11 +288,22 @@ def test_hosts_join_the_work_of_all_frontends(tmp_path: Path) -> None:
             stack.enter_context(Client(stack.enter_context(ThreadedFrontend(service.control_target, node)).target)) for node in (HERE, "")
         ]
         pool, held = stack.enter_context(ThreadPoolExecutor()), Held(service.hosts[0])
-        first = pool.submit(clients[0].forward, tokens(0))
+        # What has been sent over TCP may reach the host when the next pass has begun: seldom.
+        until(lambda: rows_of_passes(pool, held, clients) == [30, 60])
+
+
+def rows_of_passes(pool: ThreadPoolExecutor, held: Held, clients: Sequence[Client]) -> list[int]:
+    """While the host computes for the first of them, both ask."""
+    held.rows.clear()
+    first = pool.submit(clients[0].forward, tokens(0))
+    assert held.begun.acquire(timeout=30)
+    joined = [pool.submit(client.forward, tokens(seed)) for seed, client in enumerate(clients, 1)]
+    until(lambda: [client.stats().hosts[0].queue_tokens for client in clients] == [60, 30])
+    held.leave.release(3)
+    for seed, future in enumerate((first, *joined)):
+        assert_close(future.result(timeout=30).hidden_states, MoELayer(**LAYERS[0])(tokens(seed)))
+    for _ in held.rows[1:]:
         assert held.begun.acquire(timeout=30)
-        joined = [pool.submit(client.forward, tokens(seed)) for seed, client in enumerate(clients, 1)]
-        service.call(until_async(lambda: [client.stats().hosts[0].queue_tokens for client in clients] == [60, 30]))
-        held.leave.release(2)
-        for seed, future in enumerate((first, *joined)):
-            assert_close(future.result(timeout=30).hidden_states, MoELayer(**LAYERS[0])(tokens(seed)))
-        assert held.rows == [30, 60]
+    for _ in range(3 - len(held.rows)):
+        assert held.leave.acquire(timeout=30)
+    return list(held.rows)
