@@ -120,8 +120,8 @@ def test_what_is_in_memory_does_not_wait_for_what_is_read_and_a_slow_read_is_no_
         return read(self, shards)
 
     monkeypatch.setattr(HuggingFaceLayer, "experts", experts)
-    monkeypatch.setattr(timing, "STUCK_HANGS", 5.0)
-    config = configuration(served, 4, resilience={"hang_after_ms": 300})
+    monkeypatch.setattr(timing, "STUCK_HANGS", 1.5)
+    config = configuration(served, 4, resilience={"hang_after_ms": 1000})
     config["placement"]["num_hosts"] = 1
     with ServiceHarness(config, "shm", tmp_path) as service, Client(service.target, retry=False) as client, ThreadPoolExecutor() as pool:
         for _ in range(20):
@@ -158,7 +158,7 @@ def test_a_host_that_passes_rows_on_and_reads_experts_answers_when_both_are_done
         armed.set()
         answer = pool.submit(client.forward, token(2, 5))
         assert reading.wait(30)
-        until(lambda: all(relayed.is_done for relayed in service.hosts[0].host._loop._relayed.values()))
+        until(lambda: (passed_on := list(service.hosts[0].host._loop._relayed.values())) and all(each.is_done for each in passed_on))
         go_on.set()
         assert torch.equal(answer.result(30).hidden_states, expected)
         assert service.frontend.stats().expert_retries == 0
@@ -168,29 +168,29 @@ def test_a_disk_that_takes_longer_than_a_host_may_be_silent_is_no_hang(
     served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what is in memory, but has no room beside what is read, waits without holding the host up."""
-    read, reading, slow_reads = HuggingFaceLayer.experts, threading.Event(), [None] * 2
+    read, reading, slow_reads = HuggingFaceLayer.experts, threading.Event(), [None]
 
     def experts(self: HuggingFaceLayer, shards: Sequence[ExpertShard]) -> Any:
         if reading.is_set() and slow_reads:
             slow_reads.pop()
-            time.sleep(1.5)
+            time.sleep(3)
         return read(self, shards)
 
     monkeypatch.setattr(HuggingFaceLayer, "experts", experts)
-    monkeypatch.setattr(timing, "STUCK_HANGS", 3.0)
+    monkeypatch.setattr(timing, "STUCK_HANGS", 2.0)
     monkeypatch.setattr(timing, "STUCK_LOOK_S", 0.05)
-    config = configuration(served, 2, resilience={"hang_after_ms": 300})
+    config = configuration(served, 2, resilience={"hang_after_ms": 1000})
     config["placement"]["num_hosts"] = 1
     with ServiceHarness(config, "shm", tmp_path) as service, Client(service.target, retry=False) as client, ThreadPoolExecutor() as pool:
         for _ in range(20):
             held = client.forward(token(0)).hidden_states
         reading.set()
         waiting = pool.submit(client.forward, token(2))
-        until(lambda: len(slow_reads) == 1)
+        until(lambda: not slow_reads)
         assert torch.equal(client.forward(token(0)).hidden_states, held)
         waiting.result(30)
         stats = service.frontend.stats()
-        assert not slow_reads and stats.hosts[0].restarts == 0 and stats.expert_retries == 0
+        assert stats.hosts[0].restarts == 0 and stats.expert_retries == 0
 
 
 def test_what_cannot_be_read_is_an_error_and_never_a_wrong_answer(served: Path, tmp_path: Path) -> None:
