@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from moeserve import Client, InvalidRequest
 from moeserve.observe.stats import ServiceStats
 from moeserve.observe.summary import as_json, forwards
 from tests.support.harness import ServiceHarness
+from tests.support.waiting import until
 
 LAYER = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 4}
 CONFIG = {
@@ -24,6 +26,10 @@ def host_names(stats: ServiceStats, kind: str) -> list[str]:
     return [event.subject for event in stats.events if event.kind == kind]
 
 
+def shown(stats: ServiceStats) -> tuple[Any, Any]:
+    return as_json(stats)["layers"], as_json(stats)["hosts"]
+
+
 def test_a_client_sees_what_the_frontend_knows(tmp_path: Path) -> None:
     with ServiceHarness(CONFIG, "shm", tmp_path) as service, Client(service.target) as client:
         before = client.stats()
@@ -31,7 +37,7 @@ def test_a_client_sees_what_the_frontend_knows(tmp_path: Path) -> None:
             client.forward(torch.randn(tokens, 16), layer=0)
         with pytest.raises(InvalidRequest):
             client.forward(torch.randn(1, 17), layer=0)
-        stats, mine = client.stats(), service.frontend.stats()
+        stats = client.stats()
 
         for number, layer in enumerate(stats.layers):
             placed = {
@@ -51,20 +57,18 @@ def test_a_client_sees_what_the_frontend_knows(tmp_path: Path) -> None:
         assert host_names(stats, "call_failed") == ["Forward INVALID_ARGUMENT"]
         assert [host.queue_tokens for host in stats.hosts] == [0] * 4
         assert stats.uptime_s > before.uptime_s > 0
-        assert as_json(stats)["layers"] == as_json(mine)["layers"]
-        assert as_json(stats)["hosts"] == as_json(mine)["hosts"]
+        # How busy hosts are changes by itself.
+        until(lambda: shown(client.stats()) == shown(service.frontend.stats()))
 
 
 def test_a_host_that_goes_and_comes_back_is_told(tmp_path: Path) -> None:
     with ServiceHarness({**CONFIG, "placement": {"num_hosts": 2}}, "shm", tmp_path) as service, Client(service.target) as client:
         started = time.time()
         service.hosts[1].stop()
-        while not host_names(stats := client.stats(), "host_lost"):
-            pass
+        stats = until(lambda: host_names(now := client.stats(), "host_lost") and now)
         assert 0 in stats.layers[0].live_copies and not stats.hosts[1].up
         service.hosts[1].start()
-        while not host_names(stats := client.stats(), "host_back"):
-            pass
+        stats = until(lambda: host_names(now := client.stats(), "host_back") and now)
         assert host_names(stats, "host_lost") == host_names(stats, "host_back") == ["host-1"]
         assert all(event.time_unix_s >= started for event in stats.events if event.kind != "host_up")
         assert stats.layers[0].live_copies == [1] * 4
