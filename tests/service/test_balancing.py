@@ -172,15 +172,12 @@ def test_by_hand_in_small_steps_as_all_frontends_count(
             assert main(["rebalance", service.target, *shell, "--dry-run"]) == 0
             assert "experts would move" in capsys.readouterr().out
             with ThreadPoolExecutor(1) as pool, Client(service.target) as client, Client(elsewhere.target) as other:
-
-                def changing() -> list[str]:
-                    return [client.stats().changing, other.stats().changing, admin.status().changing]
-
+                ways: list[Callable[[], Any]] = [client.stats, other.stats, admin.status]
                 rebalancing = pool.submit(main, ["rebalance", service.target, *shell, "--json"])
-                seen = until(lambda: all(now := changing()) and now)  # everybody sees what is under way
+                seen = until(lambda: all(now := [ask().changing for ask in ways]) and now)  # everybody sees what is under way
                 may_go_on.set()
                 while not rebalancing.done():
-                    seen += changing()
+                    seen += [ask().changing for ask in ways]
                 assert rebalancing.result() == 0
             done = json.loads(capsys.readouterr().out)
             assert all(text == "" or re.fullmatch(rf"balance, step \d+ of {done['steps']}", text) for text in seen)
