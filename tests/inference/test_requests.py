@@ -275,11 +275,8 @@ SOME_REQUESTS = st.builds(
     st.lists(st.sampled_from(["timeout", "seed", "noise", "capacity_factor", "x"]), max_size=2),
 )
 #: By name, because hypothesis writes down what it draws from where a draw comes to nothing, and warns of what is long.
-VALID = {
-    "raw": raw_request(hidden_states=LARGE).SerializeToString(),
-    "typed": typed_request(hidden_states=LARGE).SerializeToString(),
-    "routed": typed_request(hidden_states=X, **ROUTED).SerializeToString(),
-}
+MESSAGES = raw_request(hidden_states=LARGE), typed_request(hidden_states=LARGE), typed_request(hidden_states=X, **ROUTED)
+VALID = {name: message.SerializeToString() for name, message in zip(("raw", "typed", "routed"), MESSAGES, strict=True)}
 
 
 @given(
