@@ -23,7 +23,8 @@ from moeserve.checkpoints.tensor_file import StoredTensor, TensorFile
 from moeserve.config import Dtype
 from moeserve.errors import CheckpointError
 
-_INDEX: Final = "model.safetensors.index.json"
+#: which file has which tensor
+INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 #: what safetensors calls the types that formats know -> what torch calls them
@@ -89,7 +90,7 @@ class SafetensorsFolder:
 
     def files_below(self, prefix: str) -> list[Path]:
         """Files that describe the folder, and those that hold the tensors below a module."""
-        described = (self.folder / name for name in ("config.json", *BESIDE, _INDEX))
+        described = (self.folder / name for name in ("config.json", *BESIDE, INDEX))
         return [*filter(Path.is_file, described), *sorted({self._path(name) for name in self.below(prefix)})]
 
     def stored_as(self, name: str) -> tuple[str, ...]:
@@ -223,11 +224,11 @@ class SafetensorsFolder:
         path = self._path(name)
         tensors = self._file(path).tensors
         if name not in tensors:
-            raise CheckpointError(f"{path}: tensor {name} is missing, but {_INDEX} says it is there")
+            raise CheckpointError(f"{path}: tensor {name} is missing, but {INDEX} says it is there")
         return tensors[name]
 
     def _index(self) -> dict[str, str]:
-        index, single = self.folder / _INDEX, self.folder / _SINGLE
+        index, single = self.folder / INDEX, self.folder / _SINGLE
         if index.is_file():
             files = read_json(index).get("weight_map")
             if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
@@ -240,7 +241,7 @@ class SafetensorsFolder:
             return dict.fromkeys(self._file(single).tensors, _SINGLE)
         pickles = sorted(path.name for pattern in _PICKLES for path in self.folder.glob(pattern))
         found = f"; {pickles[0]} is a pickle, which is never loaded: save the model as safetensors" if pickles else ""
-        raise CheckpointError(f"{self.folder} has neither {_SINGLE} nor {_INDEX}{found}")
+        raise CheckpointError(f"{self.folder} has neither {_SINGLE} nor {INDEX}{found}")
 
 
 class _Source:

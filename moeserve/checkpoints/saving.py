@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from moeserve.api.tensors import FLOAT_DTYPES, dtype_name
 from moeserve.checkpoints.json_file import read_json
 from moeserve.checkpoints.native import MODEL_TYPE
+from moeserve.checkpoints.safetensors_folder import INDEX
 from moeserve.config import LayerConfig, LayerSpec
 from moeserve.errors import ConfigError
 from moeserve.experts import Expert, FeedForward, ModuleExpert, QuantizedFeedForward
@@ -48,6 +49,8 @@ def save(folder: str | Path, layers: Sequence[SavedLayer]) -> None:
     where = folder / "config.json"
     if where.exists() and read_json(where).get("model_type") != MODEL_TYPE:
         raise ConfigError(f"{folder} holds a checkpoint of another kind: save to a folder of its own")
+    if (folder / INDEX).exists():
+        raise ConfigError(f"{folder} has {INDEX}, which says that tensors are in other files: save to a folder of its own")
     folder.mkdir(parents=True, exist_ok=True)
     # Copies, because safetensors refuses tensors that share memory, as the experts of one module may.
     save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
@@ -72,6 +75,10 @@ def saved_experts(name: str, spec: LayerSpec, router: Router, mixer: Mixer | Non
             )
         if not isinstance(expert, FeedForward if is_shared or spec.module is None else ModuleExpert):
             raise ConfigError(f"layer {name}: an expert is a {type(expert).__name__}, which a folder of moeserve cannot hold here")
+        if isinstance(expert, FeedForward) and (expert.activation, expert.down_bias is not None) != (spec.activation, spec.bias):
+            raise ConfigError(
+                f"layer {name}: its shared expert differs in activation or biases from the others, which a folder of moeserve cannot hold"
+            )
         own = expert.tensors if isinstance(expert, FeedForward) else expert.module.state_dict()
         tensors |= prefixed("shared_expert" if is_shared else f"experts.{number}", own)
         sizes += [expert.down_proj.shape[1]] if isinstance(expert, FeedForward) else []
