@@ -87,6 +87,7 @@ def test_plain_weights_of_a_type_that_nobody_says(tmp_path: Path, capsys: pytest
     assert main(["plan", str(tmp_path), "--dtype", "bfloat16"]) == 0
 
 
+BLOCKS = {"a": {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "block", "block_structure": f"{2**63}x1"}}}
 NO_FORMAT = {"a": {"targets": ["Linear"], "weights": {"num_bits": 4}}}
 PACKED_SETTINGS = PACKED.quantization_config
 
@@ -101,6 +102,12 @@ REFUSED: dict[str, tuple[object, str]] = {
     "fp8 experts of another kind": ({**FP8, "expert_dtype": "int4"}, "expert_dtype is 'int4'; allowed: 'fp8' or 'fp4'"),
     "gptq, 3 bits": ({**GPTQ, "bits": 3}, "bits is 3; supported for gptq: 2, 4, 8"),
     "gptq, no bits": ({"quant_method": "gptq", "group_size": 32}, "quantization_config.bits is None; allowed: a positive whole number"),
+    "gptq, groups beyond any size": ({**GPTQ, "group_size": 2**63}, "group_size is 9223372036854775808; allowed: .* at most 2147483647"),
+    "fp8, blocks beyond any size": ({**FP8, "weight_block_size": [2**63, 1]}, "weight_block_size is .*; allowed: .* at most 2147483647"),
+    "int8, blocks beyond any size": (
+        {**PACKED_SETTINGS, "format": "int-quantized", "config_groups": BLOCKS},
+        "block_structure '9223372036854775808x1'; allowed: .* at most 2147483647",
+    ),
     "gptq, marlin": ({**GPTQ, "checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'; supported: gptq, gptq_v2"),
     "gptq, rotated": ({**GPTQ, "rotation": "hadamard"}, "rotation is 'hadamard'; supported: none"),
     "gptq, groups of none": ({**GPTQ, "group_size": 0}, "group_size is 0; allowed: a positive whole number"),

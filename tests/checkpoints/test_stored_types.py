@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from math import prod
@@ -16,7 +17,7 @@ from moeserve import CheckpointError, MoELayer
 from moeserve.checkpoints import layer_sources
 from moeserve.checkpoints.safetensors_folder import SafetensorsFolder
 from moeserve.checkpoints.whole_numbers import read_whole_numbers
-from moeserve.config import load_config
+from moeserve.config import Quantization, load_config
 from moeserve.experts import ExpertShard
 from tests.checkpoints.published import PUBLISHED
 from tests.checkpoints.quantized_folders import EXPERTS, LAYER, SIZE, folder_of, plain, weights
@@ -140,6 +141,24 @@ def test_an_exponent_that_is_no_number(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=rf"tensor {UP}\.weight holds NaN or Inf"):
         MoELayer.from_checkpoint(folder)
+
+
+@pytest.mark.parametrize("quantization", [None, "none"])
+@pytest.mark.parametrize(
+    ("title", "name", "value"),
+    [
+        ("compressed-tensors NVFP4", "weight_global_scale", 0.0),
+        ("compressed-tensors NVFP4", "weight_global_scale", math.inf),
+        ("modelopt NVFP4", "weight_scale_2", math.nan),
+    ],
+)
+def test_a_global_scale_that_no_number_has(title: str, name: str, value: float, quantization: Quantization | None, tmp_path: Path) -> None:
+    folder = published(title, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{UP}.{name}"].fill_(value)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"tensor {UP}\.{name} is {value}; allowed: a finite number"):
+        MoELayer.from_checkpoint(folder, quantization=quantization)
 
 
 def test_the_smallest_and_the_largest_exponent(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from moeserve.checkpoints.formats.number_format import EXPONENTS, FLOATS, Block,
 from moeserve.checkpoints.formats.packed import PackedColumns
 from moeserve.checkpoints.formats.pattern import matches, required
 from moeserve.checkpoints.formats.scaled import Scaled
-from moeserve.checkpoints.formats.scheme import Recipe, Scheme, Settings, mentions, module_of, positive
+from moeserve.checkpoints.formats.scheme import Recipe, Scheme, Settings, is_size, mentions, module_of, positive
+from moeserve.config import MAX_SIZE
 
 #: tensors about activations, which do not matter where only weights are quantized, and the shape that config.json says too
 _KNOWN: Final = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point", "weight_shape")
@@ -96,8 +97,10 @@ def _block(weights: Settings) -> Block:
     if strategy == "block":
         block = weights.get("block_structure")
         sizes = [int(part) for part in re.findall(r"\d+", block)] if isinstance(block, str) else block
-        if not isinstance(sizes, list) or len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
-            raise ValueError(f"quantization_config has the block_structure {block!r}; allowed: two positive whole numbers")
+        if not isinstance(sizes, list) or len(sizes) != 2 or not all(map(is_size, sizes)):
+            raise ValueError(
+                f"quantization_config has the block_structure {block!r}; allowed: two positive whole numbers, at most {MAX_SIZE}"
+            )
         return sizes[0], sizes[1]
     if strategy not in ("tensor", "channel"):
         raise ValueError(f"quantization_config has weights of strategy {strategy!r}; supported: tensor, channel, group, block")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 
@@ -67,5 +68,7 @@ class Fp4(CodedFormat):
         factor = 1.0
         if self.global_scale:
             one = read(self.global_scale, slice(0, 1), slice(0, 1)).item()
+            if not isfinite(one) or (self.divides and not one):
+                raise ValueError(f"tensor {self.global_scale} is {one}; allowed: a finite number{' but 0' if self.divides else ''}")
             factor = 1 / one if self.divides else one
         return Coded(codes, scales, torch.arange(rows.stop - rows.start), column_group, is_fp4=True, factor=factor)

@@ -8,7 +8,8 @@ from typing import Final
 from moeserve.checkpoints.formats.fp4 import Fp4
 from moeserve.checkpoints.formats.number_format import EXPONENTS, FLOATS, Block, NumberFormat
 from moeserve.checkpoints.formats.scaled import Scaled
-from moeserve.checkpoints.formats.scheme import Scheme, Settings, mentions, module_of
+from moeserve.checkpoints.formats.scheme import Scheme, Settings, is_size, mentions, module_of
+from moeserve.config import MAX_SIZE
 
 #: as transformers writes them, as AutoFP8 does, as DeepSeek-V4 is published, as Mistral Large 4 is
 _SCALES: Final = ("{name}_scale_inv", "{name}_scale", "{module}.scale", "{module}.qscale_weight")
@@ -75,6 +76,6 @@ def _block(settings: Settings) -> Block | None:
     block = settings["weight_block_size"]
     if block is None:
         return _WHOLE
-    if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
-        raise ValueError(f"quantization_config.weight_block_size is {block}; allowed: two positive whole numbers")
+    if not isinstance(block, list) or len(block) != 2 or not all(map(is_size, block)):
+        raise ValueError(f"quantization_config.weight_block_size is {block}; allowed: two positive whole numbers, at most {MAX_SIZE}")
     return block[0], block[1]

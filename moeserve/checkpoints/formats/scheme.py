@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from moeserve.checkpoints.formats.number_format import NumberFormat, Plain
 from moeserve.checkpoints.formats.pattern import is_in
+from moeserve.config import MAX_SIZE
 
 Settings = Mapping[str, Any]
 
@@ -86,6 +87,11 @@ def mentions(patterns: object) -> Callable[[str], bool]:
 def positive(settings: Settings, key: str, default: int | None = None) -> int:
     """Raises ValueError with one sentence."""
     value = settings.get(key, default)
-    if type(value) is not int or value < 1:
-        raise ValueError(f"quantization_config.{key} is {value!r}; allowed: a positive whole number")
+    if not is_size(value):
+        raise ValueError(f"quantization_config.{key} is {value!r}; allowed: a positive whole number, at most {MAX_SIZE}")
     return value
+
+
+def is_size(value: object) -> TypeGuard[int]:
+    """Whether so many rows or columns can share a scale."""
+    return type(value) is int and 1 <= value <= MAX_SIZE
