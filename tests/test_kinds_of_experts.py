@@ -5,6 +5,7 @@ T tokens, H hidden size, I intermediate size, E experts.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,6 +105,11 @@ def test_modules_are_not_split() -> None:
         ({"intermediate_size": 4, "expert_args": {"width": 4}}, "layers.expert_args needs layers.expert"),
         ({"expert": "nowhere:Class"}, "expert 'nowhere:Class' cannot be imported"),
         ({"expert": BLOCK, "expert_args": {"height": 4}}, "cannot be made with {'height': 4}"),
+        (
+            {"expert": "torch.nn:MultiheadAttention", "expert_args": {"embed_dim": 7, "num_heads": 2}},
+            ": embed_dim must be divisible",
+        ),
+        ({"expert": "torch.nn:LazyLinear", "expert_args": {"out_features": HIDDEN}}, "allowed: modules that are not lazy"),
         ({"expert": "collections:OrderedDict"}, "makes a OrderedDict; allowed: an nn.Module"),
         ({"expert": BLOCK, "expert_args": {"width": 5}}, "cannot take rows of hidden_size 16"),
     ],
@@ -112,3 +118,10 @@ def test_experts_that_cannot_be_are_refused(layer: dict[str, Any], sentence: str
     with pytest.raises(ConfigError) as refusal:
         MoELayer(hidden_size=HIDDEN, num_experts=EXPERTS, gating=GatingConfig(top_k=1), **layer)(torch.zeros(1, HIDDEN))
     assert sentence in str(refusal.value)
+
+
+def test_an_expert_whose_module_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_expert_for_test.py").write_text("raise RuntimeError('no key')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match="expert 'broken_expert_for_test:Class' cannot be imported: no key"):
+        MoELayer(hidden_size=HIDDEN, num_experts=EXPERTS, expert="broken_expert_for_test:Class")

@@ -185,7 +185,8 @@ def family_of(model_type: str) -> Family:
     point = next(added[name] for name in names if name in added)
     try:
         family = point.load()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
+        # Whatever goes wrong while the code of others is imported.
         raise ValueError(f"model_type is {model_type}, and its entry point {point.value!r} cannot be imported: {error}") from None
     if not isinstance(family, Family):
         raise ValueError(f"model_type is {model_type}, and its entry point {point.value!r} is not a moeserve.checkpoints.Family")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from moeserve.errors import ConfigError
 
@@ -45,6 +46,8 @@ def module_class(path: str) -> type[nn.Module]:
         found = getattr(import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"expert {path!r} cannot be imported: {error}; its module must be installed or on PYTHONPATH") from None
+    except Exception as error:
+        raise ConfigError(f"expert {path!r} cannot be imported: {_sentence(error)}") from error
     if not callable(found):
         raise ConfigError(f"expert {path!r} is not a class of nn.Module")
     made: type[nn.Module] = found
@@ -59,13 +62,14 @@ def module_bytes(path: str, args: Mapping[str, Any], dtype: torch.dtype) -> int:
 def check_module(path: str, args: dict[str, Any], hidden_size: int) -> None:
     """Tries the module on rows without data. Raises ConfigError unless it keeps the shape of rows [n, H]."""
     rows = torch.empty(2, hidden_size, device="meta")
+    module = make_module(path, args, "meta").eval()
     try:
-        answer = make_module(path, args, "meta").eval()(rows)
+        answer = module(rows)
     except NotImplementedError:
         return  # it does something that needs data: the first real row will tell
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise ConfigError(f"expert {path!r} made with {args} cannot take rows of hidden_size {hidden_size}: {error}") from None
-    answer = answer[0] if isinstance(answer, tuple) else answer
+    except Exception as error:
+        raise ConfigError(f"expert {path!r} made with {args} cannot take rows of hidden_size {hidden_size}: {_sentence(error)}") from error
+    answer = answer[0] if isinstance(answer, tuple) and answer else answer
     if not isinstance(answer, torch.Tensor) or answer.shape != rows.shape:
         shape = list(answer.shape) if isinstance(answer, torch.Tensor) else type(answer).__name__
         raise ConfigError(f"expert {path!r} made with {args} makes {shape} of rows {list(rows.shape)}; it must keep the shape")
@@ -73,11 +77,19 @@ def check_module(path: str, args: dict[str, Any], hidden_size: int) -> None:
 
 def make_module(path: str, args: dict[str, Any], device: str) -> nn.Module:
     """A new module of that class, on `device` ("meta" = sizes only). Raises ConfigError when it does not take `args`."""
+    made = module_class(path)
     try:
         with torch.device(device):
-            module = module_class(path)(**args)
-    except TypeError as error:
-        raise ConfigError(f"expert {path!r} cannot be made with {args}: {error}") from None
+            module = made(**args)
+    except Exception as error:
+        raise ConfigError(f"expert {path!r} cannot be made with {args}: {_sentence(error)}") from error
     if not isinstance(module, nn.Module):
         raise ConfigError(f"expert {path!r} makes a {type(module).__name__}; allowed: an nn.Module")
+    if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
+        raise ConfigError(f"expert {path!r} made with {args} gets its sizes from its first rows; allowed: modules that are not lazy")
     return module
+
+
+def _sentence(error: Exception) -> str:
+    """What code that is not ours raises may be anything, and say nothing."""
+    return str(error) or type(error).__name__

@@ -40,6 +40,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: warm-moe\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text(f"[moeserve.families]\n{line}\n")
         (site / "warm_moe_for_test.py").write_text(MODULE)
+        (site / "broken_for_test.py").write_text("1 / 0\n")
         monkeypatch.syspath_prepend(str(site))
 
     return entry_point
@@ -84,6 +85,7 @@ def test_its_own_refusals_name_the_file(install: Callable[[str], None], folder: 
         ("other = warm_moe_for_test:OURS", "no known family has its keys and tensors; supported: {} and {}"),
         ("warm_moe = nowhere:OURS", "its entry point 'nowhere:OURS' cannot be imported"),
         ("warm_moe = warm_moe_for_test:THEIRS", "its entry point 'warm_moe_for_test:THEIRS' cannot be imported"),
+        ("warm_moe = broken_for_test:OURS", "its entry point 'broken_for_test:OURS' cannot be imported: division by zero"),
         ("warm_moe = warm_moe_for_test:NOTHING", "its entry point 'warm_moe_for_test:NOTHING' is not a moeserve.checkpoints.Family"),
     ],
 )
