@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -21,9 +22,11 @@ from moeserve.loops import in_threads
 
 #: up to this size the whole file is read
 _SMALL_BYTES: Final = 16 * 2**20
-# Of larger ones a thousandth: weights that were trained on differ in any 2,048 of them, and no expert of a stack is without a block.
+# Of larger ones a thousandth: weights that were trained on differ in any 2,048 of them.
 _STRIDE_BYTES: Final = 4 * 2**20
 _BLOCK_BYTES: Final = 4096
+# No expert of a stack is without a block, unless it is so small that hardly less than everything would be read.
+_SMALL_EXPERT_BYTES: Final = 16 * _BLOCK_BYTES
 _DIGEST_BYTES: Final = 16
 _READERS: Final = 8
 
@@ -114,10 +117,17 @@ def _text(path: Path) -> _Content:
 
 
 def _safetensors(path: Path) -> _Content:
-    starts = sorted({tensor.offset for tensor in TensorFile(path).tensors.values()})
+    tensors = sorted(TensorFile(path).tensors.values(), key=lambda tensor: (tensor.offset, prod(tensor.shape)))
     with path.open("rb") as file:
-        header = file.read(starts[0] if starts else -1)
-    return _Content(header, list(pairwise([*starts, path.stat().st_size])))
+        header = file.read(tensors[0].offset if tensors else -1)
+    spans = pairwise([*(tensor.offset for tensor in tensors), path.stat().st_size])
+    return _Content(header, [each for tensor, span in zip(tensors, spans, strict=True) for each in _of_experts(tensor.shape, *span)])
+
+
+def _of_experts(shape: Sequence[int], start: int, end: int) -> Iterable[_Span]:
+    """Of a stack of experts so small that some would be between two blocks, each of them; else all of the tensor."""
+    size = (end - start) // max(1, shape[0]) if len(shape) > 2 else 0
+    return pairwise(range(start, end + 1, size)) if _SMALL_EXPERT_BYTES <= size < _STRIDE_BYTES else [(start, end)]
 
 
 def _torch(path: Path) -> _Content:

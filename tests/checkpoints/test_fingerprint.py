@@ -125,6 +125,19 @@ def test_one_expert_of_a_stack_in_a_large_file(tmp_path: Path) -> None:
         assert fingerprint_of([path]) == was
 
 
+def test_every_small_expert_of_a_stack_in_a_large_file(tmp_path: Path) -> None:
+    stack, path = torch.zeros(20, 512, 480), tmp_path / "model.safetensors"
+    save_file({"nothing": torch.ones(0), "a.experts.down_proj": stack, "b": torch.ones(3)}, path)
+    was = fingerprint_of([path])
+    for expert in range(len(stack)):
+        changed = stack.clone()
+        changed[expert] = 1
+        save_file({"nothing": torch.ones(0), "a.experts.down_proj": changed, "b": torch.ones(3)}, path)
+        assert was.difference(fingerprint_of([path])) == f"the numbers in {path} are others", expert
+    save_file({"nothing": torch.ones(0), "a.experts.down_proj": stack, "b": torch.ones(3)}, path)
+    assert fingerprint_of([path]) == was
+
+
 def test_names_types_and_files(tmp_path: Path) -> None:
     config = load_config(shards(tmp_path / "step"))
     was = taken(config)["model.layers.0.mlp"]
