@@ -199,6 +199,8 @@ class _Model:
         named = config.get(key or named_by[0])
         if not (isinstance(named, list | str) and named):
             raise must_be(config, key or named_by[0], "a list or a word with something for each layer")
+        if len(named) > MAX_LAYERS:
+            raise ValueError(f"{key or named_by[0]} has something for each of {len(named)} layers; allowed: at most {MAX_LAYERS}")
         return len(named)
 
     def _size(self, config: Config, keys: tuple[str, ...], index: int, at_most: int) -> int:

@@ -61,6 +61,11 @@ FFN = {"ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 3}
         ("deepseek_v3", {"n_group": 3, "topk_group": 2}, r"n_group and topk_group do not fit: .* is 3, which does not divide .* 8 experts"),
         ("deepseek_v3", {"n_group": 8, "topk_group": 4}, r"n_group and topk_group do not fit: .* needs two experts in a group"),
         ("deepseek_v3", {"n_group": 4, "topk_group": 1}, r"n_group and topk_group do not fit: .* leaves 2 experts to choose from"),
+        (
+            "nemotron_h",
+            {"layers_block_type": ["mamba"] * 4097},
+            r"config\.json: layers_block_type has something for each of 4097 layers; allowed: at most 4096",
+        ),
         ("llama4", {"text_config": {}}, r"config\.json: num_hidden_layers must be a positive whole number, but is missing"),
     ],
 )
