@@ -26,7 +26,7 @@ from moeserve.errors import CheckpointError, ConfigError
 from moeserve.experts import is_gated, make_module
 
 #: what the files do not say, and [[layers]] does
-TOLD = {"name", "activation", "expert", "expert_args", "gating"}
+TOLD = {"name", "activation", "expert", "expert_args", "gating", "resilience"}
 _PARTS = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
 _WEIGHT = re.compile(r"(.*?)\.?weight")
 
@@ -64,7 +64,7 @@ def _told(name: str, told: Sequence[LayerConfig]) -> dict[str, Any]:
     gating: dict[str, Any] = {}
     for entry in told:
         if entry.name in {None, name}:
-            keys |= entry.model_dump(exclude_unset=True, exclude={"gating", "name"})
+            keys |= entry.model_dump(exclude_unset=True, exclude={"gating", "name", "resilience"})
             gating |= entry.gating.model_dump(exclude_unset=True)
     if "top_k" not in gating:
         raise ConfigError(

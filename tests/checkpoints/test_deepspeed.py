@@ -51,6 +51,14 @@ def test_it_is_served_as_it_is(kind: str, use_residual: bool, tmp_path: Path) ->
                 assert_close(there, here, summed=4 * HIDDEN + len(x))
 
 
+def test_what_a_layer_does_when_experts_fail(tmp_path: Path) -> None:
+    folder = write(tmp_path / "tag", model_of(sequential()))
+    asked = config(folder, activation="gelu", resilience={"on_expert_failure": "residual", "k_min": 1})
+    loaded = load_config({**asked, "layers": [*asked["layers"], {"name": "encoder.3", "resilience": {"k_min": 2}}]})
+    assert [source.spec.name for source in layer_sources(loaded)] == ["encoder.1", "encoder.3"]
+    assert [loaded.resilience_of(name).k_min for name in ("encoder.1", "encoder.3")] == [1, 2]
+
+
 @torch.no_grad()
 def test_a_model_that_is_one_layer(tmp_path: Path) -> None:
     layer = shaken(MoE(HIDDEN, sequential(), **PARAMETERS))  # type: ignore[arg-type]
