@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pydantic import ValidationError
 
@@ -23,6 +23,8 @@ from moeserve.files import require_folder
 from moeserve.gating.expert_groups import check_groups
 
 StoredLayer = HuggingFaceLayer | NativeLayer
+#: routings whose choices and weights no tensor of a gate decides
+_WITHOUT_GATE: Final = ("caller", "hash", "random", "least_loaded")
 
 
 def layer_sources(served: ServedModel) -> list[LayerSource]:
@@ -110,6 +112,11 @@ def _overlaid(source: StoredLayer, served: ServedModel) -> StoredLayer:
         spec = replace(source.spec, gating=GatingConfig.model_validate(gating), quantization=served.model.quantization)
     except ValidationError as error:
         raise ConfigError(f"layer {source.spec.name}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+    if isinstance(source, HuggingFaceLayer) and not source.layout.router and spec.gating.routing not in _WITHOUT_GATE:
+        raise ConfigError(
+            f"layer {spec.name}: gating.routing is {spec.gating.routing!r}, but its gate stays with the model; "
+            f"allowed: {', '.join(_WITHOUT_GATE)}"
+        )
     return replace(source, spec=spec)
 
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moeserve import CheckpointError, Client, InvalidRequest, MoELayer, load_model
+from moeserve import CheckpointError, Client, ConfigError, GatingConfig, InvalidRequest, MoELayer, load_model
 from moeserve.checkpoints.families import family_of
 from tests.checkpoints.saved import rewritten, tensors_of
 from tests.checkpoints.tiny_configs import BASE, DEEPSEEK, EXPERTS, INTERMEDIATE, MOE
@@ -114,3 +114,12 @@ def test_a_model_without_experts(tmp_path: Path) -> None:
     _, folder = model_of("gemma4_text")
     with pytest.raises(CheckpointError, match="none of the layers is an MoE layer"):
         MoELayer.from_checkpoint(rewritten(folder, tmp_path, tensors_of(folder), enable_moe_block=False))
+
+
+@pytest.mark.parametrize("family", SETTINGS)
+def test_no_other_gate_is_made_up(family: str) -> None:
+    _, folder = model_of(family)
+    with pytest.raises(ConfigError, match="gating.routing is 'learned', but its gate stays with the model; allowed: caller, hash, "):
+        MoELayer.from_checkpoint(folder, gating=GatingConfig(routing="learned"))
+    layer = MoELayer.from_checkpoint(folder, gating=GatingConfig(routing="least_loaded"))
+    assert layer(torch.zeros(2, layer.spec.hidden_size)).shape == (2, layer.spec.hidden_size)
