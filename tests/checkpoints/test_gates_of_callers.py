@@ -119,7 +119,7 @@ def test_a_model_without_experts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", SETTINGS)
 def test_no_other_gate_is_made_up(family: str) -> None:
     _, folder = model_of(family)
-    with pytest.raises(ConfigError, match="gating.routing is 'learned', but its gate stays with the model; allowed: caller, hash, "):
+    with pytest.raises(ConfigError, match=r"gating\.routing is 'learned', but its gate stays with the model; allowed: caller, hash, "):
         MoELayer.from_checkpoint(folder, gating=GatingConfig(routing="learned"))
     layer = MoELayer.from_checkpoint(folder, gating=GatingConfig(routing="least_loaded"))
     assert layer(torch.zeros(2, layer.spec.hidden_size)).shape == (2, layer.spec.hidden_size)
