@@ -182,7 +182,10 @@ def native_layers(folder: Path, dtype: Dtype | None, trusted: Sequence[str]) -> 
     for layer in layers:
         check_trusted(str(layer.name), layer, trusted)
     files = SafetensorsFolder(folder)
-    return [_layer(layer, files, dtype) for layer in layers]
+    found = [_layer(layer, files, dtype) for layer in layers]
+    for layer in found:
+        _reject_unread(layer, files, [other.spec.name for other in found])
+    return found
 
 
 def _described(where: Path, index: int, table: Any) -> LayerConfig:
@@ -207,3 +210,20 @@ def _layer(layer: LayerConfig, files: SafetensorsFolder, dtype: Dtype | None) ->
     )
     stored = files.dtype(f"{layer.name}.gate.weight" if tensor is None else f"{layer.name}.experts.0.{tensor}")
     return NativeLayer(spec_of(str(layer.name), layer, stored), layer, files)
+
+
+def _reject_unread(layer: NativeLayer, files: SafetensorsFolder, names: Sequence[str]) -> None:
+    """A tensor that is not read tells of another layer than config.json; those of modules may have any name. names: of all layers."""
+    spec, own, shared = layer.spec, f"{layer.spec.name}.", layer.layer.shared_expert
+    parts = ("gate_up_proj", "down_proj", *(("gate_up_bias", "down_bias") if spec.bias else ()))
+    read = {f"gate.{part}" for part in ("weight", "bias", "score_correction_bias", "centroids")}
+    read |= {f"experts.{expert}.{part}" for expert in range(spec.num_hosted_experts) for part in parts}
+    read |= {f"shared_expert.{part}" for part in parts} if shared is not None else set()
+    read |= {"mixer.weight", "mixer.bias"} if spec.shared_mixing in ("sigmoid", "residual") else set()
+    of_modules = tuple(prefix for prefix, module in (("experts.", spec.module), ("shared_expert.", spec.shared_module)) if module)
+    of_others = tuple(f"{name}." for name in names if name.startswith(own))
+    for name in files.below(spec.name):
+        if not (name.removeprefix(own) in read or name.removeprefix(own).startswith(of_modules) or name.startswith(of_others)):
+            raise CheckpointError(
+                f"{files.folder}: tensor {name} belongs to an MoE layer, but config.json describes one that does not read it"
+            )

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from moeserve import MoELayer
 from moeserve.checkpoints import layer_sources
+from moeserve.compat import save_layers
 from moeserve.config import load_config
 from moeserve.errors import CheckpointError, ConfigError
 from moeserve.experts import ExpertShard
@@ -104,6 +105,8 @@ def test_tensors_that_are_wrong(folder: Path, change: Callable[[dict[str, torch.
         ({"experts": 4}, r"layers\.0\.experts: Extra inputs"),
         ({"num_experts": 0}, r"layers\.0\.num_experts: Input should be greater"),
         ({"gating": {"top_k": 9}}, "gating.top_k is 9, but it has 4 experts"),
+        ({"bias": False}, r"tensor layers\.0\.experts\.0\.down_bias belongs to an MoE layer, but config\.json describes one that does not"),
+        ({"shared_expert": None}, r"tensor layers\.0\.mixer\.\w+ belongs to"),
         ({**LINEAR, "intermediate_size": None}, r"tensor layers\.0\.experts\.0\.weight is missing"),
         ({**LINEAR, "intermediate_size": None, "expert_args": {"in_features": 8}}, "cannot be made with"),
     ],
@@ -171,3 +174,11 @@ def test_what_is_trusted_is_made(folder: Path, package: Path) -> None:
     change_layer(folder, expert="stranger:Expert")
     layer, rows = source(folder, trusted_modules=["stranger"]), torch.randn(3, HIDDEN)
     assert torch.equal(layer.experts([ExpertShard(2)])[0](rows), rows)
+
+
+def test_a_layer_whose_name_begins_as_that_of_another(tmp_path: Path) -> None:
+    layers = {name: MoELayer(hidden_size=HIDDEN, num_experts=2, intermediate_size=6, seed=len(name)) for name in ("block", "block.moe")}
+    save_layers(tmp_path, layers)
+    rows = torch.randn(3, HIDDEN)
+    for name, layer in layers.items():
+        assert_close(MoELayer.from_checkpoint(tmp_path, name)(rows), layer(rows))
