@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +62,8 @@ class MemoryGroup:
 
 def _levels(proc: Path) -> Iterator[tuple[Path, _Files]]:
     with suppress(OSError):
-        groups = dict(_groups((proc / "cgroup").read_text()))
-        for mount, root, controllers in _mounts((proc / "mountinfo").read_text()):
+        groups = dict(_groups(_lines(proc / "cgroup")))
+        for mount, root, controllers in _mounts(_lines(proc / "mountinfo")):
             files = _V1 if "memory" in controllers else _V2
             group = groups.get("memory" if files is _V1 else "")
             innermost = None if group is None else mount / group.removeprefix(root).lstrip("/")
@@ -75,16 +76,21 @@ def _levels(proc: Path) -> Iterator[tuple[Path, _Files]]:
                     yield folder, files
 
 
-def _groups(cgroup: str) -> Iterator[tuple[str, str]]:
+def _lines(file: Path) -> list[str]:
+    """Names in them may hold any bytes, and what counts as the end of a line elsewhere."""
+    return os.fsdecode(file.read_bytes()).removesuffix("\n").split("\n")
+
+
+def _groups(cgroup: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Controller and path of the group; "" = that of version 2."""
-    for line in cgroup.splitlines():
+    for line in cgroup:
         _, controllers, path = line.split(":", 2)
         yield from ((controller, path) for controller in controllers.split(","))
 
 
-def _mounts(mountinfo: str) -> Iterator[tuple[Path, str, list[str]]]:
+def _mounts(mountinfo: Iterable[str]) -> Iterator[tuple[Path, str, list[str]]]:
     """Where memory may be controlled: the mount, which group its root is, and its options."""
-    for line in mountinfo.splitlines():
+    for line in mountinfo:
         where, _, what = line.partition(" - ")
         kind, _, options = what.split(" ", 2)
         if kind == "cgroup2" or (kind == "cgroup" and "memory" in options.split(",")):

@@ -38,7 +38,7 @@ def spill_text(nbytes: Sequence[int], held: Sequence[int]) -> str:
 
 
 def _layers(sources: Sequence[LayerSource]) -> Table:
-    table = Table("", title=f"{len(sources)} MoE layers", title_justify="left", box=SIMPLE_HEAD)
+    table = Table("", title=number_of(len(sources), "MoE layer"), title_justify="left", box=SIMPLE_HEAD)
     table.add_column("layer", overflow="fold")
     for column in ("H x I", "experts", "type", "capacity"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -64,6 +64,14 @@ def test_where_there_are_no_groups(tmp_path: Path) -> None:
     assert MemoryGroup(tmp_path / "none").limit_bytes is None
 
 
+@pytest.mark.parametrize("name", [b"Donn\xe9es", "a\x0cb".encode(), "a\u2028b".encode()])
+def test_beside_a_mount_of_any_name(name: bytes, tmp_path: Path) -> None:
+    described(tmp_path, "0::/\n", "/ AT rw - cgroup2 none rw", {"": V2 | {"memory.max": str(700 * MIB)}})
+    with (tmp_path / "mountinfo").open("ab") as file:
+        file.write(b"32 22 0:30 / /media/" + name + b" rw - ext4 /dev/sdb1 rw\n")
+    assert MemoryGroup(tmp_path).limit_bytes == 700 * MIB
+
+
 @pytest.fixture
 def limited() -> Iterator[Path]:
     """A real group with 512 MiB."""
