@@ -78,7 +78,7 @@ def _levels(proc: Path) -> Iterator[tuple[Path, _Files]]:
 
 def _lines(file: Path) -> list[str]:
     """Names in them may hold any bytes, and what counts as the end of a line elsewhere."""
-    return os.fsdecode(file.read_bytes()).removesuffix("\n").split("\n")
+    return [line for line in os.fsdecode(file.read_bytes()).split("\n") if line]
 
 
 def _groups(cgroup: Iterable[str]) -> Iterator[tuple[str, str]]:
