@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from importlib.util import find_spec
@@ -134,8 +135,8 @@ def _share_openmp() -> None:
     """Lets the compiled code find torch's OpenMP, so that both use the same threads instead of waking two sets of them."""
     import torch  # noqa: F401, PLC0415  (loads its runtime)
 
-    maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    runtimes = {
-        path for path in (line.split(maxsplit=5)[-1] for line in maps) if "/libgomp" in path or "/libomp" in path or "/libiomp" in path
-    }
+    # Files may have any name, which need not be text.
+    maps = os.fsdecode(Path("/proc/self/maps").read_bytes()).split("\n")
+    paths = (line.split(maxsplit=5)[-1] for line in maps if line)
+    runtimes = {path for path in paths if "/libgomp" in path or "/libomp" in path or "/libiomp" in path}
     ctypes.CDLL(min(runtimes) if runtimes else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
@@ -38,6 +39,14 @@ def test_the_compiled_kernels_are_there() -> None:
     """Without them every other test here would pass, on torch's operators."""
     assert library() is not None
     assert "generic" in kernels(torch.float32)
+
+
+def test_they_are_there_beside_mapped_files_of_any_name(tmp_path: Path) -> None:
+    for name in (b"Donn\xe9es", b"a\x0cb"):
+        file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+        file.write_bytes(b"mapped")
+        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ):
+            assert native.library.__wrapped__() is not None
 
 
 def test_kernels_of_another_version_are_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
