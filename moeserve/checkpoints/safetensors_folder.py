@@ -23,7 +23,6 @@ from moeserve.checkpoints.tensor_file import StoredTensor, TensorFile
 from moeserve.config import Dtype
 from moeserve.errors import CheckpointError
 
-#: which file has which tensor
 INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
