@@ -29,7 +29,8 @@ class ModuleExpert:
         return ModuleExpert(copy.deepcopy(self.module).to(device), self._dtype) if device.type != "cpu" else self
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        answer = self.module(rows.to(self._dtype))
+        # A copy, because a module may change what it is given, which may be the caller's own.
+        answer = self.module(rows.to(self._dtype, copy=True))
         answer = answer[0] if isinstance(answer, tuple) else answer
         if answer.shape != rows.shape:
             raise ConfigError(

@@ -32,7 +32,8 @@ FUNCTIONS: Final[Mapping[ActivationName, int]] = {
     "relu2": 7,
 }
 
-_MISSING: Final = {-1: "a row", -2: "an expert", -3: "memory"}
+_MISSING: Final = {-1: "a row", -2: "an expert"}
+_NO_MEMORY: Final = -3
 
 
 class PackedExperts:
@@ -66,7 +67,7 @@ class PackedExperts:
     ) -> None:
         """As `LayerBank.run` with pairs of these experts alone, which are counted on the way: a few rows take no other call.
 
-        Raises InvalidRequest when a pair names a row or an expert that is not there.
+        Raises InvalidRequest when a pair names a row or an expert that is not there, and MemoryError.
         """
         code = library()
         assert code is not None and row_index.numel() == local_experts.numel() == weights.numel(), "what is read is there"
@@ -75,7 +76,10 @@ class PackedExperts:
             *(hidden_states.data_ptr(), row_index.data_ptr(), local_experts.data_ptr(), weights.data_ptr(), out.data_ptr()),
             torch.get_num_threads(),
         )
-        if failure := code.run_pairs(self._bank, asked):
+        failure = code.run_pairs(self._bank, asked)
+        if failure == _NO_MEMORY:
+            raise MemoryError("there is no memory for a pass")
+        if failure:
             raise InvalidRequest(f"a pair names {_MISSING[failure]} that is not there")
 
     def run(self, hidden_states: torch.Tensor, pairs: Pairs, out: torch.Tensor, adds: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 
-from moeserve.experts.codes import Code
+from moeserve.experts.codes import FP8, Code
 from moeserve.experts.decoding import Decoder, decoder_of, scales_in_float32
 from moeserve.experts.scale_groups import ScaleGroups
 
@@ -42,7 +42,8 @@ class QuantizedMatrix:
     def is_finite(self) -> bool:
         """Whether every number is, in float32."""
         scales = scales_in_float32(self, 1.0)
-        if not (self.code.are_finite(self.codes) and scales.isfinite().all()):
+        are_numbers = scales.isfinite().all() and (self.scales.dtype != FP8.dtype or FP8.are_finite(self.scales))
+        if not (are_numbers and self.code.are_finite(self.codes)):
             return False
         offset = 0 if self.zeros is None or not self.zeros.numel() else int(self.zeros.to(torch.int16).abs().max())
         largest = float(scales.abs().max()) * (self.code.largest + offset) if scales.numel() else 0.0

@@ -6,6 +6,7 @@ import mmap
 import threading
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ class WeightArena:
     def __init__(self, nbytes: int) -> None:
         self._nbytes, self._used = max(nbytes, 1), 0
         self._mapping = mmap.mmap(-1, self._nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._mapping.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a system may have no huge pages at all
+            self._mapping.madvise(mmap.MADV_HUGEPAGE)
 
     @property
     def room(self) -> int:

@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 #: from the widest to the one that runs everywhere
 KERNELS: Final = ("amx", "avx512_bf16", "avx512", "avx2", "generic")
 
+#: of OpenMP
+_RUNTIMES: Final = (b"/libgomp", b"/libomp", b"/libiomp")
 
 #: as in csrc/pass.c
 INTERFACE_VERSION: Final = 3
@@ -135,8 +137,7 @@ def _share_openmp() -> None:
     """Lets the compiled code find torch's OpenMP, so that both use the same threads instead of waking two sets of them."""
     import torch  # noqa: F401, PLC0415  (loads its runtime)
 
-    # Files may have any name, which need not be text.
-    maps = os.fsdecode(Path("/proc/self/maps").read_bytes()).split("\n")
-    paths = (line.split(maxsplit=5)[-1] for line in maps if line)
-    runtimes = {path for path in paths if "/libgomp" in path or "/libomp" in path or "/libiomp" in path}
+    # In bytes: names of files that other code has mapped need not be text.
+    maps = Path("/proc/self/maps").read_bytes().split(b"\n")
+    runtimes = {os.fsdecode(line.split(maxsplit=5)[-1]) for line in maps if any(name in line for name in _RUNTIMES)}
     ctypes.CDLL(min(runtimes) if runtimes else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)

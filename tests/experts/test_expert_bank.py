@@ -193,6 +193,17 @@ def test_a_bank_knows_its_number_and_size() -> None:
     assert bank.nbytes == 2 * 3 * (2 * HIDDEN_SIZE * INTERMEDIATE_SIZE + INTERMEDIATE_SIZE + HIDDEN_SIZE)
 
 
+def test_a_module_that_changes_its_rows_does_so_to_its_own() -> None:
+    """With one row, nothing is gathered: the row was the caller's, and the next expert's."""
+    bank = ExpertBank(
+        [ModuleExpert(torch.nn.ReLU(inplace=True), torch.float32), ModuleExpert(torch.nn.Identity(), torch.float32)], 3, torch.float32
+    )
+    rows = torch.tensor([[-1.0, 2.0, -3.0]])
+    out = run(bank, (rows, torch.tensor([0, 0]), torch.tensor([0, 1]), torch.ones(2)))
+    assert rows.tolist() == [[-1.0, 2.0, -3.0]]
+    assert out.tolist() == [[-1.0, 4.0, -3.0]]
+
+
 class Recorded(torch.nn.Module):
     """Doubles its rows, and knows how many there were at a time."""
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import resource
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from itertools import product
 from pathlib import Path
@@ -15,10 +18,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeserve.config import Bits, Kernel
+from moeserve.config import Activation, Bits, Kernel
 from moeserve.errors import ConfigError, InvalidRequest
 from moeserve.experts import ExpertBank, FeedForward, QuantizedFeedForward, quantize
-from moeserve.kernels import library, native
+from moeserve.kernels import WeightArena, library, native
 from tests.experts.oracle import (
     CASES,
     DTYPES,
@@ -137,6 +140,22 @@ def test_answers_beyond_float16_are_weighed_before_they_are_rounded(kernel: Kern
     assert_close(run(bank_of(large, "swiglu", torch.float16, kernel=kernel), work), oracle, summed=72, rounded_to=torch.float16)
 
 
+@pytest.mark.parametrize("activation", ["swiglu", "swiglu_post", "swigluoai(7)", "geglu_tanh"])
+@pytest.mark.parametrize(
+    ("dtype", "kernel"), [(dtype, kernel) for dtype in (torch.float32, torch.bfloat16) for kernel in kernels(dtype)], ids=str
+)
+def test_a_gate_that_is_closed_lets_nothing_through_however_large(activation: Activation, dtype: torch.dtype, kernel: Kernel) -> None:
+    size = 32
+    expert = FeedForward(activation, torch.cat([torch.eye(size), torch.zeros(size, size)]).to(dtype), torch.eye(size, dtype=dtype))
+    expert = replace(expert, gate_up_bias=torch.cat([torch.zeros(size), torch.ones(size)]).to(dtype))
+    rows = torch.tensor([-1e2, -1e10, -1e30, -3e38])[:, None] * torch.eye(1, size)
+    out = run(
+        ExpertBank([expert], size, dtype, kernel=kernel),
+        (rows.to(dtype), torch.arange(4), torch.zeros(4, dtype=torch.int64), torch.ones(4)),
+    )
+    assert out.abs().max() < 1e-37
+
+
 def test_banks_share_experts_and_one_that_none_has_is_freed() -> None:
     """In a process of its own: what other tests have left to the allocator is nobody's."""
     code = "from tests.experts import test_kernels; test_kernels.share_and_free()"
@@ -156,6 +175,36 @@ def share_and_free() -> None:
 
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def test_a_pass_without_memory_is_no_fault_of_its_caller() -> None:
+    """In a process of its own: that has no memory left afterwards."""
+    code = "from tests.experts import test_kernels; test_kernels.run_out_of_memory()"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
+
+
+def run_out_of_memory() -> None:
+    size, count = 512, 4096
+    bank = bank_of(some_weights(1, "relu", False, torch.float32, size, size), "relu", torch.float32, kernel="generic")
+    pairs = torch.arange(count, dtype=torch.int32), torch.zeros(count, dtype=torch.int32), torch.ones(count)
+    rows, out = torch.randn(count, size), torch.empty(count, size)
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**20, resource.RLIM_INFINITY))
+    with pytest.raises(MemoryError, match="there is no memory for a pass"):
+        bank.run(rows, *pairs, out)
+
+
+def test_a_system_without_huge_pages_has_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mapping(mmap.mmap):
+        def madvise(self, option: int, *area: int) -> None:
+            if option == mmap.MADV_HUGEPAGE:
+                raise OSError(errno.EINVAL, "Invalid argument")  # as Linux says that was built without them
+            super().madvise(option, *area)
+
+    monkeypatch.setattr(mmap, "mmap", Mapping)
+    taken = WeightArena(100).take(25, torch.float32)
+    assert taken is not None
+    assert not taken.any()
 
 
 @pytest.mark.parametrize("row", [-1, 3, 2**40])

@@ -148,6 +148,16 @@ def test_scales_that_make_no_numbers_are_noticed(scale: float) -> None:
     assert not matrix.is_finite()
 
 
+@pytest.mark.parametrize("byte", [0x7F, 0xFF])
+def test_scales_in_fp8_that_are_no_numbers_are_noticed(byte: int) -> None:
+    """As those of NVFP4."""
+    codes, scales = torch.full((2, 16), 0x22, dtype=torch.uint8), torch.full((2, 2), 0x38, dtype=torch.uint8)
+    matrix = QuantizedMatrix(FP4, codes, scales.view(torch.float8_e4m3fn), 32, ScaleGroups(1), ScaleGroups(16))
+    assert matrix.is_finite()
+    scales[1, 0] = byte
+    assert not matrix.is_finite()
+
+
 @pytest.mark.parametrize("columns", [32, 64])
 def test_the_largest_scales(columns: int) -> None:
     """Of FP4: powers of two up to 2^127, beside which little is finite."""

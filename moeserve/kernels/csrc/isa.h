@@ -107,7 +107,8 @@ static inline vec ISA(exponential)(vec x)
     return ISA(select)(x == x, y, x);
 }
 
-static inline vec ISA(sigmoid)(vec x) { return 1.0f / (1.0f + ISA(exponential)(-x)); }
+/* 0 where e^-x is limited: a large x times it would not be near 0. */
+static inline vec ISA(sigmoid)(vec x) { return ISA(select)(x < -88.0f, SPREAD(0.0f), 1.0f / (1.0f + ISA(exponential)(-x))); }
 
 /* erf as a quotient of polynomials, as Eigen and XLA compute it. */
 static inline vec ISA(erf)(vec x)
@@ -143,7 +144,7 @@ static inline vec ISA(activated)(struct activation activation, vec gate, vec up)
     case SWIGLU_POST: return ISA(at_most)(ISA(silu)(gate), limit) * ISA(within)(up, limit);
     case SWIGLUOAI:
         gate = ISA(at_most)(gate, limit);
-        return (ISA(within)(up, limit) + 1.0f) * gate * ISA(sigmoid)(1.702f * gate);
+        return (ISA(within)(up, limit) + 1.0f) * (gate * ISA(sigmoid)(1.702f * gate));
     case GEGLU: return ISA(gelu)(gate) * up;
     case GEGLU_TANH: return gate * ISA(sigmoid)(1.59576912f * (gate + 0.044715f * gate * gate * gate)) * up;
     case GELU: return ISA(gelu)(gate);
