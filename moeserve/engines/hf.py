@@ -69,13 +69,20 @@ def connect_experts(model: PreTrainedModel, target: str | AnyClient, *, embedded
 
 def client_of(target: Any, embedded: bool) -> AnyClient:
     """A client that was made already, or one of the service at `target`. Raises ConfigError for a target that cannot be one."""
-    if hasattr(target, "forward"):
+    if is_client(target):
         return target  # type: ignore[no-any-return]  # anything else is refused where it is parsed
     if not embedded:
         return Client(target)
     from moeserve.programs.embedded_client import EmbeddedClient  # noqa: PLC0415 - the engine, which other callers do not need
 
     return EmbeddedClient(target)
+
+
+def is_client(target: Any) -> bool:
+    """Whether it is a client that was made already. Raises ConfigError for one whose calls are awaited."""
+    if inspect.iscoroutinefunction(getattr(target, "forward", None)):
+        raise ConfigError(f"target is an {type(target).__name__}, and a model does not await its experts; allowed: a Client, or HOST:PORT")
+    return hasattr(target, "forward")
 
 
 def experts_of(model: nn.Module) -> dict[str, Any]:
@@ -173,7 +180,11 @@ def _arguments(experts: nn.Module) -> tuple[str, ...]:
 
 
 def _match(names: list[str], layers: list[LayerInfo]) -> dict[str, LayerInfo]:
-    by_name = {name: layer for name in names for layer in layers if _same_place(name, layer.name)}
+    by_name = {name: layer for name in names if (layer := _layer_of(name, layers)) is not None}
+    taken: dict[int, str] = {}
+    for name, layer in by_name.items():
+        if (other := taken.setdefault(layer.index, name)) != name:
+            raise ConfigError(f"{other} and {name} would both be the served layer {layer.name}")
     if len(by_name) == len(names):
         return by_name
     if not by_name and len(names) == len(layers):
@@ -184,6 +195,15 @@ def _match(names: list[str], layers: list[LayerInfo]) -> dict[str, LayerInfo]:
         f"{' and more' if len(missing) > 4 else ''}; served: {', '.join(layer.name for layer in layers[:4])}"
         f"{' and more' if len(layers) > 4 else ''}"
     )
+
+
+def _layer_of(name: str, layers: list[LayerInfo]) -> LayerInfo | None:
+    """The layer of that name, or else the only one at the same place. Raises ConfigError when there are several."""
+    found = [layer for layer in layers if _same_place(name, layer.name)]
+    found = [layer for layer in found if f"{layer.name}.experts" == name] or found
+    if len(found) > 1:
+        raise ConfigError(f"{name} may be any of the served layers {', '.join(layer.name for layer in found)}")
+    return found[0] if found else None
 
 
 def _same_place(module: str, layer: str) -> bool:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from moeserve.addresses import parse_target
-from moeserve.engines.hf import IMPLEMENTATION, AnyClient, connect_experts, experts_of
+from moeserve.engines.hf import IMPLEMENTATION, AnyClient, connect_experts, experts_of, is_client
 from moeserve.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
+
+#: options that say where transformers finds a model
+_WHERE: Final = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def load_model(
@@ -27,9 +31,9 @@ def load_model(
     """
     from safetensors import SafetensorError  # noqa: PLC0415 - transformers brings it, and is what is named where both are missing
 
-    if not hasattr(target, "forward"):
+    if not is_client(target):
         parse_target(target)  # an invalid target is refused before weights are read
-    config = _config_of(path)
+    config = _config_of(path, {name: value for name, value in options.items() if name in _WHERE})
     try:
         original = auto_class._model_mapping[type(config)]
     except KeyError:
@@ -50,10 +54,10 @@ def load_model(
     return model
 
 
-def _config_of(path: str | Path) -> Any:
+def _config_of(path: str | Path, where: Mapping[str, Any]) -> Any:
     """What transformers makes of config.json; it looks for names that are no folders elsewhere."""
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, **where)
     except Exception as error:
         # Whatever transformers stumbles over in it, it is the file that is wrong.
         if not Path(path).is_dir():

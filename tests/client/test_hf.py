@@ -183,6 +183,12 @@ def test_names_win_over_order(model: PreTrainedModel, remote: PreTrainedModel, i
     assert_same_with(swapped, model, remote, input_ids)
 
 
+def test_the_same_name_wins_over_one_that_ends_alike(model: PreTrainedModel, remote: PreTrainedModel, input_ids: torch.Tensor) -> None:
+    engine = serving(model)
+    further = [(spec(f"draft.{layer.name}", 32, 4), identity) for layer in engine.layers]
+    assert_same_with(FakeEngine([*zip(engine.layers, engine._experts, strict=True), *further]), model, remote, input_ids)
+
+
 def test_names_that_say_nothing_go_by_order(model: PreTrainedModel, remote: PreTrainedModel, input_ids: torch.Tensor) -> None:
     assert_same_with(serving(model, ["first", "second"]), model, remote, input_ids)
 
@@ -197,6 +203,11 @@ def assert_same_with(engine: FakeEngine, model: PreTrainedModel, remote: PreTrai
     [
         ([spec("model.layers.0.mlp", 32, 4)], r"not served: model\.layers\.1\.mlp\.experts; served: model\.layers\.0\.mlp"),
         ([spec("only", 32, 4)], "the model has 2 MoE layers and the service 1"),
+        ([spec("mlp", 32, 4)], r"layers\.0\.mlp\.experts and model\.layers\.1\.mlp\.experts would both be the served layer mlp"),
+        (
+            [spec(f"{part}.model.layers.{n}.mlp", 32, 4) for part in ("one", "two") for n in range(2)],
+            r"model\.layers\.0\.mlp\.experts may be any of the served layers one\.model\.layers\.0\.mlp, two\.model\.layers\.0\.mlp",
+        ),
         ([spec(f"model.layers.{n}.mlp", 32, 8) for n in range(2)], "has 4 experts of hidden size 32, .* has 8 of 32"),
         ([spec(f"model.layers.{n}.mlp", 64, 4) for n in range(2)], "has 4 experts of hidden size 32, .* has 4 of 64"),
     ],
@@ -205,6 +216,11 @@ def test_a_service_of_another_model_is_refused(remote: PreTrainedModel, layers: 
     engine = FakeEngine([(layer, identity) for layer in layers])
     with served(engine) as (target, _, _), pytest.raises(ConfigError, match=sentence):
         connect_experts(remote, target)
+
+
+def test_a_client_whose_calls_are_awaited_is_refused(remote: PreTrainedModel) -> None:
+    with pytest.raises(ConfigError, match="target is an AsyncClient, and a model does not await its experts"):
+        connect_experts(remote, moeserve.AsyncClient("127.0.0.1:1"))  # type: ignore[arg-type]
 
 
 def test_a_service_that_is_not_there_is_named(remote: PreTrainedModel) -> None:

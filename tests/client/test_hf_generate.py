@@ -115,6 +115,14 @@ def test_sampling_with_a_seed_has_the_tokens_of_transformers(
     assert not torch.equal(found[0], local.generate(**batch, **GREEDY))
 
 
+def test_a_model_may_be_in_a_folder_of_its_folder(target: str, local: PreTrainedModel, batch: dict[str, Tensor], tmp_path: Path) -> None:
+    """Options that say where a model is count for its config.json, too."""
+    (tmp_path / "model").symlink_to(TINY)
+    with Client(target) as client:
+        remote = moeserve.load_model(tmp_path, client, subfolder="model", dtype=torch.float32)
+        assert torch.equal(remote.generate(**batch, **GREEDY), local.generate(**batch, **GREEDY))
+
+
 def test_padding_takes_no_room_from_others(local: PreTrainedModel, batch: dict[str, Tensor]) -> None:
     """All padding goes to the same experts, which have room for one row in eight."""
     used = batch["attention_mask"].bool()
