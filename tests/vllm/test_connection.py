@@ -82,3 +82,8 @@ def test_other_values_are_refused() -> None:
     assert settings_of({"moeserve": {"target": "somewhere:1", "embedded": True}}) == Settings(target="somewhere:1", embedded=True)
     with pytest.raises(ConfigError, match='is 1; allowed: true, false, "auto"'):
         settings_of({"moeserve": {"target": "somewhere:1", "embedded": 1}})
+
+
+def test_any_file_of_tls_turns_it_on(connected: Any) -> None:
+    with pytest.raises(ConfigError, match="TLS cert and key must be given together"):
+        connected("127.0.0.1:1", embedded=False, tls_key="key.pem")

@@ -78,7 +78,7 @@ class ServiceCalls:
                 return ask(timeout=min(left_s, _ATTEMPT_S)).hidden_states
             except _PASSING as error:
                 left_s = until - time.monotonic() - _PAUSE_S
-                if left_s <= 0:
+                if left_s <= 0 or (isinstance(error, Overloaded) and error.retry_after_s is None):  # it would not fit then either
                     raise
                 _log.warning("%s: trying again for %.0f s: %s", name, left_s, error)
             time.sleep(_PAUSE_S)

@@ -54,7 +54,8 @@ class Settings:
     @property
     def tls(self) -> TLS | None:
         """None = in the clear."""
-        return TLS(self.tls_ca, self.tls_cert, self.tls_key) if self.tls_ca or self.tls_cert else None
+        files = self.tls_ca, self.tls_cert, self.tls_key
+        return TLS(*files) if any(each is not None for each in files) else None
 
 
 _NAMES: Final = tuple(field.name for field in fields(Settings))
