@@ -112,6 +112,10 @@ def test_modules_are_not_split() -> None:
         ({"expert": "torch.nn:LazyLinear", "expert_args": {"out_features": HIDDEN}}, "allowed: modules that are not lazy"),
         ({"expert": "collections:OrderedDict"}, "makes a OrderedDict; allowed: an nn.Module"),
         ({"expert": BLOCK, "expert_args": {"width": 5}}, "cannot take rows of hidden_size 16"),
+        (
+            {"expert": "torch.nn:MultiheadAttention", "expert_args": {"embed_dim": 5, "num_heads": 2}},
+            ": embed_dim must be divisible by num_heads",
+        ),
     ],
 )
 def test_experts_that_cannot_be_are_refused(layer: dict[str, Any], sentence: str) -> None:

@@ -92,5 +92,5 @@ def make_module(path: str, args: dict[str, Any], device: str) -> nn.Module:
 
 
 def _sentence(error: Exception) -> str:
-    """What code that is not ours raises may be anything, and say nothing."""
-    return str(error) or type(error).__name__
+    """The first line: what code that is not ours raises may be anything, and say nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
