@@ -69,7 +69,7 @@ def route(
         [num_tokens],
         used_token,
         Chance([num_tokens], router_logits.device, gating.seed, generator),
-        token_ids=None if token_ids is None else without_unused(token_ids, used_token),
+        token_ids=None if token_ids is None else without_unused(token_ids.long(), used_token),
         hidden_states=None if hidden_states is None else without_unused(hidden_states, used_token),
         score_correction_bias=score_correction_bias,
         centroids=centroids,
@@ -83,6 +83,8 @@ def _check_tensors(router_logits: Tensor, used_token: Tensor | None, token_ids: 
     for name, tensor in given.items():
         if tensor is not None:
             require_data(tensor, name)
+            if tensor.is_complex():
+                raise InvalidRequest(f"{name} is {tensor.dtype}; allowed: real numbers", name)
     if router_logits.dim() != 2:
         raise InvalidRequest(f"router_logits must be [tokens, experts], got {list(router_logits.shape)}", "router_logits")
     num_tokens = len(router_logits)
@@ -197,8 +199,12 @@ def check_layer_tensors(num_experts: int, score_correction_bias: Tensor | None, 
     """Raises ConfigError unless what a layer owns fits its experts."""
     if score_correction_bias is not None and list(score_correction_bias.shape) != [num_experts]:
         raise ConfigError(f"score_correction_bias must be [{num_experts}], one value per expert, got {list(score_correction_bias.shape)}")
+    if score_correction_bias is not None and score_correction_bias.isnan().any():
+        raise ConfigError("score_correction_bias has NaN; allowed: numbers, by which experts can be compared")
     if centroids is not None and (centroids.dim() != 2 or centroids.shape[0] != num_experts):
         raise ConfigError(f"centroids must be [{num_experts}, hidden size], one row per expert, got {list(centroids.shape)}")
+    if centroids is not None and not is_finite(centroids):
+        raise ConfigError("centroids have NaN or Inf; allowed: finite numbers")
 
 
 def check_token_experts(num_experts: int, gating: GatingConfig, token_experts: Tensor | None) -> None:

@@ -160,6 +160,11 @@ def test_shapes_that_do_not_fit() -> None:
             route(torch.zeros(2, 4), GatingConfig(), used_token)
 
 
+def test_logits_are_real_numbers() -> None:
+    with pytest.raises(InvalidRequest, match=r"router_logits is torch\.complex64; allowed: real numbers"):
+        route(torch.zeros(2, 4, dtype=torch.complex64), GatingConfig())
+
+
 def test_the_router_works_in_float32_whatever_comes_in() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden_states, gate = (torch.randn(size, 16, generator=generator).bfloat16() for size in (6, 4))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -48,3 +50,63 @@ def test_a_plug_in_that_is_not_there(routing: str) -> None:
 def test_a_plug_in_must_choose_distinct_experts_of_the_layer() -> None:
     with pytest.raises(ConfigError, match="names an expert twice or one that is not there"):
         route(torch.zeros(8, 4), GatingConfig(routing=f"{__name__}:OneExpertTwice"))
+
+
+class NarrowTypes(LastExperts):
+    def __call__(self, gate: GateInput) -> Selection:
+        selection = super().__call__(gate)
+        return replace(selection, topk_ids=selection.topk_ids.int(), topk_scores=torch.full_like(selection.topk_scores, 0.5).bfloat16())
+
+
+class KeepsWhatItDidNotChoose(LastExperts):
+    def __call__(self, gate: GateInput) -> Selection:
+        selection = super().__call__(gate)
+        return replace(selection, chosen=selection.topk_ids == 3, kept=torch.ones_like(selection.topk_ids))
+
+
+class HalfExperts(LastExperts):
+    def __call__(self, gate: GateInput) -> Selection:
+        selection = super().__call__(gate)
+        return replace(selection, topk_ids=selection.topk_ids + 0.5)
+
+
+class NarrowMask(LastExperts):
+    def __call__(self, gate: GateInput) -> Selection:
+        selection = super().__call__(gate)
+        return replace(selection, kept=selection.topk_ids[:, :1] > 0)
+
+
+class Silent(LastExperts):
+    def __call__(self, gate: GateInput) -> Selection:
+        return None  # type: ignore[return-value]
+
+
+class Unbuilt:
+    pass
+
+
+def test_a_plug_in_may_answer_in_any_type() -> None:
+    got = route(torch.zeros(8, 4), GatingConfig(routing=f"{__name__}:NarrowTypes", capacity_factor=0.5, renormalize="post_drop"))
+    assert (got.topk_ids.dtype, got.topk_weights.dtype) == (torch.int64, torch.float32)
+    assert got.topk_weights[0].tolist() == [0.5, 0.5]
+    assert got.processed.tolist() == [0, 0, 2, 2]
+
+
+def test_no_choice_of_a_plug_in_is_kept_that_is_not_chosen_by_a_token_that_counts() -> None:
+    got = route(torch.zeros(8, 4), GatingConfig(routing=f"{__name__}:KeepsWhatItDidNotChoose"), used_token=torch.arange(8) > 0)
+    assert got.requested.tolist() == got.processed.tolist() == [0, 0, 0, 7]
+    assert got.kept.sum() == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("HalfExperts", "HalfExperts answers topk_ids of torch.float32; allowed: whole numbers"),
+        ("NarrowMask", r"NarrowMask must answer kept of shape \[8, 2\], not \[8, 1\]"),
+        ("Silent", "Silent answers a NoneType; allowed: a moeserve.gating.Selection"),
+        ("Unbuilt", r"Unbuilt' cannot be built as Class\(gating\): Unbuilt\(\) takes no arguments"),
+    ],
+)
+def test_a_plug_in_that_answers_something_else(name: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        route(torch.zeros(8, 4), GatingConfig(routing=f"{__name__}:{name}"))

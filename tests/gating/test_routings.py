@@ -109,9 +109,16 @@ def test_hash_needs_token_ids() -> None:
     for token_ids in (torch.tensor([0, -1]), torch.tensor([0, 2**32])):
         with pytest.raises(InvalidRequest, match=r"token_ids must be in 0..4294967295"):
             route(torch.zeros(2, 4), gating, token_ids=token_ids)
-    for token_ids in (torch.zeros(2), torch.zeros(3, dtype=torch.int64)):
-        with pytest.raises(InvalidRequest, match=r"token_ids must be int of shape \[2\]"):
+    for token_ids in (torch.zeros(2), torch.zeros(2, dtype=torch.complex64), torch.zeros(3, dtype=torch.int64)):
+        with pytest.raises(InvalidRequest, match=r"token_ids must be int of shape \[2\]|token_ids is torch\.complex64; allowed"):
             route(torch.zeros(2, 4), gating, token_ids=token_ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int32])
+def test_token_ids_may_be_unsigned(dtype: torch.dtype) -> None:
+    gating, used_token = GatingConfig(routing="hash"), torch.tensor([True, False, True])
+    got, want = (route(torch.zeros(3, 4), gating, used_token, torch.tensor([7, 8, 255], dtype=each)) for each in (dtype, torch.int64))
+    assert torch.equal(got.topk_ids, want.topk_ids)
 
 
 @settings(max_examples=100, deadline=None)
@@ -179,6 +186,16 @@ def test_a_cosine_does_not_depend_on_lengths(scale: float) -> None:
 def test_rows_that_have_no_cosine(rows: torch.Tensor, sentence: str) -> None:
     with pytest.raises(InvalidRequest, match=sentence):
         route(torch.zeros(2, 4), GatingConfig(routing="similarity"), hidden_states=rows, centroids=torch.ones(4, 2))
+
+
+def test_what_a_layer_owns_can_be_compared() -> None:
+    bias = torch.tensor([0.0, torch.nan, 0.0, 0.0])
+    with pytest.raises(ConfigError, match="score_correction_bias has NaN"):
+        route(torch.zeros(2, 4), GatingConfig(), score_correction_bias=bias)
+    with pytest.raises(ConfigError, match="centroids have NaN or Inf"):
+        Router(torch.zeros(4, 2), GatingConfig(routing="similarity"), centroids=torch.full((4, 2), torch.inf))
+    excluded = route(torch.zeros(2, 4), GatingConfig(), score_correction_bias=torch.tensor([-torch.inf, 0.0, 0.0, 0.0]))
+    assert excluded.topk_ids.tolist() == [[1, 2]] * 2
 
 
 def test_similarity_takes_the_rows_of_the_gate_as_centroids() -> None:

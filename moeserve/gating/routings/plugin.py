@@ -17,6 +17,8 @@ from functools import lru_cache
 from importlib import import_module
 from typing import Protocol
 
+from torch import Tensor
+
 from moeserve.config import GatingConfig
 from moeserve.errors import ConfigError
 from moeserve.gating.gate_input import GateInput, Routing, Selection
@@ -39,7 +41,10 @@ def load_plugin(gating: GatingConfig) -> Routing:
     except (ImportError, AttributeError) as error:
         sentence = f"gating.routing = {gating.routing!r} cannot be imported: {error}; its module must be installed or on PYTHONPATH"
         raise ConfigError(sentence) from None
-    return _Checked(gating.routing, plugin(gating))
+    try:
+        return _Checked(gating.routing, plugin(gating))
+    except TypeError as error:
+        raise ConfigError(f"gating.routing = {gating.routing!r} cannot be built as Class(gating): {error}") from None
 
 
 class _Checked:
@@ -51,10 +56,24 @@ class _Checked:
 
     def __call__(self, gate: GateInput) -> Selection:
         selection = self._plugin(gate)
+        if not isinstance(selection, Selection):
+            raise ConfigError(f"{self._name} answers a {type(selection).__name__}; allowed: a moeserve.gating.Selection")
         topk_ids, num_tokens = selection.topk_ids, gate.requests.num_tokens
         if topk_ids.dim() != 2 or topk_ids.shape[0] != num_tokens or selection.topk_scores.shape != topk_ids.shape:
             raise ConfigError(f"{self._name} must answer topk_ids and topk_scores of shape [{num_tokens}, K], not {list(topk_ids.shape)}")
+        if topk_ids.is_floating_point() or topk_ids.is_complex():
+            raise ConfigError(f"{self._name} answers topk_ids of {topk_ids.dtype}; allowed: whole numbers")
+        topk_ids = topk_ids.long()
         ordered = topk_ids.sort(dim=1).values
         if ((topk_ids < 0) | (topk_ids >= gate.num_experts)).any() or (ordered[:, 1:] == ordered[:, :-1]).any():
             raise ConfigError(f"{self._name} names an expert twice or one that is not there, for the same token")
-        return selection
+        used = gate.requests.chosen(topk_ids)
+        chosen = None if selection.chosen is None else self._mask("chosen", selection.chosen, used)
+        kept = None if selection.kept is None else self._mask("kept", selection.kept, used if chosen is None else chosen)
+        return Selection(selection.scores.float(), topk_ids, selection.topk_scores.float(), kept, chosen)
+
+    def _mask(self, name: str, mask: Tensor, within: Tensor) -> Tensor:
+        """[T, K] bool: no choice is kept that is not chosen, and none chosen by a token that is not used."""
+        if mask.shape != within.shape:
+            raise ConfigError(f"{self._name} must answer {name} of shape {list(within.shape)}, not {list(mask.shape)}")
+        return mask.bool() & within
