@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -39,7 +40,7 @@ def real(above: float = -math.inf, below: float = math.inf, minimum: float = -ma
     said = " and ".join(f"{word} {bound:g}" for bound, word in bounds if math.isfinite(bound))
 
     def test(value: Any) -> bool:
-        is_number = type(value) in (int, float) and math.isfinite(value)
+        is_number = type(value) in (int, float) and abs(value) <= sys.float_info.max
         return is_number and above < value < below and minimum <= value <= maximum
 
     return Accepts(f"a number {said}".rstrip(), test, (0.5, 0.25))

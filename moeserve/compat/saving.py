@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 from torch import Tensor, nn
 
@@ -42,12 +42,17 @@ def save_layers(folder: str | Path, layers: Mapping[str, Saveable], expert_args:
 def feed_forward_of(module: nn.Module) -> FeedForward | None:
     """The two projections of nn.Sequential(Linear, GELU or ReLU, Linear), with or without biases; None for any other module."""
     parts = list(module) if type(module) is nn.Sequential else []
-    if len(parts) != 3 or not isinstance(parts[0], nn.Linear) or not isinstance(parts[2], nn.Linear):
+    if len(parts) != 3 or not _computes_as_linear(parts[0]) or not _computes_as_linear(parts[2]):
         return None
     up, activation, down = parts[0], _activation_of(parts[1]), parts[2]
     if activation is None or (up.bias is None) != (down.bias is None) or up.out_features != down.in_features:
         return None
     return FeedForward(activation, up.weight, down.weight, up.bias, down.bias)
+
+
+def _computes_as_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Also a parametrized one, whose class is another."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def _activation_of(module: nn.Module) -> Activation | None:
@@ -127,7 +132,7 @@ def saved_layer(
     """A layer of modules. gate [E, H]; residual: weight and bias of the mixer, and then the last of the modules is that branch."""
     num_experts, hidden_size = gate.shape
     if residual and isinstance(args, Sequence):
-        args = [*args, args[0]]
+        args = [*args, *args[:1]]
     keys, tensors = described_modules(modules, args)
     if residual:
         keys, shared = _without_last(keys, num_experts)

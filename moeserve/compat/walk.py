@@ -17,6 +17,8 @@ from moeserve.errors import ConfigError
 #: of as much of a value as there is room for: what YAML says once may be there many times
 _WORDS: Final = reprlib.Repr()
 _WORDS.maxlevel, _WORDS.maxlist, _WORDS.maxdict, _WORDS.maxstring, _WORDS.maxlong, _WORDS.maxother = 3, 20, 20, 100, 100, 100
+#: of an integer; every key of the service configuration allows less, but for a seed
+_MOST_BITS: Final = 64
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ def complete(system: System, given: Mapping[str, Any]) -> Values:
     for name, value in given.items():
         if name not in by_name:
             raise ConfigError(f"{system.name}: {_shown(name)} is not a parameter (got {_shown(value)}); allowed: {', '.join(by_name)}")
+        if type(value) is int and value.bit_length() > _MOST_BITS:
+            raise ConfigError(f"{system.name}: {name} is an integer of {value.bit_length()} bits; allowed: at most {_MOST_BITS}")
         if not by_name[name].accepts.test(value):
             raise ConfigError(f"{system.name}: {name} is {_shown(value)}; allowed: {by_name[name].accepts.says}")
     missing = [name for name, param in by_name.items() if param.default is Required and name not in given]
@@ -125,5 +129,8 @@ def _nested(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    text = _WORDS.repr(value)
+    try:
+        text = _WORDS.repr(value)
+    except ValueError:
+        text = "a number of too many digits"
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -115,6 +115,14 @@ def test_noise_generators() -> None:
     assert 0.9 <= shaken.min() < 0.91 and 1.09 < shaken.max() <= 1.1
 
 
+def test_experts_are_made_by_the_name_of_the_original() -> None:
+    experts = Experts(expert_cls=nn.Linear, num_experts=5, in_features=HIDDEN, out_features=HIDDEN)
+    assert [type(each) for each in experts.experts] == [nn.Linear] * 5
+    assert experts.expert_args == {"in_features": HIDDEN, "out_features": HIDDEN}
+    with pytest.raises(ConfigError, match="Experts has expert_cls None and num_experts 5; allowed: a class, at least 1"):
+        Experts(num_experts=5)
+
+
 def test_state_dict_keys_are_the_originals() -> None:
     experts = {f"experts.experts.{index}.{kind}" for index in range(EXPERTS) for kind in ("weight", "bias")}
     assert set(layer_of(Top1Router()).state_dict()) == {"gate_weight", *experts}

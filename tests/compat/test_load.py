@@ -244,6 +244,21 @@ def test_assumed_sizes_are_noted() -> None:
         ("trustformers", {"expert_parallelism": {"routing_strategy": "Learned"}}, "allowed: LearnedGating, HashBased"),
         ("trustformers", {"parallelism": {"comm_backend": "MPI"}}, "comm_backend = 'MPI' is refused"),
         ("trustformers", {"parallelism": {"pp_size": 4}, "num_layers": 3}, "num_layers is 3; allowed: at least parallelism.pp_size = 4"),
+        ("trustformers", {"parallelism": {"pp_size": 10**8}}, "parallelism.pp_size is 100000000; allowed: at most 4096"),
+        ("trustformers", {"num_layers": 10**8}, "num_layers is 100000000; allowed: at most 4096"),
+        (
+            "deepspeed",
+            DEEPSPEED | {"eval_capacity_factor": 10**400},
+            "factor is an integer of 1329 bits; allowed: at most 64",
+        ),
+        ("deepspeed", {"hidden_size": 1 << 20_000}, "hidden_size is an integer of 20001 bits; allowed: at most 64"),
+        ("deepspeed", {"layers": 1 << 20_000}, r"'layers' is not a parameter \(got a number of too many digits\)"),
+        ("mindformers", MINDFORMERS | {"aux_loss_types": ["expert"], "aux_loss_factors": [10**400]}, "allowed: null, or a list of numbers"),
+        (
+            "mindformers",
+            MINDFORMERS | {"routing_policy": "TopkRouterV2", "topk_method": "noaux_tc", "n_group": 8, "topk_group": 2},
+            "n_group is 8; allowed with 'noaux_tc': groups of two experts and more",
+        ),
         ("trustformers", {"parallelism": 3}, "trustformers: parallelism is 3; allowed: a mapping"),
     ],
 )

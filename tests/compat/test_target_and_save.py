@@ -127,6 +127,11 @@ def test_a_layer_in_this_process_can_be_saved(dtype: torch.dtype, tiny_moe: Path
         MoELayer.from_checkpoint(tmp_path, "layers.0", quantization="int8").save(tmp_path / "quantized")
 
 
+class Doubled(nn.Linear):
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(rows)
+
+
 class InThisFile(nn.Linear):
     class Inner(nn.Linear):
         pass
@@ -143,6 +148,7 @@ class InThisFile(nn.Linear):
         (Block(24), None, "made with {} has other tensors than the layer's; give save"),
         (Block(24), [{"width": 24}], "expert_args has 1 tables; allowed: one, or one for each of 6"),
         (Block(24), {"width": torch.ones(1)}, "a checkpoint can hold numbers, strings"),
+        (nn.Sequential(Doubled(HIDDEN, 8), nn.GELU(), nn.Linear(8, HIDDEN)), None, "Sequential.* has other tensors than the layer's"),
         (InThisFile.Inner(HIDDEN, HIDDEN), {}, "InThisFile.Inner of .* cannot be imported by a service"),
         (Counting(), None, r"layers.0.experts.0.count is int64; allowed in a checkpoint: float32"),
     ],
@@ -151,6 +157,12 @@ def test_experts_that_cannot_be_saved(expert: nn.Module, args: Any, sentence: st
     with pytest.raises(ConfigError, match=sentence):
         MoE(HIDDEN, expert, **CERTAIN).save(tmp_path / "saved", expert_args=args)
     assert not (tmp_path / "saved").exists()
+
+
+def test_no_arguments_are_asked_for_where_none_are_needed(tmp_path: Path) -> None:
+    deepspeed("sequential", use_residual=True).save(tmp_path, expert_args=[])
+    with pytest.raises(ConfigError, match="expert_args has 0 tables"):
+        deepspeed("module", use_residual=True).save(tmp_path, expert_args=[])
 
 
 def test_a_folder_of_another_kind_is_left_alone(tiny_moe: Path, tmp_path: Path) -> None:

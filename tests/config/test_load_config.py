@@ -235,6 +235,10 @@ def test_a_file_that_is_missing_or_not_toml_is_refused(tmp_path: Path) -> None:
     assert "is not a readable TOML file" in refusal(tmp_path / "weights.bin")
 
 
+def test_a_number_of_too_many_digits_is_refused(tmp_path: Path) -> None:
+    assert "(got a number of too many digits)" in refusal(written(tmp_path, f"[server]\nport = 0x{'f' * 6000}"))
+
+
 def test_gpus_of_a_host_are_a_fraction_of_one_or_whole() -> None:
     layer = {"hidden_size": 4, "intermediate_size": 4, "num_experts": 2}
     for gpus in (0.0, 0.25, 1.0, 2.0):

@@ -21,13 +21,26 @@ from moeserve.errors import ConfigError
 
 
 class Experts(nn.Module):
-    """num_experts modules, each made by calling `expert`, a class or a function, with expert_args."""
+    """num_experts modules, each made by calling `expert`, a class or a function, with expert_args; ColossalAI's name of it is `expert_cls`.
 
-    def __init__(self, expert: Callable[..., nn.Module], num_experts: int, **expert_args: Any) -> None:
+    Raises ConfigError without one of the two names, or without experts.
+    """
+
+    def __init__(
+        self,
+        expert: Callable[..., nn.Module] | None = None,
+        num_experts: int = 0,
+        *,
+        expert_cls: Callable[..., nn.Module] | None = None,
+        **expert_args: Any,
+    ) -> None:
         super().__init__()
+        made_by = expert if expert_cls is None else expert_cls
+        if made_by is None or num_experts < 1:
+            raise ConfigError(f"colossalai: Experts has expert_cls {made_by} and num_experts {num_experts}; allowed: a class, at least 1")
         self.num_local_experts = num_experts
         self.expert_args = expert_args
-        self.experts = nn.ModuleList([expert(**expert_args) for _ in range(num_experts)])
+        self.experts = nn.ModuleList([made_by(**expert_args) for _ in range(num_experts)])
 
 
 class MoeLayer(nn.Module):

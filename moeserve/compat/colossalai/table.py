@@ -65,6 +65,7 @@ PARAMS = [
         "modules and classes are code, which `MoeLayer.save` writes; the imported layer has experts of intermediate_size and activation",
         Param("experts", ANYTHING, None),
         Param("expert", ANYTHING, None),
+        Param("expert_cls", ANYTHING, None),
     ),
     Param("expert_args", ANYTHING, None).means(note("arguments of the expert's class, which is not imported")),
     Param("max_ep_size", optional(whole(1)), None).means(

@@ -40,6 +40,10 @@ RULES = [
     divides("n_group", "expert_num", when=has_groups),
     at_most("topk_group", "n_group", when=has_groups),
     Rule(
+        lambda v: has_groups(v) and v["topk_method"] == "noaux_tc" and v["n_group"] == v["expert_num"],
+        lambda v: f"n_group is {v['n_group']}; allowed with 'noaux_tc': groups of two experts and more, expert_num = {v['expert_num']}",
+    ),
+    Rule(
         _are_too_few_in_groups,
         lambda v: f"num_experts_chosen is {v['num_experts_chosen']}; allowed: what topk_group = {v['topk_group']} groups hold",
     ),

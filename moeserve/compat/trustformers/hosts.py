@@ -7,6 +7,7 @@ from math import prod
 from moeserve.compat.accepts import Values, optional, whole
 from moeserve.compat.system import Rule
 from moeserve.compat.table import Computed, Param, When, assumed, note
+from moeserve.config import MAX_LAYERS
 
 EXPERTS, PARALLELISM = "expert_parallelism", "parallelism"
 _PP = f"{PARALLELISM}.pp_size"
@@ -33,6 +34,10 @@ def num_layers(values: Values) -> int:
     return values[_PP] if layers is None else layers
 
 
+NOT_TOO_MANY_LAYERS = Rule(
+    lambda v: num_layers(v) > MAX_LAYERS,
+    lambda v: f"{_PP if v['num_layers'] is None else 'num_layers'} is {num_layers(v)}; allowed: at most {MAX_LAYERS}",
+)
 AS_MANY_LAYERS_AS_STAGES = Rule(
     lambda v: num_layers(v) < v[_PP],
     lambda v: f"num_layers is {v['num_layers']}; allowed: at least {_PP} = {v[_PP]}",

@@ -66,7 +66,7 @@ class MemoryOptimization(StrEnum):
 
 @dataclass(frozen=True)
 class ExpertParallelismConfig:
-    """Experts and their gate. Raises ConfigError for values the original refuses, or moeserve does."""
+    """Experts and their gate; `moeserve.compat.load` checks the values."""
 
     num_experts: int = 8
     experts_per_device: int = 2
