@@ -55,8 +55,9 @@ def read_mapping(path: Path) -> Any:
 def to_toml(imported: ImportedConfig, system: str, source: Path) -> str:
     """The keys that were set, under a comment per note."""
     notes = [f"# {note.field}: {note.what}" for note in imported.notes]
+    name = source.name if source.name.isprintable() else repr(source.name)  # a comment is one line of text
     # None = unset; TOML has no null, so the key is left out.
     tables = imported.config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     return "\n".join(
-        [f"# imported from {source.name} ({system})", *notes, "", tomli_w.dumps({name: table for name, table in tables.items() if table})]
+        [f"# imported from {name} ({system})", *notes, "", tomli_w.dumps({name: table for name, table in tables.items() if table})]
     )

@@ -11,6 +11,7 @@ import tomli_w
 import yaml
 
 from moeserve.cli.app import main
+from moeserve.cli.import_file import to_toml
 from moeserve.compat import SYSTEMS, load
 from moeserve.config import load_config
 
@@ -35,6 +36,14 @@ def test_it_writes_what_serve_takes(system: str, suffix: str, tmp_path: Path, ca
     comments = [line.removeprefix("# ") for line in target.read_text().splitlines() if line.startswith("#")]
     assert comments == [f"imported from layer.{suffix} ({system})", *(f"{note.field}: {note.what}" for note in imported.notes)]
     assert main(["config", "check", str(target)]) == 0
+
+
+@pytest.mark.parametrize("name", [b"a\nb = 1.json", b"\xff.json"])
+def test_the_name_of_the_file_is_one_comment(name: bytes, tmp_path: Path) -> None:
+    source, target = tmp_path / os.fsdecode(name), tmp_path / "service.toml"
+    imported = load("deepspeed", MAPPINGS["deepspeed"])
+    target.write_text(to_toml(imported, "deepspeed", source), encoding="utf-8")
+    assert load_config(target) == imported.config
 
 
 #: each holds the one before twice: in words, longer than there is memory
