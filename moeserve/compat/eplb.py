@@ -38,6 +38,8 @@ def rebalance_experts(
     for name, number in numbers.items():
         if isinstance(number, bool) or not isinstance(number, int | np.integer):
             raise ConfigError(f"{name} is {number!r}; allowed: whole numbers")
+        if number < 1:
+            raise ConfigError(f"{name} is {number}; allowed: at least 1")
     loads = _checked(weight, num_replicas, num_gpus)
     nodes = _Nodes.of(loads.shape[1], num_replicas, num_groups, num_nodes, num_gpus)
     physical = np.stack([np.concatenate([*nodes.packed(each)]) for each in loads])
@@ -54,8 +56,7 @@ class _Nodes:
 
     @classmethod
     def of(cls, num_experts: int, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> _Nodes:
-        divides = num_groups > 0 < num_nodes and not (num_groups % num_nodes or num_experts % num_groups or num_gpus % num_nodes)
-        if not divides or num_replicas % num_gpus:
+        if num_groups % num_nodes or num_experts % num_groups or num_gpus % num_nodes or num_replicas % num_gpus:
             num_groups = num_nodes = 1
         slots = np.full(num_gpus, num_replicas // num_gpus)
         slots[: num_replicas % num_gpus] += 1
@@ -84,8 +85,6 @@ def _checked(weight: Tensor | npt.ArrayLike, num_replicas: int, num_gpus: int) -
     loads = values.astype(np.float64)
     if not (np.isfinite(loads).all() and (loads >= 0).all()):
         raise ConfigError("weight has negative numbers, NaN or Inf; allowed: loads of experts, 0 or more")
-    if num_gpus < 1:
-        raise ConfigError(f"num_gpus is {num_gpus}; allowed: at least 1")
     if not loads.shape[1] <= num_replicas <= MAX_PHYSICAL:
         raise ConfigError(
             f"num_replicas is {num_replicas}; allowed: at least the number of logical experts, {loads.shape[1]}, at most {MAX_PHYSICAL}"

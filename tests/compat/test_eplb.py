@@ -97,6 +97,14 @@ def test_what_cannot_be_is_refused(weight: list[list[float]], replicas: Any, gpu
         rebalance_experts(weight, replicas, 1, 1, gpus)
 
 
+@pytest.mark.parametrize("name", ["num_replicas", "num_groups", "num_nodes", "num_gpus"])
+@pytest.mark.parametrize("number", [0, -1])
+def test_there_is_at_least_one_of_each(name: str, number: int) -> None:
+    numbers = {"num_replicas": 4, "num_groups": 1, "num_nodes": 1, "num_gpus": 2, name: number}
+    with pytest.raises(ConfigError, match=f"{name} is {number}; allowed: at least 1"):
+        rebalance_experts(torch.ones(1, 2), **numbers)
+
+
 @pytest.mark.parametrize("weight", [torch.ones(1, 2, dtype=torch.complex64), torch.ones(1, 2).to_sparse(), torch.ones(1, 2, device="meta")])
 def test_tensors_that_are_no_loads_are_refused(weight: torch.Tensor) -> None:
     with pytest.raises(ConfigError, match=r"weight is a tensor of .*; allowed: real numbers, dense"):
