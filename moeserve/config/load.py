@@ -36,7 +36,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Overrides | N
     try:
         return ServiceConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_sentence(error)}") from None
+        raise ConfigError(f"{where}: {_sentence(error, data)}") from None
 
 
 def load_json(text: str) -> FrontendConfig:
@@ -52,7 +52,7 @@ def load_server(values: Mapping[str, Any]) -> ServerConfig:
     try:
         return ServerConfig.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError(f"server: {_sentence(error)}") from None
+        raise ConfigError(f"server: {_sentence(error, values)}") from None
 
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -119,16 +119,33 @@ def _absolute(value: Any, folder: Callable[[], Path]) -> Any:
     return path if path.is_absolute() else folder() / path
 
 
-def _sentence(error: ValidationError) -> str:
-    first = error.errors()[0]
-    # Where several types are allowed, pydantic adds a name of the type it tried, such as "constrained-int" or "tuple[int, ...]".
-    key = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and set(part) & set("-[")))
+def _sentence(error: ValidationError, data: Any = None) -> str:
+    errors = error.errors()
+    keys = [_key(each["loc"], data) for each in errors]
+    # Where several types are allowed, pydantic says what is wrong with each: the one that goes deepest into the value is meant.
+    about_it = [key for key in keys if key[: len(keys[0])] == keys[0]]
+    deepest = max(about_it, key=len)
+    first, *others = [each for each, key in zip(errors, keys, strict=True) if key == deepest]
+    key = ".".join(deepest)
     if first["type"] == "extra_forbidden":
         return f"{key} is not a key of the configuration (got {_shown(first['input'])}); allowed here: {_allowed(first['loc'])}"
     if first["type"] == "value_error":
         return first["msg"].removeprefix("Value error, ")  # names its keys itself
-    more = f"; {error.error_count() - 1} more" if error.error_count() > 1 else ""
-    return f"{key}: {first['msg']} (got {_shown(first['input'])}){more}"
+    allowed = ", or ".join([first["msg"], *(each["msg"].removeprefix("Input should be ") for each in others)])
+    more = f"; {len(keys) - len(about_it)} more" if len(keys) > len(about_it) else ""
+    return f"{key}: {allowed} (got {_shown(first['input'])}){more}"
+
+
+def _key(loc: tuple[int | str, ...], data: Any) -> list[str]:
+    """Without the names of the types that pydantic tried, such as "constrained-int" or "tuple[int, ...]", which no key of `data` is."""
+    key = []
+    for part in loc:
+        if (isinstance(data, Mapping) and part in data) or (isinstance(data, list | tuple) and part in range(len(data))):
+            data = data[part]
+        elif isinstance(part, str) and set(part) & set("-["):
+            continue
+        key.append(str(part))
+    return key
 
 
 def _shown(value: Any) -> str:
