@@ -143,29 +143,6 @@ def test_layers_of_a_checkpoint_are_named_or_numbered(layer: object) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("table", "value", "sentence"),
-    [
-        (
-            "placement",
-            {"copies": {"a-b": 0}},
-            "placement.copies.a-b: Input should be greater than or equal to 1, or a valid dictionary (got 0)",
-        ),
-        ("placement", {"copies": {"a[0]": {"3": 0}}}, "placement.copies.a[0].3: Input should be greater than or equal to 1 (got 0)"),
-        ("placement", {"copies": "x"}, "placement.copies: Input should be a valid integer, or a valid dictionary (got 'x')"),
-        ("placement", {"num_hosts": "some"}, "placement.num_hosts: Input should be a valid integer, or 'all' (got 'some')"),
-        ("placement", {"node_labels": {"a-b": 3}}, "placement.node_labels.a-b: Input should be a valid string (got 3)"),
-        (
-            "layers",
-            [{**LAYER, "intermediate_size": [8, 0]}],
-            "layers.0.intermediate_size.1: Input should be greater than or equal to 1 (got 0)",
-        ),
-    ],
-)
-def test_what_is_wrong_is_said_of_the_value_that_is_wrong(table: str, value: object, sentence: str) -> None:
-    assert refusal({"layers": [LAYER], table: value}) == f"configuration: {sentence}"
-
-
 def test_several_mistakes_are_counted() -> None:
     assert "; 2 more" in refusal({"layers": [LAYER], "server": {"port": "a", "host": 1, "insecure": "b"}})
 
@@ -256,10 +233,6 @@ def test_a_file_that_is_missing_or_not_toml_is_refused(tmp_path: Path) -> None:
     assert "is not a readable TOML file" in refusal(written(tmp_path, "[server\nport = 1"))
     (tmp_path / "weights.bin").write_bytes(b"\xff\xfe\x00")
     assert "is not a readable TOML file" in refusal(tmp_path / "weights.bin")
-
-
-def test_a_number_of_too_many_digits_is_refused(tmp_path: Path) -> None:
-    assert "(got a number of too many digits)" in refusal(written(tmp_path, f"[server]\nport = 0x{'f' * 6000}"))
 
 
 def test_gpus_of_a_host_are_a_fraction_of_one_or_whole() -> None:
