@@ -7,7 +7,7 @@ import os
 import socket
 import stat
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -62,29 +62,29 @@ def received_bytes(wanted: Collection[Address]) -> dict[Address, int]:
 
 def hang_up(peer: str) -> bool:
     """Ends the TCP connection to `peer`, as gRPC calls it: ipv4:127.0.0.1:1234. Returns whether it was found; only Linux shows it."""
-    connection = _connection_to(peer)
-    if connection is None:
-        return False
-    with connection, suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
-        return True
+    for connection in _connections_to(peer):
+        with connection, suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+            return True
     return False
 
 
-def ends_of(peer: str) -> tuple[Address, Address] | None:
-    """Our address and theirs of the TCP connection to `peer`, without the forms that IPv6 has for addresses of IPv4; None as above."""
-    connection = _connection_to(peer)
-    if connection is None:
-        return None
-    with connection, suppress(OSError):
-        return _plain(*connection.getsockname()[:2]), _plain(*connection.getpeername()[:2])
-    return None
+def ends_of(peer: str) -> list[tuple[Address, Address]]:
+    """Our address and theirs of the TCP connection to `peer`, without the forms that IPv6 has for addresses of IPv4; none as above.
+
+    A stranger may call from the port from which somebody else talks to another port of this process: then there are several.
+    """
+    found = []
+    for connection in _connections_to(peer):
+        with connection, suppress(OSError):
+            found.append((_plain(*connection.getsockname()[:2]), _plain(*connection.getpeername()[:2])))
+    return found
 
 
-def _connection_to(peer: str) -> socket.socket | None:
-    """A copy of it that is to be closed."""
+def _connections_to(peer: str) -> Iterator[socket.socket]:
+    """Copies of them that are to be closed."""
     address = address_of(peer)
-    return next(filter(None, (_if_to(fd, address) for fd in _descriptors())), None)
+    return filter(None, (_if_to(fd, address) for fd in _descriptors()))
 
 
 def _descriptors() -> list[int]:

@@ -20,7 +20,6 @@ import tritonclient.utils.shared_memory as shm
 from tritonclient.utils import InferenceServerException
 
 from moeserve.server.inference.messages import pb
-from moeserve.server.inference.peers import runs_as_this_user
 from tests.inference.requests import METHOD, Caller, answered, declared, parameters, typed
 from tests.support.engine import HIDDEN, X, echo_engine
 from tests.support.servers import served
@@ -264,22 +263,3 @@ for method, message in zip(sys.argv[2::2], sys.argv[3::2]):
     except grpc.RpcError as error:
         print(error.code().name)
 """
-
-
-@pytest.mark.parametrize("peer", ["ipv4:10.0.0.1:80", "ipv6:%5B2001:db8::1%5D:80", "ipv4:127.0.0.1:1", "unix:", "unix:@x", "", "nonsense"])
-def test_callers_elsewhere_or_unknown_are_not_of_the_same_user(peer: str) -> None:
-    assert not runs_as_this_user(peer)
-
-
-def test_callers_by_either_protocol_are_known() -> None:
-    import socket
-
-    for server, client in (("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("::", "::ffff:127.0.0.1"), ("::", "127.0.0.1")):
-        family = socket.AF_INET6 if ":" in server else socket.AF_INET
-        with suppress(OSError), socket.socket(family) as listener:
-            listener.bind((server, 0))
-            listener.listen()
-            with socket.create_connection((client, listener.getsockname()[1])):
-                connection, (host, port, *_) = listener.accept()
-                with connection:
-                    assert runs_as_this_user(f"ipv6:%5B{host}%5D:{port}" if ":" in host else f"ipv4:{host}:{port}")

@@ -27,12 +27,13 @@ _TIMEOUT_S: Final = 1.0
 def runs_as_this_user(peer: str) -> bool:
     """Whether `peer`, as gRPC calls it (ipv4:127.0.0.1:1234), is a process of this machine that runs as the user of this process.
 
-    Only such a caller gains nothing by what this process may open.
+    Only such a caller gains nothing by what this process may open. Of several connections to `peer`, none may be another user's.
     """
     ends = ends_of(peer)
-    if ends is None:
-        return False
-    ours, theirs = ends
+    return bool(ends) and all(_is_of_this_user(*each) for each in ends)
+
+
+def _is_of_this_user(ours: Address, theirs: Address) -> bool:
     return ipaddress.ip_address(theirs[0]).is_loopback and _owner(theirs, ours) == os.geteuid()
 
 
