@@ -216,6 +216,10 @@ class Frontend:
         now = time.monotonic()
         return self._admission.refusal(caller, now + self._timeout_s if deadline is None else deadline, now)
 
+    def revision(self, layer: int) -> int:
+        """The `model_revision` of answers to requests that begin now."""
+        return self._forwards[layer].views.current.revision
+
     def stats(self) -> ServiceStats:
         """Counts since the start and the state of the hosts."""
         metrics, release, links = self._metrics, self._release, self._links

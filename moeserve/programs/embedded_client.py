@@ -216,7 +216,7 @@ def _answer(frontend: EmbeddedFrontend, request: WireRequest, timeout_s: float |
         layer = frontend.catalog.resolve(request.model, request.layer)
         spec = frontend.catalog.layers[layer]
         read = validate(request.for_layer(None if timeout_s is None else began + timeout_s, ""), spec, SERVER.max_tokens_per_request)
-        return frontend.run(layer, read) if read.num_tokens else empty_output(read, spec)
+        return frontend.run(layer, read) if read.num_tokens else empty_output(read, spec, frontend.engine.revision(layer))
     except MoEServeError as error:
         code = error.code.name
         raise

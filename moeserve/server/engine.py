@@ -38,6 +38,10 @@ class Engine(Protocol):
         """Why any request of `caller` would be refused now, whatever it asks for; None = it is worth reading."""
         ...
 
+    def revision(self, layer: int) -> int:
+        """The `model_revision` of what layer number `layer` answers to requests that begin now."""
+        ...
+
     def stats(self) -> ServiceStats:
         """A snapshot, at once; its layers are those of `layers`, in the same order."""
         ...

@@ -74,7 +74,7 @@ class Intake:
         if trace is not None:
             trace.layer, trace.tokens = spec.name, request.num_tokens
             trace.mark("decode")
-        output = await engine.forward(layer, request) if request.num_tokens else empty_output(request, spec)
+        output = await engine.forward(layer, request) if request.num_tokens else empty_output(request, spec, engine.revision(layer))
         if trace is not None:
             trace.mark("other")
         return output
@@ -93,7 +93,7 @@ def deadline_of(context: Context) -> float | None:
 
 
 @surroundings.put_aside()
-def empty_output(request: LayerRequest, spec: LayerSpec) -> ForwardOutput:
+def empty_output(request: LayerRequest, spec: LayerSpec, revision: int) -> ForwardOutput:
     """The answer to a batch without tokens."""
     counts = torch.zeros(spec.num_experts, dtype=torch.int64)
     top_k = spec.gating.choices_per_token(spec.num_experts) if request.topk_ids is None else request.topk_ids.shape[1]
@@ -109,4 +109,5 @@ def empty_output(request: LayerRequest, spec: LayerSpec) -> ForwardOutput:
         topk_weights=torch.zeros(0, top_k, dtype=torch.float32) if request.return_routing else None,
         slots=torch.zeros(0, top_k, dtype=torch.int64) if request.return_routing else None,
         drop_reasons=torch.zeros(0, top_k, dtype=torch.int32) if request.return_routing else None,
+        model_revision=revision,
     )

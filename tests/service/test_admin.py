@@ -39,6 +39,7 @@ def test_the_admin_swaps_and_callers_see_the_revision(service: ServiceHarness, f
         answer = client.forward(tokens(0))
         assert answer.model_revision == 2
         assert_close(answer.hidden_states, MoELayer.from_checkpoint(folders[1], dtype=torch.float32)(tokens(0)))
+        assert client.forward(tokens(0)[:0]).model_revision == 2
 
 
 @pytest.mark.parametrize("wrong", [CALLER, "", "secret"])

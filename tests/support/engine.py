@@ -91,6 +91,9 @@ class FakeEngine:
         self.callers.append(caller)
         return self.refusing
 
+    def revision(self, layer: int) -> int:
+        return int(self._stamped.get("model_revision", 1))
+
     def answer(self, layer: int, request: LayerRequest) -> ForwardOutput:
         num_tokens, num_experts = request.num_tokens, self.layers[layer].num_experts
         ids, weights = request.topk_ids, request.topk_weights
