@@ -171,6 +171,13 @@ def test_a_region_that_is_cut_off_fails_the_call_and_nothing_else(client: triton
     assert client.infer(MODEL, sent(), outputs=put()).get_response().outputs
 
 
+def test_rows_that_are_alone_are_read_whatever_the_budget(key: str) -> None:
+    (FOLDER / key[1:]).write_bytes(X.numpy().tobytes())
+    with served(echo_engine(), max_queued_bytes=1) as (target, _, _), triton.InferenceServerClient(target) as client:
+        client.register_system_shared_memory("r", key, SIZE)
+        assert np.array_equal(client.infer(MODEL, taken()).as_numpy("hidden_states"), X.numpy() + 1)
+
+
 @pytest.mark.parametrize("name", ["", "/", "/..", ".", "../etc/passwd", "/../../etc/passwd", "a/b", "/a/", "x" * 300, "\0", "no-such"])
 def test_keys_name_objects_and_no_other_files(client: triton.InferenceServerClient, name: str) -> None:
     code, said = refused(client.register_system_shared_memory, "r", name, 16)

@@ -35,11 +35,12 @@ _FLOATS: Final = pb.InferTensorContents.FP32_CONTENTS_FIELD_NUMBER
 
 @dataclass(frozen=True)
 class InferMessage:
-    """`raw`: the raw contents. `floats`: by input, the pieces of its FP32 contents that `parsed` does not have."""
+    """`raw`: the raw contents. `floats`: by input, the pieces of its FP32 contents that `parsed` does not have. `nbytes`: of it all."""
 
     parsed: pb.ModelInferRequest
     raw: Sequence[Buffer]
     floats: Mapping[int, Sequence[Buffer]]
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def parse(message: bytes) -> InferMessage:
         parsed = pb.ModelInferRequest.FromString(kept)
     except DecodeError:
         raise InvalidRequest(f"{len(message)} bytes are not a protobuf request of ModelInfer") from None
-    return InferMessage(parsed, raw or parsed.raw_input_contents, floats)
+    return InferMessage(parsed, raw or parsed.raw_input_contents, floats, len(message))
 
 
 def id_of(message: bytes) -> str:

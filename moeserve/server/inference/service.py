@@ -112,7 +112,7 @@ class InferenceService:
         with self._statistics[layer].request() as stages:
             request = decode(message)
             deadline = _deadline(context, request.options.timeout_s)
-            async with self._shared_memory.tensors(request, context) as shared:
+            async with self._shared_memory.tensors(request, context, message.nbytes) as shared:
                 given: dict[str, Any] = {**request.tensors, **shared, **request.options.gating}
                 wire = WireRequest(layer=layer, return_routing=any(wanted.output.is_routing for wanted in request.wanted), **given)
                 stages.decoded = time.monotonic_ns()

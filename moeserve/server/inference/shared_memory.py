@@ -42,8 +42,11 @@ class SharedMemory:
         }
 
     @asynccontextmanager
-    async def tensors(self, request: InferRequest, context: Context) -> AsyncIterator[dict[str, torch.Tensor]]:
-        """Copies of the inputs that are in shared memory, by name; outputs that are wanted there are checked."""
+    async def tensors(self, request: InferRequest, context: Context, own: int) -> AsyncIterator[dict[str, torch.Tensor]]:
+        """Copies of the inputs that are in shared memory, by name; outputs that are wanted there are checked.
+
+        `own`: the bytes of the request's message, which are counted already.
+        """
         outputs = [wanted.where for wanted in request.wanted if wanted.where is not None]
         if not outputs and not request.shared:
             yield {}
@@ -57,7 +60,7 @@ class SharedMemory:
         regions = {name: self._regions.find(each.where.region) for name, each in request.shared.items()}
         for name, each in request.shared.items():
             regions[name].require(each.where.offset, each.where.nbytes)
-        self._budget.take(nbytes)
+        self._budget.take(nbytes, own)
         try:
             found = {}
             for name, each in request.shared.items():
