@@ -104,7 +104,7 @@ def host_of(text: str) -> str:
     host = text.strip()
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
-    if host and _ip(host) is None and not _HOST_NAME.fullmatch(host):
+    if host and _ip(host) is None and not _is_name(host):
         raise ValueError("must be a name or an address, without a port")
     return host
 
@@ -127,9 +127,18 @@ def _host_and_port(text: str) -> tuple[str, int]:
         raise ValueError(f"its port is {_cut(repr(port))}, not a number from 1 to 65535")
     is_bracketed = host.startswith("[")
     host = host.strip("[]")
-    if not (_is_ipv6(host) if is_bracketed else _HOST_NAME.fullmatch(host)):
+    if not (_is_ipv6(host) if is_bracketed else _is_name(host)):
         raise ValueError(f"its host is {_cut(repr(found['host']))}, neither a name nor an address")
     return host, int(port)
+
+
+def _is_name(text: str) -> bool:
+    """Python fails in an unforeseen way to look up a name that has a part without a character, or with more than 63."""
+    try:
+        text.encode("idna")
+    except UnicodeError:
+        return False
+    return _HOST_NAME.fullmatch(text) is not None
 
 
 def _is_here(host: str) -> bool:

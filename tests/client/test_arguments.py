@@ -35,6 +35,8 @@ BAD_TARGETS = {
     "[127.0.0.1]:50051": "its host is '[127.0.0.1]', neither a name nor an address",
     ":50051": "its host is '', neither a name nor an address",
     "me@moe.example:50051": "its host is 'me@moe.example', neither a name nor an address",
+    "moe..example:50051": "its host is 'moe..example', neither a name nor an address",
+    "m" * 64 + ".example:50051": "its host is 'mmm",
     "moe.example:0": "its port is '0', not a number from 1 to 65535",
     "moe.example:70000": "its port is '70000', not a number",
     "moe.example:-1": "its port is '-1', not a number",
@@ -242,6 +244,7 @@ def test_timeouts_of_verbs(verb: str, target: str, tmp_path: Path, capsys: pytes
         (("--controller", "localhost"), "controller is 'localhost': it has no port"),
         (("--controller", "http://127.0.0.1:50050"), "controller is 'http://127.0.0.1:50050': http:// does not belong there"),
         (("--controller", "127.0.0.1:1", "--host", "127.0.0.1:50051"), "server: host: must be a name or an address, without a port"),
+        (("--controller", "127.0.0.1:1", "--host", "moe..example"), "server: host: must be a name or an address, without a port"),
     ],
 )
 def test_a_frontend_says_what_is_wrong(flags: tuple[str, ...], sentence: str, token_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
