@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-import stat
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import suppress
@@ -18,7 +17,6 @@ from moeserve.addresses import parse_target
 from moeserve.errors import ConfigError
 
 _FILES: Final = Path("/proc/self/fd")
-_INTERNET: Final = (socket.AF_INET, socket.AF_INET6)
 #: of peers: their addresses are asked for with every message
 _KNOWN: Final = 8192
 #: of Linux's `struct tcp_info`: where `tcpi_bytes_received` is, 64 bits wide
@@ -96,15 +94,27 @@ def _descriptors() -> list[int]:
 
 
 def _if_to(fd: int, address: Address) -> socket.socket | None:
+    if not _leads_to(fd, address):
+        return None
     with suppress(OSError):
-        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-            return None
         connection = socket.socket(fileno=os.dup(fd))
-        with suppress(OSError):
-            if connection.family in _INTERNET and _plain(*connection.getpeername()[:2]) == address:
-                return connection
+        if _leads_to(connection.fileno(), address):  # still
+            return connection
         connection.close()
     return None
+
+
+def _leads_to(fd: int, address: Address) -> bool:
+    connection = None
+    try:
+        connection = socket.socket(socket.AF_INET6, socket.SOCK_STREAM, fileno=fd)  # as above
+        peer = connection.getpeername()
+        return isinstance(peer, tuple) and peer[1] == address[1] and _plain(*peer[:2]) == address
+    except (OSError, ValueError):
+        return False  # no connection of TCP, or closed meanwhile
+    finally:
+        if connection is not None:
+            connection.detach()
 
 
 def _plain(host: str, port: int) -> Address:
