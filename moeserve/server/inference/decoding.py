@@ -20,7 +20,7 @@ from moeserve.api.tensors import nbytes, view
 from moeserve.errors import InvalidRequest
 from moeserve.server.inference.datatypes import Datatype
 from moeserve.server.inference.messages import pb
-from moeserve.server.inference.parameters import Options, Shared, options_of, shared_of
+from moeserve.server.inference.parameters import RAW_SIZE, Options, Shared, of_input, options_of, shared_of
 from moeserve.server.inference.tensors import INPUTS, OUTPUTS, Output
 
 #: of a large message: what protobuf parses, that is everything but raw contents and FP32 contents
@@ -126,7 +126,9 @@ def decode(message: InferMessage) -> InferRequest:
     raw, tensors, shared = iter(message.raw), dict[str, torch.Tensor](), dict[str, InShared]()
     for index, each in enumerate(request.inputs):
         datatype = _datatype_of(each, tensors.keys() | shared.keys())
-        where = shared_of(each.parameters, f"input {each.name}")
+        where, stated = of_input(each.parameters, f"input {each.name}")
+        if stated is not None and stated != (takes := nbytes(each.shape, datatype.dtype)):
+            raise InvalidRequest(f"parameter {RAW_SIZE!r} of input {each.name} is {stated}; its shape takes {takes} bytes", each.name)
         if where is not None:
             shared[each.name] = _in_shared(each, datatype, where)
         elif is_typed:

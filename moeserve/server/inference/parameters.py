@@ -14,6 +14,8 @@ Value = TypeVar("Value")
 _REGION, _BYTE_SIZE, _OFFSET = "shared_memory_region", "shared_memory_byte_size", "shared_memory_offset"
 #: what Triton's clients call what is always so here: every response is the final one of its request
 FINAL_RESPONSE: Final = "triton_final_response"
+#: what KServe's client says of every input that it sends raw
+RAW_SIZE: Final = "binary_data_size"
 _WANTS_FINAL: Final = "triton_enable_empty_final_response"
 _TIMEOUT: Final = "timeout"
 
@@ -35,11 +37,21 @@ class Options:
     gating: RequestOptions
 
 
+def of_input(parameters: Mapping[str, Any], what: str) -> tuple[Shared | None, int | None]:
+    """Where the bytes of an input are, as `shared_of`, and how many its caller says that they are. Raises InvalidRequest."""
+    given = _Given(parameters, what)
+    nbytes = given.take(RAW_SIZE, int)
+    return _shared(given, what, RAW_SIZE), nbytes
+
+
 def shared_of(parameters: Mapping[str, Any], what: str) -> Shared | None:
     """Where the bytes of a tensor are; None = in the message. Raises InvalidRequest."""
-    given = _Given(parameters, what)
+    return _shared(_Given(parameters, what), what)
+
+
+def _shared(given: _Given, what: str, *taken: str) -> Shared | None:
     region, size, offset = given.take(_REGION, str), given.take(_BYTE_SIZE, int), given.take(_OFFSET, int)
-    given.require_empty(_REGION, _BYTE_SIZE, _OFFSET)
+    given.require_empty(_REGION, _BYTE_SIZE, _OFFSET, *taken)
     if region is None and (size, offset) == (None, None):
         return None
     if region is None or size is None or size < 0 or (offset or 0) < 0:
