@@ -73,5 +73,5 @@ def _write(answer: dict[str, Any], output: Path) -> None:
             output.write_bytes(save(answer))
         else:
             save_file(answer, output.resolve())
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: links in a circle, before Python 3.13
         raise ConfigError(f"--output {output} cannot be written: {error}") from None

@@ -191,10 +191,11 @@ def test_infer_writes_where_a_link_leads(engine: FakeEngine, tmp_path: Path) -> 
     assert load_file(file)["hidden_states"].shape == X.shape
 
 
-@pytest.mark.parametrize("where", ["missing/y", "."])
+@pytest.mark.parametrize("where", ["missing/y", ".", "circle/y"])
 def test_infer_says_that_its_output_cannot_be_written(
     where: str, engine: FakeEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "circle").symlink_to("circle")
     assert infer_to(tmp_path / where, engine, tmp_path) == 2
     assert capsys.readouterr().err.startswith(f"error: --output {tmp_path / where} cannot be written: ")
 
