@@ -36,14 +36,14 @@ class Elsewhere:
 
     def take(self, key: str, counted: Counted) -> None:
         """All that the frontend of this key has counted by now."""
+        before = self._known.get(key)
+        if before is None:
+            self._known = {known: self._known[known] for known in self._known.keys() & self._keys()}
+        self._known[key] = counted  # what cannot be counted is not tried again either
         try:
-            self._metrics.add(counted.since(self._known.get(key, Counted())))
-        except (ValueError, KeyError, RuntimeError) as error:
+            self._metrics.add(counted.since(before or Counted()))
+        except (ValueError, KeyError) as error:
             log.warning("what a frontend has counted is not counted here: it has other layers or metrics: %s", error)
-        else:
-            if key not in self._known:
-                self._known = {known: self._known[known] for known in self._known.keys() & self._keys()}
-            self._known[key] = counted
 
 
 def counted_message(counted: Counted) -> pb.Counted:

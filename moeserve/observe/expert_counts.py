@@ -101,9 +101,12 @@ class ExpertCounts(Collector):
         )
 
     def add_elsewhere(self, layers: Sequence[LayerCounted]) -> None:
-        """Counts of a frontend elsewhere of the same layers, which are no demand of this one."""
-        for layer, counted in enumerate(layers):
-            dropped = counted.by_reason()
+        """Counts of a frontend elsewhere of the same layers, which are no demand of this one. Raises ValueError for other layers."""
+        by_reason = [counted.by_reason() for counted in layers]
+        shapes = [{pairs.shape for pairs in one.values()} for one in by_reason]
+        if shapes != [{processed.shape} for processed in self.processed] or any(COMPUTED not in one for one in by_reason):
+            raise ValueError("its layers have other experts")
+        for layer, (counted, dropped) in enumerate(zip(layers, by_reason, strict=True)):
             self._elsewhere[layer] = self._elsewhere[layer] + sum(dropped.values())
             self.add(layer, counted.tokens, dropped.pop(COMPUTED), dropped)
 

@@ -188,10 +188,10 @@ class Metrics:
 
     def add(self, counted: Counted) -> None:
         """Counts of another frontend, which tells of its demand itself; those of metrics that are not known here are left out."""
+        self.experts.add_elsewhere(counted.layers)
         for (name, *labels), values in counted.series.items():
             if (metric := self._told.get(name)) is not None:
                 add_series(metric, labels, values)
-        self.experts.add_elsewhere(counted.layers)
 
     def forget_host(self, host: str) -> None:
         """No series of a host that has left for good."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from moeserve.config import load_config
+from moeserve.config import LayerSpec, load_config
 from moeserve.control import timing
 from moeserve.control.counted import Elsewhere
 from moeserve.control.follow import Order, Report
@@ -179,6 +179,16 @@ async def test_what_a_program_has_counted_is_forgotten_after_it_has_left() -> No
     third = await case.frontends.join(Report("third"))
     elsewhere.take(third.public_key, Counted(layers=layers))
     assert [kept[member.public_key]() is None for member in (first, second)] == [True, False]
+
+
+@pytest.mark.parametrize("layers", [(), (spec(), spec()), (replace(spec(), num_experts=4),)])
+def test_a_frontend_with_other_layers_counts_for_nothing(layers: tuple[LayerSpec, ...], caplog: pytest.LogCaptureFixture) -> None:
+    elsewhere, theirs = Elsewhere(metrics := Metrics([spec()]), frozenset), Metrics(layers)
+    theirs.observe_call("Forward", "OK", 0.1)
+    for _ in range(2):
+        elsewhere.take("key", theirs.counted())
+    assert "other layers" in caplog.text
+    assert not metrics.calls() and metrics.experts.tokens == [0]
 
 
 class SlowHosts:

@@ -10,6 +10,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from moeserve.config import GatingConfig, LayerSpec
+from moeserve.observe.balancing import Balancing
 from moeserve.observe.metrics import Metrics
 from moeserve.observe.page import OtherProcesses, StatusPage
 
@@ -24,6 +25,10 @@ def metrics(calls: int) -> Metrics:
         made.experts.add(1, 10, torch.arange(4), {"capacity": torch.ones(4, dtype=torch.int64)})
     made.queue_tokens.set(calls)
     made.placement_epoch.set(7)
+    made.host_restarts.inc()
+    made.host_states.labels("host-0").set(True, "up")
+    made.host_states.labels("host-0").loads = 5, 2
+    made.balancing.said = Balancing({"moved": 3}, 4, 6)
     made.aux_loss.labels(NAMES[0]).set(float("nan"))
     return made
 
@@ -69,6 +74,10 @@ def test_counts_are_added_and_knowledge_is_not(several: Several, accept: str) ->
     assert said[("moeserve_expert_tokens_total", (("expert", "3"), ("layer", NAMES[1])))] == 21
     assert said[("moeserve_queue_tokens", ())] == 7
     assert said[("moeserve_placement_epoch", ())] == 7
+    assert said[("moeserve_host_restarts_total", ())] == 1
+    assert [said[(f"moeserve_expert_{what}_total", (("host", "host-0"),))] for what in ("uses", "loads")] == [5, 2]
+    assert said[("moeserve_rebalances_total", (("outcome", "moved"),))] == 3
+    assert [said[(f"moeserve_moved_{what}_total", ())] for what in ("experts", "bytes")] == [4, 6]
 
 
 def test_a_series_of_another_process_alone_is_there_too(several: Several) -> None:

@@ -20,6 +20,15 @@ _TIMEOUT_S: Final = 2.0
 _COUNTED_KINDS: Final = ("counter", "histogram", "summary")
 #: gauges of what each process has now; what the others say of hosts and placement, all of them know
 _ADDED_GAUGES: Final = ("moeserve_queue_tokens", "moeserve_queue_bytes", "moeserve_host_queue_tokens")
+#: counters of what hosts and the controller do, which each process sees in full
+_SEEN_BY_ALL: Final = (
+    "moeserve_host_restarts",
+    "moeserve_expert_uses",
+    "moeserve_expert_loads",
+    "moeserve_rebalances",
+    "moeserve_moved_experts",
+    "moeserve_moved_bytes",
+)
 
 #: name of a process -> host:port of its metrics
 Targets = Callable[[], Mapping[str, str]]
@@ -45,15 +54,15 @@ class OtherProcesses:
             theirs = _parse(self._ask(target, accept, names))
             for name, (header, series) in theirs.items():
                 ours = families.setdefault(name, (header, {}))[1]
-                if _is_counted(header):
+                if _is_counted(name, header):
                     counted.update(series)
                     ours.update({one: 0.0 for one in series if one not in ours})
                 elif name in _ADDED_GAUGES:
                     ours.update({one: ours.get(one, 0.0) + value for one, value in series.items()})
                 else:
                     ours.update({one: value for one, value in series.items() if one not in ours})
-        for header, series in families.values():
-            if _is_counted(header):
+        for name, (header, series) in families.items():
+            if _is_counted(name, header):
                 for counted in (self._ended, *(each for _, each in self._last.values())):
                     for one in series.keys() & counted.keys():
                         if not one.partition("{")[0].endswith("_created"):
@@ -84,7 +93,9 @@ class OtherProcesses:
         return b""
 
 
-def _is_counted(header: list[str]) -> bool:
+def _is_counted(name: str, header: list[str]) -> bool:
+    if name.removesuffix("_total") in _SEEN_BY_ALL:  # OpenMetrics names a family without it
+        return False
     return next((line.split()[3] for line in header if line.startswith("# TYPE")), "") in _COUNTED_KINDS
 
 
