@@ -11,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moeserve.observe.call_times import METHODS
 from moeserve.observe.metrics import EventLog
-from moeserve.observe.stats import Durations, HostShards, LayerStats
-from moeserve.observe.summary import added, balancedness, demand, host_rows, host_shares, quantile_ms, since
+from moeserve.observe.stats import Durations, HostShards, LayerStats, ServiceStats
+from moeserve.observe.summary import added, balancedness, demand, forwards, host_rows, host_shares, quantile_ms, since
 
 BOUNDS = (0.001, 0.01, 0.1, 1.0)
 
@@ -51,6 +52,11 @@ def test_snapshots_add_and_subtract(first: list[float], second: list[float]) -> 
     (gained,) = since([both], [counted(first)])
     assert gained.counts == counted(second).counts and gained.sum_s == pytest.approx(sum(second))
     assert since([both], [counted(first, "Other")]) == [both]
+
+
+def test_calls_of_both_protocols_run_tokens() -> None:
+    requests = [counted([0.05], name) for name in (*METHODS, "GetStats", "ModelMetadata")]
+    assert {one.name for one in forwards(ServiceStats(1, [], [], 0, requests=requests))} == METHODS
 
 
 def test_rows_expected_on_hosts() -> None:

@@ -13,7 +13,7 @@ NUM_TIMES: Final = 64
 BOUNDS_S: Final = tuple(_SHORTEST_S * _STEP**number for number in range(NUM_TIMES - 1))
 
 #: calls that wait for experts
-_METHODS: Final = frozenset({"Forward", "ForwardMany", "ForwardStream", "ModelInfer", "ModelStreamInfer"})
+METHODS: Final = frozenset({"Forward", "ForwardMany", "ForwardStream", "ModelInfer", "ModelStreamInfer"})
 #: a refused call is fast, and a caller that leaves says nothing of the service
 _CODES: Final = frozenset({"OK", "DEADLINE_EXCEEDED"})
 
@@ -26,7 +26,7 @@ class CallTimes:
 
     def observe(self, method: str, code: str, seconds: float) -> None:
         """One call was answered."""
-        if method in _METHODS and code in _CODES:
+        if method in METHODS and code in _CODES:
             self._counts[bisect_left(BOUNDS_S, seconds)] += 1
 
     def counts(self) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+from moeserve.observe.call_times import METHODS
 from moeserve.observe.records import plain
 from moeserve.observe.stats import Durations, LayerStats, ServiceStats, host_name
 
@@ -52,7 +53,7 @@ def since(now: Sequence[Durations], before: Sequence[Durations]) -> list[Duratio
 
 def forwards(stats: ServiceStats) -> list[Durations]:
     """Those of the calls that run tokens."""
-    return [one for one in stats.requests if one.name.startswith("Forward")]
+    return [one for one in stats.requests if one.name in METHODS]
 
 
 def demand(layer: LayerStats) -> list[int]:

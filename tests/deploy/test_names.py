@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from moeserve.observe.call_times import METHODS
 from tests.deploy.files import DEPLOY, REPOSITORY, Query, alerts, dashboard, panels, rules, series
 
 
@@ -21,6 +22,18 @@ def test_the_dashboard_shows_every_metric() -> None:
     shown = set(re.findall(r"moeserve_\w+", " ".join(query.expression for query in panels())))
     ends = r"_(total|bucket|sum|count)$"
     assert {re.sub(ends, "", name) for name in shown} == {re.sub(ends, "", name) for name in series()}
+
+
+@pytest.mark.parametrize("query", [*panels(), *alerts()], ids=str)
+def test_what_every_frontend_sees_is_not_added_up(query: Query) -> None:
+    seen = r"host_(restarts|state|up|busy|balancedness)|hosts_|rebalances|moved_|expert_(uses|loads|copies)|placement_"
+    assert not re.search(rf"sum( by \([^)]*\) )?\(((increase|rate)\()?moeserve_({seen})", query.expression)
+
+
+@pytest.mark.parametrize("query", panels(), ids=str)
+def test_latencies_are_those_of_all_calls_that_run_tokens(query: Query) -> None:
+    for methods in re.findall(r'method=~"([^"]*)"', query.expression):
+        assert {method for method in (*METHODS, "GetStats", "ModelMetadata") if re.fullmatch(methods, method)} == METHODS
 
 
 def test_variables_ask_for_labels_of_metrics_that_exist() -> None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import time
 from html.parser import HTMLParser
+from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry
 
+from moeserve.observe.page import StatusPage
+from moeserve.observe.stats import LayerStats, ServiceStats
 from moeserve.observe.summary import balancedness, demand, host_shares
 from tests.page.loaded import NUM_EXPERTS, TOKENS, Loaded
 
@@ -66,21 +71,25 @@ class Tree(HTMLParser):
         self.open[-1].children.append(data)
 
 
-@pytest.fixture(scope="module")
-def shown(loaded: Loaded, tmp_path_factory: pytest.TempPathFactory) -> tuple[Element, str]:
+def browsed(url: str, folder: Path) -> tuple[Element, str]:
     """The document after a few of its updates, and what the browser logged."""
     found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if found is None:
         pytest.skip(f"no browser is installed: one of {', '.join(BROWSERS)} is needed to look at the page")
     command = [found, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=4000", "--dump-dom"]
     done = subprocess.run(
-        [*command, f"--user-data-dir={tmp_path_factory.mktemp('browser')}", loaded.url],
+        [*command, f"--user-data-dir={folder}", url],
         capture_output=True,
         text=True,
         timeout=120,
         check=True,
     )
     return Tree(done.stdout).open[0], done.stderr
+
+
+@pytest.fixture(scope="module")
+def shown(loaded: Loaded, tmp_path_factory: pytest.TempPathFactory) -> tuple[Element, str]:
+    return browsed(loaded.url, tmp_path_factory.mktemp("browser"))
 
 
 def test_nothing_was_refused_by_the_policy_and_nothing_failed(shown: tuple[Element, str]) -> None:
@@ -144,6 +153,19 @@ def test_latency_answers_and_events(shown: tuple[Element, str]) -> None:
     assert 0 < p50 <= p90 <= p99
     assert ["Forward", "OK", "2"] in page.by_id("calls").rows() and ["Forward", "INVALID_ARGUMENT", "1"] in page.by_id("calls").rows()
     assert re.sub(r"^[\d:]+", "", page.by_id("events").all("li")[0].text) == "host lost: host-2"
+
+
+def test_layers_of_another_service_have_its_names(tmp_path: Path) -> None:
+    """It has taken the place of the first one, at the same address."""
+    names = chain(["a"], repeat("b"))
+    page = StatusPage(
+        "127.0.0.1", 0, CollectorRegistry(), lambda: ServiceStats(1, [LayerStats(next(names), 0, [0], [0], [1])], [], 0, time.monotonic())
+    )
+    try:
+        document, _ = browsed(f"http://127.0.0.1:{page.port}", tmp_path)
+    finally:
+        page.stop()
+    assert [option.text for option in document.all("option")] == ["b"]
 
 
 def test_the_package_ships_the_page() -> None:

@@ -8,6 +8,7 @@ const ms = (value) => value === null ? "–" : value >= 100 ? value.toFixed(0) :
 const short = (value) => value >= 1e6 ? (value / 1e6).toFixed(2) + " M" : value >= 1e4 ? (value / 1e3).toFixed(1) + " k" : value >= 100 || value === 0 ? number.format(value) : value.toFixed(1);
 const shown = /*shown*/ {};  // columns of tables, as records describe them
 const history = [];  // snapshots of the last minute, the newest last
+const memory = (() => { try { return localStorage; } catch { return {}; } })();  // a browser may forbid it
 
 function make(name, attributes = {}, text = null) {
   const isSvg = ["svg", "rect", "path", "title"].includes(name);
@@ -53,6 +54,17 @@ function countsOn(now, before) {  // as counts_on of summary.py: what took the p
     && now.layers.every((layer, i) => layer.name === before.layers[i].name && grows(counted(layer), counted(before.layers[i])));
 }
 
+function remember(stats) {  // by its time: a page that nobody sees may be woken once a minute
+  if (history.length && !countsOn(stats, history.at(-1))) history.length = 0;  // another service has its place
+  history.push(stats);
+  while (stats.uptime_s - history[0].uptime_s > MINUTE + 0.5) history.shift();
+}
+
+function lately() {  // the snapshot that rates count from
+  const now = history.at(-1), first = history.find((one) => now.uptime_s - one.uptime_s < FEW + 0.5);
+  return first === now ? history.at(-2) ?? now : first;
+}
+
 const demand = (layer) => layer.processed.map((value, i) => value + layer.dropped[i]);
 function shares(stats, counted) {  // of each host in the rows expected on all of them: the copies of an expert share its rows
   const expected = Object.fromEntries(stats.hosts.map((host) => [host.name, 0]));
@@ -68,7 +80,7 @@ function shares(stats, counted) {  // of each host in the rows expected on all o
 const span = (list) => Math.min(...list) === Math.max(...list) ? `${list[0]}` : `${Math.min(...list)}–${Math.max(...list)}`;
 const balance = (loads) => { const most = Math.max(0, ...loads); return most ? sum(loads) / loads.length / most : 1; };
 const tokens = (stats) => sum(stats.layers.map((layer) => layer.tokens));
-const forwards = (stats) => stats.requests.filter((one) => one.name.startsWith("Forward"));
+const forwards = (stats) => stats.requests.filter((one) => /^(Forward.*|Model(Stream)?Infer)$/.test(one.name));
 const calls = (stats) => sum(forwards(stats).map((one) => sum(one.counts)));
 function together(list) {
   if (!list.length) return { counts: [], upper_bounds_s: [] };
@@ -175,7 +187,7 @@ function addColumns(table, columns) {  // once, behind the names and the strips
 
 // ---- the parts of the page ----------------------------------------------------------------------------------------------------
 function drawTiles(stats, counted) {
-  const few = less(stats, history.at(-1 - FEW) ?? history[0]), seconds = few === stats ? 0 : few.uptime_s;
+  const few = less(stats, lately()), seconds = few === stats ? 0 : few.uptime_s;
   const steps = history.slice(1).map((one, i) => less(one, history[i]));
   const loads = counted.layers.map(demand), latency = together(forwards(counted));
   const asked = sum(loads.map(sum)), lost = sum(counted.layers.map((layer) => sum(layer.dropped)));
@@ -199,7 +211,7 @@ function drawTiles(stats, counted) {
 }
 
 function drawLoad(stats, counted) {
-  const few = less(stats, history.at(-1 - FEW) ?? history[0]), seconds = few === stats ? 0 : few.uptime_s;
+  const few = less(stats, lately()), seconds = few === stats ? 0 : few.uptime_s;
   const most = Math.max(0, ...stats.layers.map((layer) => layer.processed.length));
   $("experts").textContent = most > 1 ? `Experts 0 … ${most - 1}` : "Experts";
   addColumns("load", shown.layers);
@@ -215,7 +227,7 @@ function drawLoad(stats, counted) {
 
 function drawHosts(stats, counted) {
   const select = $("layer"), names = stats.layers.map((layer) => layer.name);
-  if (select.length !== names.length) select.replaceChildren(...names.map((name, i) => make("option", { value: i }, name)));
+  if (select.length !== names.length || names.some((name, i) => select.options[i].textContent !== name)) select.replaceChildren(...names.map((name, i) => make("option", { value: i }, name)));
   const layer = stats.layers[Number(select.value) || 0], count = layer.live_copies.length;
   addColumns("hosts", shown.hosts);
   const share = shares(stats, counted);
@@ -266,9 +278,7 @@ async function update() {
     const answer = await fetch("stats.json", { cache: "no-store", signal: AbortSignal.timeout(10 * PERIOD_MS) });
     if (!answer.ok) throw new Error(answer.status);
     const stats = await answer.json();
-    if (history.length && !countsOn(stats, history.at(-1))) history.length = 0;  // another service has its place
-    history.push(stats);
-    if (history.length > MINUTE + 1) history.shift();
+    remember(stats);
     const down = stats.hosts.filter((host) => !host.up).length;
     $("state").textContent = down ? `${down} of ${stats.hosts.length} hosts down` : "live";
     $("state").className = down ? "down" : "";
@@ -287,9 +297,9 @@ function theme(chosen) {
 $("theme").addEventListener("click", () => {
   const isDark = (document.documentElement.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
   theme(isDark ? "light" : "dark");
-  localStorage.setItem("moeserve-theme", isDark ? "light" : "dark");
+  memory["moeserve-theme"] = isDark ? "light" : "dark";
 });
 $("period").addEventListener("change", draw);
 $("layer").addEventListener("change", draw);
-theme(localStorage.getItem("moeserve-theme"));
+theme(memory["moeserve-theme"]);
 update();
