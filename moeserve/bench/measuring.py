@@ -13,8 +13,8 @@ from moeserve.bench.load import check_answer
 from moeserve.bench.runs import Inputs, served_layer
 from moeserve.client import AsyncClient, LayerInfo
 from moeserve.errors import ConfigError, InvalidRequest
-from moeserve.observe.stats import LayerStats
-from moeserve.observe.summary import demand, since
+from moeserve.observe.stats import LayerStats, ServiceStats
+from moeserve.observe.summary import counts_on, demand, since
 
 #: tokens of the requests, as far as the service takes so many
 _TOKENS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -27,7 +27,8 @@ async def measured_costs(client: AsyncClient, wanted: int | str, inputs: Inputs)
     """Of one layer; nobody else should call meanwhile. Raises ConfigError when its costs cannot be told, or the service's error."""
     async with client:
         layer = served_layer(await client.layers(), wanted)
-        before = await _counts(client, layer)
+        started = await client.stats()
+        before = _counts(started, layer)
         _check(layer, before)
         sizes = {tokens: Measurement(tokens) for tokens in _TOKENS}
         for number in range(_ROUNDS):
@@ -38,7 +39,7 @@ async def measured_costs(client: AsyncClient, wanted: int | str, inputs: Inputs)
                     if number or len(sizes) <= 2:
                         raise
                     del sizes[tokens]  # larger than the service takes
-        after = await _counts(client, layer)
+        after = _counts(await _later(client, started), layer)
     asked = [now - then for now, then in zip(demand(after), demand(before), strict=True)]
     work = RequestWork.of([(one.host, one.experts) for one in after.placement], asked, layer.top_k)
     return fitted((layer.hidden_size, layer.intermediate_size), [*sizes.values()], work)
@@ -50,7 +51,7 @@ async def _measure(client: AsyncClient, layer: LayerInfo, requests: Sequence[Wir
     before = await client.stats()
     asked = requests[:_REQUESTS]
     into.latencies_s.append(await _ask(client, layer, asked))
-    after = await client.stats()
+    after = await _later(client, before)
     for stage in since(after.stages, before.stages):
         into.stages_s.setdefault(stage.name, []).append(stage.sum_s / len(asked))
 
@@ -66,8 +67,16 @@ async def _ask(client: AsyncClient, layer: LayerInfo, requests: Sequence[WireReq
     return seconds
 
 
-async def _counts(client: AsyncClient, layer: LayerInfo) -> LayerStats:
-    return next(each for each in (await client.stats()).layers if each.name == layer.name)
+async def _later(client: AsyncClient, before: ServiceStats) -> ServiceStats:
+    """The counts of the same frontend. Raises ConfigError."""
+    now = await client.stats()
+    if not counts_on(now, before):
+        raise ConfigError("--costs needs the counts of one frontend, but another has answered, or it was started again")
+    return now
+
+
+def _counts(stats: ServiceStats, layer: LayerInfo) -> LayerStats:
+    return next(each for each in stats.layers if each.name == layer.name)
 
 
 def _check(layer: LayerInfo, counts: LayerStats) -> None:

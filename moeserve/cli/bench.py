@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TextIO
@@ -84,7 +85,8 @@ def bench(
 
 
 def _measure_costs(path: Path, measure: Callable[[], Coroutine[Any, Any, Costs]]) -> int:
-    _written(path, "a").close()  # said before it is measured, not afterwards; what is there stays until then
+    with _written(path, "a"):  # said before it is measured, not afterwards; what is there stays until then
+        pass
     costs = asyncio.run(until_signal(measure()))
     with _written(path) as file:
         file.write(costs.to_json())
@@ -99,9 +101,12 @@ async def _recorded(path: Path, client: AsyncClient, measure: Callable[[], Await
             await record(client, file, measure)
 
 
-def _written(path: Path, mode: Literal["w", "a"] = "w") -> TextIO:
+@contextmanager
+def _written(path: Path, mode: Literal["w", "a"] = "w") -> Iterator[TextIO]:
+    """Raises ConfigError when it cannot be, also when the disk is full in the end."""
     try:
-        return path.open(mode, encoding="utf-8")
+        with path.open(mode, encoding="utf-8") as file:
+            yield file
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from moeserve.bench.costs import Costs
 from moeserve.bench.trace import Rows
+from moeserve.errors import ConfigError
 from moeserve.placement import Placement
 from moeserve.simulate.cores import Cores
 from moeserve.simulate.work import LayerWork
@@ -101,7 +102,7 @@ class _Frontend:
 
 
 def simulated_calls(placement: Placement, work: Sequence[LayerWork], workload: Workload, cores: Cores, costs: Costs, seed: int) -> Calls:
-    """`work`: of each layer of the placement."""
+    """`work`: of each layer of the placement. Raises ConfigError where calls cost nothing."""
     return _Simulation(placement, work, workload, cores, costs, np.random.default_rng(seed)).run()
 
 
@@ -150,6 +151,8 @@ class _Simulation:
                 self._finish(now, what)
         began = self._answers[warm_up - 1][0]
         ended, latencies = self._answers[-1][0], np.array([latency for _, latency in self._answers[warm_up:]])
+        if ended <= began:
+            raise ConfigError("calls take no time by these costs; allowed: costs by which they take some")
         return Calls(measured * self._load.tokens / (ended - began), latencies, self._busy_s / max(ended, float(self._host_s.max())))
 
     def _call_s(self) -> float:

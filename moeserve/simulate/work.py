@@ -47,8 +47,9 @@ class LayerWork:
         used = np.flatnonzero(rows)
         seconds = costs.expert_s.at(rows[used].astype(np.float64)) / shards
         of_host = np.bincount(layer.host_of_physical[used], weights=seconds, minlength=layer.num_hosts)
-        hosts = np.flatnonzero(of_host)
+        of_rows = np.bincount(layer.host_of_physical[used], weights=rows[used], minlength=layer.num_hosts)
+        hosts = np.flatnonzero(of_rows)
         # A token that chooses several experts of a host travels there once.
-        share = np.bincount(layer.host_of_physical[used], weights=rows[used], minlength=layer.num_hosts)[hosts] / max(1, len(units))
+        share = of_rows[hosts] / max(1, len(units))
         sent_rows = float((tokens * (1 - (1 - share) ** (self.top_k * shards))).sum())
         return Parts(hosts, np.asarray(costs.pass_s + of_host[hosts], dtype=np.float64), sent_rows)

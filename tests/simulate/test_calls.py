@@ -48,6 +48,12 @@ def test_a_single_caller_waits_for_the_sum_of_the_costs() -> None:
     assert found.p99_ms == pytest.approx(1e3 * expected_s)
 
 
+def test_experts_that_take_no_time_of_their_own_are_in_a_pass() -> None:
+    """As measured costs say it of small ones."""
+    found = calls(2, 2, Workload(10, 1, 1), replace(ROWS_ONLY, pass_s=1e-3, expert_s=Curve.line(0, 0)))
+    assert found.latencies_s == pytest.approx(1e-3, rel=0.01) and found.busy == pytest.approx(1, rel=0.01)
+
+
 def test_calls_take_longer_by_chance_as_they_did_when_measured() -> None:
     costs = replace(ROWS_ONLY, spread=(*[0.9] * 98, 4.0, 7.8))
     found = calls(1, 1, Workload(10, 1, 1), costs)

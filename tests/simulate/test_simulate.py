@@ -138,6 +138,7 @@ def test_a_recorded_load_is_played(capsys: pytest.CaptureFixture[str], tmp_path:
         (("--tokens", "0"), "--tokens is 0"),
         (("--costs", "{folder}/none"), "is not a readable file of costs"),
         (("--costs", "{folder}/costs"), "hop_s is -1; allowed: seconds from 0"),
+        (("--layers", "1", "--costs", "{folder}/nothing"), "calls take no time by these costs"),
         (("{folder}/service.toml", "--experts", "8"), "--experts has no meaning with SOURCE"),
         (("{folder}/none.toml",), "does not exist"),
         (("--layers", "1", "--experts", "8", "--hosts", "2", "--plot", "{folder}/no/a.png"), "cannot be written"),
@@ -149,10 +150,15 @@ def test_nonsense_is_refused_in_one_sentence(
     from dataclasses import replace
 
     from moeserve.bench.costs import REFERENCE
+    from moeserve.bench.curve import Curve
 
     source(tmp_path)
     (tmp_path / "trace").write_text('{"layers": {"one": 8}}\n{"at_s": 1, "rows": [[1, 2, 3, 4, 5, 6, 7, 8]]}\n')
     (tmp_path / "costs").write_text(replace(REFERENCE, hop_s=-1).to_json())
+    free = dict.fromkeys(("call_s", "batch_s", "expert_s"), Curve.line(0, 0)) | dict.fromkeys(
+        ("hop_s", "sent_row_s", "summed_row_s", "pass_s"), 0
+    )
+    (tmp_path / "nothing").write_text(replace(REFERENCE, **free).to_json())
     if "--plot" in argv:
         pytest.importorskip("matplotlib", reason="the optional dependency `plot` is not installed")
     assert main(["simulate", *(each.format(folder=tmp_path) for each in argv)]) == 2
