@@ -7,7 +7,6 @@ import itertools
 import multiprocessing
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -24,6 +23,7 @@ from moeserve.bench.load import WrongAnswer
 from moeserve.client import Client
 from moeserve.config import ServiceConfig
 from moeserve.errors import MoEServeError
+from moeserve.interpreter import interpreter
 
 #: how often the results so far are passed on
 _TELL_S: Final = 0.2
@@ -53,7 +53,7 @@ class LoadProcess:
         self._pipe, theirs = multiprocessing.Pipe()
         # Not a Process of multiprocessing, which unblocks signals here.
         program = "import sys; from moeserve.bench.chaos_load import run_clients; run_clients(int(sys.argv[1]))"
-        command = [sys.executable, "-c", program, str(theirs.fileno())]
+        command = [*interpreter(), "-c", program, str(theirs.fileno())]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])  # noqa: S603 - this very program
         theirs.close()
         self._pipe.send((config, clients, seed))

@@ -9,7 +9,6 @@ import asyncio
 import socket
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from moeserve.bench.stages import CallTraffic
 from moeserve.client import LayerInfo
 from moeserve.errors import MoEServeError
 from moeserve.experts.activations import is_gated
+from moeserve.interpreter import interpreter
 
 _TIMES: Final = 20
 _PINGS: Final = 50
@@ -49,7 +49,7 @@ class Floors:
 
     def __enter__(self) -> Self:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-m", floor_process.__name__, str(theirs.fileno())]
+        command = [*interpreter(), "-m", floor_process.__name__, str(theirs.fileno())]
         pipe, fds = subprocess.PIPE, [theirs.fileno()]
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, pass_fds=fds)  # noqa: S603 - this very program
         theirs.close()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 from moeserve.errors import MoEServeError
+from moeserve.interpreter import interpreter
 from moeserve.programs.timing import PROCESS_END_S, PROCESS_RESTART_S, PROCESS_SLOWEST_RESTART_S
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class _Supervised:
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
-        command = (sys.executable, "-m", "moeserve.programs.frontend_process")
+        command = [*interpreter(), "-m", "moeserve.programs.frontend_process"]
         pipe = asyncio.subprocess.PIPE
         # In a session of its own, Ctrl-C does not reach it: it ends as it is told.
         process = self._process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, start_new_session=True)
