@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from urllib.request import Request, urlopen
 
@@ -83,7 +84,10 @@ def test_counts_are_added_and_knowledge_is_not(several: Several, accept: str) ->
 def test_a_series_of_another_process_alone_is_there_too(several: Several) -> None:
     several.metrics[1].observe_call("ForwardMany", "RESOURCE_EXHAUSTED", 0.1)
     said = several.scrape()
-    assert said[("moeserve_requests_total", (("code", "RESOURCE_EXHAUSTED"), ("method", "ForwardMany")))] == 1
+    labels = (("code", "RESOURCE_EXHAUSTED"), ("method", "ForwardMany"))
+    assert said[("moeserve_requests_total", labels)] == 1
+    created = several.scrape("application/openmetrics-text; version=1.0.0")[("moeserve_requests_created", labels)]
+    assert created == pytest.approx(time.time(), abs=60)
     assert set(several.scrape(query="?name[]=moeserve_requests_total")) == {one for one in said if one[0] == REQUESTS[0]}
 
 

@@ -56,7 +56,7 @@ class OtherProcesses:
                 ours = families.setdefault(name, (header, {}))[1]
                 if _is_counted(name, header):
                     counted.update(series)
-                    ours.update({one: 0.0 for one in series if one not in ours})
+                    ours.update({one: value if _is_time(one) else 0.0 for one, value in series.items() if one not in ours})
                 elif name in _ADDED_GAUGES:
                     ours.update({one: ours.get(one, 0.0) + value for one, value in series.items()})
                 else:
@@ -65,7 +65,7 @@ class OtherProcesses:
             if _is_counted(name, header):
                 for counted in (self._ended, *(each for _, each in self._last.values())):
                     for one in series.keys() & counted.keys():
-                        if not one.partition("{")[0].endswith("_created"):
+                        if not _is_time(one):
                             series[one] += counted[one]
         end = b"# EOF\n" if own.body.endswith(b"# EOF\n") else b""
         return Exposition(own.content_type, "".join(_lines(families)).encode() + end)
@@ -91,6 +91,11 @@ class OtherProcesses:
         connection.close()
         log.debug("no metrics from %s", target)
         return b""
+
+
+def _is_time(series: str) -> bool:
+    """When something was counted first."""
+    return series.partition("{")[0].endswith("_created")
 
 
 def _is_counted(name: str, header: list[str]) -> bool:
