@@ -183,8 +183,8 @@ def native_layers(folder: Path, dtype: Dtype | None, trusted: Sequence[str]) -> 
         check_trusted(str(layer.name), layer, trusted)
     files = SafetensorsFolder(folder)
     found = [_layer(layer, files, dtype) for layer in layers]
-    for layer in found:
-        _reject_unread(layer, files, [other.spec.name for other in found])
+    for native in found:
+        _reject_unread(native, files, [other.spec.name for other in found])
     return found
 
 

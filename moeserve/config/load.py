@@ -140,8 +140,9 @@ def _key(loc: tuple[int | str, ...], data: Any) -> list[str]:
     """Without the names of the types that pydantic tried, such as "constrained-int" or "tuple[int, ...]", which no key of `data` is."""
     key = []
     for part in loc:
-        if (isinstance(data, Mapping) and part in data) or (isinstance(data, list | tuple) and part in range(len(data))):
-            data = data[part]
+        held: Any = data if isinstance(data, Mapping) else dict(enumerate(data)) if isinstance(data, list | tuple) else {}
+        if part in held:
+            data = held[part]
         elif isinstance(part, str) and set(part) & set("-["):
             continue
         key.append(str(part))
