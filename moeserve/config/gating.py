@@ -185,10 +185,6 @@ class GatingConfig(BaseModel):
                 f"gating.drop_policy = {self.drop_policy!r} has no meaning with gating.routing = 'expert_choice': nothing is dropped",
             ),
             (
-                by_experts and (self.min_capacity > 0 or self.capacity_multiple > 1),
-                "gating.min_capacity and gating.capacity_multiple have no meaning with gating.routing = 'expert_choice'",
-            ),
-            (
                 self.routing == "mindformers" and self.drop_policy in {"probs", "random"},
                 f"gating.drop_policy = {self.drop_policy!r} has no meaning with gating.routing = 'mindformers': "
                 "it serves first choices first",

@@ -27,8 +27,6 @@ from moeserve.config import GatingConfig
         ({"routing": "expert_choice"}, "gating.routing = 'expert_choice' needs gating.capacity_factor"),
         ({"routing": "expert_choice", "capacity_factor": 1.0, "drop_tokens": False}, "gating.drop_tokens = true"),
         ({"routing": "expert_choice", "capacity_factor": 1.0, "capacity_rule": "deepspeed"}, "gating.capacity_rule = 'deepspeed' has no"),
-        ({"routing": "expert_choice", "capacity_factor": 1.0, "min_capacity": 4}, "gating.min_capacity and gating.capacity_multiple have"),
-        ({"routing": "expert_choice", "capacity_factor": 1.0, "capacity_multiple": 8}, "gating.capacity_multiple have no meaning"),
         ({"routing": "expert_choice", "capacity_factor": 1.0, "drop_policy": "probs"}, "gating.drop_policy = 'probs' has no meaning"),
         (
             {"routing": "expert_choice", "capacity_factor": 1.0, "scoring_func": "softmax_topk"},
