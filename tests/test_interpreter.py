@@ -13,7 +13,7 @@ import moeserve
 
 START = """
 import subprocess
-from moeserve.interpreter import interpreter
+from moeserve.programs.interpreter import interpreter
 print(subprocess.run([*interpreter(), *{arguments}], capture_output=True, text=True).stdout)
 """
 
@@ -40,7 +40,9 @@ def test_the_working_directory_counts_as_in_the_process_before(tmp_path: Path, f
 
 
 def test_a_working_directory_that_is_gone_is_not_looked_into(tmp_path: Path) -> None:
-    program = f"import os; os.rmdir({str(tmp_path / 'gone')!r}); from moeserve.interpreter import interpreter; print(interpreter()[1:])"
+    program = (
+        f"import os; os.rmdir({str(tmp_path / 'gone')!r}); from moeserve.programs.interpreter import interpreter; print(interpreter()[1:])"
+    )
     (tmp_path / "gone").mkdir()
     env = {**os.environ, "PYTHONPATH": str(Path(moeserve.__file__).parents[1])}
     command = [sys.executable, "-P", "-c", program]

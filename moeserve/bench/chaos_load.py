@@ -23,7 +23,7 @@ from moeserve.bench.load import WrongAnswer
 from moeserve.client import Client
 from moeserve.config import ServiceConfig
 from moeserve.errors import MoEServeError
-from moeserve.interpreter import interpreter
+from moeserve.programs.interpreter import interpreter
 
 #: how often the results so far are passed on
 _TELL_S: Final = 0.2

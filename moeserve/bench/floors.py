@@ -25,7 +25,7 @@ from moeserve.bench.stages import CallTraffic
 from moeserve.client import LayerInfo
 from moeserve.errors import MoEServeError
 from moeserve.experts.activations import is_gated
-from moeserve.interpreter import interpreter
+from moeserve.programs.interpreter import interpreter
 
 _TIMES: Final = 20
 _PINGS: Final = 50

@@ -12,7 +12,7 @@ from moeserve.gating.segments import Segments
 
 def z_loss(router_logits: Tensor, requests: Segments) -> Tensor:
     """[T, E] float32 -> [R] float32, 0 for a request without used tokens."""
-    # x - log_softmax(x) is the logsumexp in every column, by a kernel that is one call instead of eight. In that of the largest x it is
-    # exact: beside a logit of -1e9, which keeps an expert from being chosen, nothing is left of it.
+    # x - log_softmax(x) is the logsumexp in every column, by a kernel that is one call instead of eight. That of the largest x has it
+    # exactly; in one of -1e9, as hides an expert, float32 has nothing left of it.
     logsumexp = router_logits.amax(dim=1, keepdim=True) - router_logits.log_softmax(dim=1).amax(dim=1, keepdim=True)
     return requests.mean(logsumexp.square()).squeeze(1)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from moeserve.errors import MoEServeError
-from moeserve.interpreter import interpreter
+from moeserve.programs.interpreter import interpreter
 from moeserve.programs.timing import PROCESS_END_S, PROCESS_RESTART_S, PROCESS_SLOWEST_RESTART_S
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from moeserve.programs.grpc_orders import GrpcOrders
 from tests.support.closeness import assert_close
 from tests.support.followers import TOKEN, FrontendProcess
 from tests.support.harness import ServiceHarness
-from tests.support.listeners import reserved_port
+from tests.support.ports import kept_port
 from tests.support.seeded_folders import LAYER, configuration, folder, tokens
 from tests.support.seen import epochs
 from tests.support.two_layers import CONFIG, answers
@@ -123,10 +123,9 @@ def test_one_that_hangs_is_left_behind_and_catches_up(two: tuple[ServiceHarness,
 
 
 @pytest.fixture
-def port() -> Iterator[int]:
+def port() -> int:
     """Where nobody listens yet."""
-    with reserved_port() as port:
-        yield port
+    return kept_port()
 
 
 async def test_health_tells_the_truth_before_there_is_a_controller(tmp_path: Path, port: int) -> None:

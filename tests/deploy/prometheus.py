@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from tests.deploy.files import ALERTS, DEPLOY, read_yaml
-from tests.support.listeners import reserved_port
+from tests.support.ports import kept_port
 from tests.support.waiting import until
 
 PATIENCE_S = 60
@@ -78,8 +78,8 @@ def prometheus(folder: Path, metrics_port: int) -> Iterator[Prometheus]:
     config["rule_files"] = [str(ALERTS)]
     config["scrape_configs"][0]["static_configs"] = [{"targets": [f"127.0.0.1:{metrics_port}"]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    with reserved_port() as port, (folder / "log").open("w") as log:
-        address = f"127.0.0.1:{port}"
+    address = f"127.0.0.1:{kept_port()}"
+    with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [
                 found,

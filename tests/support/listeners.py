@@ -1,4 +1,4 @@
-"""Sockets that are no service: one that takes connections, a port that waits for a server, a wire between a client and one."""
+"""Sockets that are no service: one that takes connections, a wire between a client and a server."""
 
 from __future__ import annotations
 
@@ -43,15 +43,6 @@ def listener(answer: bytes = b"") -> Iterator[Listener]:
         yield listening
     finally:
         listening.stop()
-
-
-@contextmanager
-def reserved_port() -> Iterator[int]:
-    """A port of 127.0.0.1 at which nobody listens, and which the system gives to no one meanwhile; a server may listen there."""
-    with socket.socket() as holding:
-        holding.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holding.bind(("127.0.0.1", 0))
-        yield holding.getsockname()[1]
 
 
 class Wire:
