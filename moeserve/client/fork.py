@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from moeserve.errors import MoEServeError
 
 #: of the thread in which asyncio's gRPC waits, as long as there is a channel or a server of it, be it another library's
 _POLLER: Final = "(_poll_wrapper)"
+
+
+class Heir(Protocol):
+    """What a forked process begins anew."""
+
+    def in_child(self) -> None: ...
 
 
 class Forks:
@@ -21,8 +27,13 @@ class Forks:
         self._is_survived = os.environ.get("GRPC_ENABLE_FORK_SUPPORT", "1").lower() not in ("0", "false", "no", "f", "n")
         self._has_channels = False
         self._of_asyncio: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._heirs: weakref.WeakSet[Heir] = weakref.WeakSet()
         self._is_broken = self._is_asyncio_broken = self._has_poller = False
         os.register_at_fork(before=self._in_parent, after_in_child=self._in_child)
+
+    def tell(self, heir: Heir) -> None:
+        """Has `heir` begin anew in every process that is forked from this one."""
+        self._heirs.add(heir)
 
     def opened(self, channel: Any, is_async: bool) -> None:
         """A channel was opened; is_async: one of asyncio."""
@@ -51,6 +62,9 @@ class Forks:
     def _in_child(self) -> None:
         self._is_broken = self._is_broken or (self._has_channels and not self._is_survived)
         self._is_asyncio_broken = self._is_asyncio_broken or self._has_poller or bool(self._of_asyncio)
+        if not self._is_broken:
+            for heir in self._heirs:
+                heir.in_child()
 
 
 FORKS: Final = Forks()

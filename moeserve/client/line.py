@@ -111,6 +111,8 @@ class Line:
         self._is_closed = False
         #: whether the service has answered, on this channel or an earlier one
         self.is_known = False
+        if not self._is_async:
+            FORKS.tell(self)
 
     def timeout_s(self, timeout: Any) -> float | None:
         """In seconds; None = what the client says. Raises InvalidRequest for one that cannot be."""
@@ -139,6 +141,10 @@ class Line:
             return None
         opened.is_closed = True
         return opened.channel
+
+    def in_child(self) -> None:
+        """This process was forked: what its parent has opened is not for it, and whoever held the lock is not here."""
+        self._lock, self._opened = threading.Lock(), None
 
     def _open(self) -> _Opened:
         with self._lock:
