@@ -16,7 +16,8 @@ _POLLER: Final = "(_poll_wrapper)"
 class Heir(Protocol):
     """What a forked process begins anew."""
 
-    def in_child(self) -> None: ...
+    def in_child(self) -> None:
+        """Runs in the new process, before anything else does."""
 
 
 class Forks:
