@@ -32,7 +32,10 @@ class Fleet(HostFleet, Protocol):
         ...
 
     async def adopt(self, release: Release, assignments: Sequence[Assignment]) -> None:
-        """Take over the hosts of an earlier controller: those of `assignments` serve `release`, all others end."""
+        """Take over the hosts of an earlier controller: those of `assignments` serve `release`, all others end.
+
+        Batches may still use earlier releases, which hosts keep until `retire`.
+        """
         ...
 
     def admit(self, public_keys: Collection[str]) -> asyncio.Future[None]:

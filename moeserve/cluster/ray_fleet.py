@@ -121,7 +121,8 @@ class RayFleet:
     async def adopt(self, release: Release, assignments: Sequence[Assignment]) -> None:
         """Take over the detached hosts of an earlier process: those of `assignments` serve `release`, all others end.
 
-        Missing hosts are started, unless their node is gone: then they are `given_up`. Does not wait long for hosts that are not ready.
+        They keep earlier releases until `retire`. Missing hosts are started, unless their node is gone: then they are `given_up`. Does not
+        wait long for hosts that are not ready.
         """
         self._releases = [release]
         groups, living = await in_thread(find_reservations), await in_thread(find_hosts)

@@ -86,7 +86,7 @@ class ThreadFleet:
             await self._loading.wait(number, partial(self._have_take, self.members[number], release))
 
     async def adopt(self, release: Release, assignments: Sequence[Assignment]) -> None:
-        """The hosts of `assignments` serve `release` only; all others end."""
+        """The hosts of `assignments` serve `release`, and earlier ones until `retire`; all others end."""
         self._releases[:] = [release]
         numbers = {each.number for each in assignments}
         await self.remove([number for number in self.members if number not in numbers])

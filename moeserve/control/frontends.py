@@ -86,8 +86,12 @@ class Frontends:
         self._tell(replace(self._order, current=release))
 
     async def until_back(self, timeout_s: float) -> None:
-        """Waits for frontends of an earlier controller; some may be gone. A change before that would miss them."""
+        """Waits for frontends of an earlier controller; some may be gone. A change before that would miss them.
+
+        They may use an earlier release: their batches have as long to end as after `publish`.
+        """
         await self._heard.until(lambda: not self._absent, time.monotonic() + timeout_s)
+        self._let_go()
 
     def directory(self, hosts: Mapping[int, HostInfo]) -> None:
         """Sets the current incarnations of all hosts."""
@@ -171,7 +175,7 @@ class Frontends:
 
     def publish(self, release: Release) -> None:
         """New batches use `release`, which was offered, as soon as their frontend has the order."""
-        self._let_go_at = time.monotonic() + self._drain_timeout_s + timing.GRACE_S
+        self._let_go()
         self._tell(replace(self._order, current=release, candidate=None, balancing=replace(self.balancing, changing="")))
 
     async def drained(self) -> None:
@@ -214,6 +218,9 @@ class Frontends:
         if busy != dict(self._order.busy) and now >= self._busy_told_at + timing.TELL_BUSY_S:
             self._busy_told_at = now
             self._tell(replace(self._order, busy=busy))
+
+    def _let_go(self) -> None:
+        self._let_go_at = time.monotonic() + self._drain_timeout_s + timing.GRACE_S
 
     def _tell(self, order: Order) -> None:
         self._order = order

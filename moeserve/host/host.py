@@ -88,10 +88,9 @@ class Host:
         self.weigh()
 
     def adopt(self, release: Release) -> None:
-        """Load this release and forget all others. Raises as `take`."""
+        """Load this release and forget later ones; batches may still use earlier ones. Raises as `take`."""
         self.withdraw(release.epoch + 1)
         self.take(release)
-        self.retire(release.epoch)
 
     def meet(self, directory: Mapping[int, HostInfo], frontends: Collection[str] | None) -> None:
         """All hosts by number as they are now, and the public keys of all frontends: only these may talk to this one.

@@ -117,9 +117,12 @@ class ControllerProgram:
         self._later(hosts.watch(self.frontends.directory))
 
     async def keep(self) -> None:
-        """Reconcile from now on; first wait for frontends of an earlier incarnation."""
+        """Reconcile from now on; first wait for frontends of an earlier incarnation, which may have died in the middle of a change."""
         if not self._is_first:
+            epoch = self.saved.state.release.epoch
             await self.frontends.until_back(timing.BACK_S)
+            await self.frontends.drained()
+            await self.cluster.hosts.retire(epoch)
         self._later(self.controller.keep())
 
     async def lost(self) -> Loss:

@@ -26,7 +26,7 @@ from tests.support.harness import ServiceHarness
 from tests.support.held import Held
 from tests.support.seen import epochs
 from tests.support.two_layers import CONFIG, LAYERS, Load, answers, tokens
-from tests.support.waiting import until, until_async
+from tests.support.waiting import PATIENCE_S, until, until_async
 
 HERE = "this-node"
 
@@ -111,6 +111,30 @@ def test_without_its_controller_a_frontend_serves_on_and_catches_up_later(tmp_pa
             assert epochs(service) == [4, 4]
             answers(follower.target)
         assert service.followers == frozenset()
+
+
+def test_batches_of_an_earlier_release_end_although_a_controller_dies_before_it_has_published_the_next(tmp_path: Path) -> None:
+    """The next controller serves what the one before has saved; hosts keep what frontends use until these have moved on."""
+    with ServiceHarness(CONFIG, "shm", tmp_path) as service, ThreadPoolExecutor() as pool:
+        service.call(service.open_control())
+        with ThreadedFrontend(service.control_target) as follower, Client(follower.target) as client:
+            held = Held(service.hosts[0])
+            answer = pool.submit(client.forward, tokens(0))
+            assert held.begun.acquire(timeout=PATIENCE_S)
+            before = service.controller.state
+            release = replace(before.release, placement=replace(before.release.placement, epoch=2))
+            service.call(service.close_control())
+            service.call(service.cluster.hosts.take(release, before.assignments))
+            service.program.remember(state=replace(before, release=release, last_epoch=2))
+            service.call(service.reopen_control())
+            assert [host.host.holdings.store.epochs for host in service.hosts] == [[1, 2]] * 2
+            keeping = pool.submit(service.call, service.program.keep())
+            service.call(until_async(lambda: any((one.epoch, one.oldest_epoch) == (2, 1) for one in service.frontends.members())))
+            assert not keeping.done()
+            held.let_go()
+            assert_close(answer.result().hidden_states, MoELayer(**LAYERS[0])(tokens(0)))
+            keeping.result()
+            assert [host.host.holdings.store.epochs for host in service.hosts] == [[2]] * 2
 
 
 def test_one_that_joins_in_the_middle_of_a_roll_out_takes_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
