@@ -105,7 +105,7 @@ class AuditLog:
             **({} if cost is None else {"moves": cost.moves, "new": cost.new, "moved_bytes": cost.moved_bytes}),
         )
         before = self._latest.get(event.kind)
-        is_same = before is not None and (before.outcome, before.error, before.why) == (event.outcome, event.error, event.why)
+        is_same = before is not None and _reason(before) == _reason(event)
         has_moved = cost is not None and cost.moves + cost.new > 0
         if is_same and error is not None and begun.why != ADMINISTRATOR and not has_moved:
             return
@@ -142,6 +142,11 @@ class AuditLog:
         finally:
             if stopping is not None:
                 stopping.cancel()
+
+
+def _reason(event: AuditEvent) -> tuple[str, str, str]:
+    """How it ended and why. What comes after who asked for it, as autoscaling does, are figures, which are others each time."""
+    return event.outcome, event.error, event.why.partition(":")[0]
 
 
 def _ending(error: BaseException | None) -> Ending:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from moeserve.checkpoints import Swap
-from moeserve.config import Copies, most_copies
+from moeserve.config import MAX_HOSTS, Copies, most_copies
 from moeserve.control.assignments import Assignment
 from moeserve.control.desired import Planner
 from moeserve.control.state import NumHosts, State
@@ -33,6 +33,8 @@ def moved(before: State, assignments: tuple[Assignment, ...], num_hosts: NumHost
     for source in sources:
         source.check()  # before any host starts
     next_number = max(before.next_number, assignments[-1].number + 1)
+    if next_number > MAX_HOSTS:  # frontends and the next controller take no larger ones
+        raise ConfigError(f"there is no number for a further host: a service has {MAX_HOSTS}, and each is one host forever; deploy it anew")
     placement = planner.with_copies(before.copies).moved(assignments, sources, before.release.placement)
     return replace(placed(before, placement), assignments=assignments, num_hosts=num_hosts, next_number=next_number)
 

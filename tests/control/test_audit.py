@@ -160,3 +160,16 @@ async def test_what_fails_by_itself_again_and_again_is_one_event() -> None:
     seen = [event async for event in log.events()]
     assert [event.error for event in seen if event.kind == "hosts"] == ["no room", "", "no room", "no memory"]
     assert len([event for event in seen if event.kind == "scale"]) == 5
+
+
+async def test_a_step_of_autoscaling_that_fails_again_and_again_is_one_event() -> None:
+    log = AuditLog(lambda: 1)
+    for busy, why in ((91, "the disk is full"), (93, "the disk is full"), (94, "the disk is broken")):
+        asked = Begun("scale", "to 3 hosts", f"autoscaling: 2 hosts were {busy}% busy, and 3 have been wanted for 15.2 s")
+        log.end(asked, error=ConfigError(why))
+    log.end(Begun("scale", "to 3 hosts"), error=ConfigError("the disk is broken"))
+    assert [(event.why.partition(":")[0], event.error) for event in await recorded(log)] == [
+        ("autoscaling", "the disk is full"),
+        ("autoscaling", "the disk is broken"),
+        ("administrator", "the disk is broken"),
+    ]

@@ -6,10 +6,11 @@ import pytest
 
 from moeserve import ConfigError, load_config
 from moeserve.checkpoints import host_bytes, layer_sources
-from moeserve.config import ServiceConfig
+from moeserve.config import MAX_HOSTS, ServiceConfig
 from moeserve.control import Assignment, State, Wanted
-from moeserve.control.changes import with_copies
+from moeserve.control.changes import moved, with_copies
 from moeserve.control.copies import changed_copies
+from moeserve.control.record import read_release, release_message
 from moeserve.placement import plan_placement
 from moeserve.release import Release
 from tests.support.planning import planner_of
@@ -60,3 +61,14 @@ def test_deterministic_experts_have_one_copy_however_that_is_said() -> None:
             with_copies(state, changed_copies(planner, layer, expert, 2), planner)
     with pytest.raises(ConfigError, match=r"model.deterministic is true, but placement.copies is"):
         load_config({**config, "placement": {"num_hosts": 2, "copies": {"default": 1, "layers.0": {"3": 2}}}})
+
+
+def test_hosts_that_frontends_could_not_be_told_of_do_not_start() -> None:
+    planner = planner_of(config_for(num_hosts=2))
+    here = Assignment(0, ""), Assignment(1, "")
+    state = State(Release.first(planner.plan(2), planner.layers.sources), here, 2, last_epoch=1, next_number=MAX_HOSTS - 1)
+    after = moved(state, (*here, Assignment(MAX_HOSTS - 1, "")), 3, planner)
+    assert read_release(release_message(after.release)).placement.hosts == (0, 1, MAX_HOSTS - 1)
+    with pytest.raises(ConfigError, match=f"^there is no number for a further host: a service has {MAX_HOSTS}"):
+        moved(after, (*after.assignments, Assignment(MAX_HOSTS, "")), 4, planner)
+    assert len(moved(after, here, 2, planner).assignments) == 2, "hosts may leave"
