@@ -14,6 +14,8 @@ Counts = Sequence[npt.NDArray[Any]]
 
 #: e to the power of minus this is a twentieth
 _FADES: Final = 3.0
+#: what is less is nothing: it would lose its digits, and stay where rounding no longer lets it fade
+_LEAST: Final = float(np.finfo(np.float64).tiny)
 
 
 class Increments:
@@ -58,4 +60,4 @@ class Fading:
     def at(self, now: float) -> list[npt.NDArray[np.float64]]:
         """As they weigh then."""
         weight = 1.0 if self._at is None else math.exp((self._at - now) / self.fade_s)
-        return [weight * sums for sums in self._sums]
+        return [np.where(faded < _LEAST, 0.0, faded) for faded in (weight * sums for sums in self._sums)]

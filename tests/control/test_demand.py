@@ -44,6 +44,17 @@ def test_rows_fade(rows: np.ndarray, window_s: float, age_s: float) -> None:
     assert np.allclose(total(demand, 100.0 + age_s), rows * math.exp(-3 * age_s / window_s))
 
 
+def test_what_was_asked_hours_ago_fades_altogether() -> None:
+    demand, rows = Demand(SIZES, 60.0), np.array([100, 1, 10, 7, 3])
+    demand.hear({"a": layers(0 * rows)}, 0.0)
+    demand.hear({"a": layers(rows)}, 0.0)
+    for second in range(14_000, 15_500):
+        demand.hear({"a": layers(rows)}, float(second))
+        left = total(demand, float(second))
+        assert np.allclose(left, rows * left[1]) or not left.all(), "the hot ones stay the hot ones as long as any are"
+    assert not left.any()
+
+
 def test_the_rate_of_a_steady_load() -> None:
     demand, rate = Demand(SIZES, 60.0), np.array([7, 0, 1, 2, 3])
     for second in range(200):
