@@ -99,10 +99,10 @@ def test_modules_are_not_split() -> None:
 @pytest.mark.parametrize(
     ("layer", "sentence"),
     [
-        ({"intermediate_size": [1, 2]}, "layers.intermediate_size has 2 numbers"),
-        ({"intermediate_size": 4, "zero_experts": 6}, "allowed: less than layers.num_experts = 6"),
-        ({"intermediate_size": 4, "expert": BLOCK}, "layers.intermediate_size has no meaning with layers.expert"),
-        ({"intermediate_size": 4, "expert_args": {"width": 4}}, "layers.expert_args needs layers.expert"),
+        ({"intermediate_size": [1, 2]}, "layers.0.intermediate_size has 2 numbers"),
+        ({"intermediate_size": 4, "zero_experts": 6}, "allowed: less than layers.0.num_experts = 6"),
+        ({"intermediate_size": 4, "expert": BLOCK}, "layers.0.intermediate_size has no meaning with layers.0.expert"),
+        ({"intermediate_size": 4, "expert_args": {"width": 4}}, "layers.0.expert_args needs layers.0.expert"),
         ({"expert": "nowhere:Class"}, "expert 'nowhere:Class' cannot be imported"),
         ({"expert": BLOCK, "expert_args": {"height": 4}}, "cannot be made with {'height': 4}"),
         (

@@ -29,10 +29,10 @@ def bench(
     layer: Annotated[str, typer.Option(help="Position of the layer (0 = the first MoE layer) or its name.")] = "0",
     tokens: Annotated[str, typer.Option(help="Tokens of a request; several, as in 1,64,1024 = one run for each.")] = "64",
     concurrency: Annotated[
-        str | None, typer.Option(help="Requests in progress at any time; several = one run for each.  [default: 8]")
+        str | None, typer.Option(help="Requests in progress at any time; several = one run for each.", show_default="8")
     ] = None,
     rate: Annotated[str | None, typer.Option(help="Instead: requests to start per second, finished or not; several = sweep.")] = None,
-    duration_s: Annotated[float | None, typer.Option(help="Length of a run in seconds.  [default: 5]")] = None,
+    duration_s: Annotated[float | None, typer.Option(help="Length of a run in seconds.", show_default="5")] = None,
     requests: Annotated[int | None, typer.Option(help="Instead: requests of a run.")] = None,
     dtype: Annotated[str, typer.Option(help="Element type that is sent: float32, float16, bfloat16.")] = "float32",
     stream: Annotated[bool, typer.Option("--stream", help="Over one ForwardStream instead of a Forward for each request.")] = False,

@@ -38,7 +38,7 @@ _TABLES: Final = ("model", "placement", "batching", "communication", "resilience
 def chaos(
     source: Annotated[str, typer.Argument(help="A TOML configuration or a checkpoint folder.")],
     overrides: Overrides,
-    hosts: Annotated[int | None, typer.Option(help="As --num-hosts.  [default: as SOURCE says, else 4, and 2 copies]")] = None,
+    hosts: Annotated[int | None, typer.Option(help="As --num-hosts.", show_default="as SOURCE says, else 4, and 2 copies")] = None,
     faults: Annotated[str, typer.Option(help="Which: some of kill, stop, slow, nan, leave.")] = "kill,stop,slow,nan,leave",
     every_s: Annotated[float, typer.Option(help="Seconds from one fault to the next.")] = 5.0,
     for_s: Annotated[float, typer.Option(help="Seconds for faults; more if not every kind has come by then.")] = 60.0,

@@ -36,7 +36,7 @@ def events(
 
 def _line(event: AuditEvent) -> str:
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.time_unix_s))
-    counted = ((event.moves, "moved"), (event.new, "more copies"))
+    counted = ((event.moves, "moved"), (event.new, "more copy" if event.new == 1 else "more copies"))
     moved = [f"{count:,} {what}" for count, what in counted if count] + [f"{bytes_text(event.moved_bytes)} read"] * bool(event.moved_bytes)
     parts = (f"{event.outcome} in {event.duration_s:.1f} s, epoch {event.epoch}", *moved)
     failed = f": {event.error}" if event.error else ""

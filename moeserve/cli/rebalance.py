@@ -37,7 +37,8 @@ def _sentence(done: Rebalanced, moved: str) -> str:
     even = f"balancedness of the hosts {done.balancedness_before:.3f}"
     if not done.steps:
         return f"epoch {done.epoch}: nothing {moved}; {even}"
+    changes = f"{number_of(done.moves, 'expert')} {moved}, {number_of(done.new, 'new copy')}, {done.kept} stay"
     return (
-        f"epoch {done.epoch}: {done.moves} experts {moved}, {done.new} copies more, {done.kept} stay; {done.moved_bytes / 2**20:.1f} MiB "
-        f"in {number_of(done.steps, 'step')}; {even} -> {done.balancedness:.3f}"
+        f"epoch {done.epoch}: {changes}; {done.moved_bytes / 2**20:.1f} MiB in {number_of(done.steps, 'step')}; "
+        f"{even} -> {done.balancedness:.3f}"
     )

@@ -37,20 +37,22 @@ _HOSTS_OF_A_FRONTEND, _MOST_FRONTENDS = 8, 64
 
 def simulate(
     source: Annotated[str | None, typer.Argument(help="A TOML configuration or a checkpoint folder: layers, placement, balancing.")] = None,
-    layers: Annotated[int | None, typer.Option(help="Without SOURCE: MoE layers.  [default: 58]")] = None,
-    experts: Annotated[int | None, typer.Option(help="Without SOURCE: experts of a layer.  [default: 256]")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Without SOURCE: experts that a token chooses.  [default: 8]")] = None,
-    hosts: Annotated[int | None, typer.Option(help="Hosts.  [default: as SOURCE says, else 32]")] = None,
-    nodes: Annotated[int | None, typer.Option(help="Nodes that share the hosts evenly.  [default: one for each host]")] = None,
+    layers: Annotated[int | None, typer.Option(help="Without SOURCE: MoE layers.", show_default="58")] = None,
+    experts: Annotated[int | None, typer.Option(help="Without SOURCE: experts of a layer.", show_default="256")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Without SOURCE: experts that a token chooses.", show_default="8")] = None,
+    hosts: Annotated[int | None, typer.Option(help="Hosts.", show_default="as SOURCE says, else 32")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes that share the hosts evenly.", show_default="one for each host")] = None,
     extra_copies: Annotated[float | None, typer.Option(help="As balancing.extra_copies: 0.25 = a quarter more.")] = None,
     load: Annotated[str, typer.Option(help="zipf:S, lognormal:S, or a file that bench --record has written.")] = "zipf:1",
     fail: Annotated[int, typer.Option(help="Lose so many random hosts; with --nodes, so many nodes.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the load, the choices of tokens and what fails.")] = 0,
     tokens: Annotated[int, typer.Option(help="Tokens of a request.")] = 64,
     concurrency: Annotated[int, typer.Option(help="Requests in progress at any time, at each frontend.")] = 8,
-    frontends: Annotated[int | None, typer.Option(help="Frontends.  [default: one for 8 hosts, at most 64]")] = None,
-    cores: Annotated[int | None, typer.Option(help="Cores of each node, for all on it.  [default: one for each host and frontend]")] = None,
-    costs: Annotated[Path | None, typer.Option(help="What bench --costs has measured.  [default: two cores of a server]")] = None,
+    frontends: Annotated[int | None, typer.Option(help="Frontends.", show_default="one for 8 hosts, at most 64")] = None,
+    cores: Annotated[
+        int | None, typer.Option(help="Cores of each node, for all on it.", show_default="one for each host and frontend")
+    ] = None,
+    costs: Annotated[Path | None, typer.Option(help="What bench --costs has measured.", show_default="two cores of a server")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the loads of the hosts and the latencies to this PNG file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:

@@ -25,7 +25,7 @@ def token_of(path: Path | None) -> str | None:
 
 def timeout_of(seconds: float) -> float | None:
     """The timeout of a client; None = no limit. Raises ConfigError when it is not a time to wait."""
-    return parse_seconds(seconds, "--timeout")
+    return parse_seconds(seconds, "--timeout", no_limit="inf")
 
 
 def tls_of(ca: Path | None) -> TLS | None:

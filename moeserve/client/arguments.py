@@ -11,12 +11,12 @@ from moeserve.errors import ConfigError, MoEServeError
 _FOREVER_S: Final = 1e9
 
 
-def parse_seconds(value: Any, name: str, refusal: type[MoEServeError] = ConfigError) -> float | None:
-    """None = no limit. Raises `refusal`."""
+def parse_seconds(value: Any, name: str, refusal: type[MoEServeError] = ConfigError, no_limit: str = "None") -> float | None:
+    """None = no limit. Raises `refusal`, which says that `no_limit` is how to write that."""
     if value is None:
         return None
     if not isinstance(value, Real) or isinstance(value, bool) or not value > 0:  # type: ignore[operator]  # NaN is not, either
-        raise refusal(f"{name} is {value!r}; allowed: seconds, more than 0, or None for no limit")
+        raise refusal(f"{name} is {value!r}; allowed: seconds, more than 0, or {no_limit} for no limit")
     return None if value > _FOREVER_S else float(value)  # type: ignore[operator]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,13 @@ from moeserve.files import read_file
 
 _MAX_BYTES: Final = 2**24
 _MAX_SHOWN: Final = 200
+#: pydantic speaks of types of Python
+_WORDS: Final = {
+    "valid tuple": "list",
+    "valid dictionary( or instance of \\w+)?": "table",
+    "^Tuple should": "List should",
+    " after validation": "",
+}
 
 Overrides = Mapping[str, Mapping[str, Any]]
 
@@ -57,7 +65,7 @@ def load_server(values: Mapping[str, Any]) -> ServerConfig:
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if isinstance(source, Mapping):
-        return "configuration", _of_ray(source)
+        return "configuration", _of_ray(source, "configuration")
     path = Path(os.path.expanduser(source))
     if os.path.isdir(path):
         return str(path), {"model": {"checkpoint": (path if path.is_absolute() else _working_directory() / path).resolve()}}
@@ -69,17 +77,17 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"{path} is not a readable TOML file: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not a readable TOML file: {error}") from None
-    return str(path), _absolute_paths(_of_ray(data), lambda: path.resolve().parent)
+    return str(path), _absolute_paths(_of_ray(data, str(path)), lambda: path.resolve().parent)
 
 
-def _of_ray(data: Mapping[str, Any]) -> dict[str, Any]:
+def _of_ray(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     """[cluster] may hold keys of [ray]: a copy with these in [ray]. Raises ConfigError when both hold the same key."""
     cluster, ray = data.get("cluster"), data.get("ray", {})
     if not isinstance(cluster, Mapping) or not isinstance(ray, Mapping):
         return dict(data)  # to be refused
     moved = {key: value for key, value in cluster.items() if key in RayConfig.model_fields}
     for key in moved.keys() & ray.keys():
-        raise ConfigError(f"cluster.{key} and ray.{key} are the same key: give one of them")
+        raise ConfigError(f"{where}: cluster.{key} and ray.{key} are the same key: give one of them")
     return {**data, "cluster": {key: value for key, value in cluster.items() if key not in moved}, "ray": {**ray, **moved}}
 
 
@@ -130,10 +138,24 @@ def _sentence(error: ValidationError, data: Any = None) -> str:
     if first["type"] == "extra_forbidden":
         return f"{key} is not a key of the configuration (got {_shown(first['input'])}); allowed here: {_allowed(first['loc'])}"
     if first["type"] == "value_error":
-        return first["msg"].removeprefix("Value error, ")  # names its keys itself
-    allowed = ", or ".join([first["msg"], *(each["msg"].removeprefix("Input should be ") for each in others)])
+        return _with_number(first["msg"].removeprefix("Value error, "), first["loc"])  # names its keys itself
+    allowed = _in_words_of_toml(", or ".join([first["msg"], *(each["msg"].removeprefix("Input should be ") for each in others)]))
     more = f"; {len(keys) - len(about_it)} more" if len(keys) > len(about_it) else ""
     return f"{key}: {allowed} (got {_shown(first['input'])}){more}"
+
+
+def _with_number(sentence: str, loc: tuple[int | str, ...]) -> str:
+    """Keys of a layer know their table, and not which of several layers it is."""
+    if len(loc) < 2 or loc[0] != "layers" or not isinstance(loc[1], int):
+        return sentence
+    sentence = re.sub(r"(?<![\w.'])gating\.", "layers.gating.", sentence)
+    return re.sub(r"(?<![\w.'])layers\.(?=[a-z])", f"layers.{loc[1]}.", sentence)
+
+
+def _in_words_of_toml(sentence: str) -> str:
+    for python, toml in _WORDS.items():
+        sentence = re.sub(python, toml, sentence)
+    return sentence
 
 
 def _key(loc: tuple[int | str, ...], data: Any) -> list[str]:
@@ -145,7 +167,7 @@ def _key(loc: tuple[int | str, ...], data: Any) -> list[str]:
             data = held[part]
         elif isinstance(part, str) and set(part) & set("-["):
             continue
-        key.append(str(part))
+        key.append(str(part) if str(part).isprintable() else repr(part))
     return key
 
 

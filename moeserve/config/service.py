@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from moeserve.config.activation import Activation
 from moeserve.config.autoscaling import AutoscalingConfig
@@ -120,13 +121,19 @@ class LayerConfig(Table):
         return self
 
 
+def _collector(endpoint: str) -> str:
+    if not re.fullmatch(r"https?://[^\s/?#]+/?", endpoint):
+        raise ValueError(f"observability.otlp_endpoint is {endpoint!r}; allowed: http://host:port or https://host:port")
+    return endpoint
+
+
 class ObservabilityConfig(Table):
     """[observability]: how much detail the metrics carry."""
 
     #: per-expert series: none, the 32 busiest of each layer, or all; unset = all, or the busiest where all are more than 10,000 series
     expert_detail: Literal["off", "top", "full"] | None = None
     #: where spans of calls are sent, an OTLP collector's gRPC port; unset = nowhere
-    otlp_endpoint: Annotated[str, Field(pattern=r"^https?://[^\s/?#]+/?$", max_length=1024)] | None = None
+    otlp_endpoint: Annotated[str, Field(max_length=1024), AfterValidator(_collector)] | None = None
 
 
 class ServedModel(Table):

@@ -7,7 +7,7 @@ from typing import Final
 
 from moeserve.config import LayerSpec, PlacementConfig
 from moeserve.errors import ConfigError
-from moeserve.placement.deal import check_split, copies_of, plan_placement
+from moeserve.placement.deal import check_names, check_split, copies_of, plan_placement
 
 _MOST_LOOKED_AT: Final = 1024
 
@@ -15,6 +15,7 @@ _MOST_LOOKED_AT: Final = 1024
 def fewest_hosts(specs: Sequence[LayerSpec], config: PlacementConfig) -> int:
     """Copies and shards need hosts of their own in each stage, and placement.experts_per_host may ask for more."""
     check_split(specs, config)
+    check_names(specs, config)
     copies = [copies_of(spec, config) for spec in specs]
     apart = max(config.tensor_parallel, *(int(each.max()) for each in copies))
     largest = max(int(each.sum()) * config.tensor_parallel for each in copies)

@@ -23,6 +23,7 @@ def plan_placement(specs: Sequence[LayerSpec], config: PlacementConfig, epoch: i
     left without any expert.
     """
     check_split(specs, config)
+    check_names(specs, config)
     num_hosts = _num_hosts(specs, config)
     _check_number(specs, config, num_hosts)
     check_stages(num_hosts, len(specs), config.pipeline_stages)
@@ -52,6 +53,15 @@ def check_split(specs: Sequence[LayerSpec], config: PlacementConfig) -> None:
     for spec in specs if config.tensor_parallel > 1 else ():
         if spec.module is not None:
             raise ConfigError(f"placement.tensor_parallel must be 1: the experts of layer {spec.name} are modules, which cannot be split")
+
+
+def check_names(specs: Sequence[LayerSpec], config: PlacementConfig) -> None:
+    """Raises ConfigError if placement.copies names a layer that is not served."""
+    names = [spec.name for spec in specs]
+    unknown = sorted(set(config.copies) - {"default", *names}) if isinstance(config.copies, dict) else []
+    if unknown:
+        served = names[0] if len(names) == 1 else f"{len(names)} layers, from {names[0]} to {names[-1]}"
+        raise ConfigError(f"placement.copies names layer {unknown[0]!r}, which is not served; served: {served}")
 
 
 def _num_hosts(specs: Sequence[LayerSpec], config: PlacementConfig) -> int:

@@ -151,6 +151,17 @@ def test_a_ray_that_does_not_start_is_one_sentence(tmp_path: Path) -> None:
     assert "Traceback" not in ended.stderr and "error: a local Ray did not start: " in ended.stderr
 
 
+def test_help_shows_defaults_that_depend_on_other_options(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    for verb, default in (("bench", "(8)"), ("chaos", "(as SOURCE says, else 4, and 2 copies)"), ("simulate", "(one for each host)")):
+        assert f"[default: {default}]" in run(capsys, verb, "--help")[1]
+
+
+def test_a_timeout_is_refused_in_words_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, errors = run(capsys, "ping", "127.0.0.1:1", "--timeout", "0")
+    assert (code, errors) == (2, "error: --timeout is 0.0; allowed: seconds, more than 0, or inf for no limit\n")
+
+
 def test_environment_loses_to_flags_and_wins_over_the_file(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +200,7 @@ def test_config_check(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
         (LAYER + "[server]\nport = 'x'\n", "server.port: Input should be a valid integer (got 'x')"),
         (LAYER + "[layers.gating]\ntop_k = 5\n", "gating.top_k is 5, but it has 4 experts"),
         (LAYER + "[placement]\nnum_hosts = 5\n", "num_hosts is 5; allowed: at most 4, the number of physical experts"),
+        (LAYER + "[placement.copies]\n'layer.0' = 2\n", "placement.copies names layer 'layer.0', which is not served; served: layers.0"),
         (LAYER + "[server]\nhost = '0.0.0.0'\n", "server.host 0.0.0.0 can be reached from other machines"),
         ("[model]\ncheckpoint = 'nowhere'\n", "nowhere does not exist"),
         ("[model\n", "not a readable TOML file"),

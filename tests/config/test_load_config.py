@@ -63,7 +63,7 @@ def test_an_unknown_key_is_named_with_the_keys_that_exist(mapping: dict[str, Any
         ("server", "insecure", 1, "boolean"),
         ("server", "host", 127, "string"),
         ("server", "tls_cert", 3, "path"),
-        ("model", "layers", 3, "tuple"),
+        ("model", "layers", 3, "list"),
         ("batching", "max_batch_wait_ms", "1", "number"),
         ("resilience", "request_timeout_s", True, "number"),
         ("ray", "num_cpus", "two", "integer"),

@@ -76,7 +76,7 @@ def test_what_is_no_activation_is_one_sentence(text: str) -> None:
 @pytest.mark.parametrize("text", ["swiglu(0)", "swiglu(-1)", "swiglu(nan)", "swiglu(inf)", "swiglu()", "relu2(3)", "swiglu (3)", "swigly"])
 def test_in_a_configuration(text: str) -> None:
     layer: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_experts": 2, "activation": text}
-    with pytest.raises(ConfigError, match=r"layers\.activation is .*; allowed"):
+    with pytest.raises(ConfigError, match=r"layers\.0\.activation is .*; allowed"):
         load_config({"layers": [layer]})
 
 

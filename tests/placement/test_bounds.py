@@ -48,3 +48,12 @@ def test_experts_per_host_needs_hosts() -> None:
 def test_copies_and_shards_give_more_hosts_something_to_do() -> None:
     assert most_hosts([spec_of(8)], PlacementConfig()) == 8
     assert most_hosts([spec_of(8)], PlacementConfig(tensor_parallel=2)) == 16
+
+
+def test_copies_of_a_layer_that_is_not_served_are_refused() -> None:
+    specs, config = [spec_of(4), spec_of(2)], PlacementConfig(num_hosts=2, copies={"default": 1, "nobody": 2})
+    sentence = r"^placement\.copies names layer 'nobody', which is not served; served: 2 layers, from .* to "
+    with pytest.raises(ConfigError, match=sentence):
+        plan_placement(specs, config)
+    with pytest.raises(ConfigError, match=sentence):
+        fewest_hosts(specs, config)
