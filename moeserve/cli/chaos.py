@@ -39,11 +39,11 @@ def chaos(
     source: Annotated[str, typer.Argument(help="A TOML configuration or a checkpoint folder.")],
     overrides: Overrides,
     hosts: Annotated[int | None, typer.Option(help="As --num-hosts.", show_default="as SOURCE says, else 4, and 2 copies")] = None,
-    faults: Annotated[str, typer.Option(help="Which: some of kill, stop, slow, nan, leave.")] = "kill,stop,slow,nan,leave",
+    faults: Annotated[str, typer.Option(help="Kinds of faults: any of kill, stop, slow, nan, leave.")] = "kill,stop,slow,nan,leave",
     every_s: Annotated[float, typer.Option(help="Seconds from one fault to the next.")] = 5.0,
-    for_s: Annotated[float, typer.Option(help="Seconds for faults; more if not every kind has come by then.")] = 60.0,
+    for_s: Annotated[float, typer.Option(help="Seconds in which faults begin; longer if a kind has not come by then.")] = 60.0,
     clients: Annotated[int, typer.Option(help="Callers, each with one request at a time.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of the faults, of their victims and of the requests.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the faults, their victims and the requests.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> int:
     """Start a service of its own, load it, break its hosts on a schedule, and say what callers noticed.

@@ -28,7 +28,7 @@ def frontend(
     name: Annotated[str, typer.Option(help="Name in logs and in moeserve status; default: host name and process.")] = "",
     timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for the controller.")] = 60.0,
 ) -> None:
-    """Answer requests as one of any number of frontends of a service; it drains at the end.
+    """Answer requests as one of any number of frontends of a service, until Ctrl-C or SIGTERM, then drain.
 
     The controller sends the configuration. The checkpoint must be at the same path here, because the gate is read from it.
     """

@@ -17,7 +17,7 @@ def plan(
     source: Annotated[str, typer.Argument(help="A TOML configuration or a checkpoint folder.")],
     overrides: Overrides,
     with_kernels: Annotated[bool, typer.Option("--kernels", help="Also measure the fastest kernel for the experts here.")] = False,
-    from_hosts: Annotated[int | None, typer.Option(min=1, help="Also show what a change from so many hosts would move.")] = None,
+    from_hosts: Annotated[int | None, typer.Option(min=1, help="Also show what a change from this many hosts would move.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object: hosts, their bytes, and what a change would move.")] = False,
 ) -> None:
     """Show the layers, their gates, the experts of each host and their memory; fail when they do not fit."""

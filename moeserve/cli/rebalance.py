@@ -1,4 +1,4 @@
-"""`moeserve rebalance`: move experts and add copies as the load wants it, now."""
+"""`moeserve rebalance`: move experts and add copies now, to fit the load."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def rebalance(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     tls_ca: TlsCa = None,
 ) -> None:
-    """Do one round of balancing: experts that are asked for often get more copies, and the hosts about equal work.
+    """Do one round of balancing: experts that are in demand get more copies, and the hosts get about equal work.
 
     No request fails meanwhile.
     """
