@@ -52,6 +52,8 @@ class Transfers:
         self._is_draining = False
         #: monotonic seconds: what was on its way before has come, or is late from then on
         self._not_before = 0.0
+        #: for messages that are late, since then
+        self._has_looked = True
         self._putting_together = SingleFile()
 
     async def read(self, context: Context) -> bytes:
@@ -117,14 +119,20 @@ class Transfers:
             due = time.monotonic() + _LOOK_AGAIN_S
             await asyncio.sleep(_LOOK_AGAIN_S)
             now = time.monotonic()
-            if now - due > LATE_S / 2:
-                self._not_before = now  # this process was stopped itself, as on a busy machine, and reads now what has come meanwhile
+            self._be_patient(now, is_behind=now - due > LATE_S / 2)
             self._refuse_late(now)
             self.arriving.notice(self._messages)
             self.arriving.look(now)
             self._hang_up_on_slow(now)
             if not (self._messages or self._leaving or self.arriving.has_streams):
                 self._is_busy.clear()
+
+    def _be_patient(self, now: float, *, is_behind: bool) -> None:
+        """A process that was stopped itself reads now what has come meanwhile. One that is always behind has read it by the next look."""
+        if is_behind and self._has_looked:
+            self._not_before, self._has_looked = now, False
+        else:
+            self._has_looked = self._has_looked or now - self._not_before > LATE_S
 
     def _refuse_late(self, now: float) -> None:
         late = [message for message in self._messages if now - max(message.began, self._not_before) > LATE_S]

@@ -128,6 +128,17 @@ async def test_what_has_come_while_the_server_itself_was_stopped_is_not_late(ser
     await asyncio.gather(*writing)
 
 
+async def test_a_message_is_late_also_for_a_server_that_is_always_behind(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfers, "LATE_S", 0.05)
+    running = await serve(MIB, transfer_timeout_s=0.1)
+    reading = asyncio.ensure_future(silent(running).read())
+    async with asyncio.timeout(15):
+        while not reading.done():
+            time.sleep(0.04)  # the event loop is busy
+            await asyncio.sleep(0)
+    assert (await refused(reading)).code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
 async def test_a_message_that_does_not_come_is_given_up_although_no_descriptor_was_free(serve: Serve) -> None:
     """Connections are files: what cannot be looked at for a while is looked at later."""
     running = await serve(MIB, transfer_timeout_s=3)
