@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 
@@ -18,6 +20,9 @@ from moeserve.release import Release
 from moeserve.transport import HostKeys, KeyPair, listen
 
 log = logging.getLogger(__name__)
+
+#: of the thread that computes: where cores are scarce, frontends and callers, who have less to do, bring hosts their next work first
+_NICE: Final = 4
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,8 @@ class Host:
         # OpenMP keeps this setting per thread, and the math libraries below torch ask OpenMP: without it every matmul of this
         # thread would be spread over all cores of the machine.
         torch.set_num_threads(num_threads)
+        if sys.platform == "linux":  # elsewhere it is that of the whole process
+            os.nice(_NICE)
         try:
             self._loop.run()
         except BaseException:

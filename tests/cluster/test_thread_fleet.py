@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import sys
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable
@@ -190,6 +192,19 @@ async def test_any_error_of_a_start_is_said_and_is_no_reason_to_try_at_once() ->
         with pytest.raises(ExpertUnavailable, match=r"^host-0 cannot load its experts: RuntimeError: not enough memory$"):
             await fleet.take(release_of(CONFIG), ASSIGNMENTS)
         assert fleet.failing == {0: "host-0 cannot load its experts: RuntimeError: not enough memory"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")
+async def test_hosts_let_whoever_brings_them_work_go_first() -> None:
+    def priorities() -> list[int]:
+        hosts = [thread.native_id for thread in threading.enumerate() if thread.name.startswith("host-")]
+        return [os.getpriority(os.PRIO_PROCESS, number) for number in hosts if number is not None]
+
+    async with fleet_of(hold) as fleet:
+        await fleet.take(release_of(CONFIG), ASSIGNMENTS)
+        here = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        assert len(await until_async(lambda: (found := priorities()) and min(found) > here and found)) >= 2
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == here
 
 
 def test_an_incarnation_that_fails_while_it_ends_does_not_take_the_next_one_with_it() -> None:
