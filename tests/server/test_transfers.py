@@ -134,7 +134,7 @@ async def test_a_message_is_late_also_for_a_server_that_is_always_behind(serve: 
     reading = asyncio.ensure_future(silent(running).read())
     async with asyncio.timeout(15):
         while not reading.done():
-            time.sleep(0.04)  # the event loop is busy
+            asyncio.get_running_loop().call_soon(time.sleep, 0.04)
             await asyncio.sleep(0)
     assert (await refused(reading)).code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
@@ -284,24 +284,3 @@ async def test_what_comes_in_streams_has_no_more_room_than_anything_else(serve: 
         assert len(kept) == 1 and not any(each.done() for each in kept)
         for stream in streams:
             stream.cancel()
-
-
-async def test_a_connection_that_nobody_is_at_the_end_of_leaves_nothing(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the middle of a stream, of a call, and of a call that has not sent its message; the kernel still says that it is there."""
-    for name, value in (("_KEEPALIVE_MS", 300), ("_KEEPALIVE_TIMEOUT_MS", 2000)):
-        monkeypatch.setattr(f"moeserve.server.grpc_server.{name}", value)
-    running = await serve(64 * MIB)
-    running.engine.gate.clear()
-    wire = Wire(running.target)
-    async with grpc.aio.insecure_channel(wire.target, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
-        calls = [channel.unary_unary(FORWARD)(LARGE.SerializeToString()), channel.stream_stream(FORWARD)()]
-        stream = channel.stream_stream(STREAM)()
-        await stream.write(LARGE.SerializeToString())
-        await until_async(lambda: len(running.engine.requests) == 2)
-        assert running.server.queue_bytes > 2 * MIB
-        wire.cut()
-        await until_async(lambda: running.engine.cancelled == 2 and running.server.queue_bytes == 0)
-        del calls
-    wire.close()
-    running.engine.gate.set()
-    assert (await running.stub.Forward(request())).HasField("hidden_states")
