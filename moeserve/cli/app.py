@@ -7,12 +7,14 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from moeserve.cli import signals, streams
 from moeserve.errors import ConfigError, MoEServeError, ServiceUnreachable, explained
 
 EXIT_FAILURE, EXIT_CONFIGURATION, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
+#: values of MOESERVE_DEBUG
+_OFF: Final = ("", "0", "false", "no", "off")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             streams.tell(f"ended by {ended.number.name}")
         return ended.exit_code
     except Exception as error:
-        if "--debug" in arguments or os.environ.get("MOESERVE_DEBUG"):
+        if "--debug" in arguments or os.environ.get("MOESERVE_DEBUG", "").lower() not in _OFF:
             traceback.print_exc()
         return _report(error)
 

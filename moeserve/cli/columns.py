@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -10,10 +11,19 @@ from rich.table import Table
 
 from moeserve.observe.records import Column, Form, columns
 
+#: of a line that goes to a file or to another program: no table is so wide, so nothing is folded or cut
+WHOLE: Final = 1000
 
-def console() -> Console:
-    """For results. Text is shown as it is: the name of a layer or a frontend may look like rich's markup."""
-    return Console(markup=False, emoji=False, highlight=False)
+
+def console(piped_width: int = 80) -> Console:
+    """For results, in lines of `piped_width` where that is no terminal and COLUMNS says nothing.
+
+    Text is shown as it is: the name of a layer or a frontend may look like rich's markup.
+    """
+    made = Console(markup=False, emoji=False, highlight=False)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = piped_width
+    return made
 
 
 def bytes_text(value: int) -> str:

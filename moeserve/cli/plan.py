@@ -25,7 +25,7 @@ def plan(
     with preparing():
         from moeserve.checkpoints import ServedLayers, check_memory, host_bytes, in_memory, layer_sources, memory_bytes
         from moeserve.cli import plan_change
-        from moeserve.cli.columns import console
+        from moeserve.cli.columns import WHOLE, console
         from moeserve.cli.plan_view import spill_text, tables
         from moeserve.control import Planner
         from moeserve.placement import plan_placement
@@ -42,7 +42,7 @@ def plan(
         sizes = {"weights_bytes_per_host": nbytes, "memory_bytes_per_host": held}
         print(json.dumps({"hosts": number, **sizes, **(plan_change.as_json(change) if change else {})}))
     else:
-        shown = console()
+        shown = console(WHOLE)
         for table in tables(sources, placement, config.placement, nbytes, with_kernels):
             shown.print(table)
         if change is not None and from_hosts is not None:

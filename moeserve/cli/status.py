@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from moeserve.cli.columns import add_columns, cells, console, ratio_text, span_text
+from moeserve.cli.columns import WHOLE, add_columns, cells, console, ratio_text, span_text
 from moeserve.cli.target import AdminTokenFile, Target, TlsCa, admin_of
 from moeserve.errors import number_of
 from moeserve.observe.records import plain
@@ -34,7 +34,7 @@ def status(
     if as_json:
         print(json.dumps(plain(status)))
     else:
-        _show(status, console())
+        _show(status, console(WHOLE))
 
 
 def _show(status: ServiceStatus, console: Console) -> None:

@@ -32,3 +32,16 @@ def test_of_layers_that_are_planned(tmp_path: Path, capsys: pytest.CaptureFixtur
     tables = ["[[layers]]\n" + "".join(f"{key} = {value!r}\n" for key, value in layer.items()) for layer in LAYERS]
     (source := tmp_path / "layers.toml").write_text("".join(tables))
     assert missing(capsys, monkeypatch, "plan", str(source)) == []
+
+
+def test_what_is_no_terminal_gets_whole_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a file, or grep."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    long = "model.decoder.transformer_blocks." * 4
+    (source := tmp_path / "layers.toml").write_text(
+        f'[[layers]]\nname = "{long}"\nhidden_size = 16\nintermediate_size = 8\nnum_experts = 64\n'
+    )
+    assert main(["plan", str(source), "--num-hosts", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(long in line and "top 2" in line for line in lines)
+    assert any(line.split()[0] == "host-0" and line.rstrip().endswith("63") for line in lines if line.strip())

@@ -240,3 +240,12 @@ def test_infer_says_what_is_wrong_with_its_input(capsys: pytest.CaptureFixture[s
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert run(capsys, "--version") == (0, f"moeserve {project['version']}\n", "")
+
+
+@pytest.mark.parametrize(("value", "is_shown"), [("1", True), ("0", False), ("false", False), ("", False)])
+def test_an_environment_asks_for_tracebacks(
+    value: str, is_shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MOESERVE_DEBUG", value)
+    assert main(["plan", "/there/is/no/such/file"]) == 2
+    assert ("Traceback" in capsys.readouterr().err) == is_shown
