@@ -135,6 +135,8 @@ class Arriving:
         self._connections: dict[Address, _Connection] = {}
         self._streams: dict[Context, MessageStream] = {}
         self._look_at = 0.0
+        #: at which the server listens; 0 = not yet
+        self.port = 0
 
     @property
     def has_streams(self) -> bool:
@@ -145,7 +147,7 @@ class Arriving:
     async def stream(self, context: Context) -> AsyncIterator[None]:
         """A stream that reads messages. Raises what ends it when one takes too long to come, or there is no room for what comes."""
         stream = self._streams[context] = MessageStream()
-        connection = self._connection_of(context, lambda address: received_bytes([address]).get(address, 0))
+        connection = self._connection_of(context, lambda address: received_bytes([address], self.port).get(address, 0))
         connection.awaited[stream] = None
         try:
             async with stream.limit:
@@ -196,7 +198,7 @@ class Arriving:
         if not self._connections or now < self._look_at:
             return
         began_s = time.thread_time()  # on a busy machine looking takes long, but not much of the time of this thread
-        received = received_bytes(self._connections.keys())
+        received = received_bytes(self._connections.keys(), self.port)
         self._look_at = now + _LOOK_SHARE * (time.thread_time() - began_s)
         for address, connection in self._connections.items():
             if address in received:

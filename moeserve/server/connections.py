@@ -35,8 +35,11 @@ def address_of(peer: str) -> Address:
     return peer, 0
 
 
-def received_bytes(wanted: Collection[Address]) -> dict[Address, int]:
-    """How many bytes each of the TCP connections of this process to `wanted` has brought, as far as the system says it."""
+def received_bytes(wanted: Collection[Address], port: int) -> dict[Address, int]:
+    """How many bytes each of the TCP connections from `wanted` to `port` of this process has brought, as far as the system says it.
+
+    A stranger may call from the port from which somebody talks to another port of this process, as to its metrics.
+    """
     found: dict[Address, int] = {}
     # The latest connections, which are asked for most often, have the highest numbers as a rule.
     for fd in sorted(_descriptors(), reverse=True):
@@ -48,7 +51,7 @@ def received_bytes(wanted: Collection[Address]) -> dict[Address, int]:
             connection = socket.socket(socket.AF_INET6, socket.SOCK_STREAM, fileno=fd)
             peer = connection.getpeername()
             info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED + 8)
-            if len(info) == _BYTES_RECEIVED + 8 and (address := _plain(*peer[:2])) in wanted:
+            if len(info) == _BYTES_RECEIVED + 8 and (address := _plain(*peer[:2])) in wanted and connection.getsockname()[1] == port:
                 found[address] = int.from_bytes(info[_BYTES_RECEIVED:], sys.byteorder)
         except (OSError, ValueError):
             pass  # no connection of TCP, or closed meanwhile

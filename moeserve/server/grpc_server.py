@@ -158,7 +158,7 @@ class GrpcServer:
         host, port = self._config.host, self._config.port
         if not self._is_joining:
             port = await free_port(host, port, *self._where)
-        port = await _listen(self._server, host, port, self._credentials, *self._where)
+        port = self._transfers.arriving.port = await _listen(self._server, host, port, self._credentials, *self._where)
         if self._probed is not None:
             assert self.health_port is not None
             health_port = await free_port(host, self.health_port, "server.host", "server.health_port")
