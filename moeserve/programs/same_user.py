@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 _MAX_BYTES: Final = 4096
 _TIMEOUT_S: Final = 1.0
+#: a program of this user that listens there will answer, but its event loop may be busy
+_ANSWER_TIMEOUT_S: Final = 20.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ def ask(controller: Target) -> Invitation | None:
         sock.settimeout(_TIMEOUT_S)
         sock.connect(_name(controller.hosts[0][1]))
         if is_same_user(sock):
+            sock.settimeout(_ANSWER_TIMEOUT_S)
             told = b""
             while len(told) <= _MAX_BYTES and (more := sock.recv(_MAX_BYTES)):
                 told += more
