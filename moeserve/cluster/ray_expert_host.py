@@ -16,7 +16,7 @@ import torch
 from moeserve.allocator import give_back_when_quiet
 from moeserve.cluster.folders import Hold, SocketFolder
 from moeserve.config import ServedModel
-from moeserve.host import Holdings, Host, Where
+from moeserve.host import Holdings, Host, Where, give_way
 from moeserve.loops import in_thread
 from moeserve.observe.stats import HostInfo, PassTime, host_name
 from moeserve.release import Release
@@ -130,6 +130,8 @@ class ExpertHost:
 
     def _load(self, load: Callable[[Loaded], None], what: Loaded) -> None:
         torch.set_num_threads(self._num_threads)  # of this thread, which is a new one
+        if self._host is not None:  # it loads while it serves
+            give_way()
         load(what)
 
     def _start(self, releases: Sequence[Release], frontends: Collection[str]) -> Host:

@@ -17,7 +17,7 @@ from moeserve.cluster.thread_host import ThreadHost
 from moeserve.cluster.timing import LEAST_REST_S, MOST_REST_S, STOP_TIMEOUT_S, WATCH_S
 from moeserve.control.assignments import Assignment
 from moeserve.errors import ExpertUnavailable, MoEServeError
-from moeserve.host import Holdings, Host, Where
+from moeserve.host import Holdings, Host, Where, give_way
 from moeserve.loops import Notifier, in_thread
 from moeserve.observe.stats import HostInfo, PassTime, host_name
 from moeserve.release import Release
@@ -240,4 +240,5 @@ class ThreadFleet:
 def _load(num_threads: int, load: Callable[[Loaded], None], what: Loaded) -> None:
     """In a thread of its own, with as many threads as the host will compute with: kernels are chosen for so many."""
     torch.set_num_threads(num_threads)
+    give_way()
     load(what)

@@ -5,7 +5,7 @@ from moeserve.host.expert_cache import ExpertCache, Loadable
 from moeserve.host.expert_key import ExpertKey, bytes_of_both, needed, needed_bytes
 from moeserve.host.expert_store import ExpertStore
 from moeserve.host.holdings import Holdings
-from moeserve.host.host import Host, Where
+from moeserve.host.host import Host, Where, give_way
 from moeserve.host.loop import HostLoop
 from moeserve.host.relay import Relay
 from moeserve.host.spilled_bank import SpilledBank
@@ -23,6 +23,7 @@ __all__ = [
     "SpilledBank",
     "Where",
     "bytes_of_both",
+    "give_way",
     "needed",
     "needed_bytes",
 ]

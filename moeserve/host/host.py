@@ -21,8 +21,15 @@ from moeserve.transport import HostKeys, KeyPair, listen
 
 log = logging.getLogger(__name__)
 
-#: of the thread that computes: where cores are scarce, frontends and callers, who have less to do, bring hosts their next work first
+#: of threads that compute or load, more than their process: where cores are scarce, frontends and callers, who have less to do, come first
 _NICE: Final = 4
+
+
+def give_way() -> None:
+    """Makes this thread nicer than the process; others that it starts are as nice."""
+    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+        own, process = threading.get_native_id(), os.getpid()
+        os.setpriority(os.PRIO_PROCESS, own, min(19, os.getpriority(os.PRIO_PROCESS, process) + _NICE))
 
 
 @dataclass(frozen=True)
@@ -124,8 +131,7 @@ class Host:
         # OpenMP keeps this setting per thread, and the math libraries below torch ask OpenMP: without it every matmul of this
         # thread would be spread over all cores of the machine.
         torch.set_num_threads(num_threads)
-        if sys.platform == "linux":  # elsewhere it is that of the whole process
-            os.nice(_NICE)
+        give_way()
         try:
             self._loop.run()
         except BaseException:
