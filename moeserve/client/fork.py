@@ -32,7 +32,7 @@ class Forks:
         self._is_broken = self._is_asyncio_broken = self._has_poller = False
         os.register_at_fork(before=self._in_parent, after_in_child=self._in_child)
 
-    def tell(self, heir: Heir) -> None:
+    def register(self, heir: Heir) -> None:
         """Has `heir` begin anew in every process that is forked from this one."""
         self._heirs.add(heir)
 

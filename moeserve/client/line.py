@@ -112,7 +112,7 @@ class Line:
         #: whether the service has answered, on this channel or an earlier one
         self.is_known = False
         if not self._is_async:
-            FORKS.tell(self)
+            FORKS.register(self)
 
     def timeout_s(self, timeout: Any) -> float | None:
         """In seconds; None = what the client says. Raises InvalidRequest for one that cannot be."""

@@ -27,6 +27,7 @@ from moeserve.server.inference.service import InferenceService
 from moeserve.server.inference.shared_memory import SharedMemory
 from moeserve.server.intake import Intake
 from moeserve.server.otlp import exporting_to
+from moeserve.server.parsing import MAX_REQUEST_BYTES
 from moeserve.server.ports import free_port
 from moeserve.server.proxy import Proxy, SharedPort
 from moeserve.server.security import FrontendTokens, check_exposure, rotating_tokens
@@ -91,7 +92,7 @@ class GrpcServer:
         # There is one controller, so its connections need no maximum age.
         keepalive_ms = _KEEPALIVE_MS if control is None else _KEEPALIVE_OF_FOLLOWERS_MS
         self._server = self._new_server(_options(config, keepalive_ms), _ages(config) if has_engine else ())
-        self._probed = None if config.health_port is None else self._new_server(_options(config, _KEEPALIVE_MS))
+        self._probed = None if config.health_port is None else self._new_server(_options_of_health(config))
         #: health alone in plain text; None = nowhere
         self.health_port = config.health_port
         self._intake = Intake(config.max_tokens_per_request, config.max_message_bytes)
@@ -248,6 +249,12 @@ def _options(config: ServerConfig, keepalive_ms: int) -> Options:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", _LEAST_PING_INTERVAL_MS),
     ]
+
+
+def _options_of_health(config: ServerConfig) -> Options:
+    """What comes there is not counted, so it has to be small."""
+    small = config.model_copy(update={"max_message_bytes": min(config.max_message_bytes, MAX_REQUEST_BYTES)})
+    return _options(small, _KEEPALIVE_MS)
 
 
 def _ages(config: ServerConfig) -> Options:

@@ -54,6 +54,8 @@ async def test_it_answers_nothing_else_and_is_not_counted(tmp_path: Path) -> Non
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await channel.unary_unary(method)(b"")
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        with pytest.raises(grpc.aio.AioRpcError, match="larger than max"):  # said by gRPC, before anybody has to make room for it
+            await check(channel, "x" * 2**21)
     assert running.observed == []
     await running.server.stop()
 
