@@ -14,7 +14,7 @@ Make = Callable[[Callable[[], None]], Host]
 
 
 class ThreadHost:
-    """Host `number`: `start` after its end brings up a new incarnation, as a new process would be. All methods are safe in any thread.
+    """Host `number`: `start` after its end brings up a new incarnation, as a new process would be. All methods are thread-safe.
 
     `on_change` is called when it goes up or down.
     """
@@ -58,7 +58,8 @@ class ThreadHost:
     def start(self) -> None:
         """Load and listen, unless it is up. Raises a MoEServeError, which is its `error` then.
 
-        One that is stopped while it loads ends as soon as it has loaded.
+        One that is stopped while it loads ends as soon as it has loaded. To be called in a thread that does nothing else, which gets
+        the priority of a host.
         """
         with self._starting:
             with self._changing:

@@ -36,6 +36,8 @@ class Delivery:
         self._failure: Exception | None = None
         #: of hosts whose sums were refused
         self.suspicions: list[Suspicion] = []
+        #: hosts that have answered rows of their own with an error, once for each, also where another copy's answer counts
+        self.errors: list[tuple[int, MoEServeError]] = []
         #: called when all is answered, in the very turn of the event loop in which the last answer has come
         self.when_whole: Callable[[], None] | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -228,6 +230,8 @@ class Delivery:
                 parcel.behind = str(error)
             else:
                 parcel.error = error
+                if len(sent.works) == 1:  # else it may be another's
+                    self.errors.append((sent.host, error))
         if not all(each.is_lost for each in parcel.ways):
             return
         self._pending[parcel.part] -= 1

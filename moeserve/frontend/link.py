@@ -53,8 +53,8 @@ class HostLink:
         self._channel: Channel | None = None
         self._connected = asyncio.Event()
         self._breaker = Breaker()
-        #: layers whose errors count, by number
-        self._erred_in: set[int] = set()
+        #: when it has erred last in a layer, monotonic seconds; by the layer's number
+        self._erred_in: dict[int, float] = {}
         self._is_proven, self._is_silent = True, False
         self._down_since = time.monotonic()
         self._why_not = ""
@@ -119,8 +119,8 @@ class HostLink:
 
     def erred(self, layer: int) -> None:
         """The host has answered with an error, or with sums that another copy shows to be wrong."""
-        self._erred_in.add(layer)
-        if self._breaker.error(time.monotonic()):
+        self._erred_in[layer] = now = time.monotonic()
+        if self._breaker.error(now):
             log.warning("host %s errs: other copies compute for it until it answers a canary", self.name)
             self._tell()
             self._later(self._prove())
@@ -208,7 +208,8 @@ class HostLink:
 
     async def _prove(self) -> None:
         """Canaries, until one comes back or the host is gone again."""
-        pause_s, said = timing.CANARY_S, ""
+        pause_s, said, now = timing.CANARY_S, "", time.monotonic()
+        self._erred_in = {layer: at for layer, at in self._erred_in.items() if now - at <= timing.BREAKER_WINDOW_S}
         while (channel := self.channel) is not None:
             layers = sorted(self._erred_in)
             try:
@@ -224,7 +225,8 @@ class HostLink:
                 pause_s = min(2 * pause_s, timing.LONGEST_CANARY_S)
                 continue
             self._breaker.close()
-            self._erred_in.difference_update(layers)  # it may have erred in others meanwhile
+            for layer in layers:  # it may have erred in others meanwhile
+                self._erred_in.pop(layer, None)
             self._is_proven = True
             self._tell()
             return

@@ -71,6 +71,7 @@ class Remedy:
 
     def blame(self, view: LayerView, delivery: Delivery) -> None:
         """All has come: hosts have erred whose sums were not finite where those of others are, also when these are added up."""
+        self._count_errors(view, delivery)
         for suspicion in delivery.suspicions:
             is_at_fault = suspicion.confirmed and not suspicion.is_cleared and is_finite(suspicion.part.so_far())
             for _ in range(suspicion.confirmed if is_at_fault else 0):
@@ -78,6 +79,7 @@ class Remedy:
 
     async def apply(self, routed: RoutedBatch, delivery: Delivery) -> float:
         """Does what is to be done now; says when to ask again, monotonic seconds, unless something changes before."""
+        self._count_errors(routed.view, delivery)
         _close_unwanted(routed, delivery)
         parcels = delivery.owed
         decision = self._decide(parcels, routed, delivery)
@@ -86,8 +88,6 @@ class Remedy:
             action = decision.actions.get(index)
             if not delivery.is_owed(parcel):
                 continue  # it was answered while those before it were seen to
-            if action is not None and policy.is_fault(parcel.error) and len(parcel.works) == 1:  # else it may be another's error
-                routed.view.links[parcel.host].erred(self._exchange.layer)
             if isinstance(action, GiveUp):
                 giving_up.add(parcel, action.reason)
             elif action is not None:
@@ -104,6 +104,12 @@ class Remedy:
         # What was sent just now may be late as well, also to a second copy.
         seen = {parcel for index, parcel in enumerate(parcels) if not isinstance(decision.actions.get(index), Hedge)}
         return min(decision.wake_at, self._late_at(routed, [parcel for parcel in delivery.owed if parcel not in seen]))
+
+    def _count_errors(self, view: LayerView, delivery: Delivery) -> None:
+        while delivery.errors:
+            host, error = delivery.errors.pop()
+            if policy.is_fault(error):
+                view.links[host].erred(self._exchange.layer)
 
     def _decide(self, parcels: Sequence[Parcel], routed: RoutedBatch, delivery: Delivery) -> Decision:
         health = {parcel.host: routed.view.health(parcel.host, parcel.num_rows) for parcel in parcels}

@@ -26,9 +26,10 @@ _NICE: Final = 4
 
 
 def give_way() -> None:
-    """Makes this thread nicer than the process; others that it starts are as nice."""
+    """Makes this thread, and those that it starts from now on, nicer than the process for good."""
     if sys.platform == "linux":  # elsewhere a thread has no priority of its own
         own, process = threading.get_native_id(), os.getpid()
+        assert own != process, "a thread that does nothing but a host's work"
         os.setpriority(os.PRIO_PROCESS, own, min(19, os.getpriority(os.PRIO_PROCESS, process) + _NICE))
 
 

@@ -214,6 +214,31 @@ def test_the_first_copy_is_waited_for_when_the_second_cannot(tmp_path: Path) -> 
             assert_close(answer.result(30).hidden_states, again.hidden_states)
 
 
+@pytest.mark.parametrize("errs", [0, 1])
+def test_the_copy_that_errs_is_blamed_and_no_other(errs: int, tmp_path: Path) -> None:
+    """The first or the second of two that were asked, while the other is still at it; the answer of that one counts."""
+    ids, weights = torch.tensor([[0]]), torch.ones(1, 1)
+    with ServiceHarness(config("auto"), "local", tmp_path) as service, Client(service.target, retry=False) as client:
+        for _ in range(40):
+            client.forward(ROWS[:1], topk_ids=ids, topk_weights=weights)
+        until_usual(service, as_expected(client))
+        held = [Held(host) for host in service.hosts]
+        with ThreadPoolExecutor() as pool:
+            answer = pool.submit(client.forward, ROWS[:1], topk_ids=ids, topk_weights=weights, timeout=20)
+            until(lambda: any(one.rows for one in held))
+            asked = held if held[0].rows else held[::-1]
+            until(lambda: asked[1].rows)
+            at_fault, other = asked[errs], asked[1 - errs]
+            at_fault.error = ValueError("a kernel failed")
+            at_fault.let_go()
+            links = service.frontend._links
+            until(lambda: not links[held.index(at_fault)].queue_tokens)
+            other.let_go()
+            assert_close(answer.result(30).hidden_states, MoELayer(**LAYER).run(ROWS[:1], topk_ids=ids, topk_weights=weights).hidden_states)
+        until(lambda: links[held.index(at_fault)]._erred_in)
+        assert not links[held.index(other)]._erred_in
+
+
 def test_a_copy_that_has_more_to_do_and_is_on_time_is_asked(tmp_path: Path) -> None:
     """A host that stands still owes little, because it is sent nothing more, while the others do its work, too."""
     with ServiceHarness(config("auto"), "local", tmp_path) as service, Client(service.target) as client:

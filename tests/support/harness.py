@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +23,7 @@ from moeserve.control.frontends import Frontends
 from moeserve.control.saved import Saved
 from moeserve.experts import ExpertBank
 from moeserve.frontend import Frontend
-from moeserve.host import Holdings, Where
+from moeserve.host import Holdings, Host, Where
 from moeserve.loops import LoopThread
 from moeserve.observe.metrics import Metrics
 from moeserve.observe.stats import HostInfo, host_name
@@ -56,6 +57,11 @@ class TestFleet(ThreadFleet):
     @property
     def failing(self) -> dict[int, str]:
         return {**super().failing, **self.told_failing}
+
+    def _make(self, number: int, on_crash: Callable[[], None]) -> Host:
+        """In a thread of its own, wherever a test starts a host: a thread that has loaded experts stays nice."""
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(super()._make, number, on_crash).result()
 
 
 class Counted:
