@@ -175,17 +175,23 @@ def deal(layer: int, copies: Integers, hands: Hands) -> tuple[Integers, Integers
 
 
 def _with_extras(units: Integers, places: Integers, extras: Integers, shards: int, width: int) -> tuple[Integers, Integers]:
-    """Adds the copies that only some experts have: extras [E], each on the host with the fewest experts among those without that unit."""
-    if not extras.any():
-        return units, places
+    """Adds the copies that only some experts have: extras [E], each on hosts without that copy's units.
+
+    Its shards stand on neighbors, as those of other copies do: where the fewest shards of that expert are, then the fewest experts.
+    """
     held = np.bincount(places, minlength=width)
-    added = np.repeat(np.arange(len(extras) * shards), np.repeat(extras, shards))
-    hosts_of = {unit: [*places[units == unit]] for unit in np.unique(added).tolist()}
-    for unit in added.tolist():
-        free = held.copy()
-        free[hosts_of[unit]] = np.iinfo(held.dtype).max
-        place = free.argmin()
-        held[place] += 1
-        hosts_of[unit].append(place)
-    more = np.concatenate([hosts_of[unit][-number:] for unit, number in zip(*np.unique(added, return_counts=True), strict=True)])
-    return np.concatenate([units, added]), np.concatenate([places, more])
+    neighbors = (np.arange(width)[:, None] + np.arange(shards)) % width  # [D, M]: the hosts of a copy whose first shard is on each
+    more_units, more_places = [units], [places]
+    for expert in np.flatnonzero(extras).tolist():
+        firsts = places[units == expert * shards]
+        near = np.bincount(neighbors[firsts].ravel(), minlength=width)
+        for _ in range(extras[expert]):
+            cost = near[neighbors].sum(axis=1) * (shards * held.max() + 1) + held[neighbors].sum(axis=1)
+            cost[firsts] = np.iinfo(cost.dtype).max
+            first = cost.argmin()
+            firsts = np.append(firsts, first)
+            near[neighbors[first]] += 1
+            held[neighbors[first]] += 1
+            more_units.append(np.arange(expert * shards, (expert + 1) * shards))
+            more_places.append(neighbors[first])
+    return np.concatenate(more_units), np.concatenate(more_places)

@@ -110,18 +110,21 @@ class LayerDraft:
             has_room &= self.room.used + needed <= self.room.memory
         return has_room
 
+    def may_take(self, unit: int, most_shards: int) -> Booleans:
+        """[D]: the hosts with room for the unit that neither hold it nor so many shards of its expert, which are of as many copies."""
+        free = self.has_room(unit)
+        free[self.places[unit]] = False
+        return free & (self._shards(unit) < most_shards) if self.shards > 1 else free
+
     def choose(self, unit: int, number: int, most_shards: int, by_room: bool = False) -> list[int]:
         """The hosts for so many more copies of a unit, or for as many as there is room for.
 
-        Never one that holds the unit, nor one with so many shards of its expert, which are of as many copies; on the nodes with the fewest
-        copies; among these the least loaded, or those with the most memory left.
+        Of those that may take it the ones with the fewest shards of its expert; on the nodes with the fewest copies; among these the least
+        loaded, or those with the most memory left.
         """
-        free = self.has_room(unit)
-        if near := self.hosts_of(unit):
-            free[self.places[unit]] = False
-            if self.shards > 1:
-                shards = np.bincount(near, minlength=len(self.room))
-                free = _fewest(free & (shards < most_shards), shards)
+        free = self.may_take(unit, most_shards)
+        if self.shards > 1:
+            free = _fewest(free, self._shards(unit))
         hosts = np.flatnonzero(free)
         if not len(hosts):
             return []
@@ -133,6 +136,10 @@ class LayerDraft:
             order = order[self._levels(unit, hosts[order]).argsort(kind="stable")]
         chosen: list[int] = hosts[order[:number]].tolist()
         return chosen
+
+    def _shards(self, unit: int) -> Integers:
+        """[D]: how many shards of the unit's expert each host holds."""
+        return np.bincount(np.array(self.hosts_of(unit), dtype=np.int64), minlength=len(self.room))
 
     def _levels(self, unit: int, hosts: Integers) -> Integers:
         """How many copies the node of each of these would have, if they were taken in this order."""

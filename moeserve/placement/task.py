@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from moeserve.placement.constraints import Floats, LayerSize
 from moeserve.placement.draft import LayerDraft
 from moeserve.placement.exchange import improve
 from moeserve.placement.layer import Integers
+from moeserve.placement.matching import matched
 from moeserve.placement.replicas import grown, shifted, trimmed
 from moeserve.placement.room import Room
 
@@ -89,16 +91,14 @@ class LayerTask:
         units = range(expert * self.shards, (expert + 1) * self.shards)
         number = min(len(draft.places[unit]) for unit in units) + 1
         most = max(number, *(len(draft.places[unit]) for unit in units))
-        added: list[tuple[int, int]] = []
-        for unit in units:
-            if len(draft.places[unit]) < number:
-                hosts = draft.choose(unit, 1, most, by_room)
-                if not hosts:
-                    for each in added:
-                        draft.remove(*each)
-                    return False
-                draft.add(unit, hosts[0])
-                added.append((unit, hosts[0]))
+        missing = [unit for unit in units if len(draft.places[unit]) < number]
+        for position, unit in enumerate(missing):
+            hosts = draft.choose(unit, 1, most, by_room)
+            if not hosts:
+                for each in missing[:position]:
+                    draft.remove(each, draft.places[each][-1])
+                return _add_one_each(draft, missing, most)
+            draft.add(unit, hosts[0])
         return True
 
     def rebalanced(self, draft: LayerDraft, min_gain: float) -> LayerDraft | None:
@@ -151,3 +151,13 @@ class LayerTask:
             f"{number_of(len(draft.room), 'host')} hold as many experts of the layer as placement.experts_per_host allows, "
             f"and no other host without it has room for {nbytes} bytes within its memory"
         )
+
+
+def _add_one_each(draft: LayerDraft, units: Sequence[int], most_shards: int) -> bool:
+    """Adds each unit on a host without any of the others, if all can be: what one likes best may be the only one for another."""
+    hosts = matched([np.flatnonzero(draft.may_take(unit, most_shards)).tolist() for unit in units])
+    if hosts is None:
+        return False
+    for unit, host in zip(units, hosts, strict=True):
+        draft.add(unit, host)
+    return True

@@ -82,7 +82,8 @@ def assert_kept(case: Case, placement: Placement) -> None:
 
 @st.composite
 def cases(draw: st.DrawFn, *, is_bounded: bool = True) -> Case:
-    shards, num_hosts = draw(st.integers(1, 2)), draw(st.integers(2, 7))
+    num_hosts = draw(st.integers(2, 7))
+    shards = draw(st.integers(1, min(3, num_hosts)))
     experts = draw(st.lists(st.integers(num_hosts, 20), min_size=1, max_size=3))
     drawn = np.random.default_rng(draw(st.integers(0, 2**32)))
     sizes = [
@@ -100,7 +101,7 @@ def cases(draw: st.DrawFn, *, is_bounded: bool = True) -> Case:
         extra_copies=draw(st.sampled_from([0.0, 0.25, 0.5, 2.0])),
         experts_per_host=draw(st.none() | st.integers(4, 20)) if is_bounded else None,
         tensor_parallel=shards,
-        pipeline_stages=draw(st.integers(1, 2)) if num_hosts >= 4 and len(experts) > 1 else 1,
+        pipeline_stages=draw(st.integers(1, 2)) if num_hosts >= 2 * max(2, shards) and len(experts) > 1 else 1,
     )
     return Case(sizes, constraints, draw(st.none() | st.just([rows_of(drawn, each) for each in experts])))
 

@@ -92,6 +92,24 @@ def test_what_could_be_placed_is_placed(capacity: list[int], copies: list[int], 
             plan([size], limits, demand)
 
 
+@given(shards=st.integers(2, 4), experts=st.integers(2, 6), extra=st.integers(0, 3), data=st.data())
+@settings(deadline=None)
+def test_shards_find_hosts_for_any_number_of_copies(shards: int, experts: int, extra: int, data: st.DataObject) -> None:
+    """Also where the host that one shard likes best is the only one for another."""
+    hosts, placed = hosts_of(*range(shards + extra)), None
+    sizes = [LayerSize("a", np.full(experts * shards, 10))]
+    for _ in range(3):
+        copies = np.array(data.draw(st.lists(st.integers(1, min(3, len(hosts))), min_size=experts, max_size=experts)))
+        limits = Constraints(tuple(hosts), (copies,), (copies,), tensor_parallel=shards)
+        demand = [rows_of(np.random.default_rng(data.draw(st.integers(0, 99))), experts)]
+        try:
+            placed = plan(sizes, limits, demand, placed)
+        except ConfigError as error:
+            assert "would hold no expert" in str(error)
+            return
+        assert_kept(Case(sizes, limits, demand), placed)
+
+
 @given(experts=st.lists(st.integers(1, 40), min_size=1, max_size=4), strategy=STRATEGIES, data=st.data())
 @settings(deadline=None)
 def test_without_load_or_a_placement_experts_are_dealt_out(experts: list[int], strategy: str, data: st.DataObject) -> None:

@@ -5,6 +5,8 @@ E experts, D hosts.
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,3 +129,22 @@ def test_what_does_not_fit_is_refused_before_anything_starts() -> None:
     checked(40 * 2**20, placement={"num_hosts": 2}, ray={"address": "10.0.0.1:6379"})
     checked(40 * 2**20, placement={"num_hosts": 2, "gpus_per_host": 1})
     assert memory_bytes() > 2**28
+
+
+@given(experts=st.lists(st.integers(1, 6), min_size=1, max_size=8), shards=st.integers(1, 4), strategy=STRATEGIES, data=st.data())
+@settings(deadline=None)
+def test_copies_that_only_some_experts_have_stand_apart(experts: list[int], shards: int, strategy: str, data: st.DataObject) -> None:
+    """No host has more shards of an expert than there are copies of it: what it holds of one copy is one shard."""
+    num_hosts = data.draw(st.integers(max(shards, *experts), 9))
+    copies = {"a": {str(expert): number for expert, number in enumerate(experts)}}
+    config = PlacementConfig(num_hosts=num_hosts, copies=copies, tensor_parallel=shards, strategy=strategy)
+    try:
+        (layer,) = plan_placement([replace(spec_of(len(experts)), name="a")], config).layers
+    except ConfigError as error:
+        assert "num_hosts" in str(error)
+        return
+    held = list(zip(layer.unit_of_physical.tolist(), layer.host_of_physical.tolist(), strict=True))
+    assert len({*held}) == len(held)
+    assert Counter(unit for unit, _ in held) == {unit: experts[unit // shards] for unit in range(len(experts) * shards)}
+    on_hosts = Counter((unit // shards, host) for unit, host in held)
+    assert all(number <= experts[expert] for (expert, _), number in on_hosts.items())
