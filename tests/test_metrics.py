@@ -73,6 +73,7 @@ def test_names_and_labels_are_the_documented_ones() -> None:
         "moeserve_host_queue_tokens": {"host"},
         "moeserve_hosts_failing": set(),
         "moeserve_hosts_missing": set(),
+        "moeserve_wanted_hosts": set(),
         "moeserve_host_restarts_total": set(),
         "moeserve_expert_uses_total": {"host"},
         "moeserve_expert_loads_total": {"host"},

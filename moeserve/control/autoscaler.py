@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import Protocol
+from typing import Final, Protocol
 
 from moeserve.config import Copies
 from moeserve.control import timing
@@ -22,6 +22,8 @@ from moeserve.loops import in_thread
 from moeserve.release import Release
 
 log = logging.getLogger(__name__)
+
+_NONE: Final = (0, 0)
 
 
 class Resized(Protocol):
@@ -55,8 +57,8 @@ class Autoscaler:
         self._bounds_now: tuple[Bounds, Copies | None] | None = None
         #: until when the request for more nodes stands, unless it is made again
         self._asks_until: float | None = None
-        #: so many of the hosts that the load needs have no room
-        self.missing = 0
+        #: so many hosts the load needs, until they run; and so many of them have no room
+        self.wanted = _NONE
         self._said = ""
 
     async def keep(self) -> None:
@@ -78,14 +80,14 @@ class Autoscaler:
     async def _follow(self, now: float) -> None:
         try:
             state, shares = self._served.state, self._shares.shares(now)
-            hosts = len(state.assignments) if state.num_hosts == "all" else state.num_hosts
+            hosts = state.wanted_hosts
             known = [shares.get(assignment.number) for assignment in state.assignments]
             resize = self._sizing.decide(now, hosts, known, await self._bounds(state.copies))
             if resize is not None:
                 await self._carry_out(resize)
             elif self._asks_until is not None and now > self._asks_until:
                 await self._ask(hosts)
-                self._asks_until, self.missing = None, 0
+                self._asks_until, self.wanted = None, _NONE
         except Exception as error:  # any error, of Ray for example: try again when the load still needs it
             self._say_problem(str(error) if isinstance(error, MoEServeError) else repr(error))
 
@@ -93,14 +95,16 @@ class Autoscaler:
         state = self._served.state
         wanted = await in_thread(self._planner.with_copies(state.copies).wanted, resize.wanted)
         assigned = reconcile(await self._nodes.list(), state.assignments, wanted, state.next_number, self._hosts.given_up)
-        self.missing = assigned.missing
+        self.wanted = resize.wanted, assigned.missing
         number = resize.wanted if assigned.shortage is None else max(resize.hosts, len(assigned.assignments))
         try:
             if number != resize.hosts:
                 await self._served.scale(number, f"autoscaling: {resize}", resize.hosts)
                 self._said = ""
         finally:  # however that ends, nothing is missing for longer than the load says so
-            if assigned.shortage is not None:
+            if assigned.shortage is None:
+                self.wanted = _NONE
+            else:
                 self._asks_until = time.monotonic() + 2 * self._config.scale_up_after_s
         if assigned.shortage is not None:
             await self._ask(resize.wanted)

@@ -199,7 +199,7 @@ class Controller:
     async def _keep_telling(self) -> None:
         while True:
             self._frontends.set_failing(self._failing())
-            self._frontends.set_missing(max(self._missing, self._autoscaler.missing))
+            self._frontends.set_wanted(*max((self.state.wanted_hosts, self._missing), self._autoscaler.wanted))
             self._restarts.look(self._hosts.present, self.state.assignments)
             await asyncio.sleep(timing.CONTROL_LOOK_S)
 

@@ -110,7 +110,7 @@ class Order:
     """The desired state of a frontend: serve `current` (None = not known yet), try `candidate`, if there is one, on `hosts`.
 
     `failing`: hosts that are down and not restarting, and why. For metrics: `balancing`; `busy`, the share of its time, 0..1,
-    that each host has lately spent in passes; `missing_hosts`, how many of the hosts that should run have no room.
+    that each host has lately spent in passes; `wanted_hosts`, how many should run, and `missing_hosts`, how many of these have no room.
     """
 
     current: Release | None = None
@@ -120,12 +120,14 @@ class Order:
     failing: Mapping[int, str] = field(default_factory=dict)
     balancing: Balancing = field(default_factory=Balancing)
     busy: Mapping[int, float] = field(default_factory=dict)
+    wanted_hosts: int = 0
     missing_hosts: int = 0
 
     def to_message(self) -> pb.FrontendOrder:
         """For `from_message`."""
         failing = {number: why[:_MAX_SENTENCE_CHARS] for number, why in self.failing.items()}
-        message = pb.FrontendOrder(hosts=hosts_messages(self.hosts), failing=failing, busy=self.busy, missing_hosts=self.missing_hosts)
+        message = pb.FrontendOrder(hosts=hosts_messages(self.hosts), failing=failing, busy=self.busy)
+        message.wanted_hosts, message.missing_hosts = self.wanted_hosts, self.missing_hosts
         message.balancing.CopyFrom(pb.Balancing(**vars(self.balancing)))
         for name, release in (("current", self.current), ("candidate", self.candidate)):
             if release is not None:
@@ -151,6 +153,7 @@ class Order:
             failing=read_failing(message.failing),
             balancing=read_balancing(message.balancing),
             busy=read_busy(message.busy),
+            wanted_hosts=message.wanted_hosts,
             missing_hosts=message.missing_hosts,
             setup=Setup(told.service_id, told.config_json, keys, told.drain_timeout_s) if message.HasField("setup") else None,
         )

@@ -87,7 +87,7 @@ class Follower:
             self._frontend.set_failing(order.failing)
             self._frontend.set_balancing(order.balancing)
             self._frontend.set_busy(order.busy)
-            self._frontend.set_missing(order.missing_hosts)
+            self._frontend.set_wanted(order.wanted_hosts, order.missing_hosts)
         self._ordered.notify()
 
     def say(self, **changes: object) -> None:
@@ -155,7 +155,7 @@ class Follower:
         self._frontend = await in_thread(Frontend, release, sources, settings, hosts, metrics)
         self._frontend.set_failing(self._order.failing)
         metrics.balancing.said, metrics.busy.said = self._order.balancing, self._order.busy
-        self._frontend.set_missing(self._order.missing_hosts)
+        self._frontend.set_wanted(self._order.wanted_hosts, self._order.missing_hosts)
         self._stage.enter(self._frontend, metrics, self._config.observability.otlp_endpoint)
         self._do("start", self._frontend.start(self.report.node))
         self._do("demand", self._tell_of_demand(metrics))

@@ -198,10 +198,10 @@ class Frontends:
         if dict(failing) != dict(self._order.failing):
             self._tell(replace(self._order, failing=dict(failing)))
 
-    def set_missing(self, hosts: int) -> None:
-        """Sets how many of the hosts that should run have no room on the nodes."""
-        if hosts != self._order.missing_hosts:
-            self._tell(replace(self._order, missing_hosts=hosts))
+    def set_wanted(self, hosts: int, missing: int) -> None:
+        """Sets how many hosts should run, and how many of them have no room on the nodes."""
+        if (hosts, missing) != (self._order.wanted_hosts, self._order.missing_hosts):
+            self._tell(replace(self._order, wanted_hosts=hosts, missing_hosts=missing))
 
     @property
     def balancing(self) -> Balancing:

@@ -26,3 +26,8 @@ class State:
     last_epoch: int
     next_number: int
     copies: Copies | None = None
+
+    @property
+    def wanted_hosts(self) -> int:
+        """The desired number, where it is "all" that of the hosts there are."""
+        return len(self.assignments) if self.num_hosts == "all" else self.num_hosts

@@ -151,9 +151,10 @@ class Frontend:
         """The share of its time that each host has lately spent in passes, by number."""
         self._metrics.busy.said = shares
 
-    def set_missing(self, hosts: int) -> None:
-        """How many of the hosts that should run have no room on the nodes."""
-        self._metrics.hosts_missing.set(hosts)
+    def set_wanted(self, hosts: int, missing: int) -> None:
+        """How many hosts should run, and how many of them have no room on the nodes."""
+        self._metrics.wanted_hosts.set(hosts)
+        self._metrics.hosts_missing.set(missing)
 
     def refresh(self, hosts: Mapping[int, HostInfo]) -> None:
         """Update what is known about hosts, by number."""

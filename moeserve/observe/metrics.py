@@ -145,6 +145,7 @@ class Metrics:
         self.registry.register(self.host_states)
         self.host_queue_tokens = self._gauge("moeserve_host_queue_tokens", "Rows sent to a host and not yet answered", "host")
         self.hosts_failing = self._gauge("moeserve_hosts_failing", "Hosts that cannot be started again, or could not if they ended")
+        self.wanted_hosts = self._gauge("moeserve_wanted_hosts", "Hosts that should run")
         self.hosts_missing = self._gauge("moeserve_hosts_missing", "Hosts that should run and have no room on the nodes")
         self.host_restarts = self._counter("moeserve_host_restarts", "Times a host came back as a new process")
         self.expert_retries = self._counter("moeserve_expert_retries", "Messages sent to a host again", "reason")

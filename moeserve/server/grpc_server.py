@@ -22,7 +22,7 @@ from moeserve.server.engine import Engine
 from moeserve.server.grpc_log import leave_out_callers_that_left
 from moeserve.server.health import HEALTH_SERVICE_NAME, Health
 from moeserve.server.inference.messages import SERVICE_NAME as INFERENCE_SERVICE_NAME
-from moeserve.server.inference.messages import pool_with
+from moeserve.server.inference.messages import described
 from moeserve.server.inference.service import InferenceService
 from moeserve.server.inference.shared_memory import SharedMemory
 from moeserve.server.intake import Intake
@@ -208,7 +208,7 @@ def _reflect(server: grpc.aio.Server, services: Sequence[str]) -> None:
     from grpc_reflection.v1alpha import reflection  # noqa: PLC0415  # an embedded client, which serves nobody, lives without it
 
     told = [*services, reflection.SERVICE_NAME]
-    reflection.enable_server_reflection(told, server, pool_with(*told))
+    reflection.enable_server_reflection(told, server, described(*told))
 
 
 async def _listen(

@@ -26,7 +26,7 @@ from moeserve.v1 import moe_service_pb2 as moeserve_dot_v1_dot_moe__service__pb2
 
 from moeserve.v1.moe_service_pb2 import *
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!moeserve/v1/control_service.proto\x12\x0bmoeserve.v1\x1a\x1dmoeserve/v1/moe_service.proto\"\xa7\x02\n\x0e\x46rontendReport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x16\n\x0emetrics_target\x18\x03 \x01(\t\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\x12\n\npublic_key\x18\x05 \x01(\t\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x14\n\x0coldest_epoch\x18\x07 \x01(\x04\x12\x13\n\x0btried_epoch\x18\x08 \x01(\x04\x12\x0f\n\x07refusal\x18\t \x01(\t\x12\x12\n\nis_leaving\x18\n \x01(\x08\x12\x10\n\x08is_ready\x18\x0b \x01(\x08\x12\x11\n\trequested\x18\x0c \x03(\x0c\x12\x12\n\ncall_times\x18\r \x03(\x04\x12%\n\x07\x63ounted\x18\x0e \x01(\x0b\x32\x14.moeserve.v1.Counted\"Y\n\x07\x43ounted\x12#\n\x06series\x18\x01 \x03(\x0b\x32\x13.moeserve.v1.Series\x12)\n\x06layers\x18\x02 \x03(\x0b\x32\x19.moeserve.v1.LayerCounted\"%\n\x06Series\x12\x0b\n\x03key\x18\x01 \x03(\t\x12\x0e\n\x06values\x18\x02 \x03(\x01\"\x81\x01\n\x0cLayerCounted\x12\x0e\n\x06tokens\x18\x01 \x01(\x04\x12\x33\n\x05pairs\x18\x02 \x03(\x0b\x32$.moeserve.v1.LayerCounted.PairsEntry\x1a,\n\nPairsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"\xb1\x03\n\rFrontendOrder\x12!\n\x05setup\x18\x01 \x01(\x0b\x32\x12.moeserve.v1.Setup\x12%\n\x07\x63urrent\x18\x02 \x01(\x0b\x32\x14.moeserve.v1.Release\x12\'\n\tcandidate\x18\x03 \x01(\x0b\x32\x14.moeserve.v1.Release\x12 \n\x05hosts\x18\x04 \x03(\x0b\x32\x11.moeserve.v1.Host\x12\x38\n\x07\x66\x61iling\x18\x05 \x03(\x0b\x32\'.moeserve.v1.FrontendOrder.FailingEntry\x12)\n\tbalancing\x18\x06 \x01(\x0b\x32\x16.moeserve.v1.Balancing\x12\x32\n\x04\x62usy\x18\x07 \x03(\x0b\x32$.moeserve.v1.FrontendOrder.BusyEntry\x12\x15\n\rmissing_hosts\x18\x08 \x01(\r\x1a.\n\x0c\x46\x61ilingEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a+\n\tBusyEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xd2\x01\n\tBalancing\x12\x32\n\x06rounds\x18\x01 \x03(\x0b\x32\".moeserve.v1.Balancing.RoundsEntry\x12\x15\n\rmoved_experts\x18\x02 \x01(\x04\x12\x13\n\x0bmoved_bytes\x18\x03 \x01(\x04\x12\x14\n\x0c\x62\x61lancedness\x18\x04 \x03(\x01\x12\x0e\n\x06latest\x18\x05 \x01(\t\x12\x10\n\x08\x63hanging\x18\x06 \x01(\t\x1a-\n\x0bRoundsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"q\n\x05Setup\x12\x13\n\x0b\x63onfig_json\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\t\x12\x12\n\nsecret_key\x18\x03 \x01(\t\x12\x12\n\nservice_id\x18\x05 \x01(\t\x12\x17\n\x0f\x64rain_timeout_s\x18\x04 \x01(\x01\"\xc9\x01\n\x07Release\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x11\n\tnum_hosts\x18\x02 \x01(\r\x12+\n\x06layers\x18\x03 \x03(\x0b\x32\x1b.moeserve.v1.LayerPlacement\x12 \n\x05swaps\x18\x04 \x03(\x0b\x32\x11.moeserve.v1.Swap\x12$\n\x05\x66iles\x18\x05 \x03(\x0b\x32\x15.moeserve.v1.FileMark\x12\'\n\x08\x64\x65ployed\x18\x06 \x03(\x0b\x32\x15.moeserve.v1.Deployed\"L\n\x08\x46ileMark\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\x0c\x12\x0f\n\x07numbers\x18\x04 \x01(\x0c\"(\n\x08\x44\x65ployed\x12\r\n\x05layer\x18\x01 \x01(\t\x12\r\n\x05\x66iles\x18\x02 \x03(\r\"]\n\x0eLayerPlacement\x12\x18\n\x10unit_of_physical\x18\x01 \x01(\x0c\x12\x18\n\x10host_of_physical\x18\x02 \x01(\x0c\x12\x17\n\x0ftensor_parallel\x18\x03 \x01(\r\"[\n\x04Swap\x12\r\n\x05layer\x18\x01 \x01(\t\x12\x12\n\ncheckpoint\x18\x02 \x01(\t\x12\x0f\n\x07\x65xperts\x18\x03 \x03(\r\x12\x10\n\x08revision\x18\x04 \x01(\x04\x12\r\n\x05\x66iles\x18\x05 \x03(\r2W\n\x0e\x43ontrolService\x12\x45\n\x06\x46ollow\x12\x1b.moeserve.v1.FrontendReport\x1a\x1a.moeserve.v1.FrontendOrder(\x01\x30\x01P\x00\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!moeserve/v1/control_service.proto\x12\x0bmoeserve.v1\x1a\x1dmoeserve/v1/moe_service.proto\"\xa7\x02\n\x0e\x46rontendReport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x16\n\x0emetrics_target\x18\x03 \x01(\t\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\x12\n\npublic_key\x18\x05 \x01(\t\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x14\n\x0coldest_epoch\x18\x07 \x01(\x04\x12\x13\n\x0btried_epoch\x18\x08 \x01(\x04\x12\x0f\n\x07refusal\x18\t \x01(\t\x12\x12\n\nis_leaving\x18\n \x01(\x08\x12\x10\n\x08is_ready\x18\x0b \x01(\x08\x12\x11\n\trequested\x18\x0c \x03(\x0c\x12\x12\n\ncall_times\x18\r \x03(\x04\x12%\n\x07\x63ounted\x18\x0e \x01(\x0b\x32\x14.moeserve.v1.Counted\"Y\n\x07\x43ounted\x12#\n\x06series\x18\x01 \x03(\x0b\x32\x13.moeserve.v1.Series\x12)\n\x06layers\x18\x02 \x03(\x0b\x32\x19.moeserve.v1.LayerCounted\"%\n\x06Series\x12\x0b\n\x03key\x18\x01 \x03(\t\x12\x0e\n\x06values\x18\x02 \x03(\x01\"\x81\x01\n\x0cLayerCounted\x12\x0e\n\x06tokens\x18\x01 \x01(\x04\x12\x33\n\x05pairs\x18\x02 \x03(\x0b\x32$.moeserve.v1.LayerCounted.PairsEntry\x1a,\n\nPairsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"\xc7\x03\n\rFrontendOrder\x12!\n\x05setup\x18\x01 \x01(\x0b\x32\x12.moeserve.v1.Setup\x12%\n\x07\x63urrent\x18\x02 \x01(\x0b\x32\x14.moeserve.v1.Release\x12\'\n\tcandidate\x18\x03 \x01(\x0b\x32\x14.moeserve.v1.Release\x12 \n\x05hosts\x18\x04 \x03(\x0b\x32\x11.moeserve.v1.Host\x12\x38\n\x07\x66\x61iling\x18\x05 \x03(\x0b\x32\'.moeserve.v1.FrontendOrder.FailingEntry\x12)\n\tbalancing\x18\x06 \x01(\x0b\x32\x16.moeserve.v1.Balancing\x12\x32\n\x04\x62usy\x18\x07 \x03(\x0b\x32$.moeserve.v1.FrontendOrder.BusyEntry\x12\x15\n\rmissing_hosts\x18\x08 \x01(\r\x12\x14\n\x0cwanted_hosts\x18\t \x01(\r\x1a.\n\x0c\x46\x61ilingEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a+\n\tBusyEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xd2\x01\n\tBalancing\x12\x32\n\x06rounds\x18\x01 \x03(\x0b\x32\".moeserve.v1.Balancing.RoundsEntry\x12\x15\n\rmoved_experts\x18\x02 \x01(\x04\x12\x13\n\x0bmoved_bytes\x18\x03 \x01(\x04\x12\x14\n\x0c\x62\x61lancedness\x18\x04 \x03(\x01\x12\x0e\n\x06latest\x18\x05 \x01(\t\x12\x10\n\x08\x63hanging\x18\x06 \x01(\t\x1a-\n\x0bRoundsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"q\n\x05Setup\x12\x13\n\x0b\x63onfig_json\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\t\x12\x12\n\nsecret_key\x18\x03 \x01(\t\x12\x12\n\nservice_id\x18\x05 \x01(\t\x12\x17\n\x0f\x64rain_timeout_s\x18\x04 \x01(\x01\"\xc9\x01\n\x07Release\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x11\n\tnum_hosts\x18\x02 \x01(\r\x12+\n\x06layers\x18\x03 \x03(\x0b\x32\x1b.moeserve.v1.LayerPlacement\x12 \n\x05swaps\x18\x04 \x03(\x0b\x32\x11.moeserve.v1.Swap\x12$\n\x05\x66iles\x18\x05 \x03(\x0b\x32\x15.moeserve.v1.FileMark\x12\'\n\x08\x64\x65ployed\x18\x06 \x03(\x0b\x32\x15.moeserve.v1.Deployed\"L\n\x08\x46ileMark\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\x0c\x12\x0f\n\x07numbers\x18\x04 \x01(\x0c\"(\n\x08\x44\x65ployed\x12\r\n\x05layer\x18\x01 \x01(\t\x12\r\n\x05\x66iles\x18\x02 \x03(\r\"]\n\x0eLayerPlacement\x12\x18\n\x10unit_of_physical\x18\x01 \x01(\x0c\x12\x18\n\x10host_of_physical\x18\x02 \x01(\x0c\x12\x17\n\x0ftensor_parallel\x18\x03 \x01(\r\"[\n\x04Swap\x12\r\n\x05layer\x18\x01 \x01(\t\x12\x12\n\ncheckpoint\x18\x02 \x01(\t\x12\x0f\n\x07\x65xperts\x18\x03 \x03(\r\x12\x10\n\x08revision\x18\x04 \x01(\x04\x12\r\n\x05\x66iles\x18\x05 \x03(\r2W\n\x0e\x43ontrolService\x12\x45\n\x06\x46ollow\x12\x1b.moeserve.v1.FrontendReport\x1a\x1a.moeserve.v1.FrontendOrder(\x01\x30\x01P\x00\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -52,27 +52,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LAYERCOUNTED_PAIRSENTRY']._serialized_start=595
   _globals['_LAYERCOUNTED_PAIRSENTRY']._serialized_end=639
   _globals['_FRONTENDORDER']._serialized_start=642
-  _globals['_FRONTENDORDER']._serialized_end=1075
-  _globals['_FRONTENDORDER_FAILINGENTRY']._serialized_start=984
-  _globals['_FRONTENDORDER_FAILINGENTRY']._serialized_end=1030
-  _globals['_FRONTENDORDER_BUSYENTRY']._serialized_start=1032
-  _globals['_FRONTENDORDER_BUSYENTRY']._serialized_end=1075
-  _globals['_BALANCING']._serialized_start=1078
-  _globals['_BALANCING']._serialized_end=1288
-  _globals['_BALANCING_ROUNDSENTRY']._serialized_start=1243
-  _globals['_BALANCING_ROUNDSENTRY']._serialized_end=1288
-  _globals['_SETUP']._serialized_start=1290
-  _globals['_SETUP']._serialized_end=1403
-  _globals['_RELEASE']._serialized_start=1406
-  _globals['_RELEASE']._serialized_end=1607
-  _globals['_FILEMARK']._serialized_start=1609
-  _globals['_FILEMARK']._serialized_end=1685
-  _globals['_DEPLOYED']._serialized_start=1687
-  _globals['_DEPLOYED']._serialized_end=1727
-  _globals['_LAYERPLACEMENT']._serialized_start=1729
-  _globals['_LAYERPLACEMENT']._serialized_end=1822
-  _globals['_SWAP']._serialized_start=1824
-  _globals['_SWAP']._serialized_end=1915
-  _globals['_CONTROLSERVICE']._serialized_start=1917
-  _globals['_CONTROLSERVICE']._serialized_end=2004
+  _globals['_FRONTENDORDER']._serialized_end=1097
+  _globals['_FRONTENDORDER_FAILINGENTRY']._serialized_start=1006
+  _globals['_FRONTENDORDER_FAILINGENTRY']._serialized_end=1052
+  _globals['_FRONTENDORDER_BUSYENTRY']._serialized_start=1054
+  _globals['_FRONTENDORDER_BUSYENTRY']._serialized_end=1097
+  _globals['_BALANCING']._serialized_start=1100
+  _globals['_BALANCING']._serialized_end=1310
+  _globals['_BALANCING_ROUNDSENTRY']._serialized_start=1265
+  _globals['_BALANCING_ROUNDSENTRY']._serialized_end=1310
+  _globals['_SETUP']._serialized_start=1312
+  _globals['_SETUP']._serialized_end=1425
+  _globals['_RELEASE']._serialized_start=1428
+  _globals['_RELEASE']._serialized_end=1629
+  _globals['_FILEMARK']._serialized_start=1631
+  _globals['_FILEMARK']._serialized_end=1707
+  _globals['_DEPLOYED']._serialized_start=1709
+  _globals['_DEPLOYED']._serialized_end=1749
+  _globals['_LAYERPLACEMENT']._serialized_start=1751
+  _globals['_LAYERPLACEMENT']._serialized_end=1844
+  _globals['_SWAP']._serialized_start=1846
+  _globals['_SWAP']._serialized_end=1937
+  _globals['_CONTROLSERVICE']._serialized_start=1939
+  _globals['_CONTROLSERVICE']._serialized_end=2026
 # @@protoc_insertion_point(module_scope)

@@ -99,7 +99,7 @@ class LayerCounted(_message.Message):
     def __init__(self, tokens: _Optional[int] = ..., pairs: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
 
 class FrontendOrder(_message.Message):
-    __slots__ = ("setup", "current", "candidate", "hosts", "failing", "balancing", "busy", "missing_hosts")
+    __slots__ = ("setup", "current", "candidate", "hosts", "failing", "balancing", "busy", "missing_hosts", "wanted_hosts")
     class FailingEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -122,6 +122,7 @@ class FrontendOrder(_message.Message):
     BALANCING_FIELD_NUMBER: _ClassVar[int]
     BUSY_FIELD_NUMBER: _ClassVar[int]
     MISSING_HOSTS_FIELD_NUMBER: _ClassVar[int]
+    WANTED_HOSTS_FIELD_NUMBER: _ClassVar[int]
     setup: Setup
     current: Release
     candidate: Release
@@ -130,7 +131,8 @@ class FrontendOrder(_message.Message):
     balancing: Balancing
     busy: _containers.ScalarMap[int, float]
     missing_hosts: int
-    def __init__(self, setup: _Optional[_Union[Setup, _Mapping]] = ..., current: _Optional[_Union[Release, _Mapping]] = ..., candidate: _Optional[_Union[Release, _Mapping]] = ..., hosts: _Optional[_Iterable[_Union[_moe_service_pb2.Host, _Mapping]]] = ..., failing: _Optional[_Mapping[int, str]] = ..., balancing: _Optional[_Union[Balancing, _Mapping]] = ..., busy: _Optional[_Mapping[int, float]] = ..., missing_hosts: _Optional[int] = ...) -> None: ...
+    wanted_hosts: int
+    def __init__(self, setup: _Optional[_Union[Setup, _Mapping]] = ..., current: _Optional[_Union[Release, _Mapping]] = ..., candidate: _Optional[_Union[Release, _Mapping]] = ..., hosts: _Optional[_Iterable[_Union[_moe_service_pb2.Host, _Mapping]]] = ..., failing: _Optional[_Mapping[int, str]] = ..., balancing: _Optional[_Union[Balancing, _Mapping]] = ..., busy: _Optional[_Mapping[int, float]] = ..., missing_hosts: _Optional[int] = ..., wanted_hosts: _Optional[int] = ...) -> None: ...
 
 class Balancing(_message.Message):
     __slots__ = ("rounds", "moved_experts", "moved_bytes", "balancedness", "latest", "changing")

@@ -151,8 +151,12 @@ def test_reflection_tells_of_it_and_of_the_others(running_in_thread: str) -> Non
         for name, file in (
             ("inference.GRPCInferenceService", "inference/open_inference.proto"),
             ("moeserve.v1.MoEService", "moeserve/v1/moe_service.proto"),
+            ("moeserve.v1.MoEService.Forward", "moeserve/v1/moe_service.proto"),
+            ("moeserve.v1.ForwardRequest.hidden_states", "moeserve/v1/moe_service.proto"),
         ):
-            assert told.FindFileContainingSymbol(name).name == file
+            assert ProtoReflectionDescriptorDatabase(channel).FindFileContainingSymbol(name).name == file
+        with pytest.raises(KeyError):
+            ProtoReflectionDescriptorDatabase(channel).FindFileContainingSymbol("moeserve.v1.MoEService.Backward")
 
 
 @pytest.fixture

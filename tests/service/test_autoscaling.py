@@ -93,6 +93,10 @@ def missing(service: ServiceHarness) -> float | None:
     return service.metrics.registry.get_sample_value("moeserve_hosts_missing")
 
 
+def wanted(service: ServiceHarness) -> float | None:
+    return service.metrics.registry.get_sample_value("moeserve_wanted_hosts")
+
+
 def num_hosts(service: ServiceHarness) -> int:
     return len(service.hosts)
 
@@ -125,11 +129,11 @@ def test_a_load_gets_hosts_up_to_the_room_and_asks_for_nodes(tmp_path: Path, cap
             assert num_hosts(service) == 2 and decided(admin) == [(1, 2)]
             said = [record.getMessage() for record in caplog.records if "the number of hosts stays as it is" in record.getMessage()]
             assert len(said) == 1 and "there is room for 2" in said[0], "what is missing is said once"
-            until(lambda: missing(service) in {1, 2})
-        until(lambda: asked[-1] == 2 and missing(service) == 0)
+            until(lambda: missing(service) in {1, 2} and wanted(service) == 2 + (missing(service) or 0))
+        until(lambda: asked[-1] == 2 and missing(service) == 0 and wanted(service) == 2)
         nodes.cpus = 1000
         with Callers(service.target, 8):
-            until(lambda: num_hosts(service) == 4)
+            until(lambda: num_hosts(service) == 4 and wanted(service) == 4)
             with pytest.raises(ConfigError, match=r"num_hosts is 5; allowed while autoscaling.enabled is true: 1\.\.4"):
                 admin.scale(5)
             admin.scale(1)
@@ -150,8 +154,8 @@ def test_what_the_load_needed_once_is_not_missing_for_ever(tmp_path: Path) -> No
         service.cluster.nodes.cpus = 3
         service.controller.scale = refuse  # type: ignore[method-assign,assignment]
         with Callers(service.target, 8):
-            until(lambda: missing(service) == 1)
-        until(lambda: missing(service) == 0)
+            until(lambda: missing(service) == 1 and wanted(service) == 4)
+        until(lambda: missing(service) == 0 and wanted(service) == 2)
 
 
 def test_hosts_leave_when_fewer_are_enough(tmp_path: Path) -> None:

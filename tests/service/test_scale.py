@@ -13,7 +13,7 @@ from tests.support.harness import CHANNELS, Kind, ServiceHarness
 from tests.support.held import Held
 from tests.support.seen import gone
 from tests.support.two_layers import CONFIG, LAYERS, Load, tokens
-from tests.support.waiting import until_async
+from tests.support.waiting import until, until_async
 
 
 @pytest.mark.parametrize("pattern", ["all_to_all", "ring"])
@@ -24,6 +24,7 @@ def test_from_two_to_six_to_two_under_load(kind: Kind, pattern: str, tmp_path: P
             load.goes_on()
             release = service.call(service.controller.scale(wanted))
             assert (release.epoch, len(release.placement.hosts), len(service.hosts)) == (epoch, wanted, wanted)
+            until(lambda: service.metrics.registry.get_sample_value("moeserve_wanted_hosts") == wanted)  # noqa: B023
         load.goes_on()
         with Client(service.target) as client:
             stats = client.stats()

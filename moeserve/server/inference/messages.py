@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from importlib.resources import files
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.descriptor_pool import Default, DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
 
-__all__ = ["FILE", "SERVICE_NAME", "pb", "pool_with"]
+__all__ = ["FILE", "SERVICE_NAME", "Described", "described", "pb"]
 
 FILE: Final = FileDescriptorSet.FromString(files("moeserve.v1.inference").joinpath("open_inference.binpb").read_bytes()).file[0]
 SERVICE_NAME: Final = f"{FILE.package}.{FILE.service[0].name}"
@@ -31,7 +32,24 @@ else:
     )
 
 
-def pool_with(*services: str) -> DescriptorPool:
+class Described:
+    """A pool for reflection. A method is a symbol as well, but protobuf's pools do not look for the file of one."""
+
+    def __init__(self, pool: DescriptorPool) -> None:
+        self._pool = pool
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+    def FindFileContainingSymbol(self, symbol: str) -> FileDescriptor:  # noqa: N802  # protobuf's name
+        """Raises KeyError."""
+        try:
+            return self._pool.FindFileContainingSymbol(symbol)
+        except KeyError:
+            return self._pool.FindMethodByName(symbol).containing_service.file
+
+
+def described(*services: str) -> Described:
     """The files of these services, of other packages, and of this one: what reflection tells."""
     pool, known = DescriptorPool(), Default()
     pool.Add(FILE)
@@ -49,4 +67,4 @@ def pool_with(*services: str) -> DescriptorPool:
     for service in services:
         if service != SERVICE_NAME:
             add(known.FindFileContainingSymbol(service).name)
-    return pool
+    return Described(pool)
