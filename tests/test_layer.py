@@ -259,7 +259,8 @@ def test_rows_need_not_lie_next_to_each_other() -> None:
         ({"hidden_size": 0}, r"layers\.0\.hidden_size: .*greater than or equal to 1"),
         ({"num_experts": -1}, r"layers\.0\.num_experts: "),
         ({"activation": "tanh"}, r"layers\.0\.activation is 'tanh'; allowed: swiglu, .*, or with a limit: swiglu\(L\)"),
-        ({"dtype": torch.float64}, "dtype float64 is not supported; allowed: float32, float16, bfloat16"),
+        ({"dtype": torch.float64}, r"dtype torch\.float64 is not supported; allowed: torch\.float32, torch\.float16, torch\.bfloat16"),
+        ({"dtype": "bfloat16"}, r"dtype 'bfloat16' is not supported; allowed: torch\.float32, torch\.float16, torch\.bfloat16"),
         ({"gating": GatingConfig(top_k=9)}, r"layer layers\.0: gating\.top_k is 9, but it has 8 experts"),
     ],
 )

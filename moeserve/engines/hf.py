@@ -229,4 +229,12 @@ def _sizes(module: Any) -> tuple[int, int]:
     return getattr(module, "total_experts", None) or module.num_experts, hidden_size
 
 
+def __getattr__(name: str) -> Any:
+    if name != "load_model":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from moeserve.engines.hf_loader import load_model  # noqa: PLC0415  # it needs models of transformers, which may not be there yet
+
+    return load_model
+
+
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, remote_experts)

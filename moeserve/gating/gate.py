@@ -59,6 +59,8 @@ def route(
     Jitter acts in front of the gate, hence not here: see Router. Raises ConfigError when `gating` does not fit the layer, InvalidRequest
     when a tensor is missing or has the wrong shape, or a logit of a used token is NaN or Inf.
     """
+    if not isinstance(gating, GatingConfig):
+        raise ConfigError(f"gating is {gating!r}; allowed: a GatingConfig")
     _check_tensors(router_logits, used_token, token_ids, hidden_states)
     num_tokens, num_experts = router_logits.shape
     check_layer_tensors(num_experts, score_correction_bias, centroids)

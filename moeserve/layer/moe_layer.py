@@ -240,5 +240,5 @@ def to_output(routing: Routing, hidden_states: torch.Tensor, return_routing: boo
 
 def _dtype_key(dtype: torch.dtype) -> str:
     if dtype not in FLOAT_DTYPES.values():
-        raise ConfigError(f"dtype {dtype_name(dtype)} is not supported; allowed: {', '.join(FLOAT_DTYPES)}")
+        raise ConfigError(f"dtype {dtype!r} is not supported; allowed: {', '.join(map(str, FLOAT_DTYPES.values()))}")
     return dtype_name(dtype)

@@ -144,6 +144,17 @@ def test_a_model_that_is_not_connected_says_what_to_do(remote: PreTrainedModel, 
         remote(input_ids)
 
 
+def test_it_is_found_under_its_names_of_today_and_of_before() -> None:
+    from moeserve.client import hf as former
+    from moeserve.client import hf_loader as former_loader
+    from moeserve.engines import hf
+
+    assert hf.load_model is former.load_model is former_loader.load_model is moeserve.load_model
+    assert hf.connect_experts is former.connect_experts is connect_experts
+    with pytest.raises(AttributeError, match="load_models"):
+        hf.load_models  # noqa: B018
+
+
 def test_a_copy_is_not_connected(remote: PreTrainedModel, client: Client, input_ids: torch.Tensor) -> None:
     assert connect_experts(remote, client) is client
     with pytest.raises(ConfigError, match="not connected"):

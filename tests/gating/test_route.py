@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moeserve.config import GatingConfig
 from moeserve.config.gating import DropPolicy
+from moeserve.errors import ConfigError
 from moeserve.gating import BatchRouting, apply_choices, route, route_requests
 from tests.support.closeness import assert_close, near
 
@@ -103,3 +104,9 @@ def test_dense_spreads_the_weights_over_the_experts() -> None:
     total = scores[1] + scores[2]
     assert_close(got.dense(), torch.tensor([[0, scores[1] / total, scores[2] / total], [0, 0, 0]]), summed=3)
     assert got.dropped_tokens.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("gating", [{"top_k": 2}, "top2", None])
+def test_gating_is_a_config(gating: Any) -> None:
+    with pytest.raises(ConfigError, match=r"gating is .*; allowed: a GatingConfig"):
+        route(torch.zeros(3, 4), gating)
