@@ -65,6 +65,15 @@ def test_the_metrics_are_what_they_were(loaded: Loaded) -> None:
     assert b"moeserve_queue_tokens" in (only := ask(loaded, "/metrics?name[]=moeserve_queue_tokens")[2]) and b"host_up" not in only
 
 
+@pytest.mark.parametrize(
+    ("accepted", "is_compressed"),
+    [("gzip", True), ("br, GZIP;q=0.5", True), ("gzip; q=1.0", True), ("gzip;q=0", False), ("gzip ; q=0.000, br", False), ("br", False)],
+)
+def test_metrics_are_compressed_for_those_who_take_it(loaded: Loaded, accepted: str, is_compressed: bool) -> None:
+    _, headers, _ = ask(loaded, "/metrics", **{"Accept-Encoding": accepted})
+    assert (headers["Content-Encoding"] == "gzip") == is_compressed
+
+
 def test_the_page_is_one_document_whose_policy_lets_only_itself_run(loaded: Loaded) -> None:
     status, headers, body = ask(loaded, "/")
     assert status == 200 and headers["Content-Type"] == "text/html; charset=utf-8"

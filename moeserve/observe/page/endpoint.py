@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, Final
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import gzip_accepted
 
 from moeserve.observe.page.document import load_document
 from moeserve.observe.page.exposition import expose
@@ -80,10 +80,18 @@ class StatusPage:
         exposition = expose(self._registry, accept, names)
         if self._others is not None:
             exposition = self._others.add_to(exposition, accept, names)
-        if not gzip_accepted(request.headers.get("accept-encoding", "")):
+        if not _takes_gzip(request.headers.get("accept-encoding", "")):
             return HttpAnswer(HTTPStatus.OK, exposition.body, exposition.content_type)
         body = gzip.compress(exposition.body, _GZIP_LEVEL)
         return HttpAnswer(HTTPStatus.OK, body, exposition.content_type, {"Content-Encoding": "gzip"})
+
+
+def _takes_gzip(accept_encoding: str) -> bool:
+    for each in accept_encoding.lower().split(","):
+        name, _, weight = each.replace(" ", "").partition(";q=")
+        if name == "gzip":
+            return re.fullmatch(r"0(\.0*)?", weight) is None
+    return False
 
 
 def public_json(stats: ServiceStats) -> dict[str, Any]:
