@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 import weakref
@@ -108,16 +107,7 @@ class EmbeddedClient:
 
     def forward_stream(self, requests: Iterable[WireRequest], timeout: float | None = None) -> Iterator[WireResponse]:
         """As `Client.forward_stream`: up to 64 run side by side, and join batches."""
-        timeout_s = self._seconds(timeout)
-        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
-
-        def forward(request: WireRequest) -> ForwardOutput:
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                raise DeadlineExceeded(f"the stream did not end within {timeout_s:g} s")
-            return self._forward(request, None if timeout_s is None else left_s)
-
-        yield from AnswerStream(forward, requests)
+        yield from AnswerStream(self._forward, requests, self._seconds(timeout))
 
     def layers(self, timeout: float | None = None) -> list[LayerInfo]:
         """The served MoE layers, in model order."""

@@ -174,6 +174,26 @@ def test_a_stream_of_requests(embedded: EmbeddedClient) -> None:
     assert next(iter(embedded.forward_stream(WireRequest(X[:1]) for _ in itertools.count()))).result.processed.sum() == 3
 
 
+@pytest.mark.parametrize("goes_on", [False, True], ids=["waits", "goes on"])
+def test_a_stream_ends_at_its_deadline(target: str, embedded: EmbeddedClient, goes_on: bool) -> None:
+    """As one over gRPC does, whatever its source waits for, or has to say."""
+    ended = threading.Event()
+
+    def requests() -> Iterator[WireRequest]:
+        yield WireRequest(X[:1])
+        while goes_on or not ended.wait(30):
+            yield WireRequest(X[:1])
+
+    try:
+        with Client(target) as client:
+            for one in (client, embedded):
+                with pytest.raises(moeserve.DeadlineExceeded):
+                    for _ in one.forward_stream(requests(), timeout=0.5):
+                        pass
+    finally:
+        ended.set()
+
+
 @pytest.mark.parametrize("wrong", [X, WireRequest(X.long())], ids=["no request", "whole numbers"])
 def test_what_no_service_accepts_ends_a_stream(embedded: EmbeddedClient, wrong: Any) -> None:
     answered = []
