@@ -46,7 +46,8 @@ class EmbeddedFrontend:
         self._pid = os.getpid()
         self._driven = DrivenLoop("moeserve-embedded")
         self._followed: Followed | None = None
-        self._lock = threading.Lock()
+        #: reentrant, because a signal's handler may close it, too
+        self._lock = threading.RLock()
         self._opening: Future[None] | None = None
         self._running: set[_Call] = set()
         self._is_closed = False
@@ -98,6 +99,8 @@ class EmbeddedFrontend:
         """
         with self._lock:
             if self._opening is None:
+                if self._is_closed:
+                    raise self.why_over()
                 self._driven.start()
                 _LIVE.add(self)
                 self._opening = asyncio.run_coroutine_threadsafe(self._open(), self._driven.loop)
@@ -135,8 +138,11 @@ class EmbeddedFrontend:
 
     def close_soon(self) -> Future[None] | None:
         """As `close`, without waiting, for any thread in any state; None = there is nothing to close."""
-        was_closed, self._is_closed = self._is_closed, True
-        if was_closed or self._opening is None or self.is_of_a_parent:
+        if self.is_of_a_parent:
+            return None
+        with self._lock:
+            was_closed, self._is_closed = self._is_closed, True
+        if was_closed or self._opening is None:
             return None
         return asyncio.run_coroutine_threadsafe(self._close(), self._driven.loop)
 
