@@ -102,6 +102,11 @@ class BackgroundService:
         return self._change(self._service.controller.drain(host)).epoch
 
     def _change(self, change: Coroutine[Any, Any, Release]) -> Release:
+        if self._thread.is_here:
+            change.close()
+            raise MoEServeError(
+                "a service cannot be changed on its own thread, as by a handler of its log records: it would wait for itself"
+            )
         with self._stopping:
             if self.failure is not None or not self._thread.is_running:
                 change.close()

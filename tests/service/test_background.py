@@ -64,6 +64,16 @@ def test_one_that_was_stopped_is_not_changed(service: BackgroundService) -> None
             change()
 
 
+def test_one_is_not_changed_on_its_own_thread(service: BackgroundService) -> None:
+    """As by a handler of its log records: it would wait for itself, and nobody would be answered any more."""
+
+    async def change() -> None:
+        service.scale(1)
+
+    with pytest.raises(moeserve.MoEServeError, match="cannot be changed on its own thread"):
+        service._thread.call(change(), 30)
+
+
 def test_one_whose_end_fails_has_ended_all_the_same(service: BackgroundService, monkeypatch: pytest.MonkeyPatch) -> None:
     end = service._service.stop
 
