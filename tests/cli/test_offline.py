@@ -173,6 +173,11 @@ def test_environment_loses_to_flags_and_wins_over_the_file(
     assert "4 hosts" in run(capsys, "plan", str(file), "--num-hosts", "4")[1]
 
 
+def test_ray_is_told_when_a_node_goes_so_never_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "leave", "--address", "127.0.0.1:1", "--timeout-s", "inf")
+    assert code == 2 and "Invalid value for '--timeout-s': Input should be less than or equal to 1000000000" in err
+
+
 def test_a_cluster_that_does_not_answer_leaves_no_folder(tmp_path: Path) -> None:
     folder = tmp_path / "tmp"
     folder.mkdir()
