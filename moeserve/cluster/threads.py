@@ -9,6 +9,7 @@ import asyncio
 import logging
 import math
 import os
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -55,7 +56,7 @@ class ThreadCluster:
     def __init__(self, model: ServedModel, placing: PlacementConfig, ray: RayConfig) -> None:
         hosts = 0 if placing.num_hosts == "all" else placing.num_hosts
         cpus = ray.num_cpus or max(os.cpu_count() or 1, math.ceil(hosts * placing.cpus_per_host))
-        self._model, self._placing = model, placing
+        self._model, self._placing, self._temp_dir = model, placing, ray.temp_dir
         self._service_id, self._is_followed = "", False
         self._sockets: Hold | None = None
         self.nodes = ThreadNodes(cpus, torch.cuda.device_count() if ray.num_gpus is None else ray.num_gpus)
@@ -65,7 +66,7 @@ class ThreadCluster:
     async def start(self) -> None:
         """Makes a place for sockets, by which other programs of this user may reach hosts."""
         try:
-            self._sockets = await in_thread(_place_for_sockets)
+            self._sockets = await in_thread(_place_for_sockets, self._temp_dir)
         except ConfigError as error:
             log.warning("only this process reaches its hosts: %s", error)
 
@@ -99,6 +100,6 @@ class ThreadCluster:
         return Holdings(self._model, number, where.device, self._placing.memory_per_host_bytes)
 
 
-def _place_for_sockets() -> Hold:
-    remove_all_abandoned()
-    return hold_new(_LONGEST_SOCKET)
+def _place_for_sockets(chosen: Path | None) -> Hold:
+    remove_all_abandoned(chosen)
+    return hold_new(_LONGEST_SOCKET, chosen)

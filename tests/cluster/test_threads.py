@@ -83,6 +83,13 @@ def test_the_next_one_removes_what_one_that_was_killed_has_left(monkeypatch: pyt
         assert not list(place.iterdir())
 
 
+def test_sockets_are_where_temp_dir_says() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        with serve({**CONFIG, "ray": {"temp_dir": name}}, cluster="threads"):
+            assert len(list(Path(name).glob("moeserve-*/host-*.sock"))) == 2
+        assert not list(Path(name).iterdir())
+
+
 AT_THE_END = """
 import atexit, moeserve
 service = moeserve.serve({config!r}, cluster="threads")
