@@ -170,7 +170,8 @@ def _check_number(constraints: Constraints) -> None:
 def _check_idle(hosts: Sequence[HostLimits], placement: Placement) -> None:
     occupied = set(placement.hosts)
     idle = [host for host in hosts if host.number not in occupied]
-    if idle and sum(len(layer.unit_of_physical) for layer in placement.layers) >= len(hosts):
+    has_enough = sum(len(layer.unit_of_physical) for layer in placement.layers) >= len(hosts)
+    if idle and has_enough and idle[0].memory_bytes is not None:
         raise ConfigError(f"host {idle[0].number} would hold no expert: none fits into the {idle[0].memory_bytes} bytes that it may hold")
     check_idle(len(hosts), len(idle))
 
