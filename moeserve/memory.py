@@ -17,6 +17,7 @@ import struct
 import threading
 import weakref
 from collections import deque
+from contextlib import suppress
 from typing import NamedTuple
 
 from moeserve.errors import Overloaded
@@ -78,13 +79,14 @@ class Arena:
         return Block(offset, memory, self._address + offset)
 
     def give_back(self) -> None:
-        """Returns the pages of unlent memory to the kernel, until it is lent again."""
+        """Returns the pages of unlent memory to the kernel, as far as it takes them, until it is lent again."""
         with self._lock:
             self._take_back()
             self._merge()
             for order, offsets in enumerate(self._free):
                 for offset in offsets:
-                    self._mapping.madvise(self._advice, offset, 1 << order)
+                    with suppress(OSError):  # pages are locked, or the kernel cannot (gVisor): they stay
+                        self._mapping.madvise(self._advice, offset, 1 << order)
 
     def _take_back(self) -> None:
         while self._returned:

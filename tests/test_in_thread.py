@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 
 import pytest
 
 from moeserve.loops import in_thread
+
+
+async def test_an_error_that_no_coroutine_can_raise_is_another_one() -> None:
+    """As of a plug-in's `next()`; whoever waits must not wait for ever."""
+    async with asyncio.timeout(10):
+        with pytest.raises(RuntimeError, match="raised StopIteration"):
+            await in_thread(next, iter(()))
 
 
 async def test_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:

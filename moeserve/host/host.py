@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -26,10 +27,12 @@ _NICE: Final = 4
 
 
 def give_way() -> None:
-    """Makes this thread, and those that it starts from now on, nicer than the process for good."""
-    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
-        own, process = threading.get_native_id(), os.getpid()
-        assert own != process, "a thread that does nothing but a host's work"
+    """Makes this thread, and those that it starts from now on, nicer than the process for good, where it may."""
+    if sys.platform != "linux":  # elsewhere a thread has no priority of its own
+        return
+    own, process = threading.get_native_id(), os.getpid()
+    assert own != process, "a thread that does nothing but a host's work"
+    with suppress(OSError):  # it is nicer already, as after `renice` of the process, or a sandbox forbids it
         os.setpriority(os.PRIO_PROCESS, own, min(19, os.getpriority(os.PRIO_PROCESS, process) + _NICE))
 
 

@@ -163,6 +163,7 @@ class HostLoop:
         for relayed in [relayed for relayed in self._relayed.values() if relayed.is_done and relayed.is_own_done]:
             work, error = relayed.work, relayed.own_error or relayed.error
             del self._relayed[work]
+            work.on_cancel = None  # both would keep each other, and all that was lent, for the garbage collector
             for rows, partial in relayed.helped if error is None else ():
                 work.reply_buffer().index_add_(0, rows, partial)
             _reply(work, error)

@@ -150,17 +150,21 @@ class Relay:
             relayed.error = DeadlineExceeded("the deadline passed before the hosts that this one passed rows on to had answered")
         except asyncio.CancelledError:
             relayed.error = Cancelled("the frontend cancelled this work")
-        except ChannelClosed as error:
-            relayed.error = PeerLost(str(error))
-        except MoEServeError as error:
-            relayed.error = error
         except Exception as error:  # any error: the host goes on, and the caller gets the error
-            log.exception("host %d failed to pass rows on", self.number)
-            relayed.error = MoEServeError(f"the expert host failed to pass rows of layer {work.layer} on: {type(error).__name__}")
+            relayed.error = self._as_user_error(error, work.layer)
+            error.__traceback__ = None  # whose frames refer to the error, and to all that was lent
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _as_user_error(self, error: Exception, layer: int) -> MoEServeError:
+        if isinstance(error, ChannelClosed):
+            return PeerLost(str(error))
+        if isinstance(error, MoEServeError):
+            return error
+        log.error("host %d failed to pass rows on", self.number, exc_info=error)
+        return MoEServeError(f"the expert host failed to pass rows of layer {layer} on: {type(error).__name__}")
 
     async def _ask(self, work: Work, share: Share) -> Helped:
         channel = await self._channel(share.destinations[0].host)
@@ -190,6 +194,8 @@ class Relay:
         if peer is None or peer.info.incarnation != info.incarnation or peer.is_lost:
             endpoint = choose_endpoint(info.endpoints, is_same_node=info.node == here.node)
             keys = FrontendKeys(self._keys, info.public_key) if info.public_key else None
+            # A closed channel has its memory: those of hosts that have left would add up.
+            self._peers = {number: link for number, link in self._peers.items() if not link.is_lost}
             known, peer = peer, RelayLink(info, asyncio.create_task(connect(endpoint, keys=keys, silent_after_s=self._hang_after_s)))
             self._peers[host] = peer
             if known is not None:

@@ -72,6 +72,8 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item], num_th
 def _fulfil(future: Future[Result], function: Callable[[*Args], Result], *args: *Args) -> None:
     try:
         future.set_result(function(*args))
+    except StopIteration as error:  # no coroutine can raise it
+        future.set_exception(RuntimeError("a function in a thread raised StopIteration").with_traceback(error.__traceback__))
     except BaseException as error:  # whoever waits for it gets it
         future.set_exception(error)
 

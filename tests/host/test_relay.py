@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -11,14 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from moeserve.errors import Cancelled, DeadlineExceeded, InvalidRequest, MoEServeError
+from moeserve.errors import Cancelled, DeadlineExceeded, InvalidRequest, MoEServeError, Overloaded
 from moeserve.experts import ExpertBank
 from moeserve.host import HostLoop, Relay
+from moeserve.host.relay import Relayed
 from moeserve.observe.stats import HostInfo
 from moeserve.transport import Channel, Destination, KeyPair, Listener, Partial, PassOn, PeerLost, Work, WorkShape, connect, listen
 from moeserve.transport.timing import SILENT_AFTER_S
 from tests.support.closeness import assert_close
+from tests.support.descriptors import open_files
 from tests.support.stacked import Stacked, bank_table_of
+from tests.support.waiting import until_async
 
 HIDDEN, ROWS = 8, 3
 #: a peer may be silent for so long: longer than a connection allows that is told nothing
@@ -169,6 +173,44 @@ async def test_a_peer_that_goes_is_lost_and_a_new_incarnation_is_found(hosts: Ho
     work.reply_buffer().zero_()
     work.reply()
     assert_close((await again).tensor, expected([0]))
+    await channel.close()
+
+
+async def test_peers_that_have_left_keep_no_memory(hosts: Hosts, tmp_path: Path) -> None:
+    channel = await connect(hosts.infos[0].endpoints[0])
+    hosts.third.close()
+    counts = []
+    for number in range(3, 7):
+        hosts.third = listen(f"unix:{tmp_path}/{number}.sock")
+        info = HostInfo(f"host-{number}", hosts.third.endpoints, node="node")
+        hosts.relays[0].meet({0: hosts.infos[0], number: info})
+        future = send(channel, [0, number])
+        work = await hosts.third_receives()
+        work.reply_buffer().zero_()
+        work.reply()
+        await future
+        del future, work
+        counts.append(len([name for _, name in open_files() if name.startswith("/memfd:moeserve")]))
+        hosts.third.close()
+    assert counts[-1] == counts[1]
+    await channel.close()
+
+
+@pytest.mark.parametrize("error", [None, InvalidRequest("no such slot"), Overloaded("no room")])
+async def test_nothing_of_a_message_that_was_passed_on_is_left_to_the_garbage_collector(hosts: Hosts, error: MoEServeError | None) -> None:
+    channel = await connect(hosts.infos[0].endpoints[0])
+    gc.collect()
+    gc.disable()
+    try:
+        future = send(channel, [0, 1, 2])
+        work = await hosts.third_receives()
+        work.reply_buffer().zero_()
+        work.reply() if error is None else work.fail(error)
+        await asyncio.wait([future])
+        assert (future.exception() is None) is (error is None)
+        await until_async(lambda: not any(type(each) is Relayed for each in gc.get_objects()))
+    finally:
+        gc.enable()
     await channel.close()
 
 

@@ -69,6 +69,14 @@ def test_pages_that_are_not_lent_go_back_to_the_kernel_and_the_lent_ones_stay() 
     os.close(fd)
 
 
+def test_pages_that_the_kernel_does_not_take_back_stay() -> None:
+    """As in gVisor, which has no MADV_REMOVE, and in a process whose memory is locked."""
+    arena = Arena(mmap.mmap(-1, 64 * KIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), mmap.MADV_REMOVE)
+    arena.lend(64 * KIB).memory[:1] = b"x"
+    give_back_pools()
+    assert bytes(arena.lend(64 * KIB).memory[:1]) == b"x"
+
+
 def test_memory_that_cannot_be_had_leaves_no_descriptor_open() -> None:
     before = open_files()
     with pytest.raises(OSError):
