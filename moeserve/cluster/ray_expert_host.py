@@ -13,6 +13,7 @@ import ray
 import ray.util
 import torch
 
+from moeserve.addresses import join
 from moeserve.allocator import give_back_when_quiet
 from moeserve.cluster.folders import Hold, SocketFolder
 from moeserve.config import ServedModel
@@ -156,4 +157,4 @@ def _endpoints(order: HostOrder, folder: Path) -> tuple[str, ...]:
     for left_behind in folder.glob(f"{order.name}-*.sock"):
         left_behind.unlink(missing_ok=True)  # by an incarnation that was killed
     unix = f"unix:{folder / order.name}-{os.getpid()}.sock"
-    return (unix, f"tcp://{ray.util.get_node_ip_address()}:0") if order.over_tcp else (unix,)
+    return (unix, f"tcp://{join(ray.util.get_node_ip_address(), 0)}") if order.over_tcp else (unix,)

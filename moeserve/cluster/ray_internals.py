@@ -28,6 +28,7 @@ from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest  # type: 
 from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
+from moeserve.addresses import join
 from moeserve.cluster.timing import SPARE_TIMEOUT_S
 from moeserve.errors import ExpertUnavailable
 
@@ -138,7 +139,7 @@ def prestart_worker(node: str) -> None:
     found = next((each for each in ray.nodes() if each["NodeID"] == node and each["Alive"]), None)
     if found is None:
         return
-    address = f"{found['NodeManagerAddress']}:{found['NodeManagerPort']}"
+    address = join(found["NodeManagerAddress"], found["NodeManagerPort"])
     request = PrestartWorkersRequest(language=Language.PYTHON, num_workers=1)
     with init_grpc_channel(address) as channel:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from contextlib import suppress
 from typing import Any
 
@@ -21,6 +22,7 @@ from moeserve.transport.wire import VERSION, Kind, MalformedMessage, Memory, Pac
 
 #: milliseconds until libzmq itself closes a connection whose pings are not answered: SilenceWatch decides that
 _NEVER_MS = 2**31 - 1
+_NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 _ENDS = {
     zmq.EVENT_DISCONNECTED: "is gone",
     zmq.EVENT_CLOSED: "cannot be reached",
@@ -37,6 +39,7 @@ class TcpChannel(Channel):
         super().__init__(endpoint, Arena.private(limits.max_pool_bytes), limits, silent_after_s)
         self._line: TcpLine | None = None
         self._socket = _dealer(limits, keys)
+        self._socket.ipv6 = "[" in endpoint
         self._monitor = self._socket.get_monitor_socket(sum(_ENDS) | zmq.EVENT_CONNECTED)
         self._monitor.linger = 0
         self._loop.add_reader(self._socket.FD, self._on_readable)
@@ -94,12 +97,19 @@ class TcpChannel(Channel):
             message = recv_monitor_message(self._monitor)
             event = zmq.Event(message["event"])
             if event is zmq.EVENT_CONNECTED:
-                with suppress(OSError):  # it has disconnected since: that is the next event
-                    self._line = TcpLine(message["value"])
+                self._watch_line(message["value"])
                 continue
             # The host's last messages come first, above all why it disconnected.
             self._on_readable()
             self._die(f"the host at {self.endpoint} {_ENDS[event]}")
+
+    def _watch_line(self, fd: int) -> None:
+        try:
+            self._line = TcpLine(fd)
+        except OSError as error:  # without it, a host that computes would seem to be silent
+            if error.errno in _NO_DESCRIPTOR:
+                self._die(f"the connection to {self.endpoint} cannot be watched: {error.strerror}")
+            # else it has disconnected since: that is the next event
 
 
 def _dealer(limits: Limits, keys: FrontendKeys | None) -> zmq.Socket[Any]:

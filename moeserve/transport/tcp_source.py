@@ -94,6 +94,7 @@ class TcpSource:
     def _bind(self, endpoint: str, keys: HostKeys | None) -> Any:
         router = self._context.socket(zmq.ROUTER)
         router.linger = HOST_LINGER_MS
+        router.ipv6 = "[" in endpoint
         router.router_mandatory = True
         router.sndhwm = 0
         router.rcvhwm = _MAX_WAITING

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import resource
@@ -20,7 +21,7 @@ from moeserve.transport import ChannelClosed, Limits, choose_endpoint, connect, 
 from moeserve.transport.wire import VERSION, Kind, kind_of, pack_note
 from tests.support.descriptors import no_free_descriptors
 
-from .rig import Rig
+from .rig import PATIENCE_S, Rig, random_message
 
 
 def test_the_socket_is_private_and_goes_with_the_listener(tmp_path: Path) -> None:
@@ -88,6 +89,18 @@ async def test_a_process_without_free_descriptors_may_try_again(endpoint: str, t
         await connect(where)
 
 
+async def test_a_connection_over_tcp_that_cannot_be_watched_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last descriptor was that of the connection: what its kernel hears decides whether a host that computes is silent."""
+
+    def refuse(_: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with closing(listen("tcp://127.0.0.1:0")) as listener:
+        monkeypatch.setattr(os, "dup", refuse)
+        with pytest.raises(ChannelClosed, match="Too many open files"):
+            await connect(listener.endpoints[0], timeout_s=PATIENCE_S)
+
+
 def test_a_host_without_a_free_descriptor_waits_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shm_source, "ACCEPT_RETRY_S", math.inf)
     path, limits = tmp_path / "host.sock", Limits(2**16, 2**20)
@@ -105,6 +118,16 @@ def test_a_host_without_a_free_descriptor_waits_for_one(tmp_path: Path, monkeypa
         for _ in range(2):
             listener.poll(0)
         assert kind_of(sock.recv(100, socket.MSG_DONTWAIT)) is Kind.ACCEPT
+
+
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this system has no IPv6")
+async def test_a_host_may_have_an_address_of_ipv6() -> None:
+    limits = Limits(2**16, 2**16)
+    with closing(listen("tcp://[::1]:0", limits=limits)) as listener:
+        assert listener.endpoints[0].startswith("tcp://[::1]:")
+        rig = Rig(listener, limits, None)
+        async with rig.frontend() as channel:
+            await rig.forward(channel, random_message())
 
 
 @pytest.mark.skipif(resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 2**12, reason="as many files may not be open here")
