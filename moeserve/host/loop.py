@@ -93,34 +93,37 @@ class HostLoop:
         for (layer, bank), works in self._waiting.items():
             ready = [work for work in works if bank is None or bank.claim(work.local_experts)]
             if ready or not self._lane.is_busy:
-                taken = ready or works
-                rest = [work for work in works if work not in taken] if len(taken) < len(works) else []
-                if rest:
-                    self._waiting[layer, bank] = rest
-                else:
-                    del self._waiting[layer, bank]
-                return NextPass(layer, bank, [work for work in taken if not work.drop_if_late()], is_slow=not ready)
+                rest = [work for work in works if work not in ready] if len(ready) < len(works) else []
+                del self._waiting[layer, bank]
+                if rest and self._lane.is_busy:  # behind the others: more may always come for what is in memory here
+                    self._waiting[layer, bank], rest = rest, []
+                return NextPass(layer, bank, _in_time(ready), _in_time(rest))
         return None
 
     def _serve(self, turn: NextPass) -> None:
-        bank, valid = turn.bank, []
-        for work in turn.works:
-            try:
-                _check(work, turn.layer, bank)
-                self._pass_on(work)
-                valid.append(work)
-            except MoEServeError as error:
-                work.fail(error)
-        if bank is not None and valid and turn.is_slow:
-            self.clock.begin()
-            self._lane.start(slow_pass(bank, valid))
-        elif bank is not None and valid:
+        bank, valid, slow = turn.bank, self._begun(turn, turn.works), self._begun(turn, turn.slow)
+        if bank is not None and valid:
             began_ns = time.monotonic_ns()
             failures = compute(bank, valid)
             times = PassTimes(began_ns, time.monotonic_ns())
             for work, failure in zip(valid, failures, strict=True):
                 work.times = times
                 self._finish(work, failure)
+        if bank is not None and slow:
+            self.clock.begin()
+            self._lane.start(slow_pass(bank, slow))
+
+    def _begun(self, turn: NextPass, works: Sequence[Work]) -> list[Work]:
+        """Those that can be computed here; what belongs to other hosts is on its way."""
+        valid = []
+        for work in works:
+            try:
+                _check(work, turn.layer, turn.bank)
+                self._pass_on(work)
+                valid.append(work)
+            except MoEServeError as error:
+                work.fail(error)
+        return valid
 
     def _finish_slow(self) -> None:
         done = self._lane.take()
@@ -170,12 +173,16 @@ class HostLoop:
 
 
 class NextPass(NamedTuple):
-    """Works of a layer that are computed together; is_slow: after experts have been read."""
+    """Works of a layer that are computed together, and beside them, after experts have been read, those that are `slow`."""
 
     layer: int
     bank: LayerBank | None
     works: Sequence[Work]
-    is_slow: bool
+    slow: Sequence[Work]
+
+
+def _in_time(works: Sequence[Work]) -> list[Work]:
+    return [work for work in works if not work.drop_if_late()]
 
 
 def _check(work: Work, layer: int, bank: LayerBank | None) -> None:

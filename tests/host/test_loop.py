@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -185,3 +185,91 @@ async def test_what_was_given_up_while_another_pass_ran_is_never_computed(banks:
     assert (await send(channel, 3, [1, 2], layer=7)).tensor.shape == (3, HIDDEN)
     assert of[7].passes == [3]
     await channel.close()
+
+
+class ReadingBank(CountingBank):
+    """Experts 0 and 1 are in memory; a pass with expert 2 waits until it has been read. `during` each other pass more may come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go.set()
+        self.began, self.read = threading.Event(), threading.Event()
+        self.during: Callable[[int], None] = lambda count: None
+
+    def claim(self, local_experts: torch.Tensor) -> bool:
+        return int(local_experts[-1]) < 2
+
+    def run(self, hidden_states, row_index, local_experts, weights, out) -> None:
+        if int(local_experts[-1]) == 2:
+            self.began.set()
+            assert self.read.wait(30)
+            out.zero_()
+            return
+        super().run(hidden_states, row_index, local_experts, weights, out)
+        self.during(len(self.passes))
+
+
+class Reading:
+    """A host with experts of layers 5 and 6, and a caller who may ask from any thread."""
+
+    def __init__(self, channel: Channel, first: ReadingBank, other: ReadingBank) -> None:
+        self.first, self.other, self.answers = first, other, list[asyncio.Future[Partial]]()
+        self._channel, self._loop = channel, asyncio.get_running_loop()
+
+    def ask(self, layer: int, expert: int) -> None:
+        asyncio.run_coroutine_threadsafe(self._ask(layer, expert), self._loop).result(10)
+
+    async def served(self) -> None:
+        await self._ask(5, 0)
+        await until_async(lambda: all(answer.done() for answer in self.answers))
+        for answer in self.answers:
+            answer.result()
+
+    async def _ask(self, layer: int, expert: int) -> None:
+        self.answers.append(send(self._channel, 1, [expert], layer))
+
+
+@pytest.fixture
+async def reading(tmp_path: Path) -> AsyncIterator[Reading]:
+    first, other, listener = ReadingBank(), ReadingBank(), listen(f"unix:{tmp_path}/reading.sock")
+    loop = HostLoop(bank_table_of({5: first, 6: other}), listener)
+    thread = threading.Thread(target=loop.run)
+    thread.start()
+    channel = await connect(listener.endpoints[0])
+    yield Reading(channel, first, other)
+    first.read.set()
+    await channel.close()
+    loop.stop()
+    await asyncio.to_thread(thread.join)
+
+
+async def test_what_must_be_read_begins_although_more_always_comes_for_experts_in_memory(reading: Reading) -> None:
+    def during(count: int) -> None:
+        if count == 1:
+            reading.ask(5, 2)
+        if count < 5:
+            reading.ask(5, 0)
+        else:
+            assert reading.first.began.wait(10)
+            reading.first.read.set()
+
+    reading.first.during = during
+    await reading.served()
+    assert len(reading.first.passes) == 5
+
+
+async def test_while_an_expert_is_read_all_layers_have_their_turns(reading: Reading) -> None:
+    def during(count: int) -> None:
+        if count < 3:
+            reading.ask(5, 2)
+        if count == 3:
+            assert reading.first.began.wait(10)
+            reading.ask(6, 0)
+        if count < 6:
+            reading.ask(5, 0)
+        else:
+            assert reading.other.passes == [1]
+            reading.first.read.set()
+
+    reading.first.during = during
+    await reading.served()
