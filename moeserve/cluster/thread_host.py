@@ -100,6 +100,8 @@ class ThreadHost:
     def _enter(self, host: Host, stops: int) -> None:
         """Unless it was stopped meanwhile."""
         with self._changing:
+            if host.has_failed:  # before anybody knew of it
+                raise ExpertUnavailable(f"{host_name(self.number)} has failed as it started")
             if self._stops == stops:
                 self._host, self.error = host, None
                 host.weigh()  # releases may have been forgotten while it was not known to be up

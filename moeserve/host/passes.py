@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 
@@ -22,6 +22,9 @@ from moeserve.transport import Work
 
 log = logging.getLogger(__name__)
 _files = limited_logger(__name__)
+
+#: of a pass; an expert of a user's own may call sys.exit
+_FAULTS: Final = (Exception, SystemExit)
 
 
 class Merged(NamedTuple):
@@ -50,7 +53,7 @@ def compute(bank: LayerBank, works: Sequence[Work]) -> list[MoEServeError | None
             bank.run(works[0].hidden_states, works[0].row_index, works[0].local_experts, works[0].weights, out=works[0].reply_buffer())
             return [None]
         sums = _run(bank, _merged(bank, works))
-    except Exception as error:  # a failing kernel must not end the host: callers get the error
+    except _FAULTS as error:  # a failing kernel must not end the host: callers get the error
         return [_as_user_error(error, works[0].layer)] * len(works)
     return written(works, sums)
 
@@ -69,7 +72,7 @@ def _compute_slowly(bank: LayerBank, works: Sequence[Work], whole: Merged) -> Sl
     began_ns = time.monotonic_ns()
     try:
         return SlowPass(works, _run(bank, whole), times=PassTimes(began_ns, time.monotonic_ns()))
-    except Exception as error:  # as above, and what cannot be read
+    except _FAULTS as error:  # as above, and what cannot be read
         return SlowPass(works, (), _as_user_error(error, works[0].layer))
 
 
@@ -103,7 +106,7 @@ def _run(bank: LayerBank, whole: Merged) -> Sequence[torch.Tensor]:
     return parts
 
 
-def _as_user_error(error: Exception, layer: int) -> MoEServeError:
+def _as_user_error(error: BaseException, layer: int) -> MoEServeError:
     if isinstance(error, CheckpointError):
         _files.warning("an expert of layer %d cannot be read: %s", layer, error)
         return error

@@ -225,3 +225,18 @@ def test_an_incarnation_that_fails_while_it_ends_does_not_take_the_next_one_with
     crashes[0]()
     assert member.is_up
     member.stop()
+
+
+def test_an_incarnation_that_fails_before_it_is_known_is_not_up() -> None:
+    def make(on_crash: Callable[[], None]) -> Host:
+        holdings = hold(0, where(0, 1))
+        holdings.begin([release_of(CONFIG)])
+        host = Host(holdings, where(0, 1), (), on_crash)
+        host.stop()
+        host.has_failed = True
+        return host
+
+    member = ThreadHost(0, make, lambda: None)
+    with pytest.raises(ExpertUnavailable, match="host-0 has failed as it started"):
+        member.start()
+    assert not member.is_up and member.error is not None
