@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from moeserve.cli import signals, streams
 from moeserve.errors import ConfigError, MoEServeError, ServiceUnreachable, explained
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(error: Exception) -> int:
     show = getattr(error, "show", None)
     if show is not None:  # click's usage errors print themselves
+        _name_value(error)
         show()
         return EXIT_CONFIGURATION
     error = explained(error, "this command")
@@ -55,6 +56,13 @@ def _report(error: Exception) -> int:
     if isinstance(error, ServiceUnreachable):
         return EXIT_UNREACHABLE
     return EXIT_CONFIGURATION if isinstance(error, ConfigError) else EXIT_FAILURE
+
+
+def _name_value(error: Any) -> None:
+    """typer's sentence about an option says what is allowed; the value is only in pydantic's error behind it."""
+    behind = getattr(error.__cause__, "errors", None)
+    if behind is not None:
+        error.message += f" (got {behind()[0]['input']!r})"
 
 
 def entry() -> None:

@@ -71,6 +71,8 @@ def _scalar_type(annotation: Any) -> type | None:
 def _option(table: str, key: str, kind: type) -> inspect.Parameter:
     name = _NAMES.get((table, key), key)
     flag = "--" + name.replace("_", "-")
+    if kind is bool:
+        flag += f"/--no-{flag.removeprefix('--')}"
     option = typer.Option(
         flag, envvar=f"MOESERVE_{name.upper()}", help=f"{table}.{key}", show_default=False, rich_help_panel=rf"\[{table}]"
     )

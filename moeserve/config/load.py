@@ -25,6 +25,7 @@ _WORDS: Final = {
     "valid dictionary( or instance of \\w+)?": "table",
     "^Tuple should": "List should",
     " after validation": "",
+    "Input is not a valid path for <class 'pathlib\\.Path'>": "Input should be a path",
 }
 
 Overrides = Mapping[str, Mapping[str, Any]]
@@ -44,7 +45,9 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Overrides | N
     try:
         return ServiceConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_sentence(error, data)}") from None
+        loc = error.errors()[0]["loc"]
+        of_caller = len(loc) > 1 and loc[1] in (overrides or {}).get(str(loc[0]), {})
+        raise ConfigError(f"{'flags or environment' if of_caller else where}: {_sentence(error, data)}") from None
 
 
 def load_json(text: str) -> FrontendConfig:

@@ -178,6 +178,27 @@ def test_ray_is_told_when_a_node_goes_so_never_is_refused(capsys: pytest.Capture
     assert code == 2 and "Invalid value for '--timeout-s': Input should be less than or equal to 1000000000" in err
 
 
+def test_flags_turn_off_what_environment_or_file_turn_on(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "service.toml"
+    file.write_text("[model]\ndeterministic = true\n[balancing]\nenabled = true\n" + LAYER)
+    assert "model.deterministic is true, but balancing" in run(capsys, "plan", str(file))[2]
+    monkeypatch.setenv("MOESERVE_DETERMINISTIC", "true")
+    assert run(capsys, "plan", str(file), "--no-deterministic")[0] == 0
+
+
+def test_a_value_of_a_flag_or_of_the_environment_is_not_said_to_be_of_the_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "service.toml"
+    file.write_text(LAYER + "[server]\nport = 'x'\n")
+    assert run(capsys, "plan", str(file))[2].startswith(f"error: {file}: server.port: ")
+    monkeypatch.setenv("MOESERVE_PORT", "70000")
+    assert run(capsys, "plan", str(file))[2].startswith("error: flags or environment: server.port: ")
+    assert run(capsys, "plan", str(file), "--port", "-1")[2].endswith("(got -1)\n")
+
+
 def test_a_cluster_that_does_not_answer_leaves_no_folder(tmp_path: Path) -> None:
     folder = tmp_path / "tmp"
     folder.mkdir()
@@ -202,6 +223,7 @@ def test_config_check(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     [
         ("", "nothing to serve"),
         ("[servr]\n", "servr is not a key"),
+        (LAYER + "[server]\nauth_token_file = 3\n", "server.auth_token_file: Input should be a path (got 3)"),
         (LAYER + "[server]\nport = 'x'\n", "server.port: Input should be a valid integer (got 'x')"),
         (LAYER + "[layers.gating]\ntop_k = 5\n", "gating.top_k is 5, but it has 4 experts"),
         (LAYER + "[placement]\nnum_hosts = 5\n", "num_hosts is 5; allowed: at most 4, the number of physical experts"),
@@ -224,7 +246,10 @@ def test_mistakes_are_one_sentence_and_exit_2(capsys: pytest.CaptureFixture[str]
 
 def test_usage_mistakes_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "serve")[0] == 2
-    assert run(capsys, "serve", "x.toml", "--port", "many")[0] == 2
+    code, _, err = run(capsys, "serve", "x.toml", "--port", "many")
+    assert code == 2 and "--port" in err and "'many'" in err
+    code, _, err = run(capsys, "plan", "x.toml", "--from-hosts", "0")
+    assert code == 2 and "--from-hosts" in err and "'0'" in err
     assert run(capsys, "no-such-verb")[0] == 2
     code, _, err = run(capsys, "serve", "no-such-file.toml")
     assert code == 2 and "no-such-file.toml does not exist" in err
