@@ -102,7 +102,10 @@ KINDS: dict[str, Any] = {"controller": MoEController, "frontend": MoEFrontend}
 def start_program(
     kind: str, name: str, namespace: str, make: Callable[[Callable[[str], None]], Program], where: dict[str, Any]
 ) -> ProgramActor:
-    """Start a program in a detached actor of this name; Ray restarts it whenever it dies. `where` are options of the actor."""
+    """Start a program in a detached actor of this name; Ray restarts it whenever it dies. `where` are options of the actor.
+
+    Raises ExpertUnavailable when another is there by now.
+    """
     actor = KINDS[kind].options(
         name=name,
         namespace=namespace,
@@ -113,7 +116,10 @@ def start_program(
         num_cpus=0,
         **where,
     )
-    return ProgramActor(name, actor.remote(make))
+    try:
+        return ProgramActor(name, actor.remote(make))
+    except ValueError:  # the name is taken
+        raise ExpertUnavailable(f"another {name} has been started in namespace {namespace} at the same moment") from None
 
 
 class ProgramActor:

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import ray
 
-from moeserve import ConfigError
+from moeserve import ConfigError, ExpertUnavailable
 from moeserve.cluster.ray_program import ProgramActor, start_program
 from tests.support.waiting import until_async
 
@@ -40,3 +40,13 @@ async def test_what_cannot_start_says_why_and_is_ended(local_ray: None) -> None:
     assert told == ["starting"]
     await actor.stop(30)
     await until_async(lambda: ProgramActor.find("frontend-0", namespace) is None)  # Ray has been told; on a busy machine it takes a moment
+
+
+@pytest.mark.ray
+async def test_of_two_that_are_started_at_the_same_moment_one_is_told(local_ray: None) -> None:
+    namespace = ray.get_runtime_context().namespace
+    actor = start_program("frontend", "frontend-0", namespace, partial(Broken), {})
+    with pytest.raises(ExpertUnavailable, match=f"^another frontend-0 has been started in namespace {namespace} at the same moment$"):
+        start_program("frontend", "frontend-0", namespace, partial(Broken), {})
+    await actor.stop(30)
+    await until_async(lambda: ProgramActor.find("frontend-0", namespace) is None)
