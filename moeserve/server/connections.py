@@ -61,12 +61,16 @@ def received_bytes(wanted: Collection[Address], port: int) -> dict[Address, int]
     return found
 
 
-def hang_up(peer: str) -> bool:
-    """Ends the TCP connection to `peer`, as gRPC calls it: ipv4:127.0.0.1:1234. Returns whether it was found; only Linux shows it."""
+def hang_up(peer: str, port: int) -> bool:
+    """Ends the TCP connection from `peer`, as gRPC calls it (ipv4:127.0.0.1:1234), to `port` of this process.
+
+    Returns whether it was found; only Linux shows it. See `received_bytes` for others from that peer.
+    """
     for connection in _connections_to(peer):
         with connection, suppress(OSError):
-            connection.shutdown(socket.SHUT_RDWR)
-            return True
+            if connection.getsockname()[1] == port:
+                connection.shutdown(socket.SHUT_RDWR)
+                return True
     return False
 
 

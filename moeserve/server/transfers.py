@@ -155,7 +155,7 @@ class Transfers:
             if now - since > self._timeout_s:
                 # gRPC has no way to take back what it was given to send but to end the connection.
                 peer = context.peer()
-                is_gone = hang_up(peer)
+                is_gone = hang_up(peer, self.arriving.port)
                 self._leaving[context] = nbytes, now
                 _strangers.warning(
                     "%s has not taken an answer of %d bytes within %g s: %s",
