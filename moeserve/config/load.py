@@ -69,11 +69,13 @@ def load_server(values: Mapping[str, Any]) -> ServerConfig:
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if isinstance(source, Mapping):
         return "configuration", _of_ray(source, "configuration")
+    if source == "":  # to Python, it is the working directory
+        raise ConfigError("the source is empty: give a TOML file or a checkpoint folder")
     path = Path(os.path.expanduser(source))
     if os.path.isdir(path):
         return str(path), {"model": {"checkpoint": (path if path.is_absolute() else _working_directory() / path).resolve()}}
     try:
-        data = tomllib.loads(read_file(path, _MAX_BYTES).decode("utf-8"))
+        data = tomllib.loads(read_file(path, _MAX_BYTES).decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: give a TOML file or a checkpoint folder") from None
     except OSError as error:
@@ -124,7 +126,7 @@ def _types_of(annotation: Any) -> Iterator[Any]:
 
 
 def _absolute(value: Any, folder: Callable[[], Path]) -> Any:
-    if not isinstance(value, str | Path):
+    if not isinstance(value, str | Path) or value == "":
         return value
     path = Path(os.path.expanduser(value))
     return path if path.is_absolute() else folder() / path

@@ -58,7 +58,15 @@ def _host(value: str) -> str:
 
 Host = Annotated[str, AfterValidator(_host)]
 Port = Annotated[int, Field(ge=0, le=65535)]
-File = Annotated[Path, Field(strict=False)]
+
+
+def _named(value: Any) -> Any:
+    if value == "":  # to Python, it is the working directory
+        raise PydanticCustomError("path", "Input should be a path")
+    return value
+
+
+File = Annotated[Path, Field(strict=False), BeforeValidator(_named)]
 
 
 def _position_or_name(value: Any) -> Any:

@@ -63,6 +63,8 @@ def test_an_unknown_key_is_named_with_the_keys_that_exist(mapping: dict[str, Any
         ("server", "insecure", 1, "boolean"),
         ("server", "host", 127, "string"),
         ("server", "tls_cert", 3, "path"),
+        ("server", "tls_cert", "", "path"),
+        ("model", "checkpoint", "", "path"),
         ("model", "layers", 3, "list"),
         ("batching", "max_batch_wait_ms", "1", "number"),
         ("resilience", "request_timeout_s", True, "number"),
@@ -231,8 +233,17 @@ def test_a_file_that_is_missing_or_not_toml_is_refused(tmp_path: Path) -> None:
     assert refusal("~nobody-of-that-name/x.toml").startswith("~nobody-of-that-name/x.toml does not exist")
     assert "is not a readable TOML file: File name too long" in refusal(tmp_path / ("a" * 300))
     assert "is not a readable TOML file" in refusal(written(tmp_path, "[server\nport = 1"))
+    assert "model.checkpoint: Input should be a path (got '')" in refusal(written(tmp_path, "[model]\ncheckpoint = ''"))
+    assert refusal("") == "the source is empty: give a TOML file or a checkpoint folder"
     (tmp_path / "weights.bin").write_bytes(b"\xff\xfe\x00")
     assert "is not a readable TOML file" in refusal(tmp_path / "weights.bin")
+
+
+def test_a_file_of_an_editor_that_marks_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "marked.toml").write_text(
+        '[model]\nname = "m\u00f6e"\n[[layers]]\nhidden_size = 8\nintermediate_size = 8\nnum_experts = 2', "utf-8-sig"
+    )
+    assert load_config(tmp_path / "marked.toml").model.name == "m\u00f6e"
 
 
 def test_gpus_of_a_host_are_a_fraction_of_one_or_whole() -> None:
