@@ -131,6 +131,10 @@ def test_impossible_combinations_are_refused() -> None:
     assert "model.layers needs model.checkpoint" in refusal({"layers": [LAYER], "model": {"layers": [0]}})
     assert "layer names must differ, got ['a', 'a']" in refusal({"layers": [{**LAYER, "name": "a"}, {**LAYER, "name": "a"}]})
     assert "layer names must differ" in refusal({"layers": [LAYER, {**LAYER, "name": "layers.0"}]})
+    own = {"hidden_size": 8, "num_experts": 4, "expert": "package.module:Class"}
+    assert load_config({"layers": [own]}).layers[0].expert
+    for key, value in {"intermediate_size": 8, "activation": "gelu", "bias": True}.items():
+        assert f"layers.0.{key} has no meaning with layers.0.expert" in refusal({"layers": [{**own, key: value}]})
     spills = {"layers": [LAYER], "store": {"spill": "disk"}}
     assert "store.spill is 'disk': it needs placement.memory_per_host_bytes" in refusal(spills)
     on_gpus = {"memory_per_host_bytes": 10**6, "gpus_per_host": 0.5}
