@@ -77,6 +77,14 @@ def check_swap(swap: Swap, served: LayerSpec, newer: LayerSpec) -> None:
         raise ConfigError(f"layer {served.name} has no expert {unknown[0]}; it has 0..{served.num_hosted_experts - 1}")
 
 
+def _check_k_min(k_min: int, spec: LayerSpec) -> None:
+    if spec.gating.routing == "caller":
+        return
+    top_k = spec.gating.choices_per_token(spec.num_experts)
+    if k_min > top_k:
+        raise ConfigError(f"layer {spec.name}: resilience.k_min is {k_min}; allowed: at most {top_k}, the choices of a token")
+
+
 @dataclass(frozen=True, eq=False)
 class ServedLayers:
     """The layers that are configured to be served, and their files as they were when they were `read`: what releases are made of."""
@@ -87,7 +95,10 @@ class ServedLayers:
     @classmethod
     def read(cls, model: ServedModel) -> ServedLayers:
         """Raises ConfigError or CheckpointError; reads no weights."""
-        return cls(model, layer_sources(model))
+        layers = cls(model, layer_sources(model))
+        for spec in layers.specs:
+            _check_k_min(model.resilience_of(spec.name).k_min, spec)
+        return layers
 
     @property
     def specs(self) -> list[LayerSpec]:

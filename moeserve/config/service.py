@@ -27,6 +27,7 @@ from moeserve.config.values import (
     Kernel,
     LayerKey,
     Mixing,
+    Name,
     Quantization,
     Size,
     most_copies,
@@ -37,7 +38,7 @@ class ModelConfig(Table):
     """[model]: the checkpoint folder, or just a name for layers built from configuration."""
 
     #: the model's name for clients; default: the checkpoint folder's name
-    name: str | None = None
+    name: Name | None = None
     checkpoint: File | None = None
     #: the model family whose rules the checkpoint follows; unset = as in its config.json
     family: str | None = None
@@ -78,7 +79,7 @@ class SharedExpertConfig(Table):
 class LayerConfig(Table):
     """[[layers]]: a seeded random layer, or, beside [model] checkpoint, the changes to the layer of that name (no name = all)."""
 
-    name: str | None = None
+    name: Name | None = None
     hidden_size: Size | None = None
     #: one number for all experts, or one for each
     intermediate_size: Size | Annotated[tuple[Size, ...], Field(strict=False, min_length=1, max_length=MAX_EXPERTS)] | None = None
@@ -180,6 +181,14 @@ class ServedModel(Table):
             raise ValueError(f"layer names must differ, got {names}")
         return self
 
+    def resilience_of(self, layer: str) -> ResilienceConfig:
+        """[resilience] with what [layers.resilience] changes for the served layer of that name."""
+        rules = self.resilience
+        for index, entry in enumerate(self.layers):
+            name = entry.name or (layer if self.model.checkpoint is not None else f"layers.{index}")
+            rules = rules.of_layer(entry.resilience) if name == layer else rules
+        return rules
+
 
 class FrontendConfig(ServedModel):
     """The tables that all frontends of a service share."""
@@ -202,14 +211,6 @@ class FrontendConfig(ServedModel):
                 "which answers are added up where"
             )
         return self
-
-    def resilience_of(self, layer: str) -> ResilienceConfig:
-        """[resilience] with what [layers.resilience] changes for the served layer of that name."""
-        rules = self.resilience
-        for index, entry in enumerate(self.layers):
-            name = entry.name or (layer if self.model.checkpoint is not None else f"layers.{index}")
-            rules = rules.of_layer(entry.resilience) if name == layer else rules
-        return rules
 
 
 Tables = TypeVar("Tables", bound=ServedModel)

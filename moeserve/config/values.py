@@ -35,6 +35,7 @@ _YEAR_S: Final = 365 * 86_400.0
 
 Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 Experts = Annotated[int, Field(ge=1, le=MAX_EXPERTS)]
+Name = Annotated[str, Field(min_length=1)]
 Hosts = Annotated[int, Field(ge=1, le=MAX_HOSTS)]
 #: of every expert; or by layer name; or by layer name and expert; "default" = all others
 Copies = Hosts | dict[str, Hosts | dict[str, Hosts]]

@@ -77,7 +77,7 @@ class Planner:
         limit, balancing = self.limit_bytes, self.balancing
         hosts = [HostLimits(assignment.number, limit, assignment.node) for assignment in assignments]
         # With fewer hosts, as after the loss of one, an expert has as many copies as can be.
-        min_copies = min(balancing.min_copies, max(1, len(hosts) // self.placing.pipeline_stages))
+        min_copies = min(balancing.min_copies, self._most_copies(len(hosts)))
         constraints = constraints_of(self.layers.specs, _free_number(self.placing), hosts, min_copies)
         return replace(constraints, extra_copies=balancing.extra_copies, min_gain=balancing.min_gain)
 
@@ -87,7 +87,15 @@ class Planner:
             return "all"
         placement = plan_placement(self.layers.specs, self.placing)
         self._check_memory(host_bytes(self.layers.sources, placement))
+        if not self.autoscaling.enabled and self.balancing.min_copies > (most := self._most_copies(placement.num_hosts)):
+            raise ConfigError(
+                f"balancing.min_copies is {self.balancing.min_copies} with {number_of(placement.num_hosts, 'host')}; "
+                f"allowed: at most {most}, each copy on a host of its own"
+            )
         return placement.num_hosts
+
+    def _most_copies(self, num_hosts: int) -> int:
+        return max(1, num_hosts // self.placing.pipeline_stages)
 
     def wanted(self, num_hosts: NumHosts) -> Wanted:
         """The desired state with `num_hosts` hosts. Raises ConfigError when that number, or any number, cannot hold the experts."""

@@ -129,6 +129,8 @@ def test_impossible_combinations_are_refused() -> None:
     same = {"layers": [LAYER], "server": {"metrics_port": 0, "port": 0, "health_port": 0}}
     assert load_config(same).server.health_port == 0
     assert "model.layers needs model.checkpoint" in refusal({"layers": [LAYER], "model": {"layers": [0]}})
+    assert "model.name: String should have at least 1 character (got '')" in refusal({"layers": [LAYER], "model": {"name": ""}})
+    assert "layers.0.name: String should have at least 1 character (got '')" in refusal({"layers": [{**LAYER, "name": ""}]})
     assert "layer names must differ, got ['a', 'a']" in refusal({"layers": [{**LAYER, "name": "a"}, {**LAYER, "name": "a"}]})
     assert "layer names must differ" in refusal({"layers": [LAYER, {**LAYER, "name": "layers.0"}]})
     own = {"hidden_size": 8, "num_experts": 4, "expert": "package.module:Class"}

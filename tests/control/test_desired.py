@@ -47,6 +47,19 @@ def test_what_no_number_of_hosts_makes_possible() -> None:
         planner_of(config).wanted("all")
 
 
+@pytest.mark.parametrize(("num_hosts", "stages", "most"), [(1, 1, 1), (2, 1, 2), (4, 2, 2)])
+def test_a_service_begins_with_as_many_copies_as_balancing_says(num_hosts: int, stages: int, most: int) -> None:
+    placement = {"num_hosts": num_hosts, "pipeline_stages": stages}
+
+    def planned(**tables: object) -> int:
+        return int(planner_of(load_config({"layers": [LAYER, LAYER], "placement": placement, **tables})).first_num_hosts())
+
+    assert planned(balancing={"min_copies": most}) == num_hosts
+    with pytest.raises(ConfigError, match=rf"balancing.min_copies is {most + 1} with {num_hosts} hosts?; allowed: at most {most},"):
+        planned(balancing={"min_copies": most + 1})
+    assert planned(balancing={"min_copies": most + 1}, autoscaling={"enabled": True}) == num_hosts, "more hosts may come"
+
+
 def test_deterministic_experts_have_one_copy_however_that_is_said() -> None:
     config = {"model": {"deterministic": True}, "layers": [LAYER, LAYER]}
     tables = {"default": 1, "layers.0": {"default": 1, "3": 1}}
