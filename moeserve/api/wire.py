@@ -205,8 +205,8 @@ def _encode(kind: type[Message], stated: Mapping[str, Any]) -> bytes:
                     getattr(small, name).CopyFrom(value)
                 else:
                     setattr(small, name, value)
-            except (TypeError, ValueError):
-                raise InvalidRequest(f"{name} is {value!r}, which cannot be sent", name) from None
+            except (TypeError, ValueError, OverflowError):
+                raise InvalidRequest(f"{name} is {_shown(value)}, which cannot be sent", name) from None
             continue
         dtype = WIRE_NUMBERS.get(value.dtype)
         if dtype is None:
@@ -225,6 +225,13 @@ def _encode(kind: type[Message], stated: Mapping[str, Any]) -> bytes:
         small = kind()
     parts.append(small.SerializeToString())
     return b"".join(parts)
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.80}"
+    except ValueError:
+        return "a number of too many digits"
 
 
 def _tensors(small: Message, data: Mapping[int, memoryview]) -> dict[str, torch.Tensor]:

@@ -33,8 +33,10 @@ async def through_layers(
 
     Up to `in_flight` batches are in progress, so all pipeline stages of the service have work (GPipe, Huang et al. 2019,
     arXiv 1811.06965); those count that wait for the answer of an earlier one. A failed batch ends everything with its error. `timeout`, in
-    seconds, is for all batches. Raises InvalidRequest for an `in_flight` below 1.
+    seconds, is for all batches. Raises InvalidRequest for an `in_flight` below 1, and without layers.
     """
+    if not len(layers):
+        raise InvalidRequest("layers is empty; allowed: at least one", "layers")
     if in_flight < 1:
         raise InvalidRequest(f"in_flight is {in_flight}; allowed: at least 1", "in_flight")
     waiting: asyncio.Queue[WireRequest | None] = asyncio.Queue()

@@ -69,3 +69,13 @@ def test_a_batch_that_fails_ends_the_whole(tmp_path: Path) -> None:
         pytest.raises(InvalidRequest, match="hidden_states of token 2 is not finite"),
     ):
         asyncio.run(run(service.target, given))
+
+
+def test_batches_go_through_at_least_one_layer() -> None:
+    async def through_none() -> None:
+        async with AsyncClient("127.0.0.1:1") as client:
+            async for _ in through_layers(client, batches(1), []):
+                pass
+
+    with pytest.raises(InvalidRequest, match="layers is empty"):
+        asyncio.run(through_none())

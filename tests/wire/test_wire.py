@@ -248,5 +248,10 @@ def test_only_what_the_wire_knows_is_sent() -> None:
     for name, value in (("capacity_factor", "much"), ("noise", 1), ("seed", -1), ("seed", 2**64), ("seed", 0.5)):
         with pytest.raises(InvalidRequest, match=f"{name} is {value!r}, which cannot be sent"):
             encode_forward_request(WireRequest(torch.zeros(1, 4), **{name: value}))
+    for name, value in (("capacity_factor", 10**309), ("return_routing", 2**63)):
+        with pytest.raises(InvalidRequest, match=f"{name} is {str(value)[:19]}.*, which cannot be sent"):
+            encode_forward_request(WireRequest(torch.zeros(1, 4), **{name: value}))
+    with pytest.raises(InvalidRequest, match="seed is a number of too many digits, which cannot be sent"):
+        encode_forward_request(WireRequest(torch.zeros(1, 4), seed=10**5000))
     request = WireRequest(torch.zeros(1, 4), topk_ids=torch.zeros(1, 1), topk_weights=torch.ones(1, 1, dtype=torch.bfloat16))
     assert decode_forward_request(encode_forward_request(request)).topk_weights == torch.ones(1, 1)
