@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import Any, Final
 
 import grpc
@@ -20,6 +22,8 @@ _OTHER_PROTOCOLS: Final = ("http1.x server", "Failed parsing HTTP/2")
 _GONE: Final = ("Connection refused", "Connection reset", "Socket closed", "connection closed", "Broken pipe", "GOAWAY", "recvmsg")
 #: where nobody answers, as on a machine that is busy with starting a service, or is away itself
 _SILENT: Final = ("timed out", "Timeout occurred", "No route to host", "is unreachable")
+#: what the system says then, in the language of the program
+_ERRNOS: Final = (errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
 #: what gRPC says of calls that this program has cancelled; a service cancels calls when it ends before they do
 _OURS: Final = ("Locally cancelled", "Channel closed", "Channel is closed")
 
@@ -58,7 +62,7 @@ def _status_of(call: Any) -> status_pb2.Status | None:
 
 def _is_gone(sentence: str) -> bool:
     """Whether nobody listens any more, whoever did has hung up, or nobody answers."""
-    return any(sign in sentence for sign in (*_GONE, *_SILENT))
+    return any(sign in sentence for sign in (*_GONE, *_SILENT, *map(os.strerror, _ERRNOS)))
 
 
 def _is_ours(status: status_pb2.Status) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,6 +12,7 @@ import grpc
 import pytest
 
 from moeserve import Client, errors
+from moeserve.client.failures import to_error
 from moeserve.v1 import moe_service_pb2_grpc as pb_grpc
 
 
@@ -32,3 +35,13 @@ def test_it_is_the_service_that_has_ended_the_call(target: str) -> None:
     with Client(target) as client, pytest.raises(errors.ServiceUnreachable, match=f"{target} has ended the call") as caught:
         client.layers()
     assert caught.value.may_return
+
+
+@pytest.mark.parametrize(("number", "may_return"), [(errno.ECONNREFUSED, True), (errno.EHOSTUNREACH, True), (errno.EACCES, False)])
+def test_the_system_speaks_the_language_of_the_program(number: int, may_return: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "strerror", lambda number: f"Fehler {number}")
+    said = f"last error: UNKNOWN: ipv4:127.0.0.1:1: Failed to connect to remote host: Fehler {number}"
+    failure = grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), said)
+    error = to_error(failure, "127.0.0.1:1", 1.0)
+    assert isinstance(error, errors.ServiceUnreachable)
+    assert error.may_return is may_return
