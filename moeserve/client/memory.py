@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from moeserve.addresses import parse_target
 from moeserve.api.fields import SHARED
+from moeserve.client.fork import FORKS
 from moeserve.errors import InvalidRequest, Overloaded, UnknownLayer
 from moeserve.memory import Arena, Block, create_shared, is_same_user
 from moeserve.v1 import moe_service_pb2 as pb
@@ -69,6 +70,7 @@ class CallerMemory:
         self._lock = threading.Lock()
         self._opened: _Opened | None = None
         self._try_at = 0.0
+        FORKS.register(self)
 
     def is_wanted(self, hidden_states: torch.Tensor) -> bool:
         """Whether this tensor is large, and memory should be opened for it."""
@@ -130,6 +132,10 @@ class CallerMemory:
     def close(self) -> None:
         """Shares nothing any more."""
         self._opened, self._is_here = None, False
+
+    def in_child(self) -> None:
+        """This process was forked: whoever held the lock is not here."""
+        self._lock = threading.Lock()
 
     def _is_large(self, hidden_states: torch.Tensor) -> bool:
         return self._is_here and hidden_states.numel() * hidden_states.itemsize >= _LARGE_BYTES

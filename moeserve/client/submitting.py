@@ -13,6 +13,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
+from moeserve.client.fork import FORKS
 from moeserve.errors import MoEServeError
 from moeserve.loops import LoopThread
 
@@ -39,6 +40,7 @@ class Submitter:
         self._lock = threading.RLock()
         self._work: _Work | None = None
         self._is_closed = False
+        FORKS.register(self)
 
     def submit(self, *arguments: Any, **named: Any) -> Future[ForwardOutput]:
         """`AsyncClient.forward` of these arguments."""
@@ -57,6 +59,10 @@ class Submitter:
             self._is_closed, work, self._work = True, self._work, None
         if work is not None and work.thread.is_running:
             work.close()
+
+    def in_child(self) -> None:
+        """This process was forked: whoever held the lock is not here."""
+        self._lock = threading.RLock()
 
     def __reduce__(self) -> tuple[type[Submitter], tuple[Callable[[], AsyncClient]]]:
         return Submitter, (self._make,)

@@ -140,6 +140,53 @@ def test_submitted_calls_and_the_end_of_a_program_or_a_fork(target: str, engine:
     assert (found.returncode, cancelled) == (0, "True")
 
 
+BUSY = """
+import faulthandler, os, sys, threading, time
+import torch
+import moeserve, moeserve.client.client, moeserve.client.memory
+
+class Clock:
+    def monotonic(self):
+        stay()
+        return time.monotonic()
+
+inside = threading.Semaphore(0)
+main = threading.main_thread()
+
+def stay(*_, **__):
+    if threading.current_thread() is not main:
+        inside.release()
+        threading.Event().wait()
+
+def made(*_, **__):
+    stay()
+    return moeserve.AsyncClient(sys.argv[1])
+
+moeserve.client.client.AsyncClient, moeserve.client.memory.time = made, Clock()
+torch.set_num_threads(1)  # those of torch do not survive a fork
+rows = torch.ones(5000, int(sys.argv[2]))
+client = moeserve.Client(sys.argv[1], timeout=20)
+for call in (client.submit, client.forward):
+    threading.Thread(target=call, args=(rows,), daemon=True).start()
+    inside.acquire()
+if (child := os.fork()) == 0:
+    faulthandler.dump_traceback_later(20, exit=True)
+    print(tuple(client.forward(rows).hidden_states.shape), flush=True)
+    client.close()
+    print("closed", flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+os._exit(0)
+"""
+
+
+def test_a_fork_while_other_threads_begin_calls(target: str) -> None:
+    """What they hold at that moment, nobody gives back in the child."""
+    command = [sys.executable, "-c", BUSY, target, str(HIDDEN)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert found.stdout.splitlines() == [str((5000, HIDDEN)), "closed"], found.stderr
+
+
 SERVING = """
 import asyncio, os, signal, sys
 import grpc.aio
