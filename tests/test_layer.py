@@ -75,6 +75,7 @@ class Named(Tensor):
         lambda rows: rows.as_subclass(Named),
         lambda rows: torch.cat([rows, rows])[3:],
         lambda rows: torch.complex(rows, -rows).conj().imag,
+        lambda rows: torch._neg_view(-rows),
         torch.inference_mode()(Tensor.clone),
     ],
 )

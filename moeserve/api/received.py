@@ -22,8 +22,8 @@ def received(request: WireRequest) -> WireRequest:
         changes = {name: getattr(read, name) for name in _SCALARS}
     for name in REQUEST_TENSORS:
         tensor = getattr(request, name)
-        if tensor is not None and (tensor.requires_grad or not tensor.is_cpu or type(tensor) is not torch.Tensor):
-            changes[name] = tensor.detach().cpu()
+        if tensor is not None and (tensor.requires_grad or not tensor.is_cpu or tensor.is_neg() or type(tensor) is not torch.Tensor):
+            changes[name] = tensor.detach().cpu().resolve_neg()
     weights = changes.get("topk_weights", request.topk_weights)
     if weights is not None and weights.dtype is torch.float64:
         changes["topk_weights"] = weights.float()

@@ -99,14 +99,14 @@ def view(data: bytes | bytearray | memoryview, shape: Sequence[int], dtype: torc
 
 def small_copy(tensor: torch.Tensor) -> bytes:
     """A copy of the bytes of `tensor`."""
-    if not (tensor.is_cpu and tensor.is_contiguous()):
+    if not (tensor.is_cpu and tensor.is_contiguous()) or tensor.is_neg():
         return raw(tensor).tobytes()
     return string_at(tensor.data_ptr(), tensor.nbytes) if tensor.numel() else b""
 
 
 def raw(tensor: torch.Tensor) -> memoryview:
-    """The bytes of `tensor` without a copy when it is contiguous and on the CPU."""
-    dense = tensor.contiguous()
+    """The bytes of `tensor` without a copy when it is contiguous and on the CPU, and says nothing else than its memory."""
+    dense = tensor.contiguous().resolve_neg()
     # numpy has no bfloat16.
     array = (dense.view(torch.int16) if dense.dtype is torch.bfloat16 else dense).numpy(force=True)
     return array.data.cast("B") if array.size else memoryview(b"")

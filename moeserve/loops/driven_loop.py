@@ -80,6 +80,10 @@ class DrivenLoop:
         """Starts its thread, which does not keep the process alive."""
         self._thread.start()
 
+    def never_start(self) -> None:
+        """Instead of `start`."""
+        self.loop.close()
+
     def wait(self, begin: Callable[..., object], *arguments: Any, may_drive: bool = True) -> None:
         """Calls `begin(waiter, *arguments)` on the loop, which must not raise, and returns after `waiter.done()`.
 

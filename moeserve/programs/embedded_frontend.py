@@ -141,9 +141,12 @@ class EmbeddedFrontend:
         if self.is_of_a_parent:
             return None
         with self._lock:
-            was_closed, self._is_closed = self._is_closed, True
-        if was_closed or self._opening is None:
-            return None
+            if self._is_closed:
+                return None
+            self._is_closed = True
+            if self._opening is None:
+                self._driven.never_start()
+                return None
         return asyncio.run_coroutine_threadsafe(self._close(), self._driven.loop)
 
     async def _open(self) -> None:

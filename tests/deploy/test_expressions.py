@@ -111,7 +111,7 @@ def test_tiles_say_what_the_service_counted(watched: Watched) -> None:
 
 def test_the_epoch_is_that_of_the_latest_placement(watched: Watched) -> None:
     epoch = watched.service.controller.state.release.epoch
-    assert value(watched, "Epoch of the placement") == watched.service.frontend.stats().epoch == epoch > 1
+    assert value(watched, "Epoch of the placement, hosts wanted") == watched.service.frontend.stats().epoch == epoch > 1
 
 
 def test_the_heat_map_has_a_cell_per_layer_and_expert(watched: Watched) -> None:

@@ -34,3 +34,4 @@ def test_one_that_is_closed_before_it_has_begun_never_begins() -> None:
     with pytest.raises(Cancelled, match="this client was closed"):
         frontend.reach(20)
     assert set(threading.enumerate()) <= before
+    assert frontend._driven.loop.is_closed()

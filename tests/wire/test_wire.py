@@ -225,6 +225,14 @@ def test_decoding_a_large_tensor_copies_nothing() -> None:
     assert first.data_ptr() == second.data_ptr()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [1, 3000])
+def test_a_view_that_is_only_said_to_be_negative_has_its_values(num_tokens: int, dtype: torch.dtype) -> None:
+    rows = torch.randn(num_tokens, 64).to(dtype)
+    sent = encode_forward_request(WireRequest(torch._neg_view(rows)))
+    assert torch.equal(decode_forward_request(sent).hidden_states, -rows)
+
+
 def test_keeping_the_counts_does_not_keep_the_answer() -> None:
     data = encode_forward_response("", some_output(1500))
     answer = decode_forward_response(data).result
