@@ -35,10 +35,7 @@ async def through_layers(
     arXiv 1811.06965); those count that wait for the answer of an earlier one. A failed batch ends everything with its error. `timeout`, in
     seconds, is for all batches. Raises InvalidRequest for an `in_flight` below 1, and without layers.
     """
-    if not len(layers):
-        raise InvalidRequest("layers is empty; allowed: at least one", "layers")
-    if in_flight < 1:
-        raise InvalidRequest(f"in_flight is {in_flight}; allowed: at least 1", "in_flight")
+    _check(layers, in_flight)
     waiting: asyncio.Queue[WireRequest | None] = asyncio.Queue()
     source = enumerate(batches)
     done: dict[int, torch.Tensor] = {}
@@ -71,6 +68,13 @@ async def through_layers(
         start()
         if next_out == started:
             waiting.put_nowait(_END)
+
+
+def _check(layers: Sequence[int | str], in_flight: int) -> None:
+    if not len(layers):
+        raise InvalidRequest("layers is empty; allowed: at least one", "layers")
+    if in_flight < 1:
+        raise InvalidRequest(f"in_flight is {in_flight}; allowed: at least 1", "in_flight")
 
 
 async def _until_end(waiting: asyncio.Queue[WireRequest | None]) -> AsyncIterator[WireRequest]:

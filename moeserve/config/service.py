@@ -114,9 +114,6 @@ class LayerConfig(Table):
             )
         if self.expert is not None and self.intermediate_size is not None:
             raise ValueError("layers.intermediate_size has no meaning with layers.expert: layers.expert_args say how large the module is")
-        if self.expert is not None and (self.activation != "swiglu" or self.bias):
-            key = "bias" if self.bias else "activation"
-            raise ValueError(f"layers.{key} has no meaning with layers.expert: layers.expert_args say what the module is made with")
         mixing = None if self.shared_expert is None else self.shared_expert.mixing
         if self.gating.scale_inputs and mixing in ("residual", "average"):
             raise ValueError(f"layers.gating.scale_inputs cannot be combined with shared_expert.mixing = {mixing!r}, which weighs answers")

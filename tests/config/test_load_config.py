@@ -133,10 +133,6 @@ def test_impossible_combinations_are_refused() -> None:
     assert "layers.0.name: String should have at least 1 character (got '')" in refusal({"layers": [{**LAYER, "name": ""}]})
     assert "layer names must differ, got ['a', 'a']" in refusal({"layers": [{**LAYER, "name": "a"}, {**LAYER, "name": "a"}]})
     assert "layer names must differ" in refusal({"layers": [LAYER, {**LAYER, "name": "layers.0"}]})
-    own = {"hidden_size": 8, "num_experts": 4, "expert": "package.module:Class"}
-    assert load_config({"layers": [own]}).layers[0].expert
-    for key, value in {"intermediate_size": 8, "activation": "gelu", "bias": True}.items():
-        assert f"layers.0.{key} has no meaning with layers.0.expert" in refusal({"layers": [{**own, key: value}]})
     spills = {"layers": [LAYER], "store": {"spill": "disk"}}
     assert "store.spill is 'disk': it needs placement.memory_per_host_bytes" in refusal(spills)
     on_gpus = {"memory_per_host_bytes": 10**6, "gpus_per_host": 0.5}
@@ -243,13 +239,6 @@ def test_a_file_that_is_missing_or_not_toml_is_refused(tmp_path: Path) -> None:
     assert refusal("") == "the source is empty: give a TOML file or a checkpoint folder"
     (tmp_path / "weights.bin").write_bytes(b"\xff\xfe\x00")
     assert "is not a readable TOML file" in refusal(tmp_path / "weights.bin")
-
-
-def test_a_file_of_an_editor_that_marks_utf_8(tmp_path: Path) -> None:
-    (tmp_path / "marked.toml").write_text(
-        '[model]\nname = "m\u00f6e"\n[[layers]]\nhidden_size = 8\nintermediate_size = 8\nnum_experts = 2', "utf-8-sig"
-    )
-    assert load_config(tmp_path / "marked.toml").model.name == "m\u00f6e"
 
 
 def test_gpus_of_a_host_are_a_fraction_of_one_or_whole() -> None:
