@@ -118,7 +118,9 @@ def start_program(
     )
     try:
         return ProgramActor(name, actor.remote(make))
-    except ValueError:  # the name is taken
+    except ValueError:  # as for a name that is taken
+        if ProgramActor.find(name, namespace) is None:
+            raise
         raise ExpertUnavailable(f"another {name} has been started in namespace {namespace} at the same moment") from None
 
 

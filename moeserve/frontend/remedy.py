@@ -70,7 +70,7 @@ class Remedy:
                     suspicion.confirmed += 1
 
     def blame(self, view: LayerView, delivery: Delivery) -> None:
-        """All has come: hosts have erred whose sums were not finite where those of others are, also when these are added up."""
+        """All has come: hosts have erred that answered with an error, or with sums that are not finite where others' are, also added up."""
         self._count_errors(view, delivery)
         for suspicion in delivery.suspicions:
             is_at_fault = suspicion.confirmed and not suspicion.is_cleared and is_finite(suspicion.part.so_far())

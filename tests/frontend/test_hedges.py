@@ -194,49 +194,35 @@ def all_of(arena: Arena) -> list[Block]:
     return blocks
 
 
-def test_the_first_copy_is_waited_for_when_the_second_cannot(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fails", [0, 1])
+@pytest.mark.parametrize("error", [Overloaded("replies under way fill the pool"), ValueError("a kernel failed")], ids=["full", "errs"])
+def test_the_copy_that_answers_is_waited_for_and_the_one_that_errs_is_blamed(error: Exception, fails: int, tmp_path: Path) -> None:
+    """The first or the second of two that were asked fails while the other is still at it; one that is full does not err."""
     ids, weights = torch.tensor([[0]]), torch.ones(1, 1)
     with ServiceHarness(config("auto"), "local", tmp_path) as service, Client(service.target, retry=False) as client:
+        links, owed = service.frontend._links, (0, 2**20)
+
+        async def owe() -> None:
+            links[1].count_until(asyncio.get_running_loop().create_future(), owed[1])
+
+        service.call(owe())  # so the first is asked first, and it is known how long that takes
         for _ in range(40):
             client.forward(ROWS[:1], topk_ids=ids, topk_weights=weights)
         until_usual(service, as_expected(client))
         held = [Held(host) for host in service.hosts]
+        failed, other = held[fails], held[1 - fails]
+        failed.error = type(error)(*error.args)  # one that is raised keeps what it was raised among
         with ThreadPoolExecutor() as pool:
             answer = pool.submit(client.forward, ROWS[:1], topk_ids=ids, topk_weights=weights, timeout=20)
-            until(lambda: any(one.rows for one in held))
-            first, second = held if held[0].rows else held[::-1]
-            until(lambda: second.rows)
-            second.error = Overloaded("replies under way fill the pool")
-            second.let_go()
-            until(lambda: not service.frontend._links[held.index(second)].queue_tokens)
-            first.let_go()
+            until(lambda: all(one.rows for one in held))
+            failed.let_go()
+            until(lambda: links[fails].queue_tokens == owed[fails])
+            other.let_go()
             again = MoELayer(**LAYER).run(ROWS[:1], topk_ids=ids, topk_weights=weights)
             assert_close(answer.result(30).hidden_states, again.hidden_states)
-
-
-@pytest.mark.parametrize("errs", [0, 1])
-def test_the_copy_that_errs_is_blamed_and_no_other(errs: int, tmp_path: Path) -> None:
-    """The first or the second of two that were asked, while the other is still at it; the answer of that one counts."""
-    ids, weights = torch.tensor([[0]]), torch.ones(1, 1)
-    with ServiceHarness(config("auto"), "local", tmp_path) as service, Client(service.target, retry=False) as client:
-        for _ in range(40):
-            client.forward(ROWS[:1], topk_ids=ids, topk_weights=weights)
-        until_usual(service, as_expected(client))
-        held = [Held(host) for host in service.hosts]
-        with ThreadPoolExecutor() as pool:
-            answer = pool.submit(client.forward, ROWS[:1], topk_ids=ids, topk_weights=weights, timeout=20)
-            until(lambda: any(one.rows for one in held))
-            asked = held if held[0].rows else held[::-1]
-            until(lambda: asked[1].rows)
-            at_fault, other = asked[errs], asked[1 - errs]
-            at_fault.error = ValueError("a kernel failed")
-            at_fault.let_go()
-            links = service.frontend._links
-            until(lambda: not links[held.index(at_fault)].queue_tokens)
-            other.let_go()
-            assert_close(answer.result(30).hidden_states, MoELayer(**LAYER).run(ROWS[:1], topk_ids=ids, topk_weights=weights).hidden_states)
-        until(lambda: links[held.index(at_fault)]._erred_in)
-        assert not links[held.index(other)]._erred_in
+        if isinstance(error, ValueError):
+            until(lambda: links[fails]._erred_in)
+        assert [bool(links[number]._erred_in) for number in (fails, 1 - fails)] == [isinstance(error, ValueError), False]
 
 
 def test_a_copy_that_has_more_to_do_and_is_on_time_is_asked(tmp_path: Path) -> None:
